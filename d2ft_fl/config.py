@@ -1,0 +1,262 @@
+"""The configuration of a run: one typed record, checked before anything starts.
+
+Each field is one key of ``[tool.flwr.app.config]`` in ``pyproject.toml``, with ``-`` for ``_``;
+the defaults there and here are the same, which a test holds.
+"""
+
+import difflib
+import os
+import tomllib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from d2ft_fl import scores
+from d2ft_fl.budgets import BudgetSource, budget_source
+from d2ft_fl.data import DataSpec, class_count, partitioner_class
+from d2ft_fl.errors import ConfigError
+from d2ft_fl.models import ModelSpec, build_model
+from d2ft_fl.planner import PLANNERS
+from d2ft_fl.plugins import load_module
+from d2ft_fl.training import LocalOptions
+
+STRATEGIES = ("d2ft", "random", "fedavg")
+CLIENT_MODES = ("full",)
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Everything that decides a run. See ``pyproject.toml`` for what each key means."""
+
+    strategy: str = "d2ft"
+    rounds: int = 10
+    clients: int = 10
+    seed: int = 0
+
+    dataset: str = "digits"
+    label_column: str = "label"
+    partitioner: str = "Dirichlet"
+    partitioner_args: str = "alpha = 0.5"
+    train_examples: int = 0
+    test_examples: int = 0
+
+    model: str = "vit_glyphs"
+    model_args: str = ""
+    weights: str = "bundled"
+    image_size: int = 0
+
+    client_mode: str = "full"
+    batch_size: int = 16
+    epochs: int = 1
+    optimizer: str = "adamw"
+    lr: float = 5e-4
+    head_lr: float = 5e-3
+    momentum: float = 0.9
+    weight_decay: float = 0.0
+
+    budgets: str = "devices"
+    planner: str = "joint"
+    slots: int = 5
+    backward_score: str = "magnitude"
+    forward_score: str = "fisher"
+    forward_weight: float = 0.5
+    score_every: int = 5
+    score_examples: int = 4
+
+    threads_per_client: int = 1
+    eval_batch_size: int = 128
+    round_timeout: float = 3600.0
+    verify_costs: bool = False
+    run_folder: str = ""
+
+    # -- reading -----------------------------------------------------------------------------
+
+    @classmethod
+    def from_mapping(cls, entries: Mapping[str, Any]) -> "RunConfig":
+        """A configuration from keys as they stand in TOML.
+
+        Raises:
+            ConfigError: For an unknown key (with the nearest known one) or a wrong type.
+        """
+        types = {f.name.replace("_", "-"): f.type for f in fields(cls)}
+        values: dict[str, Any] = {}
+        for key, value in entries.items():
+            if key not in types:
+                near = difflib.get_close_matches(key, types, n=1)
+                hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(types)}"
+                raise ConfigError(f"unknown option {key!r}; {hint}")
+            values[key.replace("-", "_")] = _typed(key, value, types[key])
+        return cls(**values)
+
+    def to_mapping(self) -> dict[str, Any]:
+        """Keys as they stand in TOML."""
+        return {key.replace("_", "-"): value for key, value in asdict(self).items()}
+
+    # -- checking ----------------------------------------------------------------------------
+
+    def check(self) -> "RunConfig":
+        """This configuration, once everything it names is known to exist and to fit together.
+
+        Raises:
+            ConfigError: In one line, what to write instead.
+        """
+        for key in ("rounds", "clients", "batch-size", "epochs", "slots", "threads-per-client"):
+            self._at_least(key, 1)
+        self._at_least("eval-batch-size", 1)
+        for key in ("train-examples", "test-examples", "image-size", "score-every", "seed"):
+            self._at_least(key, 0)
+        self._at_least("score-examples", 0)
+        self._one_of("optimizer", ("adamw", "sgd"))
+        self._one_of("planner", PLANNERS)
+        self._one_of("backward-score", scores.KINDS)
+        self._one_of("forward-score", scores.KINDS)
+        if not self.round_timeout > 0:
+            raise ConfigError(f"round-timeout = {self.round_timeout} must be above 0 seconds")
+        for key in ("lr", "head-lr", "momentum", "weight-decay", "forward-weight"):
+            value = self.to_mapping()[key]
+            if not 0 <= value < float("inf"):
+                raise ConfigError(f"{key} = {value} must be a finite number, 0 or more")
+        if self.slots > self.batch_size:
+            raise ConfigError(
+                f"slots = {self.slots} is more than batch-size = {self.batch_size}; a micro-batch "
+                f"needs an example, so ask for at most {self.batch_size} slots"
+            )
+        if "fisher" in (self.backward_score, self.forward_score) and self.scores_needed():
+            if self.score_every == 0 or self.score_examples == 0:
+                raise ConfigError(
+                    "fisher scores need a scoring pass: set score-every and score-examples to 1 "
+                    "or more, or use magnitude or uniform scores"
+                )
+        self.load_strategy()
+        self.load_client_mode()
+        self.budget_source()
+        partitioner_class(self.partitioner)
+        _inline_table("partitioner-args", self.partitioner_args)
+        build_model(self.model_spec())
+        return self
+
+    def scores_needed(self) -> bool:
+        """Whether the strategy looks at scores at all."""
+        return bool(getattr(self.load_strategy(), "USES_SCORES", True))
+
+    def _at_least(self, key: str, least: int) -> None:
+        value = self.to_mapping()[key]
+        if value < least:
+            raise ConfigError(f"{key} = {value} must be {least} or more")
+
+    def _one_of(self, key: str, allowed: tuple[str, ...]) -> None:
+        value = self.to_mapping()[key]
+        if value not in allowed:
+            raise ConfigError(f"{key} = {value!r} is unknown; use one of {', '.join(allowed)}")
+
+    # -- what the keys stand for -------------------------------------------------------------
+
+    def load_strategy(self) -> Any:
+        """The strategy's module."""
+        module = load_module("strategies", self.strategy, "strategy", STRATEGIES)
+        if not callable(getattr(module, "schedule", None)):
+            raise ConfigError(f"strategy = {self.strategy!r} has no function schedule(round)")
+        return module
+
+    def load_client_mode(self) -> Any:
+        """The client mode's module."""
+        return load_module("clients", self.client_mode, "client-mode", CLIENT_MODES)
+
+    def budget_source(self) -> BudgetSource:
+        return budget_source(self.budgets, resolve_path)
+
+    def model_spec(self) -> ModelSpec:
+        weights = self.weights
+        if weights not in ("bundled", "none"):
+            weights = str(resolve_path(weights))
+        return ModelSpec(
+            name=self.model,
+            arguments=_inline_table("model-args", self.model_args),
+            weights=weights,
+            image_size=self.image_size,
+            classes=class_count(self._dataset(), self.label_column),
+            seed=self.seed,
+        )
+
+    def data_spec(self, image_size: int, channels: int) -> DataSpec:
+        return DataSpec(
+            dataset=self._dataset(),
+            label_column=self.label_column,
+            image_size=image_size,
+            channels=channels,
+            clients=self.clients,
+            partitioner=self.partitioner,
+            partitioner_arguments=_inline_table("partitioner-args", self.partitioner_args),
+            train_examples=self.train_examples,
+            test_examples=self.test_examples,
+            seed=self.seed,
+        )
+
+    def _dataset(self) -> str:
+        return self.dataset if self.dataset == "digits" else str(resolve_path(self.dataset))
+
+    def local_options(self) -> LocalOptions:
+        return LocalOptions(
+            batch_size=self.batch_size,
+            epochs=self.epochs,
+            optimizer=self.optimizer,
+            lr=self.lr,
+            head_lr=self.head_lr,
+            momentum=self.momentum,
+            weight_decay=self.weight_decay,
+        )
+
+
+def resolve_path(path: str) -> Path:
+    """An absolute path. Relative ones start where the command did.
+
+    A Flower app runs elsewhere than it was started; ``d2ft run`` makes paths absolute before.
+    """
+    return Path(os.path.expanduser(path)).absolute()
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The keys of a configuration file.
+
+    Raises:
+        ConfigError: When it cannot be read or is not flat TOML.
+    """
+    try:
+        return tomllib.loads(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"configuration file {str(path)!r}: {error.strerror or error}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"configuration file {str(path)!r} is not TOML: {error}") from None
+
+
+def _typed(key: str, value: Any, kind: Any) -> Any:
+    """``value`` as the type that key has; an int passes for a float."""
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if type(value) is not kind:
+        raise ConfigError(
+            f"{key} = {value!r} is a {type(value).__name__}; write a {_EXAMPLES[kind]}"
+        )
+    return value
+
+
+_EXAMPLES = {
+    int: "whole number, like 10",
+    float: "number, like 0.5",
+    str: 'string, like "text"',
+    bool: "truth value: true or false",
+}
+
+
+def _inline_table(key: str, text: str) -> tuple[tuple[str, Any], ...]:
+    """``a = 1, b = "x"`` as pairs, sorted by name, lists as tuples."""
+    try:
+        table = tomllib.loads(f"table = {{ {text} }}")["table"]
+    except tomllib.TOMLDecodeError:
+        raise ConfigError(
+            f'{key} = {text!r} cannot be read; write pairs like "alpha = 0.5, shuffle = true"'
+        ) from None
+    return tuple(
+        (name, tuple(v) if isinstance(v, list) else v) for name, v in sorted(table.items())
+    )

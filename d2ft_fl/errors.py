@@ -1,0 +1,17 @@
+"""Errors that people see. Each message is one line: the value, what is allowed, what to do."""
+
+
+class D2FTError(Exception):
+    """Base of every error this project raises on purpose."""
+
+
+class ConfigError(D2FTError):
+    """A configuration, file or plug-in cannot be used as it stands."""
+
+
+class ReplyError(D2FTError):
+    """A client's reply is not what its assignment asked for."""
+
+
+class RunError(D2FTError):
+    """A run cannot go on."""

@@ -1,0 +1,132 @@
+"""A whole run: ask, plan, send, train, fold, record, round after round."""
+
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+import torch.nn.functional as F
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+from d2ft_fl import timm_vit
+from d2ft_fl.budgets import varies_by_round
+from d2ft_fl.config import RunConfig
+from d2ft_fl.data import FederatedData, open_data
+from d2ft_fl.errors import RunError
+from d2ft_fl.meter import set_threads
+from d2ft_fl.models import build_model
+from d2ft_fl.recorder import Recorder, new_run_folder
+from d2ft_fl.rounds import (
+    Federation,
+    Fold,
+    Report,
+    State,
+    encode_assignment,
+    plan_round,
+)
+
+
+@dataclass(frozen=True)
+class Fault:
+    """A client that did not answer, and why."""
+
+    reason: str
+
+
+class Pool(Protocol):
+    """The clients of a federation, wherever they run."""
+
+    def reports(self, round: int) -> list[Report]:
+        """What every client says of itself before a round."""
+
+    def train(
+        self, clients: list[int], assignment: Callable[[int], bytes]
+    ) -> Iterable[tuple[int, bytes | Fault]]:
+        """Have these clients train; yields their replies as they arrive, in any order.
+
+        ``assignment`` makes a client's message when it is about to be sent.
+        """
+
+
+Progress = Callable[[dict[str, Any]], None]
+
+
+def run(config: RunConfig, pool: Pool, progress: Progress = lambda row: None) -> dict[str, Any]:
+    """Run a federation from start to end; returns the summary.
+
+    Args:
+        config: A checked configuration.
+        pool: The clients.
+        progress: Called with each round's line.
+
+    Raises:
+        RunError: When no client can do anything, or all fail.
+    """
+    set_threads(config.threads_per_client)
+    started = time.perf_counter()
+    model = build_model(config.model_spec())
+    arch = timm_vit.describe(model)
+    side, channels = int(model.patch_embed.img_size[0]), model.patch_embed.proj.in_channels
+    data = open_data(config.data_spec(side, channels))
+    federation = Federation(config, arch)
+    state = State(0, {n: p.detach().clone() for n, p in model.named_parameters()})
+    folder = Path(config.run_folder) if config.run_folder else new_run_folder(config)
+    recorder = Recorder(folder, federation, config.model_spec())
+    recorder.start()
+
+    reports: list[Report] = []
+    for number in range(1, config.rounds + 1):
+        round_started = time.perf_counter()
+        if not reports or varies_by_round(config.budgets):
+            reports = pool.reports(number)
+        plan = plan_round(federation, state, reports)
+        recorder.plan(plan)
+        assignments = {a.client: a for a in plan.working}
+        if not assignments:
+            raise RunError(
+                f"every client sits out round {number}: no budget affords one subnet; raise the "
+                f"budgets ({config.budgets!r}) or take a smaller model or batch-size"
+            )
+        fold = Fold(federation, state, plan)
+
+        def encode(client: int, state: State = state, all_: dict = assignments) -> bytes:
+            return encode_assignment(federation, state, all_[client])
+
+        for client, reply in pool.train(list(assignments), encode):
+            if isinstance(reply, Fault):
+                fold.fail(client, reply.reason)
+            else:
+                fold.add(client, reply)
+        state, records = fold.finish()
+        if all(r.used is None for r in records):
+            faults = [f"client {r.client}: {r.fault}" for r in records if r.fault]
+            raise RunError(f"no client answered in round {number}; the first said: {faults[0]}")
+        accuracy, loss = evaluate(model, state.weights, data, config.eval_batch_size)
+        row = recorder.round(
+            state, plan, records, accuracy, loss, time.perf_counter() - round_started
+        )
+        progress(row)
+    return recorder.finish(state, time.perf_counter() - started)
+
+
+@torch.no_grad()
+def evaluate(
+    model: VisionTransformer, weights: dict[str, Tensor], data: FederatedData, batch_size: int
+) -> tuple[float, float]:
+    """Accuracy and mean loss of the global model on the held-out split."""
+    for name, parameter in model.named_parameters():
+        parameter.copy_(weights[name])
+    right, loss = 0, 0.0
+    for images, labels in _test_batches(data, batch_size):
+        logits = model(images)  # [batch, classes]
+        right += int((logits.argmax(dim=1) == labels).sum())
+        loss += float(F.cross_entropy(logits, labels, reduction="sum"))
+    return right / data.test_size, loss / data.test_size
+
+
+def _test_batches(data: FederatedData, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    for start in range(0, data.test_size, size):
+        yield data.test_batch(start, start + size)

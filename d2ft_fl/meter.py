@@ -1,0 +1,119 @@
+"""Measuring what training really used, without asking the cost model.
+
+FLOPs are counted by torch's own ``FlopCounterMode``; memory by following every tensor storage
+that a micro-batch creates from birth to death. Counting slows a micro-batch down several times,
+so a pattern (operations, examples) is measured the first time this process runs it and remembered;
+with ``verify`` every single micro-batch is counted.
+"""
+
+import weakref
+from collections.abc import Callable, Hashable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import FlopCounterMode
+
+
+class LiveBytes(TorchDispatchMode):
+    """Follows the storages created while it is active; ``peak`` is the most alive at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self._seen: set[int] = set()
+
+    def _free(self, key: int, size: int) -> None:
+        self._seen.discard(key)
+        self.live -= size
+
+    def ignore(self, tensors: Iterable[Tensor]) -> None:
+        """Do not count these: they were there before."""
+        self._seen.update(t.untyped_storage()._cdata for t in tensors)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor):
+                storage = leaf.untyped_storage()
+                key, size = storage._cdata, storage.nbytes()
+                if size and key not in self._seen:
+                    self._seen.add(key)
+                    self.live += size
+                    self.peak = max(self.peak, self.live)
+                    weakref.finalize(storage, self._free, key, size)
+        return out
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What one micro-batch used: FLOPs, and peak bytes on top of what was there before."""
+
+    flops: int
+    peak_bytes: int
+
+
+@dataclass
+class Meter:
+    """Counts what runs. One a process; readings are kept between rounds.
+
+    Attributes:
+        verify: Count every micro-batch instead of remembering patterns.
+        flops: FLOPs since :meth:`start`.
+        peak_bytes: Largest peak of a micro-batch since :meth:`start`, base included.
+    """
+
+    verify: bool = False
+    limit: int = 4096
+    flops: int = 0
+    peak_bytes: int = 0
+    _known: dict[Hashable, Reading] = field(default_factory=dict)
+
+    def start(self) -> None:
+        self.flops = self.peak_bytes = 0
+
+    def run(
+        self, step: Callable[[], Any], key: Hashable, base: Callable[[], int], there: list[Tensor]
+    ) -> Any:
+        """Run ``step`` and add what it used.
+
+        Args:
+            step: Forward and backward of one micro-batch.
+            key: What decides its cost: operations, what trains, examples, model.
+            base: Bytes held before it: weights, gradients, optimiser state, images.
+            there: Tensors that exist before and must not be counted again.
+        """
+        reading = None if self.verify else self._known.get(key)
+        if reading is None:
+            live, counter = LiveBytes(), FlopCounterMode(display=False)
+            live.ignore(there)
+            with counter, live:
+                result = step()
+            reading = Reading(counter.get_total_flops(), live.peak)
+            if len(self._known) >= self.limit:
+                self._known.clear()
+            self._known[key] = reading
+        else:
+            result = step()
+        self.flops += reading.flops
+        self.peak_bytes = max(self.peak_bytes, base() + reading.peak_bytes)
+        return result
+
+    def note(self, held_bytes: int) -> None:
+        """Account for a moment outside micro-batches at which this much is held."""
+        self.peak_bytes = max(self.peak_bytes, held_bytes)
+
+
+def tensor_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of the distinct storages behind some tensors."""
+    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+    return sum(storages.values())
+
+
+def set_threads(threads: int) -> None:
+    """Pin torch's thread count: float results depend on it."""
+    if torch.get_num_threads() != threads:
+        torch.set_num_threads(threads)

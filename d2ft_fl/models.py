@@ -1,0 +1,205 @@
+"""Building, loading and exporting models."""
+
+import base64
+import binascii
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors.torch
+import timm
+import torch
+from safetensors import SafetensorError
+from timm.layers import resample_abs_pos_embed
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+from d2ft_fl import timm_vit
+from d2ft_fl.errors import ConfigError
+from d2ft_fl.subnets import Architecture
+
+# The bundled model: 6 blocks x 6 heads, pretrained by experiments/pretrain_glyphs.py.
+GLYPH_VIT: dict[str, Any] = {
+    "model_name": "vit_tiny_patch16_224",
+    "img_size": 16,
+    "patch_size": 4,
+    "in_chans": 1,
+    "embed_dim": 96,
+    "depth": 6,
+    "num_heads": 6,
+}
+GLYPH_WEIGHTS = Path(__file__).parent / "assets" / "vit_glyphs.json"
+GLYPH_NAME = "vit_glyphs"
+PREFIXES = ("vit_", "deit_")
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """What to build.
+
+    Attributes:
+        name: ``vit_glyphs`` or the name of a plain timm ViT.
+        arguments: More keyword arguments of ``timm.create_model``.
+        weights: ``bundled``, ``none``, or the path of a safetensors file.
+        image_size: Side in pixels; 0 keeps the model's own.
+        classes: Outputs of the classifier.
+        seed: Seed of everything that no weights file sets.
+    """
+
+    name: str
+    arguments: tuple[tuple[str, Any], ...]
+    weights: str
+    image_size: int
+    classes: int
+    seed: int
+
+    def timm_arguments(self) -> dict[str, Any]:
+        """The keyword arguments of ``timm.create_model`` that build this model."""
+        base = dict(GLYPH_VIT) if self.name == GLYPH_NAME else {"model_name": self.name}
+        if self.image_size:
+            base["img_size"] = self.image_size
+        return {**base, **dict(self.arguments), "num_classes": self.classes}
+
+
+def build_model(spec: ModelSpec) -> VisionTransformer:
+    """Build the model and load its weights; a classifier of another size starts afresh.
+
+    Raises:
+        ConfigError: When the model is not a plain ViT, or the weights do not fit it.
+    """
+    if spec.name != GLYPH_NAME and not spec.name.startswith(PREFIXES):
+        raise ConfigError(
+            f"model {spec.name!r} is not supported: use {GLYPH_NAME!r} or a plain timm ViT "
+            "(vit_* or deit_*)"
+        )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(spec.seed)
+        try:
+            model = timm.create_model(**spec.timm_arguments())
+        except (RuntimeError, TypeError, ValueError, AssertionError) as error:
+            raise ConfigError(f"model {spec.name!r} cannot be built: {_first(error)}") from None
+    vit = timm_vit.check(model, spec.name)
+    if spec.weights != "none":
+        load_weights(vit, read_weights(spec), spec)
+    return vit.eval()
+
+
+def describe(spec: ModelSpec) -> Architecture:
+    """The architecture of a specified model, without its weights."""
+    blank = ModelSpec(spec.name, spec.arguments, "none", spec.image_size, spec.classes, spec.seed)
+    return timm_vit.describe(build_model(blank))
+
+
+def read_weights(spec: ModelSpec) -> dict[str, Tensor]:
+    """The weights that a specification names, as a state dict.
+
+    Raises:
+        ConfigError: When they cannot be read.
+    """
+    if spec.weights == "bundled":
+        if spec.name != GLYPH_NAME:
+            raise ConfigError(
+                f"weights = 'bundled' belong to model {GLYPH_NAME!r}, not {spec.name!r}; "
+                "use 'none' or the path of a safetensors file"
+            )
+        return load_weights_json(GLYPH_WEIGHTS)
+    try:
+        return safetensors.torch.load_file(spec.weights)
+    except FileNotFoundError:
+        raise ConfigError(
+            f"weights file {spec.weights!r} does not exist; use 'bundled', 'none' or the path "
+            "of a safetensors file"
+        ) from None
+    except (SafetensorError, OSError) as error:
+        raise ConfigError(
+            f"weights file {spec.weights!r} is not safetensors: {_first(error)}"
+        ) from None
+
+
+def load_weights(model: VisionTransformer, state: dict[str, Tensor], spec: ModelSpec) -> None:
+    """Copy a state dict in: position embedding resampled, classifier kept only if it fits.
+
+    Raises:
+        ConfigError: For a missing or surplus tensor, or a shape that disagrees.
+    """
+    state = {name: tensor.float() for name, tensor in state.items()}
+    wanted = model.state_dict()
+    if "pos_embed" in state and state["pos_embed"].shape != wanted["pos_embed"].shape:
+        _resample_position(model, state, spec)
+    head = {name for name in wanted if name.startswith("head.")}
+    if any(name not in state or state[name].shape != wanted[name].shape for name in head):
+        for name in head:
+            state[name] = wanted[name]
+    for name, tensor in wanted.items():
+        if name not in state:
+            raise ConfigError(f"weights {spec.weights!r} lack {name!r} of model {spec.name!r}")
+        if state[name].shape != tensor.shape:
+            raise ConfigError(
+                f"weights {spec.weights!r}: {name!r} has shape {list(state[name].shape)}, "
+                f"but model {spec.name!r} wants {list(tensor.shape)}"
+            )
+    if surplus := sorted(state.keys() - wanted.keys()):
+        raise ConfigError(
+            f"weights {spec.weights!r} hold {surplus[0]!r}, which model {spec.name!r} has not"
+        )
+    model.load_state_dict(state)
+
+
+def _resample_position(
+    model: VisionTransformer, state: dict[str, Tensor], spec: ModelSpec
+) -> None:
+    prefix = 0 if model.no_embed_class else model.num_prefix_tokens
+    old, new = state["pos_embed"], model.state_dict()["pos_embed"]
+    side = round((old.shape[1] - prefix) ** 0.5)
+    if old.dim() != 3 or old.shape[2] != new.shape[2] or side * side != old.shape[1] - prefix:
+        raise ConfigError(
+            f"weights {spec.weights!r}: 'pos_embed' has shape {list(old.shape)}, which cannot be "
+            f"resampled to {list(new.shape)} of model {spec.name!r}"
+        )
+    state["pos_embed"] = resample_abs_pos_embed(
+        old, new_size=list(model.patch_embed.grid_size), num_prefix_tokens=prefix
+    )
+
+
+def save_weights_json(path: Path, state: Mapping[str, Tensor]) -> int:
+    """Write a state dict as JSON of base64 float16, which travels in a Flower app bundle."""
+    tensors = {
+        name: {"shape": list(t.shape), "float16": base64.b64encode(_half(t)).decode()}
+        for name, t in state.items()
+    }
+    return path.write_text(json.dumps(tensors) + "\n")
+
+
+def _half(tensor: Tensor) -> bytes:
+    return tensor.detach().numpy().astype("<f2").tobytes()
+
+
+def load_weights_json(path: Path) -> dict[str, Tensor]:
+    """Read what :func:`save_weights_json` wrote, as float32."""
+    try:
+        return {
+            name: torch.from_numpy(
+                np.frombuffer(base64.b64decode(entry["float16"]), dtype="<f2")
+                .astype(np.float32)
+                .reshape(entry["shape"])
+            )
+            for name, entry in json.loads(path.read_text()).items()
+        }
+    except (OSError, ValueError, KeyError, binascii.Error) as error:
+        raise ConfigError(f"bundled weights cannot be read: {_first(error)}") from None
+
+
+def export(folder: Path, weights: Mapping[str, Tensor], spec: ModelSpec) -> None:
+    """Write ``model.safetensors``, and ``model.json``: how ``timm.create_model`` builds it."""
+    safetensors.torch.save_file(
+        {n: t.contiguous() for n, t in weights.items()}, folder / "model.safetensors"
+    )
+    (folder / "model.json").write_text(json.dumps(spec.timm_arguments(), indent=2) + "\n")
+
+
+def _first(error: BaseException) -> str:
+    """The first line of an error's text."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

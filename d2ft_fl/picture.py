@@ -1,0 +1,59 @@
+"""Pictures of plans."""
+
+from pathlib import Path
+
+import numpy as np
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+
+from d2ft_fl.rounds import Plan
+from d2ft_fl.subnets import Operation
+
+COLOURS = {  # colour-blind safe (Okabe & Ito)
+    Operation.SHORTCUT: np.array([0.93, 0.93, 0.93]),
+    Operation.FORWARD_ONLY: np.array([0.90, 0.62, 0.00]),
+    Operation.FULL: np.array([0.00, 0.45, 0.70]),
+}
+LABELS = {
+    Operation.FULL: "FULL: forward and backward",
+    Operation.FORWARD_ONLY: "FORWARD_ONLY: no gradient",
+    Operation.SHORTCUT: "SHORTCUT: skipped",
+}
+MOST_CLIENTS = 40
+
+
+def draw_plan(plan: Plan, path: Path) -> None:
+    """One round's plan as a PNG: a row a client, a column a subnet.
+
+    With several slots a cell mixes the colours of what the subnet does in them.
+    """
+    schedules = plan.schedules()[:MOST_CLIENTS]  # [clients, slots, blocks, heads]
+    clients, _, blocks, heads = schedules.shape
+    shares = [(schedules == op).mean(axis=1)[..., None] * c for op, c in COLOURS.items()]
+    image = np.sum(shares, axis=0).reshape(clients, blocks * heads, 3)
+
+    figure = Figure(figsize=(max(6.0, 0.24 * blocks * heads + 2.4), 0.34 * clients + 2.0))
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.imshow(image, aspect="auto", interpolation="nearest")
+    axes.set_xticks(np.arange(-0.5, blocks * heads), minor=True)
+    axes.set_yticks(np.arange(-0.5, clients), minor=True)
+    axes.grid(which="minor", color="white", linewidth=0.8)
+    for block in range(1, blocks):
+        axes.axvline(block * heads - 0.5, color="black", linewidth=1.2)
+    axes.tick_params(which="minor", length=0)
+    axes.set_xticks([b * heads + (heads - 1) / 2 for b in range(blocks)])
+    axes.set_xticklabels([f"block {b}" for b in range(blocks)])
+    axes.set_yticks(range(clients))
+    axes.set_yticklabels(
+        [f"client {c.client}" + (f", {c.budget.device}" if c.budget.device else "")
+         for c in plan.clients[:MOST_CLIENTS]]
+    )
+    axes.set_title(f"Round {plan.round}: who runs which of {heads} heads a block", fontsize=11)
+    figure.legend(
+        handles=[Patch(facecolor=tuple(COLOURS[op]), label=text) for op, text in LABELS.items()],
+        loc="lower center", ncols=3, frameon=False, fontsize=9,
+    )
+    figure.tight_layout(rect=(0, 0.06 + 0.15 / clients, 1, 1))
+    figure.savefig(path, dpi=130)

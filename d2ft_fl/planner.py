@@ -1,0 +1,350 @@
+"""One client's plan: its budget and the scores of subnets in, its schedule out.
+
+A subnet chooses in how many of the round's slots it runs FULL (a) and FORWARD_ONLY (b), a + b at
+most the number of slots; which slots those are rotates from subnet to subnet, so that the work of
+a slot is even. One slot gives D2FT's three operations. Values add up over subnets,
+
+    value(a, b) = backward * a / slots + forward_weight * forward * (a + b) / slots
+
+costs come from the cost model, a block's openings included (see ``knapsack``). Peak memory is not
+additive (worst slot, copies, transients): it is priced from below, checked exactly, and the
+capacity shown to the solver shrinks by what was over until the exact cost fits.
+"""
+
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+import numpy as np
+
+from d2ft_fl.costs import (
+    ELEMENT,
+    MEMORY_MARGIN,
+    MESSAGE_HEADER,
+    MOMENTS,
+    RESOURCES,
+    TENSOR_HEADER,
+    Cost,
+    CostModel,
+)
+from d2ft_fl.errors import RunError
+from d2ft_fl.knapsack import Problem, Solution, solve
+from d2ft_fl.subnets import Kind, Operation, Schedule, slot_sizes
+
+FLOPS, MEMORY, UP, DOWN = range(len(RESOURCES))
+PLANNERS = ("joint", "two-stage")
+RESIDENT, TRAINED = 1, 2  # levels a block is opened to
+MEMORY_TRIES = 12
+
+
+@dataclass(frozen=True)
+class Assignment:
+    """What one client does in one round, and what that is predicted to cost.
+
+    Attributes:
+        client: Its number.
+        schedule: Its operations.
+        cost: Predicted cost, the scoring pass included.
+        score_examples: Examples of the Fisher pass it runs before training; 0 for none.
+        gap: Certified distance of the schedule's value from the optimum, as a share of the bound;
+            ``None`` where no knapsack was solved.
+    """
+
+    client: int
+    schedule: Schedule
+    cost: Cost
+    score_examples: int = 0
+    gap: float | None = None
+
+
+@dataclass(frozen=True)
+class Patterns:
+    """The options of a subnet, and the slots that each means.
+
+    Attributes:
+        full, forward: Slots FULL and FORWARD_ONLY of each option: int64 [options].
+        operations: int8 [options, slots]; a subnet rolls its own along the active slots.
+    """
+
+    full: np.ndarray
+    forward: np.ndarray
+    operations: np.ndarray
+
+    @classmethod
+    def of(cls, slots: int, active: int) -> "Patterns":
+        pairs = [(a, b) for a in range(active + 1) for b in range(active + 1 - a)]
+        operations = np.zeros((len(pairs), slots), dtype=np.int8)
+        for row, (a, b) in enumerate(pairs):
+            operations[row, :a] = Operation.FULL
+            operations[row, a : a + b] = Operation.FORWARD_ONLY
+        full, forward = np.array(pairs).T
+        return cls(full, forward, operations)
+
+    def rolled(self, option: int, shift: int, active: int) -> np.ndarray:
+        """Operations of a subnet that starts at slot ``shift``: int8 [slots]."""
+        out = self.operations[option].copy()
+        out[:active] = np.roll(out[:active], shift % active)
+        return out
+
+
+@dataclass(frozen=True)
+class Planner:
+    """Plans single clients under one cost model.
+
+    Attributes:
+        costs: The cost model.
+        method: ``joint``, or ``two-stage`` as D2FT does it: FULL by backward score first, then
+            FORWARD_ONLY by forward score in what is left.
+        forward_weight: What running a subnet is worth beside training it, at equal scores.
+    """
+
+    costs: CostModel
+    method: str = "joint"
+    forward_weight: float = 0.5
+
+    def plan(
+        self,
+        client: int,
+        examples: int,
+        capacity: np.ndarray,
+        backward: np.ndarray,
+        forward: np.ndarray,
+        rotation: int = 0,
+        score_examples: int = 0,
+    ) -> Assignment:
+        """The best schedule found that keeps every budget; sitting out when nothing fits.
+
+        Args:
+            client, examples: Who, and on how much data.
+            capacity: Its budgets, int64 [4] in ``RESOURCES`` order.
+            backward, forward: Scores, float64 [blocks, heads], mean 1.
+            rotation: Shifts which slots a partly scheduled subnet gets, for example the round.
+            score_examples: Examples of a Fisher pass to run first, where the budget affords it.
+        """
+        scoring = self.scoring_cost(score_examples)
+        if score_examples and (scoring.vector() <= capacity).all():
+            reserved = capacity - np.array([scoring.flops, 0, scoring.bytes_up, 0])
+            reserved[DOWN] = np.iinfo(np.int64).max // 4  # everything travels down for scoring
+            planned = self._solve(client, examples, reserved, backward, forward, rotation)
+            if not planned.schedule.sits_out:
+                return self._with_scoring(planned, examples, capacity, scoring, score_examples)
+        return self._solve(client, examples, capacity, backward, forward, rotation)
+
+    def scoring_cost(self, examples: int) -> Cost:
+        """Cost of a Fisher pass: one example at a time, everything FULL, the whole model down.
+
+        Its memory holds no gradients but the one at hand.
+        """
+        if examples == 0:
+            return Cost()
+        one = CostModel(self.costs.arch, self.costs.options, slots=1)
+        everything = one.everything()
+        a = self.costs.arch
+        flops = one.flops(everything, 1) * examples
+        held = one.held_bytes(everything, moments=False)
+        gradients = held - sum(ELEMENT * p.numel for p in a.parameters)
+        widest = max(p.numel for p in a.of_kind(Kind.SLICED))
+        memory = held - gradients + one.peak_bytes(everything, 0, 1) + 2 * ELEMENT * widest
+        memory += ELEMENT * examples * one.input_elements
+        memory += memory // MEMORY_MARGIN
+        return Cost(
+            flops,
+            memory,
+            ELEMENT * a.blocks * a.heads + TENSOR_HEADER,
+            self.costs.bytes_down(self.costs.everything()),
+        )
+
+    def _with_scoring(
+        self,
+        planned: Assignment,
+        examples: int,
+        capacity: np.ndarray,
+        scoring: Cost,
+        score_examples: int,
+    ) -> Assignment:
+        cost = Cost(
+            planned.cost.flops + scoring.flops,
+            max(planned.cost.memory, scoring.memory),
+            planned.cost.bytes_up + scoring.bytes_up,
+            scoring.bytes_down,
+        )
+        _hold(cost, capacity, planned.client)
+        return Assignment(planned.client, planned.schedule, cost, score_examples, planned.gap)
+
+    def _solve(
+        self,
+        client: int,
+        examples: int,
+        capacity: np.ndarray,
+        backward: np.ndarray,
+        forward: np.ndarray,
+        rotation: int,
+    ) -> Assignment:
+        """Try with all slots active, then with fewer, until something can be trained."""
+        slots, arch = self.costs.slots, self.costs.arch
+        best: Assignment | None = None
+        for active in range(slots, 0, -1):
+            candidate = _ClientProblem(self, examples, active, rotation, backward, forward)
+            schedule, gap = candidate.schedule(capacity)
+            cost = self.costs.cost(schedule, examples)
+            _hold(cost, capacity, client)
+            planned = Assignment(client, schedule, cost, gap=gap)
+            if schedule.trained.any():
+                return planned
+            if best is None and not schedule.sits_out:
+                best = planned
+        # Running forward without training anything changes only the classifier: still a plan.
+        nothing = Schedule.filled(Operation.SHORTCUT, slots, arch.blocks, arch.heads)
+        return best or Assignment(client, nothing, Cost(), gap=0.0)
+
+
+def _hold(cost: Cost, capacity: np.ndarray, client: int) -> None:
+    """A plan that breaks a budget is a bug, never sent."""
+    over = cost.vector() > capacity
+    if over.any():
+        raise RunError(
+            f"planner bug: client {client} would use {cost.vector()[over].tolist()} of "
+            f"{[r for r, o in zip(RESOURCES, over, strict=True) if o]}, allowed are "
+            f"{capacity[over].tolist()}"
+        )
+
+
+@dataclass(frozen=True)
+class _ClientProblem:
+    """The knapsack of one client with a given number of active slots."""
+
+    planner: Planner
+    examples: int
+    active: int
+    rotation: int
+    backward: np.ndarray
+    forward: np.ndarray
+
+    @cached_property
+    def patterns(self) -> Patterns:
+        return Patterns.of(self.planner.costs.slots, self.active)
+
+    @cached_property
+    def shifts(self) -> np.ndarray:
+        """Where each subnet's pattern starts: int64 [subnets]."""
+        arch = self.planner.costs.arch
+        block, head = np.divmod(np.arange(arch.blocks * arch.heads), arch.heads)
+        return (block + head + self.rotation) % self.active
+
+    def schedule(self, capacity: np.ndarray) -> tuple[Schedule, float]:
+        """The schedule that fits ``capacity`` exactly, and its certified gap."""
+        shown = capacity - self._constant
+        shown[MEMORY] = capacity[MEMORY] * MEMORY_MARGIN // (MEMORY_MARGIN + 1)
+        shown[MEMORY] -= self._constant[MEMORY]
+        for _ in range(MEMORY_TRIES):
+            solution = self._choose(shown)
+            schedule = self._materialise(solution.choice)
+            over = self.planner.costs.cost(schedule, self.examples).memory - int(capacity[MEMORY])
+            if over <= 0:
+                return schedule, solution.gap
+            shown[MEMORY] = min(shown[MEMORY] - over, shown[MEMORY] * 127 // 128)
+        return self._materialise(np.zeros_like(self.shifts)), 1.0
+
+    def _choose(self, shown: np.ndarray) -> Solution:
+        slots, patterns = self.planner.costs.slots, self.patterns
+        runs = (patterns.full + patterns.forward) / slots  # [options]
+        weight = self.planner.forward_weight
+        train = self.backward.reshape(-1, 1) * patterns.full / slots  # [subnets, options]
+        run = self.forward.reshape(-1, 1) * runs
+        every = np.ones(train.shape, dtype=bool)
+        if self.planner.method == "joint":
+            return solve(self._problem(train + weight * run, shown, every))
+        first = solve(self._problem(train, shown, every & (patterns.forward == 0)))
+        chosen = patterns.full[first.choice]
+        same = patterns.full[None] == chosen[:, None]  # FULL is settled; FORWARD_ONLY is not
+        return solve(replace(self._problem(run, shown, same), default=first.choice))
+
+    def _problem(self, values: np.ndarray, shown: np.ndarray, allowed: np.ndarray) -> Problem:
+        levels = np.where(
+            self.patterns.full > 0, TRAINED, np.where(self.patterns.forward > 0, RESIDENT, 0)
+        )
+        arch = self.planner.costs.arch
+        groups = np.repeat(np.arange(arch.blocks), arch.heads)
+        default = np.zeros(len(groups), dtype=np.int64)
+        return Problem(
+            values, self._costs, shown, groups, levels, self._openings, allowed, default
+        )
+
+    @cached_property
+    def _sizes(self) -> tuple[int, int]:
+        """Examples of the largest micro-batch, and optimiser copies beside the weights."""
+        costs = self.planner.costs
+        largest = slot_sizes(min(self.examples, costs.options.batch_size), costs.slots)[0]
+        batches = self.examples * costs.options.epochs > costs.options.batch_size
+        return largest, 1 + (MOMENTS[costs.options.optimizer] if batches else 0)
+
+    @cached_property
+    def _costs(self) -> np.ndarray:
+        """Cost of each option of each subnet: int64 [subnets, options, resources]."""
+        c, patterns = self.planner.costs, self.patterns
+        arch, (largest, copies) = c.arch, self._sizes
+        totals = np.array(c.slot_totals(self.examples), dtype=np.int64)
+        rolled = np.stack(
+            [
+                np.stack([patterns.rolled(k, int(s), self.active) for s in range(self.active)])
+                for k in range(len(patterns.full))
+            ]
+        )  # [options, shifts, slots]
+        full = ((rolled == Operation.FULL) @ totals)[:, self.shifts].T  # [subnets, options]
+        forward = ((rolled == Operation.FORWARD_ONLY) @ totals)[:, self.shifts].T
+        head = np.tile(np.arange(arch.heads), arch.blocks)
+        out = np.zeros((*full.shape, len(RESOURCES)), dtype=np.int64)
+        out[..., FLOPS] = full * c.full_flops[head][:, None]
+        out[..., FLOPS] += forward * c.forward_flops[head][:, None]
+        sliced = ELEMENT * c._elements.sliced.reshape(-1, 1)
+        trained, resident = patterns.full > 0, patterns.full + patterns.forward > 0
+        saved = ELEMENT * largest * c.saved_slice[head][:, None] * patterns.full // self.active
+        out[..., MEMORY] = sliced * (resident + copies * trained) + saved
+        out[..., UP] = sliced * trained
+        out[..., DOWN] = sliced * resident
+        return out
+
+    @cached_property
+    def _openings(self) -> np.ndarray:
+        """Cost of opening each block to RESIDENT and on to TRAINED: int64 [blocks, 2, resources]."""
+        c, (largest, copies) = self.planner.costs, self._sizes
+        shared = ELEMENT * c._elements.shared
+        headers = TENSOR_HEADER * np.array(
+            [sum(p.block == b for p in c.arch.parameters) for b in range(c.arch.blocks)]
+        )
+        out = np.zeros((c.arch.blocks, 2, len(RESOURCES)), dtype=np.int64)
+        out[:, 0, MEMORY], out[:, 0, DOWN] = shared, shared + headers
+        out[:, 1, MEMORY] = copies * shared + ELEMENT * largest * c.saved_block
+        out[:, 1, UP] = shared + headers
+        return out
+
+    @cached_property
+    def _constant(self) -> np.ndarray:
+        """Cost of running anything at all: int64 [resources]."""
+        c, (largest, copies) = self.planner.costs, self._sizes
+        e = c._elements
+        final = c.arch.of_kind(Kind.FINAL)
+        embedding = c.arch.of_kind(Kind.EMBEDDING)
+        batch = min(self.examples, c.options.batch_size)
+        examples = sum(c.slot_totals(self.examples)[: self.active])
+        return np.array(
+            [
+                c.base_flops * examples,
+                ELEMENT * (e.embedding + (1 + copies) * e.final)
+                + ELEMENT * (batch * c.input_elements + largest * c.saved_outer),
+                ELEMENT * e.final + TENSOR_HEADER * len(final) + MESSAGE_HEADER,
+                ELEMENT * (e.embedding + e.final)
+                + TENSOR_HEADER * (len(final) + len(embedding))
+                + MESSAGE_HEADER
+                + c.slots * c.arch.blocks * c.arch.heads,
+            ],
+            dtype=np.int64,
+        )
+
+    def _materialise(self, choice: np.ndarray) -> Schedule:
+        c = self.planner.costs
+        columns = [
+            self.patterns.rolled(int(option), int(shift), self.active)
+            for option, shift in zip(choice, self.shifts, strict=True)
+        ]
+        operations = np.stack(columns, axis=1)  # [slots, subnets]
+        return Schedule(operations.reshape(c.slots, c.arch.blocks, c.arch.heads))

@@ -1,0 +1,50 @@
+"""Names in a configuration that stand for code: ``module:callable`` or a built-in's name."""
+
+import importlib
+from types import ModuleType
+from typing import Any
+
+from d2ft_fl.errors import ConfigError
+
+
+def load_attribute(spec: str, what: str) -> Any:
+    """What ``module:attribute`` names.
+
+    Raises:
+        ConfigError: When the module or attribute does not exist or does not import.
+    """
+    module_name, _, attribute = spec.partition(":")
+    module = _import(module_name, f"{what} = {spec!r}")
+    if not hasattr(module, attribute):
+        raise ConfigError(f"{what} = {spec!r}: module {module_name!r} has no {attribute!r}")
+    return getattr(module, attribute)
+
+
+def load_module(package: str, spec: str, what: str, builtin: tuple[str, ...]) -> ModuleType:
+    """A built-in module of ``package`` by name, or any importable module by its dotted path.
+
+    Raises:
+        ConfigError: When there is none of that name.
+    """
+    if spec in builtin:
+        return importlib.import_module(f"{package}.{spec.replace('-', '_')}")
+    if "." not in spec:
+        raise ConfigError(
+            f"{what} = {spec!r} is unknown; use one of {', '.join(builtin)}, or the dotted path "
+            "of a module of your own"
+        )
+    return _import(spec, f"{what} = {spec!r}")
+
+
+def _import(name: str, where: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ConfigError(
+            f"{where}: cannot import {name!r} ({error}); it must be importable where the run "
+            "starts, for example through PYTHONPATH"
+        ) from None
+    except Exception as error:
+        raise ConfigError(
+            f"{where}: importing {name!r} raised {type(error).__name__}: {error}"
+        ) from error

@@ -1,0 +1,242 @@
+"""The run folder: what a run leaves behind. JSON, safetensors and pictures; nothing pickled.
+
+    config.toml              the resolved configuration
+    rounds.jsonl             one line a round
+    clients.jsonl            one line a client and round
+    plans/round-001.safetensors   int8 schedules [clients, slots, blocks, heads]
+    plan.png                 the last round's plan
+    model.safetensors, model.json   the final model, a timm state dict and how to build it
+    summary.json             totals, and the comparison with full fine-tuning
+    status.json              running, finished or failed, and why
+"""
+
+import json
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import platformdirs
+import safetensors.torch
+import torch
+
+from d2ft_fl.budgets import UNLIMITED
+from d2ft_fl.config import RunConfig
+from d2ft_fl.costs import RESOURCES
+from d2ft_fl.models import ModelSpec, export
+from d2ft_fl.picture import draw_plan
+from d2ft_fl.rounds import ClientRecord, Federation, Plan, State
+
+
+def new_run_folder(config: RunConfig) -> Path:
+    """An absolute path of its own for a run, under the user's data folder."""
+    root = platformdirs.user_data_path("d2ft-fl", appauthor=False) / "runs"
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    name = f"{stamp}-{config.strategy}-seed{config.seed}"
+    folder, attempt = root / name, 1
+    while folder.exists():
+        attempt += 1
+        folder = root / f"{name}-{attempt}"
+    return folder
+
+
+def dump_toml(entries: dict[str, Any]) -> str:
+    """Flat TOML: JSON's spelling of strings, numbers and truth values is TOML's too."""
+    return "".join(f"{key} = {json.dumps(value)}\n" for key, value in entries.items())
+
+
+@dataclass
+class Recorder:
+    """Writes one run's folder as the run goes on."""
+
+    folder: Path
+    federation: Federation
+    model: ModelSpec
+    rows: list[dict[str, Any]] = field(default_factory=list)
+    totals: dict[str, float] = field(default_factory=dict)
+
+    def start(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.folder.joinpath("plans").mkdir(exist_ok=True)
+        entries = self.federation.config.to_mapping() | {"run-folder": str(self.folder)}
+        self.folder.joinpath("config.toml").write_text(dump_toml(entries))
+        for name in ("rounds.jsonl", "clients.jsonl"):
+            self.folder.joinpath(name).write_text("")
+        write_status(self.folder, "running")
+
+    def plan(self, plan: Plan) -> None:
+        """Keep a round's schedules."""
+        path = self.folder / "plans" / f"round-{plan.round:03d}.safetensors"
+        tensors = {
+            "schedules": torch.from_numpy(plan.schedules()),
+            "clients": torch.tensor([c.client for c in plan.clients]),
+        }
+        safetensors.torch.save_file(tensors, path)
+        self.last_plan = plan
+
+    def round(
+        self,
+        state: State,
+        plan: Plan,
+        records: list[ClientRecord],
+        accuracy: float,
+        loss: float,
+        wall_seconds: float,
+    ) -> dict[str, Any]:
+        """Append a round; returns its line."""
+        row = self._row(state, plan, records, accuracy, loss, wall_seconds)
+        self.rows.append(row)
+        with self.folder.joinpath("clients.jsonl").open("a") as file:
+            for record in records:
+                file.write(json.dumps(_client_row(plan.round, record)) + "\n")
+        with self.folder.joinpath("rounds.jsonl").open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        return row
+
+    def _row(
+        self,
+        state: State,
+        plan: Plan,
+        records: list[ClientRecord],
+        accuracy: float,
+        loss: float,
+        wall_seconds: float,
+    ) -> dict[str, Any]:
+        worked = [r for r in records if r.used is not None]
+        losses = [(r.train_loss, r.examples) for r in worked if r.train_loss is not None]
+        trained = np.sum([a.schedule.trained for a in plan.working], axis=0)
+        full = [self.federation.costs.full_cost(c.examples) for c in plan.clients]
+        row: dict[str, Any] = {
+            "round": state.round,
+            "accuracy": accuracy,
+            "loss": loss,
+            "train_loss": sum(x * n for x, n in losses) / max(1, sum(n for _, n in losses)),
+        }
+        for index, resource in enumerate(RESOURCES):
+            row[resource] = _resource(index, resource, worked) | {
+                "full_mean": float(np.mean([getattr(c, resource) for c in full]))
+            }
+        row |= {
+            "coverage": float((trained > 0).mean()),
+            "clients_per_subnet": float(trained.mean()),
+            "trained": trained.tolist(),
+            "round_seconds": max((r.seconds for r in records), default=0.0),
+            "wall_seconds": wall_seconds,
+            "clients": len(records),
+            "worked": len(worked),
+            "sat_out": sum(r.sat_out for r in records),
+            "faults": [f"client {r.client}: {r.fault}" for r in records if r.fault],
+            "violations": _violations(worked),
+            "flops_as_predicted": sum(r.predicted.flops == r.used.flops for r in worked if r.used),
+        }
+        return row
+
+    def finish(self, state: State, wall_seconds: float) -> dict[str, Any]:
+        """Write the model, the picture and the summary; returns the summary."""
+        draw_plan(self.last_plan, self.folder / "plan.png")
+        export(self.folder, state.weights, self.model)
+        summary = summarise(self.rows, self.federation, self.folder, wall_seconds)
+        self.folder.joinpath("summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+        write_status(self.folder, "finished")
+        return summary
+
+
+def write_status(folder: Path, status: str, reason: str = "") -> None:
+    """Say how a run stands: ``running``, ``finished`` or ``failed``."""
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / "status.json.part"
+    partial.write_text(json.dumps({"status": status, "reason": reason}) + "\n")
+    partial.replace(folder / "status.json")
+
+
+def _resource(index: int, name: str, worked: list[ClientRecord]) -> dict[str, Any]:
+    """Means over the clients that worked, and the worst share of its allowance."""
+    used = [getattr(r.used, name) for r in worked]
+    limited = [
+        (u, int(r.allowed[index]))
+        for u, r in zip(used, worked, strict=True)
+        if r.allowed[index] < UNLIMITED
+    ]
+    return {
+        "used_mean": float(np.mean(used)) if used else 0.0,
+        "allowed_mean": float(np.mean([a for _, a in limited])) if limited else None,
+        "worst": max((u / max(1, a) for u, a in limited), default=None),
+    }
+
+
+def _violations(worked: list[ClientRecord]) -> list[str]:
+    """Every budget that measurement found broken, named."""
+    out = []
+    for r in worked:
+        assert r.used is not None
+        for name, used, allowed in zip(RESOURCES, r.used.vector(), r.allowed, strict=True):
+            if used > allowed:
+                out.append(f"client {r.client}: {name} {used} of {allowed}")
+    return out
+
+
+def _client_row(round: int, r: ClientRecord) -> dict[str, Any]:
+    allowed = {
+        name: int(a) if a < UNLIMITED else None
+        for name, a in zip(RESOURCES, r.allowed, strict=True)
+    }
+    return {
+        "round": round,
+        "client": r.client,
+        "device": r.device,
+        "examples": r.examples,
+        "operations": r.operations,
+        "used": asdict(r.used) if r.used else None,
+        "predicted": asdict(r.predicted),
+        "allowed": allowed,
+        "seconds": r.seconds,
+        "wall_seconds": r.wall_seconds,
+        "train_loss": r.train_loss,
+        "scored": r.scored,
+        "gap": r.gap,
+        "sat_out": r.sat_out,
+        "fault": r.fault,
+    }
+
+
+def summarise(
+    rows: list[dict[str, Any]], federation: Federation, folder: Path, wall_seconds: float
+) -> dict[str, Any]:
+    """Totals over a run, beside what full fine-tuning of the same clients would have cost."""
+    resources = {}
+    for name in RESOURCES:
+        used = [(row[name]["used_mean"], row["worked"]) for row in rows]
+        full = [(row[name]["full_mean"], row["clients"]) for row in rows]
+        if name == "memory":  # a peak: the mean client's, not a sum over rounds
+            spent = sum(u * n for u, n in used) / max(1, sum(n for _, n in used))
+            whole = sum(f * n for f, n in full) / sum(n for _, n in full)
+        else:
+            spent, whole = sum(u * n for u, n in used), sum(f * n for f, n in full)
+        worst = [row[name]["worst"] for row in rows if row[name]["worst"] is not None]
+        resources[name] = {
+            "used": spent,
+            "full": whole,
+            "share": spent / whole,
+            "worst": max(worst, default=None),
+        }
+    return {
+        "strategy": federation.config.strategy,
+        "keeps_budgets": federation.keeps_budgets,
+        "seed": federation.config.seed,
+        "rounds": len(rows),
+        "accuracy": rows[-1]["accuracy"],
+        "best_accuracy": max(row["accuracy"] for row in rows),
+        "loss": rows[-1]["loss"],
+        "resources": resources,
+        "round_seconds": sum(row["round_seconds"] for row in rows),
+        "wall_seconds": wall_seconds,
+        "coverage": float((np.sum([row["trained"] for row in rows], axis=0) > 0).mean()),
+        "violations": sum(len(row["violations"]) for row in rows),
+        "faults": sum(len(row["faults"]) for row in rows),
+        "sat_out": sum(row["sat_out"] for row in rows),
+        "flops_as_predicted": sum(row["flops_as_predicted"] for row in rows),
+        "client_rounds": sum(row["worked"] for row in rows),
+        "verified": federation.config.verify_costs,
+        "folder": str(folder),
+    }

@@ -1,0 +1,356 @@
+"""The round as a pure function: plan from state and reports, fold replies into the next state.
+
+Back ends only carry blobs: Flower (``server_app``) and a plain loop (``local``) drive the same
+functions, and give the same result for the same seed.
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from d2ft_fl import scores, wire
+from d2ft_fl.aggregation import Sums, Update
+from d2ft_fl.budgets import Budget
+from d2ft_fl.config import RunConfig
+from d2ft_fl.costs import RESOURCES, Cost, CostModel
+from d2ft_fl.errors import ReplyError, RunError
+from d2ft_fl.planner import Assignment, Planner
+from d2ft_fl.subnets import Architecture, Schedule, pack_for
+
+__all__ = ["Assignment", "Federation", "Participant", "Report", "Round", "State"]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a client says of itself before a round."""
+
+    client: int
+    examples: int
+    budget: Budget
+
+
+@dataclass(frozen=True, eq=False)
+class Participant:
+    """A client as strategies see it.
+
+    Attributes:
+        client: Its number. examples: Its training examples.
+        budget: As it reported it.
+        capacity: Its budgets resolved, int64 [4] in ``RESOURCES`` order.
+    """
+
+    client: int
+    examples: int
+    budget: Budget
+    capacity: np.ndarray
+
+
+@dataclass(frozen=True)
+class State:
+    """What one round hands to the next.
+
+    Attributes:
+        round: Rounds finished.
+        weights: The global model, float32 by state-dict name.
+        fisher: What scoring passes have told.
+    """
+
+    round: int
+    weights: dict[str, Tensor]
+    fisher: scores.FisherBook = field(default_factory=scores.FisherBook)
+
+
+@dataclass(frozen=True)
+class Federation:
+    """What stays the same over a run."""
+
+    config: RunConfig
+    arch: Architecture
+
+    @cached_property
+    def costs(self) -> CostModel:
+        return CostModel(self.arch, self.config.local_options(), self.config.slots)
+
+    @cached_property
+    def planner(self) -> Planner:
+        return Planner(self.costs, self.config.planner, self.config.forward_weight)
+
+    @cached_property
+    def strategy(self) -> Any:
+        return self.config.load_strategy()
+
+    @property
+    def keeps_budgets(self) -> bool:
+        return bool(getattr(self.strategy, "KEEPS_BUDGETS", True))
+
+    def participant(self, report: Report) -> Participant:
+        full = self.costs.full_cost(report.examples)
+        capacity = report.budget.capacity(full)
+        return Participant(report.client, report.examples, report.budget, capacity)
+
+
+@dataclass(frozen=True)
+class Round:
+    """What a strategy decides from, and the tools it decides with.
+
+    Attributes:
+        federation: Model, costs and configuration.
+        state: The global model and scores so far.
+        clients: Everyone who takes part, in order.
+    """
+
+    federation: Federation
+    state: State
+    clients: list[Participant]
+
+    @property
+    def number(self) -> int:
+        """Rounds are counted from 1."""
+        return self.state.round + 1
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(blocks, heads)."""
+        return self.federation.arch.blocks, self.federation.arch.heads
+
+    def generator(self, client: Participant) -> np.random.Generator:
+        """Randomness that depends on seed, round and client only."""
+        return np.random.default_rng([self.federation.config.seed, self.number, client.client])
+
+    def scores(self, kind: str) -> np.ndarray:
+        """``magnitude``, ``fisher`` or ``uniform`` scores with mean 1: float64 [blocks, heads]."""
+        arch = self.federation.arch
+        if kind == "magnitude":
+            return scores.normalised(scores.magnitude(arch, self.state.weights))
+        if kind == "fisher":
+            return scores.normalised(self.state.fisher.scores(arch))
+        return np.ones(self.shape)
+
+    def backward_scores(self) -> np.ndarray:
+        """Worth of training each subnet, as configured."""
+        return self.scores(self.federation.config.backward_score)
+
+    def forward_scores(self) -> np.ndarray:
+        """Worth of running each subnet, as configured."""
+        return self.scores(self.federation.config.forward_score)
+
+    def scoring_examples(self, client: Participant) -> int:
+        """Examples of a Fisher pass that ``client`` would run in this round; 0 for none."""
+        config = self.federation.config
+        wanted = "fisher" in (config.backward_score, config.forward_score)
+        if not wanted or not config.scores_needed() or (self.number - 1) % config.score_every:
+            return 0
+        return min(config.score_examples, client.examples)
+
+    def plan(
+        self, client: Participant, backward: np.ndarray, forward: np.ndarray
+    ) -> Assignment:
+        """The best schedule for these scores that keeps every budget of ``client``."""
+        return self.federation.planner.plan(
+            client.client,
+            client.examples,
+            client.capacity,
+            backward,
+            forward,
+            rotation=self.number,
+            score_examples=self.scoring_examples(client),
+        )
+
+    def everything(self) -> Schedule:
+        """Every subnet FULL in every slot."""
+        return self.federation.costs.everything()
+
+    def assign(self, client: Participant, schedule: Schedule) -> Assignment:
+        """A schedule of your own, with its predicted cost; budgets are not looked at."""
+        return Assignment(
+            client.client, schedule, self.federation.costs.cost(schedule, client.examples)
+        )
+
+
+def plan_round(federation: Federation, state: State, reports: Iterable[Report]) -> "Plan":
+    """All clients' assignments of the next round.
+
+    Raises:
+        RunError: When the strategy leaves a client out, or breaks a budget that it promised to
+            keep.
+    """
+    clients = [federation.participant(r) for r in sorted(reports, key=lambda r: r.client)]
+    assignments = federation.strategy.schedule(Round(federation, state, clients))
+    by_client = {a.client: a for a in assignments}
+    if sorted(by_client) != [c.client for c in clients] or len(assignments) != len(clients):
+        raise RunError(
+            f"strategy {federation.config.strategy!r} must give each client one assignment"
+        )
+    for c in clients:
+        over = by_client[c.client].cost.vector() > c.capacity
+        if federation.keeps_budgets and over.any():
+            names = ", ".join(r for r, o in zip(RESOURCES, over, strict=True) if o)
+            raise RunError(
+                f"strategy {federation.config.strategy!r} breaks the budget of client {c.client} "
+                f"in {names}; use round.plan, or declare KEEPS_BUDGETS = False"
+            )
+    return Plan(state.round + 1, clients, [by_client[c.client] for c in clients])
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One round's assignments, in the order of ``clients``."""
+
+    round: int
+    clients: list[Participant]
+    assignments: list[Assignment]
+
+    @property
+    def working(self) -> list[Assignment]:
+        """Assignments of those who do not sit out."""
+        return [a for a in self.assignments if not a.schedule.sits_out]
+
+    def schedules(self) -> np.ndarray:
+        """int8 [clients, slots, blocks, heads]."""
+        return np.stack([a.schedule.operations for a in self.assignments])
+
+
+def encode_assignment(federation: Federation, state: State, a: Assignment) -> bytes:
+    """The message that tells a client what to do, with the slices that it needs."""
+    carried = a.schedule
+    if a.score_examples:
+        carried = federation.costs.everything()  # the Fisher pass runs everything
+    meta = {
+        "round": state.round + 1,
+        "client": a.client,
+        "operations": a.schedule.operations.astype("int8").tobytes().hex(),
+        "shape": list(a.schedule.operations.shape),
+        "score_examples": a.score_examples,
+    }
+    return wire.encode(pack_for(federation.arch, state.weights, carried), meta)
+
+
+@dataclass(frozen=True)
+class ClientRecord:
+    """What became of one client in one round."""
+
+    client: int
+    device: str
+    examples: int
+    operations: dict[str, float]  # shares of FULL, FORWARD_ONLY, SHORTCUT over slots and subnets
+    predicted: Cost
+    allowed: np.ndarray
+    used: Cost | None  # None: sat out or failed
+    seconds: float  # simulated
+    wall_seconds: float
+    train_loss: float | None
+    scored: int
+    gap: float | None
+    fault: str | None
+
+    @property
+    def sat_out(self) -> bool:
+        return self.used is None and self.fault is None
+
+
+class Fold:
+    """Folds the replies of one round in, one at a time, in any order."""
+
+    def __init__(self, federation: Federation, state: State, plan: Plan):
+        self.federation, self.state, self.plan = federation, state, plan
+        self.sums = Sums(federation.arch, state.weights)
+        self.pending = {a.client: a for a in plan.working}
+        self.participants = {c.client: c for c in plan.clients}
+        self.measured: dict[int, tuple[np.ndarray, int]] = {}
+        self.records: dict[int, ClientRecord] = {}
+
+    def add(self, client: int, blob: bytes) -> None:
+        """Validate one reply and add it; a reply that fails is left out and named."""
+        try:
+            self._add(client, blob)
+        except ReplyError as error:
+            self.fail(client, str(error))
+
+    def _add(self, client: int, blob: bytes) -> None:
+        if client not in self.pending:
+            raise ReplyError("an answer nobody waits for")
+        tensors, meta = wire.decode(blob)
+        if meta.get("error"):
+            raise ReplyError(str(meta["error"]))
+        try:
+            round, sender = int(meta["round"]), int(meta["client"])
+            slot_examples = [int(n) for n in meta["slot_examples"]]
+            flops, memory, down = (int(meta["used"][k]) for k in ("flops", "memory", "bytes_down"))
+            wall, loss = float(meta["used"]["seconds"]), float(meta["loss"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise ReplyError(f"the report is incomplete or malformed: {error}") from None
+        if (round, sender) != (self.plan.round, client):
+            raise ReplyError(f"an answer to round {round} for client {sender}")
+        assignment = self.pending[client]
+        participant = self.participants[client]
+        expected = self.federation.costs.slot_totals(participant.examples)
+        if slot_examples != expected:
+            raise ReplyError(f"trained on {sum(slot_examples)} examples, not {sum(expected)}")
+        fisher = tensors.pop("d2ft.fisher", None)
+        if assignment.score_examples:
+            measured = self._check_fisher(fisher)
+        self.sums.add(Update(assignment.schedule, slot_examples, tensors))
+        del self.pending[client]
+        if assignment.score_examples:
+            self.measured[client] = (measured, assignment.score_examples)
+        used = Cost(flops, memory, len(blob), down)
+        self._record(assignment, used, wall_seconds=wall, train_loss=loss)
+
+    def _check_fisher(self, fisher: Tensor | None) -> np.ndarray:
+        arch = self.federation.arch
+        if fisher is None:
+            raise ReplyError("the Fisher scores are missing")
+        values = fisher.double().numpy()
+        if values.shape != (arch.blocks, arch.heads) or not np.isfinite(values).all():
+            raise ReplyError("the Fisher scores are not a finite [blocks, heads]")
+        return values
+
+    def fail(self, client: int, reason: str) -> None:
+        """Leave a client out of this round, with the reason."""
+        if assignment := self.pending.pop(client, None):
+            self._record(assignment, None, fault=reason)
+
+    def finish(self) -> tuple[State, list[ClientRecord]]:
+        """The next state, and what became of every client, in order."""
+        for client in list(self.pending):
+            self.fail(client, "no answer")
+        for assignment in self.plan.assignments:
+            if assignment.client not in self.records:
+                self._record(assignment, None)
+        state = State(
+            self.plan.round, self.sums.apply(), self.state.fisher.updated(self.measured)
+        )
+        return state, [self.records[c.client] for c in self.plan.clients]
+
+    def _record(
+        self,
+        assignment: Assignment,
+        used: Cost | None,
+        wall_seconds: float = 0.0,
+        train_loss: float | None = None,
+        fault: str | None = None,
+    ) -> None:
+        participant = self.participants[assignment.client]
+        operations = assignment.schedule.operations
+        self.records[assignment.client] = ClientRecord(
+            client=assignment.client,
+            device=participant.budget.device,
+            examples=participant.examples,
+            operations={
+                name: float((operations == code).mean())
+                for name, code in (("full", 2), ("forward_only", 1), ("shortcut", 0))
+            },
+            predicted=assignment.cost,
+            allowed=participant.capacity,
+            used=used,
+            seconds=participant.budget.seconds(used) if used else 0.0,
+            wall_seconds=wall_seconds,
+            train_loss=train_loss,
+            scored=assignment.score_examples,
+            gap=assignment.gap,
+            fault=fault,
+        )

@@ -1,0 +1,231 @@
+"""Which slice of which parameter belongs to which subnet.
+
+A subnet is attention head *h* of block *l* together with the *h*-th slice of that block's
+feed-forward layer (D2FT, arXiv 2504.12471, section 3). A model has ``blocks x heads`` of them.
+
+Slices of one parameter travel and train *packed*: the sliced axis first, rows grouped by head in
+ascending order. A fused ``qkv`` weight ``[3 * heads * head_dim, dim]`` packs to rows
+``q_h, k_h, v_h`` for each head; ``proj`` and ``fc2``, which are sliced on their input, are
+transposed. A set of heads is then a set of row ranges, and a product with it is a narrower product.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from enum import Enum, IntEnum
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from d2ft_fl.errors import ConfigError
+
+
+class Operation(IntEnum):
+    """What a subnet does for one micro-batch: D2FT's p_s, p_o and p_f, in ascending cost."""
+
+    SHORTCUT = 0
+    FORWARD_ONLY = 1
+    FULL = 2
+
+
+class Kind(Enum):
+    """How a parameter takes part in training."""
+
+    EMBEDDING = "embedding"  # frozen; every client that runs anything needs it
+    SHARED = "shared"  # of a block; trains when one of the block's subnets is FULL
+    SLICED = "sliced"  # divides over the block's subnets
+    FINAL = "final"  # final norm and classifier; always train
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One parameter of a model, and how it divides over subnets.
+
+    Attributes:
+        name: Key in the model's state dict.
+        shape: Its full shape.
+        kind: How it takes part.
+        role: For a block's parameters, the name within a block that the engine uses
+            (``qkv.weight``, ``norm1.bias`` ...); empty otherwise.
+        block: Index of its block, or -1.
+        axis: The sliced axis, for ``Kind.SLICED``.
+        rows: For ``Kind.SLICED``: per head, the indices along ``axis`` that it owns.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    kind: Kind
+    role: str = ""
+    block: int = -1
+    axis: int = 0
+    rows: tuple[tuple[int, ...], ...] = ()
+
+    def index(self, heads: Iterable[int]) -> Tensor:
+        """Indices along ``axis`` of the given heads, in their order: int64 [rows]."""
+        return torch.tensor([row for head in heads for row in self.rows[head]], dtype=torch.long)
+
+    def pack(self, tensor: Tensor, heads: Iterable[int]) -> Tensor:
+        """The slices of ``heads``, sliced axis first, contiguous: [rows, ...]."""
+        return tensor.index_select(self.axis, self.index(heads)).movedim(self.axis, 0).contiguous()
+
+    def unpack_(self, tensor: Tensor, packed: Tensor, heads: Iterable[int]) -> None:
+        """Write packed slices back into the full ``tensor``, in place."""
+        tensor.index_copy_(self.axis, self.index(heads), packed.movedim(0, self.axis))
+
+    def packed_shape(self, heads: Sequence[int]) -> tuple[int, ...]:
+        """Shape of :meth:`pack` for these heads."""
+        rest = self.shape[: self.axis] + self.shape[self.axis + 1 :]
+        return (sum(len(self.rows[head]) for head in heads), *rest)
+
+    @property
+    def numel(self) -> int:
+        return int(np.prod(self.shape))
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """The shape of a model, as far as planning, costs and aggregation need to know it.
+
+    Attributes:
+        blocks, heads: The grid of subnets.
+        dim: Width of the residual stream.
+        head_dim: Width of one attention head.
+        hidden: Width of each head's feed-forward slice, ``[heads]``.
+        tokens: Tokens of one example, prefix tokens included.
+        classes: Outputs of the classifier.
+        layer_scale: Whether branches are scaled before they are added.
+        embed_flops: FLOPs of embedding one example (frozen: forward only).
+        pooled: True when the classifier sees an average of tokens that is normed after pooling,
+            False when it sees the class token of the normed sequence.
+        parameters: Every parameter of the model.
+    """
+
+    blocks: int
+    heads: int
+    dim: int
+    head_dim: int
+    hidden: tuple[int, ...]
+    tokens: int
+    classes: int
+    layer_scale: bool
+    embed_flops: int
+    pooled: bool
+    parameters: tuple[Parameter, ...]
+
+    @cached_property
+    def by_name(self) -> dict[str, Parameter]:
+        return {p.name: p for p in self.parameters}
+
+    def of_kind(self, kind: Kind, block: int | None = None) -> list[Parameter]:
+        """Parameters of one kind, of one block or of all."""
+        return [p for p in self.parameters if p.kind is kind and block in (None, p.block)]
+
+
+@dataclass(frozen=True, eq=False)
+class Schedule:
+    """One client's operations for a round: int8 ``[slots, blocks, heads]`` of ``Operation``."""
+
+    operations: np.ndarray
+
+    def __post_init__(self) -> None:
+        if self.operations.ndim != 3 or self.operations.dtype != np.int8:
+            raise ConfigError(
+                f"a schedule is int8 [slots, blocks, heads], not {self.operations.dtype} "
+                f"{list(self.operations.shape)}"
+            )
+        low, high = int(self.operations.min(initial=0)), int(self.operations.max(initial=0))
+        if low < 0 or high > max(Operation):
+            raise ConfigError(f"operations are 0 to {max(Operation)}, not {low} to {high}")
+
+    @classmethod
+    def filled(cls, operation: Operation, slots: int, blocks: int, heads: int) -> "Schedule":
+        """Every subnet does the same in every slot."""
+        return cls(np.full((slots, blocks, heads), operation, dtype=np.int8))
+
+    @property
+    def slots(self) -> int:
+        return int(self.operations.shape[0])
+
+    @cached_property
+    def resident(self) -> np.ndarray:
+        """Subnets that any slot runs: bool [blocks, heads]. Only these travel down."""
+        return (self.operations != Operation.SHORTCUT).any(axis=0)
+
+    @cached_property
+    def trained(self) -> np.ndarray:
+        """Subnets that any slot runs FULL: bool [blocks, heads]. Only these travel up."""
+        return (self.operations == Operation.FULL).any(axis=0)
+
+    @cached_property
+    def active(self) -> np.ndarray:
+        """Slots that run anything: bool [slots]. The others are skipped whole."""
+        return (self.operations != Operation.SHORTCUT).any(axis=(1, 2))
+
+    @property
+    def sits_out(self) -> bool:
+        """True when the client runs nothing at all in this round."""
+        return not bool(self.active.any())
+
+    def heads(self, what: np.ndarray, block: int) -> tuple[int, ...]:
+        """Heads of ``block`` that are set in ``what`` [blocks, heads], ascending."""
+        return tuple(int(head) for head in np.flatnonzero(what[block]))
+
+    def examples_trained(self, slot_examples: Sequence[int]) -> np.ndarray:
+        """Examples on which each subnet ran FULL, n_cs of the design: int64 [blocks, heads]."""
+        full = self.operations == Operation.FULL
+        return np.tensordot(np.asarray(slot_examples, dtype=np.int64), full, axes=1)
+
+    def block_examples_trained(self, slot_examples: Sequence[int]) -> np.ndarray:
+        """Examples on which any subnet of a block ran FULL: int64 [blocks]."""
+        full = (self.operations == Operation.FULL).any(axis=2)
+        return np.asarray(slot_examples, dtype=np.int64) @ full
+
+
+def slot_sizes(examples: int, slots: int) -> list[int]:
+    """Divide a batch into micro-batches, one a slot, as evenly as possible, the larger first."""
+    base, extra = divmod(examples, slots)
+    return [base + (slot < extra) for slot in range(slots)]
+
+
+def slot_totals(examples: int, batch_size: int, slots: int, epochs: int) -> list[int]:
+    """Examples each slot sees in one round of ``epochs`` passes in batches of ``batch_size``."""
+    full, rest = divmod(examples, batch_size)
+    whole, last = slot_sizes(batch_size, slots), slot_sizes(rest, slots)
+    return [epochs * (full * w + r) for w, r in zip(whole, last, strict=True)]
+
+
+def down_spec(arch: Architecture, schedule: Schedule) -> dict[str, tuple[int, ...]]:
+    """What a client is sent: name -> shape. Embedding, final, and of each block what it runs."""
+    return _spec(arch, schedule, schedule.resident, embedding=True)
+
+
+def up_spec(arch: Architecture, schedule: Schedule) -> dict[str, tuple[int, ...]]:
+    """What a client returns: name -> shape. The final part, and of each block what it trained."""
+    return _spec(arch, schedule, schedule.trained, embedding=False)
+
+
+def _spec(
+    arch: Architecture, schedule: Schedule, what: np.ndarray, embedding: bool
+) -> dict[str, tuple[int, ...]]:
+    spec: dict[str, tuple[int, ...]] = {}
+    for p in arch.parameters:
+        if p.kind is Kind.FINAL or (p.kind is Kind.EMBEDDING and embedding):
+            spec[p.name] = p.shape
+        elif p.block >= 0 and (heads := schedule.heads(what, p.block)):
+            spec[p.name] = p.packed_shape(heads) if p.kind is Kind.SLICED else p.shape
+    return spec
+
+
+def pack_for(
+    arch: Architecture, weights: dict[str, Tensor], schedule: Schedule
+) -> dict[str, Tensor]:
+    """The tensors of :func:`down_spec`, cut out of the global ``weights``."""
+    packed: dict[str, Tensor] = {}
+    for name in down_spec(arch, schedule):
+        p = arch.by_name[name]
+        if p.kind is Kind.SLICED:
+            packed[name] = p.pack(weights[name], schedule.heads(schedule.resident, p.block))
+        else:
+            packed[name] = weights[name]
+    return packed

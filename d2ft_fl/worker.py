@@ -1,0 +1,143 @@
+"""The client's side of a round: answer what it can afford, and train what it is assigned.
+
+One worker serves any number of clients in turn: it builds its model and decodes its data once a
+process, and resets in place for each assignment.
+"""
+
+import time
+from collections.abc import Iterator
+from functools import cached_property, lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from d2ft_fl import timm_vit, wire
+from d2ft_fl.budgets import ClientDescription
+from d2ft_fl.config import RunConfig
+from d2ft_fl.data import FederatedData, open_data
+from d2ft_fl.meter import Meter, set_threads
+from d2ft_fl.models import build_model
+from d2ft_fl.partial import PartialModel
+from d2ft_fl.rounds import Report
+from d2ft_fl.subnets import Architecture, Kind, Operation, Schedule, slot_sizes
+from d2ft_fl.training import fisher, train
+
+
+@lru_cache(maxsize=1)
+def worker(config: RunConfig) -> "Worker":
+    """This process's worker for a run."""
+    return Worker(config)
+
+
+class Worker:
+    """Does clients' work under one configuration."""
+
+    def __init__(self, config: RunConfig):
+        self.config = config
+        self.options = config.local_options()
+        self.rate = config.load_client_mode().learning_rate
+        self.meter = Meter(verify=config.verify_costs)
+        self.budgets = config.budget_source()
+
+    @cached_property
+    def _parts(self) -> tuple[PartialModel, FederatedData]:
+        model = build_model(self.config.model_spec())
+        arch = timm_vit.describe(model)
+        side = int(model.patch_embed.img_size[0])
+        data = open_data(self.config.data_spec(side, model.patch_embed.proj.in_channels))
+        return PartialModel(model, arch), data
+
+    @property
+    def arch(self) -> Architecture:
+        return self._parts[0].arch
+
+    def report(self, client: int, round: int) -> Report:
+        """What ``client`` says of itself before ``round``."""
+        partitions = self._parts[1].partitions
+        examples = len(partitions[client])
+        who = ClientDescription(client, examples, len(partitions))
+        return Report(client, examples, self.budgets(who, round))
+
+    def work(self, blob: bytes) -> bytes:
+        """Carry one assignment out. What goes wrong becomes the reply, named."""
+        try:
+            return self._work(blob)
+        except Exception as error:  # the one boundary: a fault is an answer, not a lost worker
+            reason = (str(error).strip() or "no message").splitlines()[0]
+            return wire.encode({}, {"error": f"{type(error).__name__}: {reason}"})
+
+    def _work(self, blob: bytes) -> bytes:
+        set_threads(self.config.threads_per_client)
+        started = time.perf_counter()
+        tensors, meta = wire.decode(blob)
+        client, round = int(meta["client"]), int(meta["round"])
+        operations = np.frombuffer(bytes.fromhex(meta["operations"]), dtype=np.int8)
+        schedule = Schedule(operations.reshape(meta["shape"]))
+        model, data = self._parts
+        order = self._order(client, round, len(data.partitions[client]))
+        self.meter.start()
+        result: dict[str, Tensor] = {}
+        if scored := int(meta["score_examples"]):
+            everything = Schedule.filled(Operation.FULL, 1, *schedule.operations.shape[1:])
+            model.reset(everything, tensors)
+            images, labels = data.client_batch(client, order[0][:scored])
+            scores = fisher(model, images, labels, self.meter)
+            result["d2ft.fisher"] = torch.from_numpy(scores).float()
+            tensors = self._narrow(model.arch, tensors, schedule)
+        model.reset(schedule, tensors)
+        del tensors
+        batches = self._batches(data, client, order)
+        loss = train(model, batches, self.options, self.rate, self.meter)
+        result.update({n: t.detach() for n, t in model.trainable().items()})
+        reply = {
+            "round": round,
+            "client": client,
+            "slot_examples": self._slot_examples(order, schedule),
+            "loss": loss,
+            "used": {
+                "flops": self.meter.flops,
+                "memory": self.meter.peak_bytes,
+                "bytes_down": len(blob),
+                "seconds": time.perf_counter() - started,
+            },
+        }
+        return wire.encode(result, reply)
+
+    def _order(self, client: int, round: int, examples: int) -> list[np.ndarray]:
+        """Each epoch's order of a client's examples: a function of seed, round and client."""
+        draw = np.random.default_rng([self.config.seed, round, client, 1])
+        return [draw.permutation(examples) for _ in range(self.options.epochs)]
+
+    def _batches(
+        self, data: FederatedData, client: int, order: list[np.ndarray]
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        for epoch in order:
+            for start in range(0, len(epoch), self.options.batch_size):
+                yield data.client_batch(client, epoch[start : start + self.options.batch_size])
+
+    def _slot_examples(self, order: list[np.ndarray], schedule: Schedule) -> list[int]:
+        totals = np.zeros(schedule.slots, dtype=np.int64)
+        for epoch in order:
+            for start in range(0, len(epoch), self.options.batch_size):
+                size = min(self.options.batch_size, len(epoch) - start)
+                totals += slot_sizes(size, schedule.slots)
+        return totals.tolist()
+
+    @staticmethod
+    def _narrow(
+        arch: Architecture, tensors: dict[str, Tensor], schedule: Schedule
+    ) -> dict[str, Tensor]:
+        """What the schedule needs, out of packed tensors that hold every head."""
+        out = {}
+        for name, tensor in tensors.items():
+            p = arch.by_name[name]
+            if p.kind is not Kind.SLICED:
+                out[name] = tensor
+                continue
+            heads = schedule.heads(schedule.resident, p.block)
+            bounds = np.cumsum([0, *(len(rows) for rows in p.rows)])
+            rows = [r for h in heads for r in range(bounds[h], bounds[h + 1])]
+            out[name] = tensor[torch.tensor(rows, dtype=torch.long)]
+        return out

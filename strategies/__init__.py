@@ -1,0 +1,1 @@
+"""One short file per strategy; each only decides who runs what."""
