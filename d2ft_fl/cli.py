@@ -1,0 +1,155 @@
+"""The ``d2ft`` command."""
+
+import json
+import os
+import sys
+import tomllib
+from dataclasses import replace
+from enum import Enum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from d2ft_fl import display
+from d2ft_fl.config import RunConfig, read_toml, resolve_path
+from d2ft_fl.errors import ConfigError, D2FTError
+from d2ft_fl.recorder import new_run_folder, write_status
+
+app = typer.Typer(
+    help="Federated fine-tuning of transformers under hard per-client budgets.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+
+@app.callback()
+def _main() -> None:
+    """Keep `run` a sub-command while it is the only one."""
+
+
+class Backend(str, Enum):
+    """Where clients run."""
+
+    flower = "flower"
+    local = "local"
+
+
+@app.command()
+def run(
+    config: Annotated[
+        list[Path] | None, typer.Option(help="TOML file of options; the later one wins.")
+    ] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="key=value, over files; may be repeated.")
+    ] = None,
+    backend: Annotated[
+        Backend, typer.Option(help="Flower's simulation engine, or one plain process.")
+    ] = Backend.flower,
+    supernodes: Annotated[
+        int, typer.Option(help="SuperNodes that share the clients; 0: one a client, 16 at most.")
+    ] = 0,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the summary as JSON and nothing else.")
+    ] = False,
+) -> None:
+    """Run a federation and show it round by round."""
+    try:
+        options = gather(config or [], set_ or [])
+        _run(options, backend, supernodes, as_json)
+    except D2FTError as error:
+        typer.echo(f"d2ft: {error}", err=True)
+        raise typer.Exit(2 if isinstance(error, ConfigError) else 1) from None
+    except KeyboardInterrupt:
+        typer.echo("d2ft: stopped", err=True)
+        raise typer.Exit(130) from None
+
+
+def gather(files: list[Path], pairs: list[str]) -> RunConfig:
+    """The configuration of some files and ``key=value`` pairs, checked, its paths absolute.
+
+    Raises:
+        ConfigError: When anything does not fit.
+    """
+    entries: dict[str, Any] = {}
+    for file in files:
+        entries |= _absolute(read_toml(file), file.parent)
+    for pair in pairs:
+        key, sign, text = pair.partition("=")
+        if not sign:
+            raise ConfigError(f"--set {pair!r} is not key=value")
+        entries |= _absolute({key.strip(): parse_value(text.strip())}, Path())
+    # Plug-ins lie where the command was started; tests and notebooks may have changed sys.path.
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    return RunConfig.from_mapping(entries).check()
+
+
+def parse_value(text: str) -> Any:
+    """A value as TOML spells it; what TOML does not know is a string."""
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _absolute(entries: dict[str, Any], base: Path) -> dict[str, Any]:
+    """Paths among the options, made absolute from the file that names them."""
+    out = dict(entries)
+    for key, builtin in (
+        ("dataset", ("digits",)),
+        ("weights", ("bundled", "none")),
+        ("run-folder", ("",)),
+    ):
+        if isinstance(out.get(key), str) and out[key] not in builtin:
+            out[key] = str(resolve_path(str(base / Path(out[key]).expanduser())))
+    if isinstance(out.get("budgets"), str) and out["budgets"].endswith(".toml"):
+        out["budgets"] = str(resolve_path(str(base / Path(out["budgets"]).expanduser())))
+    return out
+
+
+def _run(config: RunConfig, backend: Backend, supernodes: int, as_json: bool) -> None:
+    from d2ft_fl.flower import run_flower
+    from d2ft_fl.local import run_local
+
+    folder = Path(config.run_folder) if config.run_folder else new_run_folder(config)
+    if folder.joinpath("rounds.jsonl").exists():
+        raise ConfigError(
+            f"run-folder = {str(folder)!r} already holds a run; name another folder"
+        )
+    config = replace(config, run_folder=str(folder))
+    progress = Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+        console=display.console, transient=True,
+        disable=as_json or not display.console.is_terminal,
+    )  # fmt: skip
+    if not as_json:
+        display.say(f"run folder: {folder}")
+        display.header(config)
+    try:
+        with progress:
+            task = progress.add_task("starting", total=config.rounds)
+
+            def show(row: dict[str, Any]) -> None:
+                if not as_json:
+                    display.round_line(row)
+                progress.update(task, completed=row["round"], description="training")
+
+            if backend is Backend.local:
+                summary = run_local(config, show)
+            else:
+                nodes = supernodes or min(config.clients, 16)
+                summary = run_flower(config, folder, min(nodes, config.clients), show)
+    except D2FTError as error:
+        write_status(folder, "failed", str(error))
+        raise
+    if as_json:
+        typer.echo(json.dumps(summary))
+    else:
+        display.summary(summary)
+
+
+if __name__ == "__main__":
+    app()

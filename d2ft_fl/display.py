@@ -1,0 +1,111 @@
+"""What a run shows in a terminal and in Flower's log."""
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from d2ft_fl.config import RunConfig
+
+console = Console(highlight=False, soft_wrap=True)
+if not console.is_terminal:  # a log or a pipe: do not fold tables to a width nobody asked for
+    console = Console(highlight=False, soft_wrap=True, width=120)
+LABELS = {"flops": "FLOPs", "memory": "memory", "bytes_up": "up", "bytes_down": "down"}
+
+
+def say(text: str) -> None:
+    """One line."""
+    console.print(text, markup=False)
+
+
+def quantity(value: float, unit: str) -> str:
+    """A number with a prefix and its unit: 1.23 GFLOP."""
+    for factor, prefix in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= factor:
+            return f"{value / factor:.3g} {prefix}{unit}"
+    return f"{value:.3g} {unit}"
+
+
+def _unit(resource: str) -> str:
+    return "FLOP" if resource == "flops" else "B"
+
+
+def header(config: RunConfig) -> None:
+    """What is about to run, and what the columns of its lines mean."""
+    say(
+        f"{config.strategy}: {config.clients} clients, {config.rounds} rounds, {config.model} on "
+        f"{config.dataset}, seed {config.seed}"
+    )
+    say(
+        "per resource: mean client's use as a share of full fine-tuning / what its budget allows "
+        "(worst client's use of its own budget)"
+    )
+    say(
+        f"{'round':>7} {'accuracy':>8} {'loss':>6} "
+        + " ".join(f"{label:^18}" for label in LABELS.values())
+        + f" {'covered':>7} {'sim. time':>9}"
+    )
+
+
+def round_line(row: dict[str, Any]) -> None:
+    """One finished round."""
+    say(format_round(row))
+    for fault in row["faults"]:
+        say(f"        left out: {fault}")
+    if row["sat_out"]:
+        say(f"        {row['sat_out']} of {row['clients']} clients sat out: their budgets afford nothing")
+
+
+def format_round(row: dict[str, Any]) -> str:
+    """A round's line."""
+    cells = []
+    for name in LABELS:
+        part = row[name]
+        used = part["used_mean"] / part["full_mean"]
+        allowed, worst = part["allowed_mean"], part["worst"]
+        limit = f"{allowed / part['full_mean']:.0%}" if allowed is not None else "any"
+        cells.append(f"{used:>4.0%} /{limit:>5}" + (f" ({worst:>4.0%})" if worst else " " * 7))
+    return (
+        f"{row['round']:>7} {row['accuracy']:>8.1%} {row['loss']:>6.3f} "
+        + " ".join(f"{cell:^18}" for cell in cells)
+        + f" {row['coverage']:>7.0%} {row['round_seconds']:>7.1f} s"
+    )
+
+
+def summary(result: dict[str, Any]) -> None:
+    """The table at the end, and where everything lies."""
+    table = Table(title="What it cost, beside full fine-tuning of the same clients")
+    for column, justify in (
+        ("resource", "left"),
+        ("used", "right"),
+        ("full fine-tuning", "right"),
+        ("share", "right"),
+        ("worst client of its budget", "right"),
+    ):
+        table.add_column(column, justify=justify)  # type: ignore[arg-type]
+    names = {
+        "flops": "FLOPs, all clients and rounds",
+        "memory": "peak memory, mean client",
+        "bytes_up": "bytes up, all clients and rounds",
+        "bytes_down": "bytes down, all clients and rounds",
+    }
+    for name, label in names.items():
+        r, unit = result["resources"][name], _unit(name)
+        worst = f"{r['worst']:.1%}" if r["worst"] is not None else "no budget"
+        used, full = quantity(r["used"], unit), quantity(r["full"], unit)
+        table.add_row(label, used, full, f"{r['share']:.0%}", worst)
+    console.print(table)
+    say(
+        f"accuracy {result['accuracy']:.1%} (best {result['best_accuracy']:.1%}) after "
+        f"{result['rounds']} rounds, {result['coverage']:.0%} of the subnets trained, "
+        f"{result['round_seconds']:.0f} s simulated, {result['wall_seconds']:.0f} s here"
+    )
+    broken = f"{result['violations']} budget violations"
+    if not result["keeps_budgets"]:
+        broken += f" ({result['strategy']} is a reference and does not look at budgets)"
+    say(
+        f"{broken}, {result['faults']} faults, {result['sat_out']} times a client sat out; "
+        f"FLOPs as predicted for {result['flops_as_predicted']} of {result['client_rounds']} "
+        f"client rounds{' (every micro-batch counted)' if result['verified'] else ''}"
+    )
+    say(f"run folder: {result['folder']}")

@@ -1,0 +1,240 @@
+"""Running the app through Flower: a SuperLink of our own, the run, its progress, its end.
+
+``flwr run`` leaves its SuperLink running and exits 0 when a run failed. Here the SuperLink is a
+child on free ports with a home of its own, and everything it started goes when the run does.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+
+from d2ft_fl.config import RunConfig
+from d2ft_fl.errors import RunError
+from d2ft_fl.loop import Progress
+from d2ft_fl.recorder import dump_toml
+
+START_TIMEOUT = 60.0
+STATUS_SECONDS = 5.0
+CONNECTION = "d2ft"
+
+
+def app_folder() -> Path:
+    """The checkout that holds the Flower app.
+
+    Raises:
+        RunError: When the package was installed without it.
+    """
+    folder = Path(__file__).resolve().parent.parent
+    if not (folder / "pyproject.toml").is_file():
+        raise RunError(
+            "the Flower back end needs the checkout: install with `pip install -e .`, "
+            "or use --backend local"
+        )
+    return folder
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports nobody listens on just now."""
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for s in sockets:
+            s.bind(("127.0.0.1", 0))
+        return [int(s.getsockname()[1]) for s in sockets]
+
+
+def _environment(home: Path) -> dict[str, str]:
+    """Our environment, with Flower kept to itself and off the network."""
+    tools = str(Path(sys.executable).parent)
+    paths = [os.getcwd(), *filter(None, [os.environ.get("PYTHONPATH")])]
+    return {
+        **os.environ,
+        "PATH": os.pathsep.join([tools, os.environ.get("PATH", "")]),
+        "PYTHONPATH": os.pathsep.join(paths),  # plug-ins lie where the command was started
+        "FLWR_HOME": str(home),
+        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    }
+
+
+def stop_tree(process: subprocess.Popen) -> None:
+    """End a process we started and everything that came from it."""
+    try:
+        family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(True)]
+    except psutil.NoSuchProcess:
+        return
+    for member in family:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            member.terminate()
+    _, alive = psutil.wait_procs(family, timeout=5)
+    for member in alive:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            member.kill()
+    psutil.wait_procs(alive, timeout=5)
+
+
+@contextlib.contextmanager
+def superlink() -> Iterator[tuple[dict[str, str], Path]]:
+    """A SuperLink of our own, in simulation mode.
+
+    Yields:
+        The environment in which ``flwr`` finds it, and its log file.
+    """
+    home = Path(tempfile.mkdtemp(prefix="d2ft-flwr-"))
+    port, control = free_ports(2)
+    home.joinpath("config.toml").write_text(
+        f'[superlink]\ndefault = "{CONNECTION}"\n\n'
+        f'[superlink.{CONNECTION}]\naddress = "127.0.0.1:{port}"\ninsecure = true\n'
+    )
+    environment, log = _environment(home), home / "superlink.log"
+    command = [
+        "flower-superlink", "--insecure", "--simulation", "--isolation", "subprocess",
+        "--disable-runtime-dependency-installation",
+        "--host", "127.0.0.1", "--port", str(port),
+        "--control-api-address", f"127.0.0.1:{control}",
+    ]  # fmt: skip
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            command, env=environment, stdout=output, stderr=subprocess.STDOUT, cwd=home
+        )
+    try:
+        _wait_healthy(process, port, log)
+        yield environment, log
+    finally:
+        stop_tree(process)
+        shutil.rmtree(home, ignore_errors=True)
+
+
+def _wait_healthy(process: subprocess.Popen, port: int, log: Path) -> None:
+    deadline = time.monotonic() + START_TIMEOUT
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            raise RunError(f"flower-superlink ended at once: {_last_line(log)}")
+        with contextlib.suppress(httpx.HTTPError):
+            if httpx.get(f"http://127.0.0.1:{port}/health", timeout=1.0).is_success:
+                return
+        time.sleep(0.2)
+    raise RunError(f"flower-superlink did not start within {START_TIMEOUT:.0f} s")
+
+
+def _last_line(log: Path) -> str:
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    return lines[-1].strip() if lines else "no output"
+
+
+def run_flower(
+    config: RunConfig, folder: Path, supernodes: int, progress: Progress, on_start: Any = None
+) -> dict[str, Any]:
+    """Run a checked configuration on Flower's simulation engine; returns the summary.
+
+    Args:
+        config: The configuration; its paths are absolute.
+        folder: The run folder.
+        supernodes: Virtual SuperNodes to spread the clients over.
+        progress: Called with each round's line.
+        on_start: Called once the run has been submitted.
+
+    Raises:
+        RunError: When the run does not end well.
+    """
+    app = app_folder()
+    with superlink() as (environment, log), tempfile.TemporaryDirectory() as scratch:
+        file = Path(scratch) / "run.toml"
+        file.write_text(dump_toml(config.to_mapping() | {"run-folder": str(folder)}))
+        started = subprocess.run(
+            [
+                "flwr", "run", str(app), CONNECTION, "--format", "json",
+                "--run-config", str(file),
+                "--federation-config",
+                f"num-supernodes={supernodes} client-resources-num-cpus="
+                f"{config.threads_per_client}",
+            ],
+            env=environment, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        run_id = _run_id(started)
+        if on_start:
+            on_start()
+        try:
+            return _follow(folder, run_id, environment, progress)
+        except RunError:
+            keep = folder / "flower.log"
+            folder.mkdir(parents=True, exist_ok=True)
+            shutil.copy(log, keep)
+            raise
+
+
+def _run_id(started: subprocess.CompletedProcess) -> str:
+    try:
+        answer = json.loads(started.stdout[started.stdout.index("{") :])
+        if answer.get("success"):
+            return str(answer["run-id"])
+        raise RunError(f"flwr run failed: {answer.get('error-message', answer)}")
+    except ValueError:
+        text = (started.stderr or started.stdout).strip().splitlines()
+        raise RunError(f"flwr run failed: {text[-1] if text else 'no output'}") from None
+
+
+def _follow(
+    folder: Path, run_id: str, environment: dict[str, str], progress: Progress
+) -> dict[str, Any]:
+    """Report rounds as they are recorded, until the run ends."""
+    shown, next_check = 0, time.monotonic() + STATUS_SECONDS
+    while True:
+        status = _read_json(folder / "status.json")
+        shown = _show_new(folder, shown, progress)
+        if status.get("status") == "finished":
+            return _read_json(folder / "summary.json")
+        if status.get("status") == "failed":
+            raise RunError(status["reason"])
+        if time.monotonic() > next_check:
+            if ended := _ended(run_id, environment):
+                status = _read_json(folder / "status.json")
+                if status.get("status") not in ("finished", "failed"):
+                    raise RunError(f"Flower ended the run ({ended}); see {folder / 'flower.log'}")
+            next_check = time.monotonic() + STATUS_SECONDS
+        time.sleep(0.2)
+
+
+def _show_new(folder: Path, shown: int, progress: Progress) -> int:
+    path = folder / "rounds.jsonl"
+    if not path.is_file():
+        return shown
+    lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    for line in lines[shown:]:
+        progress(json.loads(line))
+    return len(lines)
+
+
+def _ended(run_id: str, environment: dict[str, str]) -> str:
+    """How Flower says the run ended, or empty while it goes on."""
+    listed = subprocess.run(
+        ["flwr", "ls", CONNECTION, "--run-id", run_id, "--format", "json"],
+        env=environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    try:
+        run = json.loads(listed.stdout[listed.stdout.index("{") :])["runs"][0]
+    except (ValueError, KeyError, IndexError):
+        return ""
+    status = str(run.get("status", ""))
+    return status if status.startswith("finished") else ""
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
