@@ -1,0 +1,80 @@
+"""What tests share: small models, their architecture, and quick configurations."""
+
+import numpy as np
+import pytest
+import timm
+import torch
+
+from d2ft_fl import timm_vit
+from d2ft_fl.config import RunConfig
+from d2ft_fl.costs import CostModel
+from d2ft_fl.subnets import Kind, Operation, Schedule
+from d2ft_fl.training import LocalOptions
+
+SMALL = {
+    "model_name": "vit_tiny_patch16_224",
+    "img_size": 16,
+    "patch_size": 4,
+    "in_chans": 1,
+    "embed_dim": 24,
+    "depth": 3,
+    "num_heads": 4,
+    "num_classes": 5,
+}
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+
+
+def build(**changes):
+    """A small plain ViT whose embedding is frozen, as in every run, and its architecture."""
+    model = timm_vit.check(timm.create_model(**{**SMALL, **changes}), "small")
+    arch = timm_vit.describe(model)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(arch.by_name[name].kind is not Kind.EMBEDDING)
+    return model, arch
+
+
+def weights_of(model):
+    return {name: p.detach().clone() for name, p in model.named_parameters()}
+
+
+def images_for(arch, count, dtype=torch.float32, side=16, channels=1, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    images = torch.randn(count, channels, side, side, generator=generator, dtype=dtype)
+    return images, torch.arange(count) % arch.classes
+
+
+def random_schedule(arch, slots, seed):
+    draw = np.random.default_rng(seed)
+    shares = draw.dirichlet([0.8, 0.8, 0.8])
+    operations = draw.choice(3, size=(slots, arch.blocks, arch.heads), p=shares)
+    if not operations.any():
+        operations[0, 0, 0] = Operation.FULL
+    return Schedule(operations.astype(np.int8))
+
+
+def cost_model(arch, slots=1, **options):
+    return CostModel(arch, LocalOptions(**options), slots)
+
+
+@pytest.fixture
+def quick(tmp_path):
+    """A configuration that runs in seconds, in a folder of its own."""
+
+    def make(**changes):
+        base = {
+            "rounds": 2,
+            "clients": 4,
+            "train_examples": 120,
+            "test_examples": 60,
+            "partitioner": "Iid",
+            "partitioner_args": "",
+            "run_folder": str(tmp_path / "run"),
+        }
+        return RunConfig(**{**base, **changes})
+
+    return make
