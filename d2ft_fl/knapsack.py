@@ -12,7 +12,8 @@ a multiple-choice, multi-dimensional knapsack with setups. Method, costs scaled 
 1. Prices. Polyak subgradient steps on the Lagrangian dual D(p) = sum_r p_r + sum_g max_m
    [sum_{i in g} max_{k: level <= m} (v - p.w) - p.o[g, :m]], which bounds the optimum from above.
 2. Start from the choice at the best prices; while a resource is over, take the change that loses
-   least value per relief; then fill with fitting upgrades by value per priced cost.
+   least value per relief; then fill with fitting upgrades by value per priced cost. Do the same
+   from the defaults, and from the best choice with each group closed in turn.
 3. Check in integers. Nothing over capacity is returned.
 
 A step costs O(I K R); with at most I K steps of repair and fill a client costs O(I^2 K^2 R).
@@ -87,8 +88,13 @@ def _group_levels(problem: Problem, choice: np.ndarray) -> np.ndarray:
     return levels
 
 
-def solve(problem: Problem) -> Solution:
-    """A near-optimal choice that fits; the defaults when nothing else does."""
+def solve(problem: Problem, start: np.ndarray | None = None) -> Solution:
+    """A near-optimal choice that fits; the defaults when nothing else does.
+
+    Args:
+        problem: What to solve.
+        start: A choice to improve on, beside those the solver finds by itself.
+    """
     nothing = problem.default
     if (problem.capacities < 0).any():
         return Solution(nothing, problem.value(nothing), problem.value(nothing))
@@ -99,11 +105,18 @@ def solve(problem: Problem) -> Solution:
 
     prices, bound, greedy = _find_prices(problem, values, costs, openings)
     best = nothing
-    for start in (greedy, nothing):
-        choice = _fill(problem, values, prices, _repair(problem, values, costs, start))
-        if problem.value(choice) > problem.value(best) + EPSILON:
-            best = choice
+    for choice in (greedy, nothing) if start is None else (greedy, nothing, start):
+        choice = _fill(problem, values, prices, _repair(problem, values, costs, choice))
+        best = _better(problem, best, choice)
+    for group in np.unique(problem.groups):
+        closed = np.where(problem.groups == group, nothing, best)
+        best = _better(problem, best, _fill(problem, values, prices, closed))
     return Solution(best, problem.value(best), max(bound, problem.value(best)))
+
+
+def _better(problem: Problem, best: np.ndarray, choice: np.ndarray) -> np.ndarray:
+    fits = (problem.used(choice) <= problem.capacities).all()
+    return choice if fits and problem.value(choice) > problem.value(best) + EPSILON else best
 
 
 def _relaxed(
@@ -186,12 +199,14 @@ def _repair(
     items = np.arange(len(choice))
     scale = 1.0 / np.maximum(problem.capacities, 1)
     while True:
-        over = np.maximum(0, problem.used(choice) - problem.capacities)
+        slack = problem.capacities - problem.used(choice)
+        over = np.maximum(0, -slack)
         if not over.any():
             return choice
         change = _changes(problem, choice)
         relief = np.minimum(np.maximum(-change, 0), over) @ scale  # [I, K]
-        worse = (np.maximum(change, 0) * (over > 0)).any(axis=2)
+        # Nothing may go over, or further over: each change shrinks what is over, so this ends.
+        worse = (change > np.maximum(slack, 0)).any(axis=2)
         loss = values[items, choice][:, None] - values
         ratio = np.where(
             (relief > 0) & ~worse & np.isfinite(values),

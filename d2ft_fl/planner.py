@@ -92,8 +92,9 @@ class Planner:
 
     Attributes:
         costs: The cost model.
-        method: ``joint``, or ``two-stage`` as D2FT does it: FULL by backward score first, then
-            FORWARD_ONLY by forward score in what is left.
+        method: ``two-stage`` as D2FT does it, FULL by backward score first, then FORWARD_ONLY by
+            forward score in what is left; or ``joint``, which starts from there and weighs all
+            operations against each other.
         forward_weight: What running a subnet is worth beside training it, at equal scores.
     """
 
@@ -233,8 +234,8 @@ class _ClientProblem:
     def schedule(self, capacity: np.ndarray) -> tuple[Schedule, float]:
         """The schedule that fits ``capacity`` exactly, and its certified gap."""
         shown = capacity - self._constant
-        shown[MEMORY] = capacity[MEMORY] * MEMORY_MARGIN // (MEMORY_MARGIN + 1)
-        shown[MEMORY] -= self._constant[MEMORY]
+        margin = -(-int(capacity[MEMORY]) // (MEMORY_MARGIN + 1))
+        shown[MEMORY] = capacity[MEMORY] - margin - self._constant[MEMORY]
         for _ in range(MEMORY_TRIES):
             solution = self._choose(shown)
             schedule = self._materialise(solution.choice)
@@ -251,12 +252,13 @@ class _ClientProblem:
         train = self.backward.reshape(-1, 1) * patterns.full / slots  # [subnets, options]
         run = self.forward.reshape(-1, 1) * runs
         every = np.ones(train.shape, dtype=bool)
-        if self.planner.method == "joint":
-            return solve(self._problem(train + weight * run, shown, every))
         first = solve(self._problem(train, shown, every & (patterns.forward == 0)))
         chosen = patterns.full[first.choice]
         same = patterns.full[None] == chosen[:, None]  # FULL is settled; FORWARD_ONLY is not
-        return solve(replace(self._problem(run, shown, same), default=first.choice))
+        second = solve(replace(self._problem(run, shown, same), default=first.choice))
+        if self.planner.method == "two-stage":
+            return second
+        return solve(self._problem(train + weight * run, shown, every), start=second.choice)
 
     def _problem(self, values: np.ndarray, shown: np.ndarray, allowed: np.ndarray) -> Problem:
         levels = np.where(

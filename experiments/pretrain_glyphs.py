@@ -2,10 +2,10 @@
 
     python experiments/pretrain_glyphs.py --output d2ft_fl/assets/vit_glyphs.json
 
-Letters and digits of the free fonts that Matplotlib ships (DejaVu, STIX, Computer Modern) are
+Letters of the free fonts that Matplotlib ships (DejaVu, STIX, Computer Modern) are
 rendered once, then bent, sheared and scaled on the fly and reduced to 8 x 8 counts of black
 pixels the way the UCI handwritten digits were made (Alpaydin & Kaynak 1998: 32 x 32 bitmaps,
-counted in 4 x 4 cells). No handwritten digit is seen. The classifier is dropped; what is left,
+counted in 4 x 4 cells). No digit is seen, printed or handwritten. The classifier is dropped; what is left,
 rounded to float16, is the default job's starting point. Fixed seed, fixed thread count: the same
 machine writes the same file.
 """
@@ -23,7 +23,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 from d2ft_fl.models import GLYPH_VIT, save_weights_json
 
-CLASSES = string.digits + string.ascii_letters
+CLASSES = string.ascii_letters
 FONTS = (
     "DejaVuSans*.ttf",
     "DejaVuSerif*.ttf",
@@ -104,7 +104,7 @@ def batches(steps: int, size: int, generator: torch.Generator):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, required=True)
-    parser.add_argument("--steps", type=int, default=4000)
+    parser.add_argument("--steps", type=int, default=2500)
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--threads", type=int, default=1)
