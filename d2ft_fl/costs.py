@@ -18,7 +18,7 @@ and its log-sum, and both sides of the activation: T (4 d + 1 + 2 f_h). That is 
 of T D for a usual block with everything FULL.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
 import numpy as np
@@ -301,9 +301,13 @@ class CostModel:
 
     @lru_cache(maxsize=4096)  # noqa: B019 - lives as long as the run's one cost model
     def full_cost(self, examples: int) -> Cost:
-        """The cost of fully fine-tuning the model on this many examples: what 100 % means."""
+        """The cost of fully fine-tuning the model on this many examples: what 100 % means.
+
+        Its memory is that of whole batches; slots would need less.
+        """
         one_slot = CostModel(self.arch, self.options, slots=1)
-        return one_slot.cost(one_slot.everything(), examples)
+        cost = self.cost(self.everything(), examples)
+        return replace(cost, memory=one_slot.memory(one_slot.everything(), examples))
 
 
 def _wire(spec: dict[str, tuple[int, ...]]) -> int:

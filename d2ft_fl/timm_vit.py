@@ -6,7 +6,7 @@ divide: the embedding before the blocks and the classifier after them.
 
 from functools import partial
 
-from timm.layers import Attention, LayerNorm, LayerScale, Mlp
+from timm.layers import Attention, LayerNorm, LayerScale, Mlp, PatchEmbed
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
@@ -42,6 +42,8 @@ def _objection(model: nn.Module) -> str | None:
     """Why this model does not decompose into subnets here, or None when it does."""
     if type(model) is not VisionTransformer:
         return f"it is a {type(model).__name__}"
+    if type(model.patch_embed) is not PatchEmbed:
+        return f"it embeds images by {type(model.patch_embed).__name__}"
     if model.attn_pool is not None:
         return "it pools by attention"
     if model.global_pool not in ("token", "avg") or not isinstance(model.head, nn.Linear):

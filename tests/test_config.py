@@ -1,0 +1,120 @@
+import tomllib
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from d2ft_fl.cli import app, gather, parse_value
+from d2ft_fl.config import RunConfig
+from d2ft_fl.errors import ConfigError
+
+ROOT = Path(__file__).parent.parent
+APP = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["flwr"]["app"]["config"]
+
+
+def test_pyproject_and_the_record_agree_on_keys_types_and_defaults():
+    assert RunConfig().to_mapping() == APP
+    assert {k: type(v) for k, v in RunConfig().to_mapping().items()} == {
+        k: type(v) for k, v in APP.items()
+    }
+
+
+def test_every_option_is_documented_where_it_is_declared():
+    text = (ROOT / "pyproject.toml").read_text()
+    section = text[text.index("[tool.flwr.app.config]") : text.index("[tool.ruff]")]
+    options = [line for line in section.splitlines() if " = " in line and line[0] != "#"]
+    assert len(options) == len(APP)
+    assert all("  # " in line for line in options)
+
+
+def test_the_default_configuration_checks():
+    assert RunConfig().check() == RunConfig()
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "experiments").glob("*.toml")), ids=lambda p: p.name)
+def test_experiments_name_known_options(path):
+    RunConfig.from_mapping(tomllib.loads(path.read_text()))
+
+
+@pytest.mark.parametrize(
+    "entries,message",
+    [
+        ({"round": 3}, "unknown option 'round'; did you mean 'rounds'"),
+        ({"zzz": 3}, "unknown option 'zzz'; known are strategy"),
+        ({"rounds": "ten"}, "rounds = 'ten' is a str; write a whole number"),
+        ({"lr": "fast"}, "lr = 'fast' is a str; write a number"),
+        ({"rounds": True}, "is a bool"),
+        ({"rounds": 0}, "rounds = 0 must be 1 or more"),
+        ({"clients": -1}, "clients = -1 must be 1 or more"),
+        ({"lr": -1.0}, "lr = -1.0 must be a finite number"),
+        ({"lr": float("nan")}, "must be a finite number"),
+        ({"optimizer": "adam"}, "use one of adamw, sgd"),
+        ({"planner": "magic"}, "use one of joint, two-stage"),
+        ({"backward-score": "size"}, "use one of magnitude, fisher, uniform"),
+        ({"strategy": "best"}, "use one of d2ft, random, fedavg, or the dotted path"),
+        ({"strategy": "no.such"}, "cannot import 'no.such'"),
+        ({"strategy": "d2ft_fl.wire"}, "has no function schedule"),
+        ({"client-mode": "half"}, "use one of full"),
+        ({"slots": 20}, "slots = 20 is more than batch-size = 16"),
+        ({"score-every": 0}, "fisher scores need a scoring pass"),
+        ({"partitioner": "best"}, "use one of .*Dirichlet"),
+        ({"partitioner-args": "alpha 0.5"}, "partitioner-args = .* cannot be read"),
+        ({"model": "resnet50"}, "model 'resnet50' is not supported"),
+        ({"model": "vit_nonsense", "weights": "none"}, "cannot be built"),
+        ({"model": "vit_tiny_patch16_224"}, "'bundled' belong to model 'vit_glyphs'"),
+        ({"weights": "/nowhere.safetensors"}, "does not exist"),
+        ({"budgets": "rich"}, "budgets = 'rich'"),
+        ({"round-timeout": 0.0}, "round-timeout = 0.0 must be above 0"),
+    ],
+)
+def test_what_cannot_run_is_refused_in_one_line(entries, message):
+    with pytest.raises(ConfigError, match=message) as error:
+        RunConfig.from_mapping(entries).check()
+    assert "\n" not in str(error.value)
+
+
+def test_random_needs_no_fisher_pass():
+    RunConfig(strategy="random", score_every=0).check()
+
+
+def test_later_files_and_pairs_win_and_paths_start_at_their_file(tmp_path):
+    budgets = tmp_path / "sub" / "mine.toml"
+    budgets.parent.mkdir()
+    budgets.write_text("[classes.a]\nflops = '50 %'")
+    first, second = tmp_path / "a.toml", tmp_path / "sub" / "b.toml"
+    first.write_text("rounds = 3\nclients = 4")
+    second.write_text("rounds = 5\nbudgets = 'mine.toml'")
+    config = gather([first, second], ["clients=6", "strategy=random"])
+    assert (config.rounds, config.clients, config.strategy) == (5, 6, "random")
+    assert config.budgets == str(budgets)
+
+
+@pytest.mark.parametrize(
+    "text,value", [("3", 3), ("0.5", 0.5), ("true", True), ("d2ft", "d2ft"), ('"7"', "7")]
+)
+def test_values_are_spelled_as_in_toml_or_are_strings(text, value):
+    assert parse_value(text) == value
+
+
+@pytest.mark.parametrize(
+    "arguments,message",
+    [
+        (["--set", "rounds=x"], "rounds = 'x' is a str"),
+        (["--set", "rounds"], "is not key=value"),
+        (["--config", "nowhere.toml"], "nowhere.toml"),
+        (["--set", "budgets=gone:f"], "cannot import 'gone'"),
+    ],
+)
+def test_the_command_refuses_in_one_line_with_exit_code_2(arguments, message):
+    result = CliRunner().invoke(app, ["run", *arguments])
+    assert result.exit_code == 2
+    assert message in result.output
+    assert len(result.output.strip().splitlines()) == 1
+
+
+def test_a_run_folder_that_holds_a_run_is_refused(tmp_path):
+    tmp_path.joinpath("rounds.jsonl").write_text("{}\n")
+    result = CliRunner().invoke(app, ["run", "--set", f"run-folder={tmp_path}"])
+    assert result.exit_code == 2
+    assert "already holds a run" in result.output
+    assert not tmp_path.joinpath("status.json").exists()

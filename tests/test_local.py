@@ -1,0 +1,145 @@
+"""Whole runs in this process."""
+
+import json
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import timm
+import torch
+
+from d2ft_fl import costs, worker
+from d2ft_fl.errors import RunError
+from d2ft_fl.local import run_local
+
+
+def rows(folder, name="rounds.jsonl"):
+    return [json.loads(line) for line in Path(folder, name).read_text().splitlines()]
+
+
+def weights(folder):
+    return safetensors.torch.load_file(Path(folder) / "model.safetensors")
+
+
+@pytest.mark.parametrize("strategy", ["d2ft", "random"])
+def test_a_run_keeps_every_budget_and_leaves_its_folder(quick, strategy):
+    config = quick(strategy=strategy, verify_costs=True)
+    summary = run_local(config.check())
+    assert summary["violations"] == 0
+    assert summary["faults"] == 0
+    assert summary["flops_as_predicted"] == summary["client_rounds"] == 8
+    folder = Path(config.run_folder)
+    assert {p.name for p in folder.iterdir()} == {
+        "config.toml", "rounds.jsonl", "clients.jsonl", "plans", "plan.png",
+        "model.safetensors", "model.json", "summary.json", "status.json",
+    }  # fmt: skip
+    for row in rows(folder):
+        assert {"round", "accuracy", "loss", "flops", "memory", "bytes_up", "bytes_down"} <= set(row)
+        for resource in costs.RESOURCES:
+            assert 0 < row[resource]["worst"] <= 1
+    plans = safetensors.torch.load_file(folder / "plans" / "round-002.safetensors")
+    assert plans["schedules"].shape == (4, 5, 6, 6)
+    model = timm.create_model(**json.loads((folder / "model.json").read_text()))
+    model.load_state_dict(weights(folder))
+
+
+def test_the_same_seed_gives_the_same_run_and_another_seed_another(quick, tmp_path):
+    results = []
+    for seed, name in ((3, "a"), (3, "b"), (4, "c")):
+        worker.worker.cache_clear()
+        config = quick(seed=seed, run_folder=str(tmp_path / name))
+        run_local(config)
+        results.append(weights(config.run_folder))
+    assert all(torch.equal(results[1][n], t) for n, t in results[0].items())
+    assert not torch.equal(results[2]["head.weight"], results[0]["head.weight"])
+
+
+def test_fedavg_reports_what_it_uses_beyond_budgets(quick):
+    summary = run_local(quick(strategy="fedavg"))
+    assert summary["violations"] > 0
+    assert not summary["keeps_budgets"]
+    assert summary["resources"]["flops"]["share"] == pytest.approx(1.0)
+
+
+def test_a_planted_wrong_formula_shows_up_as_violations(quick, monkeypatch):
+    """What clients report as used does not come from the cost model."""
+    right = costs.CostModel.full_flops.func
+    broken = property(lambda self: right(self) // 2)
+    reference = run_local(quick(rounds=1))
+    assert reference["violations"] == 0
+    full = {c["client"]: c["allowed"] for c in rows(reference["folder"], "clients.jsonl")}
+    monkeypatch.setattr(costs.CostModel, "full_flops", broken)
+    budgets = {c: allowed["flops"] for c, allowed in full.items()}
+    monkeypatch.setattr(
+        "d2ft_fl.budgets.DeviceClasses.__call__",
+        lambda self, client, round: _only_flops(budgets[client.client]),
+    )
+    worker.worker.cache_clear()
+    summary = run_local(quick(rounds=1, run_folder=quick().run_folder + "-2"))
+    assert summary["violations"] > 0
+    assert summary["flops_as_predicted"] == 0
+
+
+def _only_flops(flops):
+    from d2ft_fl.budgets import Amount, Budget
+
+    return Budget(flops=Amount(flops))
+
+
+BUDGETS = """
+mix = ["rich", "broke", "rich", "rich"]
+[classes.rich]
+flops = "70 %"
+[classes.broke]
+memory = "1 kB"
+"""
+
+
+def test_a_client_whose_budget_affords_nothing_sits_out_and_is_counted(quick, tmp_path):
+    file = tmp_path / "budgets.toml"
+    file.write_text(BUDGETS)
+    config = quick(budgets=str(file))
+    summary = run_local(config)
+    assert summary["sat_out"] == 2
+    assert summary["faults"] == summary["violations"] == 0
+    assert [c["sat_out"] for c in rows(config.run_folder, "clients.jsonl")][:4] == [
+        False, True, False, False,
+    ]  # fmt: skip
+
+
+def test_when_everyone_sits_out_the_run_stops_with_one_line(quick, tmp_path):
+    file = tmp_path / "budgets.toml"
+    file.write_text("[classes.broke]\nflops = '0 %'")
+    with pytest.raises(RunError, match="every client sits out round 1") as error:
+        run_local(quick(budgets=str(file)))
+    assert "\n" not in str(error.value)
+
+
+def test_a_client_can_change_its_budget_between_rounds(quick, tmp_path, monkeypatch):
+    tmp_path.joinpath("fading.py").write_text(
+        "def battery(client, round):\n    return {'flops': f'{90 - 30 * round} %'}\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    config = quick(budgets="fading:battery").check()
+    run_local(config)
+    used = [row["flops"]["used_mean"] / row["flops"]["full_mean"] for row in rows(config.run_folder)]
+    assert 0.5 < used[0] <= 0.6
+    assert 0.2 < used[1] <= 0.3
+
+
+def test_a_strategy_of_ones_own(quick, tmp_path, monkeypatch):
+    package = tmp_path / "mine"
+    package.mkdir()
+    package.joinpath("__init__.py").touch()
+    package.joinpath("last_blocks.py").write_text(
+        "import numpy as np\n"
+        "USES_SCORES = False\n"
+        "def schedule(round):\n"
+        "    depth = np.arange(round.shape[0])[:, None] * np.ones(round.shape)\n"
+        "    return [round.plan(c, 1 + depth, np.ones(round.shape)) for c in round.clients]\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    summary = run_local(quick(strategy="mine.last_blocks").check())
+    assert summary["violations"] == 0
+    trained = rows(summary["folder"])[0]["trained"]
+    assert sum(trained[-1]) > sum(trained[0])

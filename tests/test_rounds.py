@@ -1,0 +1,182 @@
+"""The pure round: folding good and bad replies, and one round against Flower's own FedAvg."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
+from flwr.serverapp.strategy import FedAvg
+from flwr.supercore.task_identity import TaskIdentity
+
+from clients.full import learning_rate
+from d2ft_fl import wire
+from d2ft_fl.errors import RunError
+from d2ft_fl.local import LocalPool
+from d2ft_fl.models import build_model
+from d2ft_fl.rounds import Federation, Fold, State, encode_assignment, plan_round
+from d2ft_fl.subnets import Kind
+from d2ft_fl.timm_vit import describe
+from d2ft_fl.worker import Worker
+
+
+def first_round(config):
+    """State, pool, plan and blobs of a configuration's first round."""
+    model = build_model(config.model_spec())
+    federation = Federation(config, describe(model))
+    state = State(0, {n: p.detach().clone() for n, p in model.named_parameters()})
+    pool = LocalPool(config)
+    plan = plan_round(federation, state, pool.reports(1))
+    replies = {
+        client: blob
+        for client, blob in pool.train(
+            [a.client for a in plan.working],
+            lambda c: encode_assignment(federation, state, plan.assignments[c]),
+        )
+    }
+    return federation, state, plan, replies
+
+
+@pytest.fixture(scope="module")
+def round_one():
+    from d2ft_fl.config import RunConfig
+
+    config = RunConfig(
+        clients=4, train_examples=80, partitioner="Iid", partitioner_args="", slots=2,
+        score_examples=2,
+    )  # fmt: skip
+    return first_round(config)
+
+
+def folded(round_one, replies):
+    federation, state, plan, _ = round_one
+    fold = Fold(federation, state, plan)
+    for client, blob in replies:
+        fold.add(client, blob)
+    return fold.finish()
+
+
+def test_the_order_of_replies_does_not_matter(round_one):
+    replies = list(round_one[3].items())
+    one, _ = folded(round_one, replies)
+    other, _ = folded(round_one, replies[::-1])
+    assert all(torch.equal(one.weights[n], other.weights[n]) for n in one.weights)
+    assert np.array_equal(one.fisher.mean, other.fisher.mean)
+
+
+def test_used_is_measured_and_within_the_budget(round_one):
+    _, records = folded(round_one, round_one[3].items())
+    for record in records:
+        assert record.fault is None
+        assert record.used.flops == record.predicted.flops
+        assert record.used.bytes_up == len(round_one[3][record.client])
+        assert (record.used.vector() <= record.allowed).all()
+        assert (record.used.vector() > 0).all()
+
+
+def tampered(blob, change):
+    tensors, meta = wire.decode(blob)
+    change(tensors, meta)
+    return wire.encode(tensors, meta)
+
+
+def set_nan(tensors, meta):
+    tensors["head.bias"][0] = float("nan")
+
+
+@pytest.mark.parametrize(
+    "change,reason",
+    [
+        (lambda t, m: t.pop("head.weight"), "'head.weight' is missing"),
+        (lambda t, m: t.update({"head.bias": torch.zeros(3)}), "has shape"),
+        (set_nan, "not finite"),
+        (lambda t, m: t.update({"pos_embed": torch.zeros(1)}), "'pos_embed' was not assigned"),
+        (lambda t, m: m.pop("used"), "incomplete or malformed"),
+        (lambda t, m: m.update({"slot_examples": [1, 1]}), "trained on 2 examples, not"),
+        (lambda t, m: m.update({"round": 7}), "an answer to round 7"),
+        (lambda t, m: m.update({"error": "OSError: disk full"}), "OSError: disk full"),
+        (lambda t, m: t.pop("d2ft.fisher"), "Fisher scores are missing"),
+        (lambda t, m: t.update({"d2ft.fisher": torch.full((6, 6), torch.inf)}), "not a finite"),
+    ],
+)
+def test_a_bad_reply_is_left_out_counted_and_named(round_one, change, reason):
+    replies = dict(round_one[3])
+    scored = next(a.client for a in round_one[2].assignments if a.score_examples)
+    replies[scored] = tampered(replies[scored], change)
+    state, records = folded(round_one, replies.items())
+    assert reason in records[scored].fault
+    assert [r.fault for r in records if r.client != scored] == [None] * 3
+    without, _ = folded(round_one, [(c, b) for c, b in replies.items() if c != scored])
+    assert all(torch.equal(state.weights[n], t) for n, t in without.weights.items())
+
+
+def test_garbage_silence_and_a_second_answer_change_nothing(round_one):
+    replies = list(round_one[3].items())
+    state, records = folded(round_one, [*replies[:-1], (replies[-1][0], b"garbage")])
+    assert "not a safetensors message" in records[replies[-1][0]].fault
+    silent, records = folded(round_one, replies[:-1])
+    assert records[replies[-1][0]].fault == "no answer"
+    twice, _ = folded(round_one, [*replies[:-1], replies[0]])
+    for name, tensor in silent.weights.items():
+        assert torch.equal(state.weights[name], tensor)
+        assert torch.equal(twice.weights[name], tensor)
+
+
+def test_a_worker_turns_its_own_fault_into_an_answer(quick):
+    _, meta = wire.decode(Worker(quick()).work(b"garbage"))
+    assert meta["error"].startswith("ReplyError")
+
+
+def test_a_strategy_must_plan_everyone_and_keep_what_it_promises(quick, monkeypatch):
+    config = quick()
+    federation, state, _, _ = first_round(config)
+    reports = LocalPool(config).reports(1)
+    monkeypatch.setattr(federation.strategy, "schedule", lambda r: [])
+    with pytest.raises(RunError, match="must give each client one assignment"):
+        plan_round(federation, state, reports)
+    spend = lambda r: [r.assign(c, r.everything()) for c in r.clients]  # noqa: E731
+    monkeypatch.setattr(federation.strategy, "schedule", spend)
+    with pytest.raises(RunError, match="breaks the budget of client 0 in flops"):
+        plan_round(federation, state, reports)
+
+
+@pytest.mark.parametrize("slots", [1, 5])
+def test_one_fedavg_round_equals_flowers_own_fedavg(quick, slots, monkeypatch):
+    """Same clients, seeds and batches; plain timm training; Flower's aggregation. Within 1e-6."""
+    config = quick(strategy="fedavg", slots=slots, optimizer="sgd", lr=0.01, partitioner="Linear")
+    federation, state, plan, replies = first_round(config)
+    ours, _ = folded((federation, state, plan, replies), replies.items())
+
+    for name in ("run_id", "node_id", "task_id"):  # Flower sets these in its own processes
+        monkeypatch.setattr(TaskIdentity, f"_{name}", 1)
+    worker = Worker(config)
+    _, data = worker._parts
+    options, messages = config.local_options(), []
+    for client in range(config.clients):
+        model = build_model(config.model_spec())
+        groups: dict = {}
+        for name, p in model.named_parameters():
+            kind = federation.arch.by_name[name].kind
+            p.requires_grad_(kind is not Kind.EMBEDDING)
+            if p.requires_grad:
+                groups.setdefault(learning_rate(kind, options), []).append(p)
+        optimizer = torch.optim.SGD(
+            [{"params": ps, "lr": lr} for lr, ps in groups.items()], momentum=options.momentum
+        )
+        order = worker._order(client, 1, len(data.partitions[client]))
+        for images, labels in worker._batches(data, client, order):
+            optimizer.zero_grad()
+            F.cross_entropy(model(images), labels).backward()
+            optimizer.step()
+        content = RecordDict(
+            {
+                "arrays": ArrayRecord(model.state_dict()),
+                "metrics": MetricRecord({"num-examples": len(data.partitions[client])}),
+            }
+        )
+        asked = Message(RecordDict(), dst_node_id=client + 1, message_type="train")
+        asked.metadata.__dict__["_message_id"] = str(client)
+        messages.append(Message(content, reply_to=asked))
+    arrays, _ = FedAvg().aggregate_train(1, messages)
+    for name, expected in arrays.to_torch_state_dict().items():
+        difference = (ours.weights[name] - expected).norm() / expected.norm()
+        assert difference <= 1e-6, name
