@@ -57,7 +57,7 @@ class RunConfig:
 
     budgets: str = "devices"
     planner: str = "joint"
-    slots: int = 5
+    slots: int = 1
     backward_score: str = "magnitude"
     forward_score: str = "fisher"
     forward_weight: float = 0.5

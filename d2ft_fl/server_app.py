@@ -6,7 +6,9 @@ pulled here.
 """
 
 import json
+import logging
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -130,4 +132,12 @@ def main(grid: Grid, context: Context) -> None:
             folder = Path(str(context.run_config["run-folder"]))
         if folder is not None:
             write_status(folder, "failed", str(error))
-        raise SystemExit(f"{type(error).__name__}: {error}") from None
+        _last_word(f"d2ft: {error}")
+        raise  # so that Flower calls the run failed
+
+
+def _last_word(line: str) -> None:
+    """Say one line and keep Flower from burying it under tracebacks in this ending process."""
+    logging.getLogger("flwr").addFilter(lambda record: False)
+    warnings.simplefilter("ignore")
+    display.say(line)
