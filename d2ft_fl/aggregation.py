@@ -39,7 +39,9 @@ class Update:
         """Head -> examples for a sliced parameter; ``{-1: examples}`` for a whole one."""
         if p.kind is Kind.SLICED:
             examples = self.schedule.examples_trained(self.slot_examples)[p.block]
-            return {h: int(examples[h]) for h in self.schedule.heads(self.schedule.trained, p.block)}
+            return {
+                h: int(examples[h]) for h in self.schedule.heads(self.schedule.trained, p.block)
+            }
         if p.kind is Kind.SHARED:
             return {-1: int(self.schedule.block_examples_trained(self.slot_examples)[p.block])}
         return {-1: int(np.array(self.slot_examples)[self.schedule.active].sum())}

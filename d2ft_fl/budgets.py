@@ -176,6 +176,7 @@ class DeviceClasses:
     mix: tuple[str, ...]
 
     def __call__(self, client: ClientDescription, round: int) -> Budget:
+        """The budget of a client's class, the same in every round."""
         return self.classes[self.mix[client.client % len(self.mix)]]
 
 

@@ -5,7 +5,7 @@ import os
 import sys
 import tomllib
 from dataclasses import replace
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -30,7 +30,7 @@ def _main() -> None:
     """Keep `run` a sub-command while it is the only one."""
 
 
-class Backend(str, Enum):
+class Backend(StrEnum):
     """Where clients run."""
 
     flower = "flower"
@@ -116,9 +116,7 @@ def _run(config: RunConfig, backend: Backend, supernodes: int, as_json: bool) ->
 
     folder = Path(config.run_folder) if config.run_folder else new_run_folder(config)
     if folder.joinpath("rounds.jsonl").exists():
-        raise ConfigError(
-            f"run-folder = {str(folder)!r} already holds a run; name another folder"
-        )
+        raise ConfigError(f"run-folder = {str(folder)!r} already holds a run; name another folder")
     config = replace(config, run_folder=str(folder))
     progress = Progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),

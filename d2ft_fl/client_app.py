@@ -27,7 +27,10 @@ def _worker(context: Context) -> Worker:
 @app.query()
 def query(message: Message, context: Context) -> Message:
     """What the clients of this node say of themselves."""
-    node, nodes = int(context.node_config["partition-id"]), int(context.node_config["num-partitions"])
+    node, nodes = (
+        int(context.node_config["partition-id"]),
+        int(context.node_config["num-partitions"]),
+    )
     answer: dict[str, object] = {"node": node, "nodes": nodes}
     try:
         who = _worker(context)

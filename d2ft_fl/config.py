@@ -122,12 +122,12 @@ class RunConfig:
                 f"slots = {self.slots} is more than batch-size = {self.batch_size}; a micro-batch "
                 f"needs an example, so ask for at most {self.batch_size} slots"
             )
-        if "fisher" in (self.backward_score, self.forward_score) and self.scores_needed():
-            if self.score_every == 0 or self.score_examples == 0:
-                raise ConfigError(
-                    "fisher scores need a scoring pass: set score-every and score-examples to 1 "
-                    "or more, or use magnitude or uniform scores"
-                )
+        no_pass = self.score_every == 0 or self.score_examples == 0
+        if no_pass and self.uses_fisher():
+            raise ConfigError(
+                "fisher scores need a scoring pass: set score-every and score-examples to 1 "
+                "or more, or use magnitude or uniform scores"
+            )
         self.load_strategy()
         self.load_client_mode()
         self.budget_source()
@@ -136,9 +136,10 @@ class RunConfig:
         build_model(self.model_spec())
         return self
 
-    def scores_needed(self) -> bool:
-        """Whether the strategy looks at scores at all."""
-        return bool(getattr(self.load_strategy(), "USES_SCORES", True))
+    def uses_fisher(self) -> bool:
+        """Whether the strategy looks at scores, and Fisher is one of them."""
+        looks = bool(getattr(self.load_strategy(), "USES_SCORES", True))
+        return looks and "fisher" in (self.backward_score, self.forward_score)
 
     def _at_least(self, key: str, least: int) -> None:
         value = self.to_mapping()[key]
@@ -164,9 +165,11 @@ class RunConfig:
         return load_module("clients", self.client_mode, "client-mode", CLIENT_MODES)
 
     def budget_source(self) -> BudgetSource:
+        """Where clients get their budgets."""
         return budget_source(self.budgets, resolve_path)
 
     def model_spec(self) -> ModelSpec:
+        """The model to build."""
         weights = self.weights
         if weights not in ("bundled", "none"):
             weights = str(resolve_path(weights))
@@ -180,6 +183,7 @@ class RunConfig:
         )
 
     def data_spec(self, image_size: int, channels: int) -> DataSpec:
+        """The data to open, for images of that size."""
         return DataSpec(
             dataset=self._dataset(),
             label_column=self.label_column,
@@ -197,6 +201,7 @@ class RunConfig:
         return self.dataset if self.dataset == "digits" else str(resolve_path(self.dataset))
 
     def local_options(self) -> LocalOptions:
+        """How clients train."""
         return LocalOptions(
             batch_size=self.batch_size,
             epochs=self.epochs,

@@ -58,6 +58,7 @@ class Cost:
 
     @classmethod
     def of(cls, vector: np.ndarray) -> "Cost":
+        """The cost with these resources, in the order of ``RESOURCES``."""
         return cls(*(int(v) for v in vector))
 
 
@@ -73,6 +74,7 @@ class Elements:
 
     @classmethod
     def of(cls, arch: Architecture) -> "Elements":
+        """Counted from the parameters."""
         sliced = np.zeros((arch.blocks, arch.heads), dtype=np.int64)
         feed_forward = np.zeros_like(sliced)
         shared = np.zeros(arch.blocks, dtype=np.int64)
@@ -140,7 +142,8 @@ class CostModel:
     # -- memory ------------------------------------------------------------------------------
 
     @cached_property
-    def _elements(self) -> "Elements":
+    def elements(self) -> "Elements":
+        """Parameter counts of the model."""
         return Elements.of(self.arch)
 
     @cached_property
@@ -163,16 +166,6 @@ class CostModel:
         norm = 2 * a.dim + 2 if a.pooled else 2 * a.tokens * a.dim + 2 * a.tokens
         return norm + 2 * a.classes + 2
 
-    def saved_bytes(self, schedule: Schedule, slot: int, examples: int) -> int:
-        """Bytes saved for backward by one micro-batch, copies of gathered weights included."""
-        full = schedule.operations[slot] == Operation.FULL  # [blocks, heads]
-        opened = int(full.any(axis=1).sum())
-        per_example = self.saved_outer + opened * self.saved_block
-        per_example += int((full.sum(axis=0) * self.saved_slice).sum())
-        copied = full & (full != schedule.trained).any(axis=1, keepdims=True)
-        gathered = int(self._elements["sliced"][copied].sum())  # type: ignore[index]
-        return ELEMENT * (examples * per_example + gathered)
-
     def saved_per_block(self, schedule: Schedule, slot: int, examples: int) -> np.ndarray:
         """Elements each block saves for backward in one micro-batch: int64 [blocks].
 
@@ -182,7 +175,7 @@ class CostModel:
         full = schedule.operations[slot] == Operation.FULL  # [blocks, heads]
         copied = full & (full != schedule.trained).any(axis=1, keepdims=True)
         per_example = full.any(axis=1) * self.saved_block + full @ self.saved_slice
-        return examples * per_example + (copied * self._elements.sliced).sum(axis=1)
+        return examples * per_example + (copied * self.elements.sliced).sum(axis=1)
 
     def saved_bytes(self, schedule: Schedule, slot: int, examples: int) -> int:
         """Bytes saved for backward by one micro-batch when its forward pass is over."""
@@ -195,11 +188,11 @@ class CostModel:
         A block's work finds the saved tensors of the blocks up to it alive, forward as backward.
         On top of them come: backward through the feed-forward layer, the gradients of the
         residual stream, of the hidden units and of one weight (where FULL weights were gathered,
-        autograd returns their gradients late, into one as wide as all that trains); forward through what keeps no graph, three
-        widths of the stream (two where the others are saved), both sides of the activation and
-        the copies of weights.
+        autograd returns their gradients late, into one as wide as all that trains); forward
+        through what keeps no graph, three widths of the stream (two where the others are saved),
+        both sides of the activation and the copies of weights.
         """
-        a, e = self.arch, self._elements
+        a, e = self.arch, self.elements
         hidden = np.array(a.hidden, dtype=np.int64)
         stream = examples * a.tokens * a.dim
         operations = schedule.operations[slot]
@@ -219,16 +212,17 @@ class CostModel:
             copies += ((chosen & some) * e.feed_forward).sum(axis=1)
         forward = (3 - opened) * stream + 2 * examples * a.tokens * (silent @ hidden) + copies
 
-        peaks = [
+        outer = examples * self.saved_outer + stream
+        peaks: list[np.ndarray] = [
             np.where(opened, backward, 0),
             alive + np.where(silent.any(axis=1), forward, 0),
-            [alive[-1] + examples * self.saved_outer + stream, 3 * stream],
+            np.array([alive[-1] + outer, 3 * stream]),
         ]
-        return ELEMENT * int(max(np.max(peak) for peak in peaks))
+        return ELEMENT * max(int(np.max(peak)) for peak in peaks)
 
     def held_bytes(self, schedule: Schedule, moments: bool = True) -> int:
         """Bytes of weights, gradients and (after the first step) optimiser state."""
-        e, resident, trained = self._elements, schedule.resident, schedule.trained
+        e, resident, trained = self.elements, schedule.resident, schedule.trained
         copies = 1 + (MOMENTS[self.options.optimizer] if moments else 0)
         elements = e.embedding + (1 + copies) * e.final
         elements += e.sliced[resident].sum() + copies * e.sliced[trained].sum()

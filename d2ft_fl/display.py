@@ -52,8 +52,8 @@ def round_line(row: dict[str, Any]) -> None:
     say(format_round(row))
     for fault in row["faults"]:
         say(f"        left out: {fault}")
-    if row["sat_out"]:
-        say(f"        {row['sat_out']} of {row['clients']} clients sat out: their budgets afford nothing")
+    if out := row["sat_out"]:
+        say(f"        {out} of {row['clients']} clients sat out: their budgets afford nothing")
 
 
 def format_round(row: dict[str, Any]) -> str:

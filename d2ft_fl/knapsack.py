@@ -65,6 +65,7 @@ class Problem:
         return paid[np.arange(paid.shape[0]), group_levels]
 
     def value(self, choice: np.ndarray) -> float:
+        """What a choice [I] is worth."""
         return float(self.values[np.arange(len(choice)), choice].sum())
 
 

@@ -73,23 +73,21 @@ class Meter:
     _known: dict[Hashable, Reading] = field(default_factory=dict)
 
     def start(self) -> None:
+        """Begin a round."""
         self.flops = self.peak_bytes = 0
 
-    def run(
-        self, step: Callable[[], Any], key: Hashable, base: Callable[[], int], there: list[Tensor]
-    ) -> Any:
+    def run(self, step: Callable[[], Any], key: Hashable, base: list[Tensor]) -> Any:
         """Run ``step`` and add what it used.
 
         Args:
             step: Forward and backward of one micro-batch.
-            key: What decides its cost: operations, what trains, examples, model.
-            base: Bytes held before it: weights, gradients, optimiser state, images.
-            there: Tensors that exist before and must not be counted again.
+            key: What decides its cost.
+            base: What is held before it: weights, gradients, optimiser state, images.
         """
         reading = None if self.verify else self._known.get(key)
         if reading is None:
             live, counter = LiveBytes(), FlopCounterMode(display=False)
-            live.ignore(there)
+            live.ignore(base)
             with counter, live:
                 result = step()
             reading = Reading(counter.get_total_flops(), live.peak)
@@ -99,12 +97,12 @@ class Meter:
         else:
             result = step()
         self.flops += reading.flops
-        self.peak_bytes = max(self.peak_bytes, base() + reading.peak_bytes)
+        self.peak_bytes = max(self.peak_bytes, tensor_bytes(base) + reading.peak_bytes)
         return result
 
-    def note(self, held_bytes: int) -> None:
+    def note(self, held: list[Tensor]) -> None:
         """Account for a moment outside micro-batches at which this much is held."""
-        self.peak_bytes = max(self.peak_bytes, held_bytes)
+        self.peak_bytes = max(self.peak_bytes, tensor_bytes(held))
 
 
 def tensor_bytes(tensors: Iterable[Tensor]) -> int:

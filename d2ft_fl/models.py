@@ -58,7 +58,9 @@ class ModelSpec:
 
     def timm_arguments(self) -> dict[str, Any]:
         """The keyword arguments of ``timm.create_model`` that build this model."""
-        base = dict(GLYPH_VIT) if self.name == GLYPH_NAME else {"model_name": self.name}
+        base: dict[str, Any] = (
+            dict(GLYPH_VIT) if self.name == GLYPH_NAME else {"model_name": self.name}
+        )
         if self.image_size:
             base["img_size"] = self.image_size
         return {**base, **dict(self.arguments), "num_classes": self.classes}
@@ -148,9 +150,7 @@ def load_weights(model: VisionTransformer, state: dict[str, Tensor], spec: Model
     model.load_state_dict(state)
 
 
-def _resample_position(
-    model: VisionTransformer, state: dict[str, Tensor], spec: ModelSpec
-) -> None:
+def _resample_position(model: VisionTransformer, state: dict[str, Tensor], spec: ModelSpec) -> None:
     prefix = 0 if model.no_embed_class else model.num_prefix_tokens
     old, new = state["pos_embed"], model.state_dict()["pos_embed"]
     side = round((old.shape[1] - prefix) ** 0.5)

@@ -13,6 +13,7 @@ and a SHORTCUT costs nothing. A block in which nothing runs is the identity, bia
 import copy
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -57,6 +58,7 @@ class PackedHeads:
             self.rows[role] = runs
 
     def index(self, role: str, heads: tuple[int, ...]) -> Tensor:
+        """Rows of some of the heads, in their order: int64 [rows]."""
         return torch.tensor([row for h in heads for row in self.rows[role][h]], dtype=torch.long)
 
 
@@ -82,7 +84,7 @@ class Block:
 
     def __init__(
         self,
-        template: nn.Module,
+        template: Any,  # a timm block on the meta device
         specs: Mapping[str, Parameter],
         schedule: Schedule,
         block: int,
@@ -127,6 +129,7 @@ class Block:
         )
 
     def __call__(self, x: Tensor, slot: int) -> Tensor:
+        """The block's output for one slot: [batch, tokens, dim]."""
         full, forward = self.slots[slot]
         if not full and not forward:
             return x
@@ -182,7 +185,7 @@ class PartialModel:
 
     def __init__(self, model: VisionTransformer, arch: Architecture):
         self.arch = arch
-        self.templates = [copy.deepcopy(block).to("meta") for block in model.blocks]
+        self.templates: list[Any] = [copy.deepcopy(block).to("meta") for block in model.blocks]
         self.outer = copy.deepcopy(model)  # embedding and classifier; its blocks are not used
         self.outer.blocks = nn.Sequential()
         self.blocks: dict[int, Block] = {}

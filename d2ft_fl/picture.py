@@ -47,13 +47,18 @@ def draw_plan(plan: Plan, path: Path) -> None:
     axes.set_xticklabels([f"block {b}" for b in range(blocks)])
     axes.set_yticks(range(clients))
     axes.set_yticklabels(
-        [f"client {c.client}" + (f", {c.budget.device}" if c.budget.device else "")
-         for c in plan.clients[:MOST_CLIENTS]]
+        [
+            f"client {c.client}" + (f", {c.budget.device}" if c.budget.device else "")
+            for c in plan.clients[:MOST_CLIENTS]
+        ]
     )
     axes.set_title(f"Round {plan.round}: who runs which of {heads} heads a block", fontsize=11)
     figure.legend(
         handles=[Patch(facecolor=tuple(COLOURS[op]), label=text) for op, text in LABELS.items()],
-        loc="lower center", ncols=3, frameon=False, fontsize=9,
+        loc="lower center",
+        ncols=3,
+        frameon=False,
+        fontsize=9,
     )
     figure.tight_layout(rect=(0, 0.06 + 0.15 / clients, 1, 1))
     figure.savefig(path, dpi=130)

@@ -71,6 +71,7 @@ class Patterns:
 
     @classmethod
     def of(cls, slots: int, active: int) -> "Patterns":
+        """All pairs of slot counts with at most ``active`` slots at work."""
         pairs = [(a, b) for a in range(active + 1) for b in range(active + 1 - a)]
         operations = np.zeros((len(pairs), slots), dtype=np.int8)
         for row, (a, b) in enumerate(pairs):
@@ -267,9 +268,7 @@ class _ClientProblem:
         arch = self.planner.costs.arch
         groups = np.repeat(np.arange(arch.blocks), arch.heads)
         default = np.zeros(len(groups), dtype=np.int64)
-        return Problem(
-            values, self._costs, shown, groups, levels, self._openings, allowed, default
-        )
+        return Problem(values, self._costs, shown, groups, levels, self._openings, allowed, default)
 
     @cached_property
     def _sizes(self) -> tuple[int, int]:
@@ -297,7 +296,7 @@ class _ClientProblem:
         out = np.zeros((*full.shape, len(RESOURCES)), dtype=np.int64)
         out[..., FLOPS] = full * c.full_flops[head][:, None]
         out[..., FLOPS] += forward * c.forward_flops[head][:, None]
-        sliced = ELEMENT * c._elements.sliced.reshape(-1, 1)
+        sliced = ELEMENT * c.elements.sliced.reshape(-1, 1)
         trained, resident = patterns.full > 0, patterns.full + patterns.forward > 0
         saved = ELEMENT * largest * c.saved_slice[head][:, None] * patterns.full // self.active
         out[..., MEMORY] = sliced * (resident + copies * trained) + saved
@@ -307,9 +306,9 @@ class _ClientProblem:
 
     @cached_property
     def _openings(self) -> np.ndarray:
-        """Cost of opening each block to RESIDENT and on to TRAINED: int64 [blocks, 2, resources]."""
+        """Cost of opening each block to RESIDENT, then TRAINED: int64 [blocks, 2, resources]."""
         c, (largest, copies) = self.planner.costs, self._sizes
-        shared = ELEMENT * c._elements.shared
+        shared = ELEMENT * c.elements.shared
         headers = TENSOR_HEADER * np.array(
             [sum(p.block == b for p in c.arch.parameters) for b in range(c.arch.blocks)]
         )
@@ -323,7 +322,7 @@ class _ClientProblem:
     def _constant(self) -> np.ndarray:
         """Cost of running anything at all: int64 [resources]."""
         c, (largest, copies) = self.planner.costs, self._sizes
-        e = c._elements
+        e = c.elements
         final = c.arch.of_kind(Kind.FINAL)
         embedding = c.arch.of_kind(Kind.EMBEDDING)
         batch = min(self.examples, c.options.batch_size)

@@ -1,13 +1,13 @@
 """The run folder: what a run leaves behind. JSON, safetensors and pictures; nothing pickled.
 
-    config.toml              the resolved configuration
-    rounds.jsonl             one line a round
-    clients.jsonl            one line a client and round
-    plans/round-001.safetensors   int8 schedules [clients, slots, blocks, heads]
-    plan.png                 the last round's plan
-    model.safetensors, model.json   the final model, a timm state dict and how to build it
-    summary.json             totals, and the comparison with full fine-tuning
-    status.json              running, finished or failed, and why
+config.toml              the resolved configuration
+rounds.jsonl             one line a round
+clients.jsonl            one line a client and round
+plans/round-001.safetensors   int8 schedules [clients, slots, blocks, heads]
+plan.png                 the last round's plan
+model.safetensors, model.json   the final model, a timm state dict and how to build it
+summary.json             totals, and the comparison with full fine-tuning
+status.json              running, finished or failed, and why
 """
 
 import json
@@ -57,6 +57,7 @@ class Recorder:
     totals: dict[str, float] = field(default_factory=dict)
 
     def start(self) -> None:
+        """Make the folder and write the configuration."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self.folder.joinpath("plans").mkdir(exist_ok=True)
         entries = self.federation.config.to_mapping() | {"run-folder": str(self.folder)}

@@ -73,21 +73,26 @@ class Federation:
 
     @cached_property
     def costs(self) -> CostModel:
+        """The cost model."""
         return CostModel(self.arch, self.config.local_options(), self.config.slots)
 
     @cached_property
     def planner(self) -> Planner:
+        """The planner."""
         return Planner(self.costs, self.config.planner, self.config.forward_weight)
 
     @cached_property
     def strategy(self) -> Any:
+        """The strategy's module."""
         return self.config.load_strategy()
 
     @property
     def keeps_budgets(self) -> bool:
+        """Whether the strategy promises to keep budgets."""
         return bool(getattr(self.strategy, "KEEPS_BUDGETS", True))
 
     def participant(self, report: Report) -> Participant:
+        """A client with its budgets resolved."""
         full = self.costs.full_cost(report.examples)
         capacity = report.budget.capacity(full)
         return Participant(report.client, report.examples, report.budget, capacity)
@@ -141,14 +146,11 @@ class Round:
     def scoring_examples(self, client: Participant) -> int:
         """Examples of a Fisher pass that ``client`` would run in this round; 0 for none."""
         config = self.federation.config
-        wanted = "fisher" in (config.backward_score, config.forward_score)
-        if not wanted or not config.scores_needed() or (self.number - 1) % config.score_every:
+        if not config.uses_fisher() or (self.number - 1) % config.score_every:
             return 0
         return min(config.score_examples, client.examples)
 
-    def plan(
-        self, client: Participant, backward: np.ndarray, forward: np.ndarray
-    ) -> Assignment:
+    def plan(self, client: Participant, backward: np.ndarray, forward: np.ndarray) -> Assignment:
         """The best schedule for these scores that keeps every budget of ``client``."""
         return self.federation.planner.plan(
             client.client,
@@ -321,9 +323,7 @@ class Fold:
         for assignment in self.plan.assignments:
             if assignment.client not in self.records:
                 self._record(assignment, None)
-        state = State(
-            self.plan.round, self.sums.apply(), self.state.fisher.updated(self.measured)
-        )
+        state = State(self.plan.round, self.sums.apply(), self.state.fisher.updated(self.measured))
         return state, [self.records[c.client] for c in self.plan.clients]
 
     def _record(

@@ -4,7 +4,7 @@ D2FT (arXiv 2504.12471, section 3.2) takes weight magnitude for the first and Fi
 for the second. Scores are normalised to a mean of 1 over the model, so that the two compare.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 from torch import Tensor
@@ -19,8 +19,8 @@ def magnitude(arch: Architecture, weights: dict[str, Tensor]) -> np.ndarray:
     total = np.zeros((arch.blocks, arch.heads))
     count = np.zeros((arch.blocks, arch.heads))
     for p in arch.of_kind(Kind.SLICED):
-        rows = weights[p.name].abs().movedim(p.axis, 0)
-        rows = rows.flatten(1).double().sum(dim=1).numpy() if rows.dim() > 1 else rows.numpy()
+        sizes = weights[p.name].abs().double().movedim(p.axis, 0)
+        rows = sizes.reshape(len(sizes), -1).sum(dim=1).numpy()
         for head, own in enumerate(p.rows):
             total[p.block, head] += rows[list(own)].sum()
             count[p.block, head] += len(own) * (p.numel // p.shape[p.axis])
@@ -42,7 +42,6 @@ class FisherBook:
 
     mean: np.ndarray | None = None
     momentum: float = 0.5
-    seen: int = field(default=0)
 
     def scores(self, arch: Architecture) -> np.ndarray:
         """float64 [blocks, heads]."""
@@ -55,6 +54,7 @@ class FisherBook:
         # Clients in order, so that the mean does not depend on who answered first.
         ordered = [measured[client] for client in sorted(measured)]
         examples = sum(n for _, n in ordered)
-        fresh = sum(normalised(f) * n for f, n in ordered) / examples
-        mean = fresh if self.mean is None else (1 - self.momentum) * self.mean + self.momentum * fresh
-        return FisherBook(np.asarray(mean), self.momentum, self.seen + 1)
+        fresh = np.sum([normalised(f) * n for f, n in ordered], axis=0) / examples
+        if self.mean is not None:
+            fresh = (1 - self.momentum) * self.mean + self.momentum * fresh
+        return FisherBook(fresh, self.momentum)

@@ -80,6 +80,7 @@ class Parameter:
 
     @property
     def numel(self) -> int:
+        """Elements."""
         return int(np.prod(self.shape))
 
 
@@ -115,6 +116,7 @@ class Architecture:
 
     @cached_property
     def by_name(self) -> dict[str, Parameter]:
+        """Parameters by state-dict name."""
         return {p.name: p for p in self.parameters}
 
     def of_kind(self, kind: Kind, block: int | None = None) -> list[Parameter]:
@@ -145,6 +147,7 @@ class Schedule:
 
     @property
     def slots(self) -> int:
+        """Micro-batches of a batch."""
         return int(self.operations.shape[0])
 
     @cached_property

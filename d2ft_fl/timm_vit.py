@@ -5,6 +5,7 @@ divide: the embedding before the blocks and the classifier after them.
 """
 
 from functools import partial
+from typing import Any
 
 from timm.layers import Attention, LayerNorm, LayerScale, Mlp, PatchEmbed
 from timm.models.vision_transformer import Block, VisionTransformer
@@ -98,7 +99,8 @@ def _split(width: int, heads: int) -> list[range]:
 def _block_parameter(model: VisionTransformer, name: str, shape: tuple[int, ...]) -> Parameter:
     _, index, rest = name.split(".", 2)
     role = ROLES[rest]
-    attn, mlp = model.blocks[int(index)].attn, model.blocks[int(index)].mlp
+    block: Any = model.blocks[int(index)]
+    attn, mlp = block.attn, block.mlp
     heads, width = attn.num_heads, attn.head_dim
     make = partial(Parameter, name, shape, role=role, block=int(index))
     if role.startswith("qkv"):
@@ -128,7 +130,8 @@ def describe(model: VisionTransformer) -> Architecture:
             parameters.append(Parameter(name, shape, Kind.FINAL))
         else:
             parameters.append(Parameter(name, shape, Kind.EMBEDDING))
-    attn, mlp = model.blocks[0].attn, model.blocks[0].mlp
+    block: Any = model.blocks[0]
+    attn, mlp = block.attn, block.mlp
     patches = model.patch_embed.num_patches
     return Architecture(
         blocks=len(model.blocks),
@@ -138,7 +141,7 @@ def describe(model: VisionTransformer) -> Architecture:
         hidden=tuple(len(run) for run in _split(mlp.fc1.out_features, attn.num_heads)),
         tokens=patches + model.num_prefix_tokens,
         classes=model.num_classes,
-        layer_scale=isinstance(model.blocks[0].ls1, LayerScale),
+        layer_scale=isinstance(block.ls1, LayerScale),
         # A convolution is one product of [patches, kernel] by [kernel, dim].
         embed_flops=2 * patches * model.patch_embed.proj.weight.numel(),
         pooled=model.global_pool == "avg",

@@ -1,14 +1,15 @@
 """Local training: one client's round on its part of the model."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from d2ft_fl.meter import Meter, tensor_bytes
+from d2ft_fl.meter import Meter
 from d2ft_fl.partial import PartialModel
 from d2ft_fl.subnets import Kind, Operation, Schedule, slot_sizes
 
@@ -90,7 +91,7 @@ def train(
     schedule = model.schedule
     slices = trained_slices(model)
     optimizer = build_optimizer(slices, options, rate)
-    gradients = list({id(t.grad): t.grad for t in model.trainable().values()}.values())
+    gradients = [t.grad for t in model.trainable().values() if t.grad is not None]
     held = [t for _, t in model.held()]
     total_loss: Tensor | float = 0.0
     total_examples = 0
@@ -100,28 +101,30 @@ def train(
         if not runs:
             continue
         examples = sum(sizes[slot] for slot in runs)
-        starts = np.concatenate([[0], np.cumsum(sizes)])
+        pieces = list(zip(images.split(sizes), labels.split(sizes), strict=True))
         for slot in runs:
-            part = slice(int(starts[slot]), int(starts[slot + 1]))
             total_loss += meter.run(
-                lambda slot=slot, part=part: _micro_batch(
-                    model, images[part], labels[part], slot, examples
-                ),
-                key=(
-                    id(model),
-                    schedule.operations[slot].tobytes(),
-                    schedule.trained.tobytes(),
-                    sizes[slot],
-                ),
-                base=lambda: tensor_bytes([*held, *gradients, *_moments(optimizer), images]),
-                there=[*held, *gradients, images],
+                partial(_micro_batch, model, *pieces[slot], slot, examples),
+                key=_pattern(model, schedule, slot, sizes[slot]),
+                base=[*held, *gradients, *_moments(optimizer), images],
             )
         _choose_stepped(slices, schedule, runs)
         optimizer.step()
         torch._foreach_zero_(gradients)
-        meter.note(tensor_bytes([*held, *gradients, *_moments(optimizer)]))
+        meter.note([*held, *gradients, *_moments(optimizer)])
         total_examples += examples
-    return float(total_loss) / max(1.0, total_examples)
+    return float(total_loss) / max(1, total_examples)
+
+
+def _pattern(model: PartialModel, schedule: Schedule, slot: int, examples: int) -> Hashable:
+    """What decides a micro-batch's cost: its operations, what trains, and its size."""
+    return (
+        id(model),
+        schedule.operations[slot].tobytes(),
+        schedule.trained.tobytes(),
+        schedule.resident.tobytes(),
+        examples,
+    )
 
 
 def _micro_batch(
@@ -184,10 +187,9 @@ def fisher(model: PartialModel, images: Tensor, labels: Tensor, meter: Meter) ->
     for index in range(len(images)):
         one = slice(index, index + 1)
         meter.run(
-            lambda one=one: _micro_batch(model, images[one], labels[one], 0, 1),
-            key=(id(model), "fisher", model.schedule.operations.tobytes()),
-            base=lambda: tensor_bytes([*held, images]),
-            there=[*held, images],
+            partial(_micro_batch, model, images[one], labels[one], 0, 1),
+            key=(id(model), "fisher"),
+            base=[*held, images],
         )
     for handle in handles:
         handle.remove()

@@ -7,7 +7,6 @@ process, and resets in place for each assignment.
 import time
 from collections.abc import Iterator
 from functools import cached_property, lru_cache
-from typing import Any
 
 import numpy as np
 import torch
@@ -48,10 +47,6 @@ class Worker:
         side = int(model.patch_embed.img_size[0])
         data = open_data(self.config.data_spec(side, model.patch_embed.proj.in_channels))
         return PartialModel(model, arch), data
-
-    @property
-    def arch(self) -> Architecture:
-        return self._parts[0].arch
 
     def report(self, client: int, round: int) -> Report:
         """What ``client`` says of itself before ``round``."""

@@ -2,16 +2,17 @@
 
     python experiments/pretrain_glyphs.py --output d2ft_fl/assets/vit_glyphs.json
 
-Letters of the free fonts that Matplotlib ships (DejaVu, STIX, Computer Modern) are
-rendered once, then bent, sheared and scaled on the fly and reduced to 8 x 8 counts of black
-pixels the way the UCI handwritten digits were made (Alpaydin & Kaynak 1998: 32 x 32 bitmaps,
-counted in 4 x 4 cells). No digit is seen, printed or handwritten. The classifier is dropped; what is left,
-rounded to float16, is the default job's starting point. Fixed seed, fixed thread count: the same
-machine writes the same file.
+Letters of the free fonts that Matplotlib ships (DejaVu, STIX, Computer Modern) are rendered once,
+then bent, sheared and scaled on the fly and reduced to 8 x 8 counts of black pixels the way the
+UCI handwritten digits were made (Alpaydin & Kaynak 1998: 32 x 32 bitmaps, counted in 4 x 4 cells).
+No digit is seen, printed or handwritten. The classifier is dropped; what is left, rounded to
+float16, is the default job's starting point. Fixed seed, fixed thread count: the same machine
+writes the same file.
 """
 
 import argparse
 import string
+from collections.abc import Iterator
 from pathlib import Path
 
 import matplotlib
@@ -91,7 +92,9 @@ def bend(images: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     return F.avg_pool2d(bitmap, 32 // CELLS)
 
 
-def batches(steps: int, size: int, generator: torch.Generator):
+def batches(
+    steps: int, size: int, generator: torch.Generator
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """Yield `steps` batches of (images [size, 1, 16, 16] in -1..1, labels [size])."""
     images, labels = render_bank()
     for _ in range(steps):
@@ -102,6 +105,7 @@ def batches(steps: int, size: int, generator: torch.Generator):
 
 
 def main() -> None:
+    """Pretrain and write the weights."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=2500)
@@ -129,7 +133,9 @@ def main() -> None:
         schedule.step()
         right, seen = right + int((logits.argmax(1) == labels).sum()), seen + len(labels)
         if step % 100 == 0:
-            print(f"step {step:5d}  loss {loss.item():.3f}  accuracy {right / seen:.3f}", flush=True)
+            print(
+                f"step {step:5d}  loss {loss.item():.3f}  accuracy {right / seen:.3f}", flush=True
+            )
             right = seen = 0
     state = {k: v for k, v in model.state_dict().items() if not k.startswith("head.")}
     size = save_weights_json(args.output, state)

@@ -13,7 +13,5 @@ def schedule(round: Round) -> list[Assignment]:
     assignments = []
     for client in round.clients:
         draw = round.generator(client)
-        assignments.append(
-            round.plan(client, draw.random(round.shape), draw.random(round.shape))
-        )
+        assignments.append(round.plan(client, draw.random(round.shape), draw.random(round.shape)))
     return assignments

@@ -31,7 +31,9 @@ def test_the_default_configuration_checks():
     assert RunConfig().check() == RunConfig()
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "experiments").glob("*.toml")), ids=lambda p: p.name)
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "experiments").glob("*.toml")), ids=lambda p: p.name
+)
 def test_experiments_name_known_options(path):
     RunConfig.from_mapping(tomllib.loads(path.read_text()))
 

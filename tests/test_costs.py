@@ -60,7 +60,9 @@ def test_peak_memory_is_predicted_within_ten_percent(seed, slots):
     assert meter.peak_bytes <= predicted.memory <= 1.1 * meter.peak_bytes
 
 
-@pytest.mark.parametrize("changes", [{"init_values": 0.1}, {"global_pool": "avg"}, {"reg_tokens": 3}])
+@pytest.mark.parametrize(
+    "changes", [{"init_values": 0.1}, {"global_pool": "avg"}, {"reg_tokens": 3}]
+)
 def test_costs_hold_for_other_plain_vits(changes):
     model, arch = build(**{"class_token": "global_pool" not in changes, **changes})
     schedule = random_schedule(arch, 2, 5)

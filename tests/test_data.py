@@ -38,7 +38,10 @@ def test_images_are_normalised_and_of_the_models_size():
     assert images.shape == (2, 1, 16, 16)
     assert -1 <= images.min() < -0.9
     assert 0.5 < images.max() <= 1
-    assert labels.tolist() == open_data(SPEC).train.labels[open_data(SPEC).partitions[3][[0, 5]]].tolist()
+    assert (
+        labels.tolist()
+        == open_data(SPEC).train.labels[open_data(SPEC).partitions[3][[0, 5]]].tolist()
+    )
 
 
 def test_images_are_decoded_once_a_process():
@@ -116,7 +119,12 @@ def folder(tmp_path):
 
 def test_a_folder_of_images(folder):
     spec = replace(
-        SPEC, dataset=str(folder), channels=3, clients=2, partitioner="Iid", partitioner_arguments=()
+        SPEC,
+        dataset=str(folder),
+        channels=3,
+        clients=2,
+        partitioner="Iid",
+        partitioner_arguments=(),
     )
     data = open_data(spec)
     assert data.train.names == ["cat", "dog"]
@@ -130,9 +138,7 @@ def test_a_folder_of_parquet_without_test_split_and_with_text_labels(tmp_path):
     images = [Image.fromarray(draw.integers(0, 255, (8, 8), dtype=np.uint8)) for _ in range(20)]
     table = datasets.Dataset.from_dict(
         {"picture": images, "kind": ["odd", "even"] * 10},
-        features=datasets.Features(
-            {"picture": datasets.Image(), "kind": datasets.Value("string")}
-        ),
+        features=datasets.Features({"picture": datasets.Image(), "kind": datasets.Value("string")}),
     )
     table.to_parquet(str(tmp_path / "train.parquet"))
     spec = replace(

@@ -40,9 +40,7 @@ def optimum(p):
     one = np.zeros((items, x + y))
     for i in range(items):
         one[i, i * options : (i + 1) * options] = 1
-    budget = np.concatenate(
-        [p.costs.reshape(x, resources), p.openings.reshape(y, resources)]
-    ).T
+    budget = np.concatenate([p.costs.reshape(x, resources), p.openings.reshape(y, resources)]).T
     links = []
     for i in range(items):
         for k in range(options):
@@ -57,7 +55,9 @@ def optimum(p):
     ]
     gain = -np.concatenate([p.values.ravel(), np.zeros(y)])
     upper = np.concatenate([p.allowed.ravel().astype(float), np.ones(y)])
-    result = milp(gain, constraints=constraints, integrality=np.ones(x + y), bounds=Bounds(0, upper))
+    result = milp(
+        gain, constraints=constraints, integrality=np.ones(x + y), bounds=Bounds(0, upper)
+    )
     assert result.success
     return -result.fun
 

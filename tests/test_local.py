@@ -34,7 +34,9 @@ def test_a_run_keeps_every_budget_and_leaves_its_folder(quick, strategy):
         "model.safetensors", "model.json", "summary.json", "status.json",
     }  # fmt: skip
     for row in rows(folder):
-        assert {"round", "accuracy", "loss", "flops", "memory", "bytes_up", "bytes_down"} <= set(row)
+        assert {"round", "accuracy", "loss", "flops", "memory", "bytes_up", "bytes_down"} <= set(
+            row
+        )
         for resource in costs.RESOURCES:
             assert 0 < row[resource]["worst"] <= 1
     plans = safetensors.torch.load_file(folder / "plans" / "round-002.safetensors")
@@ -122,7 +124,9 @@ def test_a_client_can_change_its_budget_between_rounds(quick, tmp_path, monkeypa
     monkeypatch.syspath_prepend(str(tmp_path))
     config = quick(budgets="fading:battery").check()
     run_local(config)
-    used = [row["flops"]["used_mean"] / row["flops"]["full_mean"] for row in rows(config.run_folder)]
+    used = [
+        row["flops"]["used_mean"] / row["flops"]["full_mean"] for row in rows(config.run_folder)
+    ]
     assert 0.5 < used[0] <= 0.6
     assert 0.2 < used[1] <= 0.3
 

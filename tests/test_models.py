@@ -20,7 +20,11 @@ def test_the_bundled_model_has_36_subnets_and_travels_in_a_flower_app_bundle():
 
 
 def test_the_classifier_depends_on_the_seed_and_nothing_else_does():
-    a, same, b = build_model(SPEC), build_model(SPEC), build_model(ModelSpec(**{**vars(SPEC), "seed": 1}))
+    a, same, b = (
+        build_model(SPEC),
+        build_model(SPEC),
+        build_model(ModelSpec(**{**vars(SPEC), "seed": 1})),
+    )
     assert torch.equal(a.head.weight, same.head.weight)
     assert not torch.equal(a.head.weight, b.head.weight)
     assert torch.equal(a.blocks[3].mlp.fc1.weight, b.blocks[3].mlp.fc1.weight)

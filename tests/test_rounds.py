@@ -26,13 +26,10 @@ def first_round(config):
     state = State(0, {n: p.detach().clone() for n, p in model.named_parameters()})
     pool = LocalPool(config)
     plan = plan_round(federation, state, pool.reports(1))
-    replies = {
-        client: blob
-        for client, blob in pool.train(
-            [a.client for a in plan.working],
-            lambda c: encode_assignment(federation, state, plan.assignments[c]),
-        )
-    }
+    working = [a.client for a in plan.working]
+    replies = dict(
+        pool.train(working, lambda c: encode_assignment(federation, state, plan.assignments[c]))
+    )
     return federation, state, plan, replies
 
 

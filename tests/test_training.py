@@ -72,11 +72,14 @@ def test_a_slice_that_no_slot_of_a_batch_ran_full_is_not_stepped():
     seen = {}
 
     class Spy(Meter):
-        def note(self, held_bytes):
+        def note(self, held):
             name = "blocks.0.attn.qkv.weight"
             rows = partial.rows(name)
             seen.setdefault("steps", []).append(
-                {h: partial.sliced()[name].detach()[r.start : r.stop].clone() for h, r in rows.items()}
+                {
+                    h: partial.sliced()[name].detach()[r.start : r.stop].clone()
+                    for h, r in rows.items()
+                }
             )
 
     train(partial, batches(images, labels, 4), options, learning_rate, Spy())
