@@ -146,7 +146,7 @@ def class_count(dataset: str, label_column: str) -> int:
 
 
 def _digits() -> tuple[Split, Split]:
-    """scikit-learn's 1,797 handwritten digits (UCI, Alpaydin & Kaynak), 8 x 8, two fifths held out."""
+    """scikit-learn's 1,797 handwritten digits (UCI), 8 x 8 pixels; two fifths are held out."""
     bunch = load_digits()
     pixels = np.round(bunch.images * (255 / 16)).astype(np.uint8)[..., None]  # [n, 8, 8, 1]
     labels = bunch.target.astype(np.int64)

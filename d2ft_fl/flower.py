@@ -71,7 +71,7 @@ def _environment(home: Path) -> dict[str, str]:
     }
 
 
-def stop_tree(process: subprocess.Popen) -> None:
+def stop_tree(process: subprocess.Popen | psutil.Process) -> None:
     """End a process we started and everything that came from it."""
     try:
         family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(True)]

@@ -44,7 +44,7 @@ class FlowerPool:
         """
         deadline = time.monotonic() + NODES_TIMEOUT
         while time.monotonic() < deadline:
-            answers = self._ask(round)
+            answers = sorted(self._ask(round), key=lambda pair: pair[1]["node"])
             for _, answer in answers:
                 if "error" in answer:
                     raise ConfigError(answer["error"])

@@ -95,7 +95,8 @@ class Worker:
                 "flops": self.meter.flops,
                 "memory": self.meter.peak_bytes,
                 "bytes_down": len(blob),
-                "seconds": time.perf_counter() - started,
+                # Of fixed width, so that the same run is the same number of bytes.
+                "seconds": f"{time.perf_counter() - started:012.3f}",
             },
         }
         return wire.encode(result, reply)

@@ -40,7 +40,7 @@ def test_a_run_keeps_every_budget_and_leaves_its_folder(quick, strategy):
         for resource in costs.RESOURCES:
             assert 0 < row[resource]["worst"] <= 1
     plans = safetensors.torch.load_file(folder / "plans" / "round-002.safetensors")
-    assert plans["schedules"].shape == (4, 5, 6, 6)
+    assert plans["schedules"].shape == (4, 1, 6, 6)
     model = timm.create_model(**json.loads((folder / "model.json").read_text()))
     model.load_state_dict(weights(folder))
 

@@ -1,0 +1,159 @@
+"""Real processes: the app as a user starts it, on Flower's simulation engine and Ray."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+import pytest
+import safetensors.torch
+import torch
+
+from d2ft_fl.client_app import pack_blob, unpack_blob
+from d2ft_fl.cli import gather
+from d2ft_fl.flower import free_ports, stop_tree
+from d2ft_fl.local import run_local
+
+ROOT = Path(__file__).parent.parent.parent
+BIN = Path(sys.executable).parent
+OPTIONS = {
+    "rounds": 2,
+    "clients": 5,
+    "train-examples": 150,
+    "test-examples": 100,
+    "slots": 2,
+    "score-every": 1,
+}
+
+
+def environment(tmp_path, **more):
+    return {
+        **os.environ,
+        "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
+        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "XDG_DATA_HOME": str(tmp_path / "data"),
+        "D2FT_TEST_MARK": str(tmp_path),
+        **more,
+    }
+
+
+def left_behind(tmp_path):
+    """Processes that carry this test's mark in their environment."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get("D2FT_TEST_MARK") == str(tmp_path):
+                found.append(" ".join(process.cmdline()))
+        except (psutil.Error, OSError):
+            continue
+    return found
+
+
+def rows(folder):
+    lines = Path(folder, "rounds.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(x).items() if k != "wall_seconds"} for x in lines]
+
+
+def pairs(folder):
+    return [f"{key}={value}" for key, value in {**OPTIONS, "run-folder": str(folder)}.items()]
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    """The same job on the in-process back end."""
+    folder = tmp_path_factory.mktemp("local") / "run"
+    run_local(gather([], pairs(folder)))
+    return folder
+
+
+def same_run(folder, reference):
+    assert rows(folder) == rows(reference)
+    ours = safetensors.torch.load_file(Path(folder) / "model.safetensors")
+    theirs = safetensors.torch.load_file(Path(reference) / "model.safetensors")
+    assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
+
+
+def test_d2ft_run_gives_the_local_result_and_leaves_nothing_behind(tmp_path, reference):
+    folder = tmp_path / "run"
+    options = [x for pair in pairs(folder) for x in ("--set", pair)]
+    ended = subprocess.run(
+        [BIN / "d2ft", "run", *options, "--supernodes", "3"],
+        env=environment(tmp_path), cwd=tmp_path, capture_output=True, text=True, timeout=300,
+        check=False,
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert f"run folder: {folder}" in ended.stdout.splitlines()[-1]
+    assert "0 budget violations" in ended.stdout
+    same_run(folder, reference)
+    assert left_behind(tmp_path) == []
+
+
+def test_d2ft_run_ends_with_one_line_and_an_exit_code_when_the_run_fails(tmp_path):
+    """The plug-in works when it is checked and breaks on the client."""
+    tmp_path.joinpath("moody.py").write_text(
+        "def budget(client, round):\n    raise OSError('no battery')\n"
+    )
+    ended = subprocess.run(
+        [BIN / "d2ft", "run", "--set", "budgets=moody:budget", "--set", "rounds=1",
+         "--set", f"run-folder={tmp_path / 'run'}"],
+        env=environment(tmp_path), cwd=tmp_path, capture_output=True, text=True, timeout=300,
+        check=False,
+    )  # fmt: skip
+    assert ended.returncode == 1
+    assert ended.stderr.strip() == (
+        "d2ft: budgets = 'moody:budget' raised OSError: no battery for client 0 in round 1"
+    )
+    assert json.loads((tmp_path / "run" / "status.json").read_text())["status"] == "failed"
+    assert left_behind(tmp_path) == []
+
+
+@pytest.fixture
+def bare(tmp_path):
+    """Plain `flwr run . --stream` from the checkout, with a SuperLink that is stopped after."""
+    port, control = free_ports(2)
+    env = environment(
+        tmp_path,
+        FLWR_HOME=str(tmp_path / "home"),
+        FLWR_LOCAL_SUPERLINK_HTTP_API_PORT=str(port),
+        FLWR_LOCAL_CONTROL_API_PORT=str(control),
+    )
+
+    def run(config):
+        return subprocess.run(
+            [BIN / "flwr", "run", str(ROOT), "--stream", "--run-config", config],
+            env=env, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False,
+        )  # fmt: skip
+
+    yield run
+    for process in psutil.process_iter(["cmdline"]):
+        command = process.info["cmdline"] or []
+        if "--port" in command and str(port) in command:
+            stop_tree(process)
+
+
+def test_bare_flwr_run_is_the_same_job_and_ends_a_bad_one_with_its_line(tmp_path, reference, bare):
+    folder = tmp_path / "run"
+    config = " ".join(
+        f'{k}="{v}"' if isinstance(v, str) else f"{k}={v}"
+        for k, v in {**OPTIONS, "run-folder": str(folder)}.items()
+    )
+    ended = bare(config)
+    assert f"run folder: {folder}" in ended.stdout, ended.stdout + ended.stderr
+    same_run(folder, reference)
+
+    ended = bare("slots=99")
+    last = [line for line in ended.stdout.splitlines() if line.strip()][-1]
+    assert last.startswith("d2ft: slots = 99 is more than batch-size = 16")
+    assert "Traceback" not in ended.stdout
+
+
+@pytest.mark.parametrize("size", [0, 1, 1000, 300_000])
+def test_flower_adds_a_small_constant_to_a_blob(size):
+    blob = bytes(range(256)) * (size // 256) + bytes(size % 256)
+    array = pack_blob(blob)
+    assert unpack_blob(array) == blob
+    assert len(array.data) - size <= 256
