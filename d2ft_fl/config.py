@@ -60,7 +60,8 @@ class RunConfig:
     slots: int = 1
     backward_score: str = "magnitude"
     forward_score: str = "fisher"
-    forward_weight: float = 0.5
+    forward_weight: float = 1.0
+    exploration: float = 1.0
     score_every: int = 5
     score_examples: int = 4
 
@@ -111,6 +112,8 @@ class RunConfig:
         self._one_of("planner", PLANNERS)
         self._one_of("backward-score", scores.KINDS)
         self._one_of("forward-score", scores.KINDS)
+        if not 0 <= self.exploration <= 1:
+            raise ConfigError(f"exploration = {self.exploration} must lie between 0 and 1")
         if not self.round_timeout > 0:
             raise ConfigError(f"round-timeout = {self.round_timeout} must be above 0 seconds")
         for key in ("lr", "head-lr", "momentum", "weight-decay", "forward-weight"):

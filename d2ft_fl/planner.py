@@ -101,7 +101,7 @@ class Planner:
 
     costs: CostModel
     method: str = "joint"
-    forward_weight: float = 0.5
+    forward_weight: float = 1.0
 
     def plan(
         self,

@@ -132,7 +132,9 @@ class Round:
         if kind == "magnitude":
             return scores.normalised(scores.magnitude(arch, self.state.weights))
         if kind == "fisher":
-            return scores.normalised(self.state.fisher.scores(arch))
+            # Its root is the size of the gradient, as magnitude is the size of the weights;
+            # Fisher itself is so uneven that most subnets would look worthless.
+            return scores.normalised(np.sqrt(self.state.fisher.scores(arch)))
         return np.ones(self.shape)
 
     def backward_scores(self) -> np.ndarray:

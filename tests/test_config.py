@@ -66,6 +66,7 @@ def test_experiments_name_known_options(path):
         ({"model": "vit_tiny_patch16_224"}, "'bundled' belong to model 'vit_glyphs'"),
         ({"weights": "/nowhere.safetensors"}, "does not exist"),
         ({"budgets": "rich"}, "budgets = 'rich'"),
+        ({"exploration": 1.5}, "exploration = 1.5 must lie between 0 and 1"),
         ({"round-timeout": 0.0}, "round-timeout = 0.0 must be above 0"),
     ],
 )

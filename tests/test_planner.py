@@ -24,7 +24,7 @@ def plan(shares, slots=1, method="joint", seed=0, examples=40, **keywords):
     return planner.plan(3, examples, capacity, *scores, **keywords), capacity, scores, planner
 
 
-def worth(assignment, scores, weight=0.5):
+def worth(assignment, scores, weight=1.0):
     operations = assignment.schedule.operations
     full = (operations == Operation.FULL).mean(axis=0)
     runs = (operations != Operation.SHORTCUT).mean(axis=0)
