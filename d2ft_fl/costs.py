@@ -255,16 +255,7 @@ class CostModel:
         for slot, size in enumerate(slot_sizes(batch, schedule.slots)):
             if size and schedule.active[slot]:
                 worst = max(worst, self.peak_bytes(schedule, slot, size))
-        return worst + ELEMENT * batch * self.input_elements
-
-    @property
-    def input_elements(self) -> int:
-        """Elements of one input image."""
-        for p in self.arch.of_kind(Kind.EMBEDDING):
-            if p.name.endswith("patch_embed.proj.weight"):
-                kernel = p.numel // p.shape[0]
-                return self.arch.embed_flops // (2 * p.numel) * kernel
-        raise AssertionError("an architecture has a patch embedding")
+        return worst + ELEMENT * batch * self.arch.input_elements
 
     # -- bytes -------------------------------------------------------------------------------
 

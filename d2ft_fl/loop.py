@@ -8,7 +8,6 @@ from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from d2ft_fl import timm_vit
@@ -69,7 +68,7 @@ def run(config: RunConfig, pool: Pool, progress: Progress = lambda row: None) ->
     started = time.perf_counter()
     model = build_model(config.model_spec())
     arch = timm_vit.describe(model)
-    side, channels = int(model.patch_embed.img_size[0]), model.patch_embed.proj.in_channels
+    channels, side = timm_vit.input_shape(model)
     data = open_data(config.data_spec(side, channels))
     federation = Federation(config, arch)
     state = State(0, {n: p.detach().clone() for n, p in model.named_parameters()})
@@ -114,7 +113,10 @@ def run(config: RunConfig, pool: Pool, progress: Progress = lambda row: None) ->
 
 @torch.no_grad()
 def evaluate(
-    model: VisionTransformer, weights: dict[str, Tensor], data: FederatedData, batch_size: int
+    model: timm_vit.VisionTransformer,
+    weights: dict[str, Tensor],
+    data: FederatedData,
+    batch_size: int,
 ) -> tuple[float, float]:
     """Accuracy and mean loss of the global model on the held-out split."""
     for name, parameter in model.named_parameters():

@@ -10,18 +10,16 @@ layer) that autograd sees, the heads that run FORWARD_ONLY into another that run
 and a SHORTCUT costs nothing. A block in which nothing runs is the identity, biases included.
 """
 
-import copy
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor, nn
+from torch import Tensor
 
 from d2ft_fl import timm_vit
 from d2ft_fl.subnets import Architecture, Kind, Operation, Parameter, Schedule
+from d2ft_fl.timm_vit import BlockTraits, VisionTransformer
 
 Weights = dict[str, Tensor]
 Product = Callable[[Tensor, Weights, Tensor | None], Tensor]
@@ -84,7 +82,7 @@ class Block:
 
     def __init__(
         self,
-        template: Any,  # a timm block on the meta device
+        traits: BlockTraits,
         specs: Mapping[str, Parameter],
         schedule: Schedule,
         block: int,
@@ -92,7 +90,7 @@ class Block:
         head_dim: int,
     ):
         self.head_dim = head_dim
-        self.act = template.mlp.act
+        self.act = traits.activation
         trained = schedule.heads(schedule.trained, block)
         resident = schedule.heads(schedule.resident, block)
         sliced = {r: p for r, p in specs.items() if p.kind is Kind.SLICED}
@@ -111,7 +109,7 @@ class Block:
             for role, p in specs.items()
             if p.kind is Kind.SHARED
         }
-        self.norm_eps = (template.norm1.eps, template.norm2.eps)
+        self.norm_eps = {"norm1": traits.epsilon1, "norm2": traits.epsilon2}
         self.slots = [self._groups(schedule, slot, block) for slot in range(schedule.slots)]
 
     def _groups(self, schedule: Schedule, slot: int, block: int) -> tuple[list[Gather], ...]:
@@ -157,9 +155,8 @@ class Block:
         return x + out
 
     def _norm(self, x: Tensor, name: str) -> Tensor:
-        eps = self.norm_eps[name == "norm2"]
         weight, bias = self.shared[f"{name}.weight"], self.shared.get(f"{name}.bias")
-        return F.layer_norm(x, (x.shape[-1],), weight, bias, eps)
+        return F.layer_norm(x, (x.shape[-1],), weight, bias, self.norm_eps[name])
 
     def _attention(self, y: Tensor, w: Weights, bias: Tensor | None) -> Tensor:
         batch, tokens, _ = y.shape
@@ -185,16 +182,13 @@ class PartialModel:
 
     def __init__(self, model: VisionTransformer, arch: Architecture):
         self.arch = arch
-        self.templates: list[Any] = [copy.deepcopy(block).to("meta") for block in model.blocks]
-        self.outer = copy.deepcopy(model)  # embedding and classifier; its blocks are not used
-        self.outer.blocks = nn.Sequential()
+        self.traits = timm_vit.block_traits(model)
+        self.outer = timm_vit.without_blocks(model)  # embedding and classifier
         self.blocks: dict[int, Block] = {}
         self.specs: list[dict[str, Parameter]] = [{} for _ in range(arch.blocks)]
         for p in arch.parameters:
             if p.block >= 0:
                 self.specs[p.block][p.role] = p
-        for name, parameter in self.outer.named_parameters():
-            parameter.requires_grad_(arch.by_name[name].kind is Kind.FINAL)
 
     def reset(self, schedule: Schedule, tensors: Mapping[str, Tensor]) -> None:
         """Hold what ``schedule`` needs, with the values of ``tensors`` (see ``down_spec``)."""
@@ -205,7 +199,7 @@ class PartialModel:
                 parameter.grad = None
         self.blocks = {
             block: Block(
-                self.templates[block],
+                self.traits[block],
                 self.specs[block],
                 schedule,
                 block,

@@ -146,7 +146,7 @@ class Planner:
         gradients = held - sum(ELEMENT * p.numel for p in a.parameters)
         widest = max(p.numel for p in a.of_kind(Kind.SLICED))
         memory = held - gradients + one.peak_bytes(everything, 0, 1) + 2 * ELEMENT * widest
-        memory += ELEMENT * examples * one.input_elements
+        memory += ELEMENT * examples * a.input_elements
         memory += memory // MEMORY_MARGIN
         return Cost(
             flops,
@@ -331,7 +331,7 @@ class _ClientProblem:
             [
                 c.base_flops * examples,
                 ELEMENT * (e.embedding + (1 + copies) * e.final)
-                + ELEMENT * (batch * c.input_elements + largest * c.saved_outer),
+                + ELEMENT * (batch * c.arch.input_elements + largest * c.saved_outer),
                 ELEMENT * e.final + TENSOR_HEADER * len(final) + MESSAGE_HEADER,
                 ELEMENT * (e.embedding + e.final)
                 + TENSOR_HEADER * (len(final) + len(embedding))

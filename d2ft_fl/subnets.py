@@ -97,6 +97,7 @@ class Architecture:
         classes: Outputs of the classifier.
         layer_scale: Whether branches are scaled before they are added.
         embed_flops: FLOPs of embedding one example (frozen: forward only).
+        input_elements: Elements of one input image.
         pooled: True when the classifier sees an average of tokens that is normed after pooling,
             False when it sees the class token of the normed sequence.
         parameters: Every parameter of the model.
@@ -111,6 +112,7 @@ class Architecture:
     classes: int
     layer_scale: bool
     embed_flops: int
+    input_elements: int
     pooled: bool
     parameters: tuple[Parameter, ...]
 

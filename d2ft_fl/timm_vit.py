@@ -4,6 +4,8 @@ It says how a model divides into subnets (:func:`describe`), and runs the parts 
 divide: the embedding before the blocks and the classifier after them.
 """
 
+import copy
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -144,9 +146,42 @@ def describe(model: VisionTransformer) -> Architecture:
         layer_scale=isinstance(block.ls1, LayerScale),
         # A convolution is one product of [patches, kernel] by [kernel, dim].
         embed_flops=2 * patches * model.patch_embed.proj.weight.numel(),
+        input_elements=input_shape(model)[0] * input_shape(model)[1] ** 2,
         pooled=model.global_pool == "avg",
         parameters=tuple(parameters),
     )
+
+
+@dataclass(frozen=True)
+class BlockTraits:
+    """What a block computes with beside its weights."""
+
+    activation: nn.Module
+    epsilon1: float  # of the norm before attention
+    epsilon2: float  # of the norm before the feed-forward layer
+
+
+def block_traits(model: VisionTransformer) -> list[BlockTraits]:
+    """The traits of every block, in order."""
+    blocks: Any = model.blocks
+    return [BlockTraits(b.mlp.act, b.norm1.eps, b.norm2.eps) for b in blocks]
+
+
+def without_blocks(model: VisionTransformer) -> VisionTransformer:
+    """A copy of the embedding and the classifier alone; final parameters want gradients."""
+    blocks, model.blocks = model.blocks, nn.Sequential()
+    try:
+        outer = copy.deepcopy(model)
+    finally:
+        model.blocks = blocks
+    for name, parameter in outer.named_parameters():
+        parameter.requires_grad_(name.startswith(FINAL_MODULES))
+    return outer
+
+
+def input_shape(model: VisionTransformer) -> tuple[int, int]:
+    """(channels, side in pixels) of the images that a model takes."""
+    return model.patch_embed.proj.in_channels, int(model.patch_embed.img_size[0])
 
 
 def embed(model: VisionTransformer, images: Tensor) -> Tensor:

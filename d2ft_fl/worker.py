@@ -44,8 +44,8 @@ class Worker:
     def _parts(self) -> tuple[PartialModel, FederatedData]:
         model = build_model(self.config.model_spec())
         arch = timm_vit.describe(model)
-        side = int(model.patch_embed.img_size[0])
-        data = open_data(self.config.data_spec(side, model.patch_embed.proj.in_channels))
+        channels, side = timm_vit.input_shape(model)
+        data = open_data(self.config.data_spec(side, channels))
         return PartialModel(model, arch), data
 
     def report(self, client: int, round: int) -> Report:

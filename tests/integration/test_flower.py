@@ -11,8 +11,8 @@ import pytest
 import safetensors.torch
 import torch
 
-from d2ft_fl.client_app import pack_blob, unpack_blob
 from d2ft_fl.cli import gather
+from d2ft_fl.client_app import pack_blob, unpack_blob
 from d2ft_fl.flower import free_ports, stop_tree
 from d2ft_fl.local import run_local
 
