@@ -12,9 +12,9 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from d2ft_fl import scores
-from d2ft_fl.budgets import BudgetSource, budget_source
-from d2ft_fl.data import DataSpec, class_count, partitioner_class
+from d2ft_fl import scores, timm_vit
+from d2ft_fl.budgets import BudgetSource, ClientDescription, budget_source
+from d2ft_fl.data import DataSpec, class_count, open_data
 from d2ft_fl.errors import ConfigError
 from d2ft_fl.models import ModelSpec, build_model
 from d2ft_fl.planner import PLANNERS
@@ -133,10 +133,10 @@ class RunConfig:
             )
         self.load_strategy()
         self.load_client_mode()
-        self.budget_source()
-        partitioner_class(self.partitioner)
-        _inline_table("partitioner-args", self.partitioner_args)
-        build_model(self.model_spec())
+        budgets = self.budget_source()
+        channels, side = timm_vit.input_shape(build_model(self.model_spec()))
+        partitions = open_data(self.data_spec(side, channels)).partitions
+        budgets(ClientDescription(0, len(partitions[0]), len(partitions)), 1)
         return self
 
     def uses_fisher(self) -> bool:

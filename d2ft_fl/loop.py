@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,6 +20,7 @@ from d2ft_fl.meter import set_threads
 from d2ft_fl.models import build_model
 from d2ft_fl.recorder import Recorder, new_run_folder
 from d2ft_fl.rounds import (
+    Assignment,
     Federation,
     Fold,
     Report,
@@ -91,10 +93,8 @@ def run(config: RunConfig, pool: Pool, progress: Progress = lambda row: None) ->
             )
         fold = Fold(federation, state, plan)
 
-        def encode(client: int, state: State = state, all_: dict = assignments) -> bytes:
-            return encode_assignment(federation, state, all_[client])
-
-        for client, reply in pool.train(list(assignments), encode):
+        message = partial(_message, federation, state, assignments)
+        for client, reply in pool.train(list(assignments), message):
             if isinstance(reply, Fault):
                 fold.fail(client, reply.reason)
             else:
@@ -109,6 +109,12 @@ def run(config: RunConfig, pool: Pool, progress: Progress = lambda row: None) ->
         )
         progress(row)
     return recorder.finish(state, time.perf_counter() - started)
+
+
+def _message(
+    federation: Federation, state: State, assignments: dict[int, Assignment], client: int
+) -> bytes:
+    return encode_assignment(federation, state, assignments[client])
 
 
 @torch.no_grad()

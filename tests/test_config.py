@@ -67,6 +67,7 @@ def test_experiments_name_known_options(path):
         ({"weights": "/nowhere.safetensors"}, "does not exist"),
         ({"budgets": "rich"}, "budgets = 'rich'"),
         ({"exploration": 1.5}, "exploration = 1.5 must lie between 0 and 1"),
+        ({"clients": 5000}, "clients = 5000 is more than the 1078 training examples"),
         ({"round-timeout": 0.0}, "round-timeout = 0.0 must be above 0"),
     ],
 )

@@ -93,9 +93,12 @@ def test_d2ft_run_gives_the_local_result_and_leaves_nothing_behind(tmp_path, ref
 
 
 def test_d2ft_run_ends_with_one_line_and_an_exit_code_when_the_run_fails(tmp_path):
-    """The plug-in works when it is checked and breaks on the client."""
+    """The plug-in works when it is checked and breaks later, on one client."""
     tmp_path.joinpath("moody.py").write_text(
-        "def budget(client, round):\n    raise OSError('no battery')\n"
+        "def budget(client, round):\n"
+        "    if client.client == 3:\n"
+        "        raise OSError('no battery')\n"
+        "    return {'flops': '50 %'}\n"
     )
     ended = subprocess.run(
         [BIN / "d2ft", "run", "--set", "budgets=moody:budget", "--set", "rounds=1",
@@ -105,7 +108,7 @@ def test_d2ft_run_ends_with_one_line_and_an_exit_code_when_the_run_fails(tmp_pat
     )  # fmt: skip
     assert ended.returncode == 1
     assert ended.stderr.strip() == (
-        "d2ft: budgets = 'moody:budget' raised OSError: no battery for client 0 in round 1"
+        "d2ft: budgets = 'moody:budget' raised OSError: no battery for client 3 in round 1"
     )
     assert json.loads((tmp_path / "run" / "status.json").read_text())["status"] == "failed"
     assert left_behind(tmp_path) == []
