@@ -51,7 +51,7 @@ class RunConfig:
     epochs: int = 1
     optimizer: str = "adamw"
     lr: float = 5e-4
-    head_lr: float = 5e-3
+    head_lr: float = 2e-3
     momentum: float = 0.9
     weight_decay: float = 0.0
 

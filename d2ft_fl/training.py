@@ -24,7 +24,7 @@ class LocalOptions:
     epochs: int = 1
     optimizer: str = "adamw"
     lr: float = 2e-4
-    head_lr: float = 5e-3
+    head_lr: float = 2e-3
     momentum: float = 0.9
     weight_decay: float = 0.0
 
