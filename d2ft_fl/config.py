@@ -58,10 +58,10 @@ class RunConfig:
     budgets: str = "devices"
     planner: str = "joint"
     slots: int = 1
-    backward_score: str = "magnitude"
+    backward_score: str = "fisher"
     forward_score: str = "fisher"
     forward_weight: float = 1.0
-    exploration: float = 1.0
+    exploration: float = 0.5
     score_every: int = 5
     score_examples: int = 4
 
