@@ -18,7 +18,7 @@ from d2ft_fl.errors import ReplyError
 from d2ft_fl.subnets import Architecture, Kind, Parameter, Schedule, up_spec
 
 FRACTION_BITS = 36  # a sum resolves 1.5e-11 and holds up to 1.3e8
-LIMIT = 2.0 ** (62 - FRACTION_BITS)
+LIMIT = 2.0 ** (62 - FRACTION_BITS)  # of all examples times the largest change
 
 
 @dataclass(frozen=True)
@@ -70,10 +70,16 @@ def validate(arch: Architecture, weights: dict[str, Tensor], update: Update) -> 
 
 @dataclass
 class Sums:
-    """Running sums of a round. ``add`` commutes; ``apply`` divides once, at the end."""
+    """Running sums of a round. ``add`` commutes; ``apply`` divides once, at the end.
+
+    Attributes:
+        arch, weights: The model, and its values before the round.
+        examples: Examples that all updates together can count; what may be added follows.
+    """
 
     arch: Architecture
     weights: dict[str, Tensor]
+    examples: int
     _sums: dict[str, Tensor] = field(default_factory=dict)
     _counts: dict[str, dict[int, int]] = field(default_factory=dict)
 
@@ -90,10 +96,11 @@ class Sums:
             counts = update.weights(p)
             heads = tuple(h for h in counts if h >= 0)
             old = p.pack(self.weights[name], heads) if heads else self.weights[name]
-            change = (tensor.double() - old.double()) * _per_row(p, counts, tensor)
-            if bool((change.abs() > LIMIT / 2**14).any()):
+            change = tensor.double() - old.double()
+            if bool((change.abs() * max(1, self.examples) > LIMIT).any()):
                 raise ReplyError(f"{name!r} changes by more than can be summed")
-            terms[name] = (p, heads, torch.round(change * 2.0**FRACTION_BITS).long())
+            weighted = change * _per_row(p, counts, tensor)
+            terms[name] = (p, heads, torch.round(weighted * 2.0**FRACTION_BITS).long())
         for name, (p, heads, term) in terms.items():
             total = self._sums.setdefault(name, torch.zeros(p.shape, dtype=torch.long))
             if heads:

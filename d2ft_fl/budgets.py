@@ -133,7 +133,7 @@ class Budget:
 def _parse(name: str, value: Any, where: str) -> Amount | float:
     units, example = _UNITS[name]
     share = False
-    if isinstance(value, Mapping) and set(value) == {"share"}:
+    if isinstance(value, Mapping) and type(value.get("share")) in (int, float):
         number, share = float(value["share"]), True
     elif isinstance(value, (int, float)) and not isinstance(value, bool):
         number = float(value)
@@ -190,7 +190,7 @@ def read_devices(path: Path) -> DeviceClasses:
         table = tomllib.loads(path.read_text())
     except OSError as error:
         raise ConfigError(f"budgets file {str(path)!r}: {error.strerror or error}") from None
-    except tomllib.TOMLDecodeError as error:
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"budgets file {str(path)!r} is not TOML: {error}") from None
     if unknown := sorted(table.keys() - {"classes", "mix"}):
         raise ConfigError(f"{path.name}: unknown table {unknown[0]!r}; allowed are classes, mix")
@@ -204,7 +204,7 @@ def read_devices(path: Path) -> DeviceClasses:
             raise ConfigError(f"{where} is {entries!r}; write a table [classes.{name}]")
         classes[name] = Budget.from_mapping({**entries, "device": name}, where)
     mix = table.get("mix", list(classes))
-    if not isinstance(mix, list) or not mix or any(m not in classes for m in mix):
+    if not isinstance(mix, list) or not mix or any(m not in list(classes) for m in mix):
         raise ConfigError(f"{path.name}: mix = {mix!r} must list names among {', '.join(classes)}")
     return DeviceClasses(classes, tuple(mix))
 
@@ -244,10 +244,11 @@ def _plugin(spec: str) -> BudgetSource:
                 f"budgets = {spec!r} raised {type(error).__name__}: {error} "
                 f"for client {client.client} in round {round}"
             ) from error
-        if isinstance(answer, Budget):
-            return answer
+        where = f"budgets = {spec!r}"
+        if isinstance(answer, Budget):  # read back, so that its entries are checked too
+            return Budget.from_mapping(answer.to_json(), where)
         if isinstance(answer, Mapping):
-            return Budget.from_mapping(answer, f"budgets = {spec!r}")
+            return Budget.from_mapping({str(k): v for k, v in answer.items()}, where)
         raise ConfigError(
             f"budgets = {spec!r} returned a {type(answer).__name__}; return a Budget or a mapping"
         )

@@ -2,6 +2,7 @@
 
 import json
 import os
+import signal
 import sys
 import tomllib
 from dataclasses import replace
@@ -15,7 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from d2ft_fl import display
 from d2ft_fl.config import RunConfig, read_toml, resolve_path
 from d2ft_fl.errors import ConfigError, D2FTError
-from d2ft_fl.recorder import new_run_folder, write_status
+from d2ft_fl.recorder import claim_folder, write_status
 
 app = typer.Typer(
     help="Federated fine-tuning of transformers under hard per-client budgets.",
@@ -56,6 +57,8 @@ def run(
     ] = False,
 ) -> None:
     """Run a federation and show it round by round."""
+    for number in (signal.SIGTERM, signal.SIGHUP):  # so that what we started stops with us
+        signal.signal(number, _interrupt)
     try:
         options = gather(config or [], set_ or [])
         _run(options, backend, supernodes, as_json)
@@ -65,6 +68,10 @@ def run(
     except KeyboardInterrupt:
         typer.echo("d2ft: stopped", err=True)
         raise typer.Exit(130) from None
+
+
+def _interrupt(number: int, frame: object) -> None:
+    raise KeyboardInterrupt
 
 
 def gather(files: list[Path], pairs: list[str]) -> RunConfig:
@@ -83,7 +90,7 @@ def gather(files: list[Path], pairs: list[str]) -> RunConfig:
         entries |= _absolute({key.strip(): parse_value(text.strip())}, Path())
     # Plug-ins lie where the command was started; tests and notebooks may have changed sys.path.
     if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
+        sys.path.append(os.getcwd())
     return RunConfig.from_mapping(entries).check()
 
 
@@ -114,9 +121,7 @@ def _run(config: RunConfig, backend: Backend, supernodes: int, as_json: bool) ->
     from d2ft_fl.flower import run_flower
     from d2ft_fl.local import run_local
 
-    folder = Path(config.run_folder) if config.run_folder else new_run_folder(config)
-    if folder.joinpath("rounds.jsonl").exists():
-        raise ConfigError(f"run-folder = {str(folder)!r} already holds a run; name another folder")
+    folder = claim_folder(config)
     config = replace(config, run_folder=str(folder))
     progress = Progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
@@ -140,8 +145,8 @@ def _run(config: RunConfig, backend: Backend, supernodes: int, as_json: bool) ->
             else:
                 nodes = supernodes or min(config.clients, 16)
                 summary = run_flower(config, folder, min(nodes, config.clients), show)
-    except D2FTError as error:
-        write_status(folder, "failed", str(error))
+    except (Exception, KeyboardInterrupt) as error:
+        write_status(folder, "failed", str(error) or type(error).__name__)
         raise
     if as_json:
         typer.echo(json.dumps(summary))

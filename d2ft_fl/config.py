@@ -114,8 +114,10 @@ class RunConfig:
         self._one_of("forward-score", scores.KINDS)
         if not 0 <= self.exploration <= 1:
             raise ConfigError(f"exploration = {self.exploration} must lie between 0 and 1")
-        if not self.round_timeout > 0:
+        if not 0 < self.round_timeout < float("inf"):
             raise ConfigError(f"round-timeout = {self.round_timeout} must be above 0 seconds")
+        if self.seed >= 2**63:
+            raise ConfigError(f"seed = {self.seed} must be below 2**63")
         for key in ("lr", "head-lr", "momentum", "weight-decay", "forward-weight"):
             value = self.to_mapping()[key]
             if not 0 <= value < float("inf"):
@@ -165,7 +167,12 @@ class RunConfig:
 
     def load_client_mode(self) -> Any:
         """The client mode's module."""
-        return load_module("clients", self.client_mode, "client-mode", CLIENT_MODES)
+        module = load_module("clients", self.client_mode, "client-mode", CLIENT_MODES)
+        if not callable(getattr(module, "learning_rate", None)):
+            raise ConfigError(
+                f"client-mode = {self.client_mode!r} has no function learning_rate(kind, options)"
+            )
+        return module
 
     def budget_source(self) -> BudgetSource:
         """Where clients get their budgets."""

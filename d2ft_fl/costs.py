@@ -261,7 +261,7 @@ class CostModel:
 
     def bytes_down(self, schedule: Schedule) -> int:
         """Bytes that travel to the client: its slices, their headers, the schedule."""
-        return _wire(down_spec(self.arch, schedule)) + MESSAGE_HEADER + schedule.operations.size
+        return _wire(down_spec(self.arch, schedule)) + MESSAGE_HEADER + 2 * schedule.operations.size
 
     def bytes_up(self, schedule: Schedule) -> int:
         """Bytes that come back: trained slices and their headers."""

@@ -93,7 +93,13 @@ class FederatedData:
 
     def _pixels(self, split: Split, indices: np.ndarray) -> Tensor:
         """Decoded, resized images: uint8 [examples, channels, side, side]."""
-        return torch.stack([self._resize(image) for image in split.decode(indices)])
+        try:
+            return torch.stack([self._resize(image) for image in split.decode(indices)])
+        except (OSError, ValueError, TypeError) as error:
+            raise ConfigError(
+                f"dataset {self.spec.dataset!r} holds an image that cannot be decoded: "
+                f"{_reason(error)}"
+            ) from None
 
     @cache  # noqa: B019 - one data object lives as long as its process
     def _client(self, client: int) -> tuple[Tensor, Tensor]:
@@ -172,6 +178,10 @@ def _split(data: datasets.Dataset, label: str) -> Split:
     columns = data.remove_columns([image])
     labels = np.asarray(data.with_format("numpy")[label][:], dtype=np.int64)
     names = list(data.features[label].names)
+    if len(labels) == 0 or labels.min() < 0 or labels.max() >= len(names):
+        raise ConfigError(
+            f"column {label!r} holds no labels, or some outside its {len(names)} classes"
+        )
     return Split(columns, labels, lambda index: data[index.tolist()][image], names)
 
 
@@ -191,10 +201,13 @@ def _load_folder(path: str, label: str) -> tuple[datasets.Dataset, datasets.Data
     try:
         loaded = datasets.load_dataset(path)
     except Exception as error:  # datasets raises many kinds for a folder it cannot use
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise ConfigError(f"dataset {path!r} holds no images that can be read: {reason}") from None
-    train = loaded["train"] if "train" in loaded else next(iter(loaded.values()))
-    if _image_column(train) is None:
+        raise ConfigError(
+            f"dataset {path!r} holds no images that can be read: {_reason(error)}"
+        ) from None
+    name = "train" if "train" in loaded else next(iter(loaded))
+    train = loaded[name]
+    image = _image_column(train)
+    if image is None:
         raise ConfigError(
             f"dataset {path!r} holds no images: its columns are {', '.join(train.column_names)}"
         )
@@ -203,14 +216,25 @@ def _load_folder(path: str, label: str) -> tuple[datasets.Dataset, datasets.Data
             f"label-column = {label!r} is not in dataset {path!r}; its columns are "
             f"{', '.join(train.column_names)}"
         )
-    if not isinstance(train.features[label], datasets.ClassLabel):
-        loaded = loaded.class_encode_column(label)
-        train = loaded["train"] if "train" in loaded else next(iter(loaded.values()))
-    held_out = next((loaded[n] for n in ("test", "validation") if n in loaded), None)
-    if held_out is None:
-        parts = train.train_test_split(test_size=0.2, seed=SPLIT_SEED, stratify_by_column=label)
-        return parts["train"], parts["test"]
-    return train, held_out
+    held_out = next((loaded[n] for n in ("test", "validation") if n in loaded and n != name), None)
+    try:
+        if not isinstance(train.features[label], datasets.ClassLabel):
+            train = train.class_encode_column(label)
+        if held_out is None:
+            parts = train.train_test_split(test_size=0.2, seed=SPLIT_SEED, stratify_by_column=label)
+            train, held_out = parts["train"], parts["test"]
+        else:  # the same numbers for the same names
+            held_out = held_out.cast_column(label, train.features[label])
+        rgb = datasets.Image(mode="RGB")
+        return train.cast_column(image, rgb), held_out.cast_column(image, rgb)
+    except Exception as error:  # as above
+        raise ConfigError(
+            f"labels {label!r} of dataset {path!r} cannot be used: {_reason(error)}"
+        ) from None
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 # -- partitions ----------------------------------------------------------------------------------
@@ -234,7 +258,10 @@ def partitioner_class(name: str) -> type:
 def _partition(spec: DataSpec, train: Split) -> list[np.ndarray]:
     """Share the training examples out: per client, indices into ``train``, seeded."""
     datasets.disable_progress_bars()
-    chosen = train.subset(spec.train_examples, spec.seed)
+    # In random order: some partitioners cut the data as it lies, and folders lie by class.
+    chosen = np.random.default_rng([spec.seed, 2]).permutation(
+        train.subset(spec.train_examples, spec.seed)
+    )
     if spec.clients > len(chosen):
         raise ConfigError(
             f"clients = {spec.clients} is more than the {len(chosen)} training examples; "
@@ -272,10 +299,9 @@ def _partition(spec: DataSpec, train: Split) -> list[np.ndarray]:
     except ConfigError:
         raise
     except Exception as error:  # partitioners validate their own arguments in many ways
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ConfigError(
             f"partitioner {kind.__name__} cannot share {len(chosen)} examples over "
-            f"{spec.clients} clients: {reason}"
+            f"{spec.clients} clients: {_reason(error)}"
         ) from None
     for client, part in enumerate(parts):
         if len(part) == 0:

@@ -27,6 +27,7 @@ from d2ft_fl.recorder import dump_toml
 
 START_TIMEOUT = 60.0
 STATUS_SECONDS = 5.0
+COMMAND_TIMEOUT = 120.0
 CONNECTION = "d2ft"
 
 
@@ -57,7 +58,7 @@ def free_ports(count: int) -> list[int]:
 def _environment(home: Path) -> dict[str, str]:
     """Our environment, with Flower kept to itself and off the network."""
     tools = str(Path(sys.executable).parent)
-    paths = [os.getcwd(), *filter(None, [os.environ.get("PYTHONPATH")])]
+    paths = [*filter(None, [os.environ.get("PYTHONPATH")]), os.getcwd()]
     return {
         **os.environ,
         "PATH": os.pathsep.join([tools, os.environ.get("PATH", "")]),
@@ -71,28 +72,29 @@ def _environment(home: Path) -> dict[str, str]:
     }
 
 
-def stop_tree(process: subprocess.Popen | psutil.Process) -> None:
-    """End a process we started and everything that came from it."""
+def stop_family(home: Path) -> None:
+    """End every process that belongs to a Flower home of ours, orphans included."""
+    family = [p for p in psutil.process_iter() if _lives_in(p, home)]
+    for end in (psutil.Process.terminate, psutil.Process.kill):
+        for member in family:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                end(member)
+        _, family = psutil.wait_procs(family, timeout=5)
+
+
+def _lives_in(process: psutil.Process, home: Path) -> bool:
     try:
-        family = [psutil.Process(process.pid), *psutil.Process(process.pid).children(True)]
-    except psutil.NoSuchProcess:
-        return
-    for member in family:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            member.terminate()
-    _, alive = psutil.wait_procs(family, timeout=5)
-    for member in alive:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            member.kill()
-    psutil.wait_procs(alive, timeout=5)
+        return process.pid != os.getpid() and process.environ().get("FLWR_HOME") == str(home)
+    except (psutil.Error, OSError):
+        return False
 
 
 @contextlib.contextmanager
-def superlink() -> Iterator[tuple[dict[str, str], Path]]:
+def superlink() -> Iterator[tuple[dict[str, str], Path, subprocess.Popen]]:
     """A SuperLink of our own, in simulation mode.
 
     Yields:
-        The environment in which ``flwr`` finds it, and its log file.
+        The environment in which ``flwr`` finds it, its log file, and its process.
     """
     home = Path(tempfile.mkdtemp(prefix="d2ft-flwr-"))
     port, control = free_ports(2)
@@ -109,13 +111,19 @@ def superlink() -> Iterator[tuple[dict[str, str], Path]]:
     ]  # fmt: skip
     with log.open("w") as output:
         process = subprocess.Popen(
-            command, env=environment, stdout=output, stderr=subprocess.STDOUT, cwd=home
+            command,
+            env=environment,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            cwd=home,
+            start_new_session=True,  # Ctrl-C is for us; we stop it
         )
     try:
         _wait_healthy(process, port, log)
-        yield environment, log
+        yield environment, log, process
     finally:
-        stop_tree(process)
+        stop_family(home)
+        process.wait()
         shutil.rmtree(home, ignore_errors=True)
 
 
@@ -137,7 +145,7 @@ def _last_line(log: Path) -> str:
 
 
 def run_flower(
-    config: RunConfig, folder: Path, supernodes: int, progress: Progress, on_start: Any = None
+    config: RunConfig, folder: Path, supernodes: int, progress: Progress
 ) -> dict[str, Any]:
     """Run a checked configuration on Flower's simulation engine; returns the summary.
 
@@ -146,13 +154,12 @@ def run_flower(
         folder: The run folder.
         supernodes: Virtual SuperNodes to spread the clients over.
         progress: Called with each round's line.
-        on_start: Called once the run has been submitted.
 
     Raises:
         RunError: When the run does not end well.
     """
     app = app_folder()
-    with superlink() as (environment, log), tempfile.TemporaryDirectory() as scratch:
+    with superlink() as (environment, log, process), tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch) / "run.toml"
         file.write_text(dump_toml(config.to_mapping() | {"run-folder": str(folder)}))
         started = subprocess.run(
@@ -163,13 +170,11 @@ def run_flower(
                 f"num-supernodes={supernodes} client-resources-num-cpus="
                 f"{config.threads_per_client}",
             ],
-            env=environment, capture_output=True, text=True, check=False,
+            env=environment, capture_output=True, text=True, check=False, timeout=COMMAND_TIMEOUT,
         )  # fmt: skip
         run_id = _run_id(started)
-        if on_start:
-            on_start()
         try:
-            return _follow(folder, run_id, environment, progress)
+            return _follow(folder, run_id, environment, process, progress)
         except RunError:
             keep = folder / "flower.log"
             folder.mkdir(parents=True, exist_ok=True)
@@ -189,7 +194,11 @@ def _run_id(started: subprocess.CompletedProcess) -> str:
 
 
 def _follow(
-    folder: Path, run_id: str, environment: dict[str, str], progress: Progress
+    folder: Path,
+    run_id: str,
+    environment: dict[str, str],
+    process: subprocess.Popen,
+    progress: Progress,
 ) -> dict[str, Any]:
     """Report rounds as they are recorded, until the run ends."""
     shown, next_check = 0, time.monotonic() + STATUS_SECONDS
@@ -200,6 +209,8 @@ def _follow(
             return _read_json(folder / "summary.json")
         if status.get("status") == "failed":
             raise RunError(status["reason"])
+        if process.poll() is not None:
+            raise RunError(f"flower-superlink ended; see {folder / 'flower.log'}")
         if time.monotonic() > next_check:
             if ended := _ended(run_id, environment):
                 status = _read_json(folder / "status.json")
@@ -221,13 +232,13 @@ def _show_new(folder: Path, shown: int, progress: Progress) -> int:
 
 def _ended(run_id: str, environment: dict[str, str]) -> str:
     """How Flower says the run ended, or empty while it goes on."""
-    listed = subprocess.run(
-        ["flwr", "ls", CONNECTION, "--run-id", run_id, "--format", "json"],
-        env=environment, capture_output=True, text=True, check=False,
-    )  # fmt: skip
     try:
+        listed = subprocess.run(
+            ["flwr", "ls", CONNECTION, "--run-id", run_id, "--format", "json"],
+            env=environment, capture_output=True, text=True, check=False, timeout=COMMAND_TIMEOUT,
+        )  # fmt: skip
         run = json.loads(listed.stdout[listed.stdout.index("{") :])["runs"][0]
-    except (ValueError, KeyError, IndexError):
+    except (ValueError, KeyError, IndexError, subprocess.TimeoutExpired):
         return ""
     status = str(run.get("status", ""))
     return status if status.startswith("finished") else ""

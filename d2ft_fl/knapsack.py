@@ -21,6 +21,7 @@ Ties go to the lowest index, so a solution is a function of its input alone.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -55,14 +56,13 @@ class Problem:
     def used(self, choice: np.ndarray) -> np.ndarray:
         """Exact resources of a choice [I]: int64 [R]."""
         items = self.costs[np.arange(len(choice)), choice].sum(axis=0)
-        return items + self._opened(_group_levels(self, choice)).sum(axis=0)
+        return items + _paid(self, _group_levels(self, choice)).sum(axis=0)
 
-    def _opened(self, group_levels: np.ndarray) -> np.ndarray:
-        """Opening charges paid at some levels [..., G]: int64 [..., G, R]."""
-        paid = np.concatenate(
-            [np.zeros_like(self.openings[:, :1]), np.cumsum(self.openings, axis=1)], axis=1
-        )
-        return paid[np.arange(paid.shape[0]), group_levels]
+    @cached_property
+    def ladder(self) -> np.ndarray:
+        """What a group has paid once it is open to each level, 0 included: int64 [G, M + 1, R]."""
+        closed = np.zeros_like(self.openings[:, :1])
+        return np.concatenate([closed, np.cumsum(self.openings, axis=1)], axis=1)
 
     def value(self, choice: np.ndarray) -> float:
         """What a choice [I] is worth."""
@@ -81,6 +81,11 @@ class Solution:
     def gap(self) -> float:
         """How far from the optimum the choice can be, as a share of the bound."""
         return max(0.0, 1.0 - self.value / self.bound) if self.bound > EPSILON else 0.0
+
+
+def _paid(problem: Problem, group_levels: np.ndarray) -> np.ndarray:
+    """Opening charges paid at some level of each group: int64 [G, R]."""
+    return problem.ladder[np.arange(len(group_levels)), group_levels]
 
 
 def _group_levels(problem: Problem, choice: np.ndarray) -> np.ndarray:
@@ -177,7 +182,7 @@ def _changes(problem: Problem, choice: np.ndarray) -> np.ndarray:
     items, groups = np.arange(len(choice)), problem.groups
     extra = problem.costs - problem.costs[items, choice][:, None]
     now = _group_levels(problem, choice)
-    paid = problem._opened(now)  # [G, R]
+    paid = _paid(problem, now)
     # A group's level without item i: its own highest, or the next one when i alone holds it.
     item_levels = problem.levels[choice]
     holders = np.bincount(groups, weights=item_levels == now[groups], minlength=len(now))
@@ -186,10 +191,7 @@ def _changes(problem: Problem, choice: np.ndarray) -> np.ndarray:
     alone = (item_levels == now[groups]) & (holders[groups] == 1)
     rest = np.where(alone, lower[groups], now[groups])  # [I]
     levels = np.maximum(rest[:, None], problem.levels[None])  # [I, K]
-    charges = np.concatenate(
-        [np.zeros_like(problem.openings[:, :1]), np.cumsum(problem.openings, axis=1)], axis=1
-    )  # [G, M + 1, R]
-    return extra + charges[groups[:, None], levels] - paid[groups][:, None]
+    return extra + problem.ladder[groups[:, None], levels] - paid[groups][:, None]
 
 
 def _repair(

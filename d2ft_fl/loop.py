@@ -4,7 +4,6 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -18,7 +17,7 @@ from d2ft_fl.data import FederatedData, open_data
 from d2ft_fl.errors import RunError
 from d2ft_fl.meter import set_threads
 from d2ft_fl.models import build_model
-from d2ft_fl.recorder import Recorder, new_run_folder
+from d2ft_fl.recorder import Recorder, claim_folder
 from d2ft_fl.rounds import (
     Assignment,
     Federation,
@@ -74,8 +73,7 @@ def run(config: RunConfig, pool: Pool, progress: Progress = lambda row: None) ->
     data = open_data(config.data_spec(side, channels))
     federation = Federation(config, arch)
     state = State(0, {n: p.detach().clone() for n, p in model.named_parameters()})
-    folder = Path(config.run_folder) if config.run_folder else new_run_folder(config)
-    recorder = Recorder(folder, federation, config.model_spec())
+    recorder = Recorder(claim_folder(config), federation, config.model_spec())
     recorder.start()
 
     reports: list[Report] = []
@@ -86,7 +84,7 @@ def run(config: RunConfig, pool: Pool, progress: Progress = lambda row: None) ->
         plan = plan_round(federation, state, reports)
         recorder.plan(plan)
         assignments = {a.client: a for a in plan.working}
-        if not assignments:
+        if not assignments and number == 1:  # later, budgets may come back
             raise RunError(
                 f"every client sits out round {number}: no budget affords one subnet; raise the "
                 f"budgets ({config.budgets!r}) or take a smaller model or batch-size"
@@ -100,8 +98,8 @@ def run(config: RunConfig, pool: Pool, progress: Progress = lambda row: None) ->
             else:
                 fold.add(client, reply)
         state, records = fold.finish()
-        if all(r.used is None for r in records):
-            faults = [f"client {r.client}: {r.fault}" for r in records if r.fault]
+        faults = [f"client {r.client}: {r.fault}" for r in records if r.fault]
+        if faults and all(r.used is None for r in records):
             raise RunError(f"no client answered in round {number}; the first said: {faults[0]}")
         accuracy, loss = evaluate(model, state.weights, data, config.eval_batch_size)
         row = recorder.round(

@@ -19,7 +19,6 @@ from torch import Tensor
 
 from d2ft_fl import timm_vit
 from d2ft_fl.errors import ConfigError
-from d2ft_fl.subnets import Architecture
 
 # The bundled model: 6 blocks x 6 heads, pretrained by experiments/pretrain_glyphs.py.
 GLYPH_VIT: dict[str, Any] = {
@@ -81,18 +80,12 @@ def build_model(spec: ModelSpec) -> VisionTransformer:
         torch.manual_seed(spec.seed)
         try:
             model = timm.create_model(**spec.timm_arguments())
-        except (RuntimeError, TypeError, ValueError, AssertionError) as error:
+        except Exception as error:  # timm raises many kinds for arguments it cannot use
             raise ConfigError(f"model {spec.name!r} cannot be built: {_first(error)}") from None
     vit = timm_vit.check(model, spec.name)
     if spec.weights != "none":
         load_weights(vit, read_weights(spec), spec)
     return vit.eval()
-
-
-def describe(spec: ModelSpec) -> Architecture:
-    """The architecture of a specified model, without its weights."""
-    blank = ModelSpec(spec.name, spec.arguments, "none", spec.image_size, spec.classes, spec.seed)
-    return timm_vit.describe(build_model(blank))
 
 
 def read_weights(spec: ModelSpec) -> dict[str, Tensor]:
@@ -129,7 +122,9 @@ def load_weights(model: VisionTransformer, state: dict[str, Tensor], spec: Model
     """
     state = {name: tensor.float() for name, tensor in state.items()}
     wanted = model.state_dict()
-    if "pos_embed" in state and state["pos_embed"].shape != wanted["pos_embed"].shape:
+    if {"pos_embed"} <= state.keys() & wanted.keys() and (
+        state["pos_embed"].shape != wanted["pos_embed"].shape
+    ):
         _resample_position(model, state, spec)
     head = {name for name in wanted if name.startswith("head.")}
     if any(name not in state or state[name].shape != wanted[name].shape for name in head):
@@ -153,8 +148,9 @@ def load_weights(model: VisionTransformer, state: dict[str, Tensor], spec: Model
 def _resample_position(model: VisionTransformer, state: dict[str, Tensor], spec: ModelSpec) -> None:
     prefix = 0 if model.no_embed_class else model.num_prefix_tokens
     old, new = state["pos_embed"], model.state_dict()["pos_embed"]
-    side = round((old.shape[1] - prefix) ** 0.5)
-    if old.dim() != 3 or old.shape[2] != new.shape[2] or side * side != old.shape[1] - prefix:
+    patches = old.shape[1] - prefix if old.dim() == 3 else 0
+    fits = patches > 0 and round(patches**0.5) ** 2 == patches and old.shape[2] == new.shape[2]
+    if not fits or 0 in model.patch_embed.grid_size:
         raise ConfigError(
             f"weights {spec.weights!r}: 'pos_embed' has shape {list(old.shape)}, which cannot be "
             f"resampled to {list(new.shape)} of model {spec.name!r}"

@@ -6,9 +6,10 @@ a slot is even. One slot gives D2FT's three operations. Values add up over subne
 
     value(a, b) = backward * a / slots + forward_weight * forward * (a + b) / slots
 
-costs come from the cost model, a block's openings included (see ``knapsack``). Peak memory is not
-additive (worst slot, copies, transients): it is priced from below, checked exactly, and the
-capacity shown to the solver shrinks by what was over until the exact cost fits.
+costs come from the cost model, a block's openings included (see ``knapsack``). Peak memory is two
+resources, the first batch, which finds no optimiser state, and later ones; and it is not
+additive (worst slot, copies, transients): it is priced from below, checked exactly, and what is
+shown to the solver shrinks by what was over until the exact cost fits.
 """
 
 from dataclasses import dataclass, replace
@@ -31,9 +32,11 @@ from d2ft_fl.knapsack import Problem, Solution, solve
 from d2ft_fl.subnets import Kind, Operation, Schedule, slot_sizes
 
 FLOPS, MEMORY, UP, DOWN = range(len(RESOURCES))
+LATER = len(RESOURCES)  # the solver's fifth resource: memory of later batches
 PLANNERS = ("joint", "two-stage")
 RESIDENT, TRAINED = 1, 2  # levels a block is opened to
-MEMORY_TRIES = 12
+MEMORY_TRIES = 24
+MEMORIES = [MEMORY, LATER]
 
 
 @dataclass(frozen=True)
@@ -45,8 +48,8 @@ class Assignment:
         schedule: Its operations.
         cost: Predicted cost, the scoring pass included.
         score_examples: Examples of the Fisher pass it runs before training; 0 for none.
-        gap: Certified distance of the schedule's value from the optimum, as a share of the bound;
-            ``None`` where no knapsack was solved.
+        gap: The schedule's value is within this share of a bound that no schedule of the joint
+            problem with these slots exceeds; ``None`` where there is none.
     """
 
     client: int
@@ -232,19 +235,28 @@ class _ClientProblem:
         block, head = np.divmod(np.arange(arch.blocks * arch.heads), arch.heads)
         return (block + head + self.rotation) % self.active
 
-    def schedule(self, capacity: np.ndarray) -> tuple[Schedule, float]:
+    def schedule(self, capacity: np.ndarray) -> tuple[Schedule, float | None]:
         """The schedule that fits ``capacity`` exactly, and its certified gap."""
-        shown = capacity - self._constant
-        margin = -(-int(capacity[MEMORY]) // (MEMORY_MARGIN + 1))
-        shown[MEMORY] = capacity[MEMORY] - margin - self._constant[MEMORY]
+        shown = np.append(capacity, capacity[MEMORY])
+        shown[MEMORIES] -= -(-shown[MEMORIES] // (MEMORY_MARGIN + 1))  # the model's own margin
+        shown -= self._constant
+        bound = None
         for _ in range(MEMORY_TRIES):
             solution = self._choose(shown)
+            bound = solution.bound if bound is None else bound  # of the problem priced from below
             schedule = self._materialise(solution.choice)
-            over = self.planner.costs.cost(schedule, self.examples).memory - int(capacity[MEMORY])
-            if over <= 0:
-                return schedule, solution.gap
-            shown[MEMORY] = min(shown[MEMORY] - over, shown[MEMORY] * 127 // 128)
-        return self._materialise(np.zeros_like(self.shifts)), 1.0
+            over = self.planner.costs.memory(schedule, self.examples) - int(capacity[MEMORY])
+            if over <= 0 or schedule.sits_out:
+                joint = self.planner.method == "joint" and bound > 0
+                return schedule, max(0.0, 1 - solution.value / bound) if joint else None
+            shown[MEMORIES] = self._used(solution.choice)[MEMORIES].clip(max=shown[MEMORIES])
+            shown[MEMORIES] -= max(1, over // 2)
+        return self._materialise(np.zeros_like(self.shifts)), None
+
+    def _used(self, choice: np.ndarray) -> np.ndarray:
+        """What the solver counts for a choice: int64 [5]."""
+        every = np.ones((len(choice), len(self.patterns.full)), dtype=bool)
+        return self._problem(every * 0.0, self._constant, every).used(choice)
 
     def _choose(self, shown: np.ndarray) -> Solution:
         slots, patterns = self.planner.costs.slots, self.patterns
@@ -271,18 +283,27 @@ class _ClientProblem:
         return Problem(values, self._costs, shown, groups, levels, self._openings, allowed, default)
 
     @cached_property
-    def _sizes(self) -> tuple[int, int]:
-        """Examples of the largest micro-batch, and optimiser copies beside the weights."""
+    def _phases(self) -> list[tuple[int, int, int, int]]:
+        """The two memories: (resource, batch, its smallest active micro-batch, copies trained).
+
+        Copies are what is held of a trained tensor beside its value. Without a later batch its
+        memory is still there: the first step makes the optimiser's state.
+        """
         costs = self.planner.costs
-        largest = slot_sizes(min(self.examples, costs.options.batch_size), costs.slots)[0]
-        batches = self.examples * costs.options.epochs > costs.options.batch_size
-        return largest, 1 + (MOMENTS[costs.options.optimizer] if batches else 0)
+        first, later = costs.batch_extremes(self.examples)
+        return [
+            (resource, batch, slot_sizes(batch, costs.slots)[self.active - 1], copies)
+            for resource, batch, copies in (
+                (MEMORY, first, 1),
+                (LATER, later, 1 + MOMENTS[costs.options.optimizer]),
+            )
+        ]
 
     @cached_property
     def _costs(self) -> np.ndarray:
         """Cost of each option of each subnet: int64 [subnets, options, resources]."""
         c, patterns = self.planner.costs, self.patterns
-        arch, (largest, copies) = c.arch, self._sizes
+        arch = c.arch
         totals = np.array(c.slot_totals(self.examples), dtype=np.int64)
         rolled = np.stack(
             [
@@ -293,13 +314,15 @@ class _ClientProblem:
         full = ((rolled == Operation.FULL) @ totals)[:, self.shifts].T  # [subnets, options]
         forward = ((rolled == Operation.FORWARD_ONLY) @ totals)[:, self.shifts].T
         head = np.tile(np.arange(arch.heads), arch.blocks)
-        out = np.zeros((*full.shape, len(RESOURCES)), dtype=np.int64)
+        out = np.zeros((*full.shape, LATER + 1), dtype=np.int64)
         out[..., FLOPS] = full * c.full_flops[head][:, None]
         out[..., FLOPS] += forward * c.forward_flops[head][:, None]
         sliced = ELEMENT * c.elements.sliced.reshape(-1, 1)
         trained, resident = patterns.full > 0, patterns.full + patterns.forward > 0
-        saved = ELEMENT * largest * c.saved_slice[head][:, None] * patterns.full // self.active
-        out[..., MEMORY] = sliced * (resident + copies * trained) + saved
+        for resource, _, micro, copies in self._phases:
+            saved = ELEMENT * micro * c.saved_slice[head][:, None] * patterns.full
+            held = sliced * (resident + copies * trained)
+            out[..., resource] = held + saved // self.active
         out[..., UP] = sliced * trained
         out[..., DOWN] = sliced * resident
         return out
@@ -307,39 +330,35 @@ class _ClientProblem:
     @cached_property
     def _openings(self) -> np.ndarray:
         """Cost of opening each block to RESIDENT, then TRAINED: int64 [blocks, 2, resources]."""
-        c, (largest, copies) = self.planner.costs, self._sizes
+        c = self.planner.costs
         shared = ELEMENT * c.elements.shared
         headers = TENSOR_HEADER * np.array(
             [sum(p.block == b for p in c.arch.parameters) for b in range(c.arch.blocks)]
         )
-        out = np.zeros((c.arch.blocks, 2, len(RESOURCES)), dtype=np.int64)
-        out[:, 0, MEMORY], out[:, 0, DOWN] = shared, shared + headers
-        out[:, 1, MEMORY] = copies * shared + ELEMENT * largest * c.saved_block
-        out[:, 1, UP] = shared + headers
+        out = np.zeros((c.arch.blocks, 2, LATER + 1), dtype=np.int64)
+        out[:, 0, DOWN] = out[:, 1, UP] = shared + headers
+        for resource, _, micro, copies in self._phases:
+            out[:, 0, resource] = shared
+            saved = ELEMENT * micro * c.saved_block // self.active
+            out[:, 1, resource] = copies * shared + saved
         return out
 
     @cached_property
     def _constant(self) -> np.ndarray:
         """Cost of running anything at all: int64 [resources]."""
-        c, (largest, copies) = self.planner.costs, self._sizes
-        e = c.elements
-        final = c.arch.of_kind(Kind.FINAL)
-        embedding = c.arch.of_kind(Kind.EMBEDDING)
-        batch = min(self.examples, c.options.batch_size)
-        examples = sum(c.slot_totals(self.examples)[: self.active])
-        return np.array(
-            [
-                c.base_flops * examples,
-                ELEMENT * (e.embedding + (1 + copies) * e.final)
-                + ELEMENT * (batch * c.arch.input_elements + largest * c.saved_outer),
-                ELEMENT * e.final + TENSOR_HEADER * len(final) + MESSAGE_HEADER,
-                ELEMENT * (e.embedding + e.final)
-                + TENSOR_HEADER * (len(final) + len(embedding))
-                + MESSAGE_HEADER
-                + c.slots * c.arch.blocks * c.arch.heads,
-            ],
-            dtype=np.int64,
-        )
+        c = self.planner.costs
+        e, final = c.elements, c.arch.of_kind(Kind.FINAL)
+        outer = final + c.arch.of_kind(Kind.EMBEDDING)
+        out = np.zeros(LATER + 1, dtype=np.int64)
+        out[FLOPS] = c.base_flops * sum(c.slot_totals(self.examples)[: self.active])
+        out[UP] = ELEMENT * e.final + TENSOR_HEADER * len(final) + MESSAGE_HEADER
+        out[DOWN] = ELEMENT * (e.embedding + e.final) + TENSOR_HEADER * len(outer)
+        out[DOWN] += MESSAGE_HEADER + 2 * c.slots * c.arch.blocks * c.arch.heads
+        for resource, batch, micro, copies in self._phases:
+            held = e.embedding + (1 + copies) * e.final
+            inputs = batch * c.arch.input_elements + micro * c.saved_outer
+            out[resource] = ELEMENT * (held + inputs)
+        return out
 
     def _materialise(self, choice: np.ndarray) -> Schedule:
         c = self.planner.costs

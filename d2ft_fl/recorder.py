@@ -10,6 +10,8 @@ summary.json             totals, and the comparison with full fine-tuning
 status.json              running, finished or failed, and why
 """
 
+import contextlib
+import itertools
 import json
 import time
 from dataclasses import asdict, dataclass, field
@@ -22,28 +24,56 @@ import safetensors.torch
 import torch
 
 from d2ft_fl.budgets import UNLIMITED
-from d2ft_fl.config import RunConfig
+from d2ft_fl.config import RunConfig, resolve_path
 from d2ft_fl.costs import RESOURCES
+from d2ft_fl.errors import ConfigError
 from d2ft_fl.models import ModelSpec, export
 from d2ft_fl.picture import draw_plan
 from d2ft_fl.rounds import ClientRecord, Federation, Plan, State
 
 
-def new_run_folder(config: RunConfig) -> Path:
-    """An absolute path of its own for a run, under the user's data folder."""
-    root = platformdirs.user_data_path("d2ft-fl", appauthor=False) / "runs"
-    stamp = time.strftime("%Y%m%d-%H%M%S")
-    name = f"{stamp}-{config.strategy}-seed{config.seed}"
-    folder, attempt = root / name, 1
-    while folder.exists():
-        attempt += 1
-        folder = root / f"{name}-{attempt}"
+def claim_folder(config: RunConfig) -> Path:
+    """The absolute path of a run's folder, made and not used by another run.
+
+    A new one under the user's data folder, unless ``run-folder`` names one.
+
+    Raises:
+        ConfigError: When it cannot be written to, or holds a run already.
+    """
+    try:
+        if not config.run_folder:
+            return _new_folder(config)
+        folder = resolve_path(config.run_folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        if folder.joinpath("rounds.jsonl").exists():
+            raise ConfigError(
+                f"run-folder = {str(folder)!r} already holds a run; name another folder"
+            )
+        write_status(folder, "starting")
+    except OSError as error:
+        raise ConfigError(
+            f"run-folder = {config.run_folder!r} cannot be written to: {error.strerror}"
+        ) from None
     return folder
+
+
+def _new_folder(config: RunConfig) -> Path:
+    root = platformdirs.user_data_path("d2ft-fl", appauthor=False) / "runs"
+    root.mkdir(parents=True, exist_ok=True)
+    name = f"{time.strftime('%Y%m%d-%H%M%S')}-{Path(config.strategy).name}-seed{config.seed}"
+    for attempt in itertools.count(1):
+        folder = root / (name if attempt == 1 else f"{name}-{attempt}")
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir()
+            return folder
+    raise AssertionError("unreachable")
 
 
 def dump_toml(entries: dict[str, Any]) -> str:
     """Flat TOML: JSON's spelling of strings, numbers and truth values is TOML's too."""
-    return "".join(f"{key} = {json.dumps(value)}\n" for key, value in entries.items())
+    return "".join(
+        f"{key} = {json.dumps(value, ensure_ascii=False)}\n" for key, value in entries.items()
+    )
 
 
 @dataclass
@@ -106,8 +136,11 @@ class Recorder:
     ) -> dict[str, Any]:
         worked = [r for r in records if r.used is not None]
         losses = [(r.train_loss, r.examples) for r in worked if r.train_loss is not None]
-        trained = np.sum([a.schedule.trained for a in plan.working], axis=0)
-        full = [self.federation.costs.full_cost(c.examples) for c in plan.clients]
+        arch = self.federation.arch
+        trained = np.zeros((arch.blocks, arch.heads), dtype=np.int64)
+        for assignment in plan.working:
+            trained += assignment.schedule.trained
+        full = {c.client: self.federation.costs.full_cost(c.examples) for c in plan.clients}
         row: dict[str, Any] = {
             "round": state.round,
             "accuracy": accuracy,
@@ -115,8 +148,10 @@ class Recorder:
             "train_loss": sum(x * n for x, n in losses) / max(1, sum(n for _, n in losses)),
         }
         for index, resource in enumerate(RESOURCES):
+            of_worked = [getattr(full[r.client], resource) for r in worked]
             row[resource] = _resource(index, resource, worked) | {
-                "full_mean": float(np.mean([getattr(c, resource) for c in full]))
+                "full_mean": float(np.mean(of_worked)) if worked else 0.0,
+                "full_total": sum(getattr(c, resource) for c in full.values()),
             }
         row |= {
             "coverage": float((trained > 0).mean()),
@@ -135,8 +170,8 @@ class Recorder:
 
     def finish(self, state: State, wall_seconds: float) -> dict[str, Any]:
         """Write the model, the picture and the summary; returns the summary."""
-        draw_plan(self.last_plan, self.folder / "plan.png")
         export(self.folder, state.weights, self.model)
+        draw_plan(self.last_plan, self.folder / "plan.png")
         summary = summarise(self.rows, self.federation, self.folder, wall_seconds)
         self.folder.joinpath("summary.json").write_text(json.dumps(summary, indent=2) + "\n")
         write_status(self.folder, "finished")
@@ -207,13 +242,11 @@ def summarise(
     """Totals over a run, beside what full fine-tuning of the same clients would have cost."""
     resources = {}
     for name in RESOURCES:
-        used = [(row[name]["used_mean"], row["worked"]) for row in rows]
-        full = [(row[name]["full_mean"], row["clients"]) for row in rows]
+        spent = sum(row[name]["used_mean"] * row["worked"] for row in rows)
+        whole = sum(row[name]["full_total"] for row in rows)
         if name == "memory":  # a peak: the mean client's, not a sum over rounds
-            spent = sum(u * n for u, n in used) / max(1, sum(n for _, n in used))
-            whole = sum(f * n for f, n in full) / sum(n for _, n in full)
-        else:
-            spent, whole = sum(u * n for u, n in used), sum(f * n for f, n in full)
+            spent /= max(1, sum(row["worked"] for row in rows))
+            whole /= sum(row["clients"] for row in rows)
         worst = [row[name]["worst"] for row in rows if row[name]["worst"] is not None]
         resources[name] = {
             "used": spent,

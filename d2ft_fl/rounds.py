@@ -261,7 +261,8 @@ class Fold:
 
     def __init__(self, federation: Federation, state: State, plan: Plan):
         self.federation, self.state, self.plan = federation, state, plan
-        self.sums = Sums(federation.arch, state.weights)
+        examples = sum(sum(federation.costs.slot_totals(c.examples)) for c in plan.clients)
+        self.sums = Sums(federation.arch, state.weights, examples)
         self.pending = {a.client: a for a in plan.working}
         self.participants = {c.client: c for c in plan.clients}
         self.measured: dict[int, tuple[np.ndarray, int]] = {}
@@ -285,8 +286,13 @@ class Fold:
             slot_examples = [int(n) for n in meta["slot_examples"]]
             flops, memory, down = (int(meta["used"][k]) for k in ("flops", "memory", "bytes_down"))
             wall, loss = float(meta["used"]["seconds"]), float(meta["loss"])
-        except (KeyError, TypeError, ValueError) as error:
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise ReplyError(f"the report is incomplete or malformed: {error}") from None
+        if (
+            not all(0 <= n < 2**62 for n in (flops, memory, down))
+            or not np.isfinite([wall, loss]).all()
+        ):
+            raise ReplyError("the report holds numbers that cannot be")
         if (round, sender) != (self.plan.round, client):
             raise ReplyError(f"an answer to round {round} for client {sender}")
         assignment = self.pending[client]
@@ -311,6 +317,8 @@ class Fold:
         values = fisher.double().numpy()
         if values.shape != (arch.blocks, arch.heads) or not np.isfinite(values).all():
             raise ReplyError("the Fisher scores are not a finite [blocks, heads]")
+        if (values < 0).any():
+            raise ReplyError("the Fisher scores are negative")
         return values
 
     def fail(self, client: int, reason: str) -> None:

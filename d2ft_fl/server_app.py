@@ -5,6 +5,7 @@ all of them; head-wise replies differ and are folded in as they arrive, so messa
 pulled here.
 """
 
+import contextlib
 import json
 import logging
 import time
@@ -20,7 +21,7 @@ from d2ft_fl.budgets import Budget
 from d2ft_fl.client_app import pack_blob, unpack_blob
 from d2ft_fl.config import RunConfig
 from d2ft_fl.errors import ConfigError, D2FTError, RunError
-from d2ft_fl.recorder import new_run_folder, write_status
+from d2ft_fl.recorder import claim_folder, write_status
 from d2ft_fl.rounds import Report
 
 app = ServerApp()
@@ -121,17 +122,17 @@ def main(grid: Grid, context: Context) -> None:
     folder: Path | None = None
     try:
         config = RunConfig.from_mapping(context.run_config).check()
-        folder = Path(config.run_folder) if config.run_folder else new_run_folder(config)
+        folder = claim_folder(config)
         display.say(f"run folder: {folder}")
         display.header(config)
         filled = RunConfig(**{**vars(config), "run_folder": str(folder)})
         summary = loop.run(filled, FlowerPool(grid, config), display.round_line)
         display.summary(summary)
     except D2FTError as error:
-        if folder is None and context.run_config.get("run-folder"):
-            folder = Path(str(context.run_config["run-folder"]))
-        if folder is not None:
-            write_status(folder, "failed", str(error))
+        named = str(context.run_config.get("run-folder", ""))
+        if folder or named:
+            with contextlib.suppress(OSError):
+                write_status(folder or Path(named), "failed", str(error))
         _last_word(f"d2ft: {error}")
         raise  # so that Flower calls the run failed
 

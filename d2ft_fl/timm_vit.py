@@ -45,6 +45,8 @@ def _objection(model: nn.Module) -> str | None:
     """Why this model does not decompose into subnets here, or None when it does."""
     if type(model) is not VisionTransformer:
         return f"it is a {type(model).__name__}"
+    if len(model.blocks) == 0 or model.patch_embed.num_patches == 0:
+        return "it has no blocks or no patches"
     if type(model.patch_embed) is not PatchEmbed:
         return f"it embeds images by {type(model.patch_embed).__name__}"
     if model.attn_pool is not None:

@@ -184,13 +184,15 @@ def fisher(model: PartialModel, images: Tensor, labels: Tensor, meter: Meter) ->
         hook = consume(model.arch.by_name[name].block, model.rows(name))
         handles.append(tensor.register_post_accumulate_grad_hook(hook))
     held = [t for _, t in model.held()]
-    for index in range(len(images)):
-        one = slice(index, index + 1)
-        meter.run(
-            partial(_micro_batch, model, images[one], labels[one], 0, 1),
-            key=(id(model), "fisher"),
-            base=[*held, images],
-        )
-    for handle in handles:
-        handle.remove()
+    try:
+        for index in range(len(images)):
+            one = slice(index, index + 1)
+            meter.run(
+                partial(_micro_batch, model, images[one], labels[one], 0, 1),
+                key=(id(model), "fisher"),
+                base=[*held, images],
+            )
+    finally:  # the classifier outlives this pass
+        for handle in handles:
+            handle.remove()
     return (total / max(1, len(images))).numpy()

@@ -27,6 +27,9 @@ def decode(blob: bytes) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         tensors = safetensors.torch.load(blob)
         header = json.loads(blob[8 : 8 + int.from_bytes(blob[:8], "little")])
-        return tensors, json.loads(header["__metadata__"]["d2ft"])
+        meta = json.loads(header["__metadata__"]["d2ft"])
+        if not isinstance(meta, dict):
+            raise TypeError(f"metadata is a {type(meta).__name__}")
+        return tensors, meta
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise ReplyError(f"not a safetensors message of this project: {error}") from None

@@ -20,7 +20,7 @@ from d2ft_fl.meter import Meter, set_threads
 from d2ft_fl.models import build_model
 from d2ft_fl.partial import PartialModel
 from d2ft_fl.rounds import Report
-from d2ft_fl.subnets import Architecture, Kind, Operation, Schedule, slot_sizes
+from d2ft_fl.subnets import Architecture, Kind, Operation, Schedule, slot_totals
 from d2ft_fl.training import fisher, train
 
 
@@ -89,7 +89,9 @@ class Worker:
         reply = {
             "round": round,
             "client": client,
-            "slot_examples": self._slot_examples(order, schedule),
+            "slot_examples": slot_totals(
+                len(order[0]), self.options.batch_size, schedule.slots, self.options.epochs
+            ),
             "loss": loss,
             "used": {
                 "flops": self.meter.flops,
@@ -112,14 +114,6 @@ class Worker:
         for epoch in order:
             for start in range(0, len(epoch), self.options.batch_size):
                 yield data.client_batch(client, epoch[start : start + self.options.batch_size])
-
-    def _slot_examples(self, order: list[np.ndarray], schedule: Schedule) -> list[int]:
-        totals = np.zeros(schedule.slots, dtype=np.int64)
-        for epoch in order:
-            for start in range(0, len(epoch), self.options.batch_size):
-                size = min(self.options.batch_size, len(epoch) - start)
-                totals += slot_sizes(size, schedule.slots)
-        return totals.tolist()
 
     @staticmethod
     def _narrow(

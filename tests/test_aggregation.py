@@ -28,7 +28,7 @@ def update(seed, schedule=None, examples=None):
 
 
 def folded(updates):
-    sums = Sums(ARCH, WEIGHTS)
+    sums = Sums(ARCH, WEIGHTS, examples=1000)
     for u in updates:
         sums.add(u)
     return sums.apply()
@@ -145,9 +145,19 @@ def poke(value):
     ],
 )
 def test_a_bad_reply_is_refused_and_nothing_of_it_is_added(change, message):
-    sums = Sums(ARCH, WEIGHTS)
+    sums = Sums(ARCH, WEIGHTS, examples=1000)
     sums.add(update(1))
     before = sums.apply()
     with pytest.raises(ReplyError, match=message):
         sums.add(broken("blocks.1.mlp.fc2.weight", change))
     assert all(torch.equal(before[n], t) for n, t in sums.apply().items())
+
+
+def test_many_examples_do_not_make_an_honest_update_too_large():
+    everything = Schedule.filled(Operation.FULL, SLOTS, 2, 4)
+    sums = Sums(ARCH, WEIGHTS, examples=1_000_000)
+    for seed in (1, 2):
+        sums.add(update(seed, everything, [250_000, 250_000]))
+    expected = by_hand([update(seed, everything, [250_000, 250_000]) for seed in (1, 2)])
+    for name, tensor in sums.apply().items():
+        torch.testing.assert_close(tensor.double(), expected[name], rtol=1e-6, atol=1e-7)

@@ -6,14 +6,15 @@ import timm
 import torch
 
 from d2ft_fl.errors import ConfigError
-from d2ft_fl.models import GLYPH_WEIGHTS, ModelSpec, build_model, describe, export
+from d2ft_fl.models import GLYPH_WEIGHTS, ModelSpec, build_model, export
+from d2ft_fl.timm_vit import describe
 
 SPEC = ModelSpec("vit_glyphs", (), "bundled", 0, 10, seed=0)
 TINY = ModelSpec("vit_tiny_patch16_224", (("depth", 2),), "none", 32, 10, seed=0)
 
 
 def test_the_bundled_model_has_36_subnets_and_travels_in_a_flower_app_bundle():
-    arch = describe(SPEC)
+    arch = describe(build_model(SPEC))
     assert (arch.blocks, arch.heads, arch.classes) == (6, 6, 10)
     assert GLYPH_WEIGHTS.suffix == ".json"
     assert GLYPH_WEIGHTS.stat().st_size <= 2e6
@@ -87,6 +88,9 @@ def test_a_file_that_is_not_safetensors_is_refused(tmp_path):
         ("swin_tiny_patch4_window7_224", (), "is not supported"),
         ("vit_small_r26_s32_224", (), "not supported|cannot be built"),
         ("vit_tiny_patch16_224", (("qk_norm", True),), "norms queries"),
+        ("vit_tiny_patch16_224", (("depth", 0),), "no blocks"),
+        ("vit_tiny_patch16_224", (("num_heads", 0),), "cannot be built"),
+        ("vit_tiny_patch16_224", (("act_layer", "foo"),), "cannot be built"),
         ("vit_tiny_patch16_224", (("drop_path_rate", 0.1),), "stochastic depth"),
         ("vit_tiny_patch16_224", (("global_pool", "map"),), "pools by attention"),
         ("deit_tiny_distilled_patch16_224", (), "VisionTransformerDistilled"),

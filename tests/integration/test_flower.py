@@ -13,7 +13,7 @@ import torch
 
 from d2ft_fl.cli import gather
 from d2ft_fl.client_app import pack_blob, unpack_blob
-from d2ft_fl.flower import free_ports, stop_tree
+from d2ft_fl.flower import free_ports, stop_family
 from d2ft_fl.local import run_local
 
 ROOT = Path(__file__).parent.parent.parent
@@ -132,10 +132,7 @@ def bare(tmp_path):
         )  # fmt: skip
 
     yield run
-    for process in psutil.process_iter(["cmdline"]):
-        command = process.info["cmdline"] or []
-        if "--port" in command and str(port) in command:
-            stop_tree(process)
+    stop_family(tmp_path / "home")
 
 
 def test_bare_flwr_run_is_the_same_job_and_ends_a_bad_one_with_its_line(tmp_path, reference, bare):
