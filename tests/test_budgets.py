@@ -90,6 +90,8 @@ def test_wrong_entries_are_named(entries, message):
         ("[devices.a]\nflops = '40 %'", "unknown table 'devices'"),
         ("mix = ['a']", "no device class"),
         ("mix = ['b']\n[classes.a]\nflops = '40 %'", "mix = .* among a"),
+        ("mix = [['a', 2]]\n[classes.a]\nflops = '40 %'", "mix = .* among a"),
+        ("[classes.a]\nflops = {share = 'x'}", "cannot be read"),
         ("[classes]\na = 3", r"write a table \[classes.a\]"),
     ],
 )

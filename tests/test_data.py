@@ -133,6 +133,60 @@ def test_a_folder_of_images(folder):
     assert data.test_size == 4
 
 
+def test_partitions_of_a_folder_that_lies_by_class_are_mixed(folder):
+    spec = replace(SPEC, dataset=str(folder), channels=3, clients=2)
+    data = open_data(replace(spec, partitioner="Iid", partitioner_arguments=()))
+    for part in data.partitions:
+        assert set(data.train.labels[part]) == {0, 1}
+
+
+def test_train_and_test_labels_get_the_same_numbers(tmp_path):
+    draw = np.random.default_rng(0)
+    for split, kinds in (("train", [0, 1, 2] * 4), ("test", [1, 2, 2])):
+        images = [Image.fromarray(draw.integers(0, 255, (8, 8), dtype=np.uint8)) for _ in kinds]
+        features = datasets.Features({"img": datasets.Image(), "label": datasets.Value("int64")})
+        table = datasets.Dataset.from_dict({"img": images, "label": kinds}, features=features)
+        table.to_parquet(str(tmp_path / f"{split}.parquet"))
+    spec = replace(SPEC, dataset=str(tmp_path), clients=2, partitioner="Iid")
+    data = open_data(replace(spec, partitioner_arguments=()))
+    assert data.test.names == data.train.names == ["0", "1", "2"]
+    assert data.test.labels.tolist() == [1, 2, 2]
+
+
+def test_a_folder_with_a_test_split_only_does_not_train_on_what_it_tests(tmp_path):
+    draw = np.random.default_rng(0)
+    images = [Image.fromarray(draw.integers(0, 255, (8, 8), dtype=np.uint8)) for _ in range(20)]
+    features = datasets.Features({"img": datasets.Image(), "label": datasets.Value("int64")})
+    table = datasets.Dataset.from_dict({"img": images, "label": [0, 1] * 10}, features=features)
+    table.to_parquet(str(tmp_path / "test.parquet"))
+    spec = replace(SPEC, dataset=str(tmp_path), clients=2, partitioner="Iid")
+    data = open_data(replace(spec, partitioner_arguments=()))
+    assert (len(data.train.labels), data.test_size) == (16, 4)
+
+
+def test_palettes_and_transparency_become_colours(tmp_path):
+    for name in ("a", "b"):
+        (tmp_path / "train" / name).mkdir(parents=True)
+        for index in range(5):
+            colour = Image.new("RGB", (8, 8), (200, 30, 90))
+            image = colour.convert("P") if name == "a" else colour.convert("RGBA")
+            image.save(tmp_path / "train" / name / f"{index}.png")
+    spec = replace(SPEC, dataset=str(tmp_path), channels=3, clients=1, partitioner="Iid")
+    data = open_data(replace(spec, partitioner_arguments=()))
+    images, _ = data.client_batch(0, np.arange(8))
+    wanted = np.array([200, 30, 90]) / 127.5 - 1
+    assert np.abs(images.mean(dim=(0, 2, 3)).numpy() - wanted).max() < 0.05
+
+
+def test_labels_that_cannot_be_used_are_refused(tmp_path):
+    for name, count in (("a", 5), ("b", 1)):
+        (tmp_path / name).mkdir()
+        for index in range(count):
+            Image.new("RGB", (8, 8)).save(tmp_path / name / f"{index}.png")
+    with pytest.raises(ConfigError, match=r"labels 'label' .* cannot be used"):
+        open_data(replace(SPEC, dataset=str(tmp_path), clients=1))
+
+
 def test_a_folder_of_parquet_without_test_split_and_with_text_labels(tmp_path):
     draw = np.random.default_rng(0)
     images = [Image.fromarray(draw.integers(0, 255, (8, 8), dtype=np.uint8)) for _ in range(20)]

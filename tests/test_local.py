@@ -9,8 +9,9 @@ import timm
 import torch
 
 from d2ft_fl import costs, worker
-from d2ft_fl.errors import RunError
+from d2ft_fl.errors import ConfigError, RunError
 from d2ft_fl.local import run_local
+from d2ft_fl.recorder import claim_folder
 
 
 def rows(folder, name="rounds.jsonl"):
@@ -115,6 +116,34 @@ def test_when_everyone_sits_out_the_run_stops_with_one_line(quick, tmp_path):
     with pytest.raises(RunError, match="every client sits out round 1") as error:
         run_local(quick(budgets=str(file)))
     assert "\n" not in str(error.value)
+
+
+def test_a_later_round_in_which_everyone_sits_out_is_an_empty_round(quick, tmp_path, monkeypatch):
+    tmp_path.joinpath("pausing.py").write_text(
+        "def budget(client, round):\n    return {'flops': '0 %' if round == 2 else '60 %'}\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    config = quick(budgets="pausing:budget", rounds=3).check()
+    summary = run_local(config)
+    worked = [row["worked"] for row in rows(config.run_folder)]
+    assert worked == [4, 0, 4]
+    assert summary["sat_out"] == 4
+    first, second, _ = rows(config.run_folder)
+    assert second["accuracy"] == first["accuracy"]
+
+
+def test_a_run_folder_is_one_runs_own(quick, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_DATA_HOME", str(tmp_path / "data"))
+    folders = {claim_folder(quick(run_folder="")) for _ in range(3)}
+    assert len(folders) == 3
+    assert all(folder.is_relative_to(tmp_path / "data") for folder in folders)
+    config = quick()
+    run_local(config)
+    with pytest.raises(ConfigError, match="already holds a run"):
+        run_local(config)
+    tmp_path.joinpath("file").touch()
+    with pytest.raises(ConfigError, match="cannot be written to"):
+        claim_folder(quick(run_folder=str(tmp_path / "file" / "run")))
 
 
 def test_a_client_can_change_its_budget_between_rounds(quick, tmp_path, monkeypatch):

@@ -117,3 +117,15 @@ def test_a_client_with_fewer_examples_than_slots_can_work():
     assignment, capacity, *_ = plan([0.8, 1.0, 1.0, 1.0], slots=5, examples=2)
     assert (assignment.cost.vector() <= capacity).all()
     assert not assignment.schedule.sits_out
+
+
+@pytest.mark.parametrize("examples", [1, 8, 9, 40])
+def test_more_memory_is_worth_more_and_is_used(examples):
+    """Whether or not there is a later batch, whose optimiser state counts."""
+    before = 0.0
+    for share in (0.3, 0.5, 0.7, 0.9):
+        assignment, capacity, scores, _ = plan([None, share, None, None], examples=examples)
+        now = worth(assignment, scores)
+        assert now >= before
+        assert assignment.cost.memory >= 0.85 * capacity[1]
+        before = now

@@ -2,8 +2,10 @@
 
 import json
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import psutil
@@ -111,6 +113,24 @@ def test_d2ft_run_ends_with_one_line_and_an_exit_code_when_the_run_fails(tmp_pat
         "d2ft: budgets = 'moody:budget' raised OSError: no battery for client 3 in round 1"
     )
     assert json.loads((tmp_path / "run" / "status.json").read_text())["status"] == "failed"
+    assert left_behind(tmp_path) == []
+
+
+def test_a_stopped_run_stops_what_it_started(tmp_path):
+    folder = tmp_path / "run"
+    process = subprocess.Popen(
+        [BIN / "d2ft", "run", "--set", f"run-folder={folder}", "--set", "rounds=50"],
+        env=environment(tmp_path), cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        text=True,
+    )  # fmt: skip
+    deadline = time.monotonic() + 200
+    while not folder.joinpath("plans").exists() and time.monotonic() < deadline:
+        assert process.poll() is None
+        time.sleep(0.5)
+    process.send_signal(signal.SIGTERM)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert errors.strip() == "d2ft: stopped"
     assert left_behind(tmp_path) == []
 
 
