@@ -61,7 +61,7 @@ class RunConfig:
     backward_score: str = "fisher"
     forward_score: str = "fisher"
     forward_weight: float = 1.0
-    exploration: float = 0.5
+    exploration: float = 1.0
     score_every: int = 5
     score_examples: int = 4
 
