@@ -61,9 +61,9 @@ def format_round(row: dict[str, Any]) -> str:
     cells = []
     for name in LABELS:
         part = row[name]
-        full = max(1.0, part["full_mean"])
-        used, allowed, worst = part["used_mean"] / full, part["allowed_mean"], part["worst"]
-        limit = f"{allowed / full:.0%}" if allowed is not None else "any"
+        used = part["used_mean"] / max(1.0, part["full_mean"])
+        allowed, worst = part["allowed_share"], part["worst"]
+        limit = f"{allowed:.0%}" if allowed is not None else "any"
         cells.append(f"{used:>4.0%} /{limit:>5}" + (f" ({worst:>4.0%})" if worst else " " * 7))
     return (
         f"{row['round']:>7} {row['accuracy']:>8.1%} {row['loss']:>6.3f} "

@@ -150,6 +150,7 @@ class Recorder:
         for index, resource in enumerate(RESOURCES):
             of_worked = [getattr(full[r.client], resource) for r in worked]
             row[resource] = _resource(index, resource, worked) | {
+                "allowed_share": _allowed_share(index, worked, of_worked),
                 "full_mean": float(np.mean(of_worked)) if worked else 0.0,
                 "full_total": sum(getattr(c, resource) for c in full.values()),
             }
@@ -199,6 +200,14 @@ def _resource(index: int, name: str, worked: list[ClientRecord]) -> dict[str, An
         "allowed_mean": float(np.mean([a for _, a in limited])) if limited else None,
         "worst": max((u / max(1, a) for u, a in limited), default=None),
     }
+
+
+def _allowed_share(index: int, worked: list[ClientRecord], full: list[int]) -> float | None:
+    """What budgets allow of full fine-tuning's use, capped at all of it; None without a budget."""
+    if all(r.allowed[index] >= UNLIMITED for r in worked):
+        return None
+    allowed = sum(min(int(r.allowed[index]), f) for r, f in zip(worked, full, strict=True))
+    return allowed / max(1, sum(full))
 
 
 def _violations(worked: list[ClientRecord]) -> list[str]:

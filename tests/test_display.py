@@ -17,8 +17,8 @@ def test_quantities_carry_a_prefix():
 
 
 def test_a_rounds_line_says_used_allowed_and_worst():
-    part = {"used_mean": 50.0, "full_mean": 100.0, "allowed_mean": 60.0, "worst": 0.98}
-    free = {"used_mean": 70.0, "full_mean": 100.0, "allowed_mean": None, "worst": None}
+    part = {"used_mean": 50.0, "full_mean": 100.0, "allowed_share": 0.6, "worst": 0.98}
+    free = {"used_mean": 70.0, "full_mean": 100.0, "allowed_share": None, "worst": None}
     row = {
         "round": 3, "accuracy": 0.875, "loss": 0.5, "coverage": 0.9, "round_seconds": 1.25,
         "flops": part, "memory": part, "bytes_up": part, "bytes_down": free,
