@@ -145,11 +145,9 @@ class Planner:
         everything = one.everything()
         a = self.costs.arch
         flops = one.flops(everything, 1) * examples
-        held = one.held_bytes(everything, moments=False)
-        gradients = held - sum(ELEMENT * p.numel for p in a.parameters)
+        held = sum(p.numel for p in a.parameters) + examples * a.input_elements
         widest = max(p.numel for p in a.of_kind(Kind.SLICED))
-        memory = held - gradients + one.peak_bytes(everything, 0, 1) + 2 * ELEMENT * widest
-        memory += ELEMENT * examples * a.input_elements
+        memory = ELEMENT * (held + 2 * widest) + one.peak_bytes(everything, 0, 1)
         memory += memory // MEMORY_MARGIN
         return Cost(
             flops,
