@@ -88,7 +88,7 @@ def gather(files: list[Path], pairs: list[str]) -> RunConfig:
         if not sign:
             raise ConfigError(f"--set {pair!r} is not key=value")
         entries |= _absolute({key.strip(): parse_value(text.strip())}, Path())
-    # Plug-ins lie where the command was started; tests and notebooks may have changed sys.path.
+    # Plug-ins lie where the command was started, which a console script does not import from.
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
     return RunConfig.from_mapping(entries).check()

@@ -56,11 +56,6 @@ class Cost:
         """int64 [4], in the order of ``RESOURCES``."""
         return np.array([getattr(self, r) for r in RESOURCES], dtype=np.int64)
 
-    @classmethod
-    def of(cls, vector: np.ndarray) -> "Cost":
-        """The cost with these resources, in the order of ``RESOURCES``."""
-        return cls(*(int(v) for v in vector))
-
 
 @dataclass(frozen=True)
 class Elements:

@@ -253,8 +253,8 @@ class _ClientProblem:
 
     def _used(self, choice: np.ndarray) -> np.ndarray:
         """What the solver counts for a choice: int64 [5]."""
-        every = np.ones((len(choice), len(self.patterns.full)), dtype=bool)
-        return self._problem(every * 0.0, self._constant, every).used(choice)
+        values = np.zeros((len(choice), len(self.patterns.full)))
+        return self._problem(values, self._constant, values == 0).used(choice)
 
     def _choose(self, shown: np.ndarray) -> Solution:
         slots, patterns = self.planner.costs.slots, self.patterns

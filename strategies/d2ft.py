@@ -15,10 +15,11 @@ from d2ft_fl.rounds import Assignment, Round
 def schedule(round: Round) -> list[Assignment]:
     """Each client's best schedule under its budgets."""
     exploration = round.federation.config.exploration
+    scores = np.stack([round.backward_scores(), round.forward_scores()])
     assignments = []
     for client in round.clients:
         draws = round.generator(client).random((2, *round.shape))
         weights = 1 + exploration * (2 * draws - 1)  # mean 1
-        scores = np.stack([round.backward_scores(), round.forward_scores()]) * weights
-        assignments.append(round.plan(client, *scores))
+        backward, forward = scores * weights
+        assignments.append(round.plan(client, backward, forward))
     return assignments
