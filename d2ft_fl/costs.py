@@ -1,38 +1,54 @@
 """What a schedule costs: FLOPs, peak memory, bytes down and up, as integers.
 
-Conventions. FLOPs are those of torch's ``FlopCounterMode``: 2 for a multiply-add, products and
-fused attention only. A linear layer costs ``2 m n k`` forward and twice that backward; fused
-attention two products forward and five backward (it recomputes one). Bytes are of float32.
+**FLOPs** follow torch's ``FlopCounterMode``: 2 for a multiply-add, products and attention only.
+With T tokens, head width d, feed-forward slice f and model width D, one example of one subnet has
 
-With T tokens, head width d, feed-forward slice f_h and model width D, subnet (block, h) costs per
-example
+    products in   P_in  = T D (3 d + f)      (4 d + f with an attention gate)
+    products out  P_out = T D (d + f)
+    attention     A = 2 T^2 d, the FLOPs of one of its products
 
-    forward   2 T (4 d D + 2 f_h D) + 4 T^2 d
-    backward  4 T (4 d D + 2 f_h D) + 10 T^2 d
+    forward                 2 (P_in + P_out) + 2 A
+    gradient through it     2 (P_in + P_out) + 5 A   (4 A without fused attention, see `timm_vit`)
+    gradient of its weights 2 (P_in + P_out)
+    again, if checkpointed  2 P_in + 2 A             (neither norm nor product out is needed twice)
 
-FORWARD_ONLY pays the first, FULL both: the input gradient of the products is always wanted, by
-the block's norm if by nothing below. Saved for backward, per example: with the first FULL subnet
-of a block, whole, the inputs and outputs of both norms with their statistics, 4 T D + 4 T (and
-2 T D more with layer scale); for every FULL subnet queries, keys, values, the attention output
-and its log-sum, and both sides of the activation: T (4 d + 1 + 2 f_h). That is 4 + 12 = 16 units
-of T D for a usual block with everything FULL.
+FORWARD_ONLY pays the first, FROZEN the first, second and fourth, FULL all. Strictly below the
+lowest block that trains in a slot FROZEN is FORWARD_ONLY. The embedding runs forward, and the
+classifier forward, through and for its weights: 6 D classes.
+
+**Saved for backward**, in a pass with N examples, n_l of them live in the block (something FULL or
+FROZEN), n_t training in it (something FULL), with elements of c bytes (4, or 2 in bfloat16):
+
+    a block's two branches, each   4 N T D + 8 n_l T + c n_t T D    x, statistics, y
+                                   (+ c N T D with layer scale, where anything trains)
+    a FULL or FROZEN subnet        c T (4 d + f) + 4 T              q, k, v, output; log-sum; hidden
+    a FULL one besides             c T f                            activated hidden
+
+which is 4 + 12 = 16 units of T D for a usual block with everything FULL, and 4 at least: that is why
+opening a block is a charge of its own. Head norms, gates and dropout add what ``Saved`` says.
+Checkpointed, only x stays. **Transients** come on top and count as a maximum over time: see
+:meth:`CostModel.peak_bytes`.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
 import numpy as np
 
+from d2ft_fl.pieces import cover, storage_order
 from d2ft_fl.subnets import (
     Architecture,
     Kind,
     Operation,
     Schedule,
     down_spec,
+    passes,
     slot_sizes,
     slot_totals,
     up_spec,
 )
+from d2ft_fl.timm_vit import fused_attention
 from d2ft_fl.training import LocalOptions
 
 RESOURCES = ("flops", "memory", "bytes_up", "bytes_down")
@@ -92,28 +108,38 @@ class CostModel:
     arch: Architecture
     options: LocalOptions
     slots: int
+    device: str = "cpu"
 
     # -- FLOPs -------------------------------------------------------------------------------
 
     @cached_property
-    def forward_flops(self) -> np.ndarray:
-        """FLOPs of running each head's subnet forward on one example: int64 [heads]."""
-        linear, attention = self._products
-        return 2 * linear + 2 * attention
-
-    @cached_property
-    def full_flops(self) -> np.ndarray:
-        """FLOPs of running each head's subnet FULL on one example: int64 [heads]."""
-        linear, attention = self._products
-        return 6 * linear + 7 * attention
-
-    @cached_property
-    def _products(self) -> tuple[np.ndarray, np.ndarray]:
-        """Multiply-adds of the linear layers, and FLOPs of one attention product: [heads]."""
+    def _products(self) -> tuple[np.ndarray, np.ndarray, int]:
+        """Multiply-adds of the products in and out, [heads] each; FLOPs of an attention product."""
         a = self.arch
         hidden = np.array(a.hidden, dtype=np.int64)
-        linear = a.tokens * (4 * a.head_dim * a.dim + 2 * hidden * a.dim)
-        return linear, np.full(a.heads, 2 * a.tokens**2 * a.head_dim, dtype=np.int64)
+        inward = a.tokens * a.dim * ((4 if a.gated else 3) * a.head_dim + hidden)
+        outward = a.tokens * a.dim * (a.head_dim + hidden)
+        return inward, outward, 2 * a.tokens**2 * a.head_dim
+
+    @cached_property
+    def operation_flops(self) -> np.ndarray:
+        """FLOPs of each operation of each head on one example: int64 [operations, heads]."""
+        inward, outward, attention = self._products
+        products = 2 * (inward + outward)
+        forward = products + 2 * attention
+        through = products + (5 if self.fused else 4) * attention
+        again = (2 * inward + 2 * attention) * self.options.checkpointing
+        out = np.zeros((len(Operation), self.arch.heads), dtype=np.int64)
+        out[Operation.FORWARD_ONLY] = forward
+        out[Operation.FROZEN] = forward + through + again
+        out[Operation.FULL] = forward + through + again + products
+        return out
+
+    @property
+    def fused(self) -> bool:
+        """Whether attention is torch's fused one."""
+        a = self.arch
+        return fused_attention(self.device, a.head_dim, a.attention_dropout)
 
     @property
     def base_flops(self) -> int:
@@ -122,12 +148,10 @@ class CostModel:
 
     def flops(self, schedule: Schedule, examples: int) -> int:
         """FLOPs of one round of local training on ``examples`` examples."""
-        per_slot = self.base_flops * schedule.active.astype(np.int64)
-        for operation, flops in (
-            (Operation.FORWARD_ONLY, self.forward_flops),
-            (Operation.FULL, self.full_flops),
-        ):
-            per_slot = per_slot + (schedule.operations == operation).sum(axis=1) @ flops
+        effective = schedule.effective  # [slots, blocks, heads]
+        heads = np.arange(self.arch.heads)
+        per_slot = self.operation_flops[effective, heads].sum(axis=(1, 2))
+        per_slot = per_slot + self.base_flops * schedule.active
         return int(per_slot @ np.array(self.slot_totals(examples), dtype=np.int64))
 
     def slot_totals(self, examples: int) -> list[int]:
@@ -142,78 +166,33 @@ class CostModel:
         return Elements.of(self.arch)
 
     @cached_property
-    def saved_slice(self) -> np.ndarray:
-        """Elements saved per example for each FULL head: int64 [heads]."""
-        a = self.arch
-        hidden = np.array(a.hidden, dtype=np.int64)
-        return a.tokens * (4 * a.head_dim + 1 + 2 * hidden)
+    def saved(self) -> "Saved":
+        """Bytes saved for backward, by what they belong to."""
+        return Saved.of(self.arch, self.options, self.fused, self.device)
 
-    @property
-    def saved_block(self) -> int:
-        """Elements saved per example with the first FULL head of a block."""
-        a = self.arch
-        return a.tokens * ((6 if a.layer_scale else 4) * a.dim + 4)
+    def saved_bytes(self, schedule: Schedule, sizes: Sequence[int]) -> int:
+        """Bytes saved for backward by one pass when its forward pass is over.
 
-    @property
-    def saved_outer(self) -> int:
-        """Elements saved per example by final norm, classifier and loss, and the input tokens."""
-        a = self.arch
-        norm = 2 * a.dim + 2 if a.pooled else 2 * a.tokens * a.dim + 2 * a.tokens
-        return norm + 2 * a.classes + 2
-
-    def saved_per_block(self, schedule: Schedule, slot: int, examples: int) -> np.ndarray:
-        """Elements each block saves for backward in one micro-batch: int64 [blocks].
-
-        With several slots the FULL weights of a slot may be a choice of the trained ones; the
-        copy that is made of them is saved too.
+        Args:
+            sizes: Examples of each slot in the pass.
         """
-        full = schedule.operations[slot] == Operation.FULL  # [blocks, heads]
-        copied = full & (full != schedule.trained).any(axis=1, keepdims=True)
-        per_example = full.any(axis=1) * self.saved_block + full @ self.saved_slice
-        return examples * per_example + (copied * self.elements.sliced).sum(axis=1)
+        saved = _Pass.of(self, schedule, sizes).saved.sum()
+        return int(saved) + sum(sizes) * self.saved.outer + self.saved.classifier
 
-    def saved_bytes(self, schedule: Schedule, slot: int, examples: int) -> int:
-        """Bytes saved for backward by one micro-batch when its forward pass is over."""
-        saved = self.saved_per_block(schedule, slot, examples).sum() + examples * self.saved_outer
-        return ELEMENT * int(saved)
+    def peak_bytes(self, schedule: Schedule, sizes: Sequence[int]) -> int:
+        """Peak bytes of one pass, beyond what is held before it.
 
-    def peak_bytes(self, schedule: Schedule, slot: int, examples: int) -> int:
-        """Peak bytes of one micro-batch on top of what is held.
+        The largest of what is alive at these moments, with a stream for one tensor [N, T, D]:
 
-        A block's work finds the saved tensors of the blocks up to it alive, forward as backward.
-        On top of them come: backward through the feed-forward layer, the gradients of the
-        residual stream, of the hidden units and of one weight (where FULL weights were gathered,
-        autograd returns their gradients late, into one as wide as all that trains); forward
-        through what keeps no graph, three widths of the stream (two where the others are saved),
-        both sides of the activation and the copies of weights.
+        * forward in a branch: what lower branches saved, x, y, the sum, and for the piece at hand
+          its products in and its z (saved or not);
+        * backward in a branch: what it and lower ones saved, the gradient that arrives, the
+          gradient of y, and for the piece at hand the gradients of z and of its products in (of
+          q, k, v twice, when they are put together);
+        * after it: the gradient of x in place of the piece's;
+        * the classifier, with everything saved; the embedding, with nothing.
         """
-        a, e = self.arch, self.elements
-        hidden = np.array(a.hidden, dtype=np.int64)
-        stream = examples * a.tokens * a.dim
-        operations = schedule.operations[slot]
-        full, silent = operations == Operation.FULL, operations == Operation.FORWARD_ONLY
-        opened = full.any(axis=1)
-        alive = np.cumsum(self.saved_per_block(schedule, slot, examples))
-
-        units = examples * a.tokens * (full @ hidden)  # [blocks]
-        backward = alive + stream + units + (full @ hidden) * a.dim
-        late = alive + 2 * stream - 2 * units + (schedule.trained @ hidden) * a.dim
-        gathered = (full != schedule.trained).any(axis=1)
-        backward = np.where(gathered, np.maximum(backward, late), backward)
-        copies = np.zeros(a.blocks, dtype=np.int64)
-        for store in (schedule.trained, schedule.resident & ~schedule.trained):
-            chosen = silent & store
-            some = (chosen != store).any(axis=1, keepdims=True)
-            copies += ((chosen & some) * e.feed_forward).sum(axis=1)
-        forward = (3 - opened) * stream + 2 * examples * a.tokens * (silent @ hidden) + copies
-
-        outer = examples * self.saved_outer + stream
-        peaks: list[np.ndarray] = [
-            np.where(opened, backward, 0),
-            alive + np.where(silent.any(axis=1), forward, 0),
-            np.array([alive[-1] + outer, 3 * stream]),
-        ]
-        return ELEMENT * max(int(np.max(peak)) for peak in peaks)
+        return _Pass.of(self, schedule, sizes).peak()
 
     def held_bytes(self, schedule: Schedule, moments: bool = True) -> int:
         """Bytes of weights, gradients and (after the first step) optimiser state."""
@@ -226,7 +205,7 @@ class CostModel:
         return ELEMENT * int(elements)
 
     def memory(self, schedule: Schedule, examples: int) -> int:
-        """Peak bytes of one round: what is held, plus the worst micro-batch.
+        """Peak bytes of one round: what is held, plus the worst pass.
 
         The first batch finds no optimiser state yet; it counts in every later one.
         """
@@ -243,14 +222,25 @@ class CostModel:
         return first, first if self.options.epochs > 1 else min(examples - first, first)
 
     def _batch_bytes(self, schedule: Schedule, batch: int) -> int:
-        """Bytes of a batch of images and of its worst micro-batch."""
+        """Bytes of a batch of images and of its worst pass."""
         if batch == 0:
             return 0
-        worst = 0
-        for slot, size in enumerate(slot_sizes(batch, schedule.slots)):
-            if size and schedule.active[slot]:
-                worst = max(worst, self.peak_bytes(schedule, slot, size))
-        return worst + ELEMENT * batch * self.arch.input_elements
+        images = ELEMENT * batch * self.arch.input_elements
+        running = sum(
+            size
+            for size, on in zip(slot_sizes(batch, schedule.slots), schedule.active, strict=True)
+            if on
+        )
+        if running < batch:  # those that run are put together in a batch of their own
+            images += ELEMENT * running * self.arch.input_elements
+        return images + max(
+            (self.peak_bytes(schedule, sizes) for sizes in self.passes(schedule, batch)), default=0
+        )
+
+    def passes(self, schedule: Schedule, batch: int) -> list[list[int]]:
+        """Examples of each slot, for the passes that a batch of this size is run in."""
+        sizes = slot_sizes(batch, schedule.slots)
+        return passes(sizes, schedule.active.tolist(), self.options.accumulate)
 
     # -- bytes -------------------------------------------------------------------------------
 
@@ -279,15 +269,205 @@ class CostModel:
         """Every subnet FULL in every slot."""
         return Schedule.filled(Operation.FULL, self.slots, self.arch.blocks, self.arch.heads)
 
+    def plain(self) -> "CostModel":
+        """The costs of whole batches, without what trades FLOPs or time for memory."""
+        return replace(self, slots=1, options=self.options.plain())
+
     @lru_cache(maxsize=4096)  # noqa: B019 - lives as long as the run's one cost model
     def full_cost(self, examples: int) -> Cost:
         """The cost of fully fine-tuning the model on this many examples: what 100 % means.
 
-        Its memory is that of whole batches; slots would need less.
+        In whole batches and without checkpointing: both would need less memory.
         """
-        one_slot = CostModel(self.arch, self.options, slots=1)
-        cost = self.cost(self.everything(), examples)
-        return replace(cost, memory=one_slot.memory(one_slot.everything(), examples))
+        plain = self.plain()
+        cost = plain.cost(plain.everything(), examples)
+        return replace(cost, bytes_down=self.bytes_down(self.everything())) if examples else cost
+
+
+@dataclass(frozen=True)
+class Saved:
+    """Bytes that one example leaves for the backward pass, by what they belong to.
+
+    Attributes:
+        stream: One [tokens, dim] tensor in float32: the residual stream.
+        narrow: The same in the type of products.
+        statistics: Of one norm, per live example.
+        normed: What a root mean square norm keeps besides, to train its weight.
+        alive: Of a FULL or FROZEN subnet: int64 [2 branches, heads].
+        full: Of a FULL one besides.
+        hidden: What goes into a piece's middle, and what comes out: int64 [2, 2, heads].
+        weights: Of a product in, in the type of products: int64 [2, heads]; not per example.
+        outer: Of final norm, classifier and loss.
+        classifier: Of the classifier's weight, once a pass, where it is cast.
+        scaled: Whether a layer scale keeps the sum.
+        mask: Of dropout on the sum, where there is one.
+    """
+
+    stream: int
+    narrow: int
+    statistics: int
+    normed: int
+    alive: np.ndarray
+    full: np.ndarray
+    hidden: np.ndarray
+    weights: np.ndarray
+    outer: int
+    classifier: int
+    scaled: bool
+    mask: int
+
+    @classmethod
+    def of(cls, a: Architecture, options: LocalOptions, fused: bool, device: str) -> "Saved":
+        """By architecture and precision; see the module's docstring."""
+        c = 2 if options.precision == "bf16" else ELEMENT
+        t, d, hidden = a.tokens, a.head_dim, np.array(a.hidden, dtype=np.int64)
+        one = np.ones(a.heads, dtype=np.int64)
+        attention = c * 4 * t * d + ELEMENT * t
+        if not fused:  # scaled q and k, attention weights; with dropout their mask and product
+            weights = (3 if a.attention_dropout else 1) * c * t * t
+            attention = c * 6 * t * d + weights
+        attention += a.head_norms * (c * t * d + 2 * ELEMENT * t)  # what was normed
+        attention += 2 * c * t * d * a.gated  # before and behind the sigmoid
+        mask = 1 if device == "cuda" else c  # bytes that dropout keeps of an element
+        out = [attention * one, c * t * hidden + mask * t * hidden * bool(a.hidden_dropout)]
+        # Normed heads lie otherwise in memory, so that the product out takes a copy.
+        copies = a.gated + bool(a.head_norms) + a.rms * a.head_norms
+        full = [c * t * d * copies * one, c * t * hidden]
+        inward = [c * t * d * (4 if a.gated else 3) * one, c * t * hidden]
+        drops = (2 if device == "cpu" else 1) * bool(a.hidden_dropout)  # mask and product
+        outward = [c * t * d * one, c * t * hidden * (1 + drops)]
+        # Final norm: its input, and what the classifier's view of its output keeps alive.
+        norm = ELEMENT * (a.dim * (1 + a.rms) + 2) * (1 if a.norm_pooled else t)
+        norm += c * a.dim * (1 if a.norm_pooled or c < ELEMENT else t)
+        return cls(
+            stream=ELEMENT * t * a.dim,
+            narrow=c * t * a.dim,
+            statistics=2 * ELEMENT * t,
+            normed=a.rms * ELEMENT * t * a.dim,
+            alive=np.stack(out),
+            full=np.stack(full),
+            hidden=np.stack([np.stack(inward), np.stack(outward)], axis=1),
+            weights=c * a.dim * np.stack([3 * d * one, hidden]),
+            outer=norm + ELEMENT * (2 * a.classes + 2),
+            classifier=c * a.dim * a.classes * (c < ELEMENT),
+            scaled=a.layer_scale,
+            mask=mask * t * a.dim * bool(a.output_dropout),
+        )
+
+
+@dataclass(frozen=True)
+class _Pass:
+    """Memory of one pass, branch by branch from the first: int64 [2 blocks] bytes each.
+
+    Attributes:
+        saved: Kept for backward.
+        forward: On the way forward, at most, beside what lower branches saved.
+        backward: On the way back, at most, beside what this and lower branches saved.
+        outer: In the classifier, beside what all branches saved; or in the embedding.
+    """
+
+    saved: np.ndarray
+    forward: np.ndarray
+    backward: np.ndarray
+    outer: int
+    embedding: int
+
+    @classmethod
+    def of(cls, costs: CostModel, schedule: Schedule, sizes: Sequence[int]) -> "_Pass":
+        """Work it out for some sizes of slots."""
+        s, options = costs.saved, costs.options
+        n = np.asarray(sizes, dtype=np.int64)
+        total = int(n.sum())
+        operations = schedule.effective
+        full, frozen = operations == Operation.FULL, operations == Operation.FROZEN
+        n_full = np.tensordot(n, full, axes=1)  # [blocks, heads]
+        n_frozen = np.tensordot(n, frozen, axes=1)
+        n_live = (n @ (full | frozen).any(axis=2))[:, None]  # [blocks, 1], as are the next
+        n_trains = (n @ full.any(axis=2))[:, None]
+        n_runs = (n @ (operations != Operation.SHORTCUT).any(axis=2))[:, None]
+        cast = s.narrow != s.stream
+
+        x = total * s.stream * (n_live > 0)
+        norm = s.statistics * n_live + (s.narrow + s.normed) * n_trains
+        summed = total * (s.narrow * s.scaled * (n_trains > 0) + s.mask * (n_live > 0))
+        saved = np.repeat(x + summed, 2, axis=1)
+        if not options.checkpointing:
+            saved = saved + norm + (n_full + n_frozen) @ s.alive.T + n_full @ s.full.T
+
+        def largest(operation: Operation, per_head: np.ndarray) -> np.ndarray:
+            """Bytes [2, heads] an example and head, for the largest piece: [blocks, 2]."""
+            return _largest(operations, operation, n, per_head)
+
+        inward, outward = s.hidden[:, 0], s.hidden[:, 1]  # [2, heads]
+        ahead = largest(Operation.FORWARD_ONLY, inward + outward)
+        if options.checkpointing:
+            for operation in (Operation.FULL, Operation.FROZEN):
+                ahead = np.maximum(ahead, largest(operation, inward + outward))
+        # The weights of a product are cast for as long as it takes.
+        casts = cast * (schedule.resident @ s.weights.T)
+        y = s.narrow * n_runs  # and for a moment, before it is cast, once more as it was
+        ahead = np.maximum(ahead + casts, cast * s.stream * n_runs)
+        stream = total * s.stream * (n_live == 0)  # where x is not saved it is there all the same
+        forward = saved + ahead + stream + (n_runs > 0) * (y + total * s.narrow)
+
+        # q, k and v get their gradients one by one and are then put together.
+        back = inward * np.array([[2], [1]]) + outward
+        again = back + s.alive if options.checkpointing else back
+        middle = np.maximum(
+            largest(Operation.FULL, again + (s.full if options.checkpointing else 0)),
+            largest(Operation.FROZEN, again),
+        )
+        if options.checkpointing:
+            middle = middle + (s.statistics + s.narrow + s.normed) * n_live
+        arriving = total * (s.stream * (1 + s.scaled) + s.narrow * cast)
+        own = (s.narrow + s.stream * 3 * costs.arch.rms) * n_live
+        backward = (n_live > 0) * (
+            arriving + own + np.maximum(middle + casts, 2 * total * s.stream)
+        )
+        return cls(
+            saved.reshape(-1),
+            forward.reshape(-1),
+            backward.reshape(-1),
+            total * (s.outer + s.stream) + s.classifier,
+            3 * total * s.stream,
+        )
+
+    def peak(self) -> int:
+        """The most that is alive at once."""
+        below = np.cumsum(self.saved) - self.saved
+        moments = [below + self.forward, below + self.saved + self.backward]
+        ends = [int(self.saved.sum()) + self.outer, self.embedding]
+        return max(*(int(m.max(initial=0)) for m in moments), *ends)
+
+
+def _largest(
+    operations: np.ndarray, operation: Operation, n: np.ndarray, per_head: np.ndarray
+) -> np.ndarray:
+    """Bytes of the largest piece of an operation, of each block and branch: int64 [blocks, 2].
+
+    Args:
+        operations: int8 [slots, blocks, heads]. n: Examples of each slot.
+        per_head: Bytes of an example and head: int64 [2, heads].
+    """
+    if len(n) == 1:  # one slot is one piece
+        return n[0] * (operations[0] == operation) @ per_head.T
+    found = np.zeros((operations.shape[1], 2), dtype=np.int64)
+    for block in range(operations.shape[1]):
+        column = np.ascontiguousarray(operations[:, block])
+        for start, stop, heads in _pieces(column.tobytes(), len(n), operation):
+            load = int(n[start:stop].sum()) * per_head[:, heads].sum(axis=1)
+            found[block] = np.maximum(found[block], load)
+    return found
+
+
+@lru_cache(maxsize=1 << 16)
+def _pieces(
+    operations: bytes, slots: int, operation: Operation
+) -> list[tuple[int, int, list[int]]]:
+    """The engine's pieces of one operation, for a block's operations [slots, heads]."""
+    table = np.frombuffer(operations, dtype=np.int8).reshape(slots, -1)
+    parts = cover(table, storage_order(table))
+    return [piece for part in parts for piece in part.pieces[operation]]
 
 
 def _wire(spec: dict[str, tuple[int, ...]]) -> int:

@@ -1,9 +1,9 @@
 """Measuring what training really used, without asking the cost model.
 
 FLOPs are counted by torch's own ``FlopCounterMode``; memory by following every tensor storage
-that a micro-batch creates from birth to death. Counting slows a micro-batch down several times,
-so a pattern (operations, examples) is measured the first time this process runs it and remembered;
-with ``verify`` every single micro-batch is counted.
+that a pass (forward and backward) creates from birth to death, or on CUDA by the allocator.
+Counting slows a pass down several times, so a pattern (operations, examples) is measured the first
+time this process runs it and remembered; with ``verify`` every single pass is counted.
 """
 
 import weakref
@@ -48,9 +48,26 @@ class LiveBytes(TorchDispatchMode):
         return out
 
 
+class _AllocatorPeak:
+    """What torch's CUDA allocator hands out at most while it is active, as ``LiveBytes`` has it."""
+
+    def __init__(self, device: torch.device):
+        self.device, self.peak = device, 0
+
+    def ignore(self, tensors: Iterable[Tensor]) -> None:
+        """What was there before does not count anyway."""
+
+    def __enter__(self) -> None:
+        torch.cuda.reset_peak_memory_stats(self.device)
+        self._before = torch.cuda.memory_allocated(self.device)
+
+    def __exit__(self, *_: object) -> None:
+        self.peak = torch.cuda.max_memory_allocated(self.device) - self._before
+
+
 @dataclass(frozen=True)
 class Reading:
-    """What one micro-batch used: FLOPs, and peak bytes on top of what was there before."""
+    """What one pass used: FLOPs, and peak bytes on top of what was there before."""
 
     flops: int
     peak_bytes: int
@@ -61,12 +78,14 @@ class Meter:
     """Counts what runs. One a process; readings are kept between rounds.
 
     Attributes:
-        verify: Count every micro-batch instead of remembering patterns.
+        verify: Count every pass instead of remembering patterns.
+        device: Where it runs: storages are followed on a CPU, on CUDA the allocator is asked.
         flops: FLOPs since :meth:`start`.
-        peak_bytes: Largest peak of a micro-batch since :meth:`start`, base included.
+        peak_bytes: Largest peak of a pass since :meth:`start`, base included.
     """
 
     verify: bool = False
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
     limit: int = 4096
     flops: int = 0
     peak_bytes: int = 0
@@ -76,33 +95,41 @@ class Meter:
         """Begin a round."""
         self.flops = self.peak_bytes = 0
 
-    def run(self, step: Callable[[], Any], key: Hashable, base: list[Tensor]) -> Any:
+    def run(
+        self,
+        step: Callable[[], Any],
+        key: Hashable,
+        base: int,
+        known: Callable[[], Iterable[Tensor]],
+    ) -> Any:
         """Run ``step`` and add what it used.
 
         Args:
-            step: Forward and backward of one micro-batch.
+            step: Forward and backward of one pass.
             key: What decides its cost.
-            base: What is held before it: weights, gradients, optimiser state, images.
+            base: Bytes held before it: weights, gradients, optimiser state, images.
+            known: The tensors behind ``base``.
         """
         reading = None if self.verify else self._known.get(key)
         if reading is None:
-            live, counter = LiveBytes(), FlopCounterMode(display=False)
-            live.ignore(base)
-            with counter, live:
+            peak = LiveBytes() if self.device.type == "cpu" else _AllocatorPeak(self.device)
+            peak.ignore(known())
+            counter = FlopCounterMode(display=False)
+            with counter, peak:
                 result = step()
-            reading = Reading(counter.get_total_flops(), live.peak)
+            reading = Reading(counter.get_total_flops(), peak.peak)
             if len(self._known) >= self.limit:
                 self._known.clear()
             self._known[key] = reading
         else:
             result = step()
         self.flops += reading.flops
-        self.peak_bytes = max(self.peak_bytes, tensor_bytes(base) + reading.peak_bytes)
+        self.peak_bytes = max(self.peak_bytes, base + reading.peak_bytes)
         return result
 
-    def note(self, held: list[Tensor]) -> None:
-        """Account for a moment outside micro-batches at which this much is held."""
-        self.peak_bytes = max(self.peak_bytes, tensor_bytes(held))
+    def note(self, held: int) -> None:
+        """Account for a moment outside passes at which this many bytes are held."""
+        self.peak_bytes = max(self.peak_bytes, held)
 
 
 def tensor_bytes(tensors: Iterable[Tensor]) -> int:

@@ -1,80 +1,44 @@
-"""The modules that run a schedule: only what is resident is held, only what runs is computed.
+"""A client's part of a model: only what is resident is held, only what runs is computed.
 
 A pre-norm block is a sum over heads and feed-forward slices,
 
     x <- x + b_proj + sum_h Attn_h(LN1(x)) W_proj[:, h]
     x <- x + b_fc2  + sum_h act(LN2(x) W_fc1[h]) W_fc2[:, h]
 
-so the heads that run FULL are gathered into one narrower attention (and one narrower feed-forward
-layer) that autograd sees, the heads that run FORWARD_ONLY into another that runs without a graph,
-and a SHORTCUT costs nothing. A block in which nothing runs is the identity, biases included.
+so the heads of an operation are a narrower attention and a narrower feed-forward layer, see
+:mod:`d2ft_fl.branches`. A block in which nothing runs is the identity, biases included, unless it
+is compensated for what it would have added on average.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from d2ft_fl import timm_vit
+from d2ft_fl.branches import Branch
+from d2ft_fl.pieces import Numerics, PackedHeads, segments, storage_order
 from d2ft_fl.subnets import Architecture, Kind, Operation, Parameter, Schedule
 from d2ft_fl.timm_vit import BlockTraits, VisionTransformer
 
-Weights = dict[str, Tensor]
-Product = Callable[[Tensor, Weights, Tensor | None], Tensor]
+# Means of what a block's skipped subnets would add, per slot: [2 branches, tokens, dim] or None.
+Offsets = list[Tensor | None]
 
 
 @dataclass(frozen=True)
-class Branch:
-    """The roles of one of a block's two residual branches."""
+class Entry:
+    """One optimiser entry: rows of a trained tensor that always step together.
 
-    norm: str
-    roles: tuple[str, ...]
-    bias: str
-    scale: str
+    ``block`` is -1 for the final part, ``heads`` is empty for whole parameters.
+    """
 
-
-ATTENTION = Branch("norm1", ("qkv.weight", "qkv.bias", "proj.weight"), "proj.bias", "ls1.gamma")
-FEED_FORWARD = Branch("norm2", ("fc1.weight", "fc1.bias", "fc2.weight"), "fc2.bias", "ls2.gamma")
-
-
-class PackedHeads:
-    """Packed slices of some heads of one block: role -> rows grouped by head, ascending."""
-
-    def __init__(self, heads: tuple[int, ...], weights: Weights, specs: Mapping[str, Parameter]):
-        self.heads = heads
-        self.weights = weights
-        # role -> head -> its rows within the packed tensor
-        self.rows: dict[str, dict[int, range]] = {}
-        for role in weights:
-            start, runs = 0, {}
-            for head in heads:
-                stop = start + len(specs[role].rows[head])
-                runs[head] = range(start, stop)
-                start = stop
-            self.rows[role] = runs
-
-    def index(self, role: str, heads: tuple[int, ...]) -> Tensor:
-        """Rows of some of the heads, in their order: int64 [rows]."""
-        return torch.tensor([row for h in heads for row in self.rows[role][h]], dtype=torch.long)
-
-
-class Gather:
-    """A choice of heads out of some packed ones, with its row indices made once a round."""
-
-    def __init__(self, source: PackedHeads, heads: tuple[int, ...]):
-        self.source = source
-        self.index: Weights | None = None
-        if heads != source.heads:
-            self.index = {role: source.index(role, heads) for role in source.weights}
-
-    def __call__(self, roles: tuple[str, ...]) -> Weights:
-        """The chosen heads' weights: the stored ones where all are chosen, else a copy."""
-        stored = {role: w for role, w in self.source.weights.items() if role in roles}
-        if self.index is None:
-            return stored
-        return {role: w.index_select(0, self.index[role]) for role, w in stored.items()}
+    block: int
+    heads: tuple[int, ...]
+    kind: Kind
+    value: Tensor
+    grad: Tensor
 
 
 class Block:
@@ -87,89 +51,42 @@ class Block:
         schedule: Schedule,
         block: int,
         tensors: Mapping[str, Tensor],
-        head_dim: int,
+        numerics: Numerics,
+        offsets: Offsets | None,
     ):
-        self.head_dim = head_dim
-        self.act = traits.activation
-        trained = schedule.heads(schedule.trained, block)
-        resident = schedule.heads(schedule.resident, block)
+        operations = schedule.effective[:, block]  # [slots, heads]
+        trained = schedule.trained[block]
         sliced = {r: p for r, p in specs.items() if p.kind is Kind.SLICED}
-        held = PackedHeads(resident, {r: tensors[p.name] for r, p in sliced.items()}, sliced)
-
-        def keep(heads: tuple[int, ...], trains: bool) -> PackedHeads:
-            rows = {role: held.weights[role][held.index(role, heads)] for role in sliced}
-            for weight in rows.values():
-                weight.requires_grad_(trains)
-            return PackedHeads(heads, rows, sliced)
-
-        self.trained = keep(trained, trains=True)
-        self.frozen = keep(tuple(h for h in resident if h not in trained), trains=False)
+        order = storage_order(operations)
+        packed = {r: tensors[p.name] for r, p in sliced.items()} if order else {}
+        self.store = PackedHeads(order, int(trained.sum()), packed, sliced)
         self.shared = {
-            role: tensors[p.name].clone().requires_grad_(bool(trained))
+            role: tensors[p.name].clone().requires_grad_(bool(trained.any()))
             for role, p in specs.items()
-            if p.kind is Kind.SHARED
+            if p.kind is Kind.SHARED and order
         }
-        self.norm_eps = {"norm1": traits.epsilon1, "norm2": traits.epsilon2}
-        self.slots = [self._groups(schedule, slot, block) for slot in range(schedule.slots)]
-
-    def _groups(self, schedule: Schedule, slot: int, block: int) -> tuple[list[Gather], ...]:
-        """What runs in one slot: the FULL gathers and the FORWARD_ONLY gathers."""
-        operations = schedule.operations[slot]
-        full = schedule.heads(operations == Operation.FULL, block)
-        forward = schedule.heads(operations == Operation.FORWARD_ONLY, block)
-        parts = [
-            (store, tuple(h for h in forward if h in store.heads))
-            for store in (self.trained, self.frozen)
+        self.operations = operations
+        self.branches = [
+            Branch(
+                t,
+                self.shared,
+                segments(self.store, t.inward, t.outward, operations),
+                numerics,
+                [None if o is None else o[index] for o in offsets or [None] * schedule.slots],
+            )
+            for index, t in enumerate((traits.attention, traits.feed_forward))
         ]
-        return (
-            [Gather(self.trained, full)] if full else [],
-            [Gather(store, heads) for store, heads in parts if heads],
-        )
 
-    def __call__(self, x: Tensor, slot: int) -> Tensor:
-        """The block's output for one slot: [batch, tokens, dim]."""
-        full, forward = self.slots[slot]
-        if not full and not forward:
-            return x
-        x = self._branch(x, slot, ATTENTION, self._attention)
-        return self._branch(x, slot, FEED_FORWARD, self._mlp)
-
-    def _branch(self, x: Tensor, slot: int, names: "Branch", product: Product) -> Tensor:
-        """One residual branch: the sum over what runs, its bias and scale applied once.
-
-        Gradient flows exactly where something runs FULL; elsewhere the branch is a constant.
-        """
-        full, silent = self.slots[slot]
-        with torch.set_grad_enabled(torch.is_grad_enabled() and bool(full)):
-            y = self._norm(x if full else x.detach(), names.norm)  # [batch, tokens, dim]
-            bias, out = self.shared.get(names.bias), None
-            for gather in full:
-                out, bias = product(y, gather(names.roles), bias), None
-            with torch.no_grad():
-                for gather in silent:
-                    part = product(y.detach(), gather(names.roles), bias)
-                    out, bias = part if out is None else out.add_(part), None
-            assert out is not None
-            if names.scale in self.shared:
-                out = out * self.shared[names.scale]
-        return x + out
-
-    def _norm(self, x: Tensor, name: str) -> Tensor:
-        weight, bias = self.shared[f"{name}.weight"], self.shared.get(f"{name}.bias")
-        return F.layer_norm(x, (x.shape[-1],), weight, bias, self.norm_eps[name])
-
-    def _attention(self, y: Tensor, w: Weights, bias: Tensor | None) -> Tensor:
-        batch, tokens, _ = y.shape
-        qkv = F.linear(y, w["qkv.weight"], w.get("qkv.bias"))  # [batch, tokens, heads*3*head_dim]
-        qkv = qkv.view(batch, tokens, -1, 3, self.head_dim)
-        q, k, v = qkv.permute(3, 0, 2, 1, 4).unbind(0)  # each [batch, heads, tokens, head_dim]
-        out = F.scaled_dot_product_attention(q, k, v)  # [batch, heads, tokens, head_dim]
-        out = out.transpose(1, 2).reshape(batch, tokens, -1)  # [batch, tokens, heads*head_dim]
-        return F.linear(out, w["proj.weight"].t(), bias)  # [batch, tokens, dim]
-
-    def _mlp(self, y: Tensor, w: Weights, bias: Tensor | None) -> Tensor:
-        hidden = self.act(F.linear(y, w["fc1.weight"], w.get("fc1.bias")))  # [.., hidden]
-        return F.linear(hidden, w["fc2.weight"].t(), bias)  # [batch, tokens, dim]
+    def together(self) -> list[tuple[int, ...]]:
+        """Trained heads, those that run FULL in the same slots side by side in one tuple."""
+        groups: list[tuple[int, ...]] = []
+        full = self.operations == Operation.FULL
+        for head in self.store.trained:
+            if groups and (full[:, groups[-1][-1]] == full[:, head]).all():
+                groups[-1] = (*groups[-1], head)
+            else:
+                groups.append((head,))
+        return groups
 
 
 class PartialModel:
@@ -178,21 +95,44 @@ class PartialModel:
     Args:
         model: The whole timm model, used as a template: its blocks' weights are dropped.
         arch: Its architecture.
+        numerics: Precision, and whether activations are kept or computed again.
+        device: Where it runs.
     """
 
-    def __init__(self, model: VisionTransformer, arch: Architecture):
+    def __init__(
+        self,
+        model: VisionTransformer,
+        arch: Architecture,
+        numerics: Numerics | None = None,
+        device: torch.device | str = "cpu",
+    ):
         self.arch = arch
-        self.traits = timm_vit.block_traits(model)
-        self.outer = timm_vit.without_blocks(model)  # embedding and classifier
+        self.numerics = numerics or Numerics()
+        self.device = torch.device(device)
+        self.traits = timm_vit.block_traits(model, self.device)
+        self.outer = timm_vit.without_blocks(model).to(self.device)  # embedding and classifier
         self.blocks: dict[int, Block] = {}
         self.specs: list[dict[str, Parameter]] = [{} for _ in range(arch.blocks)]
         for p in arch.parameters:
             if p.block >= 0:
                 self.specs[p.block][p.role] = p
+        self.train(False)
 
-    def reset(self, schedule: Schedule, tensors: Mapping[str, Tensor]) -> None:
-        """Hold what ``schedule`` needs, with the values of ``tensors`` (see ``down_spec``)."""
+    def reset(
+        self,
+        schedule: Schedule,
+        tensors: Mapping[str, Tensor],
+        offsets: Mapping[int, Offsets] | None = None,
+    ) -> None:
+        """Hold what ``schedule`` needs, with the values of ``tensors`` (see ``down_spec``).
+
+        Args:
+            schedule: What is to run.
+            tensors: Slices of resident heads, packed, heads ascending; whole tensors otherwise.
+            offsets: Block -> compensation of what each slot skips.
+        """
         self.schedule = schedule
+        tensors = {name: tensor.to(self.device) for name, tensor in tensors.items()}
         with torch.no_grad():
             for name, parameter in self.outer.named_parameters():
                 parameter.copy_(tensors[name])
@@ -204,58 +144,104 @@ class PartialModel:
                 schedule,
                 block,
                 tensors,
-                self.arch.head_dim,
+                self.numerics,
+                (offsets or {}).get(block),
             )
             for block in range(self.arch.blocks)
-            if schedule.resident[block].any()
+            if schedule.resident[block].any() or block in (offsets or {})
         }
+        self.train(self.training)
 
-    def __call__(self, images: Tensor, slot: int) -> Tensor:
-        """Logits [batch, classes] of ``images`` under the operations of ``slot``."""
-        with torch.no_grad():
-            x = timm_vit.embed(self.outer, images)  # [batch, tokens, dim]
+    def train(self, training: bool) -> None:
+        """Draw dropout and stochastic depth, or not."""
+        self.training = training
+        self.outer.train(training)
+        for branch in self.branches():
+            branch.training = training
+
+    def compensated(self) -> Iterator[tuple[int, int]]:
+        """(block, slot) of what is compensated."""
+        for index, block in self.blocks.items():
+            for slot, offset in enumerate(block.branches[0].offsets):
+                if offset is not None:
+                    yield index, slot
+
+    def accumulates(self, overwrite: bool) -> bool:
+        """Whether weight gradients must be zeroed before a step; see ``Branch.accumulates``."""
+        found = [branch.accumulates(overwrite) for branch in self.branches()]
+        return any(found)
+
+    def branches(self) -> Iterator[Branch]:
+        """Every branch of every block held."""
         for block in self.blocks.values():
-            x = block(x, slot)
-        return timm_vit.classify(self.outer, x)
+            yield from block.branches
+
+    def __call__(self, images: Tensor, sizes: Sequence[int]) -> Tensor:
+        """Logits [examples, classes] of ``images``: the first ``sizes[0]`` in slot 0, and so on."""
+        bounds = [0, *accumulate(sizes)]
+        dtype, mixed = self.numerics.dtype, self.numerics.mixed
+        autocast = torch.autocast(self.device.type, dtype, enabled=mixed)
+        with autocast, torch.no_grad():
+            x = timm_vit.embed(self.outer, images)  # [examples, tokens, dim]
+        for branch in self.branches():
+            x = branch(x, bounds)
+        with autocast:
+            return timm_vit.classify(self.outer, x)
+
+    # -- what is held ------------------------------------------------------------------------
 
     def held(self) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor held for the round, trained or not."""
+        """Every tensor held for the round, trained or not, gradients left out."""
         yield from self.outer.named_parameters()
         for index, block in self.blocks.items():
-            for part, weights in (
-                ("trained", block.trained.weights),
-                ("frozen", block.frozen.weights),
-                ("shared", block.shared),
-            ):
-                yield from ((f"{index}.{part}.{role}", w) for role, w in weights.items())
+            yield from ((f"{index}.{role}", w) for role, w in block.store.weights.items())
+            yield from ((f"{index}.{role}", w) for role, w in block.shared.items())
+            for branch, b in enumerate(block.branches):
+                for slot, offset in enumerate(b.offsets):
+                    if offset is not None:
+                        yield f"{index}.offset.{branch}.{slot}", offset
 
-    def final(self) -> dict[str, Tensor]:
-        """Final norm and classifier, by name."""
-        return {n: p for n, p in self.outer.named_parameters() if p.requires_grad}
+    def whole(self) -> dict[str, Tensor]:
+        """Whole tensors that train: the final part and shared parameters, by name."""
+        found: dict[str, Tensor] = {}
+        found |= {n: p for n, p in self.outer.named_parameters() if p.requires_grad}
+        for index, block in self.blocks.items():
+            for role, tensor in block.shared.items():
+                if tensor.requires_grad:
+                    found[self.specs[index][role].name] = tensor
+        return found
 
-    def shared(self) -> dict[str, Tensor]:
-        """Shared parameters that train, by name."""
-        return {
-            self.specs[index][role].name: w
-            for index, block in self.blocks.items()
-            for role, w in block.shared.items()
-            if w.requires_grad
-        }
+    def gradients(self) -> list[Tensor]:
+        """Where gradients of trained tensors add up; made now for those that have none."""
+        found = []
+        for tensor in self.whole().values():
+            if tensor.grad is None:
+                tensor.grad = torch.zeros_like(tensor)
+            found.append(tensor.grad)
+        for block in self.blocks.values():
+            found.extend(block.store.grads.values())
+        return found
 
-    def sliced(self) -> dict[str, Tensor]:
-        """Packed trained slices, by name: the layout in which they travel up."""
-        return {
-            self.specs[index][role].name: w
-            for index, block in self.blocks.items()
-            if block.trained.heads
-            for role, w in block.trained.weights.items()
-        }
+    def entries(self) -> list[Entry]:
+        """What an optimiser steps: views of exactly what trains."""
+        self.gradients()
+        found = []
+        for name, tensor in self.whole().items():
+            p = self.arch.by_name[name]
+            assert tensor.grad is not None
+            found.append(Entry(p.block, (), p.kind, tensor, tensor.grad))
+        for index, block in self.blocks.items():
+            for role, grad in block.store.grads.items():
+                for heads in block.together():
+                    (run,) = block.store.runs(role, heads)
+                    value = block.store.weights[role][run.rows]
+                    found.append(Entry(index, heads, Kind.SLICED, value, grad[run.rows]))
+        return found
 
-    def rows(self, name: str) -> dict[int, range]:
-        """Head -> its rows in the packed tensor ``name`` of :meth:`sliced`."""
-        p = self.arch.by_name[name]
-        return self.blocks[p.block].trained.rows[p.role]
-
-    def trainable(self) -> dict[str, Tensor]:
-        """Everything that trains and travels up, by name (see ``up_spec``)."""
-        return {**self.final(), **self.shared(), **self.sliced()}
+    def update(self) -> dict[str, Tensor]:
+        """Everything that trained, by name and as it travels up (see ``up_spec``)."""
+        found = {name: tensor.detach() for name, tensor in self.whole().items()}
+        for index, block in self.blocks.items():
+            for role in block.store.grads:
+                found[self.specs[index][role].name] = block.store.ascending(role)
+        return found

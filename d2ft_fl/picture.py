@@ -13,10 +13,12 @@ from d2ft_fl.subnets import Operation
 COLOURS = {  # colour-blind safe (Okabe & Ito)
     Operation.SHORTCUT: np.array([0.93, 0.93, 0.93]),
     Operation.FORWARD_ONLY: np.array([0.90, 0.62, 0.00]),
+    Operation.FROZEN: np.array([0.34, 0.71, 0.91]),
     Operation.FULL: np.array([0.00, 0.45, 0.70]),
 }
 LABELS = {
     Operation.FULL: "FULL: forward and backward",
+    Operation.FROZEN: "FROZEN: gradient passes",
     Operation.FORWARD_ONLY: "FORWARD_ONLY: no gradient",
     Operation.SHORTCUT: "SHORTCUT: skipped",
 }
@@ -54,9 +56,13 @@ def draw_plan(plan: Plan, path: Path) -> None:
     )
     axes.set_title(f"Round {plan.round}: who runs which of {heads} heads a block", fontsize=11)
     figure.legend(
-        handles=[Patch(facecolor=tuple(COLOURS[op]), label=text) for op, text in LABELS.items()],
+        handles=[
+            Patch(facecolor=tuple(COLOURS[op]), label=text)
+            for op, text in LABELS.items()
+            if op is not Operation.FROZEN or (schedules == op).any()
+        ],
         loc="lower center",
-        ncols=3,
+        ncols=4,
         frameon=False,
         fontsize=9,
     )

@@ -141,13 +141,13 @@ class Planner:
         """
         if examples == 0:
             return Cost()
-        one = CostModel(self.costs.arch, self.costs.options, slots=1)
+        one = self.costs.plain()
         everything = one.everything()
         a = self.costs.arch
         flops = one.flops(everything, 1) * examples
         held = sum(p.numel for p in a.parameters) + examples * a.input_elements
         widest = max(p.numel for p in a.of_kind(Kind.SLICED))
-        memory = ELEMENT * (held + 2 * widest) + one.peak_bytes(everything, 0, 1)
+        memory = ELEMENT * (held + 2 * widest) + one.peak_bytes(everything, [1])
         memory += memory // MEMORY_MARGIN
         return Cost(
             flops,
@@ -281,21 +281,26 @@ class _ClientProblem:
         return Problem(values, self._costs, shown, groups, levels, self._openings, allowed, default)
 
     @cached_property
-    def _phases(self) -> list[tuple[int, int, int, int]]:
-        """The two memories: (resource, batch, its smallest active micro-batch, copies trained).
+    def _phases(self) -> list[tuple[int, np.ndarray, int]]:
+        """The two memories: (resource, examples of each slot in its batch, copies of what trains).
 
         Copies are what is held of a trained tensor beside its value. Without a later batch its
         memory is still there: the first step makes the optimiser's state.
         """
         costs = self.planner.costs
         first, later = costs.batch_extremes(self.examples)
+        running = np.arange(costs.slots) < self.active
         return [
-            (resource, batch, slot_sizes(batch, costs.slots)[self.active - 1], copies)
+            (resource, np.array(slot_sizes(batch, costs.slots)) * running, copies)
             for resource, batch, copies in (
                 (MEMORY, first, 1),
                 (LATER, later, 1 + MOMENTS[costs.options.optimizer]),
             )
         ]
+
+    def _parts(self, sizes: np.ndarray) -> int:
+        """Passes that a batch is run in: its largest saves no less than their mean."""
+        return max(1, min(self.planner.costs.options.accumulate, int(sizes.sum())))
 
     @cached_property
     def _costs(self) -> np.ndarray:
@@ -309,18 +314,21 @@ class _ClientProblem:
                 for k in range(len(patterns.full))
             ]
         )  # [options, shifts, slots]
-        full = ((rolled == Operation.FULL) @ totals)[:, self.shifts].T  # [subnets, options]
-        forward = ((rolled == Operation.FORWARD_ONLY) @ totals)[:, self.shifts].T
+        runs_full = rolled == Operation.FULL
         head = np.tile(np.arange(arch.heads), arch.blocks)
+        flops = c.operation_flops[:, head][..., None]  # [operations, subnets, 1]
+        full = (runs_full @ totals)[:, self.shifts].T  # [subnets, options]
+        forward = ((rolled == Operation.FORWARD_ONLY) @ totals)[:, self.shifts].T
         out = np.zeros((*full.shape, LATER + 1), dtype=np.int64)
-        out[..., FLOPS] = full * c.full_flops[head][:, None]
-        out[..., FLOPS] += forward * c.forward_flops[head][:, None]
+        out[..., FLOPS] = full * flops[Operation.FULL] + forward * flops[Operation.FORWARD_ONLY]
         sliced = ELEMENT * c.elements.sliced.reshape(-1, 1)
         trained, resident = patterns.full > 0, patterns.full + patterns.forward > 0
-        for resource, _, micro, copies in self._phases:
-            saved = ELEMENT * micro * c.saved_slice[head][:, None] * patterns.full
+        saved = (c.saved.alive + c.saved.full).sum(axis=0)[head][:, None]
+        for resource, sizes, copies in self._phases:
             held = sliced * (resident + copies * trained)
-            out[..., resource] = held + saved // self.active
+            examples = (runs_full @ sizes)[:, self.shifts].T
+            kept = 0 if c.options.checkpointing else saved * examples // self._parts(sizes)
+            out[..., resource] = held + kept
         out[..., UP] = sliced * trained
         out[..., DOWN] = sliced * resident
         return out
@@ -335,10 +343,12 @@ class _ClientProblem:
         )
         out = np.zeros((c.arch.blocks, 2, LATER + 1), dtype=np.int64)
         out[:, 0, DOWN] = out[:, 1, UP] = shared + headers
-        for resource, _, micro, copies in self._phases:
+        for resource, sizes, copies in self._phases:
             out[:, 0, resource] = shared
-            saved = ELEMENT * micro * c.saved_block // self.active
-            out[:, 1, resource] = copies * shared + saved
+            saved = 2 * c.saved.stream * int(sizes.sum())  # x of both branches, of all examples
+            if not c.options.checkpointing:
+                saved += 2 * (c.saved.statistics + c.saved.narrow) * int(sizes[self.active - 1])
+            out[:, 1, resource] = copies * shared + saved // self._parts(sizes)
         return out
 
     @cached_property
@@ -352,10 +362,11 @@ class _ClientProblem:
         out[UP] = ELEMENT * e.final + TENSOR_HEADER * len(final) + MESSAGE_HEADER
         out[DOWN] = ELEMENT * (e.embedding + e.final) + TENSOR_HEADER * len(outer)
         out[DOWN] += MESSAGE_HEADER + 2 * c.slots * c.arch.blocks * c.arch.heads
-        for resource, batch, micro, copies in self._phases:
-            held = e.embedding + (1 + copies) * e.final
-            inputs = batch * c.arch.input_elements + micro * c.saved_outer
-            out[resource] = ELEMENT * (held + inputs)
+        for resource, sizes, copies in self._phases:
+            examples = int(sizes.sum())
+            held = ELEMENT * (e.embedding + (1 + copies) * e.final)
+            images = ELEMENT * examples * c.arch.input_elements
+            out[resource] = held + images + examples * c.saved.outer // self._parts(sizes)
         return out
 
     def _materialise(self, choice: np.ndarray) -> Schedule:

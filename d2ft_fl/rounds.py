@@ -19,7 +19,7 @@ from d2ft_fl.config import RunConfig
 from d2ft_fl.costs import RESOURCES, Cost, CostModel
 from d2ft_fl.errors import ReplyError, RunError
 from d2ft_fl.planner import Assignment, Planner
-from d2ft_fl.subnets import Architecture, Schedule, pack_for
+from d2ft_fl.subnets import Architecture, Operation, Schedule, pack_for
 
 __all__ = ["Assignment", "Federation", "Participant", "Report", "Round", "State"]
 
@@ -240,7 +240,7 @@ class ClientRecord:
     client: int
     device: str
     examples: int
-    operations: dict[str, float]  # shares of FULL, FORWARD_ONLY, SHORTCUT over slots and subnets
+    operations: dict[str, float]  # shares over slots and subnets
     predicted: Cost
     allowed: np.ndarray
     used: Cost | None  # None: sat out or failed
@@ -351,8 +351,8 @@ class Fold:
             device=participant.budget.device,
             examples=participant.examples,
             operations={
-                name: float((operations == code).mean())
-                for name, code in (("full", 2), ("forward_only", 1), ("shortcut", 0))
+                operation.name.lower(): float((operations == operation).mean())
+                for operation in Operation
             },
             predicted=assignment.cost,
             allowed=participant.capacity,

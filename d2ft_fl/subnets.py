@@ -13,6 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum, IntEnum
 from functools import cached_property
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -22,11 +23,15 @@ from d2ft_fl.errors import ConfigError
 
 
 class Operation(IntEnum):
-    """What a subnet does for one micro-batch: D2FT's p_s, p_o and p_f, in ascending cost."""
+    """What a subnet does for one micro-batch, in ascending cost.
+
+    D2FT's p_s, p_o and p_f, and FROZEN: gradient passes through it, but its weights get none.
+    """
 
     SHORTCUT = 0
     FORWARD_ONLY = 1
-    FULL = 2
+    FROZEN = 2
+    FULL = 3
 
 
 class Kind(Enum):
@@ -96,10 +101,12 @@ class Architecture:
         tokens: Tokens of one example, prefix tokens included.
         classes: Outputs of the classifier.
         layer_scale: Whether branches are scaled before they are added.
+        rms: Whether blocks are normed by root mean square, instead of LayerNorm.
+        gated: Whether attention outputs are gated. head_norms: Of queries and keys, how many.
+        attention_dropout, hidden_dropout, output_dropout: Probabilities in training.
         embed_flops: FLOPs of embedding one example (frozen: forward only).
         input_elements: Elements of one input image.
-        pooled: True when the classifier sees an average of tokens that is normed after pooling,
-            False when it sees the class token of the normed sequence.
+        norm_pooled: True when the final norm sees pooled tokens, False when it sees all of them.
         parameters: Every parameter of the model.
     """
 
@@ -111,9 +118,15 @@ class Architecture:
     tokens: int
     classes: int
     layer_scale: bool
+    rms: bool
+    gated: bool
+    head_norms: int
+    attention_dropout: float
+    hidden_dropout: float
+    output_dropout: float
     embed_flops: int
     input_elements: int
-    pooled: bool
+    norm_pooled: bool
     parameters: tuple[Parameter, ...]
 
     @cached_property
@@ -172,6 +185,22 @@ class Schedule:
         """True when the client runs nothing at all in this round."""
         return not bool(self.active.any())
 
+    @cached_property
+    def effective(self) -> np.ndarray:
+        """Operations as they run: FROZEN is FORWARD_ONLY below all that trains in its slot."""
+        lowest = np.array([self.lowest_trained(slot) for slot in range(self.slots)])
+        below = np.arange(self.operations.shape[1]) < lowest[:, None]  # [slots, blocks]
+        silent = (self.operations == Operation.FROZEN) & below[..., None]
+        return np.where(silent, np.int8(Operation.FORWARD_ONLY), self.operations)
+
+    def lowest_trained(self, slot: int) -> int:
+        """The lowest block that runs anything FULL in ``slot``; the number of blocks if none.
+
+        Below it no gradient is wanted, and FROZEN is FORWARD_ONLY.
+        """
+        full = (self.operations[slot] == Operation.FULL).any(axis=1)
+        return int(full.argmax()) if full.any() else len(full)
+
     def heads(self, what: np.ndarray, block: int) -> tuple[int, ...]:
         """Heads of ``block`` that are set in ``what`` [blocks, heads], ascending."""
         return tuple(int(head) for head in np.flatnonzero(what[block]))
@@ -191,6 +220,25 @@ def slot_sizes(examples: int, slots: int) -> list[int]:
     """Divide a batch into micro-batches, one a slot, as evenly as possible, the larger first."""
     base, extra = divmod(examples, slots)
     return [base + (slot < extra) for slot in range(slots)]
+
+
+def passes(sizes: Sequence[int], active: Sequence[bool], parts: int) -> list[list[int]]:
+    """Cut a batch into passes that run one after another: per pass, its examples of each slot.
+
+    Examples of inactive slots are not run at all; the others, slot by slot, are divided as evenly
+    as possible into at most ``parts`` passes.
+
+    Args:
+        sizes: Examples of each slot. active: Which slots run anything.
+    """
+    run = [size if on else 0 for size, on in zip(sizes, active, strict=True)]
+    ends = np.cumsum([0, *run])
+    cuts = np.cumsum([0, *slot_sizes(int(ends[-1]), parts)])
+    found = []
+    for start, stop in pairwise(cuts.tolist()):
+        if start < stop:
+            found.append(np.diff(ends.clip(start, stop)).tolist())
+    return found
 
 
 def slot_totals(examples: int, batch_size: int, slots: int, epochs: int) -> list[int]:

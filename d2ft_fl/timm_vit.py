@@ -5,20 +5,32 @@ divide: the embedding before the blocks and the classifier after them.
 """
 
 import copy
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from timm.layers import Attention, LayerNorm, LayerScale, Mlp, PatchEmbed
+import torch
+import torch.nn.functional as F
+from timm.layers import Attention, DropPath, LayerScale, Mlp, PatchEmbed, RmsNorm
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from d2ft_fl.branches import BranchTraits, Middle, Norm
 from d2ft_fl.errors import ConfigError
 from d2ft_fl.subnets import Architecture, Kind, Parameter
 
 # A block's parameters, by the role the engine knows them under.
 SLICED_ON_OUTPUT = ("fc1.weight", "fc1.bias")
 ROLES = {
+    "attn.gate.weight": "gate.weight",
+    "attn.gate.bias": "gate.bias",
+    "attn.q_norm.weight": "q_norm.weight",
+    "attn.q_norm.bias": "q_norm.bias",
+    "attn.k_norm.weight": "k_norm.weight",
+    "attn.k_norm.bias": "k_norm.bias",
     "attn.qkv.weight": "qkv.weight",
     "attn.qkv.bias": "qkv.bias",
     "attn.proj.weight": "proj.weight",
@@ -34,6 +46,8 @@ ROLES = {
     "ls1.gamma": "ls1.gamma",
     "ls2.gamma": "ls2.gamma",
 }
+POOLS = ("token", "avg", "avgmax", "max")
+NORMS = (nn.LayerNorm, RmsNorm)
 FINAL_MODULES = ("norm.", "fc_norm.", "head.")
 
 
@@ -51,30 +65,32 @@ def _objection(model: nn.Module) -> str | None:
         return f"it embeds images by {type(model.patch_embed).__name__}"
     if model.attn_pool is not None:
         return "it pools by attention"
-    if model.global_pool not in ("token", "avg") or not isinstance(model.head, nn.Linear):
+    if model.global_pool not in POOLS:
         return f"it pools by {model.global_pool!r}"
-    if (model.global_pool == "avg") != isinstance(model.fc_norm, nn.LayerNorm):
-        return "its final norm is not where its pooling wants it"
-    if not (_is_off(model.pos_drop) and _is_off(model.patch_drop) and _is_off(model.head_drop)):
-        return "it drops tokens or features at random"
+    if not isinstance(model.head, nn.Linear):
+        return "it has no classifier"
+    if not _is_off(model.patch_drop):
+        return "it drops patches at random, so that its work is not known beforehand"
+    if not all(isinstance(norm, (nn.Identity, *NORMS)) for norm in (model.norm, model.fc_norm)):
+        return f"its final norm is {type(model.norm).__name__}"
     for block in model.blocks:
         if type(block) is not Block:
             return f"its blocks are {type(block).__name__}"
         attn, mlp = block.attn, block.mlp
         if type(attn) is not Attention or type(mlp) is not Mlp:
             return f"its blocks use {type(attn).__name__} and {type(mlp).__name__}"
-        if not (isinstance(block.norm1, LayerNorm) and isinstance(block.norm2, LayerNorm)):
-            return f"its norms are {type(block.norm1).__name__}"
+        norms = [block.norm1, block.norm2]
+        norms += [n for n in (attn.q_norm, attn.k_norm) if not isinstance(n, nn.Identity)]
+        if not all(isinstance(norm, NORMS) for norm in norms):
+            return f"its norms are {type(norms[0]).__name__}"
+        if not (isinstance(attn.norm, nn.Identity) and isinstance(mlp.norm, nn.Identity)):
+            return "it norms across heads (scale_attn_norm, scale_mlp_norm)"
         if not all(isinstance(ls, (nn.Identity, LayerScale)) for ls in (block.ls1, block.ls2)):
             return f"it scales layers by {type(block.ls1).__name__}"
-        if not (isinstance(attn.q_norm, nn.Identity) and isinstance(attn.norm, nn.Identity)):
-            return "it norms queries, keys or attention outputs"
-        if attn.gate is not None or not isinstance(mlp.norm, nn.Identity):
-            return "it gates attention or norms inside its feed-forward layer"
-        drops = (attn.attn_drop, attn.proj_drop, mlp.drop1, mlp.drop2)
-        paths = (block.drop_path1, block.drop_path2)
-        if not all(map(_is_off, drops + paths)):
-            return "it uses dropout or stochastic depth"
+        if not all(
+            isinstance(p, (nn.Identity, DropPath)) for p in (block.drop_path1, block.drop_path2)
+        ):
+            return f"it drops layers by {type(block.drop_path1).__name__}"
     return None
 
 
@@ -87,7 +103,9 @@ def check(model: nn.Module, name: str) -> VisionTransformer:
     if reason := _objection(model):
         raise ConfigError(
             f"model {name!r} is not supported: {reason}; use a plain timm ViT "
-            "(vit_* or deit_* with LayerNorm, GELU feed-forward and class-token or average pooling)"
+            "(vit_* or deit_*: pre-norm blocks of Attention and Mlp with LayerNorm or RmsNorm, with or "
+            "without layer scale, registers, class token, q/k norms, attention gates, dropout and "
+            f"stochastic depth, pooled by {', '.join(POOLS)})"
         )
     assert isinstance(model, VisionTransformer)
     return model
@@ -114,9 +132,9 @@ def _block_parameter(model: VisionTransformer, name: str, shape: tuple[int, ...]
             for head in range(heads)
         )
         return make(Kind.SLICED, axis=0, rows=rows)
-    if role == "proj.weight":
+    if role in ("proj.weight", "gate.weight", "gate.bias"):
         rows = tuple(tuple(range(head * width, (head + 1) * width)) for head in range(heads))
-        return make(Kind.SLICED, axis=1, rows=rows)
+        return make(Kind.SLICED, axis=1 if role == "proj.weight" else 0, rows=rows)
     if role in (*SLICED_ON_OUTPUT, "fc2.weight"):
         rows = tuple(map(tuple, _split(mlp.fc1.out_features, heads)))
         return make(Kind.SLICED, axis=0 if role in SLICED_ON_OUTPUT else 1, rows=rows)
@@ -146,10 +164,16 @@ def describe(model: VisionTransformer) -> Architecture:
         tokens=patches + model.num_prefix_tokens,
         classes=model.num_classes,
         layer_scale=isinstance(block.ls1, LayerScale),
+        rms=isinstance(block.norm1, RmsNorm),
+        gated=attn.gate is not None,
+        head_norms=sum(not isinstance(n, nn.Identity) for n in (attn.q_norm, attn.k_norm)),
+        attention_dropout=float(attn.attn_drop.p),
+        hidden_dropout=float(mlp.drop1.p),
+        output_dropout=float(attn.proj_drop.p),
         # A convolution is one product of [patches, kernel] by [kernel, dim].
         embed_flops=2 * patches * model.patch_embed.proj.weight.numel(),
         input_elements=input_shape(model)[0] * input_shape(model)[1] ** 2,
-        pooled=model.global_pool == "avg",
+        norm_pooled=isinstance(model.norm, nn.Identity),
         parameters=tuple(parameters),
     )
 
@@ -158,15 +182,103 @@ def describe(model: VisionTransformer) -> Architecture:
 class BlockTraits:
     """What a block computes with beside its weights."""
 
-    activation: nn.Module
-    epsilon1: float  # of the norm before attention
-    epsilon2: float  # of the norm before the feed-forward layer
+    attention: BranchTraits
+    feed_forward: BranchTraits
 
 
-def block_traits(model: VisionTransformer) -> list[BlockTraits]:
+def block_traits(model: VisionTransformer, device: torch.device) -> list[BlockTraits]:
     """The traits of every block, in order."""
     blocks: Any = model.blocks
-    return [BlockTraits(b.mlp.act, b.norm1.eps, b.norm2.eps) for b in blocks]
+    return [
+        BlockTraits(
+            BranchTraits(
+                inward=("qkv",) if block.attn.gate is None else ("qkv", "gate"),
+                outward="proj",
+                norm_role="norm1",
+                middle_roles=tuple(r for r in ROLES.values() if r.startswith(("q_norm", "k_norm"))),
+                scale_role="ls1.gamma",
+                norm=_norm(block.norm1),
+                middle=_attention(block.attn, device),
+                random=block.attn.attn_drop.p > 0,
+                output_dropout=block.attn.proj_drop.p,
+                drop_path=_drop_path(block.drop_path1),
+            ),
+            BranchTraits(
+                inward=("fc1",),
+                outward="fc2",
+                norm_role="norm2",
+                middle_roles=(),
+                scale_role="ls2.gamma",
+                norm=_norm(block.norm2),
+                middle=_feed_forward(block.mlp),
+                random=block.mlp.drop1.p > 0,
+                output_dropout=block.mlp.drop2.p,
+                drop_path=_drop_path(block.drop_path2),
+            ),
+        )
+        for block in blocks
+    ]
+
+
+def _drop_path(module: nn.Module) -> float:
+    return float(module.drop_prob or 0.0) if isinstance(module, DropPath) else 0.0
+
+
+def _norm(module: Any) -> Norm:
+    """A norm as a function of its input and parameters; it keeps no weights of its own."""
+    if isinstance(module, nn.LayerNorm):
+        shape, epsilon = list(module.normalized_shape), module.eps
+        return lambda x, own: F.layer_norm(x, shape, own.get("weight"), own.get("bias"), epsilon)
+    shape, epsilon = list(module.normalized_shape), module.eps
+    return lambda x, own: F.rms_norm(x, shape, own.get("weight"), epsilon)
+
+
+def fused_attention(device: str, head_dim: int, dropout: float) -> bool:
+    """Whether torch's fused attention is taken: 5 products in its backward pass, else 4.
+
+    On a CPU it knows no dropout; on CUDA it pads other widths than multiples of 8, so that the
+    plain path is asked for there.
+    """
+    return dropout == 0 if device == "cpu" else head_dim % 8 == 0
+
+
+def _attention(attn: Attention, device: torch.device) -> Middle:
+    width, dropout = attn.head_dim, float(attn.attn_drop.p)
+    norms = [None if isinstance(n, nn.Identity) else _norm(n) for n in (attn.q_norm, attn.k_norm)]
+    gated = attn.gate is not None
+    plain = not fused_attention(device.type, width, 0.0)
+
+    def middle(training: bool, hs: Sequence[Tensor], shared: Mapping[str, Tensor]) -> Tensor:
+        qkv = hs[0]  # [examples, tokens, heads * 3 * width]
+        examples, tokens, _ = qkv.shape
+        split = qkv.view(examples, tokens, -1, 3, width).permute(3, 0, 2, 1, 4)
+        q, k, v = split.unbind(0)  # each [examples, heads, tokens, width]
+        if norms[0] is not None:
+            q = norms[0](q, _under(shared, "q_norm."))
+        if norms[1] is not None:
+            k = norms[1](k, _under(shared, "k_norm."))
+        with sdpa_kernel(SDPBackend.MATH) if plain else nullcontext():
+            out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout if training else 0.0)
+        out = out.transpose(1, 2).reshape(examples, tokens, -1)  # [.., heads * width]
+        return out * hs[1].sigmoid() if gated else out
+
+    return middle
+
+
+def _feed_forward(mlp: Mlp) -> Middle:
+    # Not the module itself: its hooks, a counter's say, would hold on to what it is given.
+    act, dropout = mlp.act.forward, float(mlp.drop1.p)
+
+    def middle(training: bool, hs: Sequence[Tensor], shared: Mapping[str, Tensor]) -> Tensor:
+        if training and dropout:
+            return F.dropout(act(hs[0]), dropout)
+        return act(hs[0])  # [examples, tokens, hidden]
+
+    return middle
+
+
+def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
 
 
 def without_blocks(model: VisionTransformer) -> VisionTransformer:

@@ -1,24 +1,35 @@
 """Local training: one client's round on its part of the model."""
 
 from collections.abc import Callable, Hashable, Iterator
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, field, replace
+from functools import cached_property, partial
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from d2ft_fl.meter import Meter
-from d2ft_fl.partial import PartialModel
-from d2ft_fl.subnets import Kind, Operation, Schedule, slot_sizes
+from d2ft_fl.meter import Meter, tensor_bytes
+from d2ft_fl.partial import Entry, PartialModel
+from d2ft_fl.pieces import Numerics
+from d2ft_fl.subnets import Kind, Operation, Schedule, passes, slot_sizes
 
 Batches = Iterator[tuple[Tensor, Tensor]]  # images [batch, ...], labels [batch]
+PRECISIONS = ("fp32", "bf16")
 
 
 @dataclass(frozen=True)
 class LocalOptions:
-    """How a client trains what it was assigned."""
+    """How a client trains what it was assigned.
+
+    Attributes:
+        precision: ``fp32``, or ``bf16``: products and activations in bfloat16, weights, gradients
+            and sums in float32, as torch's autocast does it.
+        checkpointing: Keep only the inputs of branches for the backward pass, and compute the rest
+            once more (Chen et al., arXiv 1604.06174): less memory for more FLOPs.
+        accumulate: Passes that a batch is run in, one after another, gradients added up: less
+            memory for more time. One optimiser step a batch in any case.
+    """
 
     batch_size: int = 16
     epochs: int = 1
@@ -27,49 +38,31 @@ class LocalOptions:
     head_lr: float = 2e-3
     momentum: float = 0.9
     weight_decay: float = 0.0
+    precision: str = "fp32"
+    checkpointing: bool = False
+    accumulate: int = 1
+
+    def plain(self) -> "LocalOptions":
+        """The same without what trades FLOPs or time for memory."""
+        return replace(self, checkpointing=False, accumulate=1)
+
+    def numerics(self) -> Numerics:
+        """The engine's part of it."""
+        dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
+        return Numerics(dtype, self.checkpointing)
 
 
 # A client mode's one decision: the learning rate of a kind of parameter (see `clients/`).
 LearningRate = Callable[[Kind, LocalOptions], float]
 
 
-@dataclass(frozen=True)
-class TrainedSlice:
-    """One optimiser entry: a view of a trained tensor, and which subnet it belongs to.
-
-    ``head`` is -1 for shared parameters, ``block`` is -1 for the final part.
-    """
-
-    block: int
-    head: int
-    kind: Kind
-    value: Tensor
-    grad: Tensor
-
-
-def trained_slices(model: PartialModel) -> list[TrainedSlice]:
-    """Views of everything that trains, one a subnet and parameter, with persistent gradients."""
-    slices = []
-    for name, tensor in model.trainable().items():
-        tensor.grad = torch.zeros_like(tensor)
-        p = model.arch.by_name[name]
-        if p.kind is not Kind.SLICED:
-            slices.append(TrainedSlice(p.block, -1, p.kind, tensor, tensor.grad))
-            continue
-        for head, rows in model.rows(name).items():
-            value = tensor.detach()[rows.start : rows.stop].requires_grad_()
-            grad = tensor.grad[rows.start : rows.stop]
-            slices.append(TrainedSlice(p.block, head, p.kind, value, grad))
-    return slices
-
-
 def build_optimizer(
-    slices: list[TrainedSlice], options: LocalOptions, rate: LearningRate
+    entries: list[Entry], options: LocalOptions, rate: LearningRate
 ) -> torch.optim.Optimizer:
     """torch's optimiser over compact slices: moments and step counts are per slice."""
     by_rate: dict[float, list[Tensor]] = {}
-    for s in slices:
-        by_rate.setdefault(rate(s.kind, options), []).append(s.value)
+    for entry in entries:
+        by_rate.setdefault(rate(entry.kind, options), []).append(entry.value)
     groups = [{"params": values, "lr": lr} for lr, values in by_rate.items()]
     decay = options.weight_decay
     if options.optimizer == "adamw":
@@ -82,71 +75,146 @@ def train(
 ) -> float:
     """Follow the model's schedule over the batches; its tensors end as the client's update.
 
-    A batch is cut into ``slots`` micro-batches whose gradients add up weighted by examples; one
-    optimiser step a batch. A slice that no slot of a batch ran FULL is not stepped.
+    A batch is divided over slots, and run in ``accumulate`` passes whose gradients add up weighted
+    by examples; one optimiser step a batch. A slice that no slot of a batch ran FULL is not
+    stepped.
 
     Returns:
         The mean training loss over the examples that ran.
     """
-    schedule = model.schedule
-    slices = trained_slices(model)
-    optimizer = build_optimizer(slices, options, rate)
-    gradients = [t.grad for t in model.trainable().values() if t.grad is not None]
-    held = [t for _, t in model.held()]
+    model.train(True)
+    stepper = Stepper(model, options, rate, meter)
     total_loss: Tensor | float = 0.0
     total_examples = 0
     for images, labels in batches:
-        sizes = slot_sizes(len(images), schedule.slots)
-        runs = [slot for slot, size in enumerate(sizes) if size and schedule.active[slot]]
-        if not runs:
-            continue
-        examples = sum(sizes[slot] for slot in runs)
-        pieces = list(zip(images.split(sizes), labels.split(sizes), strict=True))
-        for slot in runs:
-            total_loss += meter.run(
-                partial(_micro_batch, model, *pieces[slot], slot, examples),
-                key=_pattern(model, schedule, slot, sizes[slot]),
-                base=[*held, *gradients, *_moments(optimizer), images],
-            )
-        _choose_stepped(slices, schedule, runs)
-        optimizer.step()
-        torch._foreach_zero_(gradients)
-        meter.note([*held, *gradients, *_moments(optimizer)])
+        loss, examples = stepper.step(images, labels)
+        total_loss += loss
         total_examples += examples
+    model.train(False)
     return float(total_loss) / max(1, total_examples)
 
 
-def _pattern(model: PartialModel, schedule: Schedule, slot: int, examples: int) -> Hashable:
-    """What decides a micro-batch's cost: its operations, what trains, and its size."""
+@dataclass
+class Stepper:
+    """One optimiser step after another on a model's schedule."""
+
+    model: PartialModel
+    options: LocalOptions
+    rate: LearningRate
+    meter: Meter
+    _overwrite: bool | None = None
+    _zeroed: list[Tensor] = field(default_factory=list)
+    _moment_bytes: tuple[int, int] = (0, 0)  # of how many states, how much
+
+    @cached_property
+    def entries(self) -> list[Entry]:
+        """What is stepped."""
+        return self.model.entries()
+
+    @cached_property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """torch's optimiser over the entries."""
+        return build_optimizer(self.entries, self.options, self.rate)
+
+    @cached_property
+    def _fixed(self) -> list[Tensor]:
+        """What is held all along: weights and gradients."""
+        return [*(t for _, t in self.model.held()), *self.model.gradients()]
+
+    @cached_property
+    def _fixed_bytes(self) -> int:
+        return tensor_bytes(self._fixed)
+
+    def step(self, images: Tensor, labels: Tensor) -> tuple[Tensor | float, int]:
+        """One batch: its summed loss, and the examples that ran."""
+        schedule = self.model.schedule
+        sizes = slot_sizes(len(images), schedule.slots)
+        parts = passes(sizes, schedule.active.tolist(), self.options.accumulate)
+        if not parts:
+            return 0.0, 0
+        images, labels = _running(images, sizes, schedule), _running(labels, sizes, schedule)
+        examples = len(images)
+        empty = any(on and not size for on, size in zip(schedule.active, sizes, strict=True))
+        base = self._held_bytes() + images.nbytes
+        self._prepare(overwrite=len(parts) == 1 and not empty)
+        loss: Tensor | float = 0.0
+        start = 0
+        for part in parts:
+            stop = start + sum(part)
+            loss += self.meter.run(
+                partial(
+                    _run_pass, self.model, images[start:stop], labels[start:stop], part, examples
+                ),
+                key=_pattern(self.model, part),
+                base=base,
+                known=lambda: [*self._fixed, *_moments(self.optimizer), images, labels],
+            )
+            start = stop
+        self._choose_stepped(sizes)
+        self.optimizer.step()
+        self.meter.note(self._held_bytes())
+        return loss, examples
+
+    def _prepare(self, overwrite: bool) -> None:
+        """Zero the gradients that passes add to; the others are replaced."""
+        if overwrite != self._overwrite:
+            self._overwrite = overwrite
+            whole = [t.grad for t in self.model.whole().values() if t.grad is not None]
+            everything = self.model.accumulates(overwrite)
+            self._zeroed = self.model.gradients() if everything else whole
+        torch._foreach_zero_(self._zeroed)
+
+    def _choose_stepped(self, sizes: list[int]) -> None:
+        """Show the optimiser the gradients of exactly the slices that this batch ran FULL."""
+        runs = [slot for slot, size in enumerate(sizes) if size]
+        full = (self.model.schedule.operations[runs] == Operation.FULL).any(axis=0)
+        for e in self.entries:
+            if e.block < 0:
+                stepped = True
+            elif e.heads:
+                stepped = bool(full[e.block, e.heads[0]])
+            else:
+                stepped = bool(full[e.block].any())
+            e.value.grad = e.grad if stepped else None
+
+    def _held_bytes(self) -> int:
+        """Bytes of weights, gradients and optimiser state."""
+        states = len(self.optimizer.state)
+        if states != self._moment_bytes[0]:
+            self._moment_bytes = (states, tensor_bytes(_moments(self.optimizer)))
+        return self._fixed_bytes + self._moment_bytes[1]
+
+
+def _running(tensor: Tensor, sizes: list[int], schedule: Schedule) -> Tensor:
+    """The examples of the slots that run anything."""
+    if schedule.active.all():
+        return tensor
+    pieces = tensor.split(sizes)
+    return torch.cat([piece for piece, on in zip(pieces, schedule.active, strict=True) if on])
+
+
+def _pattern(model: PartialModel, sizes: list[int]) -> Hashable:
+    """What decides a pass's cost: the operations of its slots, what is held, and its size."""
+    schedule = model.schedule
     return (
         id(model),
-        schedule.operations[slot].tobytes(),
-        schedule.trained.tobytes(),
-        schedule.resident.tobytes(),
-        examples,
+        model.training,
+        schedule.operations.tobytes(),
+        tuple(sizes),
+        tuple(model.compensated()),
     )
 
 
-def _micro_batch(
-    model: PartialModel, images: Tensor, labels: Tensor, slot: int, examples: int
+def _run_pass(
+    model: PartialModel, images: Tensor, labels: Tensor, sizes: list[int], examples: int
 ) -> Tensor:
-    """Forward and backward of one micro-batch of a batch of ``examples``; its summed loss."""
-    loss = F.cross_entropy(model(images, slot), labels, reduction="sum")
+    """Forward and backward of one pass of a batch of ``examples``; its summed loss."""
+    logits = model(images, sizes)
+    if model.numerics.mixed:
+        logits = logits.float()
+    loss = F.cross_entropy(logits, labels, reduction="sum")
     (loss / examples).backward()
     return loss.detach()
-
-
-def _choose_stepped(slices: list[TrainedSlice], schedule: Schedule, runs: list[int]) -> None:
-    """Show the optimiser the gradients of exactly the slices that this batch ran FULL."""
-    full = (schedule.operations[runs] == Operation.FULL).any(axis=0)  # [blocks, heads]
-    for s in slices:
-        if s.block < 0:
-            stepped = True
-        elif s.head < 0:
-            stepped = bool(full[s.block].any())
-        else:
-            stepped = bool(full[s.block, s.head])
-        s.value.grad = s.grad if stepped else None
 
 
 def _moments(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
@@ -159,40 +227,42 @@ def fisher(model: PartialModel, images: Tensor, labels: Tensor, meter: Meter) ->
 
     The mean over examples of the summed squares of the gradient of the log likelihood,
     ``1/n sum_i sum_{w in subnet} (d log p(y_i | x_i) / d w)^2``, one example at a time. A
-    parameter's gradient is consumed as soon as it exists, so that no more than one is held.
+    gradient is summed up as soon as it exists, so that no more than one is held.
     The model must hold everything FULL in one slot.
     """
-    total = torch.zeros(model.arch.blocks, model.arch.heads, dtype=torch.float64)
-    final_and_shared = [*model.final().values(), *model.shared().values()]
+    arch = model.arch
+    total = torch.zeros(arch.blocks, arch.heads, dtype=torch.float64, device=model.device)
 
-    def drop(tensor: Tensor) -> None:
-        tensor.grad = None
+    def observer(block: int) -> Callable[[str, int, Tensor], None]:
+        store = model.blocks[block].store
 
-    def consume(block: int, runs: dict[int, range]) -> Callable[[Tensor], None]:
-        def hook(tensor: Tensor) -> None:
-            assert tensor.grad is not None
-            squares = tensor.grad.flatten(1).square_() if tensor.dim() > 1 else tensor.grad.square()
-            per_row = squares.sum(dim=1) if squares.dim() > 1 else squares
-            for head, rows in runs.items():
-                total[block, head] += per_row[rows.start : rows.stop].sum().item()
-            tensor.grad = None
+        def observe(role: str, first: int, gradient: Tensor) -> None:
+            rows = gradient if gradient.dim() == 1 else gradient.flatten(1)
+            squares = rows.square() if rows.dim() == 1 else rows.square().sum(dim=1)
+            for head, own in store.rows[role].items():
+                if own.start >= first and own.stop <= first + len(squares):
+                    total[block, head] += squares[own.start - first : own.stop - first].sum()
 
-        return hook
+        return observe
 
-    handles = [t.register_post_accumulate_grad_hook(drop) for t in final_and_shared]
-    for name, tensor in model.sliced().items():
-        hook = consume(model.arch.by_name[name].block, model.rows(name))
-        handles.append(tensor.register_post_accumulate_grad_hook(hook))
+    whole = list(model.whole().values())
+    for index, block in model.blocks.items():
+        for branch in block.branches:
+            branch.observer = observer(index)
     held = [t for _, t in model.held()]
+    base = tensor_bytes(held) + images.nbytes
     try:
         for index in range(len(images)):
             one = slice(index, index + 1)
             meter.run(
-                partial(_micro_batch, model, images[one], labels[one], 0, 1),
+                partial(_run_pass, model, images[one], labels[one], [1], 1),
                 key=(id(model), "fisher"),
-                base=[*held, images],
+                base=base,
+                known=lambda: [*held, images, labels],
             )
-    finally:  # the classifier outlives this pass
-        for handle in handles:
-            handle.remove()
-    return (total / max(1, len(images))).numpy()
+            for tensor in whole:
+                tensor.grad = None
+    finally:
+        for branch in model.branches():
+            branch.observer = None
+    return (total.cpu() / max(1, len(images))).numpy()

@@ -76,16 +76,18 @@ class Worker:
         result: dict[str, Tensor] = {}
         if scored := int(meta["score_examples"]):
             everything = Schedule.filled(Operation.FULL, 1, *schedule.operations.shape[1:])
+            model.numerics = self.options.plain().numerics()
             model.reset(everything, tensors)
             images, labels = data.client_batch(client, order[0][:scored])
             scores = fisher(model, images, labels, self.meter)
             result["d2ft.fisher"] = torch.from_numpy(scores).float()
             tensors = self._narrow(model.arch, tensors, schedule)
+        model.numerics = self.options.numerics()
         model.reset(schedule, tensors)
         del tensors
         batches = self._batches(data, client, order)
         loss = train(model, batches, self.options, self.rate, self.meter)
-        result.update({n: t.detach() for n, t in model.trainable().items()})
+        result.update(model.update())
         reply = {
             "round": round,
             "client": client,

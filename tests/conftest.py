@@ -8,7 +8,7 @@ import torch
 from d2ft_fl import timm_vit
 from d2ft_fl.config import RunConfig
 from d2ft_fl.costs import CostModel
-from d2ft_fl.subnets import Kind, Operation, Schedule
+from d2ft_fl.subnets import Kind, Operation, Schedule, slot_sizes
 from d2ft_fl.training import LocalOptions
 
 SMALL = {
@@ -31,11 +31,26 @@ def _one_thread():
 
 def build(**changes):
     """A small plain ViT whose embedding is frozen, as in every run, and its architecture."""
-    model = timm_vit.check(timm.create_model(**{**SMALL, **changes}), "small")
+    gated = changes.pop("gated", False)
+    model = timm.create_model(**{**SMALL, **changes})
+    if gated:  # timm has gated attention, but no name or argument of a model for it
+        for block in model.blocks:
+            block.attn.gate = torch.nn.Linear(model.embed_dim, model.embed_dim)
+    model = timm_vit.check(model, "small")
     arch = timm_vit.describe(model)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(arch.by_name[name].kind is not Kind.EMBEDDING)
     return model, arch
+
+
+def all_of(arch, operation=Operation.FULL, slots=1):
+    return Schedule.filled(operation, slots, arch.blocks, arch.heads)
+
+
+def running(schedule, examples):
+    """Sizes of slots for so many examples; the slots without work get none."""
+    sizes = slot_sizes(examples, schedule.slots)
+    return [size if on else 0 for size, on in zip(sizes, schedule.active, strict=True)]
 
 
 def weights_of(model):
@@ -50,8 +65,8 @@ def images_for(arch, count, dtype=torch.float32, side=16, channels=1, seed=0):
 
 def random_schedule(arch, slots, seed):
     draw = np.random.default_rng(seed)
-    shares = draw.dirichlet([0.8, 0.8, 0.8])
-    operations = draw.choice(3, size=(slots, arch.blocks, arch.heads), p=shares)
+    shares = draw.dirichlet([0.8] * len(Operation))
+    operations = draw.choice(len(Operation), size=(slots, arch.blocks, arch.heads), p=shares)
     if not operations.any():
         operations[0, 0, 0] = Operation.FULL
     return Schedule(operations.astype(np.int8))

@@ -66,12 +66,12 @@ def test_fedavg_reports_what_it_uses_beyond_budgets(quick):
 
 def test_a_planted_wrong_formula_shows_up_as_violations(quick, monkeypatch):
     """What clients report as used does not come from the cost model."""
-    right = costs.CostModel.full_flops.func
+    right = costs.CostModel.operation_flops.func
     broken = property(lambda self: right(self) // 2)
     reference = run_local(quick(rounds=1))
     assert reference["violations"] == 0
     full = {c["client"]: c["allowed"] for c in rows(reference["folder"], "clients.jsonl")}
-    monkeypatch.setattr(costs.CostModel, "full_flops", broken)
+    monkeypatch.setattr(costs.CostModel, "operation_flops", broken)
     budgets = {c: allowed["flops"] for c, allowed in full.items()}
     monkeypatch.setattr(
         "d2ft_fl.budgets.DeviceClasses.__call__",

@@ -98,5 +98,5 @@ def test_examples_trained_are_those_of_the_slots_that_run_full(seed):
 def test_a_schedule_must_be_three_dimensional_and_known():
     with pytest.raises(ConfigError, match="int8"):
         Schedule(np.zeros((2, 3), dtype=np.int8))
-    with pytest.raises(ConfigError, match="operations are 0 to 2"):
+    with pytest.raises(ConfigError, match="operations are 0 to 3"):
         Schedule(np.full((1, 3, 4), 7, dtype=np.int8))

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -6,9 +8,9 @@ import torch.nn.functional as F
 from clients.full import learning_rate
 from d2ft_fl.meter import Meter
 from d2ft_fl.partial import PartialModel
-from d2ft_fl.subnets import Kind, Operation, Schedule, pack_for
-from d2ft_fl.training import LocalOptions, build_optimizer, fisher, train, trained_slices
-from tests.conftest import build, images_for, weights_of
+from d2ft_fl.subnets import Kind, Operation, Schedule, pack_for, up_spec
+from d2ft_fl.training import LocalOptions, Stepper, build_optimizer, fisher, train
+from tests.conftest import build, images_for, random_schedule, weights_of
 
 
 def batches(images, labels, size):
@@ -18,10 +20,11 @@ def batches(images, labels, size):
 
 def trained(model, arch, schedule, images, labels, options):
     partial = PartialModel(model, arch)
+    partial.numerics = options.numerics()
     partial.reset(schedule, pack_for(arch, weights_of(model), schedule))
     data = batches(images, labels, options.batch_size)
     train(partial, data, options, learning_rate, Meter())
-    return partial.trainable()
+    return partial.update()
 
 
 @pytest.mark.parametrize("slots", [1, 3])
@@ -69,41 +72,61 @@ def test_a_slice_that_no_slot_of_a_batch_ran_full_is_not_stepped():
     images, labels = images_for(arch, 5)
     partial = PartialModel(model, arch)
     partial.reset(schedule, pack_for(arch, weights_of(model), schedule))
-    seen = {}
-
-    class Spy(Meter):
-        def note(self, held):
-            name = "blocks.0.attn.qkv.weight"
-            rows = partial.rows(name)
-            seen.setdefault("steps", []).append(
-                {
-                    h: partial.sliced()[name].detach()[r.start : r.stop].clone()
-                    for h, r in rows.items()
-                }
-            )
-
-    train(partial, batches(images, labels, 4), options, learning_rate, Spy())
-    first, second = seen["steps"]
+    stepper = Stepper(partial, options, learning_rate, Meter())
+    seen = []
+    for x, y in batches(images, labels, 4):
+        stepper.step(x, y)
+        seen.append(partial.update()["blocks.0.attn.qkv.weight"].chunk(2))  # heads 0 and 1
+    first, second = seen
     assert not torch.equal(first[0], second[0])
     assert torch.equal(first[1], second[1])
+    states = {e.heads: stepper.optimizer.state[e.value]["step"] for e in stepper.entries if e.heads}
+    assert states == {(0,): 2, (1,): 1}
 
 
-def test_moments_and_step_counts_are_per_slice():
-    model, arch = build(depth=1)
-    schedule = Schedule.filled(Operation.FULL, 1, 1, arch.heads)
+def test_gradient_and_optimiser_state_exist_for_trained_slices_only():
+    model, arch = build()
+    schedule = random_schedule(arch, 2, 4)
     partial = PartialModel(model, arch)
     partial.reset(schedule, pack_for(arch, weights_of(model), schedule))
-    slices = trained_slices(partial)
-    options = LocalOptions()
-    optimizer = build_optimizer(slices, options, learning_rate)
-    for s in slices:
-        s.value.grad = s.grad.fill_(1.0) if s.head in (-1, 2) else None
+    entries = partial.entries()
+    optimizer = build_optimizer(entries, LocalOptions(), learning_rate)
+    for entry in entries:
+        entry.value.grad = entry.grad
     optimizer.step()
-    for s in slices:
-        state = optimizer.state.get(s.value, {})
-        assert bool(state) == (s.head in (-1, 2))
-        if state:
-            assert state["exp_avg"].shape == s.value.shape
+    moments = sum(state["exp_avg"].numel() for state in optimizer.state.values())
+    gradients = sum(gradient.numel() for gradient in partial.gradients())
+    sent = sum(int(np.prod(shape)) for shape in up_spec(arch, schedule).values())
+    assert moments == gradients == sent
+
+
+@pytest.mark.parametrize("options", [{"accumulate": 3}, {"checkpointing": True}])
+def test_what_saves_memory_changes_no_result(options):
+    model, arch = build(init_values=0.1)
+    model.double()
+    images, labels = images_for(arch, 20, torch.float64)
+    schedule = random_schedule(arch, 3, 8)
+    base = LocalOptions(batch_size=8, optimizer="sgd", lr=0.05, head_lr=0.05)
+    expected = trained(model, arch, schedule, images, labels, base)
+    ours = trained(model, arch, schedule, images, labels, replace(base, **options))
+    for name, tensor in ours.items():
+        error = (tensor - expected[name]).norm()
+        assert error <= 1e-12 * expected[name].norm(), name
+
+
+def test_a_smaller_last_batch_leaves_no_stale_gradients():
+    """One pass a batch overwrites gradients; a slot without examples must not leave old ones."""
+    model, arch = build(depth=1)
+    model.double()
+    operations = np.full((2, 1, 4), Operation.FULL, dtype=np.int8)
+    operations[0, 0, 1] = Operation.FORWARD_ONLY  # head 1 trains in the second slot only
+    schedule = Schedule(operations)
+    images, labels = images_for(arch, 5, torch.float64)
+    options = LocalOptions(batch_size=4, optimizer="sgd", momentum=0.0, lr=0.1, head_lr=0.1)
+    ours = trained(model, arch, schedule, images, labels, options)
+    slow = trained(model, arch, schedule, images, labels, replace(options, accumulate=4))
+    for name, tensor in ours.items():
+        torch.testing.assert_close(tensor, slow[name], rtol=1e-10, atol=1e-12)
 
 
 def test_a_slot_without_work_is_skipped_and_its_examples_do_not_count():
@@ -134,4 +157,4 @@ def test_fisher_is_the_mean_of_squared_gradients():
             for head in range(arch.heads):
                 expected[p.block, head] += float(p.pack(squares, [head]).sum()) / 3
     np.testing.assert_allclose(ours, expected, rtol=1e-4)
-    assert all(t.grad is None for t in partial.trainable().values())
+    assert all(t.grad is None for t in partial.whole().values())
