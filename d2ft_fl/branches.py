@@ -28,7 +28,7 @@ from timm.layers import drop_path
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
-from d2ft_fl.pieces import Numerics, Observer, Piece, Segment, Status
+from d2ft_fl.pieces import Numerics, Observer, PackedHeads, Piece, Segment, Status
 
 Norm = Callable[[Tensor, Mapping[str, Tensor]], Tensor]
 # (training; products in, one a role; shared parameters) -> what the product out takes
@@ -70,6 +70,7 @@ class Branch:
     """One branch of one block, as far as a client holds it.
 
     Attributes:
+        store: The block's slices.
         shared: role -> shared parameters of the block.
         segments: What its slots do.
         numerics: How arithmetic is done.
@@ -80,6 +81,7 @@ class Branch:
     """
 
     traits: BranchTraits
+    store: PackedHeads
     shared: Mapping[str, Tensor]
     segments: list[Segment]
     numerics: Numerics
@@ -141,21 +143,34 @@ class Branch:
         with torch.autocast(hs[0].device.type, self.numerics.dtype):
             return middle(training, split, shared).flatten(0, 1)
 
-    def accumulates(self, overwrite: bool) -> bool:
-        """Let weight gradients replace what is there where they can; whether some must add up.
+    def settle(self, overwrite: bool) -> list[Tensor]:
+        """Decide which pieces replace the gradients that they find, and which add to them.
 
         Args:
             overwrite: Whether one pass makes a step's gradients; otherwise all add up.
+
+        Returns:
+            Gradients that must be zeroed before a step.
         """
-        touched: set[int] = set()
         full = [p for s in self.segments for p in s.alive if p.full]
-        alone = True
+        touched: set[int] = set()
+        first: set[int] = set()  # heads whose first gradient is added to what is there
         for piece in full:
-            alone &= touched.isdisjoint(piece.heads)
+            piece.overwrites = overwrite and touched.isdisjoint(piece.heads)
+            if not piece.overwrites:
+                first.update(set(piece.heads) - touched)
             touched.update(piece.heads)
-        for piece in full:
-            piece.overwrites = overwrite and alone
-        return not (overwrite and alone)
+        roles = [
+            *(f"{role}.weight" for role in self.traits.inward),
+            f"{self.traits.outward}.weight",
+        ]
+        roles += [f"{role}.bias" for role in self.traits.inward]
+        return [
+            self.store.grads[role][run.rows]
+            for role in roles
+            if first and role in self.store.grads
+            for run in self.store.runs(role, first)
+        ]
 
 
 class _Graph:
@@ -284,12 +299,13 @@ class _Pass:
             if wanted:
                 part.requires_grad_(wanted["x"])
             norm, y = self.norm(part, own, graph and live)
-            self._begin(segment, shared, total)
             into = total[examples].flatten(0, 1)
             keep = _Kept(own, norm, y if graph and segment.status is Status.TRAINS else None)
             if live and numerics.recompute and branch.training and branch.traits.random:
                 keep.state = _generator_state(x.device)
-            for piece, rows in self.work(segment, [*segment.alive, *segment.silent]):
+            pieces = list(self.work(segment, [*segment.alive, *segment.silent]))
+            first = self._begin(segment, shared, total, into, pieces[0][1])
+            for piece, rows in pieces:
                 alive = graph and piece in segment.alive
                 middle, z = self.middle(piece, y[rows], own if alive else shared, alive)
                 if branch.tally is not None:
@@ -297,21 +313,38 @@ class _Pass:
                 if alive:
                     keep.middles.append(middle)
                     keep.zs.append(z if piece.full else None)
-                piece.add_product_out(z, into[rows], numerics)
+                start = first if piece is pieces[0][0] else into[rows]
+                piece.product_out(z, into[rows], numerics, start)
                 del middle, z
             if live and wanted:
                 kept.append(keep)
         return total, kept
 
-    def _begin(self, segment: Segment, shared: Mapping[str, Tensor], total: Tensor) -> None:
-        """Start a segment's sum with what is there anyway: the bias, and what skipped heads mean."""
+    def _begin(
+        self,
+        segment: Segment,
+        shared: Mapping[str, Tensor],
+        total: Tensor,
+        into: Tensor,
+        rows: slice,
+    ) -> Tensor | None:
+        """What the first piece of a segment, on ``rows``, adds to; see ``Piece.product_out``.
+
+        A bias alone goes into its product; else the sum starts with what is there anyway: the
+        bias, and what skipped heads add on average.
+        """
         bias = shared.get(self.branch.bias_role)
-        for slot in range(*segment.slots):
-            into = total[self.bounds[slot] : self.bounds[slot + 1]]
-            terms = [t for t in (bias, self.branch.offsets[slot]) if t is not None]
-            into.copy_(
-                terms[0] if len(terms) == 1 else terms[0] + terms[1]
-            ) if terms else into.zero_()
+        offsets = [self.branch.offsets[slot] for slot in range(*segment.slots)]
+        if rows == slice(0, len(into)) and not any(o is not None for o in offsets):
+            return None if bias is None else self.branch.numerics.cast(bias)
+        for slot, offset in zip(range(*segment.slots), offsets, strict=True):
+            part = total[self.bounds[slot] : self.bounds[slot + 1]]
+            terms = [t for t in (bias, offset) if t is not None]
+            if terms:
+                part.copy_(terms[0] if len(terms) == 1 else terms[0] + terms[1])
+            else:
+                part.zero_()
+        return into[rows]
 
     def scaled(self, total: Tensor, shared: Mapping[str, Tensor]) -> Tensor:
         """The sum with its layer scale; what stands for a block without work has its own in it."""

@@ -26,9 +26,33 @@ app = typer.Typer(
 )
 
 
-@app.callback()
-def _main() -> None:
-    """Keep `run` a sub-command while it is the only one."""
+bench_app = typer.Typer(help="Measure speed and memory on this machine.", no_args_is_help=True)
+app.add_typer(bench_app, name="bench")
+
+
+@bench_app.callback()
+def _bench() -> None:
+    """Keep `step` a sub-command while it is the only one."""
+
+
+class Precision(StrEnum):
+    """Types of products and activations."""
+
+    fp32 = "fp32"
+    bf16 = "bf16"
+
+
+class Device(StrEnum):
+    """Where to compute."""
+
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+class Tuning(StrEnum):
+    """How assigned heads are tuned."""
+
+    full = "full"
 
 
 class Backend(StrEnum):
@@ -68,6 +92,66 @@ def run(
     except KeyboardInterrupt:
         typer.echo("d2ft: stopped", err=True)
         raise typer.Exit(130) from None
+
+
+@bench_app.command("step")
+def bench_step_command(
+    model: Annotated[str, typer.Option(help="A plain timm ViT.")] = "vit_small_patch16_224",
+    image_size: Annotated[int, typer.Option(help="Pixels; 0 keeps the model's own.")] = 0,
+    batch_size: Annotated[int, typer.Option(help="Examples of a step.")] = 8,
+    threads: Annotated[int, typer.Option(help="Threads of torch, on a CPU.")] = 2,
+    device: Annotated[Device, typer.Option(help="Where to compute.")] = Device.cpu,
+    precision: Annotated[Precision, typer.Option(help="Of both sides.")] = Precision.fp32,
+    slots: Annotated[int, typer.Option(help="Slots of a batch.")] = 1,
+    tuning: Annotated[Tuning, typer.Option(help="How heads are tuned.")] = Tuning.full,
+    pairs: Annotated[int, typer.Option(help="Pairs of steps a schedule.")] = 15,
+    checkpointing: Annotated[
+        bool, typer.Option("--checkpointing", help="Scheduled side: compute activations again.")
+    ] = False,
+    accumulate: Annotated[
+        int, typer.Option(help="Scheduled side: passes that a batch is run in.")
+    ] = 1,
+    output: Annotated[
+        Path | None, typer.Option(help="A picture to write: .png, .svg or .pdf.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print rows as JSON only.")] = False,
+) -> None:
+    """Time scheduled training beside full fine-tuning of the unmodified timm model."""
+    from d2ft_fl import bench
+
+    try:
+        what = bench.StepBench(
+            model, image_size, batch_size, threads, device.value, precision.value, slots, pairs,
+            checkpointing, accumulate,
+        )  # fmt: skip
+        if output is not None:
+            bench.check_output(output)
+        with _progress(hidden=as_json) as progress:
+            task = progress.add_task("measuring", total=None)
+
+            def done(name: str) -> None:
+                progress.update(task, advance=1, description=name)
+
+            rows = bench.bench_step(what, done)
+        if output is not None:
+            bench.draw(rows, what, output)
+    except D2FTError as error:
+        typer.echo(f"d2ft: {error}", err=True)
+        raise typer.Exit(2 if isinstance(error, ConfigError) else 1) from None
+    if as_json:
+        typer.echo(json.dumps([row.to_json() for row in rows]))
+        return
+    display.bench_table(rows)
+    if output is not None:
+        display.say(f"picture: {output}")
+
+
+def _progress(hidden: bool) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
+        console=display.console, transient=True,
+        disable=hidden or not display.console.is_terminal,
+    )  # fmt: skip
 
 
 def _interrupt(number: int, frame: object) -> None:
@@ -123,11 +207,7 @@ def _run(config: RunConfig, backend: Backend, supernodes: int, as_json: bool) ->
 
     folder = claim_folder(config)
     config = replace(config, run_folder=str(folder))
-    progress = Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
-        console=display.console, transient=True,
-        disable=as_json or not display.console.is_terminal,
-    )  # fmt: skip
+    progress = _progress(hidden=as_json)
     if not as_json:
         display.say(f"run folder: {folder}")
         display.header(config)

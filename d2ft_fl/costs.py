@@ -24,8 +24,8 @@ FROZEN), n_t training in it (something FULL), with elements of c bytes (4, or 2 
     a FULL or FROZEN subnet        c T (4 d + f) + 4 T              q, k, v, output; log-sum; hidden
     a FULL one besides             c T f                            activated hidden
 
-which is 4 + 12 = 16 units of T D for a usual block with everything FULL, and 4 at least: that is why
-opening a block is a charge of its own. Head norms, gates and dropout add what ``Saved`` says.
+which is 4 + 12 = 16 units of T D for a usual block with everything FULL, and 4 at least: that is
+why opening a block is a charge of its own. Head norms, gates and dropout add what ``Saved`` says.
 Checkpointed, only x stays. **Transients** come on top and count as a maximum over time: see
 :meth:`CostModel.peak_bytes`.
 """

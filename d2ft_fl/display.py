@@ -1,11 +1,14 @@
 """What a run shows in a terminal and in Flower's log."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.table import Table
 
 from d2ft_fl.config import RunConfig
+
+if TYPE_CHECKING:
+    from d2ft_fl.bench import Row
 
 console = Console(highlight=False, soft_wrap=True)
 if not console.is_terminal:  # a log or a pipe: do not fold tables to a width nobody asked for
@@ -109,3 +112,26 @@ def summary(result: dict[str, Any]) -> None:
         f"client rounds{' (every micro-batch counted)' if result['verified'] else ''}"
     )
     say(f"run folder: {result['folder']}")
+
+
+def bench_table(rows: list["Row"]) -> None:
+    """Schedules beside full fine-tuning of the timm model, which is 1 everywhere."""
+    table = Table(title="Full fine-tuning of the unmodified timm model = 1", title_justify="left")
+    table.add_column("schedule")
+    heads = ("FLOPs", "time", "activations", "predicted", "peak memory", "predicted", "reset")
+    for head in heads:
+        table.add_column(head, justify="right")
+    for row in rows:
+        numbers = (
+            row.flop_ratio,
+            row.time_ratio,
+            row.activation_ratio,
+            row.predicted_activation_ratio,
+            row.peak_memory_ratio,
+            row.predicted_peak_memory_ratio,
+            row.reset_ratio,
+        )
+        table.add_row(row.schedule, *(f"{number:.3f}" for number in numbers))
+    console.print(table)
+    wrong = [row.schedule for row in rows if not row.flops_as_predicted]
+    say(f"FLOPs not as predicted: {', '.join(wrong)}" if wrong else "FLOPs as predicted, exactly")

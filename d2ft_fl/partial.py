@@ -69,6 +69,7 @@ class Block:
         self.branches = [
             Branch(
                 t,
+                self.store,
                 self.shared,
                 segments(self.store, t.inward, t.outward, operations),
                 numerics,
@@ -166,10 +167,10 @@ class PartialModel:
                 if offset is not None:
                     yield index, slot
 
-    def accumulates(self, overwrite: bool) -> bool:
-        """Whether weight gradients must be zeroed before a step; see ``Branch.accumulates``."""
-        found = [branch.accumulates(overwrite) for branch in self.branches()]
-        return any(found)
+    def settle(self, overwrite: bool) -> list[Tensor]:
+        """Gradients that must be zeroed before a step; see ``Branch.settle``."""
+        whole = [t.grad for t in self.whole().values() if t.grad is not None]
+        return whole + [g for branch in self.branches() for g in branch.settle(overwrite)]
 
     def branches(self) -> Iterator[Branch]:
         """Every branch of every block held."""

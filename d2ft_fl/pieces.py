@@ -183,7 +183,7 @@ class Piece:
         chosen = set(heads)
         self.heads = tuple(h for h in store.order if h in chosen)
         self.slots, self.full = slots, full
-        self.overwrites = False  # set where nothing has to be added to: see `Branch.accumulates`
+        self.overwrites = False  # set where nothing has to be added to: see `Branch.settle`
         self.inward = [(role, self._views(store, role)) for role in inward]
         self.outward_role = outward
         self.outward = self._views(store, outward)
@@ -220,11 +220,21 @@ class Piece:
             out.append(h)
         return out
 
-    def add_product_out(self, z: Tensor, total: Tensor, numerics: Numerics) -> None:
-        """``total`` [rows, dim] += z W_out, for z [rows, depth]."""
+    def product_out(
+        self, z: Tensor, total: Tensor, numerics: Numerics, start: Tensor | None
+    ) -> None:
+        """``total`` [rows, dim] becomes ``start`` plus z W_out, for z [rows, depth].
+
+        Args:
+            start: What to add to: ``total`` itself, a bias [dim], or None for nothing.
+        """
         for view in self.outward:
-            part = _part(z, view, self.outward)
-            torch.addmm(total, part, numerics.cast(view.weight), out=total)
+            part, weight = _part(z, view, self.outward), numerics.cast(view.weight)
+            if start is None:
+                torch.mm(part, weight, out=total)
+            else:
+                torch.addmm(start, part, weight, out=total)
+            start = total
 
     def through_out(self, g: Tensor, numerics: Numerics) -> Tensor:
         """Gradient of z: ``g`` [rows, dim] times W_out transposed, [rows, depth]."""

@@ -159,9 +159,7 @@ class Stepper:
         """Zero the gradients that passes add to; the others are replaced."""
         if overwrite != self._overwrite:
             self._overwrite = overwrite
-            whole = [t.grad for t in self.model.whole().values() if t.grad is not None]
-            everything = self.model.accumulates(overwrite)
-            self._zeroed = self.model.gradients() if everything else whole
+            self._zeroed = self.model.settle(overwrite)
         torch._foreach_zero_(self._zeroed)
 
     def _choose_stepped(self, sizes: list[int]) -> None:

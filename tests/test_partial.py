@@ -142,7 +142,9 @@ def attention_head(block, y, head, trains):
     weight, bias, out = attn.qkv.weight, attn.qkv.bias, attn.proj.weight
     if not trains:
         weight, bias, out = weight.detach(), bias.detach(), out.detach()
-    parts = [F.linear(y, w[rows], b[rows]) for w, b in zip(weight.chunk(3), bias.chunk(3))]
+    parts = [
+        F.linear(y, w[rows], b[rows]) for w, b in zip(weight.chunk(3), bias.chunk(3), strict=True)
+    ]
     q, k, v = parts
     weights = (q @ k.transpose(-1, -2) * attn.head_dim**-0.5).softmax(-1)
     return (weights @ v) @ out[:, rows].t()
@@ -187,7 +189,7 @@ def test_any_schedule_equals_the_sum_over_heads(seed, slots, examples, scale, re
     expected = torch.cat(expected)
     F.cross_entropy(expected, labels).backward()
     partial = partial_model(model, arch, schedule, recompute=recompute)
-    partial.accumulates(overwrite=False)
+    partial.settle(overwrite=False)
     logits = partial(images, sizes)
     F.cross_entropy(logits, labels).backward()
     assert relative(logits, expected) <= 1e-10
@@ -227,7 +229,7 @@ def test_gradients_exist_for_trained_slices_and_nowhere_else(seed):
     model, arch = build(init_values=0.1)
     schedule = random_schedule(arch, 3, seed)
     partial = partial_model(model, arch, schedule)
-    partial.accumulates(overwrite=False)
+    partial.settle(overwrite=False)
     images, labels = images_for(arch, 4)
     for slot in np.flatnonzero(schedule.active):
         for gradient in partial.gradients():
@@ -332,7 +334,7 @@ def test_dropout_and_stochastic_depth_follow_timm():
     """With the same draws as timm's own modules: everything FULL, one block, one kind each."""
     for changes in ({"proj_drop_rate": 0.3}, {"drop_path_rate": 0.5}, {"attn_drop_rate": 0.3}):
         model, arch = build(depth=1, num_heads=1, **changes)
-        images, labels = images_for(arch, 6)
+        images, _ = images_for(arch, 6)
         model.train()
         torch.manual_seed(5)
         expected = model(images)
