@@ -25,7 +25,7 @@ from clients.full import learning_rate
 from d2ft_fl import timm_vit
 from d2ft_fl.costs import CostModel
 from d2ft_fl.errors import ConfigError
-from d2ft_fl.meter import Meter, set_threads, tensor_bytes
+from d2ft_fl.meter import Meter, set_threads, tensor_bytes, usable_device
 from d2ft_fl.models import ModelSpec, build_model
 from d2ft_fl.partial import PartialModel
 from d2ft_fl.subnets import Architecture, Kind, Operation, Schedule, pack_for, slot_sizes
@@ -62,7 +62,7 @@ class StepBench:
                 f"--slots {self.slots} is more than --batch-size {self.batch_size}; "
                 "a slot needs an example"
             )
-        check_device(self.device)
+        usable_device(self.device)
 
     def options(self) -> LocalOptions:
         """How the scheduled side trains; the other does the same, in whole batches."""
@@ -72,14 +72,6 @@ class StepBench:
             checkpointing=self.checkpointing,
             accumulate=self.accumulate,
         )
-
-
-def check_device(device: str) -> None:
-    """Raises ConfigError unless torch can run on it."""
-    if device not in ("cpu", "cuda"):
-        raise ConfigError(f"device {device!r} is unknown; use cpu or cuda")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("device 'cuda': torch finds no usable GPU here; use cpu")
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,8 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from d2ft_fl import display
-from d2ft_fl.config import RunConfig, read_toml, resolve_path
+from d2ft_fl.config import BUILTIN, RunConfig, read_toml, resolve_path
+from d2ft_fl.data import HUB
 from d2ft_fl.errors import ConfigError, D2FTError
 from d2ft_fl.recorder import claim_folder, write_status
 
@@ -189,12 +190,9 @@ def parse_value(text: str) -> Any:
 def _absolute(entries: dict[str, Any], base: Path) -> dict[str, Any]:
     """Paths among the options, made absolute from the file that names them."""
     out = dict(entries)
-    for key, builtin in (
-        ("dataset", ("digits",)),
-        ("weights", ("bundled", "none")),
-        ("run-folder", ("",)),
-    ):
-        if isinstance(out.get(key), str) and out[key] not in builtin:
+    for key, builtin in BUILTIN.items():
+        value = out.get(key)
+        if isinstance(value, str) and value not in builtin and not value.startswith(HUB):
             out[key] = str(resolve_path(str(base / Path(out[key]).expanduser())))
     if isinstance(out.get("budgets"), str) and out["budgets"].endswith(".toml"):
         out["budgets"] = str(resolve_path(str(base / Path(out["budgets"]).expanduser())))

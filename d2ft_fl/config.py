@@ -12,17 +12,26 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from d2ft_fl import scores, timm_vit
 from d2ft_fl.budgets import BudgetSource, ClientDescription, budget_source
-from d2ft_fl.data import DataSpec, class_count, open_data
+from d2ft_fl.data import DIGITS, HUB, DataSpec, class_count, open_data
 from d2ft_fl.errors import ConfigError
+from d2ft_fl.meter import DEVICES, usable_device
 from d2ft_fl.models import ModelSpec, build_model
 from d2ft_fl.planner import PLANNERS
 from d2ft_fl.plugins import load_module
-from d2ft_fl.training import LocalOptions
+from d2ft_fl.training import PRECISIONS, LocalOptions
 
 STRATEGIES = ("d2ft", "random", "fedavg")
 CLIENT_MODES = ("full",)
+# Values of options with paths that are none.
+BUILTIN = {
+    "dataset": (DIGITS,),
+    "pretrained": ("bundled", "hub", "none"),
+    "run-folder": ("",),
+}
 
 
 @dataclass(frozen=True)
@@ -43,7 +52,7 @@ class RunConfig:
 
     model: str = "vit_glyphs"
     model_args: str = ""
-    weights: str = "bundled"
+    pretrained: str = "bundled"
     image_size: int = 0
 
     client_mode: str = "full"
@@ -54,6 +63,10 @@ class RunConfig:
     head_lr: float = 2e-3
     momentum: float = 0.9
     weight_decay: float = 0.0
+    precision: str = "fp32"
+    checkpointing: bool = False
+    accumulate: int = 1
+    compensation: bool = False
 
     budgets: str = "devices"
     planner: str = "joint"
@@ -65,6 +78,7 @@ class RunConfig:
     score_every: int = 5
     score_examples: int = 4
 
+    device: str = "cpu"
     threads_per_client: int = 1
     eval_batch_size: int = 128
     round_timeout: float = 3600.0
@@ -102,13 +116,24 @@ class RunConfig:
         Raises:
             ConfigError: In one line, what to write instead.
         """
-        for key in ("rounds", "clients", "batch-size", "epochs", "slots", "threads-per-client"):
+        for key in (
+            "rounds",
+            "clients",
+            "batch-size",
+            "epochs",
+            "slots",
+            "threads-per-client",
+            "accumulate",
+        ):
             self._at_least(key, 1)
         self._at_least("eval-batch-size", 1)
         for key in ("train-examples", "test-examples", "image-size", "score-every", "seed"):
             self._at_least(key, 0)
         self._at_least("score-examples", 0)
         self._one_of("optimizer", ("adamw", "sgd"))
+        self._one_of("precision", PRECISIONS)
+        self._one_of("device", DEVICES)
+        self.torch_device()
         self._one_of("planner", PLANNERS)
         self._one_of("backward-score", scores.KINDS)
         self._one_of("forward-score", scores.KINDS)
@@ -126,6 +151,10 @@ class RunConfig:
             raise ConfigError(
                 f"slots = {self.slots} is more than batch-size = {self.batch_size}; a micro-batch "
                 f"needs an example, so ask for at most {self.batch_size} slots"
+            )
+        if self.compensation and self.score_every == 0:
+            raise ConfigError(
+                "compensation needs rounds in which clients measure: set score-every to 1 or more"
             )
         no_pass = self.score_every == 0 or self.score_examples == 0
         if no_pass and self.uses_fisher():
@@ -180,13 +209,13 @@ class RunConfig:
 
     def model_spec(self) -> ModelSpec:
         """The model to build."""
-        weights = self.weights
-        if weights not in ("bundled", "none"):
-            weights = str(resolve_path(weights))
+        pretrained = self.pretrained
+        if pretrained not in BUILTIN["pretrained"]:
+            pretrained = str(resolve_path(pretrained))
         return ModelSpec(
             name=self.model,
             arguments=_inline_table("model-args", self.model_args),
-            weights=weights,
+            pretrained=pretrained,
             image_size=self.image_size,
             classes=class_count(self._dataset(), self.label_column),
             seed=self.seed,
@@ -208,7 +237,9 @@ class RunConfig:
         )
 
     def _dataset(self) -> str:
-        return self.dataset if self.dataset == "digits" else str(resolve_path(self.dataset))
+        if self.dataset in BUILTIN["dataset"] or self.dataset.startswith(HUB):
+            return self.dataset
+        return str(resolve_path(self.dataset))
 
     def local_options(self) -> LocalOptions:
         """How clients train."""
@@ -220,7 +251,18 @@ class RunConfig:
             head_lr=self.head_lr,
             momentum=self.momentum,
             weight_decay=self.weight_decay,
+            precision=self.precision,
+            checkpointing=self.checkpointing,
+            accumulate=self.accumulate,
         )
+
+    def torch_device(self) -> torch.device:
+        """Where clients train and the global model is evaluated.
+
+        Raises:
+            ConfigError: When this machine has no such device.
+        """
+        return usable_device(self.device)
 
 
 def resolve_path(path: str) -> Path:

@@ -36,6 +36,7 @@ from functools import cached_property, lru_cache
 
 import numpy as np
 
+from d2ft_fl.compensation import mean_spec, skip_spec
 from d2ft_fl.pieces import cover, storage_order
 from d2ft_fl.subnets import (
     Architecture,
@@ -103,12 +104,22 @@ class Elements:
 
 @dataclass(frozen=True)
 class CostModel:
-    """Costs of schedules of one model under one way of local training."""
+    """Costs of schedules of one model under one way of local training.
+
+    Attributes:
+        device: ``cpu`` or ``cuda``.
+        compensated: Whether shortcuts are compensated: down, and held, 2 T D elements for every
+            block and distinct set of heads that a slot skips.
+        calibrating: Whether clients measure means in this round: up, and held, T (d + f) elements
+            a resident subnet.
+    """
 
     arch: Architecture
     options: LocalOptions
     slots: int
     device: str = "cpu"
+    compensated: bool = False
+    calibrating: bool = False
 
     # -- FLOPs -------------------------------------------------------------------------------
 
@@ -202,7 +213,13 @@ class CostModel:
         elements += e.sliced[resident].sum() + copies * e.sliced[trained].sum()
         elements += e.shared[resident.any(axis=1)].sum()
         elements += copies * e.shared[trained.any(axis=1)].sum()
-        return ELEMENT * int(elements)
+        return ELEMENT * int(elements) + sum(self._extra(schedule))
+
+    def _extra(self, schedule: Schedule) -> tuple[int, int]:
+        """Bytes of compensation, and of measured means."""
+        skips = skip_spec(self.arch, schedule) if self.compensated else {}
+        means = mean_spec(self.arch, schedule) if self.calibrating else {}
+        return _data(skips), _data(means)
 
     def memory(self, schedule: Schedule, examples: int) -> int:
         """Peak bytes of one round: what is held, plus the worst pass.
@@ -245,12 +262,18 @@ class CostModel:
     # -- bytes -------------------------------------------------------------------------------
 
     def bytes_down(self, schedule: Schedule) -> int:
-        """Bytes that travel to the client: its slices, their headers, the schedule."""
-        return _wire(down_spec(self.arch, schedule)) + MESSAGE_HEADER + 2 * schedule.operations.size
+        """Bytes that travel to the client: its slices, compensation, headers, the schedule."""
+        spec = down_spec(self.arch, schedule)
+        if self.compensated:
+            spec |= skip_spec(self.arch, schedule)
+        return _wire(spec) + MESSAGE_HEADER + 2 * schedule.operations.size
 
     def bytes_up(self, schedule: Schedule) -> int:
-        """Bytes that come back: trained slices and their headers."""
-        return _wire(up_spec(self.arch, schedule)) + MESSAGE_HEADER
+        """Bytes that come back: trained slices, means, and their headers."""
+        spec = up_spec(self.arch, schedule)
+        if self.calibrating:
+            spec |= mean_spec(self.arch, schedule)
+        return _wire(spec) + MESSAGE_HEADER
 
     # -- together ----------------------------------------------------------------------------
 
@@ -271,7 +294,8 @@ class CostModel:
 
     def plain(self) -> "CostModel":
         """The costs of whole batches, without what trades FLOPs or time for memory."""
-        return replace(self, slots=1, options=self.options.plain())
+        options = self.options.plain()
+        return replace(self, slots=1, options=options, compensated=False, calibrating=False)
 
     @lru_cache(maxsize=4096)  # noqa: B019 - lives as long as the run's one cost model
     def full_cost(self, examples: int) -> Cost:
@@ -470,6 +494,10 @@ def _pieces(
     return [piece for part in parts for piece in part.pieces[operation]]
 
 
+def _data(spec: dict[str, tuple[int, ...]]) -> int:
+    """Bytes of the tensors alone."""
+    return sum(ELEMENT * int(np.prod(shape)) for shape in spec.values())
+
+
 def _wire(spec: dict[str, tuple[int, ...]]) -> int:
-    data = sum(ELEMENT * int(np.prod(shape)) for shape in spec.values())
-    return data + TENSOR_HEADER * len(spec)
+    return _data(spec) + TENSOR_HEADER * len(spec)

@@ -23,7 +23,9 @@ from torchvision.transforms import v2
 from d2ft_fl.errors import ConfigError
 
 DIGITS = "digits"
+HUB = "hub:"
 INDEX = "d2ft-index"  # the column that follows an example through partitioning
+CPU = torch.device("cpu")
 SPLIT_SEED = 2504  # one test split for all seeds of a comparison
 
 
@@ -102,14 +104,18 @@ class FederatedData:
             ) from None
 
     @cache  # noqa: B019 - one data object lives as long as its process
-    def _client(self, client: int) -> tuple[Tensor, Tensor]:
+    def _client(self, client: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """A client's decoded examples, resident on a device."""
         indices = self.partitions[client]
-        return self._pixels(self.train, indices), torch.from_numpy(self.train.labels[indices])
+        labels = torch.from_numpy(self.train.labels[indices])
+        return self._pixels(self.train, indices).to(device), labels.to(device)
 
-    def client_batch(self, client: int, positions: np.ndarray) -> tuple[Tensor, Tensor]:
+    def client_batch(
+        self, client: int, positions: np.ndarray, device: torch.device = CPU
+    ) -> tuple[Tensor, Tensor]:
         """Examples of one client: float32 images [n, channels, side, side], labels [n]."""
-        images, labels = self._client(client)
-        index = torch.from_numpy(positions)
+        images, labels = self._client(client, device)
+        index = torch.from_numpy(positions).to(device, non_blocking=True)
         return self._normalize(images[index]), labels[index]
 
     @cached_property
@@ -145,7 +151,7 @@ def class_count(dataset: str, label_column: str) -> int:
     """How many classes a data set has, without sharing it out."""
     if dataset == DIGITS:
         return 10
-    return len(_load_folder(dataset, label_column)[0].features[label_column].names)
+    return len(_load_splits(dataset, label_column)[0].features[label_column].names)
 
 
 # -- sources -------------------------------------------------------------------------------------
@@ -169,7 +175,7 @@ def _digits() -> tuple[Split, Split]:
 
 
 def _folder(spec: DataSpec) -> tuple[Split, Split]:
-    train, test = _load_folder(spec.dataset, spec.label_column)
+    train, test = _load_splits(spec.dataset, spec.label_column)
     return _split(train, spec.label_column), _split(test, spec.label_column)
 
 
@@ -189,21 +195,36 @@ def _image_column(data: datasets.Dataset) -> str | None:
     return next((n for n, f in data.features.items() if isinstance(f, datasets.Image)), None)
 
 
-@lru_cache(maxsize=2)
-def _load_folder(path: str, label: str) -> tuple[datasets.Dataset, datasets.Dataset]:
-    """Train and test of a local folder of parquet files or of images in class folders."""
-    if not Path(path).is_dir():
-        raise ConfigError(
-            f"dataset = {path!r} is not a folder; use {DIGITS!r} or a folder of parquet files or "
-            "of images in one folder a class"
-        )
+def _load(dataset: str) -> datasets.DatasetDict:
+    """All splits of a data set of the hub, or of a local folder."""
     datasets.disable_progress_bars()
+    if dataset.startswith(HUB):
+        name, _, configuration = dataset.removeprefix(HUB).partition(":")
+        try:
+            return datasets.load_dataset(name, configuration or None)
+        except Exception as error:  # whatever a hub that does not answer brings about
+            raise ConfigError(
+                f"dataset = {dataset!r} cannot be had from the hub: {_reason(error)}; check the "
+                f"name ('{HUB}OWNER/NAME' or '{HUB}OWNER/NAME:CONFIGURATION') and the network, or "
+                "use a folder"
+            ) from None
+    if not Path(dataset).is_dir():
+        raise ConfigError(
+            f"dataset = {dataset!r} is not a folder; use {DIGITS!r}, '{HUB}OWNER/NAME', or a "
+            "folder of parquet files or of images in one folder a class"
+        )
     try:
-        loaded = datasets.load_dataset(path)
+        return datasets.load_dataset(dataset)
     except Exception as error:  # datasets raises many kinds for a folder it cannot use
         raise ConfigError(
-            f"dataset {path!r} holds no images that can be read: {_reason(error)}"
+            f"dataset {dataset!r} holds no images that can be read: {_reason(error)}"
         ) from None
+
+
+@lru_cache(maxsize=2)
+def _load_splits(path: str, label: str) -> tuple[datasets.Dataset, datasets.Dataset]:
+    """Train and test of a data set with images."""
+    loaded = _load(path)
     name = "train" if "train" in loaded else next(iter(loaded))
     train = loaded[name]
     image = _image_column(train)

@@ -15,3 +15,7 @@ class ReplyError(D2FTError):
 
 class RunError(D2FTError):
     """A run cannot go on."""
+
+
+class Refusal(D2FTError):
+    """A client does not start what does not fit its budget or its memory."""

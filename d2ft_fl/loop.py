@@ -73,6 +73,7 @@ def run(config: RunConfig, pool: Pool, progress: Progress = lambda row: None) ->
     data = open_data(config.data_spec(side, channels))
     federation = Federation(config, arch)
     state = State(0, {n: p.detach().clone() for n, p in model.named_parameters()})
+    model.to(config.torch_device())
     recorder = Recorder(claim_folder(config), federation, config.model_spec())
     recorder.start()
 
@@ -126,7 +127,9 @@ def evaluate(
     for name, parameter in model.named_parameters():
         parameter.copy_(weights[name])
     right, loss = 0, 0.0
+    device = next(model.parameters()).device
     for images, labels in _test_batches(data, batch_size):
+        images, labels = images.to(device), labels.to(device)
         logits = model(images)  # [batch, classes]
         right += int((logits.argmax(dim=1) == labels).sum())
         loss += float(F.cross_entropy(logits, labels, reduction="sum"))

@@ -11,11 +11,16 @@ from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import FlopCounterMode
+
+from d2ft_fl.errors import ConfigError
+
+DEVICES = ("cpu", "cuda")
 
 
 class LiveBytes(TorchDispatchMode):
@@ -142,3 +147,32 @@ def set_threads(threads: int) -> None:
     """Pin torch's thread count: float results depend on it."""
     if torch.get_num_threads() != threads:
         torch.set_num_threads(threads)
+
+
+def usable_device(name: str) -> torch.device:
+    """A device by name.
+
+    Raises:
+        ConfigError: When there is none such here.
+    """
+    if name not in DEVICES:
+        raise ConfigError(f"device = {name!r} is unknown; use one of {', '.join(DEVICES)}")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device = 'cuda': torch finds no usable GPU here; use 'cpu'")
+    return torch.device(name)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that can still be had on a device."""
+    if device.type == "cuda":
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)
+
+
+def warm_up(device: torch.device) -> None:
+    """Have libraries take the workspace they keep, so that no client is charged for it."""
+    if device.type == "cuda":
+        a = torch.ones(8, 8, device=device)
+        for dtype in (torch.float32, torch.bfloat16):
+            torch.mm(a.to(dtype), a.to(dtype))
+        torch.cuda.synchronize(device)

@@ -42,7 +42,7 @@ class ModelSpec:
     Attributes:
         name: ``vit_glyphs`` or the name of a plain timm ViT.
         arguments: More keyword arguments of ``timm.create_model``.
-        weights: ``bundled``, ``none``, or the path of a safetensors file.
+        pretrained: Weights: ``bundled``, ``hub``, ``none``, or the path of a safetensors file.
         image_size: Side in pixels; 0 keeps the model's own.
         classes: Outputs of the classifier.
         seed: Seed of everything that no weights file sets.
@@ -50,7 +50,7 @@ class ModelSpec:
 
     name: str
     arguments: tuple[tuple[str, Any], ...]
-    weights: str
+    pretrained: str
     image_size: int
     classes: int
     seed: int
@@ -76,16 +76,36 @@ def build_model(spec: ModelSpec) -> VisionTransformer:
             f"model {spec.name!r} is not supported: use {GLYPH_NAME!r} or a plain timm ViT "
             "(vit_* or deit_*)"
         )
+    vit = timm_vit.check(_create(spec, pretrained=False), spec.name)
+    if spec.pretrained == "hub":
+        vit = timm_vit.check(_create(spec, pretrained=True), spec.name)
+    elif spec.pretrained != "none":
+        load_weights(vit, read_weights(spec), spec)
+    return vit.eval()
+
+
+def _create(spec: ModelSpec, pretrained: bool) -> torch.nn.Module:
+    """timm's model, its weights from the hub where asked for; timm fits them to size and classes.
+
+    Raises:
+        ConfigError: When it cannot be built, or its weights cannot be had.
+    """
+    if pretrained and spec.name == GLYPH_NAME:
+        raise ConfigError(
+            f"pretrained = 'hub' has no weights of model {GLYPH_NAME!r}; use 'bundled' or 'none'"
+        )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(spec.seed)
         try:
-            model = timm.create_model(**spec.timm_arguments())
-        except Exception as error:  # timm raises many kinds for arguments it cannot use
+            return timm.create_model(**spec.timm_arguments(), pretrained=pretrained)
+        except Exception as error:  # timm and the hub raise many kinds
+            if pretrained:
+                raise ConfigError(
+                    f"pretrained = 'hub': the weights of model {spec.name!r} cannot be had: "
+                    f"{_first(error)}; check the name and the network, or use the path of a "
+                    "safetensors file"
+                ) from None
             raise ConfigError(f"model {spec.name!r} cannot be built: {_first(error)}") from None
-    vit = timm_vit.check(model, spec.name)
-    if spec.weights != "none":
-        load_weights(vit, read_weights(spec), spec)
-    return vit.eval()
 
 
 def read_weights(spec: ModelSpec) -> dict[str, Tensor]:
@@ -94,23 +114,23 @@ def read_weights(spec: ModelSpec) -> dict[str, Tensor]:
     Raises:
         ConfigError: When they cannot be read.
     """
-    if spec.weights == "bundled":
+    if spec.pretrained == "bundled":
         if spec.name != GLYPH_NAME:
             raise ConfigError(
-                f"weights = 'bundled' belong to model {GLYPH_NAME!r}, not {spec.name!r}; "
-                "use 'none' or the path of a safetensors file"
+                f"pretrained = 'bundled' belongs to model {GLYPH_NAME!r}, not {spec.name!r}; "
+                "use 'hub', 'none' or the path of a safetensors file"
             )
         return load_weights_json(GLYPH_WEIGHTS)
     try:
-        return safetensors.torch.load_file(spec.weights)
+        return safetensors.torch.load_file(spec.pretrained)
     except FileNotFoundError:
         raise ConfigError(
-            f"weights file {spec.weights!r} does not exist; use 'bundled', 'none' or the path "
-            "of a safetensors file"
+            f"weights file {spec.pretrained!r} does not exist; use 'bundled', 'hub', 'none' or the "
+            "path of a safetensors file"
         ) from None
     except (SafetensorError, OSError) as error:
         raise ConfigError(
-            f"weights file {spec.weights!r} is not safetensors: {_first(error)}"
+            f"weights file {spec.pretrained!r} is not safetensors: {_first(error)}"
         ) from None
 
 
@@ -132,15 +152,15 @@ def load_weights(model: VisionTransformer, state: dict[str, Tensor], spec: Model
             state[name] = wanted[name]
     for name, tensor in wanted.items():
         if name not in state:
-            raise ConfigError(f"weights {spec.weights!r} lack {name!r} of model {spec.name!r}")
+            raise ConfigError(f"weights {spec.pretrained!r} lack {name!r} of model {spec.name!r}")
         if state[name].shape != tensor.shape:
             raise ConfigError(
-                f"weights {spec.weights!r}: {name!r} has shape {list(state[name].shape)}, "
+                f"weights {spec.pretrained!r}: {name!r} has shape {list(state[name].shape)}, "
                 f"but model {spec.name!r} wants {list(tensor.shape)}"
             )
     if surplus := sorted(state.keys() - wanted.keys()):
         raise ConfigError(
-            f"weights {spec.weights!r} hold {surplus[0]!r}, which model {spec.name!r} has not"
+            f"weights {spec.pretrained!r} hold {surplus[0]!r}, which model {spec.name!r} has not"
         )
     model.load_state_dict(state)
 
@@ -152,8 +172,8 @@ def _resample_position(model: VisionTransformer, state: dict[str, Tensor], spec:
     fits = patches > 0 and round(patches**0.5) ** 2 == patches and old.shape[2] == new.shape[2]
     if not fits or 0 in model.patch_embed.grid_size:
         raise ConfigError(
-            f"weights {spec.weights!r}: 'pos_embed' has shape {list(old.shape)}, which cannot be "
-            f"resampled to {list(new.shape)} of model {spec.name!r}"
+            f"weights {spec.pretrained!r}: 'pos_embed' has shape {list(old.shape)}, which cannot "
+            f"be resampled to {list(new.shape)} of model {spec.name!r}"
         )
     state["pos_embed"] = resample_abs_pos_embed(
         old, new_size=list(model.patch_embed.grid_size), num_prefix_tokens=prefix

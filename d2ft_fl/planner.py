@@ -127,49 +127,23 @@ class Planner:
         """
         scoring = self.scoring_cost(score_examples)
         if score_examples and (scoring.vector() <= capacity).all():
+            # What has the whole model sent down gets no compensation on top.
+            plain = replace(self, costs=replace(self.costs, compensated=False))
             reserved = capacity - np.array([scoring.flops, 0, scoring.bytes_up, 0])
             reserved[DOWN] = np.iinfo(np.int64).max // 4  # everything travels down for scoring
-            planned = self._solve(client, examples, reserved, backward, forward, rotation)
+            planned = plain._solve(client, examples, reserved, backward, forward, rotation)
             if not planned.schedule.sits_out:
-                return self._with_scoring(planned, examples, capacity, scoring, score_examples)
+                return self._with_scoring(planned, examples, capacity, score_examples)
         return self._solve(client, examples, capacity, backward, forward, rotation)
 
     def scoring_cost(self, examples: int) -> Cost:
-        """Cost of a Fisher pass: one example at a time, everything FULL, the whole model down.
-
-        Its memory holds no gradients but the one at hand.
-        """
-        if examples == 0:
-            return Cost()
-        one = self.costs.plain()
-        everything = one.everything()
-        a = self.costs.arch
-        flops = one.flops(everything, 1) * examples
-        held = sum(p.numel for p in a.parameters) + examples * a.input_elements
-        widest = max(p.numel for p in a.of_kind(Kind.SLICED))
-        memory = ELEMENT * (held + 2 * widest) + one.peak_bytes(everything, [1])
-        memory += memory // MEMORY_MARGIN
-        return Cost(
-            flops,
-            memory,
-            ELEMENT * a.blocks * a.heads + TENSOR_HEADER,
-            self.costs.bytes_down(self.costs.everything()),
-        )
+        """Cost of a Fisher pass; see :func:`scoring_cost`."""
+        return scoring_cost(self.costs, examples)
 
     def _with_scoring(
-        self,
-        planned: Assignment,
-        examples: int,
-        capacity: np.ndarray,
-        scoring: Cost,
-        score_examples: int,
+        self, planned: Assignment, examples: int, capacity: np.ndarray, score_examples: int
     ) -> Assignment:
-        cost = Cost(
-            planned.cost.flops + scoring.flops,
-            max(planned.cost.memory, scoring.memory),
-            planned.cost.bytes_up + scoring.bytes_up,
-            scoring.bytes_down,
-        )
+        cost = round_cost(self.costs, planned.schedule, examples, score_examples)
         _hold(cost, capacity, planned.client)
         return Assignment(planned.client, planned.schedule, cost, score_examples, planned.gap)
 
@@ -198,6 +172,45 @@ class Planner:
         # Running forward without training anything changes only the classifier: still a plan.
         nothing = Schedule.filled(Operation.SHORTCUT, slots, arch.blocks, arch.heads)
         return best or Assignment(client, nothing, Cost(), gap=0.0)
+
+
+def scoring_cost(costs: CostModel, examples: int) -> Cost:
+    """Cost of a Fisher pass: one example at a time, everything FULL, the whole model down.
+
+    Its memory holds no gradients but the one at hand.
+    """
+    if examples == 0:
+        return Cost()
+    one = costs.plain()
+    everything = one.everything()
+    a = costs.arch
+    flops = one.flops(everything, 1) * examples
+    held = sum(p.numel for p in a.parameters) + examples * a.input_elements
+    widest = max(p.numel for p in a.of_kind(Kind.SLICED))
+    memory = ELEMENT * (held + 2 * widest) + one.peak_bytes(everything, [1])
+    return Cost(
+        flops,
+        memory + memory // MEMORY_MARGIN,
+        ELEMENT * a.blocks * a.heads + TENSOR_HEADER,
+        costs.bytes_down(costs.everything()),
+    )
+
+
+def round_cost(costs: CostModel, schedule: Schedule, examples: int, score_examples: int) -> Cost:
+    """Cost of a round, with the Fisher pass before it, if any.
+
+    The pass needs the whole model, of which the schedule then keeps its part, uncompensated.
+    """
+    if not score_examples:
+        return costs.cost(schedule, examples)
+    cost = replace(costs, compensated=False).cost(schedule, examples)
+    scoring = scoring_cost(costs, score_examples)
+    return Cost(
+        cost.flops + scoring.flops,
+        max(cost.memory, scoring.memory),
+        cost.bytes_up + scoring.bytes_up,
+        scoring.bytes_down,
+    )
 
 
 def _hold(cost: Cost, capacity: np.ndarray, client: int) -> None:
@@ -331,6 +344,11 @@ class _ClientProblem:
             out[..., resource] = held + kept
         out[..., UP] = sliced * trained
         out[..., DOWN] = sliced * resident
+        if c.calibrating:
+            widths = np.array(arch.widths).sum(axis=0)[head][:, None]
+            means = ELEMENT * arch.tokens * widths * resident
+            for resource in (UP, *MEMORIES):
+                out[..., resource] += means
         return out
 
     @cached_property
@@ -343,6 +361,7 @@ class _ClientProblem:
         )
         out = np.zeros((c.arch.blocks, 2, LATER + 1), dtype=np.int64)
         out[:, 0, DOWN] = out[:, 1, UP] = shared + headers
+        out[:, 0, UP] = 2 * TENSOR_HEADER * c.calibrating
         for resource, sizes, copies in self._phases:
             out[:, 0, resource] = shared
             saved = 2 * c.saved.stream * int(sizes.sum())  # x of both branches, of all examples
@@ -367,6 +386,11 @@ class _ClientProblem:
             held = ELEMENT * (e.embedding + (1 + copies) * e.final)
             images = ELEMENT * examples * c.arch.input_elements
             out[resource] = held + images + examples * c.saved.outer // self._parts(sizes)
+        if c.compensated:  # at most; a block that skips nothing needs none of it
+            sets = c.arch.blocks * self.active
+            skips = ELEMENT * sets * 2 * c.arch.tokens * c.arch.dim
+            out[DOWN] += skips + TENSOR_HEADER * c.arch.blocks
+            out[MEMORIES] += skips
         return out
 
     def _materialise(self, choice: np.ndarray) -> Schedule:

@@ -5,8 +5,9 @@ functions, and give the same result for the same seed.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from torch import Tensor
 from d2ft_fl import scores, wire
 from d2ft_fl.aggregation import Sums, Update
 from d2ft_fl.budgets import Budget
+from d2ft_fl.compensation import MeanBook, MeanSums
 from d2ft_fl.config import RunConfig
 from d2ft_fl.costs import RESOURCES, Cost, CostModel
 from d2ft_fl.errors import ReplyError, RunError
@@ -57,11 +59,13 @@ class State:
         round: Rounds finished.
         weights: The global model, float32 by state-dict name.
         fisher: What scoring passes have told.
+        means: What subnets add on average, where compensation is on.
     """
 
     round: int
     weights: dict[str, Tensor]
     fisher: scores.FisherBook = field(default_factory=scores.FisherBook)
+    means: MeanBook = field(default_factory=MeanBook)
 
 
 @dataclass(frozen=True)
@@ -73,13 +77,32 @@ class Federation:
 
     @cached_property
     def costs(self) -> CostModel:
-        """The cost model."""
-        return CostModel(self.arch, self.config.local_options(), self.config.slots)
+        """The cost model, of a round that neither compensates nor calibrates."""
+        config = self.config
+        device = config.torch_device().type
+        return CostModel(self.arch, config.local_options(), config.slots, device)
+
+    def calibrates(self, round: int) -> bool:
+        """Whether clients measure what subnets add on average in this round."""
+        return self.config.compensation and (round - 1) % max(1, self.config.score_every) == 0
+
+    def costs_of(self, state: State) -> CostModel:
+        """The cost model of the round after ``state``."""
+        return self._costs[state.means.known is not None, self.calibrates(state.round + 1)]
 
     @cached_property
-    def planner(self) -> Planner:
-        """The planner."""
-        return Planner(self.costs, self.config.planner, self.config.forward_weight)
+    def _costs(self) -> dict[tuple[bool, bool], CostModel]:
+        """By whether shortcuts are compensated, and whether clients calibrate."""
+        return {
+            (compensated, calibrating): replace(
+                self.costs, compensated=compensated, calibrating=calibrating
+            )
+            for compensated, calibrating in product((False, True), (False, True))
+        }
+
+    def planner_of(self, state: State) -> Planner:
+        """The planner of the round after ``state``."""
+        return Planner(self.costs_of(state), self.config.planner, self.config.forward_weight)
 
     @cached_property
     def strategy(self) -> Any:
@@ -154,7 +177,7 @@ class Round:
 
     def plan(self, client: Participant, backward: np.ndarray, forward: np.ndarray) -> Assignment:
         """The best schedule for these scores that keeps every budget of ``client``."""
-        return self.federation.planner.plan(
+        return self.federation.planner_of(self.state).plan(
             client.client,
             client.examples,
             client.capacity,
@@ -170,9 +193,8 @@ class Round:
 
     def assign(self, client: Participant, schedule: Schedule) -> Assignment:
         """A schedule of your own, with its predicted cost; budgets are not looked at."""
-        return Assignment(
-            client.client, schedule, self.federation.costs.cost(schedule, client.examples)
-        )
+        costs = self.federation.costs_of(self.state)
+        return Assignment(client.client, schedule, costs.cost(schedule, client.examples))
 
 
 def plan_round(federation: Federation, state: State, reports: Iterable[Report]) -> "Plan":
@@ -229,8 +251,13 @@ def encode_assignment(federation: Federation, state: State, a: Assignment) -> by
         "operations": a.schedule.operations.astype("int8").tobytes().hex(),
         "shape": list(a.schedule.operations.shape),
         "score_examples": a.score_examples,
+        "calibrate": federation.calibrates(state.round + 1),
+        "keeps_budgets": federation.keeps_budgets,
     }
-    return wire.encode(pack_for(federation.arch, state.weights, carried), meta)
+    tensors = pack_for(federation.arch, state.weights, carried)
+    if not a.score_examples:
+        tensors |= state.means.offsets(federation.arch, state.weights, a.schedule)
+    return wire.encode(tensors, meta)
 
 
 @dataclass(frozen=True)
@@ -263,6 +290,7 @@ class Fold:
         self.federation, self.state, self.plan = federation, state, plan
         examples = sum(sum(federation.costs.slot_totals(c.examples)) for c in plan.clients)
         self.sums = Sums(federation.arch, state.weights, examples)
+        self.mean_sums = MeanSums(federation.arch, examples)
         self.pending = {a.client: a for a in plan.working}
         self.participants = {c.client: c for c in plan.clients}
         self.measured: dict[int, tuple[np.ndarray, int]] = {}
@@ -303,7 +331,13 @@ class Fold:
         fisher = tensors.pop("d2ft.fisher", None)
         if assignment.score_examples:
             measured = self._check_fisher(fisher)
-        self.sums.add(Update(assignment.schedule, slot_examples, tensors))
+        schedule, means = assignment.schedule, {}
+        if self.federation.calibrates(self.plan.round):
+            means = {n: tensors.pop(n) for n in list(tensors) if n.startswith("d2ft.mean.")}
+            self.mean_sums.check(schedule, means)
+        self.sums.add(Update(schedule, slot_examples, tensors))
+        if means:
+            self.mean_sums.add(schedule, slot_examples, means)
         del self.pending[client]
         if assignment.score_examples:
             self.measured[client] = (measured, assignment.score_examples)
@@ -333,7 +367,12 @@ class Fold:
         for assignment in self.plan.assignments:
             if assignment.client not in self.records:
                 self._record(assignment, None)
-        state = State(self.plan.round, self.sums.apply(), self.state.fisher.updated(self.measured))
+        state = State(
+            self.plan.round,
+            self.sums.apply(),
+            self.state.fisher.updated(self.measured),
+            self.mean_sums.apply(self.state.means),
+        )
         return state, [self.records[c.client] for c in self.plan.clients]
 
     def _record(

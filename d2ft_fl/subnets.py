@@ -129,10 +129,19 @@ class Architecture:
     norm_pooled: bool
     parameters: tuple[Parameter, ...]
 
+    def __hash__(self) -> int:
+        # Enough to tell models apart, and quick beside thousands of rows.
+        return hash((self.blocks, self.heads, self.dim, self.hidden, self.tokens, self.classes))
+
     @cached_property
     def by_name(self) -> dict[str, Parameter]:
         """Parameters by state-dict name."""
         return {p.name: p for p in self.parameters}
+
+    @property
+    def widths(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Width of what each head hands to the product out, of attention and feed-forward."""
+        return (self.head_dim,) * self.heads, self.hidden
 
     def of_kind(self, kind: Kind, block: int | None = None) -> list[Parameter]:
         """Parameters of one kind, of one block or of all."""

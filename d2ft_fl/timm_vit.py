@@ -102,10 +102,10 @@ def check(model: nn.Module, name: str) -> VisionTransformer:
     """
     if reason := _objection(model):
         raise ConfigError(
-            f"model {name!r} is not supported: {reason}; use a plain timm ViT "
-            "(vit_* or deit_*: pre-norm blocks of Attention and Mlp with LayerNorm or RmsNorm, with "
-            "or without layer scale, registers, class token, q/k norms, attention gates, dropout and "
-            f"stochastic depth, pooled by {', '.join(POOLS)})"
+            f"model {name!r} is not supported: {reason}; use a plain timm ViT (vit_* or deit_*: "
+            "pre-norm blocks of Attention and Mlp with LayerNorm or RmsNorm, with or without layer "
+            "scale, registers, class token, q/k norms, attention gates, dropout and stochastic "
+            f"depth, pooled by {', '.join(POOLS)})"
         )
     assert isinstance(model, VisionTransformer)
     return model

@@ -1,6 +1,6 @@
 """Local training: one client's round on its part of the model."""
 
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 
@@ -71,7 +71,12 @@ def build_optimizer(
 
 
 def train(
-    model: PartialModel, batches: Batches, options: LocalOptions, rate: LearningRate, meter: Meter
+    model: PartialModel,
+    batches: Batches,
+    options: LocalOptions,
+    rate: LearningRate,
+    meter: Meter,
+    beside: Sequence[Tensor] = (),
 ) -> float:
     """Follow the model's schedule over the batches; its tensors end as the client's update.
 
@@ -79,16 +84,19 @@ def train(
     by examples; one optimiser step a batch. A slice that no slot of a batch ran FULL is not
     stepped.
 
+    Args:
+        beside: What else is held meanwhile.
+
     Returns:
         The mean training loss over the examples that ran.
     """
     model.train(True)
-    stepper = Stepper(model, options, rate, meter)
+    stepper = Stepper(model, options, rate, meter, beside)
     total_loss: Tensor | float = 0.0
     total_examples = 0
     for images, labels in batches:
         loss, examples = stepper.step(images, labels)
-        total_loss += loss
+        total_loss += loss  # stays on its device: nothing waits for it
         total_examples += examples
     model.train(False)
     return float(total_loss) / max(1, total_examples)
@@ -102,6 +110,7 @@ class Stepper:
     options: LocalOptions
     rate: LearningRate
     meter: Meter
+    beside: Sequence[Tensor] = ()
     _overwrite: bool | None = None
     _zeroed: list[Tensor] = field(default_factory=list)
     _moment_bytes: tuple[int, int] = (0, 0)  # of how many states, how much
@@ -119,7 +128,7 @@ class Stepper:
     @cached_property
     def _fixed(self) -> list[Tensor]:
         """What is held all along: weights and gradients."""
-        return [*(t for _, t in self.model.held()), *self.model.gradients()]
+        return [*(t for _, t in self.model.held()), *self.model.gradients(), *self.beside]
 
     @cached_property
     def _fixed_bytes(self) -> int:

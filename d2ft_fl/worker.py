@@ -6,6 +6,7 @@ process, and resets in place for each assignment.
 
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cached_property, lru_cache
 
 import numpy as np
@@ -13,12 +14,16 @@ import torch
 from torch import Tensor
 
 from d2ft_fl import timm_vit, wire
-from d2ft_fl.budgets import ClientDescription
+from d2ft_fl.budgets import Budget, ClientDescription
+from d2ft_fl.compensation import MeanTally, received
 from d2ft_fl.config import RunConfig
+from d2ft_fl.costs import RESOURCES, CostModel
 from d2ft_fl.data import FederatedData, open_data
-from d2ft_fl.meter import Meter, set_threads
+from d2ft_fl.errors import Refusal
+from d2ft_fl.meter import Meter, free_memory, set_threads, warm_up
 from d2ft_fl.models import build_model
 from d2ft_fl.partial import PartialModel
+from d2ft_fl.planner import round_cost
 from d2ft_fl.rounds import Report
 from d2ft_fl.subnets import Architecture, Kind, Operation, Schedule, slot_totals
 from d2ft_fl.training import fisher, train
@@ -36,24 +41,29 @@ class Worker:
     def __init__(self, config: RunConfig):
         self.config = config
         self.options = config.local_options()
+        self.device = config.torch_device()
         self.rate = config.load_client_mode().learning_rate
-        self.meter = Meter(verify=config.verify_costs)
+        self.meter = Meter(verify=config.verify_costs, device=self.device)
         self.budgets = config.budget_source()
 
     @cached_property
     def _parts(self) -> tuple[PartialModel, FederatedData]:
-        model = build_model(self.config.model_spec())
+        # A template: its weights come with every assignment.
+        model = build_model(replace(self.config.model_spec(), pretrained="none"))
         arch = timm_vit.describe(model)
         channels, side = timm_vit.input_shape(model)
         data = open_data(self.config.data_spec(side, channels))
-        return PartialModel(model, arch), data
+        warm_up(self.device)
+        return PartialModel(model, arch, self.options.numerics(), self.device), data
 
     def report(self, client: int, round: int) -> Report:
         """What ``client`` says of itself before ``round``."""
+        return Report(client, len(self._parts[1].partitions[client]), self._budget(client, round))
+
+    def _budget(self, client: int, round: int) -> Budget:
         partitions = self._parts[1].partitions
-        examples = len(partitions[client])
-        who = ClientDescription(client, examples, len(partitions))
-        return Report(client, examples, self.budgets(who, round))
+        who = ClientDescription(client, len(partitions[client]), len(partitions))
+        return self.budgets(who, round)
 
     def work(self, blob: bytes) -> bytes:
         """Carry one assignment out. What goes wrong becomes the reply, named."""
@@ -70,24 +80,44 @@ class Worker:
         client, round = int(meta["client"]), int(meta["round"])
         operations = np.frombuffer(bytes.fromhex(meta["operations"]), dtype=np.int8)
         schedule = Schedule(operations.reshape(meta["shape"]))
+        scored, calibrates = int(meta["score_examples"]), bool(meta["calibrate"])
         model, data = self._parts
+        offsets = received(schedule, tensors)
+        if meta["keeps_budgets"]:
+            costs = CostModel(
+                model.arch,
+                self.options,
+                schedule.slots,
+                self.device.type,
+                bool(offsets),
+                calibrates,
+            )
+            self._refuse_unless_it_fits(client, round, schedule, costs, scored)
         order = self._order(client, round, len(data.partitions[client]))
         self.meter.start()
         result: dict[str, Tensor] = {}
-        if scored := int(meta["score_examples"]):
+        if scored:
             everything = Schedule.filled(Operation.FULL, 1, *schedule.operations.shape[1:])
             model.numerics = self.options.plain().numerics()
             model.reset(everything, tensors)
-            images, labels = data.client_batch(client, order[0][:scored])
+            images, labels = data.client_batch(client, order[0][:scored], self.device)
             scores = fisher(model, images, labels, self.meter)
             result["d2ft.fisher"] = torch.from_numpy(scores).float()
             tensors = self._narrow(model.arch, tensors, schedule)
         model.numerics = self.options.numerics()
-        model.reset(schedule, tensors)
-        del tensors
-        batches = self._batches(data, client, order)
-        loss = train(model, batches, self.options, self.rate, self.meter)
-        result.update(model.update())
+        model.reset(schedule, tensors, offsets)
+        del tensors, offsets
+        means = MeanTally(model) if calibrates else None
+        batches = (data.client_batch(client, p, self.device) for p in self._positions(order))
+        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+            draw = np.random.default_rng(self._seed(client, round))
+            torch.manual_seed(int(draw.integers(2**62)))  # of dropout
+            loss = train(
+                model, batches, self.options, self.rate, self.meter, means.held() if means else []
+            )
+        result.update({name: tensor.cpu() for name, tensor in model.update().items()})
+        if means is not None:
+            result.update(means.finish())
         reply = {
             "round": round,
             "client": client,
@@ -105,17 +135,36 @@ class Worker:
         }
         return wire.encode(result, reply)
 
+    def _refuse_unless_it_fits(
+        self, client: int, round: int, schedule: Schedule, costs: CostModel, scored: int
+    ) -> None:
+        """Hold a plan against this client's own budget, and the memory that is there.
+
+        Raises:
+            Refusal: Before anything has started.
+        """
+        examples = len(self._parts[1].partitions[client])
+        cost = round_cost(costs, schedule, examples, scored)
+        allowed = self._budget(client, round).capacity(costs.full_cost(examples))
+        for resource, planned, most in zip(RESOURCES, cost.vector(), allowed, strict=True):
+            if planned > most:
+                raise Refusal(f"the plan needs {planned} of {resource}, the budget allows {most}")
+        if cost.memory > (free := free_memory(self.device)):
+            raise Refusal(f"the plan needs {cost.memory} bytes of memory, {free} are free")
+
+    def _seed(self, client: int, round: int) -> tuple[int, int, int]:
+        return self.config.seed, round, client
+
     def _order(self, client: int, round: int, examples: int) -> list[np.ndarray]:
         """Each epoch's order of a client's examples: a function of seed, round and client."""
-        draw = np.random.default_rng([self.config.seed, round, client, 1])
+        draw = np.random.default_rng([*self._seed(client, round), 1])
         return [draw.permutation(examples) for _ in range(self.options.epochs)]
 
-    def _batches(
-        self, data: FederatedData, client: int, order: list[np.ndarray]
-    ) -> Iterator[tuple[Tensor, Tensor]]:
+    def _positions(self, order: list[np.ndarray]) -> Iterator[np.ndarray]:
+        """Which of a client's examples each batch holds."""
         for epoch in order:
             for start in range(0, len(epoch), self.options.batch_size):
-                yield data.client_batch(client, epoch[start : start + self.options.batch_size])
+                yield epoch[start : start + self.options.batch_size]
 
     @staticmethod
     def _narrow(

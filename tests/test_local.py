@@ -176,3 +176,52 @@ def test_a_strategy_of_ones_own(quick, tmp_path, monkeypatch):
     assert summary["violations"] == 0
     trained = rows(summary["folder"])[0]["trained"]
     assert sum(trained[-1]) > sum(trained[0])
+
+
+def test_compensation_runs_within_budgets_and_is_charged(quick):
+    summary = run_local(quick(compensation=True, score_every=1, rounds=3))
+    plain = run_local(quick(run_folder=quick().run_folder + "-plain", score_every=1, rounds=3))
+    assert summary["violations"] == plain["violations"] == 0
+    assert summary["faults"] == 0
+    assert summary["flops_as_predicted"] == plain["flops_as_predicted"]
+    assert summary["resources"]["bytes_up"]["used"] != plain["resources"]["bytes_up"]["used"]
+
+
+@pytest.mark.parametrize(
+    "options", [{"checkpointing": True}, {"accumulate": 3, "slots": 2}, {"precision": "bf16"}]
+)
+def test_what_saves_memory_keeps_budgets(quick, options):
+    summary = run_local(quick(verify_costs=True, **options))
+    assert summary["violations"] == 0
+    assert summary["faults"] == 0
+    assert summary["flops_as_predicted"] == summary["client_rounds"]
+
+
+def test_a_client_refuses_what_does_not_fit(quick, monkeypatch):
+    """The budget that a client finds when the plan arrives is smaller than it was when asked."""
+    asked = set()
+
+    def shrinking(self, client, round):
+        first = (client.client, round) not in asked
+        asked.add((client.client, round))
+        return _only_flops(10**15 if first or client.client else 1)
+
+    monkeypatch.setattr("d2ft_fl.budgets.DeviceClasses.__call__", shrinking)
+    worker.worker.cache_clear()
+    summary = run_local(quick(rounds=1))
+    faults = [c["fault"] for c in rows(summary["folder"], "clients.jsonl") if c["fault"]]
+    assert len(faults) == 1
+    assert "Refusal: the plan needs" in faults[0]
+    assert "of flops, the budget allows 1" in faults[0]
+
+
+def test_a_client_refuses_what_its_memory_cannot_hold(quick, monkeypatch):
+    monkeypatch.setattr("d2ft_fl.worker.free_memory", lambda device: 1000)
+    worker.worker.cache_clear()
+    with pytest.raises(RunError, match="bytes of memory, 1000 are free"):
+        run_local(quick(rounds=1))
+
+
+def test_fedavg_is_not_refused(quick):
+    worker.worker.cache_clear()
+    assert run_local(quick(strategy="fedavg", rounds=1))["faults"] == 0

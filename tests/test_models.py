@@ -43,7 +43,7 @@ def test_weights_load_at_another_image_size_and_class_count(tmp_path):
     source = timm.create_model("vit_tiny_patch16_224", depth=2, img_size=64)
     path = tmp_path / "weights.safetensors"
     safetensors.torch.save_file(source.state_dict(), path)
-    model = build_model(ModelSpec(**{**vars(TINY), "weights": str(path)}))
+    model = build_model(ModelSpec(**{**vars(TINY), "pretrained": str(path)}))
     assert model.pos_embed.shape == (1, 1 + 2 * 2, 192)
     assert torch.equal(model.blocks[1].attn.qkv.weight, source.blocks[1].attn.qkv.weight)
     assert model.head.out_features == 10
@@ -56,7 +56,7 @@ def save(tmp_path, change):
     change(state)
     path = tmp_path / "weights.safetensors"
     safetensors.torch.save_file(state, path)
-    return ModelSpec(**{**vars(TINY), "weights": str(path)})
+    return ModelSpec(**{**vars(TINY), "pretrained": str(path)})
 
 
 @pytest.mark.parametrize(
@@ -78,7 +78,7 @@ def test_a_file_that_is_not_safetensors_is_refused(tmp_path):
     path = tmp_path / "weights.safetensors"
     path.write_bytes(b"not a weights file")
     with pytest.raises(ConfigError, match="is not safetensors"):
-        build_model(ModelSpec(**{**vars(TINY), "weights": str(path)}))
+        build_model(ModelSpec(**{**vars(TINY), "pretrained": str(path)}))
 
 
 @pytest.mark.parametrize(
