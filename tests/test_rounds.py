@@ -160,7 +160,8 @@ def test_one_fedavg_round_equals_flowers_own_fedavg(quick, slots, monkeypatch):
             [{"params": ps, "lr": lr} for lr, ps in groups.items()], momentum=options.momentum
         )
         order = worker._order(client, 1, len(data.partitions[client]))
-        for images, labels in worker._batches(data, client, order):
+        for positions in worker._positions(order):
+            images, labels = data.client_batch(client, positions)
             optimizer.zero_grad()
             F.cross_entropy(model(images), labels).backward()
             optimizer.step()
