@@ -178,15 +178,24 @@ class _Graph:
 
     def __init__(self, leaves: Sequence[Tensor], result: Tensor):
         self.leaves = [leaf for leaf in leaves if leaf.requires_grad]
-        self.edge = get_gradient_edge(result) if self.leaves else None
+        self.edge = get_gradient_edge(result) if result.requires_grad else None
         self.dtype = result.dtype
 
-    def gradients(self, grad: Tensor) -> list[Tensor]:
-        """Gradients of the leaves, in their order; the graph is gone afterwards."""
-        edge, leaves, self.edge, self.leaves = self.edge, self.leaves, None, []
-        if edge is None:
-            return []
-        return list(torch.autograd.grad([edge], leaves, [grad.to(self.dtype)]))
+
+def _gradients(
+    graphs: Sequence[_Graph], grads: Sequence[Tensor], shared: Sequence[Tensor] = ()
+) -> tuple[list[list[Tensor]], list[Tensor]]:
+    """Gradients of the leaves of each graph, and of leaves that they share, in one go.
+
+    The graphs are gone afterwards.
+    """
+    edges = [graph.edge for graph in graphs if graph.edge is not None]
+    leaves = [leaf for graph in graphs for leaf in graph.leaves]
+    if not leaves and not shared:
+        return [[] for _ in graphs], []
+    values = [grad.to(graph.dtype) for graph, grad in zip(graphs, grads, strict=True)]
+    found = iter(torch.autograd.grad(edges, [*leaves, *shared], values))
+    return [[next(found) for _ in graph.leaves] for graph in graphs], list(found)
 
 
 @dataclass
@@ -273,8 +282,7 @@ class _Pass:
         hs = piece.products_in(y, branch.numerics)
         with torch.set_grad_enabled(graph):
             z = branch.middle([h.requires_grad_(graph) for h in hs], self.tokens, own)
-        shared = [own[role] for role in branch.traits.middle_roles if role in own]
-        return (_Graph([*hs, *shared], z) if graph else None), z.detach()
+        return (_Graph(hs, z) if graph else None), z.detach()
 
     def forward(
         self, x: Tensor, shared: Mapping[str, Tensor], wanted: Mapping[str, bool] | None
@@ -373,33 +381,38 @@ class _Pass:
             leaf = x.detach().requires_grad_(grads.wanted["x"])
             norm, y = self.norm(leaf, own, graph=True)
         assert norm is not None
-        trained = [r for r in branch.traits.middle_roles if r in own and own[r].requires_grad]
-        pieces = list(self.work(segment, segment.alive))
+        common = [r for r in branch.traits.middle_roles if r in own and own[r].requires_grad]
+        pieces = list(enumerate(self.work(segment, segment.alive)))
         dy = g.new_empty(g.shape) if len(pieces) == 1 else torch.zeros_like(g)
-        for index, (piece, rows) in enumerate(pieces):
-            graph, z = kept.take(index)
-            if x is not None:
-                assert y is not None
-                graph, z = self.middle(piece, y[rows], own, graph=True)
-            assert graph is not None
-            own_g = g[rows]
-            if piece.full:
-                assert z is not None
-                piece.gradients_out(z, own_g, branch.observer)
-            z = None
-            found = graph.gradients(piece.through_out(own_g, numerics))
-            inward = found[: len(piece.inward)]
-            for role, value in zip(trained, found[len(inward) :], strict=True):
+        for full in (True, False):  # all pieces of an operation together
+            group = [(i, piece, rows) for i, (piece, rows) in pieces if piece.full is full]
+            graphs, dzs = [], []
+            for index, piece, rows in group:
+                graph, z = kept.take(index)
+                if x is not None:
+                    assert y is not None
+                    graph, z = self.middle(piece, y[rows], own, graph=True)
+                assert graph is not None
+                if full:
+                    assert z is not None
+                    piece.gradients_out(z, g[rows], branch.observer)
+                graphs.append(graph)
+                dzs.append(piece.through_out(g[rows], numerics))
+                graph = z = None
+            inwards, values = _gradients(graphs, dzs, [own[r] for r in common] if group else ())
+            graphs, dzs = [], []
+            for role, value in zip(common, values, strict=bool(group)):
                 grads.add(role, value)
-            if piece.full:
-                assert y is not None
-                piece.gradients_in(y[rows], inward, branch.observer)
-            if norm.leaves:
-                piece.through_in(inward, dy[rows], numerics, add=len(pieces) > 1)
-            del found, inward
+            for (_, piece, rows), inward in zip(group, inwards, strict=True):
+                if full:
+                    assert y is not None
+                    piece.gradients_in(y[rows], inward, branch.observer)
+                if norm.leaves:
+                    piece.through_in(inward, dy[rows], numerics, add=len(pieces) > 1)
+            inwards, inward = [], []
         wanted = [r for r in branch.norm_roles if r in own and own[r].requires_grad]
         kept.y = y = None
-        found = norm.gradients(dy.view(-1, self.tokens, dy.shape[1]))
+        (found,), _ = _gradients([norm], [dy.view(-1, self.tokens, dy.shape[1])])
         dx = found.pop(0) if grads.wanted["x"] else None
         for role, value in zip(wanted, found, strict=True):
             grads.add(role, value)

@@ -198,8 +198,8 @@ class CostModel:
         * forward in a branch: what lower branches saved, x, y, the sum, and for the piece at hand
           its products in and its z (saved or not);
         * backward in a branch: what it and lower ones saved, the gradient that arrives, the
-          gradient of y, and for the piece at hand the gradients of z and of its products in (of
-          q, k, v twice, when they are put together);
+          gradient of y, and for all FULL pieces, then all FROZEN ones, the gradients of z and of
+          products in (of q, k, v twice, when they are put together);
         * after it: the gradient of x in place of the piece's;
         * the classifier, with everything saved; the embedding, with nothing.
         """
@@ -418,9 +418,11 @@ class _Pass:
         if not options.checkpointing:
             saved = saved + norm + (n_full + n_frozen) @ s.alive.T + n_full @ s.full.T
 
-        def largest(operation: Operation, per_head: np.ndarray) -> np.ndarray:
+        def largest(
+            operation: Operation, per_head: np.ndarray, together: bool = False
+        ) -> np.ndarray:
             """Bytes [2, heads] an example and head, for the largest piece: [blocks, 2]."""
-            return _largest(operations, operation, n, per_head)
+            return _largest(operations, operation, n, per_head, together)
 
         inward, outward = s.hidden[:, 0], s.hidden[:, 1]  # [2, heads]
         ahead = largest(Operation.FORWARD_ONLY, inward + outward)
@@ -437,9 +439,10 @@ class _Pass:
         # q, k and v get their gradients one by one and are then put together.
         back = inward * np.array([[2], [1]]) + outward
         again = back + s.alive if options.checkpointing else back
+        again_full = again + s.full if options.checkpointing else again
         middle = np.maximum(
-            largest(Operation.FULL, again + (s.full if options.checkpointing else 0)),
-            largest(Operation.FROZEN, again),
+            largest(Operation.FULL, again_full, together=True),
+            largest(Operation.FROZEN, again, together=True),
         )
         if options.checkpointing:
             middle = middle + (s.statistics + s.narrow + s.normed) * n_live
@@ -465,21 +468,30 @@ class _Pass:
 
 
 def _largest(
-    operations: np.ndarray, operation: Operation, n: np.ndarray, per_head: np.ndarray
+    operations: np.ndarray,
+    operation: Operation,
+    n: np.ndarray,
+    per_head: np.ndarray,
+    together: bool,
 ) -> np.ndarray:
-    """Bytes of the largest piece of an operation, of each block and branch: int64 [blocks, 2].
+    """Bytes of an operation's largest piece, of each block and branch: int64 [blocks, 2].
 
     Args:
         operations: int8 [slots, blocks, heads]. n: Examples of each slot.
         per_head: Bytes of an example and head: int64 [2, heads].
+        together: Take the pieces of a segment as one.
     """
     if len(n) == 1:  # one slot is one piece
         return n[0] * (operations[0] == operation) @ per_head.T
     found = np.zeros((operations.shape[1], 2), dtype=np.int64)
     for block in range(operations.shape[1]):
         column = np.ascontiguousarray(operations[:, block])
-        for start, stop, heads in _pieces(column.tobytes(), len(n), operation):
-            load = int(n[start:stop].sum()) * per_head[:, heads].sum(axis=1)
+        for pieces in _pieces(column.tobytes(), len(n), operation):
+            loads = [
+                int(n[start:stop].sum()) * per_head[:, heads].sum(axis=1)
+                for start, stop, heads in pieces
+            ]
+            load = np.sum(loads, axis=0) if together else np.max(loads, axis=0)
             found[block] = np.maximum(found[block], load)
     return found
 
@@ -487,11 +499,11 @@ def _largest(
 @lru_cache(maxsize=1 << 16)
 def _pieces(
     operations: bytes, slots: int, operation: Operation
-) -> list[tuple[int, int, list[int]]]:
-    """The engine's pieces of one operation, for a block's operations [slots, heads]."""
+) -> list[list[tuple[int, int, list[int]]]]:
+    """The engine's pieces of one operation, segment by segment: of a block's [slots, heads]."""
     table = np.frombuffer(operations, dtype=np.int8).reshape(slots, -1)
     parts = cover(table, storage_order(table))
-    return [piece for part in parts for piece in part.pieces[operation]]
+    return [part.pieces[operation] for part in parts if part.pieces[operation]]
 
 
 def _data(spec: dict[str, tuple[int, ...]]) -> int:

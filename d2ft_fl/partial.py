@@ -78,8 +78,15 @@ class Block:
             for index, t in enumerate((traits.attention, traits.feed_forward))
         ]
 
-    def together(self) -> list[tuple[int, ...]]:
-        """Trained heads, those that run FULL in the same slots side by side in one tuple."""
+    def together(self, every_slot: bool) -> list[tuple[int, ...]]:
+        """Trained heads, those that always step together in one tuple.
+
+        Args:
+            every_slot: Whether every batch has examples in every slot; otherwise heads must run
+                FULL in the same slots.
+        """
+        if every_slot:
+            return [self.store.trained] if self.store.trained else []
         groups: list[tuple[int, ...]] = []
         full = self.operations == Operation.FULL
         for head in self.store.trained:
@@ -223,8 +230,8 @@ class PartialModel:
             found.extend(block.store.grads.values())
         return found
 
-    def entries(self) -> list[Entry]:
-        """What an optimiser steps: views of exactly what trains."""
+    def entries(self, every_slot: bool = False) -> list[Entry]:
+        """What an optimiser steps: views of exactly what trains; see ``Block.together``."""
         self.gradients()
         found = []
         for name, tensor in self.whole().items():
@@ -233,7 +240,7 @@ class PartialModel:
             found.append(Entry(p.block, (), p.kind, tensor, tensor.grad))
         for index, block in self.blocks.items():
             for role, grad in block.store.grads.items():
-                for heads in block.together():
+                for heads in block.together(every_slot):
                     (run,) = block.store.runs(role, heads)
                     value = block.store.weights[role][run.rows]
                     found.append(Entry(index, heads, Kind.SLICED, value, grad[run.rows]))

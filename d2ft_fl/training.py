@@ -77,6 +77,7 @@ def train(
     rate: LearningRate,
     meter: Meter,
     beside: Sequence[Tensor] = (),
+    every_slot: bool = False,
 ) -> float:
     """Follow the model's schedule over the batches; its tensors end as the client's update.
 
@@ -85,13 +86,13 @@ def train(
     stepped.
 
     Args:
-        beside: What else is held meanwhile.
+        beside, every_slot: See :class:`Stepper`.
 
     Returns:
         The mean training loss over the examples that ran.
     """
     model.train(True)
-    stepper = Stepper(model, options, rate, meter, beside)
+    stepper = Stepper(model, options, rate, meter, beside, every_slot)
     total_loss: Tensor | float = 0.0
     total_examples = 0
     for images, labels in batches:
@@ -104,13 +105,20 @@ def train(
 
 @dataclass
 class Stepper:
-    """One optimiser step after another on a model's schedule."""
+    """One optimiser step after another on a model's schedule.
+
+    Attributes:
+        beside: What else is held meanwhile.
+        every_slot: Whether each batch will have examples in every slot: then all trained heads of
+            a tensor step together, which is faster.
+    """
 
     model: PartialModel
     options: LocalOptions
     rate: LearningRate
     meter: Meter
     beside: Sequence[Tensor] = ()
+    every_slot: bool = False
     _overwrite: bool | None = None
     _zeroed: list[Tensor] = field(default_factory=list)
     _moment_bytes: tuple[int, int] = (0, 0)  # of how many states, how much
@@ -118,7 +126,7 @@ class Stepper:
     @cached_property
     def entries(self) -> list[Entry]:
         """What is stepped."""
-        return self.model.entries()
+        return self.model.entries(self.every_slot)
 
     @cached_property
     def optimizer(self) -> torch.optim.Optimizer:

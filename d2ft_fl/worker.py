@@ -112,8 +112,15 @@ class Worker:
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
             draw = np.random.default_rng(self._seed(client, round))
             torch.manual_seed(int(draw.integers(2**62)))  # of dropout
+            smallest = (len(order[0]) - 1) % self.options.batch_size + 1
             loss = train(
-                model, batches, self.options, self.rate, self.meter, means.held() if means else []
+                model,
+                batches,
+                self.options,
+                self.rate,
+                self.meter,
+                means.held() if means else (),
+                every_slot=smallest >= schedule.slots,
             )
         result.update({name: tensor.cpu() for name, tensor in model.update().items()})
         if means is not None:

@@ -1,4 +1,4 @@
-"""A stand-in of the hub's transport: the few requests that weights and data sets take, over HTTP."""
+"""A stand-in of the hub's transport: the few requests that weights and data sets take."""
 
 import hashlib
 import json
