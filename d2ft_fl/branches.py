@@ -377,6 +377,7 @@ class _Pass:
         """
         branch, numerics = self.branch, self.branch.numerics
         norm, y, own = kept.norm, kept.y, kept.own
+        kept.norm = kept.y = None  # the graph's node outlives its backward pass
         if x is not None:
             leaf = x.detach().requires_grad_(grads.wanted["x"])
             norm, y = self.norm(leaf, own, graph=True)
@@ -411,7 +412,7 @@ class _Pass:
                     piece.through_in(inward, dy[rows], numerics, add=len(pieces) > 1)
             inwards, inward = [], []
         wanted = [r for r in branch.norm_roles if r in own and own[r].requires_grad]
-        kept.y = y = None
+        y = None
         (found,), _ = _gradients([norm], [dy.view(-1, self.tokens, dy.shape[1])])
         dx = found.pop(0) if grads.wanted["x"] else None
         for role, value in zip(wanted, found, strict=True):

@@ -359,7 +359,8 @@ class Saved:
         full = [c * t * d * copies * one, c * t * hidden]
         inward = [c * t * d * (4 if a.gated else 3) * one, c * t * hidden]
         drops = (2 if device == "cpu" else 1) * bool(a.hidden_dropout)  # mask and product
-        outward = [c * t * d * one, c * t * hidden * (1 + drops)]
+        extras = a.head_norms + bool(a.head_norms) + 2 * a.gated  # normed, copied; gate, product
+        outward = [c * t * d * (1 + extras) * one, c * t * hidden * (1 + drops)]
         # Final norm: its input, and what the classifier's view of its output keeps alive.
         norm = ELEMENT * (a.dim * (1 + a.rms) + 2) * (1 if a.norm_pooled else t)
         norm += c * a.dim * (1 if a.norm_pooled or c < ELEMENT else t)
@@ -439,9 +440,8 @@ class _Pass:
         # q, k and v get their gradients one by one and are then put together.
         back = inward * np.array([[2], [1]]) + outward
         again = back + s.alive if options.checkpointing else back
-        again_full = again + s.full if options.checkpointing else again
         middle = np.maximum(
-            largest(Operation.FULL, again_full, together=True),
+            largest(Operation.FULL, again, together=True),
             largest(Operation.FROZEN, again, together=True),
         )
         if options.checkpointing:
@@ -455,7 +455,7 @@ class _Pass:
             saved.reshape(-1),
             forward.reshape(-1),
             backward.reshape(-1),
-            total * (s.outer + s.stream) + s.classifier,
+            total * (s.outer + s.stream * (1 + 3 * costs.arch.rms)) + s.classifier,
             3 * total * s.stream,
         )
 
