@@ -227,7 +227,7 @@ class _Kept:
 
 @dataclass(frozen=True)
 class _Pass:
-    """One micro-batch on its way through a branch: what both directions share.
+    """One pass of examples on its way through a branch: what both directions share.
 
     Attributes:
         branch: The branch. present: Segments that have examples.

@@ -109,7 +109,7 @@ def summary(result: dict[str, Any]) -> None:
     say(
         f"{broken}, {result['faults']} faults, {result['sat_out']} times a client sat out; "
         f"FLOPs as predicted for {result['flops_as_predicted']} of {result['client_rounds']} "
-        f"client rounds{' (every micro-batch counted)' if result['verified'] else ''}"
+        f"client rounds{' (every pass counted)' if result['verified'] else ''}"
     )
     say(f"run folder: {result['folder']}")
 

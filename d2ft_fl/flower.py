@@ -19,6 +19,7 @@ from typing import Any
 
 import httpx
 import psutil
+import torch
 
 from d2ft_fl.config import RunConfig
 from d2ft_fl.errors import RunError
@@ -167,8 +168,7 @@ def run_flower(
                 "flwr", "run", str(app), CONNECTION, "--format", "json",
                 "--run-config", str(file),
                 "--federation-config",
-                f"num-supernodes={supernodes} client-resources-num-cpus="
-                f"{config.threads_per_client}",
+                f"num-supernodes={supernodes} {_resources(config, supernodes)}",
             ],
             env=environment, capture_output=True, text=True, check=False, timeout=COMMAND_TIMEOUT,
         )  # fmt: skip
@@ -180,6 +180,15 @@ def run_flower(
             folder.mkdir(parents=True, exist_ok=True)
             shutil.copy(log, keep)
             raise
+
+
+def _resources(config: RunConfig, supernodes: int) -> str:
+    """What Ray sets aside for a worker; it hides GPUs from those that ask for none."""
+    resources = f"client-resources-num-cpus={config.threads_per_client}"
+    if config.device == "cuda":
+        workers = min(supernodes, max(1, (os.cpu_count() or 1) // config.threads_per_client))
+        resources += f" client-resources-num-gpus={torch.cuda.device_count() / workers:.3f}"
+    return resources
 
 
 def _run_id(started: subprocess.CompletedProcess) -> str:
