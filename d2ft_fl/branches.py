@@ -243,16 +243,17 @@ class _Pass:
         """The examples of a segment."""
         return slice(self.bounds[segment.slots[0]], self.bounds[segment.slots[1]])
 
-    def rows(self, segment: Segment, piece: Piece) -> slice | None:
-        """The rows (examples x tokens) of a piece within its segment's; None without any."""
+    def span(self, segment: Segment, start: int, stop: int) -> slice:
+        """The rows (examples x tokens) of some slots within their segment's."""
         first = self.bounds[segment.slots[0]]
-        start, stop = (self.bounds[slot] - first for slot in piece.slots)
-        return slice(start * self.tokens, stop * self.tokens) if start < stop else None
+        ends = (self.bounds[start] - first, self.bounds[stop] - first)
+        return slice(ends[0] * self.tokens, ends[1] * self.tokens)
 
     def work(self, segment: Segment, pieces: Sequence[Piece]) -> Iterator[tuple[Piece, slice]]:
         """The pieces that have examples, with their rows."""
         for piece in pieces:
-            if (rows := self.rows(segment, piece)) is not None:
+            rows = self.span(segment, *piece.slots)
+            if rows.start < rows.stop:
                 yield piece, rows
 
     def leaves(
@@ -311,9 +312,8 @@ class _Pass:
             keep = _Kept(own, norm, y if graph and segment.status is Status.TRAINS else None)
             if live and numerics.recompute and branch.training and branch.traits.random:
                 keep.state = _generator_state(x.device)
-            pieces = list(self.work(segment, [*segment.alive, *segment.silent]))
-            first = self._begin(segment, shared, total, into, pieces[0][1])
-            for piece, rows in pieces:
+            summed: set[int] = set()
+            for piece, rows in self.work(segment, [*segment.alive, *segment.silent]):
                 alive = graph and piece in segment.alive
                 middle, z = self.middle(piece, y[rows], own if alive else shared, alive)
                 if branch.tally is not None:
@@ -321,38 +321,49 @@ class _Pass:
                 if alive:
                     keep.middles.append(middle)
                     keep.zs.append(z if piece.full else None)
-                start = first if piece is pieces[0][0] else into[rows]
+                start = self._start(piece, summed, shared, total, into[rows])
                 piece.product_out(z, into[rows], numerics, start)
                 del middle, z
             if live and wanted:
                 kept.append(keep)
         return total, kept
 
-    def _begin(
+    def fresh(self, piece: Piece, done: set[int]) -> tuple[list[int], bool]:
+        """Slots of a piece that are not ``done`` yet, and whether that is all; they are now."""
+        slots = range(*piece.slots)
+        found = [slot for slot in slots if slot not in done]
+        done.update(slots)
+        return found, len(found) == len(slots)
+
+    def _start(
         self,
-        segment: Segment,
+        piece: Piece,
+        summed: set[int],
         shared: Mapping[str, Tensor],
         total: Tensor,
-        into: Tensor,
-        rows: slice,
+        own: Tensor,
     ) -> Tensor | None:
-        """What the first piece of a segment, on ``rows``, adds to; see ``Piece.product_out``.
+        """What a piece's product out adds to; see ``Piece.product_out``.
 
-        A bias alone goes into its product; else the sum starts with what is there anyway: the
-        bias, and what skipped heads add on average.
+        The first piece of a slot finds nothing: a bias alone goes into its product; else its rows
+        start with what is there anyway, the bias and what skipped heads add on average.
+
+        Args:
+            summed: Slots whose sum has begun.
+            total: The sum [examples, tokens, dim]. own: The piece's rows of it.
         """
-        bias = shared.get(self.branch.bias_role)
-        offsets = [self.branch.offsets[slot] for slot in range(*segment.slots)]
-        if rows == slice(0, len(into)) and not any(o is not None for o in offsets):
+        bias, offsets = shared.get(self.branch.bias_role), self.branch.offsets
+        slots, first = self.fresh(piece, summed)
+        if first and not any(offsets[slot] is not None for slot in slots):
             return None if bias is None else self.branch.numerics.cast(bias)
-        for slot, offset in zip(range(*segment.slots), offsets, strict=True):
+        for slot in slots:
             part = total[self.bounds[slot] : self.bounds[slot + 1]]
-            terms = [t for t in (bias, offset) if t is not None]
+            terms = [t for t in (bias, offsets[slot]) if t is not None]
             if terms:
                 part.copy_(terms[0] if len(terms) == 1 else terms[0] + terms[1])
             else:
                 part.zero_()
-        return into[rows]
+        return own
 
     def scaled(self, total: Tensor, shared: Mapping[str, Tensor]) -> Tensor:
         """The sum with its layer scale; what stands for a block without work has its own in it."""
@@ -384,7 +395,7 @@ class _Pass:
         assert norm is not None
         common = [r for r in branch.traits.middle_roles if r in own and own[r].requires_grad]
         pieces = list(enumerate(self.work(segment, segment.alive)))
-        dy = g.new_empty(g.shape) if len(pieces) == 1 else torch.zeros_like(g)
+        dy, done = g.new_empty(g.shape), set[int]()
         for full in (True, False):  # all pieces of an operation together
             group = [(i, piece, rows) for i, (piece, rows) in pieces if piece.full is full]
             graphs, dzs = [], []
@@ -409,7 +420,10 @@ class _Pass:
                     assert y is not None
                     piece.gradients_in(y[rows], inward, branch.observer)
                 if norm.leaves:
-                    piece.through_in(inward, dy[rows], numerics, add=len(pieces) > 1)
+                    slots, first = self.fresh(piece, done)
+                    for slot in () if first else slots:
+                        dy[self.span(segment, slot, slot + 1)] = 0
+                    piece.through_in(inward, dy[rows], numerics, add=not first)
             inwards, inward = [], []
         wanted = [r for r in branch.norm_roles if r in own and own[r].requires_grad]
         y = None
