@@ -50,6 +50,7 @@ class StepBench:
     pairs: int = PAIRS
     checkpointing: bool = False
     accumulate: int = 1
+    tuning: str = "full"
 
     def check(self) -> None:
         """Raises ConfigError where nothing could be measured."""
@@ -354,7 +355,8 @@ def draw(rows: list[Row], bench: StepBench, path: Path) -> None:
     axes.set_ylabel("time of a step, the same = 1")
     slots = f"{bench.slots} slot{'s' * (bench.slots > 1)}"
     axes.set_title(
-        f"{bench.model}, batch {bench.batch_size}, {slots}, {bench.precision} on {bench.device}"
+        f"{bench.model}, {bench.tuning} tuning, batch {bench.batch_size}, {slots}, "
+        f"{bench.precision} on {bench.device}"
         + (f", {bench.threads} threads" if bench.device == "cpu" else ""),
         fontsize=11,
     )

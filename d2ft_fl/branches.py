@@ -136,7 +136,7 @@ class Branch:
 
     def middle(self, hs: Sequence[Tensor], tokens: int, shared: Mapping[str, Tensor]) -> Tensor:
         """What lies between the products: [rows, width] each -> [rows, depth]."""
-        split = [h.view(-1, tokens, h.shape[1]) for h in hs]
+        split = [h.view(len(h) // tokens, tokens, h.shape[1]) for h in hs]
         training, middle = self.training, self.traits.middle
         if not self.numerics.mixed:
             return middle(training, split, shared).flatten(0, 1)
@@ -509,7 +509,7 @@ def _assembled(parts: list[tuple[slice, Tensor]], like: Tensor) -> Tensor:
     """Gradients of some examples as the gradient of all: zero for the others."""
     if len(parts) == 1 and len(parts[0][1]) == len(like):
         return parts[0][1]
-    whole = torch.zeros_like(like)
+    whole = like.new_zeros(like.shape, dtype=parts[0][1].dtype)
     for examples, part in parts:
         whole[examples] = part
     return whole

@@ -123,7 +123,7 @@ def bench_step_command(
     try:
         what = bench.StepBench(
             model, image_size, batch_size, threads, device.value, precision.value, slots, pairs,
-            checkpointing, accumulate,
+            checkpointing, accumulate, tuning.value,
         )  # fmt: skip
         if output is not None:
             bench.check_output(output)

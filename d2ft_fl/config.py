@@ -149,7 +149,7 @@ class RunConfig:
                 raise ConfigError(f"{key} = {value} must be a finite number, 0 or more")
         if self.slots > self.batch_size:
             raise ConfigError(
-                f"slots = {self.slots} is more than batch-size = {self.batch_size}; a micro-batch "
+                f"slots = {self.slots} is more than batch-size = {self.batch_size}; a slot "
                 f"needs an example, so ask for at most {self.batch_size} slots"
             )
         if self.compensation and self.score_every == 0:

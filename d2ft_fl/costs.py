@@ -79,7 +79,6 @@ class Elements:
     """Parameter counts of an architecture, by what they belong to."""
 
     sliced: np.ndarray  # int64 [blocks, heads]
-    feed_forward: np.ndarray  # the part of `sliced` in the feed-forward layer
     shared: np.ndarray  # int64 [blocks]
     embedding: int
     final: int
@@ -88,18 +87,15 @@ class Elements:
     def of(cls, arch: Architecture) -> "Elements":
         """Counted from the parameters."""
         sliced = np.zeros((arch.blocks, arch.heads), dtype=np.int64)
-        feed_forward = np.zeros_like(sliced)
         shared = np.zeros(arch.blocks, dtype=np.int64)
         for p in arch.of_kind(Kind.SLICED):
             elements = np.array([p.numel // p.shape[p.axis] * len(rows) for rows in p.rows])
             sliced[p.block] += elements
-            if p.role.startswith("fc"):
-                feed_forward[p.block] += elements
         for p in arch.of_kind(Kind.SHARED):
             shared[p.block] += p.numel
         embedding = sum(p.numel for p in arch.of_kind(Kind.EMBEDDING))
         final = sum(p.numel for p in arch.of_kind(Kind.FINAL))
-        return cls(sliced, feed_forward, shared, embedding, final)
+        return cls(sliced, shared, embedding, final)
 
 
 @dataclass(frozen=True)
@@ -388,7 +384,8 @@ class _Pass:
         saved: Kept for backward.
         forward: On the way forward, at most, beside what lower branches saved.
         backward: On the way back, at most, beside what this and lower branches saved.
-        outer: In the classifier, beside what all branches saved; or in the embedding.
+        outer: In the classifier, beside what all branches saved.
+        embedding: In the embedding, at most.
     """
 
     saved: np.ndarray

@@ -104,11 +104,15 @@ class FederatedData:
             ) from None
 
     @cache  # noqa: B019 - one data object lives as long as its process
-    def _client(self, client: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """A client's decoded examples, resident on a device."""
+    def _decoded(self, client: int) -> tuple[Tensor, Tensor]:
         indices = self.partitions[client]
-        labels = torch.from_numpy(self.train.labels[indices])
-        return self._pixels(self.train, indices).to(device), labels.to(device)
+        return self._pixels(self.train, indices), torch.from_numpy(self.train.labels[indices])
+
+    @lru_cache(maxsize=1)  # noqa: B019 - as above
+    def _client(self, client: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """The examples of the client at hand, resident on a device."""
+        images, labels = self._decoded(client)
+        return images.to(device), labels.to(device)
 
     def client_batch(
         self, client: int, positions: np.ndarray, device: torch.device = CPU

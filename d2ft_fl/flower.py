@@ -6,6 +6,7 @@ child on free ports with a home of its own, and everything it started goes when 
 
 import contextlib
 import json
+import math
 import os
 import shutil
 import socket
@@ -187,7 +188,8 @@ def _resources(config: RunConfig, supernodes: int) -> str:
     resources = f"client-resources-num-cpus={config.threads_per_client}"
     if config.device == "cuda":
         workers = min(supernodes, max(1, (os.cpu_count() or 1) // config.threads_per_client))
-        resources += f" client-resources-num-gpus={torch.cuda.device_count() / workers:.3f}"
+        share = math.floor(1000 * torch.cuda.device_count() / workers) / 1000
+        resources += f" client-resources-num-gpus={min(1.0, share)}"
     return resources
 
 

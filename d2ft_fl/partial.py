@@ -20,7 +20,7 @@ from torch import Tensor
 from d2ft_fl import timm_vit
 from d2ft_fl.branches import Branch
 from d2ft_fl.pieces import Numerics, PackedHeads, segments, storage_order
-from d2ft_fl.subnets import Architecture, Kind, Operation, Parameter, Schedule
+from d2ft_fl.subnets import Architecture, Kind, Operation, Parameter, Schedule, down_spec
 from d2ft_fl.timm_vit import BlockTraits, VisionTransformer
 
 # Means of what a block's skipped subnets would add, per slot: [2 branches, tokens, dim] or None.
@@ -53,13 +53,14 @@ class Block:
         tensors: Mapping[str, Tensor],
         numerics: Numerics,
         offsets: Offsets | None,
+        gradients: bool,
     ):
         operations = schedule.effective[:, block]  # [slots, heads]
         trained = schedule.trained[block]
         sliced = {r: p for r, p in specs.items() if p.kind is Kind.SLICED}
         order = storage_order(operations)
         packed = {r: tensors[p.name] for r, p in sliced.items()} if order else {}
-        self.store = PackedHeads(order, int(trained.sum()), packed, sliced)
+        self.store = PackedHeads(order, int(trained.sum()), packed, sliced, gradients)
         self.shared = {
             role: tensors[p.name].clone().requires_grad_(bool(trained.any()))
             for role, p in specs.items()
@@ -131,6 +132,7 @@ class PartialModel:
         schedule: Schedule,
         tensors: Mapping[str, Tensor],
         offsets: Mapping[int, Offsets] | None = None,
+        gradients: bool = True,
     ) -> None:
         """Hold what ``schedule`` needs, with the values of ``tensors`` (see ``down_spec``).
 
@@ -138,9 +140,16 @@ class PartialModel:
             schedule: What is to run.
             tensors: Slices of resident heads, packed, heads ascending; whole tensors otherwise.
             offsets: Block -> compensation of what each slot skips.
+            gradients: Whether there is room for gradients; without, an observer must take them.
         """
         self.schedule = schedule
-        tensors = {name: tensor.to(self.device) for name, tensor in tensors.items()}
+        self.blocks = {}  # what was held goes before anything new comes
+        wanted = down_spec(self.arch, schedule)
+        tensors = {name: tensors[name].to(self.device) for name in wanted}
+        offsets = {
+            block: [None if o is None else o.to(self.device) for o in own]
+            for block, own in (offsets or {}).items()
+        }
         with torch.no_grad():
             for name, parameter in self.outer.named_parameters():
                 parameter.copy_(tensors[name])
@@ -153,10 +162,11 @@ class PartialModel:
                 block,
                 tensors,
                 self.numerics,
-                (offsets or {}).get(block),
+                offsets.get(block),
+                gradients,
             )
             for block in range(self.arch.blocks)
-            if schedule.resident[block].any() or block in (offsets or {})
+            if schedule.resident[block].any() or block in offsets
         }
         self.train(self.training)
 

@@ -79,6 +79,7 @@ class PackedHeads:
         order: Heads as stored. trained: How many of them, from the first, train.
         packed: role -> rows of the same heads in ascending order, as they travel.
         specs: role -> parameter.
+        gradients: Whether to hold gradients of what trains.
     """
 
     def __init__(
@@ -87,6 +88,7 @@ class PackedHeads:
         trained: int,
         packed: Mapping[str, Tensor],
         specs: Mapping[str, Parameter],
+        gradients: bool = True,
     ):
         self.order = tuple(order)
         self.trained = self.order[:trained]
@@ -98,7 +100,7 @@ class PackedHeads:
             places = _places(specs[role], arrives)
             self.rows[role] = _places(specs[role], self.order)
             self.weights[role] = _pick(tensor, places, self.order, arrives)
-            if self.trained:
+            if self.trained and gradients:
                 self.grads[role] = torch.zeros_like(self.weights[role][: self.count(role)])
 
     def count(self, role: str) -> int:
@@ -198,8 +200,8 @@ class Piece:
                 run.columns,
                 store.weights[weight][run.rows],
                 store.weights[bias][run.rows] if biased else None,
-                store.grads[weight][run.rows] if self.full else None,
-                store.grads[bias][run.rows] if self.full and biased else None,
+                _rows(store.grads.get(weight), run) if self.full else None,
+                _rows(store.grads.get(bias), run) if self.full else None,
                 run.rows.start,
             )
             for run in store.runs(weight, self.heads)
@@ -264,7 +266,7 @@ class Piece:
             for view in views:
                 part = _part(dh, view, views)
                 self._take(f"{role}.weight", view, view.weight_grad, part, y, observer)
-                if view.bias_grad is not None:
+                if view.bias is not None:
                     self._take(f"{role}.bias", view, view.bias_grad, part, None, observer)
 
     def _take(
@@ -277,17 +279,24 @@ class Piece:
         observer: Observer | None,
     ) -> None:
         """Left transposed times right (for a bias: summed rows) is the gradient of some rows."""
-        assert grad is not None
-        if observer is None and right is not None and grad.dtype is left.dtype:
+        kind = view.weight.dtype
+        if observer is None and right is not None and kind is left.dtype:
+            assert grad is not None
             torch.addmm(grad, left.t(), right, beta=0 if self.overwrites else 1, out=grad)
             return
-        value = left.sum(0, dtype=grad.dtype) if right is None else torch.mm(left.t(), right)
+        value = left.sum(0, dtype=kind) if right is None else torch.mm(left.t(), right)
         if observer is not None:
-            observer(name, view.first_row, value.to(grad.dtype))
-        elif self.overwrites:
+            observer(name, view.first_row, value.to(kind))
+            return
+        assert grad is not None
+        if self.overwrites:
             grad.copy_(value)
         else:
             grad.add_(value)
+
+
+def _rows(grads: Tensor | None, run: Run) -> Tensor | None:
+    return None if grads is None else grads[run.rows]
 
 
 def _part(wide: Tensor, view: _View, views: Sequence[_View]) -> Tensor:

@@ -159,12 +159,19 @@ class Planner:
         """Try with all slots active, then with fewer, until something can be trained."""
         slots, arch = self.costs.slots, self.costs.arch
         best: Assignment | None = None
+        if self.costs.compensated:  # the solver charges every block for skipping something
+            all_full = self.costs.everything()
+            cost = self.costs.cost(all_full, examples)
+            if (cost.vector() <= capacity).all():
+                return Assignment(client, all_full, cost, gap=0.0)
         for active in range(slots, 0, -1):
             candidate = _ClientProblem(self, examples, active, rotation, backward, forward)
             schedule, gap = candidate.schedule(capacity)
             cost = self.costs.cost(schedule, examples)
             _hold(cost, capacity, client)
-            planned = Assignment(client, schedule, cost, gap=gap)
+            planned = Assignment(
+                client, schedule, cost, gap=None if self.costs.compensated else gap
+            )
             if schedule.trained.any():
                 return planned
             if best is None and not schedule.sits_out:
@@ -181,7 +188,9 @@ def scoring_cost(costs: CostModel, examples: int) -> Cost:
     """
     if examples == 0:
         return Cost()
-    one = costs.plain()
+    # Gradients of the likelihood, so without dropout.
+    still = replace(costs.arch, attention_dropout=0.0, hidden_dropout=0.0, output_dropout=0.0)
+    one = replace(costs.plain(), arch=still)
     everything = one.everything()
     a = costs.arch
     flops = one.flops(everything, 1) * examples

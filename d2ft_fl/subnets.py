@@ -23,7 +23,7 @@ from d2ft_fl.errors import ConfigError
 
 
 class Operation(IntEnum):
-    """What a subnet does for one micro-batch, in ascending cost.
+    """What a subnet does for the examples of one slot, in ascending cost.
 
     D2FT's p_s, p_o and p_f, and FROZEN: gradient passes through it, but its weights get none.
     """
@@ -226,7 +226,7 @@ class Schedule:
 
 
 def slot_sizes(examples: int, slots: int) -> list[int]:
-    """Divide a batch into micro-batches, one a slot, as evenly as possible, the larger first."""
+    """Divide a batch over slots as evenly as possible, the larger first."""
     base, extra = divmod(examples, slots)
     return [base + (slot < extra) for slot in range(slots)]
 

@@ -165,7 +165,7 @@ def describe(model: VisionTransformer) -> Architecture:
         classes=model.num_classes,
         layer_scale=isinstance(block.ls1, LayerScale),
         rms=isinstance(block.norm1, RmsNorm),
-        gated=attn.gate is not None,
+        gated=getattr(attn, "gate", None) is not None,
         head_norms=sum(not isinstance(n, nn.Identity) for n in (attn.q_norm, attn.k_norm)),
         attention_dropout=float(attn.attn_drop.p),
         hidden_dropout=float(mlp.drop1.p),
@@ -192,7 +192,7 @@ def block_traits(model: VisionTransformer, device: torch.device) -> list[BlockTr
     return [
         BlockTraits(
             BranchTraits(
-                inward=("qkv",) if block.attn.gate is None else ("qkv", "gate"),
+                inward=("qkv",) if getattr(block.attn, "gate", None) is None else ("qkv", "gate"),
                 outward="proj",
                 norm_role="norm1",
                 middle_roles=tuple(r for r in ROLES.values() if r.startswith(("q_norm", "k_norm"))),
@@ -245,7 +245,7 @@ def fused_attention(device: str, head_dim: int, dropout: float) -> bool:
 def _attention(attn: Attention, device: torch.device) -> Middle:
     width, dropout = attn.head_dim, float(attn.attn_drop.p)
     norms = [None if isinstance(n, nn.Identity) else _norm(n) for n in (attn.q_norm, attn.k_norm)]
-    gated = attn.gate is not None
+    gated = getattr(attn, "gate", None) is not None
     plain = not fused_attention(device.type, width, 0.0)
 
     def middle(training: bool, hs: Sequence[Tensor], shared: Mapping[str, Tensor]) -> Tensor:

@@ -149,10 +149,11 @@ class Stepper:
         parts = passes(sizes, schedule.active.tolist(), self.options.accumulate)
         if not parts:
             return 0.0, 0
+        batch = images
         images, labels = _running(images, sizes, schedule), _running(labels, sizes, schedule)
         examples = len(images)
         empty = any(on and not size for on, size in zip(schedule.active, sizes, strict=True))
-        base = self._held_bytes() + images.nbytes
+        base = self._held_bytes() + tensor_bytes([batch, images])
         self._prepare(overwrite=len(parts) == 1 and not empty)
         loss: Tensor | float = 0.0
         start = 0
@@ -164,7 +165,7 @@ class Stepper:
                 ),
                 key=_pattern(self.model, part),
                 base=base,
-                known=lambda: [*self._fixed, *_moments(self.optimizer), images, labels],
+                known=lambda: [*self._fixed, *_moments(self.optimizer), batch, images, labels],
             )
             start = stop
         self._choose_stepped(sizes)
@@ -174,6 +175,9 @@ class Stepper:
 
     def _prepare(self, overwrite: bool) -> None:
         """Zero the gradients that passes add to; the others are replaced."""
+        for entry in self.entries:  # autograd adds to these, stepped last time or not
+            if not entry.heads:
+                entry.value.grad = entry.grad
         if overwrite != self._overwrite:
             self._overwrite = overwrite
             self._zeroed = self.model.settle(overwrite)

@@ -99,7 +99,7 @@ class Worker:
         if scored:
             everything = Schedule.filled(Operation.FULL, 1, *schedule.operations.shape[1:])
             model.numerics = self.options.plain().numerics()
-            model.reset(everything, tensors)
+            model.reset(everything, tensors, gradients=False)
             images, labels = data.client_batch(client, order[0][:scored], self.device)
             scores = fisher(model, images, labels, self.meter)
             result["d2ft.fisher"] = torch.from_numpy(scores).float()

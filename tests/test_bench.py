@@ -1,9 +1,6 @@
 """The benchmark of a training step: what it measures, and its command."""
 
 import json
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -81,9 +78,7 @@ def test_what_cannot_be_measured_is_refused_in_one_line(options, message):
 
 
 def test_the_command_shows_a_table():
-    root = Path(__file__).parent.parent
-    command = [sys.executable, "-c", "from d2ft_fl.cli import app; app()", *SMALL]
-    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    assert "all FULL" in done.stdout
-    assert "FLOPs as predicted, exactly" in done.stdout
+    result = CliRunner().invoke(app, SMALL)
+    assert result.exit_code == 0, result.output
+    assert "all FULL" in result.stdout
+    assert "FLOPs as predicted, exactly" in result.stdout

@@ -208,12 +208,16 @@ def test_sitting_out_costs_nothing():
     assert cost_model(ARCH, 2).cost(nothing, 100) == Cost()
 
 
-def test_the_scoring_pass_costs_what_is_predicted():
-    costs = cost_model(ARCH, 3)
-    partial = PartialModel(MODEL, ARCH)
-    everything = Schedule.filled(Operation.FULL, 1, ARCH.blocks, ARCH.heads)
-    partial.reset(everything, pack_for(ARCH, WEIGHTS, everything))
-    images, labels = images_for(ARCH, 4)
+@pytest.mark.parametrize("changes", [{}, {"attn_drop_rate": 0.1, "proj_drop_rate": 0.1}])
+def test_the_scoring_pass_costs_what_is_predicted(changes):
+    model, arch = build(embed_dim=48, **changes)
+    costs = cost_model(arch, 3)
+    partial = PartialModel(model, arch)
+    everything = Schedule.filled(Operation.FULL, 1, arch.blocks, arch.heads)
+    packed = pack_for(arch, weights_of(model), everything)
+    partial.reset(everything, packed, gradients=False)
+    assert not any(block.store.grads for block in partial.blocks.values())
+    images, labels = images_for(arch, 4)
     meter = Meter(verify=True)
     fisher(partial, images, labels, meter)
     predicted = Planner(costs).scoring_cost(4)

@@ -114,6 +114,25 @@ def test_what_saves_memory_changes_no_result(options):
         assert error <= 1e-12 * expected[name].norm(), name
 
 
+def test_shared_parameters_go_on_training_after_a_batch_without_them():
+    """Head 0 runs FULL in the second slot only, in which a batch of one has no example."""
+    model, arch = build(depth=1)
+    operations = np.full((2, 1, 4), Operation.FORWARD_ONLY, dtype=np.int8)
+    operations[1, 0, 0] = Operation.FULL
+    schedule = Schedule(operations)
+    options = LocalOptions(batch_size=4, optimizer="sgd", momentum=0.0, lr=0.1)
+    partial = PartialModel(model, arch)
+    partial.reset(schedule, pack_for(arch, weights_of(model), schedule))
+    stepper = Stepper(partial, options, learning_rate, Meter())
+    images, labels = images_for(arch, 4)
+    moved = []
+    for count in (4, 1, 4):
+        before = partial.update()["blocks.0.norm1.weight"].clone()
+        stepper.step(images[:count], labels[:count])
+        moved.append(not torch.equal(before, partial.update()["blocks.0.norm1.weight"]))
+    assert moved == [True, False, True]
+
+
 def test_a_smaller_last_batch_leaves_no_stale_gradients():
     """One pass a batch overwrites gradients; a slot without examples must not leave old ones."""
     model, arch = build(depth=1)
