@@ -7,8 +7,8 @@ one process; every ratio is of medians measured side by side. The embedding is f
 import ctypes
 import statistics
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Iterable
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -28,9 +28,9 @@ from d2ft_fl.errors import ConfigError
 from d2ft_fl.meter import Meter, set_threads, tensor_bytes, usable_device
 from d2ft_fl.models import ModelSpec, build_model
 from d2ft_fl.partial import PartialModel
-from d2ft_fl.subnets import Architecture, Kind, Operation, Schedule, pack_for, slot_sizes
+from d2ft_fl.subnets import Architecture, Kind, Operation, Schedule, pack_for, passes, slot_sizes
 from d2ft_fl.timm_vit import VisionTransformer
-from d2ft_fl.training import LocalOptions, Stepper
+from d2ft_fl.training import LocalOptions, Stepper, optimizer_state
 
 SUFFIXES = (".png", ".svg", ".pdf")
 PAIRS = 15
@@ -210,7 +210,7 @@ class _Reference:
         trained = [p for p in model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=1e-6, weight_decay=0.0, fused=True)
         self.step()
-        held = [*model.parameters(), *_state(self.optimizer)]
+        held = [*model.parameters(), *optimizer_state(self.optimizer)]
         self.activations = saved_bytes(self.forward, held)
         self.optimizer.zero_grad()
         meter = Meter(verify=True, device=images.device)
@@ -241,10 +241,8 @@ def _measure(name: str, schedule: Schedule, reference: _Reference) -> Row:
     partial.reset(schedule, packed)
     partial.train(True)
     resets = [_timed(lambda: partial.reset(schedule, packed), images.device) for _ in range(3)]
-    sizes = [
-        size if on else 0
-        for size, on in zip(slot_sizes(len(images), schedule.slots), schedule.active, strict=True)
-    ]
+    shares = slot_sizes(len(images), schedule.slots)
+    (sizes,) = passes(shares, schedule.active.tolist(), 1)
     shown = sum(sizes)
     activations = saved_bytes(
         lambda: F.cross_entropy(partial(images[:shown], sizes).float(), labels[:shown]),
@@ -295,21 +293,8 @@ def _timed(step: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - started
 
 
-def _state(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
-    for state in optimizer.state.values():
-        yield from (v for v in state.values() if isinstance(v, Tensor))
-
-
-def saved_bytes(forward: Callable[[], Tensor], held: list[Tensor]) -> int:
+def saved_bytes(forward: Callable[[], Tensor], held: Iterable[Tensor]) -> int:
     """Bytes of the distinct storages that autograd saves in ``forward``, ``held`` left out."""
-    with saved_storages(held) as storages:
-        forward()
-    return sum(storages.values())
-
-
-@contextmanager
-def saved_storages(held: list[Tensor]) -> Iterator[dict[int, int]]:
-    """Address -> bytes of what autograd saves meanwhile, ``held`` left out."""
     own = {t.untyped_storage().data_ptr() for t in held}
     storages: dict[int, int] = {}
 
@@ -320,7 +305,8 @@ def saved_storages(held: list[Tensor]) -> Iterator[dict[int, int]]:
         return tensor
 
     with saved_tensors_hooks(keep, lambda tensor: tensor):
-        yield storages
+        forward()
+    return sum(storages.values())
 
 
 def check_output(path: Path) -> None:

@@ -28,7 +28,8 @@ from timm.layers import drop_path
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
-from d2ft_fl.pieces import Numerics, Observer, PackedHeads, Piece, Segment, Status
+from d2ft_fl.grouping import Status
+from d2ft_fl.pieces import Numerics, Observer, PackedHeads, Piece, Segment
 
 Norm = Callable[[Tensor, Mapping[str, Tensor]], Tensor]
 # (training; products in, one a role; shared parameters) -> what the product out takes

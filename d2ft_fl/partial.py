@@ -19,7 +19,8 @@ from torch import Tensor
 
 from d2ft_fl import timm_vit
 from d2ft_fl.branches import Branch
-from d2ft_fl.pieces import Numerics, PackedHeads, segments, storage_order
+from d2ft_fl.grouping import storage_order
+from d2ft_fl.pieces import Numerics, PackedHeads, segments
 from d2ft_fl.subnets import Architecture, Kind, Operation, Parameter, Schedule, down_spec
 from d2ft_fl.timm_vit import BlockTraits, VisionTransformer
 
@@ -247,7 +248,8 @@ class PartialModel:
         for name, tensor in self.whole().items():
             p = self.arch.by_name[name]
             assert tensor.grad is not None
-            found.append(Entry(p.block, (), p.kind, tensor, tensor.grad))
+            # A view: what the optimiser is shown as its gradient is not autograd's business.
+            found.append(Entry(p.block, (), p.kind, tensor.detach(), tensor.grad))
         for index, block in self.blocks.items():
             for role, grad in block.store.grads.items():
                 for heads in block.together(every_slot):

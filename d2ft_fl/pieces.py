@@ -1,21 +1,19 @@
-"""How a block's heads are stored and grouped: packed slices, pieces, segments.
+"""Packed slices, and the products of a piece: heads that do the same in neighbouring slots.
 
-Heads that do the same in some neighbouring slots are a *piece*: one narrower branch of its own.
-Slices are packed by head, in an order that makes a piece a few runs of rows, so that every product
-reads and writes views: no weight is copied to choose heads, and the gradient of a piece's weights
-is added into the gradient rows of its heads by the product that computes it. Slots that ask the
-same of a block are a *segment*.
+Slices are packed by head, in an order that makes a piece a few runs of rows (see
+:mod:`d2ft_fl.grouping`), so that every product reads and writes views: no weight is copied to
+choose heads, and the gradient of a piece's weights is added into the gradient rows of its heads by
+the product that computes it.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from enum import IntEnum
-from itertools import pairwise
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from d2ft_fl.grouping import Group, Status, groups
 from d2ft_fl.subnets import Operation, Parameter
 
 
@@ -40,28 +38,6 @@ class Numerics:
     def cast(self, tensor: Tensor) -> Tensor:
         """The tensor as products take it."""
         return tensor.to(self.dtype) if self.mixed else tensor
-
-
-def storage_order(operations: np.ndarray) -> list[int]:
-    """Order in which a block's heads are stored: trained ones first, alike ones side by side.
-
-    A path from head to head that changes as few operations as it can, nearest neighbour first, so
-    that the heads of an operation in a slot lie in few runs.
-
-    Args:
-        operations: int8 [slots, heads].
-    """
-    trained = (operations == Operation.FULL).any(axis=0)
-    resident = (operations != Operation.SHORTCUT).any(axis=0)
-    order: list[int] = []
-    for group in (trained, resident & ~trained):
-        left = [int(h) for h in np.flatnonzero(group)]
-        while left:
-            last = operations[:, order[-1]] if order else np.full(len(operations), Operation.FULL)
-            nearest = min(left, key=lambda h: (int((operations[:, h] != last).sum()), h))
-            left.remove(nearest)
-            order.append(nearest)
-    return order
 
 
 @dataclass(frozen=True)
@@ -304,25 +280,6 @@ def _part(wide: Tensor, view: _View, views: Sequence[_View]) -> Tensor:
     return wide if len(views) == 1 else wide[:, view.columns]
 
 
-# Measured at 200 to 400 rows a slot: how many more slots a product seems to have, and what another
-# run of heads costs, both in products of one head and slot.
-FEW_ROWS = 0.07
-PIECE = 0.2
-
-
-class Status(IntEnum):
-    """What some neighbouring slots ask of a block."""
-
-    IDLE = 0  # nothing runs
-    SILENT = 1  # something runs, outside the graph
-    ALIVE = 2  # gradient passes through; nothing of the block trains
-    TRAINS = 3  # something runs FULL: shared parameters train
-
-
-# Status that a single operation asks for, by its code.
-_STATUS = np.array([Status.IDLE, Status.SILENT, Status.ALIVE, Status.TRAINS])
-
-
 @dataclass(frozen=True)
 class Segment:
     """Neighbouring slots that ask the same of a block.
@@ -340,46 +297,10 @@ class Segment:
     silent: list[Piece]
 
 
-@dataclass(frozen=True)
-class Cover:
-    """How the work of neighbouring slots that ask the same of a block is divided into pieces.
-
-    Attributes:
-        slots: From which slot to before which.
-        status: What they ask.
-        pieces: Operation -> (first slot, slot behind the last, heads) of each piece.
-    """
-
-    slots: tuple[int, int]
-    status: Status
-    pieces: dict[Operation, list[tuple[int, int, list[int]]]]
-
-
-def cover(operations: np.ndarray, order: Sequence[int]) -> list[Cover]:
-    """Divide a block's slots by what they ask, and the work of each part into pieces.
-
-    Args:
-        operations: int8 [slots, heads], FROZEN only where gradient passes.
-        order: Heads as they are stored.
-    """
-    status = _STATUS[operations].max(axis=1)
-    found = []
-    for start, stop in _equal_runs(status):
-        pieces = {
-            operation: [
-                (start + a, start + b, heads)
-                for a, b, heads in rectangles(operations[start:stop] == operation, order)
-            ]
-            for operation in (Operation.FULL, Operation.FROZEN, Operation.FORWARD_ONLY)
-        }
-        found.append(Cover((start, stop), Status(int(status[start])), pieces))
-    return found
-
-
 def segments(
     store: PackedHeads, inward: Sequence[str], outward: str, operations: np.ndarray
 ) -> list[Segment]:
-    """A branch's segments; see :func:`cover`.
+    """A branch's segments; see :func:`d2ft_fl.grouping.groups`.
 
     Args:
         store: The block's slices.
@@ -387,7 +308,7 @@ def segments(
         operations: int8 [slots, heads], FROZEN only where gradient passes.
     """
 
-    def pieces(part: Cover, operation: Operation) -> list[Piece]:
+    def pieces(part: Group, operation: Operation) -> list[Piece]:
         full = operation is Operation.FULL
         return [
             Piece(store, inward, outward, heads, (start, stop), full)
@@ -401,55 +322,5 @@ def segments(
             pieces(part, Operation.FULL) + pieces(part, Operation.FROZEN),
             pieces(part, Operation.FORWARD_ONLY),
         )
-        for part in cover(operations, store.order)
+        for part in groups(operations, store.order)
     ]
-
-
-def _equal_runs(values: np.ndarray) -> list[tuple[int, int]]:
-    cuts = [0, *(np.flatnonzero(values[1:] != values[:-1]) + 1).tolist(), len(values)]
-    return list(pairwise(cuts))
-
-
-def rectangles(chosen: np.ndarray, order: Sequence[int]) -> list[tuple[int, int, list[int]]]:
-    """Cover what is chosen, bool [slots, heads], once, by (start, stop, heads).
-
-    Two ways, and the one with less work wins: each slot by itself; or, over and over, the
-    largest rectangle that is left.
-    """
-    single = [
-        (slot, slot + 1, [h for h in order if row[h]])
-        for slot, row in enumerate(chosen)
-        if row.any()
-    ]
-    if len(single) < 2:
-        return single
-    return min(_largest_first(chosen, order), single, key=lambda cover: _work(cover, order))
-
-
-def _largest_first(chosen: np.ndarray, order: Sequence[int]) -> list[tuple[int, int, list[int]]]:
-    left, slots = chosen.copy(), len(chosen)
-    cover = []
-    while left.any():
-        best: tuple[int, int, int, np.ndarray] | None = None
-        for start in range(slots):
-            heads = left[start].copy()
-            for stop in range(start + 1, slots + 1):
-                heads &= left[stop - 1]
-                area = (stop - start) * int(heads.sum())
-                if best is None or area > best[0]:
-                    best = (area, start, stop, heads.copy())
-        assert best is not None
-        _, start, stop, heads = best
-        left[start:stop, heads] = False
-        cover.append((start, stop, [h for h in order if heads[h]]))
-    return sorted(cover)
-
-
-def _work(cover: list[tuple[int, int, list[int]]], order: Sequence[int]) -> float:
-    """What a cover costs, in heads times slots: products of few rows are slower, pieces cost."""
-    place = {head: index for index, head in enumerate(order)}
-    total = 0.0
-    for start, stop, heads in cover:
-        runs = 1 + sum(place[b] != place[a] + 1 for a, b in pairwise(heads))
-        total += (stop - start + FEW_ROWS) * len(heads) + PIECE * runs
-    return total

@@ -26,6 +26,8 @@ from d2ft_fl.costs import (
     TENSOR_HEADER,
     Cost,
     CostModel,
+    round_cost,
+    scoring_cost,
 )
 from d2ft_fl.errors import RunError
 from d2ft_fl.knapsack import Problem, Solution, solve
@@ -125,7 +127,7 @@ class Planner:
             rotation: Shifts which slots a partly scheduled subnet gets, for example the round.
             score_examples: Examples of a Fisher pass to run first, where the budget affords it.
         """
-        scoring = self.scoring_cost(score_examples)
+        scoring = scoring_cost(self.costs, score_examples)
         if score_examples and (scoring.vector() <= capacity).all():
             # What has the whole model sent down gets no compensation on top.
             plain = replace(self, costs=replace(self.costs, compensated=False))
@@ -135,10 +137,6 @@ class Planner:
             if not planned.schedule.sits_out:
                 return self._with_scoring(planned, examples, capacity, score_examples)
         return self._solve(client, examples, capacity, backward, forward, rotation)
-
-    def scoring_cost(self, examples: int) -> Cost:
-        """Cost of a Fisher pass; see :func:`scoring_cost`."""
-        return scoring_cost(self.costs, examples)
 
     def _with_scoring(
         self, planned: Assignment, examples: int, capacity: np.ndarray, score_examples: int
@@ -179,47 +177,6 @@ class Planner:
         # Running forward without training anything changes only the classifier: still a plan.
         nothing = Schedule.filled(Operation.SHORTCUT, slots, arch.blocks, arch.heads)
         return best or Assignment(client, nothing, Cost(), gap=0.0)
-
-
-def scoring_cost(costs: CostModel, examples: int) -> Cost:
-    """Cost of a Fisher pass: one example at a time, everything FULL, the whole model down.
-
-    Its memory holds no gradients but the one at hand.
-    """
-    if examples == 0:
-        return Cost()
-    # Gradients of the likelihood, so without dropout.
-    still = replace(costs.arch, attention_dropout=0.0, hidden_dropout=0.0, output_dropout=0.0)
-    one = replace(costs.plain(), arch=still)
-    everything = one.everything()
-    a = costs.arch
-    flops = one.flops(everything, 1) * examples
-    held = sum(p.numel for p in a.parameters) + examples * a.input_elements
-    widest = max(p.numel for p in a.of_kind(Kind.SLICED))
-    memory = ELEMENT * (held + 2 * widest) + one.peak_bytes(everything, [1])
-    return Cost(
-        flops,
-        memory + memory // MEMORY_MARGIN,
-        ELEMENT * a.blocks * a.heads + TENSOR_HEADER,
-        costs.bytes_down(costs.everything()),
-    )
-
-
-def round_cost(costs: CostModel, schedule: Schedule, examples: int, score_examples: int) -> Cost:
-    """Cost of a round, with the Fisher pass before it, if any.
-
-    The pass needs the whole model, of which the schedule then keeps its part, uncompensated.
-    """
-    if not score_examples:
-        return costs.cost(schedule, examples)
-    cost = replace(costs, compensated=False).cost(schedule, examples)
-    scoring = scoring_cost(costs, score_examples)
-    return Cost(
-        cost.flops + scoring.flops,
-        max(cost.memory, scoring.memory),
-        cost.bytes_up + scoring.bytes_up,
-        scoring.bytes_down,
-    )
 
 
 def _hold(cost: Cost, capacity: np.ndarray, client: int) -> None:

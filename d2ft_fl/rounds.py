@@ -88,10 +88,10 @@ class Federation:
 
     def costs_of(self, state: State) -> CostModel:
         """The cost model of the round after ``state``."""
-        return self._costs[state.means.known is not None, self.calibrates(state.round + 1)]
+        return self.cost_models[state.means.known is not None, self.calibrates(state.round + 1)]
 
     @cached_property
-    def _costs(self) -> dict[tuple[bool, bool], CostModel]:
+    def cost_models(self) -> dict[tuple[bool, bool], CostModel]:
         """By whether shortcuts are compensated, and whether clients calibrate."""
         return {
             (compensated, calibrating): replace(

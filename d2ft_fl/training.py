@@ -165,7 +165,13 @@ class Stepper:
                 ),
                 key=_pattern(self.model, part),
                 base=base,
-                known=lambda: [*self._fixed, *_moments(self.optimizer), batch, images, labels],
+                known=lambda: [
+                    *self._fixed,
+                    *optimizer_state(self.optimizer),
+                    batch,
+                    images,
+                    labels,
+                ],
             )
             start = stop
         self._choose_stepped(sizes)
@@ -175,9 +181,6 @@ class Stepper:
 
     def _prepare(self, overwrite: bool) -> None:
         """Zero the gradients that passes add to; the others are replaced."""
-        for entry in self.entries:  # autograd adds to these, stepped last time or not
-            if not entry.heads:
-                entry.value.grad = entry.grad
         if overwrite != self._overwrite:
             self._overwrite = overwrite
             self._zeroed = self.model.settle(overwrite)
@@ -200,7 +203,7 @@ class Stepper:
         """Bytes of weights, gradients and optimiser state."""
         states = len(self.optimizer.state)
         if states != self._moment_bytes[0]:
-            self._moment_bytes = (states, tensor_bytes(_moments(self.optimizer)))
+            self._moment_bytes = (states, tensor_bytes(optimizer_state(self.optimizer)))
         return self._fixed_bytes + self._moment_bytes[1]
 
 
@@ -236,7 +239,8 @@ def _run_pass(
     return loss.detach()
 
 
-def _moments(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
+def optimizer_state(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
+    """Every tensor that an optimiser holds."""
     for state in optimizer.state.values():
         yield from (v for v in state.values() if isinstance(v, Tensor))
 

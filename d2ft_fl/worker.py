@@ -17,14 +17,13 @@ from d2ft_fl import timm_vit, wire
 from d2ft_fl.budgets import Budget, ClientDescription
 from d2ft_fl.compensation import MeanTally, received
 from d2ft_fl.config import RunConfig
-from d2ft_fl.costs import RESOURCES, CostModel
+from d2ft_fl.costs import RESOURCES, CostModel, round_cost
 from d2ft_fl.data import FederatedData, open_data
 from d2ft_fl.errors import Refusal
 from d2ft_fl.meter import Meter, free_memory, set_threads, warm_up
 from d2ft_fl.models import build_model
 from d2ft_fl.partial import PartialModel
-from d2ft_fl.planner import round_cost
-from d2ft_fl.rounds import Report
+from d2ft_fl.rounds import Federation, Report
 from d2ft_fl.subnets import Architecture, Kind, Operation, Schedule, slot_totals
 from d2ft_fl.training import fisher, train
 
@@ -56,6 +55,10 @@ class Worker:
         warm_up(self.device)
         return PartialModel(model, arch, self.options.numerics(), self.device), data
 
+    @cached_property
+    def _federation(self) -> Federation:
+        return Federation(self.config, self._parts[0].arch)
+
     def report(self, client: int, round: int) -> Report:
         """What ``client`` says of itself before ``round``."""
         return Report(client, len(self._parts[1].partitions[client]), self._budget(client, round))
@@ -84,14 +87,7 @@ class Worker:
         model, data = self._parts
         offsets = received(schedule, tensors)
         if meta["keeps_budgets"]:
-            costs = CostModel(
-                model.arch,
-                self.options,
-                schedule.slots,
-                self.device.type,
-                bool(offsets),
-                calibrates,
-            )
+            costs = self._federation.cost_models[bool(offsets), calibrates]
             self._refuse_unless_it_fits(client, round, schedule, costs, scored)
         order = self._order(client, round, len(data.partitions[client]))
         self.meter.start()

@@ -6,13 +6,12 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch.autograd.graph import saved_tensors_hooks
 
 from clients.full import learning_rate
-from d2ft_fl.costs import MESSAGE_HEADER, TENSOR_HEADER, Cost
+from d2ft_fl.bench import saved_bytes
+from d2ft_fl.costs import MESSAGE_HEADER, TENSOR_HEADER, Cost, scoring_cost
 from d2ft_fl.meter import Meter
 from d2ft_fl.partial import PartialModel
-from d2ft_fl.planner import Planner
 from d2ft_fl.subnets import Operation, Schedule, down_spec, pack_for
 from d2ft_fl.training import fisher, train
 from d2ft_fl.wire import encode
@@ -107,22 +106,6 @@ def test_costs_hold_for_other_plain_vits(kind, seed, checkpointing):
     assert meter.peak_bytes <= predicted.memory <= 1.15 * meter.peak_bytes
 
 
-def saved_bytes(partial, images, labels, sizes):
-    """Bytes of the unique storages that autograd saves, parameters left out."""
-    own = {t.untyped_storage().data_ptr() for _, t in partial.held()}
-    storages = {}
-
-    def keep(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            storages[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with saved_tensors_hooks(keep, lambda t: t):
-        F.cross_entropy(partial(images, sizes).float(), labels, reduction="sum")
-    return sum(storages.values())
-
-
 @pytest.mark.parametrize("way", ["plain", "checkpointing", "bfloat16"])
 @pytest.mark.parametrize("slots", [1, 3])
 @pytest.mark.parametrize("seed", range(8))
@@ -133,7 +116,8 @@ def test_saved_bytes_are_predicted_within_two_percent(seed, slots, way):
     partial = PartialModel(MODEL, ARCH, costs.options.numerics())
     partial.reset(schedule, pack_for(ARCH, WEIGHTS, schedule))
     images, labels = images_for(ARCH, sum(sizes))
-    measured = saved_bytes(partial, images, labels, sizes)
+    held = [t for _, t in partial.held()]
+    measured = saved_bytes(lambda: F.cross_entropy(partial(images, sizes).float(), labels), held)
     assert costs.saved_bytes(schedule, sizes) == pytest.approx(measured, rel=0.02)
 
 
@@ -145,19 +129,9 @@ def test_activations_shrink_with_the_heads_that_train(share):
     operations[:, :, : round(share * arch.heads)] = Operation.FULL
     schedule = Schedule(operations)
     ours = cost_model(arch).saved_bytes(schedule, [8])
-    own = {p.untyped_storage().data_ptr() for p in model.parameters()}
-    storages = {}
-
-    def keep(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            storages[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
     images, labels = images_for(arch, 8, side=32)
-    with saved_tensors_hooks(keep, lambda t: t):
-        F.cross_entropy(model(images), labels)
-    assert ours <= (0.27 + 0.75 * share) * sum(storages.values())
+    theirs = saved_bytes(lambda: F.cross_entropy(model(images), labels), model.parameters())
+    assert ours <= (0.27 + 0.75 * share) * theirs
 
 
 def test_by_hand_one_block_one_head():
@@ -220,7 +194,7 @@ def test_the_scoring_pass_costs_what_is_predicted(changes):
     images, labels = images_for(arch, 4)
     meter = Meter(verify=True)
     fisher(partial, images, labels, meter)
-    predicted = Planner(costs).scoring_cost(4)
+    predicted = scoring_cost(costs, 4)
     assert meter.flops == predicted.flops
     assert meter.peak_bytes <= predicted.memory <= 1.25 * meter.peak_bytes
 
