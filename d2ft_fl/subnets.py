@@ -138,6 +138,15 @@ class Architecture:
         """Parameters by state-dict name."""
         return {p.name: p for p in self.parameters}
 
+    @cached_property
+    def subnet_sizes(self) -> np.ndarray:
+        """Parameters of each subnet: int64 [blocks, heads]; uneven where slices are."""
+        sizes = np.zeros((self.blocks, self.heads), dtype=np.int64)
+        for p in self.of_kind(Kind.SLICED):
+            width = p.numel // p.shape[p.axis]
+            sizes[p.block] += [width * len(rows) for rows in p.rows]
+        return sizes
+
     @property
     def widths(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Width of what each head hands to the product out, of attention and feed-forward."""

@@ -36,6 +36,9 @@ def test_feed_forward_slices_may_be_uneven():
     _, arch = build(embed_dim=28, num_heads=7, mlp_ratio=66 / 28)
     assert arch.hidden == (10, 10, 10, 9, 9, 9, 9)
     assert sum(arch.hidden) == 66
+    # qkv with its bias, proj, fc1 with its bias, fc2; heads of width 4
+    assert arch.subnet_sizes[0, 0] == 12 * 29 + 4 * 28 + 10 * 29 + 10 * 28
+    assert arch.subnet_sizes[2, 6] == 12 * 29 + 4 * 28 + 9 * 29 + 9 * 28
 
 
 @given(heads=st.sets(st.integers(0, 3), min_size=1), index=st.integers(0, 5))
