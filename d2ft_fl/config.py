@@ -77,6 +77,7 @@ class RunConfig:
     exploration: float = 1.0
     score_every: int = 5
     score_examples: int = 4
+    score_momentum: float = 0.5
 
     device: str = "cpu"
     threads_per_client: int = 1
@@ -139,6 +140,10 @@ class RunConfig:
         self._one_of("forward-score", scores.KINDS)
         if not 0 <= self.exploration <= 1:
             raise ConfigError(f"exploration = {self.exploration} must lie between 0 and 1")
+        if not 0 <= self.score_momentum < 1:
+            raise ConfigError(
+                f"score-momentum = {self.score_momentum} must be 0 or more, and below 1"
+            )
         if not 0 < self.round_timeout < float("inf"):
             raise ConfigError(f"round-timeout = {self.round_timeout} must be above 0 seconds")
         if self.seed >= 2**63:
@@ -157,10 +162,10 @@ class RunConfig:
                 "compensation needs rounds in which clients measure: set score-every to 1 or more"
             )
         no_pass = self.score_every == 0 or self.score_examples == 0
-        if no_pass and self.uses_fisher():
+        if no_pass and (measured := self.measured_scores()):
             raise ConfigError(
-                "fisher scores need a scoring pass: set score-every and score-examples to 1 "
-                "or more, or use magnitude or uniform scores"
+                f"{' and '.join(measured)} scores need a scoring pass: set score-every and "
+                "score-examples to 1 or more, or use magnitude or uniform scores"
             )
         self.load_strategy()
         self.load_client_mode()
@@ -170,10 +175,14 @@ class RunConfig:
         budgets(ClientDescription(0, len(partitions[0]), len(partitions)), 1)
         return self
 
-    def uses_fisher(self) -> bool:
-        """Whether the strategy looks at scores, and Fisher is one of them."""
+    def score_kinds(self) -> tuple[str, ...]:
+        """What a scoring pass measures, should there be one."""
+        return tuple(k for k in scores.MEASURED if k in (self.backward_score, self.forward_score))
+
+    def measured_scores(self) -> tuple[str, ...]:
+        """The kinds that scoring passes measure; none where the strategy looks at no scores."""
         looks = bool(getattr(self.load_strategy(), "USES_SCORES", True))
-        return looks and "fisher" in (self.backward_score, self.forward_score)
+        return self.score_kinds() if looks else ()
 
     def _at_least(self, key: str, least: int) -> None:
         value = self.to_mapping()[key]

@@ -75,16 +75,12 @@ class Elements:
     @classmethod
     def of(cls, arch: Architecture) -> "Elements":
         """Counted from the parameters."""
-        sliced = np.zeros((arch.blocks, arch.heads), dtype=np.int64)
         shared = np.zeros(arch.blocks, dtype=np.int64)
-        for p in arch.of_kind(Kind.SLICED):
-            elements = np.array([p.numel // p.shape[p.axis] * len(rows) for rows in p.rows])
-            sliced[p.block] += elements
         for p in arch.of_kind(Kind.SHARED):
             shared[p.block] += p.numel
         embedding = sum(p.numel for p in arch.of_kind(Kind.EMBEDDING))
         final = sum(p.numel for p in arch.of_kind(Kind.FINAL))
-        return cls(sliced, shared, embedding, final)
+        return cls(arch.subnet_sizes, shared, embedding, final)
 
 
 @dataclass(frozen=True)
@@ -97,6 +93,7 @@ class CostModel:
             block and distinct set of heads that a slot skips.
         calibrating: Whether clients measure means in this round: up, and held, T (d + f) elements
             a resident subnet.
+        score_kinds: How many kinds of scores a scoring pass measures: up, one tensor each.
     """
 
     arch: Architecture
@@ -105,6 +102,7 @@ class CostModel:
     device: str = "cpu"
     compensated: bool = False
     calibrating: bool = False
+    score_kinds: int = 1
 
     # -- FLOPs -------------------------------------------------------------------------------
 
@@ -294,9 +292,10 @@ def _wire(spec: dict[str, tuple[int, ...]]) -> int:
 
 @lru_cache(maxsize=64)
 def scoring_cost(costs: CostModel, examples: int) -> Cost:
-    """Cost of a Fisher pass: one example at a time, everything FULL, the whole model down.
+    """Cost of a scoring pass: one example at a time, everything FULL, the whole model down.
 
-    Its memory holds no gradients but the one at hand.
+    Up goes one float32 [blocks, heads] for each of ``costs.score_kinds``. Memory and FLOPs are the
+    same for any number of kinds: all are taken from the one gradient at hand.
     """
     if examples == 0:
         return Cost()
@@ -312,13 +311,13 @@ def scoring_cost(costs: CostModel, examples: int) -> Cost:
     return Cost(
         flops,
         memory + memory // MEMORY_MARGIN,
-        ELEMENT * a.blocks * a.heads + TENSOR_HEADER,
+        costs.score_kinds * (ELEMENT * a.blocks * a.heads + TENSOR_HEADER),
         costs.bytes_down(costs.everything()),
     )
 
 
 def round_cost(costs: CostModel, schedule: Schedule, examples: int, score_examples: int) -> Cost:
-    """Cost of a round, with the Fisher pass before it, if any.
+    """Cost of a round, with the scoring pass before it, if any.
 
     The pass needs the whole model, of which the schedule then keeps its part, uncompensated.
     """

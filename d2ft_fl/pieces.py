@@ -123,7 +123,8 @@ def _pick(
     return tensor.index_select(0, torch.tensor(rows, dtype=torch.long, device=tensor.device))
 
 
-# Told (role, first row, gradient of a run of rows) instead of adding it up; see `training.fisher`.
+# Told (role, first row, gradient of a run of rows) instead of adding it up; see
+# `training.score_pass`.
 Observer = Callable[[str, int, Tensor], None]
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from d2ft_fl import scores, wire
+from d2ft_fl import wire
 from d2ft_fl.aggregation import Sums, Update
 from d2ft_fl.budgets import Budget
 from d2ft_fl.compensation import MeanBook, MeanSums
@@ -21,6 +21,7 @@ from d2ft_fl.config import RunConfig
 from d2ft_fl.costs import RESOURCES, Cost, CostModel
 from d2ft_fl.errors import ReplyError, RunError
 from d2ft_fl.planner import Assignment, Planner
+from d2ft_fl.scores import KINDS, MEASURED, TENSOR, ScoreBook, subnet_scores
 from d2ft_fl.subnets import Architecture, Operation, Schedule, pack_for
 
 __all__ = ["Assignment", "Federation", "Participant", "Report", "Round", "State"]
@@ -58,13 +59,13 @@ class State:
     Attributes:
         round: Rounds finished.
         weights: The global model, float32 by state-dict name.
-        fisher: What scoring passes have told.
+        scores: What scoring passes have told.
         means: What subnets add on average, where compensation is on.
     """
 
     round: int
     weights: dict[str, Tensor]
-    fisher: scores.FisherBook = field(default_factory=scores.FisherBook)
+    scores: ScoreBook = field(default_factory=ScoreBook)
     means: MeanBook = field(default_factory=MeanBook)
 
 
@@ -80,7 +81,9 @@ class Federation:
         """The cost model, of a round that neither compensates nor calibrates."""
         config = self.config
         device = config.torch_device().type
-        return CostModel(self.arch, config.local_options(), config.slots, device)
+        kinds = len(config.score_kinds())
+        options = config.local_options()
+        return CostModel(self.arch, options, config.slots, device, score_kinds=kinds)
 
     def calibrates(self, round: int) -> bool:
         """Whether clients measure what subnets add on average in this round."""
@@ -150,15 +153,19 @@ class Round:
         return np.random.default_rng([self.federation.config.seed, self.number, client.client])
 
     def scores(self, kind: str) -> np.ndarray:
-        """``magnitude``, ``fisher`` or ``uniform`` scores with mean 1: float64 [blocks, heads]."""
-        arch = self.federation.arch
-        if kind == "magnitude":
-            return scores.normalised(scores.magnitude(arch, self.state.weights))
-        if kind == "fisher":
-            # Its root is the size of the gradient, as magnitude is the size of the weights;
-            # Fisher itself is so uneven that most subnets would look worthless.
-            return scores.normalised(np.sqrt(self.state.fisher.scores(arch)))
-        return np.ones(self.shape)
+        """Scores of a kind (see :mod:`d2ft_fl.scores`) with mean 1: float64 [blocks, heads].
+
+        Raises:
+            RunError: For an unknown kind, or one that needs a scoring pass and gets none.
+        """
+        if kind not in KINDS:
+            raise RunError(f"score kind {kind!r} is unknown; use one of {', '.join(KINDS)}")
+        if kind in MEASURED and kind not in self.federation.config.measured_scores():
+            raise RunError(
+                f"nobody measures {kind} scores in this run; name {kind} in backward-score or "
+                "forward-score, and do not set USES_SCORES = False in the strategy"
+            )
+        return subnet_scores(kind, self.federation.arch, self.state.weights, self.state.scores)
 
     def backward_scores(self) -> np.ndarray:
         """Worth of training each subnet, as configured."""
@@ -169,9 +176,9 @@ class Round:
         return self.scores(self.federation.config.forward_score)
 
     def scoring_examples(self, client: Participant) -> int:
-        """Examples of a Fisher pass that ``client`` would run in this round; 0 for none."""
+        """Examples of a scoring pass that ``client`` would run in this round; 0 for none."""
         config = self.federation.config
-        if not config.uses_fisher() or (self.number - 1) % config.score_every:
+        if not config.measured_scores() or (self.number - 1) % config.score_every:
             return 0
         return min(config.score_examples, client.examples)
 
@@ -244,7 +251,7 @@ def encode_assignment(federation: Federation, state: State, a: Assignment) -> by
     """The message that tells a client what to do, with the slices that it needs."""
     carried = a.schedule
     if a.score_examples:
-        carried = federation.costs.everything()  # the Fisher pass runs everything
+        carried = federation.costs.everything()  # the scoring pass runs everything
     meta = {
         "round": state.round + 1,
         "client": a.client,
@@ -293,7 +300,7 @@ class Fold:
         self.mean_sums = MeanSums(federation.arch, examples)
         self.pending = {a.client: a for a in plan.working}
         self.participants = {c.client: c for c in plan.clients}
-        self.measured: dict[int, tuple[np.ndarray, int]] = {}
+        self.measured: dict[int, tuple[dict[str, np.ndarray], int]] = {}
         self.records: dict[int, ClientRecord] = {}
 
     def add(self, client: int, blob: bytes) -> None:
@@ -328,9 +335,7 @@ class Fold:
         expected = self.federation.costs.slot_totals(participant.examples)
         if slot_examples != expected:
             raise ReplyError(f"trained on {sum(slot_examples)} examples, not {sum(expected)}")
-        fisher = tensors.pop("d2ft.fisher", None)
-        if assignment.score_examples:
-            measured = self._check_fisher(fisher)
+        measured = self._measured(tensors) if assignment.score_examples else {}
         schedule, means = assignment.schedule, {}
         if self.federation.calibrates(self.plan.round):
             means = {n: tensors.pop(n) for n in list(tensors) if n.startswith("d2ft.mean.")}
@@ -339,20 +344,25 @@ class Fold:
         if means:
             self.mean_sums.add(schedule, slot_examples, means)
         del self.pending[client]
-        if assignment.score_examples:
+        if measured:
             self.measured[client] = (measured, assignment.score_examples)
         used = Cost(flops, memory, len(blob), down)
         self._record(assignment, used, wall_seconds=wall, train_loss=loss)
 
-    def _check_fisher(self, fisher: Tensor | None) -> np.ndarray:
+    def _measured(self, tensors: dict[str, Tensor]) -> dict[str, np.ndarray]:
+        """Take a client's scores out of its reply: kind -> float64 [blocks, heads]."""
+        kinds = self.federation.config.score_kinds()
+        return {kind: self._check_scores(kind, tensors.pop(TENSOR + kind, None)) for kind in kinds}
+
+    def _check_scores(self, kind: str, scores: Tensor | None) -> np.ndarray:
         arch = self.federation.arch
-        if fisher is None:
-            raise ReplyError("the Fisher scores are missing")
-        values = fisher.double().numpy()
+        if scores is None:
+            raise ReplyError(f"the {kind} scores are missing")
+        values = scores.double().numpy()
         if values.shape != (arch.blocks, arch.heads) or not np.isfinite(values).all():
-            raise ReplyError("the Fisher scores are not a finite [blocks, heads]")
+            raise ReplyError(f"the {kind} scores are not a finite [blocks, heads]")
         if (values < 0).any():
-            raise ReplyError("the Fisher scores are negative")
+            raise ReplyError(f"the {kind} scores are negative")
         return values
 
     def fail(self, client: int, reason: str) -> None:
@@ -370,7 +380,7 @@ class Fold:
         state = State(
             self.plan.round,
             self.sums.apply(),
-            self.state.fisher.updated(self.measured),
+            self.state.scores.updated(self.measured, self.federation.config.score_momentum),
             self.mean_sums.apply(self.state.means),
         )
         return state, [self.records[c.client] for c in self.plan.clients]

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from d2ft_fl.meter import Meter, tensor_bytes
 from d2ft_fl.partial import Entry, PartialModel
-from d2ft_fl.pieces import Numerics
+from d2ft_fl.pieces import Numerics, Observer, PackedHeads
+from d2ft_fl.scores import MEASURES, Measure
 from d2ft_fl.subnets import Kind, Operation, Schedule, passes, slot_sizes
 
 Batches = Iterator[tuple[Tensor, Tensor]]  # images [batch, ...], labels [batch]
@@ -245,33 +246,24 @@ def optimizer_state(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
         yield from (v for v in state.values() if isinstance(v, Tensor))
 
 
-def fisher(model: PartialModel, images: Tensor, labels: Tensor, meter: Meter) -> np.ndarray:
-    """Empirical Fisher information of each subnet: float64 [blocks, heads].
+def score_pass(
+    model: PartialModel, images: Tensor, labels: Tensor, kinds: Sequence[str], meter: Meter
+) -> dict[str, np.ndarray]:
+    """Measure scores: one of :data:`~d2ft_fl.scores.MEASURED` -> float64 [blocks, heads].
 
-    The mean over examples of the summed squares of the gradient of the log likelihood,
-    ``1/n sum_i sum_{w in subnet} (d log p(y_i | x_i) / d w)^2``, one example at a time. A
-    gradient is summed up as soon as it exists, so that no more than one is held.
-    The model must hold everything FULL in one slot.
+    Means over examples, run one at a time, of what :mod:`d2ft_fl.scores` defines (``fisher``
+    before its root). A gradient is summed up for all kinds as soon as it exists, so that no more
+    than one is held. The model must hold everything FULL in one slot.
     """
     arch = model.arch
-    total = torch.zeros(arch.blocks, arch.heads, dtype=torch.float64, device=model.device)
-
-    def observer(block: int) -> Callable[[str, int, Tensor], None]:
-        store = model.blocks[block].store
-
-        def observe(role: str, first: int, gradient: Tensor) -> None:
-            rows = gradient if gradient.dim() == 1 else gradient.flatten(1)
-            squares = rows.square() if rows.dim() == 1 else rows.square().sum(dim=1)
-            for head, own in store.rows[role].items():
-                if own.start >= first and own.stop <= first + len(squares):
-                    total[block, head] += squares[own.start - first : own.stop - first].sum()
-
-        return observe
-
-    whole = list(model.whole().values())
+    shape = len(kinds), arch.blocks, arch.heads
+    sums = torch.zeros(shape, dtype=torch.float64, device=model.device)  # of the example at hand
+    total = torch.zeros_like(sums)
     for index, block in model.blocks.items():
+        observer = _observer(block.store, [MEASURES[kind] for kind in kinds], sums[:, index])
         for branch in block.branches:
-            branch.observer = observer(index)
+            branch.observer = observer
+    whole = list(model.whole().values())
     held = [t for _, t in model.held()]
     base = tensor_bytes(held) + images.nbytes
     try:
@@ -279,13 +271,39 @@ def fisher(model: PartialModel, images: Tensor, labels: Tensor, meter: Meter) ->
             one = slice(index, index + 1)
             meter.run(
                 partial(_run_pass, model, images[one], labels[one], [1], 1),
-                key=(id(model), "fisher"),
+                key=(id(model), "scores", *kinds),
                 base=base,
                 known=lambda: [*held, images, labels],
             )
+            total += sums.abs()
+            sums.zero_()
             for tensor in whole:
                 tensor.grad = None
     finally:
         for branch in model.branches():
             branch.observer = None
-    return (total.cpu() / max(1, len(images))).numpy()
+    means = (total.cpu() / max(1, len(images))).numpy()
+    return {
+        kind: mean / arch.subnet_sizes if MEASURES[kind].per_parameter else mean
+        for kind, mean in zip(kinds, means, strict=True)
+    }
+
+
+def _observer(store: PackedHeads, measures: Sequence[Measure], sums: Tensor) -> Observer:
+    """Adds each measure of a block's gradients into ``sums`` [measures, heads]."""
+
+    def observe(role: str, first: int, gradient: Tensor) -> None:
+        weights = store.weights[role][first : first + len(gradient)]
+        for measure, into in zip(measures, sums, strict=True):
+            rows = _row_sums(measure, weights, gradient)
+            for head, own in store.rows[role].items():
+                if own.start >= first and own.stop <= first + len(rows):
+                    into[head] += rows[own.start - first : own.stop - first].sum()
+
+    return observe
+
+
+def _row_sums(measure: Measure, weights: Tensor, gradient: Tensor) -> Tensor:
+    """What a measure adds up, summed over all but the first axis: [rows]."""
+    elements = measure.element(weights, gradient)
+    return elements if elements.dim() == 1 else elements.flatten(1).sum(dim=1)

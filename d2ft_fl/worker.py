@@ -24,8 +24,9 @@ from d2ft_fl.meter import Meter, free_memory, set_threads, warm_up
 from d2ft_fl.models import build_model
 from d2ft_fl.partial import PartialModel
 from d2ft_fl.rounds import Federation, Report
+from d2ft_fl.scores import TENSOR
 from d2ft_fl.subnets import Architecture, Kind, Operation, Schedule, slot_totals
-from d2ft_fl.training import fisher, train
+from d2ft_fl.training import score_pass, train
 
 
 @lru_cache(maxsize=1)
@@ -97,8 +98,9 @@ class Worker:
             model.numerics = self.options.plain().numerics()
             model.reset(everything, tensors, gradients=False)
             images, labels = data.client_batch(client, order[0][:scored], self.device)
-            scores = fisher(model, images, labels, self.meter)
-            result["d2ft.fisher"] = torch.from_numpy(scores).float()
+            measured = score_pass(model, images, labels, self.config.score_kinds(), self.meter)
+            for kind, values in measured.items():
+                result[TENSOR + kind] = torch.from_numpy(values).float()
             tensors = self._narrow(model.arch, tensors, schedule)
         model.numerics = self.options.numerics()
         model.reset(schedule, tensors, offsets)

@@ -52,13 +52,19 @@ def test_experiments_name_known_options(path):
         ({"lr": float("nan")}, "must be a finite number"),
         ({"optimizer": "adam"}, "use one of adamw, sgd"),
         ({"planner": "magic"}, "use one of joint, two-stage"),
-        ({"backward-score": "size"}, "use one of magnitude, fisher, uniform"),
+        ({"backward-score": "size"}, "use one of magnitude, fisher, gradient, taylor, uniform"),
         ({"strategy": "best"}, "use one of d2ft, random, fedavg, or the dotted path"),
         ({"strategy": "no.such"}, "cannot import 'no.such'"),
         ({"strategy": "d2ft_fl.wire"}, "has no function schedule"),
         ({"client-mode": "half"}, "use one of full"),
         ({"slots": 20}, "slots = 20 is more than batch-size = 16"),
         ({"score-every": 0}, "fisher scores need a scoring pass"),
+        (
+            {"score-examples": 0, "backward-score": "taylor", "forward-score": "gradient"},
+            "gradient and taylor scores need a scoring pass: set score-every and score-examples",
+        ),
+        ({"score-momentum": 1.0}, "score-momentum = 1.0 must be 0 or more, and below 1"),
+        ({"score-momentum": float("nan")}, "score-momentum = nan must be 0 or more"),
         ({"partitioner": "best"}, "use one of .*Dirichlet"),
         ({"partitioner-args": "alpha 0.5"}, "partitioner-args = .* cannot be read"),
         ({"model": "resnet50"}, "model 'resnet50' is not supported"),
@@ -90,8 +96,23 @@ def test_what_cannot_run_is_refused_in_one_line(entries, message):
     assert "\n" not in str(error.value)
 
 
-def test_random_needs_no_fisher_pass():
-    RunConfig(strategy="random", score_every=0).check()
+def test_random_needs_no_scoring_pass():
+    config = RunConfig(strategy="random", score_every=0)
+    assert config.check().measured_scores() == ()
+
+
+@pytest.mark.parametrize(
+    "backward,forward,measured",
+    [
+        ("fisher", "fisher", ("fisher",)),
+        ("taylor", "fisher", ("fisher", "taylor")),
+        ("magnitude", "gradient", ("gradient",)),
+        ("magnitude", "uniform", ()),
+    ],
+)
+def test_scoring_passes_measure_what_either_direction_names(backward, forward, measured):
+    config = RunConfig(backward_score=backward, forward_score=forward)
+    assert config.measured_scores() == measured
 
 
 def test_later_files_and_pairs_win_and_paths_start_at_their_file(tmp_path):

@@ -1,5 +1,7 @@
 """Predictions against what torch counts: FLOPs as integers, memory by following storages."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -9,11 +11,12 @@ from hypothesis import strategies as st
 
 from clients.full import learning_rate
 from d2ft_fl.bench import saved_bytes
-from d2ft_fl.costs import MESSAGE_HEADER, TENSOR_HEADER, Cost, scoring_cost
+from d2ft_fl.costs import MESSAGE_HEADER, TENSOR_HEADER, Cost, round_cost, scoring_cost
 from d2ft_fl.meter import Meter
 from d2ft_fl.partial import PartialModel
+from d2ft_fl.scores import MEASURED, TENSOR
 from d2ft_fl.subnets import Operation, Schedule, down_spec, pack_for
-from d2ft_fl.training import fisher, train
+from d2ft_fl.training import score_pass, train
 from d2ft_fl.wire import encode
 from tests.conftest import (
     build,
@@ -182,10 +185,11 @@ def test_sitting_out_costs_nothing():
     assert cost_model(ARCH, 2).cost(nothing, 100) == Cost()
 
 
+@pytest.mark.parametrize("kinds", [("fisher",), ("taylor",), MEASURED])
 @pytest.mark.parametrize("changes", [{}, {"attn_drop_rate": 0.1, "proj_drop_rate": 0.1}])
-def test_the_scoring_pass_costs_what_is_predicted(changes):
+def test_the_scoring_pass_costs_what_is_predicted(changes, kinds):
     model, arch = build(embed_dim=48, **changes)
-    costs = cost_model(arch, 3)
+    costs = replace(cost_model(arch, 3), score_kinds=len(kinds))
     partial = PartialModel(model, arch)
     everything = Schedule.filled(Operation.FULL, 1, arch.blocks, arch.heads)
     packed = pack_for(arch, weights_of(model), everything)
@@ -193,10 +197,20 @@ def test_the_scoring_pass_costs_what_is_predicted(changes):
     assert not any(block.store.grads for block in partial.blocks.values())
     images, labels = images_for(arch, 4)
     meter = Meter(verify=True)
-    fisher(partial, images, labels, meter)
+    found = score_pass(partial, images, labels, kinds, meter)
     predicted = scoring_cost(costs, 4)
     assert meter.flops == predicted.flops
     assert meter.peak_bytes <= predicted.memory <= 1.25 * meter.peak_bytes
+    reply = {TENSOR + kind: torch.from_numpy(scores).float() for kind, scores in found.items()}
+    data = sum(tensor.nbytes for tensor in reply.values())
+    assert predicted.bytes_up == data + len(kinds) * TENSOR_HEADER
+    assert len(encode(reply, {})) - len(encode({}, {})) <= predicted.bytes_up
+
+
+def test_a_kind_of_score_more_costs_one_tensor_up_and_nothing_else():
+    costs = [replace(cost_model(ARCH), score_kinds=kinds) for kinds in (1, 2)]
+    one, two = (round_cost(c, c.everything(), 20, 4).vector() for c in costs)
+    assert (two - one).tolist() == [0, 0, 4 * ARCH.blocks * ARCH.heads + TENSOR_HEADER, 0]
 
 
 def test_cost_grows_with_every_operation():

@@ -8,8 +8,9 @@ from clients.full import learning_rate
 from d2ft_fl.meter import Meter, warm_up
 from d2ft_fl.partial import PartialModel
 from d2ft_fl.pieces import Numerics
+from d2ft_fl.scores import MEASURED
 from d2ft_fl.subnets import pack_for
-from d2ft_fl.training import LocalOptions, Stepper, fisher, train
+from d2ft_fl.training import LocalOptions, Stepper, score_pass, train
 from tests.conftest import all_of, build, cost_model, images_for, random_schedule, weights_of
 
 pytestmark = [
@@ -99,10 +100,11 @@ def test_nothing_waits_for_the_gpu():
         torch.cuda.set_sync_debug_mode("default")
 
 
-def test_fisher_is_the_cpus():
+def test_scores_are_the_cpus():
     model, arch = build(**WIDE)
     found = []
     for device in (torch.device("cpu"), CUDA):
         partial = ready(all_of(arch), model, arch, LocalOptions(), device)
-        found.append(fisher(partial, *data(arch, 3, device), Meter(device=device)))
-    assert found[0] == pytest.approx(found[1], rel=1e-2)
+        found.append(score_pass(partial, *data(arch, 3, device), MEASURED, Meter(device=device)))
+    for kind in MEASURED:
+        assert found[0][kind] == pytest.approx(found[1][kind], rel=1e-2), kind

@@ -13,10 +13,13 @@ from d2ft_fl import wire
 from d2ft_fl.errors import RunError
 from d2ft_fl.local import LocalPool
 from d2ft_fl.models import build_model
-from d2ft_fl.rounds import Federation, Fold, State, encode_assignment, plan_round
+from d2ft_fl.rounds import Federation, Fold, Round, State, encode_assignment, plan_round
+from d2ft_fl.scores import TENSOR
 from d2ft_fl.subnets import Kind
 from d2ft_fl.timm_vit import describe
 from d2ft_fl.worker import Worker
+
+FISHER = TENSOR + "fisher"
 
 
 def first_round(config):
@@ -57,7 +60,8 @@ def test_the_order_of_replies_does_not_matter(round_one):
     one, _ = folded(round_one, replies)
     other, _ = folded(round_one, replies[::-1])
     assert all(torch.equal(one.weights[n], other.weights[n]) for n in one.weights)
-    assert np.array_equal(one.fisher.mean, other.fisher.mean)
+    assert list(one.scores.means) == ["fisher"]
+    assert np.array_equal(one.scores.means["fisher"], other.scores.means["fisher"])
 
 
 def test_used_is_measured_and_within_the_budget(round_one):
@@ -91,8 +95,11 @@ def set_nan(tensors, meta):
         (lambda t, m: m.update({"slot_examples": [1, 1]}), "trained on 2 examples, not"),
         (lambda t, m: m.update({"round": 7}), "an answer to round 7"),
         (lambda t, m: m.update({"error": "OSError: disk full"}), "OSError: disk full"),
-        (lambda t, m: t.pop("d2ft.fisher"), "Fisher scores are missing"),
-        (lambda t, m: t.update({"d2ft.fisher": torch.full((6, 6), torch.inf)}), "not a finite"),
+        (lambda t, m: t.pop(FISHER), "fisher scores are missing"),
+        (lambda t, m: t.update({FISHER: torch.full((6, 6), torch.inf)}), "not a finite"),
+        (lambda t, m: t.update({FISHER: torch.ones(6, 5)}), "not a finite"),
+        (lambda t, m: t.update({FISHER: -torch.ones(6, 6)}), "fisher scores are negative"),
+        (lambda t, m: t.update({TENSOR + "taylor": torch.ones(6, 6)}), "was not assigned"),
     ],
 )
 def test_a_bad_reply_is_left_out_counted_and_named(round_one, change, reason):
@@ -116,6 +123,47 @@ def test_garbage_silence_and_a_second_answer_change_nothing(round_one):
     for name, tensor in silent.weights.items():
         assert torch.equal(state.weights[name], tensor)
         assert torch.equal(twice.weights[name], tensor)
+
+
+def test_one_pass_measures_both_directions_kinds(quick):
+    config = quick(backward_score="taylor", forward_score="gradient", verify_costs=True)
+    one = first_round(config.check())
+    after, records = folded(one, one[3].items())
+    assert sorted(after.scores.means) == ["gradient", "taylor"]
+    who = [record.client for record in records if record.scored]
+    assert len(who) >= 2
+    for record in records:
+        assert record.fault is None
+        assert record.used.flops == record.predicted.flops
+        assert record.used.bytes_up <= record.predicted.bytes_up
+    for kind in ("gradient", "taylor"):
+        found = [wire.decode(one[3][client])[0][TENSOR + kind] for client in who]
+        assert {(t.dtype, *t.shape) for t in found} == {(torch.float32, 6, 6)}
+        expected = sum(t / t.mean() for t in found) / len(found)  # 4 examples of each client
+        np.testing.assert_allclose(after.scores.means[kind], expected, rtol=1e-5)
+    now = Round(one[0], after, [])
+    assert np.array_equal(now.backward_scores(), now.scores("taylor"))
+    assert np.array_equal(now.forward_scores(), now.scores("gradient"))
+    assert now.scores("magnitude").mean() == pytest.approx(1)
+
+
+@pytest.mark.parametrize(
+    "strategy,kind,message",
+    [
+        ("d2ft", "size", "'size' is unknown; use one of magnitude, fisher, gradient, taylor"),
+        ("d2ft", "taylor", "nobody measures taylor scores in this run; name taylor in backward"),
+        ("random", "fisher", "nobody measures fisher scores"),
+    ],
+)
+def test_scores_that_nobody_measures_are_refused_in_one_line(quick, strategy, kind, message):
+    config = quick(strategy=strategy)
+    model = build_model(config.model_spec())
+    state = State(0, {n: p.detach() for n, p in model.named_parameters()})
+    now = Round(Federation(config, describe(model)), state, [])
+    with pytest.raises(RunError, match=message) as error:
+        now.scores(kind)
+    assert "\n" not in str(error.value)
+    assert (now.scores("uniform") == 1).all()
 
 
 def test_a_worker_turns_its_own_fault_into_an_answer(quick):

@@ -1,3 +1,4 @@
+import copy
 from dataclasses import replace
 
 import numpy as np
@@ -8,8 +9,9 @@ import torch.nn.functional as F
 from clients.full import learning_rate
 from d2ft_fl.meter import Meter
 from d2ft_fl.partial import PartialModel
+from d2ft_fl.scores import MEASURED
 from d2ft_fl.subnets import Kind, Operation, Schedule, pack_for, up_spec
-from d2ft_fl.training import LocalOptions, Stepper, build_optimizer, fisher, train
+from d2ft_fl.training import LocalOptions, Stepper, build_optimizer, score_pass, train
 from tests.conftest import build, images_for, random_schedule, weights_of
 
 
@@ -160,20 +162,73 @@ def test_a_slot_without_work_is_skipped_and_its_examples_do_not_count():
         torch.testing.assert_close(tensor, only[name])
 
 
-def test_fisher_is_the_mean_of_squared_gradients():
-    model, arch = build(depth=2)
-    images, labels = images_for(arch, 3)
+def scored(model, arch, images, labels, kinds):
     schedule = Schedule.filled(Operation.FULL, 1, arch.blocks, arch.heads)
     partial = PartialModel(model, arch)
-    partial.reset(schedule, pack_for(arch, weights_of(model), schedule))
-    ours = fisher(partial, images, labels, Meter())
-    expected = np.zeros((arch.blocks, arch.heads))
+    partial.reset(schedule, pack_for(arch, weights_of(model), schedule), gradients=False)
+    found = score_pass(partial, images, labels, kinds, Meter())
+    assert all(t.grad is None for t in partial.whole().values())
+    assert all(branch.observer is None for branch in partial.branches())
+    return found
+
+
+def subnet_elements(model, arch, block, head, of):
+    """All elements of a subnet, of each parameter's value or gradient."""
+    slices = [p.pack(of(model.get_parameter(p.name)), [head]) for p in arch.of_kind(Kind.SLICED)
+              if p.block == block]  # fmt: skip
+    return torch.cat([t.flatten() for t in slices])
+
+
+UNALIKE = {
+    "plain": {},
+    "uneven slices": {"mlp_ratio": 66 / 24},
+    "gated attention": {"gated": True},
+    "layer scale": {"init_values": 0.1},
+    "no biases": {"qkv_bias": False},
+}
+
+
+@pytest.mark.parametrize("kind", UNALIKE)
+def test_scores_are_what_autograd_says(kind):
+    model, arch = build(depth=2, **UNALIKE[kind])
+    model.double()
+    images, labels = images_for(arch, 3, torch.float64)
+    ours = scored(model, arch, images, labels, MEASURED)
+    expected = {name: np.zeros((arch.blocks, arch.heads)) for name in MEASURED}
     for x, y in zip(images, labels, strict=True):
         model.zero_grad()
         F.cross_entropy(model(x[None]), y[None]).backward()
-        for p in arch.of_kind(Kind.SLICED):
-            squares = model.get_parameter(p.name).grad.double().square()
-            for head in range(arch.heads):
-                expected[p.block, head] += float(p.pack(squares, [head]).sum()) / 3
-    np.testing.assert_allclose(ours, expected, rtol=1e-4)
-    assert all(t.grad is None for t in partial.whole().values())
+        for at in np.ndindex(arch.blocks, arch.heads):
+            g = subnet_elements(model, arch, *at, lambda p: p.grad)
+            w = subnet_elements(model, arch, *at, lambda p: p.detach())
+            expected["fisher"][at] += g.square().mean() / 3
+            expected["gradient"][at] += g.abs().mean() / 3
+            expected["taylor"][at] += (w * g).sum().abs() / 3
+    assert tuple(ours) == MEASURED
+    for name in MEASURED:
+        np.testing.assert_allclose(ours[name], expected[name], rtol=1e-10, err_msg=name)
+
+
+def test_kinds_measured_together_are_those_measured_alone():
+    model, arch = build(depth=2)
+    data = images_for(arch, 3)
+    together = scored(model, arch, *data, ("gradient", "fisher"))
+    for kind in together:
+        assert np.array_equal(together[kind], scored(model, arch, *data, (kind,))[kind])
+
+
+def test_taylor_tells_what_shrinking_a_subnet_does_to_the_loss():
+    """All weights of one subnet times 1 - e: the loss moves by e times the sum of w g."""
+    model, arch = build(depth=1)
+    model.double()
+    images, labels = images_for(arch, 1, torch.float64)
+    ours = scored(model, arch, images, labels, ("taylor",))["taylor"][0, 2]
+    losses = []
+    with torch.no_grad():
+        for factor in (1 - 1e-5, 1 + 1e-5):
+            other = copy.deepcopy(model)
+            for p in arch.of_kind(Kind.SLICED):
+                own = p.pack(model.get_parameter(p.name), [2])
+                p.unpack_(other.get_parameter(p.name), factor * own, [2])
+            losses.append(float(F.cross_entropy(other(images), labels)))
+    assert abs(losses[1] - losses[0]) / 2e-5 == pytest.approx(ours, rel=1e-6)
