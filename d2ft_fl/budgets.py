@@ -2,18 +2,19 @@
 
 A budget holds FLOPs, peak bytes of memory, bytes up and bytes down, each optional, each absolute
 ("2 GFLOP", "512 MiB") or relative ("40 %") to fully fine-tuning the same model on the client's own
-data at the configured batch size. Its speed and bandwidth feed the simulated clock only.
+data at the configured batch size; and a deadline, the most simulated seconds that a round may take
+it by its speed and bandwidths.
 
-A client finds its budget in a TOML file of device classes (the built-in one by default) or asks a
-``module:callable`` of yours, given a :class:`ClientDescription` and the round.
+Where budgets come from: a TOML file of device classes (``devices.py``; two are built in), this
+machine's own measurement (``profile.py``), or a ``module:callable`` of yours, given a
+:class:`ClientDescription` and the round.
 """
 
 import re
-import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -21,7 +22,8 @@ from d2ft_fl.costs import RESOURCES, Cost
 from d2ft_fl.errors import ConfigError
 from d2ft_fl.plugins import load_attribute
 
-BUILTIN = "devices"
+BUILTIN = ("devices", "hardware")  # files of device classes among the assets
+MEASURED = "measured"
 UNLIMITED = 2**60
 _NUMBER = re.compile(r"^\s*([+-]?[0-9]+(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?)\s*([^\s0-9].*?)?\s*$")
 _PREFIXES = {"": 1, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15}
@@ -32,6 +34,7 @@ _SPEEDS = {f"{p}FLOP/s": f for p, f in _PREFIXES.items()}
 _RATES = {f"{u}/s": f for u, f in _BYTES.items()} | {
     f"{p}bit/s": f / 8 for p, f in _PREFIXES.items()
 }
+_SECONDS = {"s": 1, "ms": 1e-3, "min": 60, "h": 3600}
 _UNITS: dict[str, tuple[dict[str, float], str]] = {
     "flops": (_FLOPS, '"2 GFLOP" or "40 %"'),
     "memory": (_BYTES, '"512 MiB" or "40 %"'),
@@ -40,7 +43,9 @@ _UNITS: dict[str, tuple[dict[str, float], str]] = {
     "speed": (_SPEEDS, '"10 GFLOP/s"'),
     "bandwidth_up": (_RATES, '"5 Mbit/s"'),
     "bandwidth_down": (_RATES, '"20 Mbit/s"'),
+    "deadline": (_SECONDS, '"30 s" or "2 min"'),
 }
+ENTRIES = tuple(name.replace("_", "-") for name in _UNITS)
 
 
 @dataclass(frozen=True)
@@ -65,8 +70,8 @@ class Budget:
 
     Attributes:
         flops, memory, bytes_up, bytes_down: The four budgets.
-        speed: FLOP/s. bandwidth_up, bandwidth_down: bytes/s. For the simulated clock; ``None``
-            takes no time.
+        speed: FLOP/s. bandwidth_up, bandwidth_down: bytes/s. ``None`` takes no time.
+        deadline: The most simulated :meth:`seconds` of a round.
         device: A name to report.
     """
 
@@ -77,6 +82,7 @@ class Budget:
     speed: float | None = None
     bandwidth_up: float | None = None
     bandwidth_down: float | None = None
+    deadline: float | None = None
     device: str = ""
 
     def capacity(self, full: Cost) -> np.ndarray:
@@ -120,13 +126,16 @@ class Budget:
         values: dict[str, Any] = {}
         for key, value in entries.items():
             name = key.replace("-", "_")
+            if name in values:
+                raise ConfigError(f"{where}: {key} is given twice; write it once")
             if name == "device":
                 values[name] = str(value)
             elif name in _UNITS:
                 values[name] = _parse(name, value, f"{where}: {key} = {value!r}")
             else:
-                known = ", ".join(n.replace("_", "-") for n in _UNITS)
-                raise ConfigError(f"{where}: unknown entry {key!r}; allowed are {known}")
+                raise ConfigError(
+                    f"{where}: unknown entry {key!r}; allowed are {', '.join(ENTRIES)}"
+                )
         return cls(**values)
 
 
@@ -152,7 +161,7 @@ def _parse(name: str, value: Any, where: str) -> Amount | float:
     if name in RESOURCES:
         return Amount(number, share)
     if share or number == 0:
-        raise ConfigError(f"{where} must be an absolute rate above 0, like {example}")
+        raise ConfigError(f"{where} must be absolute and above 0, like {example}")
     return number
 
 
@@ -165,92 +174,77 @@ class ClientDescription:
     clients: int
 
 
-BudgetSource = Callable[[ClientDescription, int], Budget]
+class BudgetSource(Protocol):
+    """Says what a client can afford in a round."""
 
-
-@dataclass(frozen=True)
-class DeviceClasses:
-    """Named budgets, dealt out to clients in turn."""
-
-    classes: dict[str, Budget]
-    mix: tuple[str, ...]
+    @property
+    def varies(self) -> bool:
+        """Whether clients have to be asked again every round."""
 
     def __call__(self, client: ClientDescription, round: int) -> Budget:
-        """The budget of a client's class, the same in every round."""
-        return self.classes[self.mix[client.client % len(self.mix)]]
+        """The budget of ``client`` in ``round``, counted from 1."""
 
 
-def read_devices(path: Path) -> DeviceClasses:
-    """Read device classes from a TOML file.
+def budget_source(
+    spec: str, resolve: Callable[[str], Path], device: str = "cpu", threads: int = 1
+) -> BudgetSource:
+    """The source that a configuration names.
 
-    Raises:
-        ConfigError: When the file is missing, is not TOML, or holds a wrong entry.
-    """
-    try:
-        table = tomllib.loads(path.read_text())
-    except OSError as error:
-        raise ConfigError(f"budgets file {str(path)!r}: {error.strerror or error}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"budgets file {str(path)!r} is not TOML: {error}") from None
-    if unknown := sorted(table.keys() - {"classes", "mix"}):
-        raise ConfigError(f"{path.name}: unknown table {unknown[0]!r}; allowed are classes, mix")
-    tables = table.get("classes")
-    if not isinstance(tables, dict) or not tables:
-        raise ConfigError(f"{path.name}: no device class; write a table [classes.NAME]")
-    classes = {}
-    for name, entries in tables.items():
-        where = f"{path.name}: classes.{name}"
-        if not isinstance(entries, dict):
-            raise ConfigError(f"{where} is {entries!r}; write a table [classes.{name}]")
-        classes[name] = Budget.from_mapping({**entries, "device": name}, where)
-    mix = table.get("mix", list(classes))
-    if not isinstance(mix, list) or not mix or any(m not in list(classes) for m in mix):
-        raise ConfigError(f"{path.name}: mix = {mix!r} must list names among {', '.join(classes)}")
-    return DeviceClasses(classes, tuple(mix))
-
-
-def budget_source(spec: str, resolve: Callable[[str], Path]) -> BudgetSource:
-    """The source that a configuration names: ``devices``, a TOML file, or ``module:callable``.
+    Args:
+        spec: ``devices``, ``hardware``, ``measured``, a path ending in ``.toml``, or
+            ``module:callable``.
+        resolve: Makes a path absolute.
+        device: Where ``measured`` measures: cpu or cuda.
+        threads: Threads of torch that ``measured`` measures with.
 
     Raises:
-        ConfigError: When there is none such.
+        ConfigError: When there is none such, or its file is wrong.
     """
-    if spec == BUILTIN:
-        return read_devices(Path(__file__).parent / "assets" / "devices.toml")
+    from d2ft_fl import devices, profile  # both build on Budget
+
+    if spec in BUILTIN:
+        return devices.read_devices(Path(__file__).parent / "assets" / f"{spec}.toml")
+    if spec == MEASURED:
+        return profile.Measured(device, threads)
     if spec.endswith(".toml"):
-        return read_devices(resolve(spec))
+        return devices.read_devices(resolve(spec))
     if ":" in spec:
-        return _plugin(spec)
+        function = load_attribute(spec, "budgets")
+        if not callable(function):
+            raise ConfigError(f"budgets = {spec!r} is a {type(function).__name__}, not a callable")
+        return Plugin(spec, function)
     raise ConfigError(
-        f"budgets = {spec!r}; use 'devices', a path ending in .toml, or 'module:callable'"
+        f"budgets = {spec!r}; use {', '.join(map(repr, (*BUILTIN, MEASURED)))}, a path ending in "
+        ".toml, or 'module:callable'"
     )
 
 
-def varies_by_round(spec: str) -> bool:
-    """Whether clients have to be asked again every round."""
-    return ":" in spec and not spec.endswith(".toml")
+@dataclass(frozen=True)
+class Plugin:
+    """A ``module:callable`` of the user's, its answers checked."""
 
+    spec: str
+    function: Callable[[ClientDescription, int], Any]
+    varies: bool = True
 
-def _plugin(spec: str) -> BudgetSource:
-    function = load_attribute(spec, "budgets")
-    if not callable(function):
-        raise ConfigError(f"budgets = {spec!r} is a {type(function).__name__}, not a callable")
+    def __call__(self, client: ClientDescription, round: int) -> Budget:
+        """What the function answers.
 
-    def ask(client: ClientDescription, round: int) -> Budget:
+        Raises:
+            ConfigError: When it raises, or its answer is no budget.
+        """
+        where = f"budgets = {self.spec!r}"
         try:
-            answer = function(client, round)
+            answer = self.function(client, round)
         except Exception as error:
             raise ConfigError(
-                f"budgets = {spec!r} raised {type(error).__name__}: {error} "
+                f"{where} raised {type(error).__name__}: {error} "
                 f"for client {client.client} in round {round}"
             ) from error
-        where = f"budgets = {spec!r}"
         if isinstance(answer, Budget):  # read back, so that its entries are checked too
             return Budget.from_mapping(answer.to_json(), where)
         if isinstance(answer, Mapping):
             return Budget.from_mapping({str(k): v for k, v in answer.items()}, where)
         raise ConfigError(
-            f"budgets = {spec!r} returned a {type(answer).__name__}; return a Budget or a mapping"
+            f"{where} returned a {type(answer).__name__}; return a Budget or a mapping"
         )
-
-    return ask

@@ -214,7 +214,7 @@ class RunConfig:
 
     def budget_source(self) -> BudgetSource:
         """Where clients get their budgets."""
-        return budget_source(self.budgets, resolve_path)
+        return budget_source(self.budgets, resolve_path, self.device, self.threads_per_client)
 
     def model_spec(self) -> ModelSpec:
         """The model to build."""

@@ -11,7 +11,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from d2ft_fl import timm_vit
-from d2ft_fl.budgets import varies_by_round
 from d2ft_fl.config import RunConfig
 from d2ft_fl.data import FederatedData, open_data
 from d2ft_fl.errors import RunError
@@ -77,10 +76,11 @@ def run(config: RunConfig, pool: Pool, progress: Progress = lambda row: None) ->
     recorder = Recorder(claim_folder(config), federation, config.model_spec())
     recorder.start()
 
+    budgets_vary = config.budget_source().varies
     reports: list[Report] = []
     for number in range(1, config.rounds + 1):
         round_started = time.perf_counter()
-        if not reports or varies_by_round(config.budgets):
+        if not reports or budgets_vary:
             reports = pool.reports(number)
         plan = plan_round(federation, state, reports)
         recorder.plan(plan)

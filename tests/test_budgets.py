@@ -9,10 +9,10 @@ from d2ft_fl.budgets import (
     Budget,
     ClientDescription,
     budget_source,
-    read_devices,
 )
 from d2ft_fl.config import resolve_path
 from d2ft_fl.costs import Cost
+from d2ft_fl.devices import read_devices
 from d2ft_fl.errors import ConfigError
 
 FULL = Cost(flops=1000, memory=2000, bytes_up=300, bytes_down=400)
@@ -149,7 +149,7 @@ def test_a_plugin_sees_the_client_and_the_round(plugin):
         ("my_budgets:absent", "has no 'absent'"),
         ("no_such_module:f", "cannot import 'no_such_module'"),
         ("my_broken:f", "raised ZeroDivisionError"),
-        ("whatever", "use 'devices', a path ending in .toml, or 'module:callable'"),
+        ("whatever", "use 'devices', 'hardware', 'measured', a path ending in .toml"),
     ],
 )
 def test_a_bad_plugin_is_named(plugin, spec, message):

@@ -74,7 +74,7 @@ def test_a_planted_wrong_formula_shows_up_as_violations(quick, monkeypatch):
     monkeypatch.setattr(costs.CostModel, "operation_flops", broken)
     budgets = {c: allowed["flops"] for c, allowed in full.items()}
     monkeypatch.setattr(
-        "d2ft_fl.budgets.DeviceClasses.__call__",
+        "d2ft_fl.devices.DeviceClasses.__call__",
         lambda self, client, round: _only_flops(budgets[client.client]),
     )
     worker.worker.cache_clear()
@@ -206,7 +206,7 @@ def test_a_client_refuses_what_does_not_fit(quick, monkeypatch):
         asked.add((client.client, round))
         return _only_flops(10**15 if first or client.client else 1)
 
-    monkeypatch.setattr("d2ft_fl.budgets.DeviceClasses.__call__", shrinking)
+    monkeypatch.setattr("d2ft_fl.devices.DeviceClasses.__call__", shrinking)
     worker.worker.cache_clear()
     summary = run_local(quick(rounds=1))
     faults = [c["fault"] for c in rows(summary["folder"], "clients.jsonl") if c["fault"]]
