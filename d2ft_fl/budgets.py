@@ -24,6 +24,7 @@ from d2ft_fl.plugins import load_attribute
 
 BUILTIN = ("devices", "hardware")  # files of device classes among the assets
 MEASURED = "measured"
+ASSETS = Path(__file__).parent / "assets"
 UNLIMITED = 2**60
 _NUMBER = re.compile(r"^\s*([+-]?[0-9]+(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?)\s*([^\s0-9].*?)?\s*$")
 _PREFIXES = {"": 1, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15}
@@ -143,9 +144,9 @@ def _parse(name: str, value: Any, where: str) -> Amount | float:
     units, example = _UNITS[name]
     share = False
     if isinstance(value, Mapping) and type(value.get("share")) in (int, float):
-        number, share = float(value["share"]), True
+        number, share = _float(value["share"]), True
     elif isinstance(value, (int, float)) and not isinstance(value, bool):
-        number = float(value)
+        number = _float(value)
     elif isinstance(value, str) and (match := _NUMBER.match(value)):
         unit = match[2] or ""
         if unit == "%":
@@ -163,6 +164,14 @@ def _parse(name: str, value: Any, where: str) -> Amount | float:
     if share or number == 0:
         raise ConfigError(f"{where} must be absolute and above 0, like {example}")
     return number
+
+
+def _float(number: int | float) -> float:
+    """As a float; infinite where TOML's whole numbers are too large for one."""
+    try:
+        return float(number)
+    except OverflowError:
+        return float("inf")
 
 
 @dataclass(frozen=True)
@@ -203,7 +212,7 @@ def budget_source(
     from d2ft_fl import devices, profile  # both build on Budget
 
     if spec in BUILTIN:
-        return devices.read_devices(Path(__file__).parent / "assets" / f"{spec}.toml")
+        return devices.read_devices(ASSETS / f"{spec}.toml")
     if spec == MEASURED:
         return profile.Measured(device, threads)
     if spec.endswith(".toml"):

@@ -5,6 +5,8 @@ import os
 import signal
 import sys
 import tomllib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
@@ -13,7 +15,7 @@ from typing import Annotated, Any
 import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from d2ft_fl import display
+from d2ft_fl import devices, display
 from d2ft_fl.config import BUILTIN, RunConfig, read_toml, resolve_path
 from d2ft_fl.data import HUB
 from d2ft_fl.errors import ConfigError, D2FTError
@@ -29,6 +31,19 @@ app = typer.Typer(
 
 bench_app = typer.Typer(help="Measure speed and memory on this machine.", no_args_is_help=True)
 app.add_typer(bench_app, name="bench")
+
+
+@contextmanager
+def failures() -> Iterator[None]:
+    """Errors of ours end a command in one line: exit code 2 for what was asked, 1 for a run."""
+    try:
+        yield
+    except D2FTError as error:
+        typer.echo(f"d2ft: {error}", err=True)
+        raise typer.Exit(2 if isinstance(error, ConfigError) else 1) from None
+    except KeyboardInterrupt:
+        typer.echo("d2ft: stopped", err=True)
+        raise typer.Exit(130) from None
 
 
 @bench_app.callback()
@@ -84,15 +99,9 @@ def run(
     """Run a federation and show it round by round."""
     for number in (signal.SIGTERM, signal.SIGHUP):  # so that what we started stops with us
         signal.signal(number, _interrupt)
-    try:
+    with failures():
         options = gather(config or [], set_ or [])
         _run(options, backend, supernodes, as_json)
-    except D2FTError as error:
-        typer.echo(f"d2ft: {error}", err=True)
-        raise typer.Exit(2 if isinstance(error, ConfigError) else 1) from None
-    except KeyboardInterrupt:
-        typer.echo("d2ft: stopped", err=True)
-        raise typer.Exit(130) from None
 
 
 @bench_app.command("step")
@@ -120,7 +129,7 @@ def bench_step_command(
     """Time scheduled training beside full fine-tuning of the unmodified timm model."""
     from d2ft_fl import bench
 
-    try:
+    with failures():
         what = bench.StepBench(
             model, image_size, batch_size, threads, device.value, precision.value, slots, pairs,
             checkpointing, accumulate, tuning.value,
@@ -136,15 +145,47 @@ def bench_step_command(
             rows = bench.bench_step(what, done)
         if output is not None:
             bench.draw(rows, what, output)
-    except D2FTError as error:
-        typer.echo(f"d2ft: {error}", err=True)
-        raise typer.Exit(2 if isinstance(error, ConfigError) else 1) from None
     if as_json:
         typer.echo(json.dumps([row.to_json() for row in rows]))
         return
     display.bench_table(rows)
     if output is not None:
         display.say(f"picture: {output}")
+
+
+@app.command("budgets")
+def budgets_command(
+    source: Annotated[
+        str, typer.Argument(help="A TOML file of device classes, devices, or hardware.")
+    ],
+    clients: Annotated[int, typer.Option(min=1, help="Clients to spread over the classes.")] = 10,
+    as_json: Annotated[bool, typer.Option("--json", help="Print classes as JSON only.")] = False,
+) -> None:
+    """Check a file of budgets and show what it means."""
+    with failures():
+        found = devices.named(source)
+    rows = found.to_json(clients)
+    if as_json:
+        typer.echo(json.dumps({"varies": found.varies, "classes": rows}))
+        return
+    display.budgets_table(source, clients, found)
+
+
+@app.command("profile")
+def profile_command(
+    threads: Annotated[int, typer.Option(help="Threads of torch, on a CPU.")] = 1,
+    device: Annotated[Device, typer.Option(help="What to measure.")] = Device.cpu,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON only.")] = False,
+) -> None:
+    """Measure this machine's speed and free memory, as budgets = "measured" does."""
+    from d2ft_fl.profile import profile
+
+    with failures():
+        found = profile(device.value, threads)
+    if as_json:
+        typer.echo(json.dumps(found.to_json()))
+        return
+    display.profile_table(found)
 
 
 def _progress(hidden: bool) -> Progress:

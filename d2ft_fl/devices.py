@@ -17,9 +17,9 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from d2ft_fl.budgets import ENTRIES, Budget, ClientDescription
+from d2ft_fl.budgets import ASSETS, BUILTIN, ENTRIES, Budget, ClientDescription
 from d2ft_fl.errors import ConfigError
-from d2ft_fl.lines import Locator
+from d2ft_fl.lines import Locator, error_line
 from d2ft_fl.traces import Trace, parse_trace
 
 
@@ -138,12 +138,14 @@ def read_devices(path: Path) -> DeviceClasses:
         ConfigError: When the file is missing, is not TOML, or holds a wrong entry, with its line.
     """
     try:
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8")
         table = tomllib.loads(text)
     except OSError as error:
         raise ConfigError(f"budgets file {str(path)!r}: {error.strerror or error}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except UnicodeDecodeError as error:
         raise ConfigError(f"budgets file {str(path)!r} is not TOML: {error}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigError(f"{path.name}:{error_line(error, text)}: not TOML: {error}") from None
     at = Locator(path.name, text)
     if unknown := [name for name in table if name not in ("classes", "mix")]:
         raise ConfigError(
@@ -154,6 +156,22 @@ def read_devices(path: Path) -> DeviceClasses:
         raise ConfigError(f"{at('classes')}: no device class; write a table [classes.NAME]")
     classes = {name: _device_class(name, entries, at) for name, entries in tables.items()}
     return DeviceClasses(classes, _mix(table.get("mix", list(classes)), tuple(classes), at))
+
+
+def named(source: str) -> DeviceClasses:
+    """Built-in classes by name, or those of a file.
+
+    Raises:
+        ConfigError: When there is neither, or the file is wrong.
+    """
+    if source in BUILTIN:
+        return read_devices(ASSETS / f"{source}.toml")
+    if source.endswith(".toml"):
+        return read_devices(Path(source).expanduser())
+    raise ConfigError(
+        f"budgets {source!r} are not device classes; use {', '.join(BUILTIN)}, or a path ending "
+        "in .toml"
+    )
 
 
 def _device_class(name: str, table: Any, at: Locator) -> DeviceClass:

@@ -3,12 +3,16 @@
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
+from d2ft_fl.budgets import Amount, Budget
 from d2ft_fl.config import RunConfig
 
 if TYPE_CHECKING:
     from d2ft_fl.bench import Row
+    from d2ft_fl.devices import DeviceClasses
+    from d2ft_fl.profile import Profile
 
 console = Console(highlight=False, soft_wrap=True)
 if not console.is_terminal:  # a log or a pipe: do not fold tables to a width nobody asked for
@@ -135,3 +139,64 @@ def bench_table(rows: list["Row"]) -> None:
     console.print(table)
     wrong = [row.schedule for row in rows if not row.flops_as_predicted]
     say(f"FLOPs not as predicted: {', '.join(wrong)}" if wrong else "FLOPs as predicted, exactly")
+
+
+def budgets_table(source: str, clients: int, found: "DeviceClasses") -> None:
+    """Device classes, one a row; columns that no class has anything in are left out."""
+    counts = found.counts(clients)
+    heads = ("share", "clients", *LABELS.values(), "speed", "net up", "net down", "deadline")
+    rows = [
+        (
+            f"{found.mix.share(name):.1%}",
+            str(counts[name]),
+            *_budget_cells(device.budget),
+            str(device.trace or "-"),
+        )
+        for name, device in found.classes.items()
+    ]
+    shown = [i for i in range(len(rows[0])) if any(row[i] != "-" for row in rows)]
+    table = Table(title=f"{escape(source)}, for {clients} clients", title_justify="left")
+    table.add_column("class", no_wrap=True)
+    for i in shown:
+        table.add_column((*heads, "trace")[i], justify="right")
+    for name, row in zip(found.classes, rows, strict=True):
+        table.add_row(escape(name), *(row[i] for i in shown))
+    console.print(table)
+    say("% of fully fine-tuning the model on a client's own data; no figure, no limit")
+    if found.varies:
+        say("traces lower budgets by round; clients are asked before each")
+
+
+def _budget_cells(budget: Budget) -> list[str]:
+    def amount(value: Amount | None, unit: str) -> str:
+        if value is None:
+            return "-"
+        return f"{100 * value.value:.3g} %" if value.relative else quantity(value.value, unit)
+
+    def rate(value: float | None, unit: str) -> str:
+        return "-" if value is None else quantity(value, unit)
+
+    bits_up, bits_down = (
+        None if b is None else 8 * b for b in (budget.bandwidth_up, budget.bandwidth_down)
+    )
+    return [
+        *(amount(getattr(budget, name), _unit(name)) for name in LABELS),
+        rate(budget.speed, "FLOP/s"),
+        rate(bits_up, "bit/s"),
+        rate(bits_down, "bit/s"),
+        "-" if budget.deadline is None else f"{budget.deadline:g} s",
+    ]
+
+
+def profile_table(found: "Profile") -> None:
+    """What a machine affords, and the class of it for a file of budgets."""
+    table = Table(title=f"This machine: {found.device}, threads {found.threads}")
+    table.add_column("measured")
+    table.add_column("", justify="right")
+    table.add_row("feed-forward products", quantity(found.speeds.products, "FLOP/s"))
+    table.add_row("attention's products", quantity(found.speeds.attention, "FLOP/s"))
+    table.add_row("both together", quantity(found.speeds.speed, "FLOP/s"))
+    table.add_row("memory it could have", quantity(found.free, "B"))
+    console.print(table)
+    say("for a file of budgets:\n")
+    say(found.to_toml().rstrip())

@@ -5,6 +5,7 @@ statement is complete does not depend on those before it. So the text is cut whe
 since the last cut parses on its own, and every statement's keys get the line that it starts on.
 """
 
+import re
 import tomllib
 from collections.abc import Iterator, Mapping
 from functools import cached_property
@@ -47,6 +48,12 @@ def _paths(table: Mapping[str, Any], above: Path = ()) -> Iterator[Path]:
             value = value[0]
         if isinstance(value, dict):
             yield from _paths(value, (*above, key))
+
+
+def error_line(error: tomllib.TOMLDecodeError, text: str) -> int:
+    """The line that tomllib gives, or the last one where it says "at end of document"."""
+    told = re.search(r"\(at line (\d+), column \d+\)$", str(error))
+    return int(told[1]) if told else text.rstrip().count("\n") + 1
 
 
 class Locator:

@@ -12,7 +12,6 @@ from d2ft_fl.budgets import (
 )
 from d2ft_fl.config import resolve_path
 from d2ft_fl.costs import Cost
-from d2ft_fl.devices import read_devices
 from d2ft_fl.errors import ConfigError
 
 FULL = Cost(flops=1000, memory=2000, bytes_up=300, bytes_down=400)
@@ -30,6 +29,11 @@ WHO = ClientDescription(client=2, examples=10, clients=4)
         ("speed", "10 GFLOP/s", 1e10),
         ("bandwidth-up", "8 Mbit/s", 1e6),
         ("bandwidth-down", "1 MB/s", 1e6),
+        ("deadline", "30 s", 30),
+        ("deadline", "500 ms", 0.5),
+        ("deadline", "2 min", 120),
+        ("deadline", "1 h", 3600),
+        ("deadline", 45, 45),
     ],
 )
 def test_units(entry, text, value):
@@ -55,7 +59,9 @@ def test_simulated_seconds_add_download_compute_and_upload():
 
 
 def test_a_budget_survives_the_wire():
-    budget = Budget.from_mapping({"flops": "33.3 %", "memory": "1 GiB", "speed": "3 FLOP/s"})
+    budget = Budget.from_mapping(
+        {"flops": "33.3 %", "memory": "1 GiB", "speed": "3 FLOP/s", "deadline": "500 ms"}
+    )
     assert Budget.from_mapping(budget.to_json()) == budget
 
 
@@ -72,6 +78,13 @@ def test_a_budget_survives_the_wire():
         ({"bandwidth-up": "0 B/s"}, "above 0"),
         ({"flops": True}, "cannot be read"),
         ({"flops": float("nan")}, "not finite"),
+        ({"deadline": 0}, "above 0"),
+        ({"deadline": "-1 s"}, "negative"),
+        ({"deadline": "30 S"}, "has unit 'S'"),
+        ({"deadline": "30"}, 'has unit \'\'; write something like "30 s" or "2 min"'),
+        ({"deadline": "5 %"}, "absolute"),
+        ({"deadline": float("inf")}, "not finite"),
+        ({"bytes-up": 1, "bytes_up": 2}, "bytes_up is given twice"),
     ],
 )
 def test_wrong_entries_are_named(entries, message):
@@ -79,33 +92,6 @@ def test_wrong_entries_are_named(entries, message):
         Budget.from_mapping(entries, "client 3")
     assert "client 3" in str(error.value)
     assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize(
-    "text,message",
-    [
-        ("[classes.a]\nflops = '40 %'\nflops = '50 %'", "not TOML"),
-        ("[classes.a]\nfops = '40 %'", "classes.a: unknown entry 'fops'"),
-        ("[classes.a]\nmemory = '-1 MiB'", "classes.a.*negative"),
-        ("[devices.a]\nflops = '40 %'", "unknown table 'devices'"),
-        ("mix = ['a']", "no device class"),
-        ("mix = ['b']\n[classes.a]\nflops = '40 %'", "mix = .* among a"),
-        ("mix = [['a', 2]]\n[classes.a]\nflops = '40 %'", "mix = .* among a"),
-        ("[classes.a]\nflops = {share = 'x'}", "cannot be read"),
-        ("[classes]\na = 3", r"write a table \[classes.a\]"),
-    ],
-)
-def test_a_wrong_file_is_refused_in_one_line(tmp_path, text, message):
-    file = tmp_path / "budgets.toml"
-    file.write_text(text)
-    with pytest.raises(ConfigError, match=message) as error:
-        read_devices(file)
-    assert "\n" not in str(error.value)
-
-
-def test_a_missing_file_is_named(tmp_path):
-    with pytest.raises(ConfigError, match=r"nowhere.toml.*No such file"):
-        read_devices(tmp_path / "nowhere.toml")
 
 
 def test_built_in_classes_have_a_mean_compute_of_sixty_percent_over_ten_clients():
@@ -138,6 +124,7 @@ def plugin(tmp_path, monkeypatch):
 def test_a_plugin_sees_the_client_and_the_round(plugin):
     source = budget_source("my_budgets:good", resolve_path)
     assert source(WHO, 3).flops == Amount(0.5, relative=True)
+    assert source.varies
 
 
 @pytest.mark.parametrize(
