@@ -102,3 +102,11 @@ def test_the_command_refuses_in_one_line_with_exit_code_2():
     result = CliRunner().invoke(app, ["profile", "--threads", "0"])
     assert result.exit_code == 2
     assert result.output == "d2ft: threads = 0 must be 1 or more\n"
+
+
+@pytest.mark.cuda
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+def test_a_gpu_is_measured_with_its_own_memory():
+    found = profile("cuda", 1)
+    assert found.speeds.speed > 1e10
+    assert 0 < found.free <= torch.cuda.get_device_properties(0).total_memory
