@@ -14,20 +14,30 @@ from typing import NamedTuple
 import numpy as np
 from numba import njit
 
+compiled = njit(cache=True, error_model="numpy", nogil=True)
+
 EPSILON = 1e-12
 TOLERANCE = 1e-4  # certified gaps below this share of the bound are left alone
-BISECTIONS = 6  # of the dual along one direction, to start from
-PRICE_STEPS = 18
-CASE_STEPS = 6  # further price steps for one case
-FIRST_STEP = 0.1  # of prices, as a share of the bound
-CASE_STEP = 0.02
+
+# Prices.
+BISECTIONS = 3  # of the dual along one direction, to start from
+FIRST_STEP, CASE_STEP = 0.1, 0.02  # of prices, as a share of the bound
 LONGER, SHORTER, DILATION = 1.3, 0.75, 2.0  # of a step that still descends, that overshot; of space
-CORE = 10  # items whose flips are enumerated together
-FLIPS = 48  # flips of which the best pair is taken
-SWEEPS = 3
-RESCUE = 0.01  # certified gaps above this are searched
-NODES = 20_000
-PATTERNS = 24  # sets of open groups that are tried beside the one at the best prices
+
+# Effort, most of it multiplied by the caller's.
+PRICE_STEPS = 12
+CASES = 4  # with the highest bounds are looked at; the best of them is solved
+CASE_STEPS = 6  # further price steps for it
+CORE, WIDEST_CORE = 6, 12  # items whose flips are enumerated together, more with effort
+FLIPS, MOST_FLIPS = 24, 96  # flips of which the best pair is taken
+SWEEPS = 2
+PATTERNS = 1  # sets of open groups that are tried beside the one at the best prices
+PROMISING = 0.01  # they get sweeps when they come this near before
+HARD = 0.04  # certified gaps above this, over the square of the effort, get more of them, and a search
+HARD_PATTERNS = 24
+NODES = 4_000
+SCARCER = 1.5  # from pass to pass, for items that too few clients train
+RULER = np.array([0, *((n & -n).bit_length() - 1 for n in range(1, 1 << WIDEST_CORE))])  # Gray code
 
 
 class Instance(NamedTuple):
@@ -62,8 +72,10 @@ class Priced(NamedTuple):
         v: float64 [K, I]. w: float64 [R, K, I]. charge: float64 [G, M + 1, R].
         scale: float64 [R], what one unit is of capacity. prices: float64 [R].
         gains: float64 [K, I], value less priced cost.
-        best: float64 [I], scratch.
-        net: float64 [modes, G], the most a group is worth. opened: int64, the level for it.
+        some: int64 [R], at: uint64 [I], best: float64 [I]: scratch.
+        arg: int64 [modes, M + 1, I], the best option of at most each level.
+        nets: float64 [modes, M + 1, G], what a group is worth when open to each level.
+        net: float64 [modes, G], the most of them. opened: int64 [modes, G], the level for it.
         bounds: float64 [S].
     """
 
@@ -73,7 +85,11 @@ class Priced(NamedTuple):
     scale: np.ndarray
     prices: np.ndarray
     gains: np.ndarray
+    some: np.ndarray
+    at: np.ndarray
     best: np.ndarray
+    arg: np.ndarray
+    nets: np.ndarray
     net: np.ndarray
     opened: np.ndarray
     bounds: np.ndarray
@@ -97,7 +113,7 @@ class Picked(NamedTuple):
 # -- prices ----------------------------------------------------------------------------------
 
 
-@njit(cache=True)
+@compiled
 def priced(p: Instance) -> Priced:
     """In shares of capacity; options that cannot fit are out."""
     items, options, resources = p.cost.shape
@@ -119,76 +135,90 @@ def priced(p: Instance) -> Priced:
         scale,
         np.zeros(resources),
         np.empty((options, items)),
+        np.empty(resources, dtype=np.int64),
+        np.empty(items, dtype=np.uint64),
         np.empty(items),
+        np.empty((modes, levels, items), dtype=np.int64),
+        np.empty((modes, levels, groups)),
         np.empty((modes, groups)),
         np.empty((modes, groups), dtype=np.int64),
         np.empty(p.mode.shape[0]),
     )
 
 
-@njit(cache=True)
+@compiled
 def relax(p: Instance, q: Priced) -> int:
     """The dual's inner maximum at ``q.prices``: fills what depends on them; the best case."""
     resources, options, items = q.w.shape
     groups, levels = q.charge.shape[0], q.charge.shape[1]
+    some = 0  # resources with a price, two of which are taken at a time
+    for r in range(resources):
+        if q.prices[r] > 0.0:
+            q.some[some] = r
+            some += 1
     for k in range(options):
         row = q.gains[k]
         row[:] = q.v[k]
-        for r in range(resources):
-            price, weight = q.prices[r], q.w[r, k]
-            if price > 0.0:
-                for i in range(items):
-                    row[i] -= price * weight[i]
+        for at in range(0, some, 2):
+            one, two = q.some[at], q.some[min(at + 1, some - 1)]
+            price, weight, other = q.prices[one], q.w[one, k], q.w[two, k]
+            second = q.prices[two] if at + 1 < some else 0.0
+            for i in range(items):
+                row[i] -= price * weight[i] + second * other[i]
     for m in range(len(p.allowed)):
-        q.net[m] = -np.inf
-        q.best[:] = -np.inf
+        best = q.best
+        best[:] = -np.inf
         for step in range(levels):
+            arg = q.arg[m, step]
+            if step:
+                arg[:] = q.arg[m, step - 1]
+            else:
+                arg[:] = 0
             for k in range(options):
                 if p.level[k] == step and p.allowed[m, k]:
                     row = q.gains[k]
                     for i in range(items):
-                        a, b = q.best[i], row[i]
-                        q.best[i] = a if a >= b else b
+                        better = row[i] > best[i]
+                        best[i] = row[i] if better else best[i]
+                        arg[i] = k if better else arg[i]
             for g in range(groups):
                 worth = 0.0
-                for i in range(p.first[g], p.first[g + 1]):
-                    worth += q.best[i]
                 for r in range(resources):
                     worth -= q.prices[r] * q.charge[g, step, r]
+                for i in range(p.first[g], p.first[g + 1]):
+                    worth += best[i]
+                q.nets[m, step, g] = worth
                 if step == 0 or worth > q.net[m, g]:
                     q.net[m, g] = worth
                     q.opened[m, g] = step
     total, top = q.prices.sum(), 0
     for s in range(len(p.mode)):
-        q.bounds[s] = total
+        bound = total
         for g in range(groups):
-            q.bounds[s] += q.net[p.mode[s, g], g]
-        if q.bounds[s] > q.bounds[top]:
+            bound += q.net[p.mode[s, g], g]
+        q.bounds[s] = bound
+        if bound > q.bounds[top]:
             top = s
     return top
 
 
-@njit(cache=True)
+@compiled
 def pick(p: Instance, q: Priced, case: int, opened: np.ndarray, choice: np.ndarray) -> None:
     """Each item's best option at the prices, with groups open to at most ``opened`` [G]."""
     for g in range(len(opened)):
-        mode, most = p.mode[case, g], opened[g]
+        arg = q.arg[p.mode[case, g], opened[g]]
         for i in range(p.first[g], p.first[g + 1]):
-            top, best = 0, -np.inf
-            for k in range(len(q.v)):
-                if p.level[k] <= most and p.allowed[mode, k] and q.gains[k, i] > best:
-                    top, best = k, q.gains[k, i]
-            choice[i] = top
+            choice[i] = arg[i]
 
 
-@njit(cache=True)
+@compiled
 def open_best(p: Instance, q: Priced, case: int, opened: np.ndarray) -> None:
     """The levels of groups [G] that the prices choose in a case."""
     for g in range(len(opened)):
         opened[g] = q.opened[p.mode[case, g], g]
 
 
-@njit(cache=True)
+@compiled
 def slack_at(p: Instance, q: Priced, case: int, x: Picked, slope: np.ndarray) -> float:
     """Evaluate the dual at ``q.prices``, of one case or of the worst (-1).
 
@@ -199,19 +229,21 @@ def slack_at(p: Instance, q: Priced, case: int, x: Picked, slope: np.ndarray) ->
         at = case
     open_best(p, q, at, x.tops)
     pick(p, q, at, x.tops, x.choice)
-    x.used[:] = 0
+    options, resources = p.cost.shape[1:]
+    costs, ladder = p.cost.reshape(-1), p.ladder.reshape(-1)
     for i in range(len(x.choice)):
-        row = p.cost[i, x.choice[i]]
-        for r in range(len(slope)):
-            x.used[r] += row[r]
-    for r in range(len(slope)):
+        q.at[i] = (i * options + x.choice[i]) * resources
+    for r in range(resources):
+        used = 0
+        for i in range(len(q.at)):
+            used += costs[q.at[i] + np.uint64(r)]
         for g in range(len(x.tops)):
-            x.used[r] += p.ladder[g, x.tops[g], r]
-        slope[r] = 1.0 - x.used[r] * q.scale[r]
+            used += ladder[np.uint64((g * p.ladder.shape[1] + x.tops[g]) * resources + r)]
+        slope[r] = 1.0 - used * q.scale[r]
     return q.bounds[at]
 
 
-@njit(cache=True)
+@compiled
 def first_prices(p: Instance, q: Priced, x: Picked, best: np.ndarray) -> float:
     """Bisect the dual along the direction of overuse; its value at ``best`` [R], to fill."""
     slope = np.empty(len(best))
@@ -240,7 +272,7 @@ def first_prices(p: Instance, q: Priced, x: Picked, best: np.ndarray) -> float:
     return bound
 
 
-@njit(cache=True)
+@compiled
 def lower_prices(
     p: Instance,
     q: Priced,
@@ -310,7 +342,7 @@ def lower_prices(
 # -- choices ---------------------------------------------------------------------------------
 
 
-@njit(cache=True)
+@compiled
 def picked(p: Instance) -> Picked:
     """Room for a choice."""
     groups, levels, resources = p.ladder.shape
@@ -322,7 +354,7 @@ def picked(p: Instance) -> Picked:
     )
 
 
-@njit(cache=True)
+@compiled
 def count(p: Instance, x: Picked) -> float:
     """Levels and exact use of ``x.choice``; returns its value."""
     worth = 0.0
@@ -342,7 +374,7 @@ def count(p: Instance, x: Picked) -> float:
     return worth
 
 
-@njit(cache=True)
+@compiled
 def level_after(p: Instance, x: Picked, i: int, k: int) -> int:
     """The level of an item's group once the item takes option ``k``."""
     g = p.group[i]
@@ -357,7 +389,7 @@ def level_after(p: Instance, x: Picked, i: int, k: int) -> int:
     return new
 
 
-@njit(cache=True)
+@compiled
 def change(p: Instance, x: Picked, i: int, k: int, r: int, top: int) -> int:
     """What a flip adds to one resource, the item's group then being at level ``top``."""
     g = p.group[i]
@@ -369,7 +401,7 @@ def change(p: Instance, x: Picked, i: int, k: int, r: int, top: int) -> int:
     )
 
 
-@njit(cache=True)
+@compiled
 def flip(p: Instance, x: Picked, i: int, k: int) -> float:
     """Give an item another option; returns what that is worth."""
     g, old = p.group[i], x.choice[i]
@@ -383,16 +415,16 @@ def flip(p: Instance, x: Picked, i: int, k: int) -> float:
     return p.value[i, k] - p.value[i, old]
 
 
-@njit(cache=True)
+@compiled
 def fits(p: Instance, x: Picked) -> bool:
     """Whether a choice is within capacity, exactly."""
+    over = False
     for r in range(len(x.used)):
-        if x.used[r] > p.capacity[r]:
-            return False
-    return True
+        over |= x.used[r] > p.capacity[r]
+    return not over
 
 
-@njit(cache=True)
+@compiled
 def repair(p: Instance, q: Priced, x: Picked, case: int) -> bool:
     """Flip single items, least value lost per relief first, until all fits; whether it does."""
     items, options, resources = p.cost.shape
@@ -423,7 +455,7 @@ def repair(p: Instance, q: Priced, x: Picked, case: int) -> bool:
     return fits(p, x)
 
 
-@njit(cache=True)
+@compiled
 def fill(p: Instance, q: Priced, x: Picked, case: int) -> float:
     """Take upgrades that fit, most value per priced cost first; returns what they are worth."""
     items, options, resources = p.cost.shape
@@ -454,7 +486,7 @@ def fill(p: Instance, q: Priced, x: Picked, case: int) -> float:
     return won
 
 
-@njit(cache=True)
+@compiled
 def least_regrets(
     p: Instance,
     q: Priced,
@@ -495,7 +527,7 @@ def least_regrets(
     return found
 
 
-@njit(cache=True)
+@compiled
 def insert(
     i: int, k: int, loss: float, item: np.ndarray, option: np.ndarray, regret: np.ndarray, n: int
 ) -> int:
@@ -508,58 +540,104 @@ def insert(
     return min(n + 1, len(item))
 
 
-@njit(cache=True)
-def core(p: Instance, q: Priced, x: Picked, case: int) -> float:
-    """Take the best of all sets of flips of the items with least regret; what it is worth."""
-    item, option = np.empty(CORE, dtype=np.int64), np.empty(CORE, dtype=np.int64)
-    regret = np.empty(CORE)
+@compiled
+def core(p: Instance, q: Priced, x: Picked, case: int, effort: int) -> float:
+    """Take the best of all sets of flips of the items with least regret; what it is worth.
+
+    All 2^n sets in Gray code, one flip a step.
+    """
+    resources = len(x.used)
+    most = min(CORE + effort, WIDEST_CORE)
+    item, option = np.empty(most, dtype=np.int64), np.empty(most, dtype=np.int64)
+    regret = np.empty(most)
     n = least_regrets(p, q, x, case, True, item, option, regret)
-    old = np.empty(n, dtype=np.int64)
+    old, gain = np.empty(n, dtype=np.int64), np.empty(n)
+    more, steady = np.empty((n, resources), dtype=np.int64), np.empty(n, dtype=np.bool_)
+    # A group is steady when items outside the core hold it open to all that the core may ask.
     for j in range(n):
-        old[j] = x.choice[item[j]]
+        i, k = item[j], option[j]
+        old[j] = x.choice[i]
+        gain[j] = p.value[i, k] - p.value[i, old[j]]
+        for r in range(resources):
+            more[j, r] = p.cost[i, k, r] - p.cost[i, old[j], r]
+        g = p.group[i]
+        top, others = p.level[k], x.counts[g, x.tops[g]]
+        for other in range(n):
+            if p.group[item[other]] == g:
+                top = max(top, p.level[option[other]])
+                others -= p.level[x.choice[item[other]]] == x.tops[g]
+        steady[j] = x.tops[g] == 0 if top == 0 else top <= x.tops[g] and others > 0
     worth, best, best_set, current = 0.0, EPSILON, 0, 0
-    for step in range(1, 1 << n):  # Gray code: one flip a step
-        bit = 0
-        while not (step >> bit) & 1:
-            bit += 1
-        i = item[bit]
+    for step in range(1, 1 << n):
+        bit = RULER[step]
         current ^= 1 << bit
-        worth += flip(p, x, i, option[bit] if x.choice[i] == old[bit] else old[bit])
+        on = (current >> bit) & 1
+        if steady[bit]:
+            if on:
+                worth += gain[bit]
+                for r in range(resources):
+                    x.used[r] += more[bit, r]
+            else:
+                worth -= gain[bit]
+                for r in range(resources):
+                    x.used[r] -= more[bit, r]
+        else:
+            worth += flip(p, x, item[bit], option[bit] if on else old[bit])
         if worth > best and fits(p, x):
             best, best_set = worth, current
-    for j in range(n):
-        want = option[j] if (best_set >> j) & 1 else old[j]
-        if x.choice[item[j]] != want:
-            flip(p, x, item[j], want)
+    for j in range(n):  # where the code ends, steady items were flipped in ``used`` alone
+        now, want = (current >> j) & 1, (best_set >> j) & 1
+        if steady[j]:
+            for r in range(resources):
+                x.used[r] -= now * more[j, r]
+            now = 0
+        if now != want:
+            flip(p, x, item[j], option[j] if want else old[j])
     return best if best_set else 0.0
 
 
-@njit(cache=True)
-def pair(p: Instance, q: Priced, x: Picked, case: int) -> float:
+@compiled
+def pair(p: Instance, q: Priced, x: Picked, case: int, effort: int) -> float:
     """Take the best flip, or pair of flips, that fits; returns what it is worth."""
     resources = len(x.used)
-    item, option = np.empty(FLIPS, dtype=np.int64), np.empty(FLIPS, dtype=np.int64)
-    regret = np.empty(FLIPS)
+    most = min(FLIPS * effort, MOST_FLIPS)
+    item, option = np.empty(most, dtype=np.int64), np.empty(most, dtype=np.int64)
+    regret = np.empty(most)
     n = least_regrets(p, q, x, case, False, item, option, regret)
+    gain, more = np.empty(n), np.empty((n, resources), dtype=np.int64)
+    room, group = p.capacity - x.used, p.group[item[:n]]
+    for a in range(n):
+        i, k = item[a], option[a]
+        gain[a] = p.value[i, k] - p.value[i, x.choice[i]]
+        top = level_after(p, x, i, k)
+        for r in range(resources):
+            more[a, r] = change(p, x, i, k, r, top)
     best, one, two = EPSILON, -1, -1
     for a in range(n):
-        old = x.choice[item[a]]
-        gain = flip(p, x, item[a], option[a])
-        if gain > best and fits(p, x):
-            best, one, two = gain, a, -1
-        for b in range(a + 1, n):
-            i, k = item[b], option[b]
-            both = gain + p.value[i, k] - p.value[i, x.choice[i]]
-            if both <= best or i == item[a]:
-                continue
-            top, fit = level_after(p, x, i, k), True
+        if gain[a] > best:
+            over = False
             for r in range(resources):
-                if x.used[r] + change(p, x, i, k, r, top) > p.capacity[r]:
-                    fit = False
-                    break
-            if fit:
+                over = over or more[a, r] > 0
+            if not over:
+                best, one, two = gain[a], a, -1
+        for b in range(a + 1, n):
+            both = gain[a] + gain[b]
+            if both <= best or item[a] == item[b]:
+                continue
+            over = False
+            if group[a] != group[b]:
+                for r in range(resources):
+                    over |= more[a, r] + more[b, r] > room[r]
+            else:
+                old = x.choice[item[a]]
+                flip(p, x, item[a], option[a])
+                top = level_after(p, x, item[b], option[b])
+                for r in range(resources):
+                    extra = change(p, x, item[b], option[b], r, top)
+                    over = over or x.used[r] + extra > p.capacity[r]
+                flip(p, x, item[a], old)
+            if not over:
                 best, one, two = both, a, b
-        flip(p, x, item[a], old)
     if one < 0:
         return 0.0
     flip(p, x, item[one], option[one])
@@ -568,14 +646,16 @@ def pair(p: Instance, q: Priced, x: Picked, case: int) -> float:
     return best
 
 
-@njit(cache=True)
-def improve(p: Instance, q: Priced, x: Picked, case: int, worth: float, bound: float) -> float:
+@compiled
+def improve(
+    p: Instance, q: Priced, x: Picked, case: int, worth: float, bound: float, effort: int
+) -> float:
     """Fill, then core, pairs and fill until nothing is won; returns the value."""
     worth += fill(p, q, x, case)
-    for _ in range(SWEEPS):
+    for _ in range(SWEEPS * effort):
         if bound - worth <= TOLERANCE * abs(bound):
             break
-        won = core(p, q, x, case) + pair(p, q, x, case)
+        won = core(p, q, x, case, effort) + pair(p, q, x, case, effort)
         if won <= EPSILON:
             break
         worth += won + fill(p, q, x, case)
@@ -585,7 +665,7 @@ def improve(p: Instance, q: Priced, x: Picked, case: int, worth: float, bound: f
 # -- search ----------------------------------------------------------------------------------
 
 
-@njit(cache=True)
+@compiled
 def search(
     p: Instance,
     q: Priced,
@@ -605,7 +685,7 @@ def search(
         Its value, or ``worth`` where nothing better was found, and the nodes left: 0 when the
         search was not finished.
     """
-    items, options, resources = p.cost.shape
+    items, options = p.cost.shape[:2]
     base = picked(p)
     pick(p, q, case, opened, base.choice)
     value = count(p, base)
@@ -656,9 +736,9 @@ def search(
     return worth, nodes
 
 
-@njit(cache=True)
+@compiled
 def solve_case(
-    p: Instance, q: Priced, x: Picked, case: int, bound: float, worth: float
+    p: Instance, q: Priced, x: Picked, case: int, bound: float, worth: float, effort: int
 ) -> tuple[float, float]:
     """Improve on ``x``, worth ``worth``, within one case, ``q`` being at its best prices.
 
@@ -672,22 +752,24 @@ def solve_case(
     pick(p, q, case, opened, y.choice)
     value = count(p, y)
     if repair(p, q, y, case):
-        value = improve(p, q, y, case, count(p, y), bound)
+        value = improve(p, q, y, case, count(p, y), bound, effort)
         if value > worth + EPSILON:
             worth = value
             x.choice[:] = y.choice
-    if bound - worth <= TOLERANCE * abs(bound):
+    if bound - worth <= TOLERANCE * abs(bound) or effort == 0:
         return worth, bound
     # Other sets of open groups, by what they lose at the prices.
-    groups, levels, resources = p.ladder.shape
-    who, to = np.empty(PATTERNS, dtype=np.int64), np.empty(PATTERNS, dtype=np.int64)
-    regret = np.empty(PATTERNS)
+    groups, levels = p.ladder.shape[:2]
+    hard = bound - worth > HARD / effort**2 * abs(bound)
+    most = (HARD_PATTERNS if hard else PATTERNS) * effort
+    who, to = np.empty(most, dtype=np.int64), np.empty(most, dtype=np.int64)
+    regret = np.empty(most)
     n = 0
     for g in range(groups):
         for m in range(levels):
             if m != base[g]:
-                loss = q.net[p.mode[case, g], g] - worth_at(p, q, case, g, m)
-                if loss < bound - worth and (n < PATTERNS or loss < regret[n - 1]):
+                loss = q.net[p.mode[case, g], g] - q.nets[p.mode[case, g], m, g]
+                if loss < bound - worth and (n < most or loss < regret[n - 1]):
                     n = insert(g, m, loss, who, to, regret, n)
     for j in range(n):
         if bound - regret[j] <= worth + EPSILON:
@@ -697,12 +779,15 @@ def solve_case(
         pick(p, q, case, opened, y.choice)
         count(p, y)
         if repair(p, q, y, case):
-            value = improve(p, q, y, case, count(p, y), bound - regret[j])
+            value = count(p, y) + fill(p, q, y, case)
+            if not hard and value < worth - PROMISING * abs(worth):
+                continue
+            value = improve(p, q, y, case, value, bound - regret[j], effort)
             if value > worth + EPSILON:
                 worth = value
                 x.choice[:] = y.choice
-    if bound - worth > RESCUE * abs(bound):
-        nodes = NODES
+    if hard:
+        nodes = NODES * effort
         worth, nodes = search(p, q, x, case, base, bound, worth, nodes)
         for j in range(n):
             if nodes == 0 or bound - regret[j] <= worth + EPSILON:
@@ -713,29 +798,16 @@ def solve_case(
     return worth, bound
 
 
-@njit(cache=True)
-def worth_at(p: Instance, q: Priced, case: int, g: int, opened: int) -> float:
-    """What a group is worth at the prices when it is open to a given level."""
-    mode = p.mode[case, g]
-    worth = 0.0
-    for i in range(p.first[g], p.first[g + 1]):
-        best = -np.inf
-        for k in range(len(q.v)):
-            if p.level[k] <= opened and p.allowed[mode, k]:
-                best = max(best, q.gains[k, i])
-        worth += best
-    for r in range(len(q.prices)):
-        worth -= q.prices[r] * q.charge[g, opened, r]
-    return worth
-
-
-@njit(cache=True)
-def solve_one(p: Instance, x: Picked, prices: np.ndarray) -> tuple[float, float]:
+@compiled
+def solve_one(
+    p: Instance, x: Picked, prices: np.ndarray, fresh: bool, effort: int
+) -> tuple[float, float]:
     """Solve one client's knapsack; leaves the choice in ``x.choice``.
 
     Args:
-        x: Holds a choice to improve on.
-        prices: float64 [R], where to start, and where the dual ended.
+        x: Holds a choice to improve on, whether it fits or not.
+        prices: float64 [R], to fill with the best prices found.
+        fresh: Whether to find where they start; else they are near the best already.
 
     Returns:
         The value, -inf where nothing was found that fits, and a bound on it.
@@ -743,32 +815,47 @@ def solve_one(p: Instance, x: Picked, prices: np.ndarray) -> tuple[float, float]
     q, y = priced(p), picked(p)
     start = count(p, x)
     worth = start if fits(p, x) else -np.inf
-    bound = first_prices(p, q, y, prices)
-    bound = lower_prices(p, q, y, -1, PRICE_STEPS, FIRST_STEP * bound, bound, prices)
+    resources = len(prices)
+    if fresh:
+        bound = first_prices(p, q, y, prices)
+        steps = max(PRICE_STEPS, 3 * resources) * max(effort, 1)
+        lower_prices(p, q, y, -1, steps, FIRST_STEP * bound, bound, prices)
+    else:
+        q.prices[:] = prices
+        bound = q.bounds[relax(p, q)]
+        lower_prices(p, q, y, -1, CASE_STEPS, CASE_STEP * bound, bound, prices)
     q.prices[:] = prices
     relax(p, q)
     bounds = q.bounds.copy()
     order = np.argsort(-bounds, kind="mergesort")
-    ceiling = worth
-    own = np.empty(len(prices))
-    for s in range(len(order)):
-        case = order[s]
-        if bounds[case] <= worth + TOLERANCE * abs(worth):
-            ceiling = max(ceiling, bounds[case])
-            continue
-        own[:] = prices
-        top = bounds[case]
+    likely, most = order[0], -np.inf
+    if len(order) > 1:  # a quick look at the cases with the highest bounds
+        for case in order[:CASES]:
+            if bounds[case] <= most:
+                break
+            open_best(p, q, case, y.tops)
+            pick(p, q, case, y.tops, y.choice)
+            count(p, y)
+            if repair(p, q, y, case):
+                value = count(p, y) + fill(p, q, y, case)
+                if value > most:
+                    likely, most = case, value
+                if value > worth + EPSILON:
+                    worth = value
+                    x.choice[:] = y.choice
+    top = bounds[likely]
+    if top > worth + TOLERANCE * abs(worth):
         if len(order) > 1:
-            top = lower_prices(p, q, y, case, CASE_STEPS, CASE_STEP * top, top, own)
-        if top > worth + TOLERANCE * abs(worth):
+            own = prices.copy()
+            top = lower_prices(p, q, y, likely, CASE_STEPS, CASE_STEP * top, top, own)
             q.prices[:] = own
             relax(p, q)
-            worth, top = solve_case(p, q, x, case, top, worth)
-        ceiling = max(ceiling, top)
-    return worth, max(min(bound, ceiling), worth)
+        worth, top = solve_case(p, q, x, likely, top, worth, effort)
+    bounds[likely] = top
+    return worth, max(bounds.max(), worth)
 
 
-@njit(cache=True)
+@compiled
 def solve_all(
     value: np.ndarray,
     cost: np.ndarray,
@@ -783,23 +870,123 @@ def solve_all(
     choice: np.ndarray,
     values: np.ndarray,
     bounds: np.ndarray,
+    effort: int,
 ) -> None:
     """Solve every client's knapsack, in order.
 
     Args:
         value: float64 [C or 1, I, K]. cost: int64 [T, I, K, R]. ladder: int64 [T, G, M + 1, R].
-        table: int64 [C], which costs and openings are a client's.
+        table: int64 [C], which costs and ladder are a client's.
         capacity: int64 [C, R].
         choice: int64 [C, I], choices to improve on, and the result.
         values, bounds: float64 [C], to fill.
     """
-    resources = capacity.shape[1]
+    prices = np.empty(capacity.shape[1])
     for c in range(len(capacity)):
-        t = table[c]
-        v = value[c if len(value) > 1 else 0]
+        t, v = table[c], value[c if len(value) > 1 else 0]
         p = Instance(v, cost[t], ladder[t], first, group, level, mode, allowed, capacity[c])
         x = picked(p)
         x.choice[:] = choice[c]
-        prices = np.zeros(resources)
-        values[c], bounds[c] = solve_one(p, x, prices)
+        _, bounds[c] = solve_one(p, x, prices, True, effort)
+        worth = count(p, x)  # once more, from the integers
+        values[c] = worth if fits(p, x) else -np.inf
         choice[c] = x.choice
+
+
+@compiled
+def returns(count: float, reference: float) -> float:
+    """h(n) = reference log(1 + n / reference): what n clients on one subnet are worth together."""
+    return reference * np.log1p(count / reference)
+
+
+@compiled
+def spread_all(
+    value: np.ndarray,
+    cost: np.ndarray,
+    table: np.ndarray,
+    ladder: np.ndarray,
+    first: np.ndarray,
+    group: np.ndarray,
+    level: np.ndarray,
+    mode: np.ndarray,
+    allowed: np.ndarray,
+    capacity: np.ndarray,
+    train: np.ndarray,
+    share: np.ndarray,
+    weight: np.ndarray,
+    reference: float,
+    least: int,
+    passes: int,
+    choice: np.ndarray,
+    values: np.ndarray,
+    bounds: np.ndarray,
+    marginal: np.ndarray,
+    effort: int,
+) -> None:
+    """Coupled through diminishing returns: best responses, client after client, in some passes.
+
+    Arguments beside those of :func:`solve_all`:
+        value: What options are worth apart from training.
+        train: float64 [I], what training an item is worth. share: float64 [K], how far an option
+            trains.
+        weight: float64 [C], what a client counts for.
+        reference: Of :func:`returns`. least: Clients that every item should have.
+        choice: 0 at first.
+        values: float64 [C], what each choice is worth apart from training, to fill.
+        bounds: float64 [C], bounds on each client's knapsack with returns taken at ``marginal``.
+        marginal: float64 [I], the slope of returns at the end, to fill.
+    """
+    clients, resources = capacity.shape
+    items, options = cost.shape[1], cost.shape[2]
+    prices = np.zeros((clients, resources))
+    amount, people = np.zeros(items), np.zeros(items, dtype=np.int64)
+    scarce = np.zeros(items)  # what training an item is worth besides while few do
+    v = np.empty((items, options))
+    for turn in range(passes):
+        for c in range(clients):
+            fixed, t = value[c if len(value) > 1 else 0], table[c]
+            for i in range(items):
+                old = share[choice[c, i]]
+                amount[i] -= old * weight[c]
+                people[i] -= old > 0.0
+                now = returns(amount[i], reference)
+                for k in range(options):
+                    v[i, k] = fixed[i, k]
+                    if share[k] > 0.0:
+                        more = returns(amount[i] + share[k] * weight[c], reference) - now
+                        v[i, k] += train[i] * more
+                        if people[i] < least:
+                            v[i, k] += scarce[i]
+            p = Instance(v, cost[t], ladder[t], first, group, level, mode, allowed, capacity[c])
+            x = picked(p)
+            x.choice[:] = choice[c]
+            solve_one(p, x, prices[c], turn == 0, effort if turn == passes - 1 else 0)
+            count(p, x)
+            if fits(p, x):
+                choice[c] = x.choice
+            for i in range(items):
+                new = share[choice[c, i]]
+                amount[i] += new * weight[c]
+                people[i] += new > 0.0
+        for i in range(items):
+            if people[i] < least:
+                scarce[i] = SCARCER * scarce[i] + train.max()
+    for i in range(items):
+        marginal[i] = 1.0 / (1.0 + amount[i] / reference)
+    for c in range(clients):
+        fixed, t = value[c if len(value) > 1 else 0], table[c]
+        for i in range(items):
+            for k in range(options):
+                v[i, k] = fixed[i, k] + train[i] * marginal[i] * share[k] * weight[c]
+        p = Instance(v, cost[t], ladder[t], first, group, level, mode, allowed, capacity[c])
+        q, x = priced(p), picked(p)
+        q.prices[:] = prices[c]
+        bound = q.bounds[relax(p, q)]
+        bounds[c] = lower_prices(p, q, x, -1, CASE_STEPS, CASE_STEP * bound, bound, prices[c])
+        x.choice[:] = choice[c]
+        values[c] = -np.inf
+        count(p, x)
+        if fits(p, x):
+            values[c] = 0.0
+            for i in range(items):
+                values[c] += fixed[i, choice[c, i]]
