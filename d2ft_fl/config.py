@@ -20,7 +20,7 @@ from d2ft_fl.data import DIGITS, HUB, DataSpec, class_count, open_data
 from d2ft_fl.errors import ConfigError
 from d2ft_fl.meter import DEVICES, usable_device
 from d2ft_fl.models import ModelSpec, build_model
-from d2ft_fl.planner import PLANNERS
+from d2ft_fl.planner import COUPLINGS, PLANNERS
 from d2ft_fl.plugins import load_module
 from d2ft_fl.training import PRECISIONS, LocalOptions
 
@@ -74,6 +74,11 @@ class RunConfig:
     backward_score: str = "fisher"
     forward_score: str = "fisher"
     forward_weight: float = 1.0
+    frozen_weight: float = 0.0
+    coupling: str = "none"
+    spread_clients: float = 0.1
+    least_clients: int = 1
+    agenda_rounds: int = 4
     exploration: float = 1.0
     score_every: int = 5
     score_examples: int = 4
@@ -125,17 +130,20 @@ class RunConfig:
             "slots",
             "threads-per-client",
             "accumulate",
+            "agenda-rounds",
         ):
             self._at_least(key, 1)
         self._at_least("eval-batch-size", 1)
         for key in ("train-examples", "test-examples", "image-size", "score-every", "seed"):
             self._at_least(key, 0)
         self._at_least("score-examples", 0)
+        self._at_least("least-clients", 0)
         self._one_of("optimizer", ("adamw", "sgd"))
         self._one_of("precision", PRECISIONS)
         self._one_of("device", DEVICES)
         self.torch_device()
         self._one_of("planner", PLANNERS)
+        self._one_of("coupling", COUPLINGS)
         self._one_of("backward-score", scores.KINDS)
         self._one_of("forward-score", scores.KINDS)
         if not 0 <= self.exploration <= 1:
@@ -148,7 +156,14 @@ class RunConfig:
             raise ConfigError(f"round-timeout = {self.round_timeout} must be above 0 seconds")
         if self.seed >= 2**63:
             raise ConfigError(f"seed = {self.seed} must be below 2**63")
-        for key in ("lr", "head-lr", "momentum", "weight-decay", "forward-weight"):
+        if not 0 < self.spread_clients < float("inf"):
+            raise ConfigError(f"spread-clients = {self.spread_clients} must be a share above 0")
+        if self.planner == "two-stage" and (self.frozen_weight or self.coupling == "spread"):
+            raise ConfigError(
+                "planner = 'two-stage' has D2FT's three operations and no coupling: leave "
+                "frozen-weight at 0 and coupling at 'none' or 'agenda', or use planner = 'joint'"
+            )
+        for key in ("lr", "head-lr", "momentum", "weight-decay", "forward-weight", "frozen-weight"):
             value = self.to_mapping()[key]
             if not 0 <= value < float("inf"):
                 raise ConfigError(f"{key} = {value} must be a finite number, 0 or more")

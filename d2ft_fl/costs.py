@@ -20,7 +20,7 @@ classifier forward, through and for its weights: 6 D classes.
 tensors, and of headers at most.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 
@@ -33,11 +33,10 @@ from d2ft_fl.subnets import (
     Kind,
     Operation,
     Schedule,
-    down_spec,
+    effective,
     passes,
     slot_sizes,
     slot_totals,
-    up_spec,
 )
 from d2ft_fl.timm_vit import fused_attention
 from d2ft_fl.training import LocalOptions
@@ -142,11 +141,17 @@ class CostModel:
 
     def flops(self, schedule: Schedule, examples: int) -> int:
         """FLOPs of one round of local training on ``examples`` examples."""
-        effective = schedule.effective  # [slots, blocks, heads]
+        return int(self._flops(schedule.operations[None], np.array([examples]))[0])
+
+    def _flops(self, operations: np.ndarray, examples: np.ndarray) -> np.ndarray:
+        """FLOPs of many clients' rounds: int64 [clients]."""
         heads = np.arange(self.arch.heads)
-        per_slot = self.operation_flops[effective, heads].sum(axis=(1, 2))
-        per_slot = per_slot + self.base_flops * schedule.active
-        return int(per_slot @ np.array(self.slot_totals(examples), dtype=np.int64))
+        per_slot = self.operation_flops[effective(operations), heads].sum(axis=(2, 3))
+        per_slot = per_slot + self.base_flops * _active(operations)  # [clients, slots]
+        full, rest = np.divmod(examples, self.options.batch_size)
+        whole = np.array(slot_sizes(self.options.batch_size, self.slots))
+        totals = full[:, None] * whole + _sizes(rest, self.slots)
+        return self.options.epochs * (per_slot * totals).sum(axis=1)
 
     def slot_totals(self, examples: int) -> list[int]:
         """Examples each slot sees in one round."""
@@ -175,20 +180,36 @@ class CostModel:
 
     def peak_bytes(self, schedule: Schedule, sizes: Sequence[int]) -> int:
         """Peak bytes of one pass, beyond what is held before it; see :mod:`d2ft_fl.memory`."""
-        return self._pass(schedule, sizes).peak()
+        return int(self._pass(schedule, sizes).peak()[0])
 
     def _pass(self, schedule: Schedule, sizes: Sequence[int]) -> PassMemory:
-        return PassMemory.of(self.saved, self.options.checkpointing, schedule, sizes)
+        return self._passes(schedule.operations[None], np.array([sizes]))
 
-    def held_bytes(self, schedule: Schedule, moments: bool = True) -> int:
-        """Bytes of weights, gradients and (after the first step) optimiser state."""
-        e, resident, trained = self.elements, schedule.resident, schedule.trained
+    def _passes(self, operations: np.ndarray, sizes: np.ndarray) -> PassMemory:
+        """Memory of passes [passes, slots, blocks, heads] over ``sizes`` [passes, slots]."""
+        resident = (operations != Operation.SHORTCUT).any(axis=1)
+        checkpointing = self.options.checkpointing
+        return PassMemory.of(self.saved, checkpointing, effective(operations), resident, sizes)
+
+    def _held(self, operations: np.ndarray, moments: bool = True) -> np.ndarray:
+        """Bytes of weights, gradients and (after the first step) optimiser state: [clients]."""
+        e = self.elements
+        resident, trained = _resident(operations), _trained(operations)
         copies = 1 + (MOMENTS[self.options.optimizer] if moments else 0)
         elements = e.embedding + (1 + copies) * e.final
-        elements += e.sliced[resident].sum() + copies * e.sliced[trained].sum()
-        elements += e.shared[resident.any(axis=1)].sum()
-        elements += copies * e.shared[trained.any(axis=1)].sum()
-        return ELEMENT * int(elements) + _data(self._skips(schedule) | self._means(schedule))
+        elements = elements + ((resident + copies * trained) * e.sliced).sum(axis=(1, 2))
+        elements += ((resident.any(axis=2) + copies * trained.any(axis=2)) * e.shared).sum(axis=1)
+        return ELEMENT * elements + self._each(operations, lambda s: _data(self._extra(s)))
+
+    def _extra(self, schedule: Schedule) -> dict[str, tuple[int, ...]]:
+        """What is held for compensation, by name."""
+        return self._skips(schedule) | self._means(schedule)
+
+    def _each(self, operations: np.ndarray, what: Callable[[Schedule], int]) -> np.ndarray:
+        """Something about compensation, which does not add up, of every client: int64 [clients]."""
+        if not (self.compensated or self.calibrating):
+            return np.zeros(len(operations), dtype=np.int64)
+        return np.array([what(Schedule(one)) for one in operations], dtype=np.int64)
 
     def _skips(self, schedule: Schedule) -> dict[str, tuple[int, ...]]:
         """Compensation that comes down, by name."""
@@ -203,10 +224,22 @@ class CostModel:
 
         The first batch finds no optimiser state yet; it counts in every later one.
         """
-        first, later = self.batch_extremes(examples)
-        peak = max(
-            self.held_bytes(schedule, moments=False) + self._batch_bytes(schedule, first),
-            self.held_bytes(schedule) + self._batch_bytes(schedule, later),
+        return int(self.memories(schedule.operations[None], np.array([examples]))[0])
+
+    def memories(self, operations: np.ndarray, examples: np.ndarray) -> np.ndarray:
+        """Peak bytes of many clients' rounds: int64 [clients].
+
+        Args:
+            operations: int8 [clients, slots, blocks, heads]. examples: int64 [clients].
+        """
+        first = np.minimum(examples, self.options.batch_size)
+        rest = first if self.options.epochs > 1 else np.minimum(examples - first, first)
+        at_first = self._batches(operations, first)
+        later = at_first.copy()  # the same but where batches are not
+        if (other := first != rest).any():
+            later[other] = self._batches(operations[other], rest[other])
+        peak = np.maximum(
+            self._held(operations, moments=False) + at_first, self._held(operations) + later
         )
         return peak + peak // MEMORY_MARGIN
 
@@ -215,21 +248,22 @@ class CostModel:
         first = min(examples, self.options.batch_size)
         return first, first if self.options.epochs > 1 else min(examples - first, first)
 
-    def _batch_bytes(self, schedule: Schedule, batch: int) -> int:
-        """Bytes of a batch of images and of its worst pass."""
-        if batch == 0:
-            return 0
-        images = ELEMENT * batch * self.arch.input_elements
-        running = sum(
-            size
-            for size, on in zip(slot_sizes(batch, schedule.slots), schedule.active, strict=True)
-            if on
-        )
-        if running < batch:  # those that run are put together in a batch of their own
-            images += ELEMENT * running * self.arch.input_elements
-        return images + max(
-            (self.peak_bytes(schedule, sizes) for sizes in self.passes(schedule, batch)), default=0
-        )
+    def _batches(self, operations: np.ndarray, batch: np.ndarray) -> np.ndarray:
+        """Bytes of a batch of images and of its worst pass: int64 [clients]."""
+        shares = _sizes(batch, self.slots)
+        running = shares * _active(operations)  # [clients, slots]
+        ends = np.cumsum(np.pad(running, [(0, 0), (1, 0)]), axis=1)
+        total = ends[:, -1]
+        images = batch + np.where(total < batch, total, 0)  # put together in a batch of their own
+        parts = self.options.accumulate
+        cuts = np.cumsum(np.pad(_sizes(total, parts), [(0, 0), (1, 0)]), axis=1)
+        within = np.clip(ends[:, None], cuts[:, :-1, None], cuts[:, 1:, None])
+        sizes = np.diff(within, axis=2)  # [clients, parts, slots], as of `subnets.passes`
+        peaks = [
+            np.where(one.any(axis=1), self._passes(operations, one).peak(), 0)
+            for one in sizes.swapaxes(0, 1)
+        ]
+        return ELEMENT * self.arch.input_elements * images + np.max(peaks, axis=0)
 
     def passes(self, schedule: Schedule, batch: int) -> list[list[int]]:
         """Examples of each slot, for the passes that a batch of this size is run in."""
@@ -240,26 +274,58 @@ class CostModel:
 
     def bytes_down(self, schedule: Schedule) -> int:
         """Bytes that travel to the client: its slices, compensation, headers, the schedule."""
-        spec = down_spec(self.arch, schedule) | self._skips(schedule)
-        return _wire(spec) + MESSAGE_HEADER + 2 * schedule.operations.size
+        return int(self._down(schedule.operations[None])[0])
 
     def bytes_up(self, schedule: Schedule) -> int:
         """Bytes that come back: trained slices, means, and their headers."""
-        spec = up_spec(self.arch, schedule) | self._means(schedule)
-        return _wire(spec) + MESSAGE_HEADER
+        return int(self._up(schedule.operations[None])[0])
+
+    @cached_property
+    def block_tensors(self) -> np.ndarray:
+        """Tensors of each block: int64 [blocks]."""
+        blocks = [p.block for p in self.arch.parameters if p.block >= 0]
+        return np.bincount(blocks, minlength=self.arch.blocks)
+
+    def _slices(self, which: np.ndarray) -> np.ndarray:
+        """Bytes of these subnets [clients, blocks, heads] and what they share: int64 [clients]."""
+        shared = ELEMENT * self.elements.shared + TENSOR_HEADER * self.block_tensors
+        sliced = ELEMENT * self.elements.sliced
+        return (which * sliced).sum(axis=(1, 2)) + (which.any(axis=2) * shared).sum(axis=1)
+
+    def _down(self, operations: np.ndarray) -> np.ndarray:
+        e, outer = self.elements, (Kind.EMBEDDING, Kind.FINAL)
+        count = sum(len(self.arch.of_kind(kind)) for kind in outer)
+        fixed = ELEMENT * (e.embedding + e.final) + TENSOR_HEADER * count
+        fixed += MESSAGE_HEADER + 2 * int(np.prod(operations.shape[1:]))
+        skips = self._each(operations, lambda s: _wire(self._skips(s)))
+        return fixed + self._slices(_resident(operations)) + skips
+
+    def _up(self, operations: np.ndarray) -> np.ndarray:
+        final = len(self.arch.of_kind(Kind.FINAL))
+        fixed = ELEMENT * self.elements.final + TENSOR_HEADER * final + MESSAGE_HEADER
+        means = self._each(operations, lambda s: _wire(self._means(s)))
+        return fixed + self._slices(_trained(operations)) + means
 
     # -- together ----------------------------------------------------------------------------
 
     def cost(self, schedule: Schedule, examples: int) -> Cost:
         """Everything one round costs a client. Sitting out costs nothing."""
-        if schedule.sits_out or examples == 0:
-            return Cost()
-        return Cost(
-            self.flops(schedule, examples),
-            self.memory(schedule, examples),
-            self.bytes_up(schedule),
-            self.bytes_down(schedule),
+        return Cost(*self.costs(schedule.operations[None], np.array([examples]))[0].tolist())
+
+    def costs(self, operations: np.ndarray, examples: np.ndarray) -> np.ndarray:
+        """The same of many clients: int64 [clients, 4], in the order of ``RESOURCES``.
+
+        Args:
+            operations: int8 [clients, slots, blocks, heads]. examples: int64 [clients].
+        """
+        parts = (
+            self._flops(operations, examples),
+            self.memories(operations, examples),
+            self._up(operations),
+            self._down(operations),
         )
+        works = operations.any(axis=(1, 2, 3)) & (examples > 0)
+        return np.stack(parts, axis=1) * works[:, None]
 
     def everything(self) -> Schedule:
         """Every subnet FULL in every slot."""
@@ -279,6 +345,23 @@ class CostModel:
         plain = self.plain()
         cost = plain.cost(plain.everything(), examples)
         return replace(cost, bytes_down=self.bytes_down(self.everything())) if examples else cost
+
+
+def _resident(operations: np.ndarray) -> np.ndarray:
+    return (operations != Operation.SHORTCUT).any(axis=1)  # [clients, blocks, heads]
+
+
+def _trained(operations: np.ndarray) -> np.ndarray:
+    return (operations == Operation.FULL).any(axis=1)  # [clients, blocks, heads]
+
+
+def _active(operations: np.ndarray) -> np.ndarray:
+    return (operations != Operation.SHORTCUT).any(axis=(2, 3))  # [clients, slots]
+
+
+def _sizes(batch: np.ndarray, slots: int) -> np.ndarray:
+    """:func:`slot_sizes` of many batches: int64 [clients, slots]."""
+    return batch[:, None] // slots + (np.arange(slots) < batch[:, None] % slots)
 
 
 def _data(spec: dict[str, tuple[int, ...]]) -> int:

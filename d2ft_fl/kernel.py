@@ -9,12 +9,12 @@ I items lie in G groups and take one of K options each; R resources; a group is 
 levels or closed; S cases give each group a mode, which says what its items may take.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numba import njit
 
-compiled = njit(cache=True, error_model="numpy", nogil=True)
+compiled: Any = njit(cache=True, error_model="numpy", nogil=True)
 
 EPSILON = 1e-12
 TOLERANCE = 1e-4  # certified gaps below this share of the bound are left alone
@@ -33,7 +33,7 @@ FLIPS, MOST_FLIPS = 24, 96  # flips of which the best pair is taken
 SWEEPS = 2
 PATTERNS = 1  # sets of open groups that are tried beside the one at the best prices
 PROMISING = 0.01  # they get sweeps when they come this near before
-HARD = 0.04  # certified gaps above this, over the square of the effort, get more of them, and a search
+HARD = 0.04  # certified gaps above this, over effort squared, get more of them, and a search
 HARD_PATTERNS = 24
 NODES = 4_000
 SCARCER = 1.5  # from pass to pass, for items that too few clients train

@@ -1,4 +1,4 @@
-"""What one pass, forward and backward, takes in memory beyond what is held before it.
+"""What a pass, forward and backward, takes in memory beyond what is held before it.
 
 **Saved for backward**, in a pass with N examples, n_l of them live in the block (something FULL or
 FROZEN), n_t training in it (something FULL), with elements of c bytes (4, or 2 in bfloat16):
@@ -25,14 +25,13 @@ with a stream for one tensor [N, T, D]:
 * the classifier, with everything saved; the embedding, with nothing.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
 
 from d2ft_fl.grouping import Part, groups, storage_order
-from d2ft_fl.subnets import Architecture, Operation, Schedule
+from d2ft_fl.subnets import Architecture, Operation
 from d2ft_fl.training import LocalOptions
 
 ELEMENT = 4  # bytes of a float32
@@ -117,53 +116,60 @@ class Saved:
 
 @dataclass(frozen=True)
 class PassMemory:
-    """Memory of one pass, branch by branch from the first: int64 [2 blocks] bytes each.
+    """Memory of passes, branch by branch from the first: int64 [passes, 2 blocks] bytes each.
 
     Attributes:
         saved: Kept for backward.
         forward: On the way forward, at most, beside what lower branches saved.
         backward: On the way back, at most, beside what this and lower branches saved.
-        outer: In the classifier, beside what all branches saved.
-        embedding: In the embedding, at most.
+        outer: In the classifier, beside what all branches saved: [passes].
+        embedding: In the embedding, at most: [passes].
     """
 
     saved: np.ndarray
     forward: np.ndarray
     backward: np.ndarray
-    outer: int
-    embedding: int
+    outer: np.ndarray
+    embedding: np.ndarray
 
     @classmethod
     def of(
-        cls, s: Saved, checkpointing: bool, schedule: Schedule, sizes: Sequence[int]
+        cls,
+        s: Saved,
+        checkpointing: bool,
+        operations: np.ndarray,
+        resident: np.ndarray,
+        sizes: np.ndarray,
     ) -> "PassMemory":
-        """Work it out.
+        """Work it out, for many passes at once.
 
         Args:
-            s: What an example saves. sizes: Examples of each slot in the pass.
+            s: What an example saves.
+            operations: int8 [passes, slots, blocks, heads], effective ones.
+            resident: bool [passes, blocks, heads], what is held.
+            sizes: int64 [passes, slots], examples of each slot.
         """
-        n = np.asarray(sizes, dtype=np.int64)
-        total = int(n.sum())
-        operations = schedule.effective
+        n = sizes
+        total = n.sum(axis=1)[:, None, None]  # [passes, 1, 1], beside [passes, blocks, 2]
         full, frozen = operations == Operation.FULL, operations == Operation.FROZEN
-        n_full = np.tensordot(n, full, axes=1)  # [blocks, heads]
-        n_frozen = np.tensordot(n, frozen, axes=1)
-        n_live = (n @ (full | frozen).any(axis=2))[:, None]  # [blocks, 1], as are the next
-        n_trains = (n @ full.any(axis=2))[:, None]
-        n_runs = (n @ (operations != Operation.SHORTCUT).any(axis=2))[:, None]
+        n_full = _examples(n, full)  # [passes, blocks, heads]
+        n_frozen = _examples(n, frozen)
+        n_live = _examples(n, (full | frozen).any(axis=3))[..., None]  # [passes, blocks, 1], and:
+        n_trains = _examples(n, full.any(axis=3))[..., None]
+        n_runs = _examples(n, (operations != Operation.SHORTCUT).any(axis=3))[..., None]
         cast = s.narrow != s.stream
 
         x = total * s.stream * (n_live > 0)
         norm = s.statistics * n_live + (s.narrow + s.normed) * n_trains
         summed = total * (s.narrow * s.scaled * (n_trains > 0) + s.mask * (n_live > 0))
-        saved = np.repeat(x + summed, 2, axis=1)
+        saved = np.repeat(x + summed, 2, axis=2)
         if not checkpointing:
             saved = saved + norm + (n_full + n_frozen) @ s.alive.T + n_full @ s.full.T
 
         def largest(
             operation: Operation, per_head: np.ndarray, together: bool = False
         ) -> np.ndarray:
-            """Bytes [2, heads] an example and head, for the largest piece: [blocks, 2]."""
+            """Bytes [2, heads] an example and head, for the largest piece: [passes, blocks, 2]."""
             return _largest(operations, operation, n, per_head, together)
 
         inward, outward = s.hidden[:, 0], s.hidden[:, 1]  # [2, heads]
@@ -172,7 +178,7 @@ class PassMemory:
             for operation in (Operation.FULL, Operation.FROZEN):
                 ahead = np.maximum(ahead, largest(operation, inward + outward))
         # The weights of a product are cast for as long as it takes.
-        casts = cast * (schedule.resident @ s.weights.T)
+        casts = resident @ s.weights.T if cast else np.int64(0)
         y = s.narrow * n_runs  # and for a moment, before it is cast, once more as it was
         ahead = np.maximum(ahead + casts, cast * s.stream * n_runs)
         stream = total * s.stream * (n_live == 0)  # where x is not saved it is there all the same
@@ -192,20 +198,28 @@ class PassMemory:
         backward = (n_live > 0) * (
             arriving + own + np.maximum(middle + casts, 2 * total * s.stream)
         )
+        passes = len(n)
+        ends = total[:, 0, 0]
         return cls(
-            saved.reshape(-1),
-            forward.reshape(-1),
-            backward.reshape(-1),
-            total * (s.outer + s.stream * (1 + 3 * s.rms)) + s.classifier,
-            3 * total * s.stream,
+            saved.reshape(passes, -1),
+            forward.reshape(passes, -1),
+            backward.reshape(passes, -1),
+            ends * (s.outer + s.stream * (1 + 3 * s.rms)) + s.classifier,
+            3 * ends * s.stream,
         )
 
-    def peak(self) -> int:
-        """The most that is alive at once."""
-        below = np.cumsum(self.saved) - self.saved
-        moments = [below + self.forward, below + self.saved + self.backward]
-        ends = [int(self.saved.sum()) + self.outer, self.embedding]
-        return max(*(int(m.max(initial=0)) for m in moments), *ends)
+    def peak(self) -> np.ndarray:
+        """The most that is alive at once: int64 [passes]."""
+        below = np.cumsum(self.saved, axis=1) - self.saved
+        moments = np.maximum(below + self.forward, below + self.saved + self.backward).max(axis=1)
+        return np.maximum(np.maximum(moments, self.saved.sum(axis=1) + self.outer), self.embedding)
+
+
+def _examples(n: np.ndarray, what: np.ndarray) -> np.ndarray:
+    """Examples of the slots [passes, slots] in which something is so: [passes, slots, ...]."""
+    if n.shape[1] == 1:
+        return what[:, 0] * n.reshape(-1, *[1] * (what.ndim - 2))
+    return np.einsum("ps,ps...->p...", n, what.astype(np.int64))
 
 
 def _largest(
@@ -215,25 +229,25 @@ def _largest(
     per_head: np.ndarray,
     together: bool,
 ) -> np.ndarray:
-    """Bytes of an operation's largest piece, of each block and branch: int64 [blocks, 2].
+    """Bytes of an operation's largest piece, of each block and branch: int64 [passes, blocks, 2].
 
     Args:
-        operations: int8 [slots, blocks, heads]. n: Examples of each slot.
+        operations: int8 [passes, slots, blocks, heads]. n: Examples [passes, slots].
         per_head: Bytes of an example and head: int64 [2, heads].
         together: Take the pieces of a segment as one.
     """
-    if len(n) == 1:  # one slot is one piece
-        return n[0] * (operations[0] == operation) @ per_head.T
-    found = np.zeros((operations.shape[1], 2), dtype=np.int64)
-    for block in range(operations.shape[1]):
-        column = np.ascontiguousarray(operations[:, block])
-        for pieces in _pieces(column.tobytes(), len(n), operation):
+    if n.shape[1] == 1:  # one slot is one piece
+        return n[..., None] * ((operations[:, 0] == operation) @ per_head.T)
+    found = np.zeros((len(n), operations.shape[2], 2), dtype=np.int64)
+    for index, block in np.ndindex(found.shape[:2]):
+        column = np.ascontiguousarray(operations[index, :, block])
+        for pieces in _pieces(column.tobytes(), n.shape[1], operation):
             loads = [
-                int(n[start:stop].sum()) * per_head[:, list(heads)].sum(axis=1)
+                int(n[index, start:stop].sum()) * per_head[:, list(heads)].sum(axis=1)
                 for start, stop, heads in pieces
             ]
             load = np.sum(loads, axis=0) if together else np.max(loads, axis=0)
-            found[block] = np.maximum(found[block], load)
+            found[index, block] = np.maximum(found[index, block], load)
     return found
 
 

@@ -20,7 +20,7 @@ from d2ft_fl.compensation import MeanBook, MeanSums
 from d2ft_fl.config import RunConfig
 from d2ft_fl.costs import RESOURCES, Cost, CostModel
 from d2ft_fl.errors import ReplyError, RunError
-from d2ft_fl.planner import Assignment, Planner
+from d2ft_fl.planner import Assignment, Participant, Planner
 from d2ft_fl.scores import KINDS, MEASURED, TENSOR, ScoreBook, subnet_scores
 from d2ft_fl.subnets import Architecture, Operation, Schedule, pack_for
 
@@ -36,22 +36,6 @@ class Report:
     budget: Budget
 
 
-@dataclass(frozen=True, eq=False)
-class Participant:
-    """A client as strategies see it.
-
-    Attributes:
-        client: Its number. examples: Its training examples.
-        budget: As it reported it.
-        capacity: Its budgets resolved, int64 [4] in ``RESOURCES`` order.
-    """
-
-    client: int
-    examples: int
-    budget: Budget
-    capacity: np.ndarray
-
-
 @dataclass(frozen=True)
 class State:
     """What one round hands to the next.
@@ -61,12 +45,15 @@ class State:
         weights: The global model, float32 by state-dict name.
         scores: What scoring passes have told.
         means: What subnets add on average, where compensation is on.
+        last_trained: int64 [blocks, heads], the round in which each subnet was last trained, 0 for
+            never; ``None`` before the first round.
     """
 
     round: int
     weights: dict[str, Tensor]
     scores: ScoreBook = field(default_factory=ScoreBook)
     means: MeanBook = field(default_factory=MeanBook)
+    last_trained: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -105,7 +92,16 @@ class Federation:
 
     def planner_of(self, state: State) -> Planner:
         """The planner of the round after ``state``."""
-        return Planner(self.costs_of(state), self.config.planner, self.config.forward_weight)
+        c = self.config
+        return Planner(
+            self.costs_of(state),
+            method=c.planner,
+            forward_weight=c.forward_weight,
+            frozen_weight=c.frozen_weight,
+            coupling=c.coupling,
+            spread_clients=c.spread_clients * c.clients,
+            least_clients=c.least_clients,
+        )
 
     @cached_property
     def strategy(self) -> Any:
@@ -175,6 +171,24 @@ class Round:
         """Worth of running each subnet, as configured."""
         return self.scores(self.federation.config.forward_score)
 
+    def agenda(self, backward: np.ndarray) -> np.ndarray:
+        """Scores that put this round's agenda before everything else: float64 [blocks, heads].
+
+        The agenda is common to all clients: the subnets that were trained longest ago, as many as
+        it takes to train every one within ``agenda-rounds`` rounds, if someone can afford that
+        many; of equals those of the block with the highest mean score. What nobody trained in its
+        turn stays at the head.
+        """
+        last = self.state.last_trained
+        last = np.zeros(self.shape, dtype=np.int64) if last is None else last
+        block, head = np.indices(self.shape)
+        worth = -backward.mean(axis=1, keepdims=True) + 0 * backward
+        order = np.lexsort([head.ravel(), block.ravel(), worth.ravel(), last.ravel()])
+        due = order[: -(-len(order) // self.federation.config.agenda_rounds)]
+        first = backward.copy()
+        first.flat[due] += 2 * backward.max()
+        return first
+
     def scoring_examples(self, client: Participant) -> int:
         """Examples of a scoring pass that ``client`` would run in this round; 0 for none."""
         config = self.federation.config
@@ -182,16 +196,19 @@ class Round:
             return 0
         return min(config.score_examples, client.examples)
 
-    def plan(self, client: Participant, backward: np.ndarray, forward: np.ndarray) -> Assignment:
-        """The best schedule for these scores that keeps every budget of ``client``."""
+    def plan(self, backward: np.ndarray, forward: np.ndarray) -> list[Assignment]:
+        """Good schedules for these scores that keep every budget of every client.
+
+        Args:
+            backward, forward: float64 [blocks, heads], or [clients, blocks, heads] where clients'
+                scores differ.
+        """
         return self.federation.planner_of(self.state).plan(
-            client.client,
-            client.examples,
-            client.capacity,
+            self.clients,
             backward,
             forward,
             rotation=self.number,
-            score_examples=self.scoring_examples(client),
+            score_examples=[self.scoring_examples(c) for c in self.clients],
         )
 
     def everything(self) -> Schedule:
@@ -382,8 +399,18 @@ class Fold:
             self.sums.apply(),
             self.state.scores.updated(self.measured, self.federation.config.score_momentum),
             self.mean_sums.apply(self.state.means),
+            self._last_trained(),
         )
         return state, [self.records[c.client] for c in self.plan.clients]
+
+    def _last_trained(self) -> np.ndarray:
+        arch, before = self.federation.arch, self.state.last_trained
+        last = np.zeros((arch.blocks, arch.heads), dtype=np.int64) if before is None else before
+        last = last.copy()
+        for assignment in self.plan.working:
+            if self.records[assignment.client].used is not None:
+                last[assignment.schedule.trained] = self.plan.round
+        return last
 
     def _record(
         self,

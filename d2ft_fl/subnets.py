@@ -205,11 +205,8 @@ class Schedule:
 
     @cached_property
     def effective(self) -> np.ndarray:
-        """Operations as they run: FROZEN is FORWARD_ONLY below all that trains in its slot."""
-        lowest = np.array([self.lowest_trained(slot) for slot in range(self.slots)])
-        below = np.arange(self.operations.shape[1]) < lowest[:, None]  # [slots, blocks]
-        silent = (self.operations == Operation.FROZEN) & below[..., None]
-        return np.where(silent, np.int8(Operation.FORWARD_ONLY), self.operations)
+        """Operations as they run; see :func:`effective`."""
+        return effective(self.operations)
 
     def lowest_trained(self, slot: int) -> int:
         """The lowest block that runs anything FULL in ``slot``; the number of blocks if none.
@@ -232,6 +229,18 @@ class Schedule:
         """Examples on which any subnet of a block ran FULL: int64 [blocks]."""
         full = (self.operations == Operation.FULL).any(axis=2)
         return np.asarray(slot_examples, dtype=np.int64) @ full
+
+
+def effective(operations: np.ndarray) -> np.ndarray:
+    """Operations as they run: FROZEN is FORWARD_ONLY below all that trains in its slot.
+
+    Args:
+        operations: int8 [..., slots, blocks, heads].
+    """
+    full = (operations == Operation.FULL).any(axis=-1)  # [..., slots, blocks]
+    below = ~np.logical_or.accumulate(full, axis=-1)
+    silent = (operations == Operation.FROZEN) & below[..., None]
+    return np.where(silent, np.int8(Operation.FORWARD_ONLY), operations)
 
 
 def slot_sizes(examples: int, slots: int) -> list[int]:

@@ -14,12 +14,12 @@ from d2ft_fl.rounds import Assignment, Round
 
 def schedule(round: Round) -> list[Assignment]:
     """Each client's best schedule under its budgets."""
-    exploration = round.federation.config.exploration
-    scores = np.stack([round.backward_scores(), round.forward_scores()])
-    assignments = []
-    for client in round.clients:
-        draws = round.generator(client).random((2, *round.shape))
-        weights = 1 + exploration * (2 * draws - 1)  # mean 1
-        backward, forward = scores * weights
-        assignments.append(round.plan(client, backward, forward))
-    return assignments
+    config = round.federation.config
+    backward, forward = round.backward_scores(), round.forward_scores()
+    if config.coupling == "agenda":
+        backward = round.agenda(backward)
+    if config.coupling != "none" or not config.exploration:
+        return round.plan(backward, forward)
+    draws = np.stack([round.generator(c).random((2, *round.shape)) for c in round.clients], axis=1)
+    weights = 1 + config.exploration * (2 * draws - 1)  # mean 1
+    return round.plan(backward * weights[0], forward * weights[1])

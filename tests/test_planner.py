@@ -3,8 +3,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from d2ft_fl.budgets import UNLIMITED
-from d2ft_fl.planner import Planner
+from d2ft_fl.budgets import UNLIMITED, Budget
+from d2ft_fl.planner import Participant, Planner
 from d2ft_fl.subnets import Operation
 from tests.conftest import build, cost_model
 
@@ -12,7 +12,8 @@ _, ARCH = build(depth=3, num_heads=4)
 SHARES = st.lists(st.floats(0.02, 1.1), min_size=4, max_size=4)
 
 
-def plan(shares, slots=1, method="joint", seed=0, examples=40, **keywords):
+def plan(shares, slots=1, method="joint", seed=0, examples=40, options=(), **keywords):
+    options = dict(options)
     costs = cost_model(ARCH, slots, batch_size=8)
     full = costs.full_cost(examples).vector()
     capacity = np.array(
@@ -20,8 +21,11 @@ def plan(shares, slots=1, method="joint", seed=0, examples=40, **keywords):
     )
     draw = np.random.default_rng(seed)
     scores = draw.random((2, ARCH.blocks, ARCH.heads))
-    planner = Planner(costs, method)
-    return planner.plan(3, examples, capacity, *scores, **keywords), capacity, scores, planner
+    planner = Planner(costs, method, **options)
+    client = Participant(3, examples, Budget(), capacity)
+    wanted = [keywords.pop("score_examples", 0)]
+    (assignment,) = planner.plan([client], *scores, score_examples=wanted, **keywords)
+    return assignment, capacity, scores, planner
 
 
 def worth(assignment, scores, weight=1.0):
@@ -83,7 +87,8 @@ def test_joint_beats_two_stages_where_compute_binds():
 
 def test_two_stages_settle_full_by_backward_scores_alone():
     assignment, capacity, scores, planner = plan([0.5, None, None, None], method="two-stage")
-    other = planner.plan(3, 40, capacity, scores[0], scores[1][::-1].copy())
+    client = Participant(3, 40, Budget(), capacity)
+    (other,) = planner.plan([client], scores[0], scores[1][::-1].copy())
     assert np.array_equal(assignment.schedule.trained, other.schedule.trained)
 
 
