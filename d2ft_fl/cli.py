@@ -7,7 +7,7 @@ import sys
 import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -44,11 +44,6 @@ def failures() -> Iterator[None]:
     except KeyboardInterrupt:
         typer.echo("d2ft: stopped", err=True)
         raise typer.Exit(130) from None
-
-
-@bench_app.callback()
-def _bench() -> None:
-    """Keep `step` a sub-command while it is the only one."""
 
 
 class Precision(StrEnum):
@@ -151,6 +146,31 @@ def bench_step_command(
     display.bench_table(rows)
     if output is not None:
         display.say(f"picture: {output}")
+
+
+@bench_app.command("planner")
+def bench_planner_command(
+    clients: Annotated[
+        list[int] | None, typer.Option(help="How many; may be repeated. 100, 1000 and 10000.")
+    ] = None,
+    subnets: Annotated[int, typer.Option(help="Of the model.")] = 144,
+    sample: Annotated[int, typer.Option(help="Clients that HiGHS solves exactly.")] = 60,
+    as_json: Annotated[bool, typer.Option("--json", help="Print rows as JSON only.")] = False,
+) -> None:
+    """Time the planner's solver on made-up clients, beside exact optima."""
+    from d2ft_fl import bench_planner
+
+    with failures(), _progress(hidden=as_json) as progress:
+        task = progress.add_task("measuring", total=None)
+
+        def done(name: str) -> None:
+            progress.update(task, advance=1, description=name)
+
+        rows = bench_planner.bench_planner(clients or [100, 1_000, 10_000], subnets, sample, done)
+    if as_json:
+        typer.echo(json.dumps([asdict(row) for row in rows]))
+    else:
+        display.planner_table(rows)
 
 
 @app.command("budgets")

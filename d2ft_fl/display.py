@@ -11,6 +11,7 @@ from d2ft_fl.config import RunConfig
 
 if TYPE_CHECKING:
     from d2ft_fl.bench import Row
+    from d2ft_fl.bench_planner import Row as PlannerRow
     from d2ft_fl.devices import DeviceClasses
     from d2ft_fl.profile import Profile
 
@@ -200,3 +201,27 @@ def profile_table(found: "Profile") -> None:
     console.print(table)
     say("for a file of budgets:\n")
     say(found.to_toml().rstrip())
+
+
+def planner_table(rows: list["PlannerRow"]) -> None:
+    """How long planning took, and how far from the optimum it ended."""
+    table = Table(
+        title="One core; gaps to HiGHS, or to the dual bound of coupled clients",
+        title_justify="left",
+    )
+    heads = ("clients", "coupling", "operations", "seconds", "gap mean", "gap worst", "certified",
+             "violations", "short", "peak MB", "over two stages", "at least")  # fmt: skip
+    for head in heads:
+        table.add_column(head, justify="left" if head == "coupling" else "right")
+
+    def percent(value: float | None) -> str:
+        return "" if value is None else f"{value:.2%}"
+
+    for r in rows:
+        table.add_row(
+            str(r.clients), r.coupling, str(r.operations), f"{r.seconds:.3f}", percent(r.gap_mean),
+            percent(r.gap_worst), percent(r.certified_mean), str(r.violations),
+            str(r.short_subnets), f"{r.peak_mb:.0f}", percent(r.two_stage_gain),
+            percent(r.two_stage_worst),
+        )  # fmt: skip
+    console.print(table)

@@ -9,12 +9,15 @@ I items lie in G groups and take one of K options each; R resources; a group is 
 levels or closed; S cases give each group a mode, which says what its items may take.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-from numba import njit
 
-compiled: Any = njit(cache=True, error_model="numpy", nogil=True)
+from d2ft_fl.compiled import compiled
+
+# Called from Python, and from others alone.
+entry = compiled()
+inner = compiled(no_cpython_wrapper=True, no_cfunc_wrapper=True)
 
 EPSILON = 1e-12
 TOLERANCE = 1e-4  # certified gaps below this share of the bound are left alone
@@ -113,7 +116,7 @@ class Picked(NamedTuple):
 # -- prices ----------------------------------------------------------------------------------
 
 
-@compiled
+@inner
 def priced(p: Instance) -> Priced:
     """In shares of capacity; options that cannot fit are out."""
     items, options, resources = p.cost.shape
@@ -146,7 +149,7 @@ def priced(p: Instance) -> Priced:
     )
 
 
-@compiled
+@inner
 def relax(p: Instance, q: Priced) -> int:
     """The dual's inner maximum at ``q.prices``: fills what depends on them; the best case."""
     resources, options, items = q.w.shape
@@ -202,7 +205,7 @@ def relax(p: Instance, q: Priced) -> int:
     return top
 
 
-@compiled
+@inner
 def pick(p: Instance, q: Priced, case: int, opened: np.ndarray, choice: np.ndarray) -> None:
     """Each item's best option at the prices, with groups open to at most ``opened`` [G]."""
     for g in range(len(opened)):
@@ -211,14 +214,14 @@ def pick(p: Instance, q: Priced, case: int, opened: np.ndarray, choice: np.ndarr
             choice[i] = arg[i]
 
 
-@compiled
+@inner
 def open_best(p: Instance, q: Priced, case: int, opened: np.ndarray) -> None:
     """The levels of groups [G] that the prices choose in a case."""
     for g in range(len(opened)):
         opened[g] = q.opened[p.mode[case, g], g]
 
 
-@compiled
+@inner
 def slack_at(p: Instance, q: Priced, case: int, x: Picked, slope: np.ndarray) -> float:
     """Evaluate the dual at ``q.prices``, of one case or of the worst (-1).
 
@@ -243,7 +246,7 @@ def slack_at(p: Instance, q: Priced, case: int, x: Picked, slope: np.ndarray) ->
     return q.bounds[at]
 
 
-@compiled
+@inner
 def first_prices(p: Instance, q: Priced, x: Picked, best: np.ndarray) -> float:
     """Bisect the dual along the direction of overuse; its value at ``best`` [R], to fill."""
     slope = np.empty(len(best))
@@ -272,7 +275,7 @@ def first_prices(p: Instance, q: Priced, x: Picked, best: np.ndarray) -> float:
     return bound
 
 
-@compiled
+@inner
 def lower_prices(
     p: Instance,
     q: Priced,
@@ -342,7 +345,7 @@ def lower_prices(
 # -- choices ---------------------------------------------------------------------------------
 
 
-@compiled
+@inner
 def picked(p: Instance) -> Picked:
     """Room for a choice."""
     groups, levels, resources = p.ladder.shape
@@ -354,7 +357,7 @@ def picked(p: Instance) -> Picked:
     )
 
 
-@compiled
+@inner
 def count(p: Instance, x: Picked) -> float:
     """Levels and exact use of ``x.choice``; returns its value."""
     worth = 0.0
@@ -374,7 +377,7 @@ def count(p: Instance, x: Picked) -> float:
     return worth
 
 
-@compiled
+@inner
 def level_after(p: Instance, x: Picked, i: int, k: int) -> int:
     """The level of an item's group once the item takes option ``k``."""
     g = p.group[i]
@@ -389,7 +392,7 @@ def level_after(p: Instance, x: Picked, i: int, k: int) -> int:
     return new
 
 
-@compiled
+@inner
 def change(p: Instance, x: Picked, i: int, k: int, r: int, top: int) -> int:
     """What a flip adds to one resource, the item's group then being at level ``top``."""
     g = p.group[i]
@@ -401,7 +404,7 @@ def change(p: Instance, x: Picked, i: int, k: int, r: int, top: int) -> int:
     )
 
 
-@compiled
+@inner
 def flip(p: Instance, x: Picked, i: int, k: int) -> float:
     """Give an item another option; returns what that is worth."""
     g, old = p.group[i], x.choice[i]
@@ -415,7 +418,7 @@ def flip(p: Instance, x: Picked, i: int, k: int) -> float:
     return p.value[i, k] - p.value[i, old]
 
 
-@compiled
+@inner
 def fits(p: Instance, x: Picked) -> bool:
     """Whether a choice is within capacity, exactly."""
     over = False
@@ -424,7 +427,7 @@ def fits(p: Instance, x: Picked) -> bool:
     return not over
 
 
-@compiled
+@inner
 def repair(p: Instance, q: Priced, x: Picked, case: int) -> bool:
     """Flip single items, least value lost per relief first, until all fits; whether it does."""
     items, options, resources = p.cost.shape
@@ -455,7 +458,7 @@ def repair(p: Instance, q: Priced, x: Picked, case: int) -> bool:
     return fits(p, x)
 
 
-@compiled
+@inner
 def fill(p: Instance, q: Priced, x: Picked, case: int) -> float:
     """Take upgrades that fit, most value per priced cost first; returns what they are worth."""
     items, options, resources = p.cost.shape
@@ -486,7 +489,7 @@ def fill(p: Instance, q: Priced, x: Picked, case: int) -> float:
     return won
 
 
-@compiled
+@inner
 def least_regrets(
     p: Instance,
     q: Priced,
@@ -527,7 +530,7 @@ def least_regrets(
     return found
 
 
-@compiled
+@inner
 def insert(
     i: int, k: int, loss: float, item: np.ndarray, option: np.ndarray, regret: np.ndarray, n: int
 ) -> int:
@@ -540,7 +543,7 @@ def insert(
     return min(n + 1, len(item))
 
 
-@compiled
+@inner
 def core(p: Instance, q: Priced, x: Picked, case: int, effort: int) -> float:
     """Take the best of all sets of flips of the items with least regret; what it is worth.
 
@@ -596,7 +599,7 @@ def core(p: Instance, q: Priced, x: Picked, case: int, effort: int) -> float:
     return best if best_set else 0.0
 
 
-@compiled
+@inner
 def pair(p: Instance, q: Priced, x: Picked, case: int, effort: int) -> float:
     """Take the best flip, or pair of flips, that fits; returns what it is worth."""
     resources = len(x.used)
@@ -646,7 +649,7 @@ def pair(p: Instance, q: Priced, x: Picked, case: int, effort: int) -> float:
     return best
 
 
-@compiled
+@inner
 def improve(
     p: Instance, q: Priced, x: Picked, case: int, worth: float, bound: float, effort: int
 ) -> float:
@@ -665,7 +668,7 @@ def improve(
 # -- search ----------------------------------------------------------------------------------
 
 
-@compiled
+@inner
 def search(
     p: Instance,
     q: Priced,
@@ -736,7 +739,7 @@ def search(
     return worth, nodes
 
 
-@compiled
+@inner
 def solve_case(
     p: Instance, q: Priced, x: Picked, case: int, bound: float, worth: float, effort: int
 ) -> tuple[float, float]:
@@ -798,7 +801,7 @@ def solve_case(
     return worth, bound
 
 
-@compiled
+@inner
 def solve_one(
     p: Instance, x: Picked, prices: np.ndarray, fresh: bool, effort: int
 ) -> tuple[float, float]:
@@ -855,7 +858,7 @@ def solve_one(
     return worth, max(bounds.max(), worth)
 
 
-@compiled
+@entry
 def solve_all(
     value: np.ndarray,
     cost: np.ndarray,
@@ -893,13 +896,13 @@ def solve_all(
         choice[c] = x.choice
 
 
-@compiled
+@inner
 def returns(count: float, reference: float) -> float:
     """h(n) = reference log(1 + n / reference): what n clients on one subnet are worth together."""
     return reference * np.log1p(count / reference)
 
 
-@compiled
+@entry
 def spread_all(
     value: np.ndarray,
     cost: np.ndarray,
