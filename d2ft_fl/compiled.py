@@ -36,14 +36,14 @@ def compiled(**options: Any) -> Callable[[Callable], Any]:
     """numba's ``njit``, without ``fastmath``, its result kept by content where that can be."""
 
     def decorate(function: Callable) -> Any:
-        before = config.CACHE_LOCATOR_CLASSES
+        before = config.CACHE_LOCATOR_CLASSES  # type: ignore[attr-defined]
         if _can_keep(inspect.getfile(function)):
-            config.CACHE_LOCATOR_CLASSES = f"{__name__}.ByContent"
+            config.CACHE_LOCATOR_CLASSES = f"{__name__}.ByContent"  # type: ignore[attr-defined]
         try:
             jit = njit(cache=True, error_model="numpy", nogil=True, **options)
             return jit(function)
         finally:
-            config.CACHE_LOCATOR_CLASSES = before
+            config.CACHE_LOCATOR_CLASSES = before  # type: ignore[attr-defined]
 
     return decorate
 

@@ -108,6 +108,10 @@ def summary(result: dict[str, Any]) -> None:
         f"{result['rounds']} rounds, {result['coverage']:.0%} of the subnets trained, "
         f"{result['round_seconds']:.0f} s simulated, {result['wall_seconds']:.0f} s here"
     )
+    say(
+        f"work varies by {result['workload_variance']:.2f} between clients (variance over squared "
+        f"mean); planning took {result['plan_seconds']:.2f} s"
+    )
     broken = f"{result['violations']} budget violations"
     if not result["keeps_budgets"]:
         broken += f" ({result['strategy']} is a reference and does not look at budgets)"

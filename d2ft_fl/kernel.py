@@ -172,11 +172,16 @@ def relax(p: Instance, q: Priced) -> int:
         best = q.best
         best[:] = -np.inf
         for step in range(levels):
-            arg = q.arg[m, step]
+            arg, any_here = q.arg[m, step], step == 0
             if step:
                 arg[:] = q.arg[m, step - 1]
             else:
                 arg[:] = 0
+            for k in range(options):
+                any_here |= p.level[k] == step and p.allowed[m, k]
+            if not any_here:  # no reason to open so far
+                q.nets[m, step] = -np.inf
+                continue
             for k in range(options):
                 if p.level[k] == step and p.allowed[m, k]:
                     row = q.gains[k]
@@ -460,32 +465,44 @@ def repair(p: Instance, q: Priced, x: Picked, case: int) -> bool:
 
 @inner
 def fill(p: Instance, q: Priced, x: Picked, case: int) -> float:
-    """Take upgrades that fit, most value per priced cost first; returns what they are worth."""
+    """Take upgrades that fit, most value per priced cost first; returns what they are worth.
+
+    What does not fit at first is not looked at again.
+    """
     items, options, resources = p.cost.shape
+    item, option = np.empty(items * options, np.int64), np.empty(items * options, np.int64)
+    n = 0
+    for i in range(items):
+        mode, own = p.mode[case, p.group[i]], p.value[i, x.choice[i]]
+        for k in range(options):
+            if q.v[k, i] > own + EPSILON and p.allowed[mode, k]:
+                item[n], option[n] = i, k
+                n += 1
     won = 0.0
-    for _ in range(items * options):
-        item, option, most = -1, -1, 0.0
-        for i in range(items):
-            mode, own = p.mode[case, p.group[i]], p.value[i, x.choice[i]]
-            for k in range(options):
-                gain = q.v[k, i] - own
-                if gain <= EPSILON or not p.allowed[mode, k]:
-                    continue
-                top = level_after(p, x, i, k)
-                price, fit = 0.0, True
-                for r in range(resources):
-                    more = change(p, x, i, k, r, top)
-                    if more > p.capacity[r] - x.used[r]:
-                        fit = False
-                        break
-                    price += q.prices[r] * more / max(p.capacity[r], 1)
-                if fit:
-                    rate = gain / max(price, EPSILON)
-                    if rate > most:
-                        item, option, most = i, k, rate
-        if item < 0:
+    while n > 0:
+        best, most, fitting = -1, 0.0, 0
+        for j in range(n):
+            i, k = item[j], option[j]
+            gain = p.value[i, k] - p.value[i, x.choice[i]]
+            if gain <= EPSILON:
+                continue
+            top = level_after(p, x, i, k)
+            price, over = 0.0, False
+            for r in range(resources):
+                more = change(p, x, i, k, r, top)
+                over |= more > p.capacity[r] - x.used[r]
+                price += q.prices[r] * more * q.scale[r]
+            if over:
+                continue
+            item[fitting], option[fitting] = i, k
+            rate = gain / max(price, EPSILON)
+            if rate > most:
+                best, most = fitting, rate
+            fitting += 1
+        n = fitting
+        if best < 0:
             break
-        won += flip(p, x, item, option)
+        won += flip(p, x, item[best], option[best])
     return won
 
 

@@ -141,6 +141,7 @@ class Recorder:
         for assignment in plan.working:
             trained += assignment.schedule.trained
         full = {c.client: self.federation.costs.full_cost(c.examples) for c in plan.clients}
+        last = state.last_trained if state.last_trained is not None else 0 * trained
         row: dict[str, Any] = {
             "round": state.round,
             "accuracy": accuracy,
@@ -156,10 +157,14 @@ class Recorder:
             }
         row |= {
             "coverage": float((trained > 0).mean()),
+            "covered_so_far": float((last > 0).mean()),
+            "longest_untrained": int((state.round - last).max()),
+            "workload_variance": workload_variance([r.used.flops for r in worked if r.used]),
             "clients_per_subnet": float(trained.mean()),
             "trained": trained.tolist(),
             "round_seconds": max((r.seconds for r in records), default=0.0),
             "wall_seconds": wall_seconds,
+            "plan_seconds": plan.seconds,
             "clients": len(records),
             "worked": len(worked),
             "sat_out": sum(r.sat_out for r in records),
@@ -208,6 +213,15 @@ def _allowed_share(index: int, worked: list[ClientRecord], full: list[int]) -> f
         return None
     allowed = sum(min(int(r.allowed[index]), f) for r, f in zip(worked, full, strict=True))
     return allowed / max(1, sum(full))
+
+
+def workload_variance(flops: list[int]) -> float:
+    """Variance over clients of their FLOPs, in units of the mean's square.
+
+    D2FT (arXiv 2504.12471) reports the variance of the work of devices; 0 is an even load.
+    """
+    mean = float(np.mean(flops)) if flops else 0.0
+    return float(np.var(flops)) / mean**2 if mean else 0.0
 
 
 def _violations(worked: list[ClientRecord]) -> list[str]:
@@ -274,7 +288,9 @@ def summarise(
         "resources": resources,
         "round_seconds": sum(row["round_seconds"] for row in rows),
         "wall_seconds": wall_seconds,
-        "coverage": float((np.sum([row["trained"] for row in rows], axis=0) > 0).mean()),
+        "coverage": rows[-1]["covered_so_far"],
+        "workload_variance": float(np.mean([row["workload_variance"] for row in rows])),
+        "plan_seconds": sum(row["plan_seconds"] for row in rows),
         "violations": sum(len(row["violations"]) for row in rows),
         "faults": sum(len(row["faults"]) for row in rows),
         "sat_out": sum(row["sat_out"] for row in rows),

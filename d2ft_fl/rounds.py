@@ -4,6 +4,7 @@ Back ends only carry blobs: Flower (``server_app``) and a plain loop (``local``)
 functions, and give the same result for the same seed.
 """
 
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -228,6 +229,7 @@ def plan_round(federation: Federation, state: State, reports: Iterable[Report]) 
         RunError: When the strategy leaves a client out, or breaks a budget that it promised to
             keep.
     """
+    started = time.perf_counter()
     clients = [federation.participant(r) for r in sorted(reports, key=lambda r: r.client)]
     assignments = federation.strategy.schedule(Round(federation, state, clients))
     by_client = {a.client: a for a in assignments}
@@ -243,16 +245,18 @@ def plan_round(federation: Federation, state: State, reports: Iterable[Report]) 
                 f"strategy {federation.config.strategy!r} breaks the budget of client {c.client} "
                 f"in {names}; use round.plan, or declare KEEPS_BUDGETS = False"
             )
-    return Plan(state.round + 1, clients, [by_client[c.client] for c in clients])
+    ordered = [by_client[c.client] for c in clients]
+    return Plan(state.round + 1, clients, ordered, time.perf_counter() - started)
 
 
 @dataclass(frozen=True)
 class Plan:
-    """One round's assignments, in the order of ``clients``."""
+    """One round's assignments, in the order of ``clients``, and the seconds planning took."""
 
     round: int
     clients: list[Participant]
     assignments: list[Assignment]
+    seconds: float = 0.0
 
     @property
     def working(self) -> list[Assignment]:
