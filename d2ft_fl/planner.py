@@ -208,13 +208,12 @@ class Planner:
         wanted = np.array(score_examples or [0] * len(clients))
         scoring = np.array([scoring_cost(self.costs, int(n)).vector() for n in wanted])
         scores = (wanted > 0) & (scoring.reshape(-1, 4) <= capacity).all(axis=1)
-        plain = replace(self, costs=replace(self.costs, compensated=False))
         planned: dict[int, Assignment] = {}
         if scores.any():  # what has the whole model sent down gets no compensation on top
             who = np.flatnonzero(scores)
             reserved = capacity[who] - scoring[who] * [1, 0, 1, 0]
             reserved[:, DOWN] = UNLIMITED  # everything travels down for scoring
-            found = plain._plan(clients, who, reserved, backward, forward, rotation, scoring)
+            found = self._plain._plan(clients, who, reserved, backward, forward, rotation, scoring)
             for index, assignment in zip(who.tolist(), found, strict=True):
                 if not assignment.schedule.sits_out:
                     planned[index] = replace(
@@ -298,10 +297,22 @@ class Planner:
                     f"{allowed[over].tolist()}"
                 )
 
-    @lru_cache(maxsize=4096)  # noqa: B019 - lives as long as the round's one planner
     def table(self, examples: int, active: int, rotation: int) -> Table:
         """What everything costs with so many examples and active slots."""
-        return _table(self.costs, self.patterns(active), examples, active, rotation)
+        key = examples, active, rotation
+        if key not in self._tables:
+            patterns = self.patterns(active)
+            self._tables[key] = _table(self.costs, patterns, examples, active, rotation)
+        return self._tables[key]
+
+    @cached_property
+    def _tables(self) -> dict[tuple[int, int, int], Table]:
+        return {}
+
+    @cached_property
+    def _plain(self) -> "Planner":
+        """The same without compensation."""
+        return replace(self, costs=replace(self.costs, compensated=False))
 
     def patterns(self, active: int) -> Patterns:
         """The options with so many active slots."""

@@ -93,16 +93,24 @@ class Federation:
 
     def planner_of(self, state: State) -> Planner:
         """The planner of the round after ``state``."""
+        return self._planners[state.means.known is not None, self.calibrates(state.round + 1)]
+
+    @cached_property
+    def _planners(self) -> dict[tuple[bool, bool], Planner]:
+        """By their cost models' keys."""
         c = self.config
-        return Planner(
-            self.costs_of(state),
-            method=c.planner,
-            forward_weight=c.forward_weight,
-            frozen_weight=c.frozen_weight,
-            coupling=c.coupling,
-            spread_clients=c.spread_clients * c.clients,
-            least_clients=c.least_clients,
-        )
+        return {
+            key: Planner(
+                costs,
+                method=c.planner,
+                forward_weight=c.forward_weight,
+                frozen_weight=c.frozen_weight,
+                coupling=c.coupling,
+                spread_clients=c.spread_clients * c.clients,
+                least_clients=c.least_clients,
+            )
+            for key, costs in self.cost_models.items()
+        }
 
     @cached_property
     def strategy(self) -> Any:
