@@ -169,7 +169,7 @@ def test_a_strategy_of_ones_own(quick, tmp_path, monkeypatch):
         "USES_SCORES = False\n"
         "def schedule(round):\n"
         "    depth = np.arange(round.shape[0])[:, None] * np.ones(round.shape)\n"
-        "    return [round.plan(c, 1 + depth, np.ones(round.shape)) for c in round.clients]\n"
+        "    return round.plan(1 + depth, np.ones(round.shape))\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
     summary = run_local(quick(strategy="mine.last_blocks").check())
