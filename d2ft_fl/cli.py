@@ -173,6 +173,34 @@ def bench_planner_command(
         display.planner_table(rows)
 
 
+@app.command("plan")
+def plan_command(
+    config: Annotated[
+        list[Path] | None, typer.Option(help="TOML file of options; the later one wins.")
+    ] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="key=value, over files; may be repeated.")
+    ] = None,
+    model: Annotated[str | None, typer.Option(help="As --set model=...")] = None,
+    budgets: Annotated[str | None, typer.Option(help="As --set budgets=...")] = None,
+    clients: Annotated[int | None, typer.Option(help="As --set clients=...")] = None,
+    examples: Annotated[
+        int | None, typer.Option(help="What every client has, without reading the data.")
+    ] = None,
+    rounds: Annotated[int, typer.Option(help="Rounds to plan, as if every client answered.")] = 1,
+    output: Annotated[
+        Path | None, typer.Option(help="A picture or a page to write: .png, .svg, .pdf or .html.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the plans as JSON only.")] = False,
+) -> None:
+    """Plan rounds without training, and show who would do what, at what cost."""
+    shortcuts = {"model": model, "budgets": budgets, "clients": clients}
+    pairs = [f"{key}={value}" for key, value in shortcuts.items() if value is not None]
+    with failures():
+        options = collect(config or [], [*(set_ or []), *pairs]).check_options()
+        _plan(options, examples, rounds, output, as_json)
+
+
 @app.command("budgets")
 def budgets_command(
     source: Annotated[
@@ -226,6 +254,15 @@ def gather(files: list[Path], pairs: list[str]) -> RunConfig:
     Raises:
         ConfigError: When anything does not fit.
     """
+    return collect(files, pairs).check()
+
+
+def collect(files: list[Path], pairs: list[str]) -> RunConfig:
+    """The same, not checked yet.
+
+    Raises:
+        ConfigError: For a file that cannot be read, an unknown key or a wrong type.
+    """
     entries: dict[str, Any] = {}
     for file in files:
         entries |= _absolute(read_toml(file), file.parent)
@@ -237,7 +274,7 @@ def gather(files: list[Path], pairs: list[str]) -> RunConfig:
     # Plug-ins lie where the command was started, which a console script does not import from.
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
-    return RunConfig.from_mapping(entries).check()
+    return RunConfig.from_mapping(entries)
 
 
 def parse_value(text: str) -> Any:
@@ -258,6 +295,31 @@ def _absolute(entries: dict[str, Any], base: Path) -> dict[str, Any]:
     if isinstance(out.get("budgets"), str) and out["budgets"].endswith(".toml"):
         out["budgets"] = str(resolve_path(str(base / Path(out["budgets"]).expanduser())))
     return out
+
+
+def _plan(
+    config: RunConfig, examples: int | None, rounds: int, output: Path | None, as_json: bool
+) -> None:
+    from d2ft_fl import preview_page, preview_tables
+    from d2ft_fl.preview import preview
+
+    if output is not None:
+        preview_page.check_output(output)
+    with _progress(hidden=as_json) as progress:
+        task = progress.add_task(f"loading {config.model}", total=rounds)
+
+        def done(planned: int) -> None:
+            progress.update(task, completed=planned, description="planning")
+
+        found = preview(config, examples, rounds, done)
+    if output is not None:
+        preview_page.write(found, output)
+    if as_json:
+        typer.echo(json.dumps(found.to_json()))
+        return
+    preview_tables.show(found)
+    if output is not None:
+        display.say(f"{'page' if output.suffix == '.html' else 'picture'}: {output}")
 
 
 def _run(config: RunConfig, backend: Backend, supernodes: int, as_json: bool) -> None:

@@ -122,6 +122,18 @@ class RunConfig:
         Raises:
             ConfigError: In one line, what to write instead.
         """
+        self.check_options()
+        channels, side = timm_vit.input_shape(build_model(self.model_spec()))
+        partitions = open_data(self.data_spec(side, channels)).partitions
+        self.budget_source()(ClientDescription(0, len(partitions[0]), len(partitions)), 1)
+        return self
+
+    def check_options(self) -> "RunConfig":
+        """This configuration, once all but its model and data is known to fit together.
+
+        Raises:
+            ConfigError: In one line, what to write instead.
+        """
         for key in (
             "rounds",
             "clients",
@@ -184,10 +196,7 @@ class RunConfig:
             )
         self.load_strategy()
         self.load_client_mode()
-        budgets = self.budget_source()
-        channels, side = timm_vit.input_shape(build_model(self.model_spec()))
-        partitions = open_data(self.data_spec(side, channels)).partitions
-        budgets(ClientDescription(0, len(partitions[0]), len(partitions)), 1)
+        self.budget_source()
         return self
 
     def score_kinds(self) -> tuple[str, ...]:

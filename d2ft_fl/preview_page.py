@@ -1,0 +1,267 @@
+"""A preview as a picture or as one page that needs nothing else."""
+
+import io
+import re
+from html import escape
+from pathlib import Path
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import LinearSegmentedColormap
+from matplotlib.figure import Figure
+
+from d2ft_fl.config import RunConfig
+from d2ft_fl.costs import RESOURCES
+from d2ft_fl.display import quantity
+from d2ft_fl.errors import ConfigError
+from d2ft_fl.preview import LIMITS, ClientPreview, Preview, RoundPreview
+from d2ft_fl.preview_tables import LABELS, OPERATIONS, totals
+from d2ft_fl.recorder import dump_toml
+
+SUFFIXES = (".png", ".svg", ".pdf", ".html")
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00")  # of LIMITS, Okabe & Ito
+NOBODY = "#D55E00"
+MOST_NUMBERS = 400  # subnets, beyond which cells hold no numbers
+
+
+def check_output(path: Path) -> None:
+    """Raises ConfigError unless a preview can be written there."""
+    if path.suffix not in SUFFIXES:
+        raise ConfigError(f"--output {str(path)!r} must end in {', '.join(SUFFIXES)}")
+    if not path.parent.is_dir():
+        raise ConfigError(f"--output {str(path)!r}: there is no folder {str(path.parent)!r}")
+
+
+def write(found: Preview, path: Path) -> None:
+    """Write a preview's last round: .png, .svg, .pdf, or .html.
+
+    Raises:
+        ConfigError: When the file cannot be written.
+    """
+    try:
+        if path.suffix == ".html":
+            path.write_text(page(found), encoding="utf-8")
+        else:
+            figure(found).savefig(path, dpi=130)
+    except OSError as error:
+        raise ConfigError(
+            f"--output {str(path)!r} cannot be written: {error.strerror or error}; name another "
+            "file"
+        ) from None
+
+
+# -- the figure ----------------------------------------------------------------------------------
+
+
+def figure(found: Preview, stacked: bool = False) -> Figure:
+    """Who trains what, and how much of their budgets devices use; side by side, or stacked."""
+    r = found.rounds[-1]
+    classes = r.classes()
+    tall = max(2.6, 0.29 * found.blocks + 1.4)  # inches of the map
+    bars = max(2.4, 0.8 * len(classes) + 1.4)
+    if stacked:
+        out = Figure(figsize=(6.6, tall + bars), layout="constrained")
+        FigureCanvasAgg(out)
+        left, right = out.subplots(2, 1, height_ratios=(tall, bars))
+    else:
+        out = Figure(figsize=(12.5, max(tall, bars, 4.0)), layout="constrained")
+        FigureCanvasAgg(out)
+        left, right = out.subplots(1, 2, width_ratios=(1.25, 1))
+    _draw_map(out, left, r)
+    _draw_bars(right, classes)
+    return out
+
+
+def _draw_map(out: Figure, axes: Axes, r: RoundPreview) -> None:
+    """Heads across, blocks down."""
+    blocks, heads = r.trained.shape
+    most = len(r.clients)
+    colours = LinearSegmentedColormap.from_list("share", ["#f2f7fb", COLOURS[0]])
+    colours.set_under(NOBODY)
+    mesh = axes.pcolormesh(
+        r.trained, cmap=colours, vmin=0.5, vmax=max(1.5, most), edgecolors="white", linewidth=0.8
+    )
+    if blocks * heads <= MOST_NUMBERS:
+        size = min(9.0, 9.0 * 16 / heads * 3 / max(3, len(str(most))))
+        for (block, head), count in np.ndenumerate(r.trained):
+            ink = "white" if count == 0 or count > 0.6 * most else "black"
+            axes.text(
+                head + 0.5, block + 0.5, str(count), ha="center", va="center", color=ink,
+                fontsize=size,
+            )  # fmt: skip
+    step = 1 + (heads - 1) // 16, 1 + (blocks - 1) // 24
+    axes.set_xticks(np.arange(0, heads, step[0]) + 0.5, [str(h) for h in range(0, heads, step[0])])
+    axes.set_yticks(
+        np.arange(0, blocks, step[1]) + 0.5, [str(b) for b in range(0, blocks, step[1])]
+    )
+    axes.tick_params(length=0)
+    axes.invert_yaxis()
+    axes.set_xlabel("head")
+    axes.set_ylabel("block")
+    axes.set_title(
+        f"Round {r.round}: {r.coverage:.0%} of the subnets are trained", fontsize=11, loc="left"
+    )
+    bar = out.colorbar(mesh, ax=axes, extend="min", pad=0.02)
+    bar.set_label(f"clients that train it, of {most}; orange: nobody")
+    bar.outline.set_visible(False)
+
+
+def _draw_bars(axes: Axes, classes: dict[str, list[ClientPreview]]) -> None:
+    """A group of bars a device class: mean used share of each budget, a tick at the highest."""
+    everyone = [c for clients in classes.values() for c in clients]
+    shown = [name for name in LIMITS if any(name in c.shares for c in everyone)]
+    thick = 0.8 / max(1, len(shown))
+    for index, limit in enumerate(shown):
+        colour = COLOURS[LIMITS.index(limit)]
+        for row, clients in enumerate(classes.values()):
+            shares = [100 * c.shares[limit] for c in clients if limit in c.shares]
+            y = row + (index - (len(shown) - 1) / 2) * thick
+            mean = float(np.mean(shares)) if shares else 0.0
+            label = LABELS[limit] if row == 0 else None
+            axes.barh(y, mean, 0.9 * thick, color=colour, label=label)
+            if shares:
+                top = max(shares)
+                axes.plot([top, top], [y - thick / 2, y + thick / 2], color="0.15", linewidth=1.4)
+    axes.axvline(100, color="0.3", linewidth=1, linestyle="--")
+    names = [f"{name}\n{len(c)} clients" for name, c in classes.items()]
+    axes.set_yticks(range(len(classes)), names)
+    axes.invert_yaxis()
+    axes.tick_params(axis="y", length=0)
+    axes.set_xlim(left=0)
+    axes.set_xlabel("used share of the budget, % (bar: mean, tick: highest)")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.set_title("How much of their budgets clients use", fontsize=11, loc="left")
+    if shown:
+        axes.figure.legend(
+            *axes.get_legend_handles_labels(), loc="outside lower right", ncols=len(shown),
+            frameon=False, fontsize=9,
+        )  # fmt: skip
+    else:
+        axes.text(0.5, 0.5, "no client has a budget", transform=axes.transAxes, ha="center")
+
+
+def inline_svg(drawn: Figure, label: str) -> str:
+    """A figure as an element of a page: no declarations, no metadata, no addresses."""
+    buffer = io.StringIO()
+    with rc_context({"svg.fonttype": "none", "svg.hashsalt": "d2ft"}):
+        drawn.savefig(buffer, format="svg", metadata={"Date": None})
+    text = buffer.getvalue()
+    text = text[text.index("<svg") :]
+    text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
+    text = re.sub(r'\sxmlns(:\w+)?="[^"]*"', "", text).replace("xlink:href", "href")
+    text = re.sub(r'(<svg[^>]*?)\swidth="[^"]*"', r"\1", text, count=1)
+    text = re.sub(r'(<svg[^>]*?)\sheight="[^"]*"', r"\1", text, count=1)
+    return text.replace("<svg", f'<svg role="img" aria-label="{escape(label)}"', 1)
+
+
+# -- the page ------------------------------------------------------------------------------------
+
+STYLE = """
+:root { color-scheme: light dark; --ink: #1b1f24; --soft: #59636e; --paper: #fff; --line: #d8dee4;
+  --bar: #cfe3f1; --over: #f3c9ae; }
+@media (prefers-color-scheme: dark) {
+  :root { --ink: #e6edf3; --soft: #9aa5b1; --paper: #0f1419; --line: #2c343d; --bar: #12405f;
+    --over: #6b3410; } }
+* { box-sizing: border-box; }
+body { margin: 0 auto; max-width: 72rem; padding: 1rem; color: var(--ink);
+  background: var(--paper); font: 16px/1.5 system-ui, sans-serif; }
+h1 { font-size: 1.4rem; margin: 0 0 .5rem; } h2 { font-size: 1.1rem; margin: 2rem 0 .5rem; }
+p { margin: .3rem 0; } .note { color: var(--soft); }
+figure { margin: 1rem 0; padding: .5rem; background: #fff; border: 1px solid var(--line);
+  border-radius: 8px; } figure svg { display: block; width: 100%; height: auto; max-width: 46rem;
+  margin: auto; }
+.wide { overflow-x: auto; } table { border-collapse: collapse; font-size: .85rem; width: 100%;
+  font-variant-numeric: tabular-nums; white-space: nowrap; }
+th, td { padding: .25rem .5rem; text-align: right; border-bottom: 1px solid var(--line); }
+th { color: var(--soft); font-weight: 600; } .word { text-align: left; }
+.share { background: linear-gradient(90deg, var(--bar) var(--used), transparent 0); }
+.over { background: var(--over); }
+pre { overflow-x: auto; font-size: .8rem; padding: .75rem; border: 1px solid var(--line);
+  border-radius: 8px; }
+"""
+
+
+def page(found: Preview) -> str:
+    """A page with the figure, every client of the last round, and the configuration."""
+    config, last = found.config, found.rounds[-1]
+    title = f"{config.clients} clients of {config.model}, planned by {config.strategy}"
+    facts = "".join(f"<p>{escape(line)}</p>" for line in totals(found, last))
+    notes = "".join(f'<p class="note">Note: {escape(note)}.</p>' for note in found.notes)
+    drawn = inline_svg(figure(found, stacked=True), "Clients that train each subnet; used budgets")
+    several = f"<h2>Rounds</h2>{_rounds(found)}" if len(found.rounds) > 1 else ""
+    return (
+        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{escape(title)}</title><style>{STYLE}</style></head>\n<body>"
+        f"<h1>{escape(title)}</h1>{facts}{notes}<figure>{drawn}</figure>{several}"
+        f"<h2>Clients in round {last.round}</h2>{_clients(last)}"
+        f"<h2>Configuration</h2>{_configuration(config)}</body></html>\n"
+    )
+
+
+def _configuration(config: RunConfig) -> str:
+    return f"<pre>{escape(dump_toml(config.to_mapping()))}</pre>"
+
+
+def _table(heads: list[str], rows: list[str], words: int = 0) -> str:
+    kinds = ["word"] * words + ["number"] * (len(heads) - words)
+    cells = "".join(
+        f'<th class="{kind}">{escape(head)}</th>' for kind, head in zip(kinds, heads, strict=True)
+    )
+    return (
+        f'<div class="wide"><table><thead><tr>{cells}</tr></thead><tbody>\n'
+        + "\n".join(f"<tr>{row}</tr>" for row in rows)
+        + "</tbody></table></div>"
+    )
+
+
+def _cells(*texts: str) -> str:
+    return "".join(f"<td>{escape(text)}</td>" for text in texts)
+
+
+def _clients(r: RoundPreview) -> str:
+    limits = [n for n in LIMITS if n in RESOURCES or any(n in c.shares for c in r.clients)]
+    heads = ["client", "device", "examples", *OPERATIONS.values(), *(LABELS[n] for n in limits)]
+    rows = [
+        f'<td class="word">{c.client}</td><td class="word">{escape(c.device)}</td>'
+        + _cells(str(c.examples), *(f"{c.operations[op]:.4g}" for op in OPERATIONS))
+        + "".join(_used(c, name) for name in limits)
+        + _cells(
+            "sits out" if c.sits_out else f"{c.seconds:.3g} s",
+            LABELS.get(c.binding, c.binding),
+            "-" if c.gap is None else f"{c.gap:.2%}",
+        )
+        for c in r.clients
+    ]
+    return _table([*heads, "time", "bound by", "gap"], rows, 2)
+
+
+def _used(c: ClientPreview, name: str) -> str:
+    """A cell with an amount, its share of the budget, and that share as a bar."""
+    parts = []
+    if name in RESOURCES:
+        parts.append(quantity(getattr(c.cost, name), "FLOP" if name == "flops" else "B"))
+    if name not in c.shares:
+        return _cells(*parts or ["-"])
+    share = c.shares[name]
+    kind = "over" if share > 1 else "share"
+    parts.append(f"{share:.0%}")
+    return f'<td class="{kind}" style="--used:{min(1.0, share):.0%}">{escape(" ".join(parts))}</td>'
+
+
+def _rounds(found: Preview) -> str:
+    heads = ["round", "sit out", "covered", "by nobody", "workload variance", "time"]
+    rows = [
+        _cells(
+            str(r.round),
+            str(len(r.clients) - len(r.working)),
+            f"{r.coverage:.0%}",
+            str(r.short_subnets),
+            f"{r.workload_variance:.3f}",
+            f"{r.round_seconds:.3g} s",
+        )
+        for r in found.rounds
+    ]
+    return _table(heads, rows)

@@ -1,0 +1,197 @@
+"""A preview in a terminal: tables, and a map of who trains what."""
+
+from collections import Counter
+from collections.abc import Callable, Iterable
+
+import numpy as np
+from rich.console import Console
+from rich.markup import escape
+from rich.style import Style
+from rich.table import Table
+from rich.text import Text
+
+from d2ft_fl import display
+from d2ft_fl.costs import RESOURCES
+from d2ft_fl.preview import DEADLINE, LIMITS, ClientPreview, Preview, RoundPreview
+
+MOST_CLIENTS = 20  # in a table; of more, device classes and the first few are shown
+FIRST_CLIENTS = 5
+WIDE = 112  # columns of a terminal in which amounts fit beside shares
+LABELS = {**display.LABELS, DEADLINE: "deadline"}
+OPERATIONS = {"full": "FULL", "frozen": "FROZEN", "forward_only": "FORWARD", "shortcut": "SKIP"}
+WHITE, BLUE, ALARM = (247, 251, 255), (0, 114, 178), (213, 94, 0)  # Okabe & Ito
+
+
+def show(found: Preview, console: Console | None = None) -> None:
+    """Print a preview: its rounds, the clients of the last one, and the maps."""
+    console = console or display.console
+    last = found.rounds[-1]
+    if len(found.rounds) > 1:
+        console.print(_rounds(found))
+    if len(last.clients) > MOST_CLIENTS:
+        console.print(_classes(last))
+        console.print(_clients(last, last.clients[:FIRST_CLIENTS], console.width))
+    else:
+        console.print(_clients(last, last.clients, console.width))
+    for line in totals(found, last):
+        console.print(line, markup=False)
+    console.print()
+    title = f"clients of {len(last.clients)} that train each subnet in round {last.round}"
+    console.print(heat_map(last.trained, len(last.clients), title, console.width))
+    if len(found.rounds) > 1:
+        title = f"rounds of {len(found.rounds)} in which somebody trains each subnet"
+        console.print(heat_map(found.covered_over_rounds, len(found.rounds), title, console.width))
+    for note in found.notes:
+        console.print(f"note: {note}", markup=False)
+
+
+def totals(found: Preview, r: RoundPreview) -> list[str]:
+    """What a round comes to, in a few lines."""
+    out = len(r.clients) - len(r.working)
+    shares = ", ".join(f"{LABELS[name]} {r.share_of_full(name):.0%}" for name in RESOURCES)
+    lines = [
+        f"round {r.round}: {len(r.clients)} clients, {out} sit out; used beside full fine-tuning "
+        f"of all: {shares}",
+        f"{r.coverage:.0%} of {found.subnets} subnets trained, {r.short_subnets} by nobody; "
+        f"workload variance {r.workload_variance:.3f}; slowest client {r.round_seconds:.3g} s "
+        "simulated",
+    ]
+    gaps = "no bound on what is better"
+    if r.gaps:
+        gaps = f"gap to the best at most {np.mean(r.gaps):.2%}, worst client {max(r.gaps):.2%}"
+    lines.append(f"{gaps}; planned in {sum(x.plan_seconds for x in found.rounds):.2g} s")
+    return lines
+
+
+def heat_map(counts: np.ndarray, most: int, title: str, width: int) -> Text:
+    """Blocks down, heads across: int64 [blocks, heads] of at most ``most``, each in its colour.
+
+    Where numbers do not fit into ``width`` columns they are percentages.
+    """
+    blocks, heads = counts.shape
+    margin = len(str(blocks - 1)) + 1
+    cell = max(len(str(counts.max())), len(str(heads - 1)), 2) + 1
+    if margin + cell * heads > width and cell > 4:
+        counts, most, cell = np.rint(100 * counts / max(1, most)).astype(np.int64), 100, 4
+        title += ", in %"
+    text = Text(title + " (blocks down, heads across)\n")
+    text.append(" " * margin + "".join(f"{head:>{cell}}" for head in range(heads)), "bold")
+    for block in range(blocks):
+        text.append(f"\n{block:>{margin - 1}} ", "bold")
+        for count in counts[block].tolist():
+            text.append(f"{count:>{cell}}", _style(count / max(1, most)))
+    return text.append("\n")
+
+
+def _style(share: float) -> Style:
+    """Deeper blue for a larger share; another colour for none."""
+    mixed = [round(w + (b - w) * min(1.0, share)) for w, b in zip(WHITE, BLUE, strict=True)]
+    red, green, blue = mixed if share else ALARM
+    ink = "#ffffff" if share > 0.6 or not share else "#000000"
+    return Style(color=ink, bgcolor=f"#{red:02x}{green:02x}{blue:02x}", bold=not share)
+
+
+def _table(title: str, heads: Iterable[str], left: int = 1) -> Table:
+    """A table whose first ``left`` columns are words."""
+    table = Table(title=title, title_justify="left", padding=(0, 1, 0, 0), pad_edge=False)
+    for index, head in enumerate(heads):
+        words = index < left
+        table.add_column(head, justify="left" if words else "right", no_wrap=not words)
+    return table
+
+
+def _shown(clients: list[ClientPreview]) -> tuple[list[str], list[str]]:
+    """Operations and limits that any of these clients has anything of."""
+    operations = [
+        op for op in OPERATIONS if op != "frozen" or any(c.operations[op] for c in clients)
+    ]
+    limits = [n for n in LIMITS if n in RESOURCES or any(n in c.shares for c in clients)]
+    return operations, limits
+
+
+def _clients(r: RoundPreview, clients: list[ClientPreview], width: int) -> Table:
+    operations, limits = _shown(clients)
+    wide = width >= WIDE
+    title = f"Round {r.round}: subnets by operation, used share of each budget"
+    if len(clients) < len(r.clients):
+        title += f", the first {len(clients)} clients"
+    heads = ["client", "device", *(OPERATIONS[op] for op in operations)]
+    heads += [*(LABELS[n] for n in limits), "time", "bound by", "gap"]
+    table = _table(title, heads, 2)
+    for c in clients:
+        table.add_row(
+            str(c.client),
+            escape(c.device),
+            *(f"{c.operations[op]:.4g}" for op in operations),
+            *(_used(c, name, wide) for name in limits),
+            "sits out" if c.sits_out else f"{c.seconds:.3g} s",
+            LABELS.get(c.binding, c.binding),
+            "-" if c.gap is None else f"{c.gap:.1%}",
+        )
+    return table
+
+
+def _used(c: ClientPreview, name: str, wide: bool) -> str:
+    """An amount, where it fits, and its share of the budget."""
+    share = f"{c.shares[name]:.0%}" if name in c.shares else "-"
+    if name == DEADLINE or not wide:
+        return share
+    amount = display.quantity(getattr(c.cost, name), "FLOP" if name == "flops" else "B")
+    return f"{amount} {share:>4}"
+
+
+def _classes(r: RoundPreview) -> Table:
+    operations, limits = _shown(r.clients)
+    heads = ["device", "clients", "", *(OPERATIONS[op] for op in operations)]
+    heads += [*(LABELS[n] for n in limits), "time", "sit out", "bound by"]
+    title = f"Round {r.round}: subnets by operation, used share of each budget, by device class"
+    table = _table(title, heads)
+    statistics: dict[str, Callable[[list[float]], float]] = {
+        "mean": lambda x: float(np.mean(x)), "min": min, "max": max,
+    }  # fmt: skip
+    for device, clients in r.classes().items():
+        bound = Counter(c.binding for c in clients).most_common(1)[0][0]
+        for name, statistic in statistics.items():
+            first = name == "mean"
+            table.add_row(
+                escape(device) if first else "",
+                str(len(clients)) if first else "",
+                name,
+                *(f"{statistic([c.operations[op] for c in clients]):.4g}" for op in operations),
+                *(_share(statistic, clients, limit) for limit in limits),
+                f"{statistic([c.seconds for c in clients]):.3g} s",
+                str(sum(c.sits_out for c in clients)) if first else "",
+                LABELS.get(bound, bound) if first else "",
+                end_section=name == "max",
+            )
+    return table
+
+
+def _share(
+    statistic: Callable[[list[float]], float], clients: list[ClientPreview], limit: str
+) -> str:
+    shares = [c.shares[limit] for c in clients if limit in c.shares]
+    return f"{statistic(shares):.0%}" if shares else "-"
+
+
+def _rounds(found: Preview) -> Table:
+    heads = (
+        "round",
+        "sit out",
+        *(f"{LABELS[n]} of full" for n in RESOURCES),
+        "covered",
+        "by nobody",
+    )
+    table = _table("Rounds", (*heads, "workload variance", "time", "worst gap"), 0)
+    for r in found.rounds:
+        table.add_row(
+            str(r.round),
+            str(len(r.clients) - len(r.working)),
+            *(f"{r.share_of_full(name):.0%}" for name in RESOURCES),
+            f"{r.coverage:.0%}",
+            str(r.short_subnets),
+            f"{r.workload_variance:.3f}",
+            f"{r.round_seconds:.3g} s",
+            f"{max(r.gaps):.2%}" if r.gaps else "-",
+        )
+    return table
