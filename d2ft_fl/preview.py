@@ -262,7 +262,7 @@ def preview(
         started = time.perf_counter()
         plan = _plan(federation, state, reports)
         found.append(_round(federation, plan, time.perf_counter() - started))
-        state = _next(federation, state, plan)
+        state = follow(federation, state, plan)
     progress(rounds)
     return Preview(config, arch.blocks, arch.heads, found, _notes(federation, found))
 
@@ -304,7 +304,7 @@ def _round(federation: Federation, plan: Plan, seconds: float) -> RoundPreview:
     return RoundPreview(plan.round, clients, trained, seconds)
 
 
-def _next(federation: Federation, state: State, plan: Plan) -> State:
+def follow(federation: Federation, state: State, plan: Plan) -> State:
     """The state after a round that everyone answered, as far as plans depend on it."""
     shape = federation.arch.blocks, federation.arch.heads
     last = np.zeros(shape, dtype=np.int64) if state.last_trained is None else state.last_trained

@@ -17,7 +17,7 @@ from d2ft_fl.costs import RESOURCES
 from d2ft_fl.display import quantity
 from d2ft_fl.errors import ConfigError
 from d2ft_fl.preview import LIMITS, ClientPreview, Preview, RoundPreview
-from d2ft_fl.preview_tables import LABELS, OPERATIONS, totals
+from d2ft_fl.preview_tables import LABELS, OPERATIONS, seconds, totals
 from d2ft_fl.recorder import dump_toml
 
 SUFFIXES = (".png", ".svg", ".pdf", ".html")
@@ -78,8 +78,8 @@ def _draw_map(out: Figure, axes: Axes, r: RoundPreview) -> None:
     """Heads across, blocks down."""
     blocks, heads = r.trained.shape
     most = len(r.clients)
-    colours = LinearSegmentedColormap.from_list("share", ["#f2f7fb", COLOURS[0]])
-    colours.set_under(NOBODY)
+    blues = LinearSegmentedColormap.from_list("share", ["#f2f7fb", COLOURS[0]])
+    colours = blues.with_extremes(under=NOBODY)
     mesh = axes.pcolormesh(
         r.trained, cmap=colours, vmin=0.5, vmax=max(1.5, most), edgecolors="white", linewidth=0.8
     )
@@ -112,7 +112,7 @@ def _draw_bars(axes: Axes, classes: dict[str, list[ClientPreview]]) -> None:
     """A group of bars a device class: mean used share of each budget, a tick at the highest."""
     everyone = [c for clients in classes.values() for c in clients]
     shown = [name for name in LIMITS if any(name in c.shares for c in everyone)]
-    thick = 0.8 / max(1, len(shown))
+    thick = min(0.8 / max(1, len(shown)), 0.3)
     for index, limit in enumerate(shown):
         colour = COLOURS[LIMITS.index(limit)]
         for row, clients in enumerate(classes.values()):
@@ -229,7 +229,7 @@ def _clients(r: RoundPreview) -> str:
         + _cells(str(c.examples), *(f"{c.operations[op]:.4g}" for op in OPERATIONS))
         + "".join(_used(c, name) for name in limits)
         + _cells(
-            "sits out" if c.sits_out else f"{c.seconds:.3g} s",
+            "sits out" if c.sits_out else seconds(c.seconds),
             LABELS.get(c.binding, c.binding),
             "-" if c.gap is None else f"{c.gap:.2%}",
         )
@@ -260,7 +260,7 @@ def _rounds(found: Preview) -> str:
             f"{r.coverage:.0%}",
             str(r.short_subnets),
             f"{r.workload_variance:.3f}",
-            f"{r.round_seconds:.3g} s",
+            seconds(r.round_seconds),
         )
         for r in found.rounds
     ]

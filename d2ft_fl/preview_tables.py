@@ -4,6 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable
 
 import numpy as np
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
 from rich.style import Style
@@ -16,9 +17,10 @@ from d2ft_fl.preview import DEADLINE, LIMITS, ClientPreview, Preview, RoundPrevi
 
 MOST_CLIENTS = 20  # in a table; of more, device classes and the first few are shown
 FIRST_CLIENTS = 5
-WIDE = 112  # columns of a terminal in which amounts fit beside shares
+WIDE = 116  # columns of a terminal in which amounts fit beside shares
 LABELS = {**display.LABELS, DEADLINE: "deadline"}
-OPERATIONS = {"full": "FULL", "frozen": "FROZEN", "forward_only": "FORWARD", "shortcut": "SKIP"}
+OPERATIONS = {"full": "FULL", "frozen": "FROZEN", "forward_only": "FWD", "shortcut": "SKIP"}
+COLUMNS = "subnets FULL, FORWARD_ONLY, SHORTCUT; used share of each budget"
 WHITE, BLUE, ALARM = (247, 251, 255), (0, 114, 178), (213, 94, 0)  # Okabe & Ito
 
 
@@ -27,12 +29,15 @@ def show(found: Preview, console: Console | None = None) -> None:
     console = console or display.console
     last = found.rounds[-1]
     if len(found.rounds) > 1:
-        console.print(_rounds(found))
-    if len(last.clients) > MOST_CLIENTS:
-        console.print(_classes(last))
-        console.print(_clients(last, last.clients[:FIRST_CLIENTS], console.width))
-    else:
-        console.print(_clients(last, last.clients, console.width))
+        title = "Used beside full fine-tuning of all clients, and what is trained"
+        _print(console, title, _rounds(found))
+    title = f"Round {last.round}: {COLUMNS}"
+    clients = last.clients
+    if len(clients) > MOST_CLIENTS:
+        _print(console, title + "; by device class", _classes(last))
+        clients = clients[:FIRST_CLIENTS]
+        title = f"The first {len(clients)} clients"
+    _print(console, title, _clients(clients, console.width))
     for line in totals(found, last):
         console.print(line, markup=False)
     console.print()
@@ -45,6 +50,12 @@ def show(found: Preview, console: Console | None = None) -> None:
         console.print(f"note: {note}", markup=False)
 
 
+def _print(console: Console, title: str, table: Table) -> None:
+    """A table under a title, which Rich would fold to the width of the table."""
+    console.print(title, style="bold", markup=False)
+    console.print(table, "", sep="\n")
+
+
 def totals(found: Preview, r: RoundPreview) -> list[str]:
     """What a round comes to, in a few lines."""
     out = len(r.clients) - len(r.working)
@@ -53,14 +64,19 @@ def totals(found: Preview, r: RoundPreview) -> list[str]:
         f"round {r.round}: {len(r.clients)} clients, {out} sit out; used beside full fine-tuning "
         f"of all: {shares}",
         f"{r.coverage:.0%} of {found.subnets} subnets trained, {r.short_subnets} by nobody; "
-        f"workload variance {r.workload_variance:.3f}; slowest client {r.round_seconds:.3g} s "
-        "simulated",
+        f"workload variance {r.workload_variance:.3f}; slowest client "
+        f"{seconds(r.round_seconds)} simulated",
     ]
     gaps = "no bound on what is better"
     if r.gaps:
         gaps = f"gap to the best at most {np.mean(r.gaps):.2%}, worst client {max(r.gaps):.2%}"
     lines.append(f"{gaps}; planned in {sum(x.plan_seconds for x in found.rounds):.2g} s")
     return lines
+
+
+def seconds(value: float) -> str:
+    """Three digits, or whole seconds where there are more."""
+    return f"{value:,.0f} s" if value >= 100 else f"{value:.3g} s"
 
 
 def heat_map(counts: np.ndarray, most: int, title: str, width: int) -> Text:
@@ -91,9 +107,9 @@ def _style(share: float) -> Style:
     return Style(color=ink, bgcolor=f"#{red:02x}{green:02x}{blue:02x}", bold=not share)
 
 
-def _table(title: str, heads: Iterable[str], left: int = 1) -> Table:
+def _table(heads: Iterable[str], left: int = 1) -> Table:
     """A table whose first ``left`` columns are words."""
-    table = Table(title=title, title_justify="left", padding=(0, 1, 0, 0), pad_edge=False)
+    table = Table(box=SIMPLE_HEAD, show_edge=False, padding=0, pad_edge=False)
     for index, head in enumerate(heads):
         words = index < left
         table.add_column(head, justify="left" if words else "right", no_wrap=not words)
@@ -109,24 +125,21 @@ def _shown(clients: list[ClientPreview]) -> tuple[list[str], list[str]]:
     return operations, limits
 
 
-def _clients(r: RoundPreview, clients: list[ClientPreview], width: int) -> Table:
+def _clients(clients: list[ClientPreview], width: int) -> Table:
     operations, limits = _shown(clients)
     wide = width >= WIDE
-    title = f"Round {r.round}: subnets by operation, used share of each budget"
-    if len(clients) < len(r.clients):
-        title += f", the first {len(clients)} clients"
     heads = ["client", "device", *(OPERATIONS[op] for op in operations)]
     heads += [*(LABELS[n] for n in limits), "time", "bound by", "gap"]
-    table = _table(title, heads, 2)
+    table = _table(heads, 2)
     for c in clients:
         table.add_row(
             str(c.client),
             escape(c.device),
             *(f"{c.operations[op]:.4g}" for op in operations),
             *(_used(c, name, wide) for name in limits),
-            "sits out" if c.sits_out else f"{c.seconds:.3g} s",
+            "sits out" if c.sits_out else seconds(c.seconds),
             LABELS.get(c.binding, c.binding),
-            "-" if c.gap is None else f"{c.gap:.1%}",
+            "-" if c.gap is None else f"{c.gap:.2%}",
         )
     return table
 
@@ -144,8 +157,7 @@ def _classes(r: RoundPreview) -> Table:
     operations, limits = _shown(r.clients)
     heads = ["device", "clients", "", *(OPERATIONS[op] for op in operations)]
     heads += [*(LABELS[n] for n in limits), "time", "sit out", "bound by"]
-    title = f"Round {r.round}: subnets by operation, used share of each budget, by device class"
-    table = _table(title, heads)
+    table = _table(heads)
     statistics: dict[str, Callable[[list[float]], float]] = {
         "mean": lambda x: float(np.mean(x)), "min": min, "max": max,
     }  # fmt: skip
@@ -159,7 +171,7 @@ def _classes(r: RoundPreview) -> Table:
                 name,
                 *(f"{statistic([c.operations[op] for c in clients]):.4g}" for op in operations),
                 *(_share(statistic, clients, limit) for limit in limits),
-                f"{statistic([c.seconds for c in clients]):.3g} s",
+                seconds(statistic([c.seconds for c in clients])),
                 str(sum(c.sits_out for c in clients)) if first else "",
                 LABELS.get(bound, bound) if first else "",
                 end_section=name == "max",
@@ -175,14 +187,8 @@ def _share(
 
 
 def _rounds(found: Preview) -> Table:
-    heads = (
-        "round",
-        "sit out",
-        *(f"{LABELS[n]} of full" for n in RESOURCES),
-        "covered",
-        "by nobody",
-    )
-    table = _table("Rounds", (*heads, "workload variance", "time", "worst gap"), 0)
+    heads = ("round", "sit out", *(LABELS[name] for name in RESOURCES))
+    table = _table((*heads, "covered", "by nobody", "variance", "time", "worst gap"), 0)
     for r in found.rounds:
         table.add_row(
             str(r.round),
@@ -191,7 +197,7 @@ def _rounds(found: Preview) -> Table:
             f"{r.coverage:.0%}",
             str(r.short_subnets),
             f"{r.workload_variance:.3f}",
-            f"{r.round_seconds:.3g} s",
+            seconds(r.round_seconds),
             f"{max(r.gaps):.2%}" if r.gaps else "-",
         )
     return table
