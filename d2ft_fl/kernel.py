@@ -33,10 +33,11 @@ CASES = 4  # with the highest bounds are looked at; the best of them is solved
 CASE_STEPS = 6  # further price steps for it
 CORE, WIDEST_CORE = 6, 12  # items whose flips are enumerated together, more with effort
 FLIPS, MOST_FLIPS = 24, 96  # flips of which the best pair is taken
-SWEEPS = 2
+SWEEPS = 1
+HOLDERS = 1  # groups that so few items hold open are closed on trial
 PATTERNS = 1  # sets of open groups that are tried beside the one at the best prices
 PROMISING = 0.01  # they get sweeps when they come this near before
-HARD = 0.04  # certified gaps above this, over effort squared, get more of them, and a search
+HARD = 0.05  # certified gaps above this, over effort squared, get more of them, and a search
 HARD_PATTERNS = 24
 NODES = 4_000
 SCARCER = 1.5  # from pass to pass, for items that too few clients train
@@ -667,11 +668,53 @@ def pair(p: Instance, q: Priced, x: Picked, case: int, effort: int) -> float:
 
 
 @inner
+def close(p: Instance, q: Priced, x: Picked, y: Picked, case: int) -> float:
+    """Lower groups that few items hold open, and fill what that frees; what is won.
+
+    Args:
+        y: Scratch.
+    """
+    won = 0.0
+    for g in range(len(x.tops)):
+        top = x.tops[g]
+        if top == 0 or x.counts[g, top] > HOLDERS:
+            continue
+        y.choice[:] = x.choice
+        y.counts[:] = x.counts
+        y.tops[:] = x.tops
+        y.used[:] = x.used
+        gain, mode = 0.0, p.mode[case, g]
+        for i in range(p.first[g], p.first[g + 1]):
+            if p.level[x.choice[i]] == top:
+                best = -1
+                for k in range(len(q.v)):
+                    can = p.level[k] < top and p.allowed[mode, k] and q.v[k, i] > -np.inf
+                    if can and (best < 0 or q.gains[k, i] > q.gains[best, i]):
+                        best = k
+                if best < 0:
+                    gain = -np.inf
+                    break
+                gain += flip(p, y, i, best)
+        if gain == -np.inf or not fits(p, y):
+            continue
+        gain += fill(p, q, y, case)
+        if gain > EPSILON:
+            won += gain
+            x.choice[:] = y.choice
+            x.counts[:] = y.counts
+            x.tops[:] = y.tops
+            x.used[:] = y.used
+    return won
+
+
+@inner
 def improve(
     p: Instance, q: Priced, x: Picked, case: int, worth: float, bound: float, effort: int
 ) -> float:
     """Fill, then core, pairs and fill until nothing is won; returns the value."""
     worth += fill(p, q, x, case)
+    if effort and p.ladder.shape[1] > 1:
+        worth += close(p, q, x, picked(p), case)
     for _ in range(SWEEPS * effort):
         if bound - worth <= TOLERANCE * abs(bound):
             break
