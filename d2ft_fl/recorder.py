@@ -232,6 +232,8 @@ def _violations(worked: list[ClientRecord]) -> list[str]:
         for name, used, allowed in zip(RESOURCES, r.used.vector(), r.allowed, strict=True):
             if used > allowed:
                 out.append(f"client {r.client}: {name} {used} of {allowed}")
+        if r.deadline is not None and r.seconds > r.deadline:
+            out.append(f"client {r.client}: {r.seconds:.3g} s of {r.deadline:.3g} s")
     return out
 
 

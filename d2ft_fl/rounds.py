@@ -308,6 +308,7 @@ class ClientRecord:
     allowed: np.ndarray
     used: Cost | None  # None: sat out or failed
     seconds: float  # simulated
+    deadline: float | None  # of these
     wall_seconds: float
     train_loss: float | None
     scored: int
@@ -446,6 +447,7 @@ class Fold:
             allowed=participant.capacity,
             used=used,
             seconds=participant.budget.seconds(used) if used else 0.0,
+            deadline=participant.budget.deadline,
             wall_seconds=wall_seconds,
             train_loss=train_loss,
             scored=assignment.score_examples,
