@@ -29,7 +29,7 @@ LONGER, SHORTER, DILATION = 1.3, 0.75, 2.0  # of a step that still descends, tha
 
 # Effort, most of it multiplied by the caller's.
 PRICE_STEPS = 12
-CASES = 4  # with the highest bounds are looked at; the best of them is solved
+CASES = 4  # with the highest bounds are looked at; the best is solved, then others, with effort
 CASE_STEPS = 6  # further price steps for it
 CORE, WIDEST_CORE = 6, 12  # items whose flips are enumerated together, more with effort
 FLIPS, MOST_FLIPS = 24, 96  # flips of which the best pair is taken
@@ -431,6 +431,18 @@ def fits(p: Instance, x: Picked) -> bool:
     for r in range(len(x.used)):
         over |= x.used[r] > p.capacity[r]
     return not over
+
+
+@inner
+def obeys(p: Instance, choice: np.ndarray) -> bool:
+    """Whether a choice is allowed in some case."""
+    for case in range(len(p.mode)):
+        allowed = True
+        for i in range(len(choice)):
+            allowed = allowed and p.allowed[p.mode[case, p.group[i]], choice[i]]
+        if allowed:
+            return True
+    return False
 
 
 @inner
@@ -877,7 +889,7 @@ def solve_one(
     """
     q, y = priced(p), picked(p)
     start = count(p, x)
-    worth = start if fits(p, x) else -np.inf
+    worth = start if fits(p, x) and obeys(p, x.choice) else -np.inf
     resources = len(prices)
     if fresh:
         bound = first_prices(p, q, y, prices)
@@ -906,15 +918,20 @@ def solve_one(
                 if value > worth + EPSILON:
                     worth = value
                     x.choice[:] = y.choice
-    top = bounds[likely]
-    if top > worth + TOLERANCE * abs(worth):
-        if len(order) > 1:
-            own = prices.copy()
-            top = lower_prices(p, q, y, likely, CASE_STEPS, CASE_STEP * top, top, own)
-            q.prices[:] = own
-            relax(p, q)
-        worth, top = solve_case(p, q, x, likely, top, worth, effort)
-    bounds[likely] = top
+    left = bounds.copy()  # of cases that are not solved yet
+    for turn in range(min(max(effort, 1), len(order))):
+        if turn:
+            likely = left.argmax()
+        top = left[likely]
+        left[likely] = -np.inf
+        if top - worth > TOLERANCE * abs(top):  # so too where nothing is known yet
+            if len(order) > 1:
+                own = prices.copy()
+                top = lower_prices(p, q, y, likely, CASE_STEPS, CASE_STEP * top, top, own)
+                q.prices[:] = own
+                relax(p, q)
+            worth, top = solve_case(p, q, x, likely, top, worth, effort)
+        bounds[likely] = top
     return worth, max(bounds.max(), worth)
 
 
@@ -950,9 +967,9 @@ def solve_all(
         p = Instance(v, cost[t], ladder[t], first, group, level, mode, allowed, capacity[c])
         x = picked(p)
         x.choice[:] = choice[c]
-        _, bounds[c] = solve_one(p, x, prices, True, effort)
+        found, bounds[c] = solve_one(p, x, prices, True, effort)
         worth = count(p, x)  # once more, from the integers
-        values[c] = worth if fits(p, x) else -np.inf
+        values[c] = worth if found > -np.inf and fits(p, x) else -np.inf
         choice[c] = x.choice
 
 

@@ -40,7 +40,7 @@ import numpy as np
 
 from d2ft_fl import kernel
 
-MOST = 2**61  # of a cost: sums stay within 64 bits
+MOST = 2**62  # of all costs together: sums stay within 64 bits
 
 
 @dataclass(frozen=True, eq=False)
@@ -97,9 +97,10 @@ class Solution:
     @property
     def gap(self) -> np.ndarray:
         """How far from the optimum a choice can be, as a share of the bound; 1 for no choice."""
-        size = np.maximum(np.abs(self.bound), kernel.EPSILON)
-        gap = np.where(self.feasible, self.bound - self.value, np.inf) / size
-        return np.clip(gap, 0.0, 1.0)
+        found = self.feasible
+        size = np.where(found, np.maximum(np.abs(self.bound), kernel.EPSILON), 1.0)
+        short = np.where(found, self.bound, 1.0) - np.where(found, self.value, 0.0)
+        return np.clip(short / size, 0.0, 1.0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,8 +124,15 @@ class Problem:
     base: np.ndarray = field(init=False)
 
     def __post_init__(self) -> None:
-        if self.costs.size and (self.costs.min() < 0 or self.costs.max() > MOST):
-            raise ValueError(f"costs must lie between 0 and {MOST}")
+        openings = self.structure.openings
+        if self.costs.min(initial=0) < 0 or openings.min(initial=0) < 0:
+            raise ValueError("costs must not be negative")
+        most = self.costs.max(axis=2, initial=0).sum(axis=1, dtype=float)  # [T, R]
+        most = (most + openings.sum(axis=(1, 2), dtype=float)).max(initial=0.0)
+        if most > MOST:
+            raise ValueError(
+                f"costs must sum up to {MOST} at most, not {most:.3g}: 64 bits hold that"
+            )
         if np.isnan(self.values).any() or (self.values == np.inf).any():
             raise ValueError("values must be finite, or -inf for what is forbidden")
         items, groups = self.costs.shape[1], self.structure.groups
@@ -144,25 +152,28 @@ class Problem:
         one = np.ones((1, options), dtype=bool)
         modes = np.zeros((1, group_count), dtype=np.int64) if s.modes is None else s.modes
         return (
-            np.ascontiguousarray(self.values, dtype=np.float64),
-            np.ascontiguousarray(self.costs),
+            # Writeable and in order, all of them: the kernel is compiled for one kind of array.
+            np.require(self.values, np.float64, "CW"),
+            np.require(self.costs, np.int64, "CW"),
             self.tables.astype(np.int64),
-            np.ascontiguousarray(np.broadcast_to(ladder, (tables, *ladder.shape[1:]))),
+            np.require(np.broadcast_to(ladder, (tables, *ladder.shape[1:])), np.int64, "CW"),
             np.searchsorted(s.groups, np.arange(group_count + 1)),
             s.groups.astype(np.int64),
             s.levels.astype(np.int64),
             modes.astype(np.int64),
             one if s.allowed is None else s.allowed.astype(bool),
-            # So much that every choice fits is no limit; sums stay within 64 bits.
-            np.minimum(self.capacities - self.base[self.tables], MOST),
+            self.capacities - self.base[self.tables],
         )
 
     @property
     def cheapest(self) -> np.ndarray:
         """A choice of each client to start from: the least of the largest shares: int64 [C, I]."""
-        scale = 1.0 / np.maximum(self.capacities, 1).mean(axis=0)
-        shares = (self.costs * scale).max(axis=3).argmin(axis=2)  # [T, I]
-        return shares[self.tables]
+        scales = 1.0 / np.maximum(self.capacities, 1)  # [C, R]
+        found = [
+            (self.costs[table] * scale).max(axis=2, initial=0.0).argmin(axis=1)
+            for table, scale in zip(self.tables, scales, strict=True)
+        ]
+        return np.array(found, dtype=np.int64).reshape(len(scales), -1)
 
 
 def solve(
@@ -182,7 +193,7 @@ def solve(
         capacities: int64 [R], or [C, R].
         structure: Opening charges of groups, and cases.
         tables: int64 [C], which of T costs are a client's; by default T is 1 or C.
-        start: int64 [I] or [C, I], choices to improve on.
+        start: int64 [I] or [C, I], choices to improve on; a client's that holds -1 is left alone.
         effort: Multiplies steps, flips and nodes; a planner of thousands of clients takes 1.
 
     Raises:
@@ -192,16 +203,25 @@ def solve(
     values, costs, capacities, tables, structure = _checked(
         values, costs, capacities, structure, tables
     )
-    clients, items = len(capacities), costs.shape[1]
+    clients = len(capacities)
     problem = Problem(values, costs, capacities, tables, structure)
-    choice = problem.cheapest if start is None else np.broadcast_to(start, (clients, items))
-    choice = np.array(choice, dtype=np.int64)
+    choice = problem.cheapest if start is None else _start(problem, np.asarray(start))
     value, bound = np.empty(clients), np.empty(clients)
     kernel.solve_all(*problem.arrays, choice, value, bound, effort)
     choice[~np.isfinite(value)] = -1
     if single:
         return Solution(choice[0], value[0], bound[0])
     return Solution(choice, value, bound)
+
+
+def _start(problem: Problem, start: np.ndarray) -> np.ndarray:
+    """Choices to start from, the cheapest in place of what is none: int64 [C, I]."""
+    shape, options = (len(problem.capacities), problem.costs.shape[1]), problem.costs.shape[2]
+    if start.shape not in (shape, shape[1:]) or start.max(initial=0) >= options:
+        raise ValueError(f"start must be {list(shape)} options below {options}, not {start.shape}")
+    start = np.array(np.broadcast_to(start, shape), dtype=np.int64)
+    none = (start < 0).any(axis=1)
+    return np.where(none[:, None], problem.cheapest, start) if none.any() else start
 
 
 def _checked(
@@ -215,12 +235,18 @@ def _checked(
     values, costs, capacities = np.asarray(values, float), np.asarray(costs), np.asarray(capacities)
     if costs.dtype.kind not in "iu" or capacities.dtype.kind not in "iu":
         raise ValueError("costs and capacities must be integers, so that what fits is exact")
-    capacities = np.atleast_2d(capacities).astype(np.int64)
+    # More than everything costs is no limit, less than nothing none that can be kept.
+    capacities = np.minimum(np.atleast_2d(capacities), MOST).astype(np.int64)
+    capacities = np.maximum(capacities, -MOST)
     values = values[None] if values.ndim == 2 else values
     costs = (costs[None] if costs.ndim == 3 else costs).astype(np.int64, copy=False)
     clients = len(capacities)
     if tables is None:
         tables = np.arange(clients) if len(costs) == clients else np.zeros(clients, dtype=np.int64)
+        indexed = len(costs) in (1, clients)
+    else:
+        tables = np.asarray(tables)
+        indexed = tables.min(initial=0) >= 0 and tables.max(initial=0) < len(costs)
     if (
         values.ndim != 3
         or costs.ndim != 4
@@ -228,7 +254,7 @@ def _checked(
         or costs.shape[3] != capacities.shape[1]
         or len(values) not in (1, clients)
         or tables.shape != (clients,)
-        or (len(costs) not in (1, clients) and tables.max(initial=0) >= len(costs))
+        or not indexed
     ):
         raise ValueError(
             f"values {values.shape}, costs {costs.shape} and capacities {capacities.shape} do not "
@@ -271,7 +297,8 @@ class SpreadSolution(Solution):
 
     Attributes:
         marginal: float64 [I], the slope of h at the end.
-        total: What all choices are worth together. total_bound: No choices are worth more.
+        total: What all choices are worth together, of clients that can do anything.
+        total_bound: No choices are worth more.
     """
 
     marginal: np.ndarray
@@ -304,14 +331,19 @@ def solve_spread(
             must cost nothing.
 
     Raises:
-        ValueError: When shapes do not fit together.
+        ValueError: When shapes do not fit together, or option 0 costs or trains something.
     """
     values, costs, capacities, tables, structure = _checked(
         values, costs, capacities, structure, tables
     )
     clients, items = len(capacities), costs.shape[1]
-    if costs[:, :, 0].any():
-        raise ValueError("option 0 of every item must cost nothing")
+    sizes = (spread.train.shape, spread.share.shape, spread.weight.shape)
+    if sizes != ((items,), (costs.shape[2],), (clients,)):
+        raise ValueError(f"train, share and weight must be {items}, {costs.shape[2]} and {clients}")
+    if costs[:, :, 0].any() or spread.share[0]:
+        raise ValueError("option 0 of every item must cost nothing and train nothing")
+    if not spread.reference > 0:
+        raise ValueError(f"reference must be above 0, not {spread.reference}")
     problem = Problem(values, costs, capacities, tables, structure)
     choice = np.zeros((clients, items), dtype=np.int64)
     own, bound, marginal = np.empty(clients), np.empty(clients), np.empty(items)
@@ -332,9 +364,9 @@ def solve_spread(
     trained = spread.share[choice] * spread.weight[:, None]  # [C, I]
     amount = trained.sum(axis=0)
     together = spread.reference * np.log1p(amount / spread.reference)
-    total = float(own.sum() + spread.train @ together)
+    fits, can = np.isfinite(own), np.isfinite(bound)
+    total = float(own[fits].sum() + spread.train @ together)
     rest = spread.train @ (together - marginal * amount)
-    fits = np.isfinite(own)
     value = np.where(fits, own + trained @ (spread.train * marginal), -np.inf)
     choice[~fits] = -1
-    return SpreadSolution(choice, value, bound, marginal, total, float(rest + bound.sum()))
+    return SpreadSolution(choice, value, bound, marginal, total, float(rest + bound[can].sum()))
