@@ -39,17 +39,17 @@ from d2ft_fl.costs import (
 )
 from d2ft_fl.errors import RunError
 from d2ft_fl.knapsack import Solution, Spread, Structure, solve, solve_spread
-from d2ft_fl.subnets import Kind, Operation, Schedule, slot_sizes
+from d2ft_fl.subnets import Kind, Operation, Schedule, effective, slot_sizes
 
 FLOPS, MEMORY, UP, DOWN = range(len(RESOURCES))
 LATER = len(RESOURCES)  # the solver's fifth resource: memory of later batches
-TIME = LATER + 1  # and its sixth, where clients have deadlines: nanoseconds
+TIME = LATER + 1  # and its sixth, where clients have deadlines: in ticks
 MEMORIES = [MEMORY, LATER]
 PLANNERS = ("joint", "two-stage")
 COUPLINGS = ("none", "spread", "agenda")
 MEMORY_TRIES = 24
 CHUNK = 2048  # clients that are solved for at once
-NANOSECONDS = 1e9
+TICKS = 2**40  # that a deadline has, long or short: sums stay exact
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,12 +151,17 @@ class Table:
     constant: np.ndarray
 
     def timed(self, budget: Budget) -> "Table":
-        """The same with a sixth resource: nanoseconds, rounded up."""
+        """The same with a sixth resource: ticks of the deadline, rounded up; none without one."""
         rates = np.array([budget.speed, 0, budget.bandwidth_up, budget.bandwidth_down, 0], float)
-        each = np.divide(NANOSECONDS, rates, out=np.zeros(5), where=rates > 0)
+        each = np.zeros(5)
+        if budget.deadline is not None:
+            with np.errstate(over="ignore"):
+                np.divide(TICKS / budget.deadline, rates, out=each, where=rates > 0)
+            each = np.minimum(each, 1e300)
 
         def with_time(costs: np.ndarray) -> np.ndarray:
-            time = np.ceil(costs @ each).astype(np.int64)
+            with np.errstate(over="ignore"):
+                time = np.ceil(np.minimum(costs @ each, TICKS + 1)).astype(np.int64)
             return np.concatenate([costs, time[..., None]], axis=-1)
 
         return Table(*map(with_time, (self.items, self.openings, self.constant)))
@@ -246,7 +251,7 @@ class Planner:
         gaps = np.zeros(len(who))
         left = np.arange(len(who))
         deadlines = np.array(
-            [_nanoseconds(c.budget, i, scoring) for i, c in zip(who, chosen, strict=True)]
+            [_ticks(c.budget, i, scoring) for i, c in zip(who, chosen, strict=True)]
         )
         for active in range(slots, 0, -1):
             step = CHUNK if self.coupling != "spread" else max(1, len(left))
@@ -272,7 +277,9 @@ class Planner:
         examples = np.array([c.examples for c in chosen], dtype=np.int64)
         if self.costs.compensated:  # the solver charges every block for skipping
             full = np.broadcast_to(self.costs.everything().operations, operations.shape)
-            fits = (self.costs.costs(full, examples) <= capacity).all(axis=1)
+            whole = self.costs.costs(full, examples)
+            fits = (whole <= capacity).all(axis=1)
+            fits &= [_on_time(c, cost) for c, cost in zip(chosen, whole, strict=True)]
             operations[fits] = Operation.FULL
         costs = self.costs.costs(operations, examples)
         certified = self.method == "joint" and not self.costs.compensated
@@ -332,15 +339,21 @@ def _together(cost: Cost, scoring: np.ndarray) -> Cost:
     return Cost(cost.flops + flops, max(cost.memory, memory), cost.bytes_up + up, down)
 
 
-def _nanoseconds(budget: Budget, index: int, scoring: np.ndarray | None) -> int:
-    """A client's deadline, less what a scoring pass takes of it."""
+def _ticks(budget: Budget, index: int, scoring: np.ndarray | None) -> int:
+    """A client's ticks, less those of a scoring pass, and one for the rounding of seconds."""
     if budget.deadline is None:
         return UNLIMITED
     spent = 0.0
     if scoring is not None:
         flops, _, up, down = scoring[index].tolist()
         spent = budget.seconds(Cost(flops, 0, up, down))
-    return int((budget.deadline - spent) * NANOSECONDS)
+    return int(TICKS * max(-1.0, 1 - spent / budget.deadline)) - 1
+
+
+def _on_time(client: Participant, cost: np.ndarray) -> bool:
+    """Whether a client is done with so much before its deadline."""
+    deadline = client.budget.deadline
+    return deadline is None or client.budget.seconds(Cost(*cost.tolist())) <= deadline
 
 
 def _shifts(costs: CostModel, active: int, rotation: int) -> np.ndarray:
@@ -466,6 +479,10 @@ class _Chunk:
             return solve_spread(rest, costs, shown, spread, structure, which)
         marginal = self.backward.mean(axis=0) * coupled.marginal  # type: ignore[attr-defined]
         train = marginal[None, :, None] * share * weight[:, None, None]
+        # Who is needed for a subnet stays with it, if anything allows that.
+        trained = share[coupled.choice.clip(0)] > 0  # [clients, subnets]
+        needed = trained[who] & (trained.sum(axis=0) <= planner.least_clients)
+        train = train + self.backward.max() * needed[..., None] * (share > 0)
         return solve(train + rest, costs, shown, structure, which, _none(shown, costs), 1)
 
     def _two_stages(
@@ -495,11 +512,13 @@ class _Chunk:
         return used + ladder[which[:, None], np.arange(ladder.shape[1]), levels].sum(axis=1)
 
     def _materialise(self, choice: np.ndarray) -> np.ndarray:
-        """Operations [clients, slots, blocks, heads] of choices [clients, subnets]."""
+        """Operations [clients, slots, blocks, heads] of choices [clients, subnets], as they run."""
         c = self.planner.costs
         shifts = _shifts(c, self.active, self.rotation)
         columns = self.patterns.operations[choice.clip(0), shifts]  # [clients, subnets, slots]
-        return columns.transpose(0, 2, 1).reshape(len(choice), c.slots, c.arch.blocks, c.arch.heads)
+        shape = (len(choice), c.slots, c.arch.blocks, c.arch.heads)
+        operations = columns.transpose(0, 2, 1).reshape(shape)
+        return effective(operations) if self.patterns.below.any() else operations
 
 
 def _none(shown: np.ndarray, costs: np.ndarray) -> np.ndarray:
