@@ -153,10 +153,10 @@ class Problem:
         modes = np.zeros((1, group_count), dtype=np.int64) if s.modes is None else s.modes
         return (
             # Writeable and in order, all of them: the kernel is compiled for one kind of array.
-            np.require(self.values, np.float64, "CW"),
-            np.require(self.costs, np.int64, "CW"),
+            np.require(self.values, np.float64, ("C", "W")),
+            np.require(self.costs, np.int64, ("C", "W")),
             self.tables.astype(np.int64),
-            np.require(np.broadcast_to(ladder, (tables, *ladder.shape[1:])), np.int64, "CW"),
+            np.require(np.broadcast_to(ladder, (tables, *ladder.shape[1:])), np.int64, ("C", "W")),
             np.searchsorted(s.groups, np.arange(group_count + 1)),
             s.groups.astype(np.int64),
             s.levels.astype(np.int64),
@@ -220,7 +220,7 @@ def _start(problem: Problem, start: np.ndarray) -> np.ndarray:
     if start.shape not in (shape, shape[1:]) or start.max(initial=0) >= options:
         raise ValueError(f"start must be {list(shape)} options below {options}, not {start.shape}")
     start = np.array(np.broadcast_to(start, shape), dtype=np.int64)
-    none = (start < 0).any(axis=1)
+    none = np.any(start < 0, axis=1)
     return np.where(none[:, None], problem.cheapest, start) if none.any() else start
 
 

@@ -279,7 +279,8 @@ class Planner:
             full = np.broadcast_to(self.costs.everything().operations, operations.shape)
             whole = self.costs.costs(full, examples)
             fits = (whole <= capacity).all(axis=1)
-            fits &= [_on_time(c, cost) for c, cost in zip(chosen, whole, strict=True)]
+            on_time = [_on_time(c, cost) for c, cost in zip(chosen, whole, strict=True)]
+            fits = np.logical_and(fits, on_time)
             operations[fits] = Operation.FULL
         costs = self.costs.costs(operations, examples)
         certified = self.method == "joint" and not self.costs.compensated

@@ -268,10 +268,10 @@ def test_a_start_must_name_options():
 
 # -- against HiGHS ---------------------------------------------------------------------------
 
-KINDS = {  # mean and worst gap to the optimum at effort 1, then at effort 8
-    "plain": ({"groups": 1, "share": 0.5}, (0.01, 0.05), (0.01, 0.05)),
-    "openings": ({}, (0.01, 0.05), (0.01, 0.05)),
-    "cases": ({"cases": True}, (0.01, 0.05), (0.01, 0.05)),
+KINDS = {  # mean and worst gap to the optimum at effort 1, then at effort 8, twice what was found
+    "plain": ({"groups": 1, "share": 0.5}, (0.006, 0.03), (0.001, 0.005)),
+    "openings": ({}, (0.002, 0.01), (0.001, 0.005)),
+    "cases": ({"cases": True}, (0.004, 0.03), (0.001, 0.005)),
 }
 
 
@@ -287,7 +287,6 @@ def test_near_the_optimum_and_bounded_by_more_than_it(kind):
         for solution in found:
             assert solution.value <= best + 1e-6 <= solution.bound + 2e-6
         gaps.append([1 - s.value / best for s in found])
-    print(kind, np.mean(gaps, axis=0), np.max(gaps, axis=0))
     for effort, (mean, worst) in enumerate(limits):
         assert np.mean(gaps, axis=0)[effort] <= mean
         assert np.max(gaps, axis=0)[effort] <= worst
@@ -328,7 +327,6 @@ def test_instances_as_published_are_solved_within_half_a_percent(family):
         check(solution, *problem, Structure.plain(*problem[1].shape))
         assert best <= solution.bound + 1e-6
         gaps.append(1 - solution.value / best)
-    print(family, gaps)
     assert np.mean(gaps) <= 0.005
 
 
@@ -412,7 +410,6 @@ def test_budgets_that_afford_a_few_items(afford):
         check(solution, values, costs, capacities, Structure.plain(40, 2, 3))
         assert best <= solution.bound + 1e-9
         gaps.append(1 - solution.value / best)
-    print("afford", afford, gaps)
     assert np.mean(gaps) <= 0.03
     assert np.max(gaps) <= 0.08
 
@@ -610,7 +607,6 @@ def test_coupled_clients_are_worth_more_together_and_spread_out():
         gains.append(solution.total / together(values, spread, before.choice))
         reached.append((spread.share[solution.choice] > 0).any(axis=0).mean())
         alone.append((spread.share[before.choice] > 0).any(axis=0).mean())
-    print(np.mean(gains), np.min(gains), np.mean(reached), np.mean(alone))
     assert np.mean(gains) > 1.04
     assert np.min(gains) > 0.98
     assert np.mean(reached) > np.mean(alone) + 0.3
@@ -645,8 +641,9 @@ def test_coupled_choices_against_all_that_there_are():
         assert solution.total_bound >= best - 1e-9
         gaps.append(1 - solution.total / best)
         slack.append(solution.total_bound / best - 1)
-    print(np.mean(gaps), np.max(gaps), np.mean(slack), np.max(slack))
     assert np.mean(gaps) <= 0.05
+    assert np.max(gaps) <= 0.15
+    assert np.mean(slack) <= 0.4  # items are few, so the relaxation is wide
 
 
 def test_a_coupled_client_that_cannot_do_anything_is_left_out_of_the_total():

@@ -76,8 +76,8 @@ def test_joint_is_hardly_ever_worse_than_two_stages_and_better_on_the_mean():
         joint, _, scores, _ = plan(shares, seed=seed)
         staged, *_ = plan(shares, method="two-stage", seed=seed)
         ratios.append(worth(joint, scores) / max(1e-9, worth(staged, scores)))
-    assert np.mean(ratios) > 1.0
-    assert np.min(ratios) > 0.96
+    assert np.mean(ratios) > 1.08
+    assert np.min(ratios) > 0.98
 
 
 def test_joint_beats_two_stages_where_compute_binds():
@@ -87,7 +87,7 @@ def test_joint_beats_two_stages_where_compute_binds():
         joint, _, scores, _ = plan(shares, seed=seed)
         staged, *_ = plan(shares, method="two-stage", seed=seed)
         gains.append(worth(joint, scores) / worth(staged, scores))
-    assert np.mean(gains) > 1.01
+    assert np.mean(gains) > 1.05
 
 
 def test_two_stages_settle_full_by_backward_scores_alone():
@@ -203,9 +203,8 @@ def test_offering_frozen_is_never_worse_by_much_and_better_on_the_mean():
         without, *_ = plan(shares, seed=seed)
         one, other = (value_of(a, scores, 1.0) for a in (offered, without))
         ratios.append(one / other if other else 1.0)
-    print("frozen", np.mean(ratios), np.min(ratios))
     assert np.mean(ratios) > 1.0
-    assert np.min(ratios) > 0.98
+    assert np.min(ratios) > 0.99
 
 
 # -- the solver's costs against the cost model -----------------------------------------------
