@@ -300,24 +300,27 @@ def bench_planner(
             raise ConfigError(f"--{name} = {value} must be {low} or more")
     if sample < 0:
         raise ConfigError(f"--sample = {sample} must be 0 or more")
+    kinds = [("none", 3), ("spread", 3), ("none", 4)]
+    done("compiling, the first time")
+    _apart(3, subnets, "spread", 3, 0)  # compiling takes more memory than planning
     rows = []
     for count in clients:
-        for coupling, operations in [("none", 3), ("spread", 3), ("none", 4)]:
+        for coupling, operations in kinds:
             done(f"{count} clients, {coupling}, {operations} operations")
             # FROZEN makes the oracle's problem many times as hard.
             asked = sample if operations == 3 else sample // 6
-            command = [count, subnets, coupling, operations, asked]
-            child = subprocess.run(
-                [sys.executable, "-m", __name__, json.dumps(command)],
-                capture_output=True,
-                text=True,
-                check=False,
-            )
-            if child.returncode:
-                reason = (child.stderr.strip() or "no message").splitlines()[-1]
-                raise RunError(f"measuring {count} clients failed: {reason}")
-            rows.append(Row(**json.loads(child.stdout.splitlines()[-1])))
+            rows.append(_apart(count, subnets, coupling, operations, asked))
     return rows
+
+
+def _apart(*arguments: int | str) -> Row:
+    """:func:`measure` in a process of its own."""
+    command = [sys.executable, "-m", __name__, json.dumps(arguments)]
+    child = subprocess.run(command, capture_output=True, text=True, check=False)
+    if child.returncode:
+        reason = (child.stderr.strip() or "no message").splitlines()[-1]
+        raise RunError(f"measuring {arguments[0]} clients failed: {reason}")
+    return Row(**json.loads(child.stdout.splitlines()[-1]))
 
 
 if __name__ == "__main__":

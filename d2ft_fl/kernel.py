@@ -35,9 +35,10 @@ CORE, WIDEST_CORE = 6, 12  # items whose flips are enumerated together, more wit
 FLIPS, MOST_FLIPS = 24, 96  # flips of which the best pair is taken
 SWEEPS = 1
 HOLDERS = 1  # groups that so few items hold open are closed on trial
+EASY = 0.004  # certified gaps below this, over effort squared, are left alone then
 PATTERNS = 1  # sets of open groups that are tried beside the one at the best prices
 PROMISING = 0.01  # they get sweeps when they come this near before
-HARD = 0.05  # certified gaps above this, over effort squared, get more of them, and a search
+HARD = 0.08  # certified gaps above this, over effort squared, get more of them, and a search
 HARD_PATTERNS = 24
 NODES = 4_000
 SCARCER = 1.5  # from pass to pass, for items that too few clients train
@@ -831,7 +832,7 @@ def solve_case(
         if value > worth + EPSILON:
             worth = value
             x.choice[:] = y.choice
-    if bound - worth <= TOLERANCE * abs(bound) or effort == 0:
+    if effort == 0 or bound - worth <= EASY / effort**2 * abs(bound):
         return worth, bound
     # Other sets of open groups, by what they lose at the prices.
     groups, levels = p.ladder.shape[:2]

@@ -168,6 +168,8 @@ class Problem:
     @property
     def cheapest(self) -> np.ndarray:
         """A choice of each client to start from: the least of the largest shares: int64 [C, I]."""
+        if not self.costs[:, :, 0].any():
+            return np.zeros((len(self.capacities), self.costs.shape[1]), dtype=np.int64)
         scales = 1.0 / np.maximum(self.capacities, 1)  # [C, R]
         found = [
             (self.costs[table] * scale).max(axis=2, initial=0.0).argmin(axis=1)
