@@ -28,8 +28,9 @@ $(READY): pyproject.toml constraints.txt
 run: $(READY)
 	$(BIN)/d2ft run
 
+# Two processes: the tests of Flower mostly wait for processes to start.
 test: $(READY)
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -q -m slow

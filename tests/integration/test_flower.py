@@ -28,6 +28,7 @@ OPTIONS = {
     "slots": 2,
     "score-every": 1,
 }
+CLOCKS = ("wall_seconds", "plan_seconds")
 
 
 def environment(tmp_path, **more):
@@ -57,7 +58,7 @@ def left_behind(tmp_path):
 
 def rows(folder):
     lines = Path(folder, "rounds.jsonl").read_text().splitlines()
-    return [{k: v for k, v in json.loads(x).items() if k != "wall_seconds"} for x in lines]
+    return [{k: v for k, v in json.loads(x).items() if k not in CLOCKS} for x in lines]
 
 
 def pairs(folder):
