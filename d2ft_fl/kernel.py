@@ -651,7 +651,7 @@ def pair(p: Instance, q: Priced, x: Picked, case: int, effort: int) -> float:
         if gain[a] > best:
             over = False
             for r in range(resources):
-                over = over or more[a, r] > 0
+                over |= more[a, r] > room[r]
             if not over:
                 best, one, two = gain[a], a, -1
         for b in range(a + 1, n):

@@ -229,7 +229,7 @@ class Planner:
         who = np.array([i for i in range(len(clients)) if i not in planned], dtype=np.int64)
         found = self._plan(clients, who, capacity[who], backward, forward, rotation)
         planned |= dict(zip(who.tolist(), found, strict=True))
-        self._hold([planned[i] for i in range(len(clients))], capacity)
+        self._hold(clients, [planned[i] for i in range(len(clients))], capacity)
         return [planned[i] for i in range(len(clients))]
 
     def _plan(
@@ -294,15 +294,23 @@ class Planner:
             for c, done, cost, gap in zip(chosen, operations, costs, gaps, strict=True)
         ]
 
-    def _hold(self, planned: list[Assignment], capacity: np.ndarray) -> None:
+    @staticmethod
+    def _hold(
+        clients: Sequence[Participant], planned: list[Assignment], capacity: np.ndarray
+    ) -> None:
         """A plan that breaks a budget is a bug, never sent."""
-        for a, allowed in zip(planned, capacity, strict=True):
+        for c, a, allowed in zip(clients, planned, capacity, strict=True):
             over = a.cost.vector() > allowed
             if over.any():
                 raise RunError(
                     f"planner bug: client {a.client} would use {a.cost.vector()[over].tolist()} of "
                     f"{[r for r, o in zip(RESOURCES, over, strict=True) if o]}, allowed are "
                     f"{allowed[over].tolist()}"
+                )
+            if c.budget.deadline is not None and c.budget.seconds(a.cost) > c.budget.deadline:
+                raise RunError(
+                    f"planner bug: client {a.client} would take {c.budget.seconds(a.cost)} s, "
+                    f"allowed are {c.budget.deadline} s"
                 )
 
     def table(self, examples: int, active: int, rotation: int) -> Table:
