@@ -127,21 +127,26 @@ class Problem:
         openings = self.structure.openings
         if self.costs.min(initial=0) < 0 or openings.min(initial=0) < 0:
             raise ValueError("costs must not be negative")
-        most = self.costs.max(axis=2, initial=0).sum(axis=1, dtype=float)  # [T, R]
-        most = (most + openings.sum(axis=(1, 2), dtype=float)).max(initial=0.0)
+        items = self.costs.shape[1]
+        most = items * float(self.costs.max(initial=0)) + openings.sum(dtype=float)
+        if most > MOST:  # no more than a first look
+            sums = self.costs.max(axis=2, initial=0).sum(axis=1, dtype=float)  # [T, R]
+            most = (sums + openings.sum(axis=(1, 2), dtype=float)).max(initial=0.0)
         if most > MOST:
             raise ValueError(
                 f"costs must sum up to {MOST} at most, not {most:.3g}: 64 bits hold that"
             )
         if np.isnan(self.values).any() or (self.values == np.inf).any():
             raise ValueError("values must be finite, or -inf for what is forbidden")
-        items, groups = self.costs.shape[1], self.structure.groups
+        groups = self.structure.groups
         if len(groups) != items or (np.diff(groups, prepend=0) < 0).any():
             raise ValueError(f"groups must give each of {items} items its group, ascending from 0")
-        cheapest = self.costs.min(axis=2, keepdims=True)  # [T, I, 1, R]
-        object.__setattr__(self, "base", cheapest.sum(axis=(1, 2)))
-        if cheapest.any():
+        base = np.zeros((len(self.costs), self.costs.shape[3]), dtype=np.int64)
+        if self.costs[:, :, :1].any():  # else the first option of all costs nothing
+            cheapest = self.costs.min(axis=2, keepdims=True)  # [T, I, 1, R]
+            base = cheapest.sum(axis=(1, 2))
             object.__setattr__(self, "costs", self.costs - cheapest)
+        object.__setattr__(self, "base", base)
 
     @property
     def arrays(self) -> tuple[np.ndarray, ...]:
