@@ -244,6 +244,16 @@ def _progress(hidden: bool) -> Progress:
     )  # fmt: skip
 
 
+def _compile_once(quiet: bool) -> None:
+    """Compile the planner's solver where that was not done before, and say so."""
+    from d2ft_fl import knapsack
+
+    if not knapsack.is_compiled():
+        if not quiet:
+            display.say("compiling the planner, once on this machine: about half a minute")
+        knapsack.compile_solver()
+
+
 def _interrupt(number: int, frame: object) -> None:
     raise KeyboardInterrupt
 
@@ -305,6 +315,7 @@ def _plan(
 
     if output is not None:
         preview_page.check_output(output)
+    _compile_once(as_json)
     with _progress(hidden=as_json) as progress:
         task = progress.add_task(f"loading {config.model}", total=rounds)
 
@@ -333,6 +344,7 @@ def _run(config: RunConfig, backend: Backend, supernodes: int, as_json: bool) ->
         display.say(f"run folder: {folder}")
         display.header(config)
     try:
+        _compile_once(as_json)
         with progress:
             task = progress.add_task("starting", total=config.rounds)
 

@@ -24,8 +24,7 @@ class ByContent(UserWideCacheLocator):
     def __init__(self, function: Callable, file: str):
         self._lineno = function.__code__.co_firstlineno
         self._stamp = hashlib.sha256(Path(file).read_bytes()).hexdigest()
-        root = platformdirs.user_cache_path("d2ft-fl", appauthor=False)
-        self._cache_path = str(root / "numba" / self._stamp[:16])
+        self._cache_path = str(_root() / self._stamp[:16])
 
     def get_source_stamp(self) -> str:
         """What the compiled code has to agree with."""
@@ -49,9 +48,19 @@ def compiled(**options: Any) -> Callable[[Callable], Any]:
 
 
 def _can_keep(file: str) -> bool:
-    folder = platformdirs.user_cache_path("d2ft-fl", appauthor=False) / "numba"
+    folder = _root()
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError:
         return False
     return os.access(folder, os.W_OK) and Path(file).is_file()
+
+
+def _root() -> Path:
+    return platformdirs.user_cache_path("d2ft-fl", appauthor=False) / "numba"
+
+
+def is_kept(file: str, function: str) -> bool:
+    """Whether a function of a source file, as it is now, was compiled on this machine before."""
+    stamp = hashlib.sha256(Path(file).read_bytes()).hexdigest()
+    return any(_root().joinpath(stamp[:16]).glob(f"*.{function}-*.nbi"))

@@ -39,6 +39,7 @@ from functools import cached_property
 import numpy as np
 
 from d2ft_fl import kernel
+from d2ft_fl.compiled import is_kept
 
 MOST = 2**62  # of all costs together: sums stay within 64 bits
 
@@ -219,6 +220,16 @@ def solve(
     if single:
         return Solution(choice[0], value[0], bound[0])
     return Solution(choice, value, bound)
+
+
+def is_compiled() -> bool:
+    """Whether the solver was compiled on this machine before, so that it starts at once."""
+    return is_kept(kernel.__file__, "solve_all")
+
+
+def compile_solver() -> None:
+    """Compile the solver, which the first plan would do otherwise: about half a minute."""
+    solve(np.zeros((1, 1)), np.zeros((1, 1, 1), dtype=np.int64), np.zeros(1, dtype=np.int64))
 
 
 def _start(problem: Problem, start: np.ndarray) -> np.ndarray:
