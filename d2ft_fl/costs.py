@@ -399,6 +399,16 @@ def scoring_cost(costs: CostModel, examples: int) -> Cost:
     )
 
 
+def with_scoring(cost: Cost, scoring: Cost) -> Cost:
+    """A round's cost with a scoring pass before it, for which everything has come down already."""
+    return Cost(
+        cost.flops + scoring.flops,
+        max(cost.memory, scoring.memory),
+        cost.bytes_up + scoring.bytes_up,
+        scoring.bytes_down,
+    )
+
+
 def round_cost(costs: CostModel, schedule: Schedule, examples: int, score_examples: int) -> Cost:
     """Cost of a round, with the scoring pass before it, if any.
 
@@ -407,10 +417,4 @@ def round_cost(costs: CostModel, schedule: Schedule, examples: int, score_exampl
     if not score_examples:
         return costs.cost(schedule, examples)
     cost = replace(costs, compensated=False).cost(schedule, examples)
-    scoring = scoring_cost(costs, score_examples)
-    return Cost(
-        cost.flops + scoring.flops,
-        max(cost.memory, scoring.memory),
-        cost.bytes_up + scoring.bytes_up,
-        scoring.bytes_down,
-    )
+    return with_scoring(cost, scoring_cost(costs, score_examples))

@@ -35,11 +35,14 @@ lowest index and effort is counted in nodes, so a solution is a function of its 
 
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from d2ft_fl import kernel
-from d2ft_fl.compiled import is_kept
+from d2ft_fl.kernel import kept
+
+if TYPE_CHECKING:
+    from d2ft_fl.kernel.instance import Batch
 
 MOST = 2**62  # of all costs together: sums stay within 64 bits
 
@@ -99,7 +102,7 @@ class Solution:
     def gap(self) -> np.ndarray:
         """How far from the optimum a choice can be, as a share of the bound; 1 for no choice."""
         found = self.feasible
-        size = np.where(found, np.maximum(np.abs(self.bound), kernel.EPSILON), 1.0)
+        size = np.where(found, np.maximum(np.abs(self.bound), 1e-12), 1.0)
         short = np.where(found, self.bound, 1.0) - np.where(found, self.value, 0.0)
         return np.clip(short / size, 0.0, 1.0)
 
@@ -149,26 +152,29 @@ class Problem:
             object.__setattr__(self, "costs", self.costs - cheapest)
         object.__setattr__(self, "base", base)
 
-    @property
-    def arrays(self) -> tuple[np.ndarray, ...]:
-        """What the kernel takes, in its order."""
+    def batch(self) -> "Batch":
+        """What the kernel takes."""
+        from d2ft_fl.kernel.instance import Batch  # numba, which most processes never need
+
         s, (tables, _, options, _) = self.structure, self.costs.shape
         ladder = s.ladder
         group_count = ladder.shape[1]
         one = np.ones((1, options), dtype=bool)
         modes = np.zeros((1, group_count), dtype=np.int64) if s.modes is None else s.modes
-        return (
-            # Writeable and in order, all of them: the kernel is compiled for one kind of array.
-            np.require(self.values, np.float64, ("C", "W")),
-            np.require(self.costs, np.int64, ("C", "W")),
-            self.tables.astype(np.int64),
-            np.require(np.broadcast_to(ladder, (tables, *ladder.shape[1:])), np.int64, ("C", "W")),
-            np.searchsorted(s.groups, np.arange(group_count + 1)),
-            s.groups.astype(np.int64),
-            s.levels.astype(np.int64),
-            modes.astype(np.int64),
-            one if s.allowed is None else s.allowed.astype(bool),
-            self.capacities - self.base[self.tables],
+        # Writeable and in order, all of them: the kernel is compiled for one kind of array.
+        return Batch(
+            value=np.require(self.values, np.float64, ("C", "W")),
+            cost=np.require(self.costs, np.int64, ("C", "W")),
+            ladder=np.require(
+                np.broadcast_to(ladder, (tables, *ladder.shape[1:])), np.int64, ("C", "W")
+            ),
+            table=self.tables.astype(np.int64),
+            capacity=self.capacities - self.base[self.tables],
+            first=np.searchsorted(s.groups, np.arange(group_count + 1)),
+            group=s.groups.astype(np.int64),
+            level=s.levels.astype(np.int64),
+            mode=modes.astype(np.int64),
+            allowed=one if s.allowed is None else s.allowed.astype(bool),
         )
 
     @property
@@ -207,6 +213,8 @@ def solve(
     Raises:
         ValueError: When shapes do not fit together, or costs are negative.
     """
+    from d2ft_fl.kernel.many import solve_all
+
     single = np.ndim(capacities) == 1
     values, costs, capacities, tables, structure = _checked(
         values, costs, capacities, structure, tables
@@ -215,21 +223,24 @@ def solve(
     problem = Problem(values, costs, capacities, tables, structure)
     choice = problem.cheapest if start is None else _start(problem, np.asarray(start))
     value, bound = np.empty(clients), np.empty(clients)
-    kernel.solve_all(*problem.arrays, choice, value, bound, effort)
+    solve_all(problem.batch(), choice, value, bound, effort)
     choice[~np.isfinite(value)] = -1
     if single:
         return Solution(choice[0], value[0], bound[0])
     return Solution(choice, value, bound)
 
 
-def is_compiled() -> bool:
+def is_compiled(coupled: bool = False) -> bool:
     """Whether the solver was compiled on this machine before, so that it starts at once."""
-    return is_kept(kernel.__file__, "solve_all")
+    return kept.is_kept("solve_all") and (not coupled or kept.is_kept("spread_all"))
 
 
-def compile_solver() -> None:
+def compile_solver(coupled: bool = False) -> None:
     """Compile the solver, which the first plan would do otherwise: about half a minute."""
-    solve(np.zeros((1, 1)), np.zeros((1, 1, 1), dtype=np.int64), np.zeros(1, dtype=np.int64))
+    nothing = np.zeros((1, 1)), np.zeros((1, 1, 1), dtype=np.int64), np.zeros(1, dtype=np.int64)
+    solve(*nothing)
+    if coupled:
+        solve_spread(*nothing, Spread(np.zeros(1), np.zeros(1), np.ones(1), 1.0))
 
 
 def _start(problem: Problem, start: np.ndarray) -> np.ndarray:
@@ -281,6 +292,58 @@ def _checked(
         )
     structure = structure or Structure.plain(*costs.shape[1:])
     return values, costs, capacities, tables, structure
+
+
+def used(
+    choice: np.ndarray, costs: np.ndarray, structure: Structure, tables: np.ndarray
+) -> np.ndarray:
+    """What choices cost, openings included, exactly: int64 [C, R].
+
+    Args:
+        choice: int64 [C, I]. costs: int64 [T, I, K, R]. tables: int64 [C].
+    """
+    ladder, levels = structure.ladder, structure.levels[choice]
+    tops = np.zeros((len(choice), ladder.shape[1]), dtype=np.int64)
+    groups, starts = np.unique(structure.groups, return_index=True)
+    tops[:, groups] = np.maximum.reduceat(levels, starts, axis=1)
+    which = tables if len(ladder) > 1 else np.zeros_like(tables)
+    found = ladder[which[:, None], np.arange(ladder.shape[1]), tops].sum(axis=1)
+    for i in range(choice.shape[1]):  # item by item: all at once would take costs per client
+        found += costs[tables, i, choice[:, i]]
+    return found
+
+
+def solve_two_stages(
+    train: np.ndarray,
+    rest: np.ndarray,
+    share: np.ndarray,
+    first: np.ndarray,
+    costs: np.ndarray,
+    capacities: np.ndarray,
+    structure: Structure,
+    tables: np.ndarray,
+) -> Solution:
+    """D2FT's two stages (arXiv 2504.12471): what trains by its own worth, the rest in what is left.
+
+    Args:
+        train, rest: float64 [C or 1, I, K], worth of training, and of all else.
+        share: float64 [K], how far an option trains; settled by the first stage.
+        first: bool [K], the options of the first stage, which do nothing but train.
+        costs, capacities, structure, tables: As of :func:`solve`.
+
+    Returns:
+        The choices, with what they are worth together and no bound but that.
+    """
+    settled = solve(
+        np.where(first, train, -np.inf), costs, capacities, structure, tables, effort=1
+    ).choice
+    same = share[settled][..., None] == share  # [C, I, K]
+    left = np.where(same, rest, -np.inf)
+    choice = solve(left, costs, capacities, structure, tables, settled, effort=1).choice
+    both = np.broadcast_to(train + rest, left.shape)
+    value = np.take_along_axis(both, choice.clip(0)[..., None], axis=2).sum(axis=(1, 2))
+    value = np.where(choice.min(axis=1) < 0, -np.inf, value)
+    return Solution(choice, value, value)
 
 
 @dataclass(frozen=True, eq=False)
@@ -351,6 +414,8 @@ def solve_spread(
     Raises:
         ValueError: When shapes do not fit together, or option 0 costs or trains something.
     """
+    from d2ft_fl.kernel.many import spread_all
+
     values, costs, capacities, tables, structure = _checked(
         values, costs, capacities, structure, tables
     )
@@ -365,8 +430,8 @@ def solve_spread(
     problem = Problem(values, costs, capacities, tables, structure)
     choice = np.zeros((clients, items), dtype=np.int64)
     own, bound, marginal = np.empty(clients), np.empty(clients), np.empty(items)
-    kernel.spread_all(
-        *problem.arrays,
+    spread_all(
+        problem.batch(),
         spread.train.astype(np.float64),
         spread.share.astype(np.float64),
         spread.weight.astype(np.float64),

@@ -1,0 +1,183 @@
+"""What the planner's options are, and what they cost: the knapsack's items, openings, constant.
+
+Costs come from the cost model: once a subnet, whatever the slots, for what it holds and sends; per
+slot for FLOPs and activations; a block charges for being opened. Peak memory is two resources, the
+first batch, which finds no optimiser state, and later ones. It does not add up (the worst pass,
+transients): tables price it from below.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from d2ft_fl.budgets import Budget
+from d2ft_fl.costs import ELEMENT, MESSAGE_HEADER, MOMENTS, RESOURCES, TENSOR_HEADER, CostModel
+from d2ft_fl.subnets import Kind, Operation, slot_sizes
+
+FLOPS, MEMORY, UP, DOWN = range(len(RESOURCES))
+LATER = len(RESOURCES)  # the solver's fifth resource: memory of later batches
+TIME = LATER + 1  # and its sixth, where clients have deadlines: ticks of each client's own
+MEMORIES = [MEMORY, LATER]
+TICKS = 2**40  # of a deadline
+
+
+@dataclass(frozen=True)
+class Patterns:
+    """The options of a subnet, and the slots that each means.
+
+    Attributes:
+        full, frozen, forward: Slots of each option: int64 [options].
+        below: bool [options]: FORWARD_ONLY below the lowest trained block, worth as FROZEN.
+        operations: int8 [options, active, slots], by where a subnet's pattern starts.
+    """
+
+    full: np.ndarray
+    frozen: np.ndarray
+    forward: np.ndarray
+    below: np.ndarray
+    operations: np.ndarray
+
+    @classmethod
+    @lru_cache(maxsize=64)
+    def of(cls, slots: int, active: int, frozen: bool) -> "Patterns":
+        """All counts of slots with at most ``active`` slots at work; the first one does nothing."""
+        counts = [
+            (a, z, b, False)
+            for a in range(active + 1)
+            for z in range(active + 1 - a if frozen else 1)
+            for b in range(active + 1 - a - z)
+        ]
+        counts += [(0, 0, b, True) for b in range(1, active + 1)] if frozen else []
+        operations = np.zeros((len(counts), active, slots), dtype=np.int8)
+        for row, (a, z, b, _) in enumerate(counts):
+            done = [Operation.FULL] * a + [Operation.FROZEN] * z + [Operation.FORWARD_ONLY] * b
+            for shift in range(active):
+                operations[row, shift, (np.arange(len(done)) + shift) % active] = done
+        a, z, b, below = np.array(counts).T
+        return cls(a, z, b, below.astype(bool), operations)
+
+    @property
+    def runs(self) -> np.ndarray:
+        """Slots in which an option runs at all: int64 [options]."""
+        return self.full + self.frozen + self.forward
+
+    @property
+    def levels(self) -> np.ndarray:
+        """What a block has to be open to: resident, live (where FROZEN is offered), trained."""
+        live = 2 * (self.frozen > 0)
+        trained = (3 if self.below.any() else 2) * (self.full > 0)
+        return np.maximum(np.maximum(live, trained), self.runs > 0).astype(np.int64)
+
+
+@dataclass(frozen=True)
+class Table:
+    """What options and openings cost a client with so many examples.
+
+    Attributes:
+        items: int64 [subnets, options, 5].
+        openings: int64 [blocks, levels, 5].
+        constant: int64 [5], for running anything at all.
+    """
+
+    items: np.ndarray
+    openings: np.ndarray
+    constant: np.ndarray
+
+    def timed(self, budget: Budget) -> "Table":
+        """The same with a sixth resource: ticks of the deadline, rounded up; none without one."""
+        rates = np.array([budget.speed, 0, budget.bandwidth_up, budget.bandwidth_down, 0], float)
+        each = np.zeros(5)
+        if budget.deadline is not None:
+            with np.errstate(over="ignore"):
+                np.divide(TICKS / budget.deadline, rates, out=each, where=rates > 0)
+            each = np.minimum(each, 1e300)
+
+        def with_time(costs: np.ndarray) -> np.ndarray:
+            with np.errstate(over="ignore"):
+                time = np.ceil(np.minimum(costs @ each, TICKS + 1)).astype(np.int64)
+            return np.concatenate([costs, time[..., None]], axis=-1)
+
+        return Table(*map(with_time, (self.items, self.openings, self.constant)))
+
+
+def shifts_of(costs: CostModel, active: int, rotation: int) -> np.ndarray:
+    """Where each subnet's pattern starts: int64 [subnets]."""
+    block, head = np.divmod(np.arange(costs.arch.blocks * costs.arch.heads), costs.arch.heads)
+    return (block + head + rotation) % active
+
+
+def table_of(c: CostModel, p: Patterns, examples: int, active: int, rotation: int) -> Table:
+    """Costs of options, of opening blocks to each level, and of running anything at all."""
+    arch = c.arch
+    first, later = c.batch_extremes(examples)
+    # Of each memory: (resource, examples of each slot in its batch, copies of what trains). Without
+    # a later batch its memory is still there: the first step makes the optimiser's state.
+    running = np.arange(c.slots) < active
+    phases = [
+        (resource, np.array(slot_sizes(batch, c.slots)) * running, copies)
+        for resource, batch, copies in (
+            (MEMORY, first, 1),
+            (LATER, later, 1 + MOMENTS[c.options.optimizer]),
+        )
+    ]
+    # Passes that a batch is run in: the largest saves no less than their mean.
+    parts = [max(1, min(c.options.accumulate, int(sizes.sum()))) for _, sizes, _ in phases]
+
+    totals = np.array(c.slot_totals(examples), dtype=np.int64)
+    shifts = shifts_of(c, active, rotation)
+    head = np.tile(np.arange(arch.heads), arch.blocks)
+    flops = c.operation_flops[:, head]  # [operations, subnets]
+    does = {op: p.operations == op for op in Operation}  # [options, shifts, slots]
+    trained, resident = p.full > 0, p.runs > 0
+    sliced = ELEMENT * c.elements.sliced.reshape(-1, 1)
+    alive, full = c.saved.alive.sum(axis=0)[head, None], c.saved.full.sum(axis=0)[head, None]
+
+    def count(operation: Operation, sizes: np.ndarray) -> np.ndarray:
+        """Examples on which each option of each subnet does this: int64 [subnets, options]."""
+        return (does[operation] @ sizes).T[shifts]
+
+    items = np.zeros((len(head), len(p.full), LATER + 1), dtype=np.int64)
+    for operation in (Operation.FORWARD_ONLY, Operation.FROZEN, Operation.FULL):
+        items[..., FLOPS] += count(operation, totals) * flops[operation][:, None]
+    items[..., UP], items[..., DOWN] = sliced * trained, sliced * resident
+    openings = np.zeros((arch.blocks, 3, LATER + 1), dtype=np.int64)  # resident, live, trained
+    shared = ELEMENT * c.elements.shared
+    openings[:, 0, DOWN] = openings[:, 2, UP] = shared + TENSOR_HEADER * c.block_tensors
+    final = c.arch.of_kind(Kind.FINAL)
+    outer = final + c.arch.of_kind(Kind.EMBEDDING)
+    constant = np.zeros(LATER + 1, dtype=np.int64)
+    constant[FLOPS] = c.base_flops * int(totals[:active].sum())
+    constant[UP] = ELEMENT * c.elements.final + TENSOR_HEADER * len(final) + MESSAGE_HEADER
+    constant[DOWN] = ELEMENT * (c.elements.embedding + c.elements.final)
+    constant[DOWN] += TENSOR_HEADER * len(outer) + MESSAGE_HEADER
+    constant[DOWN] += 2 * c.slots * arch.blocks * arch.heads
+    for (resource, sizes, copies), passes in zip(phases, parts, strict=True):
+        total, least = int(sizes.sum()), int(sizes[active - 1])
+        n_full = count(Operation.FULL, sizes)
+        kept = alive * (n_full + count(Operation.FROZEN, sizes)) + full * n_full
+        kept = 0 if c.options.checkpointing else kept // passes
+        items[..., resource] = sliced * (resident + copies * trained) + kept
+        live, trains = 2 * c.saved.stream * total, 0  # x of both branches, of all examples
+        if not c.options.checkpointing:
+            live += 2 * c.saved.statistics * least
+            trains = 2 * c.saved.narrow * least
+        openings[:, 0, resource] = shared
+        openings[:, 1, resource] = live // passes
+        openings[:, 2, resource] = copies * shared + trains // passes
+        held = ELEMENT * (c.elements.embedding + (1 + copies) * c.elements.final)
+        images = ELEMENT * total * arch.input_elements
+        constant[resource] = held + images + total * c.saved.outer // passes
+    if c.calibrating:
+        widths = np.array(arch.widths).sum(axis=0)[head][:, None]
+        means = ELEMENT * arch.tokens * widths * resident
+        for resource in (UP, *MEMORIES):
+            items[..., resource] += means
+        openings[:, 0, UP] += 2 * TENSOR_HEADER
+    if c.compensated:  # at most; a block that skips nothing needs none of it
+        skips = ELEMENT * arch.blocks * active * 2 * arch.tokens * arch.dim
+        constant[DOWN] += skips + TENSOR_HEADER * arch.blocks
+        constant[MEMORIES] += skips
+    if not p.below.any():  # nothing is live without being trained
+        openings = np.stack([openings[:, 0], openings[:, 1] + openings[:, 2]], axis=1)
+    return Table(items, openings, constant)
