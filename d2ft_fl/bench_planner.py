@@ -17,13 +17,21 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
 
 from d2ft_fl.errors import ConfigError, RunError
-from d2ft_fl.knapsack import Solution, Spread, Structure, solve, solve_spread
+from d2ft_fl.knapsack import (
+    Solution,
+    Spread,
+    Structure,
+    solve,
+    solve_spread,
+    solve_two_stages,
+    used,
+)
 
 COUPLINGS = ("none", "spread")
 OPERATIONS = (3, 4)
@@ -31,6 +39,7 @@ STAGES = 4
 REPEATS = 3
 UNIT = 100_000  # integers per unit of cost
 SECONDS_OF_HIGHS = 20.0
+PRECISION = 1e-4  # of the value: HiGHS stops within 1e-5, and counts budgets in floats
 
 
 @dataclass(frozen=True)
@@ -150,31 +159,6 @@ def make_clients(count: int, subnets: int, operations: int) -> Clients:
     )
 
 
-def used(c: Clients, choice: np.ndarray) -> np.ndarray:
-    """What choices [C, I] cost: int64 [C, 4]."""
-    ladder, levels = c.structure.ladder, c.structure.levels[choice]
-    groups = np.arange(ladder.shape[1])
-    tops = np.stack([levels[:, c.structure.groups == g].max(axis=1) for g in groups], axis=1)
-    items = np.zeros_like(c.capacities)
-    for i in range(choice.shape[1]):
-        items += c.costs[c.tables, i, choice[:, i]]
-    return items + ladder[c.tables[:, None], groups, tops].sum(axis=1)
-
-
-def two_stages(c: Clients) -> Solution:
-    """D2FT's two stages with this solver: FULL first, by its own scores, then FORWARD_ONLY."""
-    full = np.where((c.share > 0) | (np.arange(len(c.share)) == 0), c.share, -np.inf)
-    train = np.where(np.isfinite(full), c.train[:, None] * c.share, -np.inf)[None]
-    first = solve(train, c.costs, c.capacities, c.structure, c.tables, effort=1)
-    settled = (c.share[first.choice] > 0)[..., None] == (c.share > 0)
-    rest = np.where(settled, c.rest, -np.inf)
-    second = solve(rest, c.costs, c.capacities, c.structure, c.tables, first.choice, effort=1)
-    value = np.take_along_axis(
-        np.broadcast_to(c.values, rest.shape), second.choice[..., None], axis=2
-    )
-    return replace(second, value=value.sum(axis=(1, 2)))
-
-
 def optimum(c: Clients, client: int) -> float:
     """The exact optimum by HiGHS; NaN when it is not proven in time."""
     from scipy.optimize import Bounds, LinearConstraint, milp
@@ -225,6 +209,17 @@ def optimum(c: Clients, client: int) -> float:
     return -float(found.fun) if found.status == 0 else float("nan")
 
 
+def gap_to(best: float, value: float) -> float:
+    """How far a value is from a proven optimum, as a share of it.
+
+    Raises:
+        RunError: When it is above: the solver then solves something else than the oracle.
+    """
+    if value > best + PRECISION * abs(best):
+        raise RunError(f"the solver's value {value} is above the proven optimum {best}")
+    return max(0.0, 1 - value / best) if best else 0.0
+
+
 def measure(clients: int, subnets: int, coupling: str, operations: int, sample: int) -> Row:
     """One row, in this process."""
     c = make_clients(clients, subnets, operations)
@@ -250,15 +245,27 @@ def measure(clients: int, subnets: int, coupling: str, operations: int, sample: 
     gaps, gain, worst = [], None, None
     if coupling == "none":
         for client in range(min(sample, clients)):
-            best = max(optimum(c, client), float(solution.value[client]))
-            if np.isfinite(best):
-                gaps.append(1 - float(solution.value[client]) / best)
+            best = optimum(c, client)
+            if not np.isnan(best):  # HiGHS was done in time
+                gaps.append(gap_to(best, float(solution.value[client])))
         if operations == 3:
-            ratio = solution.value / np.maximum(two_stages(c).value, 1e-9) - 1
+            only = (c.share > 0) | (np.arange(len(c.share)) == 0)
+            two = solve_two_stages(
+                c.train[None, :, None] * c.share,
+                c.rest,
+                c.share,
+                only,
+                c.costs,
+                c.capacities,
+                c.structure,
+                c.tables,
+            )
+            ratio = solution.value / np.maximum(two.value, 1e-9) - 1
             gain, worst = float(ratio[c.family == 1].mean()), float(ratio.min())
     else:
         gaps = [solution.total_gap]  # type: ignore[attr-defined]
     trained = (c.share[solution.choice] > 0).sum(axis=0)
+    spent = used(solution.choice, c.costs, c.structure, c.tables)
     return Row(
         clients,
         subnets,
@@ -269,7 +276,7 @@ def measure(clients: int, subnets: int, coupling: str, operations: int, sample: 
         float(np.max(gaps)) if gaps else None,
         float(solution.gap.mean()),
         float(solution.gap.max()),
-        int((used(c, solution.choice) > c.capacities).any(axis=1).sum()),
+        int((spent > c.capacities).any(axis=1).sum()),
         int((trained < least).sum()),
         peak,
         gain,

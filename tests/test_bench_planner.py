@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from d2ft_fl.bench_planner import make_clients, optimum, used
+from d2ft_fl.bench_planner import gap_to, make_clients, optimum
 from d2ft_fl.cli import app
-from d2ft_fl.knapsack import solve
+from d2ft_fl.errors import RunError
+from d2ft_fl.knapsack import solve, used
 
 KEYS = {
     "clients", "subnets", "coupling", "seconds", "gap_mean", "gap_worst", "violations",
@@ -41,11 +42,18 @@ def test_the_oracle_is_no_less_than_the_solver_and_no_more_than_its_bound():
     for operations in (3, 4):
         c = make_clients(6, 24, operations)
         found = solve(c.values, c.costs, c.capacities, c.structure, c.tables, effort=1)
-        assert (used(c, found.choice) <= c.capacities).all()
+        assert (used(found.choice, c.costs, c.structure, c.tables) <= c.capacities).all()
         for client in range(6):
             best = optimum(c, client)
             assert found.value[client] <= best * (1 + 1e-4)
             assert best <= found.bound[client] * (1 + 1e-4)
+
+
+def test_a_value_above_the_proven_optimum_is_an_error():
+    assert gap_to(10.0, 9.0) == pytest.approx(0.1)
+    assert gap_to(10.0, 10.0005) == 0
+    with pytest.raises(RunError, match="above the proven optimum"):
+        gap_to(10.0, 10.01)
 
 
 @pytest.mark.parametrize("option", ["--clients=0", "--subnets=0", "--sample=-1"])
