@@ -418,3 +418,12 @@ def round_cost(costs: CostModel, schedule: Schedule, examples: int, score_exampl
         return costs.cost(schedule, examples)
     cost = replace(costs, compensated=False).cost(schedule, examples)
     return with_scoring(cost, scoring_cost(costs, score_examples))
+
+
+def workload_variance(flops: Sequence[int]) -> float:
+    """Variance over clients of their FLOPs, in units of the mean's square.
+
+    D2FT (arXiv 2504.12471) reports the variance of the work of devices; 0 is an even load.
+    """
+    mean = float(np.mean(flops)) if len(flops) else 0.0
+    return float(np.var(flops)) / mean**2 if mean else 0.0

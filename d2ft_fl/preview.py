@@ -5,7 +5,6 @@ follow each other as if every client answered. Nothing is trained, so weights st
 clients would measure stay at their prior, the same for every subnet.
 """
 
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import cached_property
@@ -17,12 +16,12 @@ from d2ft_fl import timm_vit
 from d2ft_fl.budgets import UNLIMITED, BudgetSource, ClientDescription
 from d2ft_fl.compensation import MeanBook
 from d2ft_fl.config import RunConfig
-from d2ft_fl.costs import RESOURCES, Cost
+from d2ft_fl.costs import RESOURCES, Cost, workload_variance
 from d2ft_fl.data import open_data
-from d2ft_fl.errors import ConfigError, D2FTError, RunError
+from d2ft_fl.errors import ConfigError
 from d2ft_fl.models import build_model
 from d2ft_fl.planner import Assignment, Participant
-from d2ft_fl.rounds import Federation, Plan, Report, State, plan_round
+from d2ft_fl.rounds import Federation, Plan, Report, State, last_trained, plan_round
 from d2ft_fl.subnets import Operation, Schedule
 
 DEADLINE = "deadline"
@@ -140,9 +139,8 @@ class RoundPreview:
 
     @property
     def workload_variance(self) -> float:
-        """Variance over working clients of FLOPs over their mean; D2FT's variance of workloads."""
-        flops = np.array([c.cost.flops for c in self.working], dtype=float)
-        return float((flops / flops.mean()).var()) if flops.sum() else 0.0
+        """Of the working clients; see :func:`d2ft_fl.costs.workload_variance`."""
+        return workload_variance([c.cost.flops for c in self.working])
 
     @property
     def round_seconds(self) -> float:
@@ -259,9 +257,8 @@ def preview(
         progress(number - 1)
         if not reports or source.varies:
             reports = _reports(source, sizes, number)
-        started = time.perf_counter()
-        plan = _plan(federation, state, reports)
-        found.append(_round(federation, plan, time.perf_counter() - started))
+        plan = plan_round(federation, state, reports)
+        found.append(_round(federation, plan))
         state = follow(federation, state, plan)
     progress(rounds)
     return Preview(config, arch.blocks, arch.heads, found, _notes(federation, found))
@@ -274,46 +271,21 @@ def _reports(source: BudgetSource, sizes: Sequence[int], round: int) -> list[Rep
     ]
 
 
-def _plan(federation: Federation, state: State, reports: list[Report]) -> Plan:
-    """A round's plan; what a strategy raises names it.
-
-    Raises:
-        RunError: When it raises anything.
-    """
-    try:
-        return plan_round(federation, state, reports)
-    except D2FTError:
-        raise
-    except Exception as error:  # a strategy is anybody's code
-        reason = (str(error).strip() or "no message").splitlines()[0]
-        raise RunError(
-            f"strategy {federation.config.strategy!r} raised {type(error).__name__} in round "
-            f"{state.round + 1}: {reason}"
-        ) from error
-
-
-def _round(federation: Federation, plan: Plan, seconds: float) -> RoundPreview:
+def _round(federation: Federation, plan: Plan) -> RoundPreview:
     full = {n: federation.costs.full_cost(n) for n in {c.examples for c in plan.clients}}
     clients = [
         ClientPreview.of(c, a, full[c.examples])
         for c, a in zip(plan.clients, plan.assignments, strict=True)
     ]
-    trained = np.zeros((federation.arch.blocks, federation.arch.heads), dtype=np.int64)
-    for assignment in plan.working:
-        trained += assignment.schedule.trained
-    return RoundPreview(plan.round, clients, trained, seconds)
+    return RoundPreview(plan.round, clients, plan.trained, plan.seconds)
 
 
 def follow(federation: Federation, state: State, plan: Plan) -> State:
     """The state after a round that everyone answered, as far as plans depend on it."""
-    shape = federation.arch.blocks, federation.arch.heads
-    last = np.zeros(shape, dtype=np.int64) if state.last_trained is None else state.last_trained
-    last = last.copy()
-    for assignment in plan.working:
-        last[assignment.schedule.trained] = plan.round
     means = state.means
     if federation.calibrates(plan.round) and plan.working:  # from then on shortcuts cost their mean
-        means = MeanBook(known=np.zeros(shape, dtype=bool))
+        means = MeanBook(known=np.zeros(plan.trained.shape, dtype=bool))
+    last = last_trained(state, plan, {c.client for c in plan.clients})
     return replace(state, round=plan.round, means=means, last_trained=last)
 
 

@@ -25,11 +25,12 @@ import torch
 
 from d2ft_fl.budgets import UNLIMITED
 from d2ft_fl.config import RunConfig, resolve_path
-from d2ft_fl.costs import RESOURCES
+from d2ft_fl.costs import RESOURCES, workload_variance
 from d2ft_fl.errors import ConfigError
+from d2ft_fl.fold import ClientRecord
 from d2ft_fl.models import ModelSpec, export
 from d2ft_fl.picture import draw_plan
-from d2ft_fl.rounds import ClientRecord, Federation, Plan, State
+from d2ft_fl.rounds import Federation, Plan, State
 
 
 def claim_folder(config: RunConfig) -> Path:
@@ -136,12 +137,8 @@ class Recorder:
     ) -> dict[str, Any]:
         worked = [r for r in records if r.used is not None]
         losses = [(r.train_loss, r.examples) for r in worked if r.train_loss is not None]
-        arch = self.federation.arch
-        trained = np.zeros((arch.blocks, arch.heads), dtype=np.int64)
-        for assignment in plan.working:
-            trained += assignment.schedule.trained
+        trained, last = plan.trained, state.last_trained
         full = {c.client: self.federation.costs.full_cost(c.examples) for c in plan.clients}
-        last = state.last_trained if state.last_trained is not None else 0 * trained
         row: dict[str, Any] = {
             "round": state.round,
             "accuracy": accuracy,
@@ -213,15 +210,6 @@ def _allowed_share(index: int, worked: list[ClientRecord], full: list[int]) -> f
         return None
     allowed = sum(min(int(r.allowed[index]), f) for r, f in zip(worked, full, strict=True))
     return allowed / max(1, sum(full))
-
-
-def workload_variance(flops: list[int]) -> float:
-    """Variance over clients of their FLOPs, in units of the mean's square.
-
-    D2FT (arXiv 2504.12471) reports the variance of the work of devices; 0 is an even load.
-    """
-    mean = float(np.mean(flops)) if flops else 0.0
-    return float(np.var(flops)) / mean**2 if mean else 0.0
 
 
 def _violations(worked: list[ClientRecord]) -> list[str]:

@@ -1,11 +1,11 @@
-"""The round as a pure function: plan from state and reports, fold replies into the next state.
+"""The round as a pure function: plan from state and reports; replies are folded in ``fold``.
 
 Back ends only carry blobs: Flower (``server_app``) and a plain loop (``local``) drive the same
 functions, and give the same result for the same seed.
 """
 
 import time
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import product
@@ -15,15 +15,14 @@ import numpy as np
 from torch import Tensor
 
 from d2ft_fl import wire
-from d2ft_fl.aggregation import Sums, Update
 from d2ft_fl.budgets import Budget
-from d2ft_fl.compensation import MeanBook, MeanSums
+from d2ft_fl.compensation import MeanBook
 from d2ft_fl.config import RunConfig
-from d2ft_fl.costs import RESOURCES, Cost, CostModel
-from d2ft_fl.errors import ReplyError, RunError
+from d2ft_fl.costs import RESOURCES, CostModel
+from d2ft_fl.errors import ConfigError, RunError
 from d2ft_fl.planner import Assignment, Participant, Planner
-from d2ft_fl.scores import KINDS, MEASURED, TENSOR, ScoreBook, subnet_scores
-from d2ft_fl.subnets import Architecture, Operation, Schedule, pack_for
+from d2ft_fl.scores import KINDS, MEASURED, ScoreBook, subnet_scores
+from d2ft_fl.subnets import Architecture, Schedule, pack_for
 
 __all__ = ["Assignment", "Federation", "Participant", "Report", "Round", "State"]
 
@@ -47,14 +46,14 @@ class State:
         scores: What scoring passes have told.
         means: What subnets add on average, where compensation is on.
         last_trained: int64 [blocks, heads], the round in which each subnet was last trained, 0 for
-            never; ``None`` before the first round.
+            never; before the first round one 0 for all.
     """
 
     round: int
     weights: dict[str, Tensor]
     scores: ScoreBook = field(default_factory=ScoreBook)
     means: MeanBook = field(default_factory=MeanBook)
-    last_trained: np.ndarray | None = None
+    last_trained: np.ndarray = field(default_factory=lambda: np.zeros((), dtype=np.int64))
 
 
 @dataclass(frozen=True)
@@ -188,11 +187,10 @@ class Round:
         many; of equals those of the block with the highest mean score. What nobody trained in its
         turn stays at the head.
         """
-        last = self.state.last_trained
-        last = np.zeros(self.shape, dtype=np.int64) if last is None else last
-        block, head = np.indices(self.shape)
-        worth = -backward.mean(axis=1, keepdims=True) + 0 * backward
-        order = np.lexsort([head.ravel(), block.ravel(), worth.ravel(), last.ravel()])
+        block, head = np.indices(self.shape).reshape(2, -1)
+        worth = backward.mean(axis=1)[block]
+        last = np.broadcast_to(self.state.last_trained, self.shape).ravel()
+        order = np.lexsort([head, block, -worth, last])
         due = order[: -(-len(order) // self.federation.config.agenda_rounds)]
         first = backward.copy()
         first.flat[due] += 2 * backward.max()
@@ -234,18 +232,33 @@ def plan_round(federation: Federation, state: State, reports: Iterable[Report]) 
     """All clients' assignments of the next round.
 
     Raises:
-        RunError: When the strategy leaves a client out, or breaks a budget that it promised to
-            keep.
+        RunError: When the strategy raises anything, leaves a client out, or breaks a budget that it
+            promised to keep.
     """
     started = time.perf_counter()
     clients = [federation.participant(r) for r in sorted(reports, key=lambda r: r.client)]
-    assignments = federation.strategy.schedule(Round(federation, state, clients))
+    try:
+        assignments = _assignments(federation, Round(federation, state, clients))
+    except (ConfigError, RunError):
+        raise
+    except Exception as error:  # a strategy is anybody's code
+        reason = (str(error).strip() or "no message").splitlines()[0]
+        raise RunError(
+            f"strategy {federation.config.strategy!r} raised {type(error).__name__} in round "
+            f"{state.round + 1}: {reason}"
+        ) from error
+    return Plan(state.round + 1, clients, assignments, time.perf_counter() - started)
+
+
+def _assignments(federation: Federation, round: Round) -> list[Assignment]:
+    """What the strategy assigns, in the order of clients, once it keeps what it promises."""
+    assignments = federation.strategy.schedule(round)
     by_client = {a.client: a for a in assignments}
-    if sorted(by_client) != [c.client for c in clients] or len(assignments) != len(clients):
+    if sorted(by_client) != [c.client for c in round.clients] or len(assignments) != len(by_client):
         raise RunError(
             f"strategy {federation.config.strategy!r} must give each client one assignment"
         )
-    for c in clients:
+    for c in round.clients:
         over = by_client[c.client].cost.vector() > c.capacity
         if federation.keeps_budgets and over.any():
             names = ", ".join(r for r, o in zip(RESOURCES, over, strict=True) if o)
@@ -253,8 +266,7 @@ def plan_round(federation: Federation, state: State, reports: Iterable[Report]) 
                 f"strategy {federation.config.strategy!r} breaks the budget of client {c.client} "
                 f"in {names}; use round.plan, or declare KEEPS_BUDGETS = False"
             )
-    ordered = [by_client[c.client] for c in clients]
-    return Plan(state.round + 1, clients, ordered, time.perf_counter() - started)
+    return [by_client[c.client] for c in round.clients]
 
 
 @dataclass(frozen=True)
@@ -271,9 +283,24 @@ class Plan:
         """Assignments of those who do not sit out."""
         return [a for a in self.assignments if not a.schedule.sits_out]
 
+    @cached_property
+    def trained(self) -> np.ndarray:
+        """How many clients train each subnet: int64 [blocks, heads]."""
+        return np.stack([a.schedule.trained for a in self.assignments]).sum(axis=0, dtype=np.int64)
+
     def schedules(self) -> np.ndarray:
         """int8 [clients, slots, blocks, heads]."""
         return np.stack([a.schedule.operations for a in self.assignments])
+
+
+def last_trained(state: State, plan: Plan, answered: Container[int]) -> np.ndarray:
+    """The round in which each subnet was last trained, once these clients answered a plan.
+
+    Returns:
+        int64 [blocks, heads], 0 for never.
+    """
+    trained = [a.schedule.trained & (a.client in answered) for a in plan.assignments]
+    return np.where(np.stack(trained).any(axis=0), plan.round, state.last_trained)
 
 
 def encode_assignment(federation: Federation, state: State, a: Assignment) -> bytes:
@@ -294,163 +321,3 @@ def encode_assignment(federation: Federation, state: State, a: Assignment) -> by
     if not a.score_examples:
         tensors |= state.means.offsets(federation.arch, state.weights, a.schedule)
     return wire.encode(tensors, meta)
-
-
-@dataclass(frozen=True)
-class ClientRecord:
-    """What became of one client in one round."""
-
-    client: int
-    device: str
-    examples: int
-    operations: dict[str, float]  # shares over slots and subnets
-    predicted: Cost
-    allowed: np.ndarray
-    used: Cost | None  # None: sat out or failed
-    seconds: float  # simulated
-    deadline: float | None  # of these
-    wall_seconds: float
-    train_loss: float | None
-    scored: int
-    gap: float | None
-    fault: str | None
-
-    @property
-    def sat_out(self) -> bool:
-        return self.used is None and self.fault is None
-
-
-class Fold:
-    """Folds the replies of one round in, one at a time, in any order."""
-
-    def __init__(self, federation: Federation, state: State, plan: Plan):
-        self.federation, self.state, self.plan = federation, state, plan
-        examples = sum(sum(federation.costs.slot_totals(c.examples)) for c in plan.clients)
-        self.sums = Sums(federation.arch, state.weights, examples)
-        self.mean_sums = MeanSums(federation.arch, examples)
-        self.pending = {a.client: a for a in plan.working}
-        self.participants = {c.client: c for c in plan.clients}
-        self.measured: dict[int, tuple[dict[str, np.ndarray], int]] = {}
-        self.records: dict[int, ClientRecord] = {}
-
-    def add(self, client: int, blob: bytes) -> None:
-        """Validate one reply and add it; a reply that fails is left out and named."""
-        try:
-            self._add(client, blob)
-        except ReplyError as error:
-            self.fail(client, str(error))
-
-    def _add(self, client: int, blob: bytes) -> None:
-        if client not in self.pending:
-            raise ReplyError("an answer nobody waits for")
-        tensors, meta = wire.decode(blob)
-        if meta.get("error"):
-            raise ReplyError(str(meta["error"]))
-        try:
-            round, sender = int(meta["round"]), int(meta["client"])
-            slot_examples = [int(n) for n in meta["slot_examples"]]
-            flops, memory, down = (int(meta["used"][k]) for k in ("flops", "memory", "bytes_down"))
-            wall, loss = float(meta["used"]["seconds"]), float(meta["loss"])
-        except (KeyError, TypeError, ValueError, OverflowError) as error:
-            raise ReplyError(f"the report is incomplete or malformed: {error}") from None
-        if (
-            not all(0 <= n < 2**62 for n in (flops, memory, down))
-            or not np.isfinite([wall, loss]).all()
-        ):
-            raise ReplyError("the report holds numbers that cannot be")
-        if (round, sender) != (self.plan.round, client):
-            raise ReplyError(f"an answer to round {round} for client {sender}")
-        assignment = self.pending[client]
-        participant = self.participants[client]
-        expected = self.federation.costs.slot_totals(participant.examples)
-        if slot_examples != expected:
-            raise ReplyError(f"trained on {sum(slot_examples)} examples, not {sum(expected)}")
-        measured = self._measured(tensors) if assignment.score_examples else {}
-        schedule, means = assignment.schedule, {}
-        if self.federation.calibrates(self.plan.round):
-            means = {n: tensors.pop(n) for n in list(tensors) if n.startswith("d2ft.mean.")}
-            self.mean_sums.check(schedule, means)
-        self.sums.add(Update(schedule, slot_examples, tensors))
-        if means:
-            self.mean_sums.add(schedule, slot_examples, means)
-        del self.pending[client]
-        if measured:
-            self.measured[client] = (measured, assignment.score_examples)
-        used = Cost(flops, memory, len(blob), down)
-        self._record(assignment, used, wall_seconds=wall, train_loss=loss)
-
-    def _measured(self, tensors: dict[str, Tensor]) -> dict[str, np.ndarray]:
-        """Take a client's scores out of its reply: kind -> float64 [blocks, heads]."""
-        kinds = self.federation.config.score_kinds()
-        return {kind: self._check_scores(kind, tensors.pop(TENSOR + kind, None)) for kind in kinds}
-
-    def _check_scores(self, kind: str, scores: Tensor | None) -> np.ndarray:
-        arch = self.federation.arch
-        if scores is None:
-            raise ReplyError(f"the {kind} scores are missing")
-        values = scores.double().numpy()
-        if values.shape != (arch.blocks, arch.heads) or not np.isfinite(values).all():
-            raise ReplyError(f"the {kind} scores are not a finite [blocks, heads]")
-        if (values < 0).any():
-            raise ReplyError(f"the {kind} scores are negative")
-        return values
-
-    def fail(self, client: int, reason: str) -> None:
-        """Leave a client out of this round, with the reason."""
-        if assignment := self.pending.pop(client, None):
-            self._record(assignment, None, fault=reason)
-
-    def finish(self) -> tuple[State, list[ClientRecord]]:
-        """The next state, and what became of every client, in order."""
-        for client in list(self.pending):
-            self.fail(client, "no answer")
-        for assignment in self.plan.assignments:
-            if assignment.client not in self.records:
-                self._record(assignment, None)
-        state = State(
-            self.plan.round,
-            self.sums.apply(),
-            self.state.scores.updated(self.measured, self.federation.config.score_momentum),
-            self.mean_sums.apply(self.state.means),
-            self._last_trained(),
-        )
-        return state, [self.records[c.client] for c in self.plan.clients]
-
-    def _last_trained(self) -> np.ndarray:
-        arch, before = self.federation.arch, self.state.last_trained
-        last = np.zeros((arch.blocks, arch.heads), dtype=np.int64) if before is None else before
-        last = last.copy()
-        for assignment in self.plan.working:
-            if self.records[assignment.client].used is not None:
-                last[assignment.schedule.trained] = self.plan.round
-        return last
-
-    def _record(
-        self,
-        assignment: Assignment,
-        used: Cost | None,
-        wall_seconds: float = 0.0,
-        train_loss: float | None = None,
-        fault: str | None = None,
-    ) -> None:
-        participant = self.participants[assignment.client]
-        operations = assignment.schedule.operations
-        self.records[assignment.client] = ClientRecord(
-            client=assignment.client,
-            device=participant.budget.device,
-            examples=participant.examples,
-            operations={
-                operation.name.lower(): float((operations == operation).mean())
-                for operation in Operation
-            },
-            predicted=assignment.cost,
-            allowed=participant.capacity,
-            used=used,
-            seconds=participant.budget.seconds(used) if used else 0.0,
-            deadline=participant.budget.deadline,
-            wall_seconds=wall_seconds,
-            train_loss=train_loss,
-            scored=assignment.score_examples,
-            gap=assignment.gap,
-            fault=fault,
-        )

@@ -423,14 +423,16 @@ def test_spread_clients_that_cannot_do_anything_sit_out():
 def test_over_the_agenda_every_subnet_has_its_turn_exactly_once(rounds):
     federation = Federation(RunConfig(agenda_rounds=rounds), ARCH)
     backward = np.random.default_rng(0).random((ARCH.blocks, ARCH.heads))
-    last, turns, each = None, np.zeros(backward.shape, dtype=int), -(-backward.size // rounds)
+    state, turns = State(0, {}), np.zeros(backward.shape, dtype=int)
+    each = -(-backward.size // rounds)
     for number in range(-(-backward.size // each)):
-        agenda = Round(federation, State(number, {}, last_trained=last), []).agenda(backward)
+        agenda = Round(federation, state, []).agenda(backward)
         due = agenda != backward
         assert due.sum() == each
         assert agenda[due].min() > agenda[~due].max(initial=0.0)
         turns += due
-        last = np.where(due, number + 1, 0 if last is None else last)  # who is due is trained
+        last = np.where(due, number + 1, state.last_trained)  # who is due is trained
+        state = State(number + 1, {}, last_trained=last)
     assert number < rounds
     assert (turns == 1).all()
 

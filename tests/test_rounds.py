@@ -11,9 +11,10 @@ from flwr.supercore.task_identity import TaskIdentity
 from clients.full import learning_rate
 from d2ft_fl import wire
 from d2ft_fl.errors import RunError
+from d2ft_fl.fold import Fold
 from d2ft_fl.local import LocalPool
 from d2ft_fl.models import build_model
-from d2ft_fl.rounds import Federation, Fold, Round, State, encode_assignment, plan_round
+from d2ft_fl.rounds import Federation, Round, State, encode_assignment, plan_round
 from d2ft_fl.scores import TENSOR
 from d2ft_fl.subnets import Kind
 from d2ft_fl.timm_vit import describe
@@ -181,6 +182,24 @@ def test_a_strategy_must_plan_everyone_and_keep_what_it_promises(quick, monkeypa
     spend = lambda r: [r.assign(c, r.everything()) for c in r.clients]  # noqa: E731
     monkeypatch.setattr(federation.strategy, "schedule", spend)
     with pytest.raises(RunError, match="breaks the budget of client 0 in flops"):
+        plan_round(federation, state, reports)
+
+
+def test_what_a_strategy_raises_names_it(quick, monkeypatch):
+    federation, state, _, _ = first_round(quick())
+    reports = LocalPool(federation.config).reports(1)
+
+    def schedule(error):
+        def fail(round):
+            raise error
+
+        monkeypatch.setattr(federation.strategy, "schedule", fail)
+
+    schedule(ValueError("no\nidea"))
+    with pytest.raises(RunError, match=r"^strategy 'd2ft' raised ValueError in round 1: no$"):
+        plan_round(federation, state, reports)
+    schedule(RunError("as it is"))
+    with pytest.raises(RunError, match=r"^as it is$"):
         plan_round(federation, state, reports)
 
 

@@ -1,0 +1,169 @@
+"""The other half of a round: replies in, the next state and what became of every client out."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor
+
+from d2ft_fl import wire
+from d2ft_fl.aggregation import Sums, Update
+from d2ft_fl.compensation import MeanSums
+from d2ft_fl.costs import Cost
+from d2ft_fl.errors import ReplyError
+from d2ft_fl.planner import Assignment
+from d2ft_fl.rounds import Federation, Plan, State, last_trained
+from d2ft_fl.scores import TENSOR
+from d2ft_fl.subnets import Operation
+
+
+@dataclass(frozen=True)
+class ClientRecord:
+    """What became of one client in one round."""
+
+    client: int
+    device: str
+    examples: int
+    operations: dict[str, float]  # shares over slots and subnets
+    predicted: Cost
+    allowed: np.ndarray
+    used: Cost | None  # None: sat out or failed
+    seconds: float  # simulated
+    deadline: float | None  # of these
+    wall_seconds: float
+    train_loss: float | None
+    scored: int
+    gap: float | None
+    fault: str | None
+
+    @property
+    def sat_out(self) -> bool:
+        """Whether it had nothing to do."""
+        return self.used is None and self.fault is None
+
+
+class Fold:
+    """Folds the replies of one round in, one at a time, in any order."""
+
+    def __init__(self, federation: Federation, state: State, plan: Plan):
+        self.federation, self.state, self.plan = federation, state, plan
+        examples = sum(sum(federation.costs.slot_totals(c.examples)) for c in plan.clients)
+        self.sums = Sums(federation.arch, state.weights, examples)
+        self.mean_sums = MeanSums(federation.arch, examples)
+        self.pending = {a.client: a for a in plan.working}
+        self.participants = {c.client: c for c in plan.clients}
+        self.measured: dict[int, tuple[dict[str, np.ndarray], int]] = {}
+        self.records: dict[int, ClientRecord] = {}
+
+    def add(self, client: int, blob: bytes) -> None:
+        """Validate one reply and add it; a reply that fails is left out and named."""
+        try:
+            self._add(client, blob)
+        except ReplyError as error:
+            self.fail(client, str(error))
+
+    def _add(self, client: int, blob: bytes) -> None:
+        if client not in self.pending:
+            raise ReplyError("an answer nobody waits for")
+        tensors, meta = wire.decode(blob)
+        if meta.get("error"):
+            raise ReplyError(str(meta["error"]))
+        try:
+            round, sender = int(meta["round"]), int(meta["client"])
+            slot_examples = [int(n) for n in meta["slot_examples"]]
+            flops, memory, down = (int(meta["used"][k]) for k in ("flops", "memory", "bytes_down"))
+            wall, loss = float(meta["used"]["seconds"]), float(meta["loss"])
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            raise ReplyError(f"the report is incomplete or malformed: {error}") from None
+        if (
+            not all(0 <= n < 2**62 for n in (flops, memory, down))
+            or not np.isfinite([wall, loss]).all()
+        ):
+            raise ReplyError("the report holds numbers that cannot be")
+        if (round, sender) != (self.plan.round, client):
+            raise ReplyError(f"an answer to round {round} for client {sender}")
+        assignment = self.pending[client]
+        participant = self.participants[client]
+        expected = self.federation.costs.slot_totals(participant.examples)
+        if slot_examples != expected:
+            raise ReplyError(f"trained on {sum(slot_examples)} examples, not {sum(expected)}")
+        measured = self._measured(tensors) if assignment.score_examples else {}
+        schedule, means = assignment.schedule, {}
+        if self.federation.calibrates(self.plan.round):
+            means = {n: tensors.pop(n) for n in list(tensors) if n.startswith("d2ft.mean.")}
+            self.mean_sums.check(schedule, means)
+        self.sums.add(Update(schedule, slot_examples, tensors))
+        if means:
+            self.mean_sums.add(schedule, slot_examples, means)
+        del self.pending[client]
+        if measured:
+            self.measured[client] = (measured, assignment.score_examples)
+        used = Cost(flops, memory, len(blob), down)
+        self._record(assignment, used, wall_seconds=wall, train_loss=loss)
+
+    def _measured(self, tensors: dict[str, Tensor]) -> dict[str, np.ndarray]:
+        """Take a client's scores out of its reply: kind -> float64 [blocks, heads]."""
+        kinds = self.federation.config.score_kinds()
+        return {kind: self._check_scores(kind, tensors.pop(TENSOR + kind, None)) for kind in kinds}
+
+    def _check_scores(self, kind: str, scores: Tensor | None) -> np.ndarray:
+        arch = self.federation.arch
+        if scores is None:
+            raise ReplyError(f"the {kind} scores are missing")
+        values = scores.double().numpy()
+        if values.shape != (arch.blocks, arch.heads) or not np.isfinite(values).all():
+            raise ReplyError(f"the {kind} scores are not a finite [blocks, heads]")
+        if (values < 0).any():
+            raise ReplyError(f"the {kind} scores are negative")
+        return values
+
+    def fail(self, client: int, reason: str) -> None:
+        """Leave a client out of this round, with the reason."""
+        if assignment := self.pending.pop(client, None):
+            self._record(assignment, None, fault=reason)
+
+    def finish(self) -> tuple[State, list[ClientRecord]]:
+        """The next state, and what became of every client, in order."""
+        for client in list(self.pending):
+            self.fail(client, "no answer")
+        for assignment in self.plan.assignments:
+            if assignment.client not in self.records:
+                self._record(assignment, None)
+        answered = {r.client for r in self.records.values() if r.used is not None}
+        state = State(
+            self.plan.round,
+            self.sums.apply(),
+            self.state.scores.updated(self.measured, self.federation.config.score_momentum),
+            self.mean_sums.apply(self.state.means),
+            last_trained(self.state, self.plan, answered),
+        )
+        return state, [self.records[c.client] for c in self.plan.clients]
+
+    def _record(
+        self,
+        assignment: Assignment,
+        used: Cost | None,
+        wall_seconds: float = 0.0,
+        train_loss: float | None = None,
+        fault: str | None = None,
+    ) -> None:
+        participant = self.participants[assignment.client]
+        operations = assignment.schedule.operations
+        self.records[assignment.client] = ClientRecord(
+            client=assignment.client,
+            device=participant.budget.device,
+            examples=participant.examples,
+            operations={
+                operation.name.lower(): float((operations == operation).mean())
+                for operation in Operation
+            },
+            predicted=assignment.cost,
+            allowed=participant.capacity,
+            used=used,
+            seconds=participant.budget.seconds(used) if used else 0.0,
+            deadline=participant.budget.deadline,
+            wall_seconds=wall_seconds,
+            train_loss=train_loss,
+            scored=assignment.score_examples,
+            gap=assignment.gap,
+            fault=fault,
+        )
