@@ -309,14 +309,6 @@ def saved_bytes(forward: Callable[[], Tensor], held: Iterable[Tensor]) -> int:
     return sum(storages.values())
 
 
-def check_output(path: Path) -> None:
-    """Raises ConfigError unless a picture can be written there."""
-    if path.suffix not in SUFFIXES:
-        raise ConfigError(f"--output {str(path)!r} must end in {', '.join(SUFFIXES)}")
-    if not path.parent.is_dir():
-        raise ConfigError(f"--output {str(path)!r}: there is no folder {str(path.parent)!r}")
-
-
 def draw(rows: list[Row], bench: StepBench, path: Path) -> None:
     """Time over FLOPs, with the diagonal: on it, saved arithmetic is saved time."""
     figure = Figure(figsize=(8.6, 5.6))

@@ -122,7 +122,7 @@ def bench_step_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print rows as JSON only.")] = False,
 ) -> None:
     """Time scheduled training beside full fine-tuning of the unmodified timm model."""
-    from d2ft_fl import bench
+    from d2ft_fl import bench, picture
 
     with failures():
         what = bench.StepBench(
@@ -130,7 +130,7 @@ def bench_step_command(
             checkpointing, accumulate, tuning.value,
         )  # fmt: skip
         if output is not None:
-            bench.check_output(output)
+            picture.check_output(output, bench.SUFFIXES)
         with _progress(hidden=as_json) as progress:
             task = progress.add_task("measuring", total=None)
 
@@ -310,11 +310,11 @@ def _absolute(entries: dict[str, Any], base: Path) -> dict[str, Any]:
 def _plan(
     config: RunConfig, examples: int | None, rounds: int, output: Path | None, as_json: bool
 ) -> None:
-    from d2ft_fl import preview_page, preview_tables
+    from d2ft_fl import picture, preview_page, preview_tables
     from d2ft_fl.preview import preview
 
     if output is not None:
-        preview_page.check_output(output)
+        picture.check_output(output, preview_page.SUFFIXES)
     _compile_once(as_json)
     with _progress(hidden=as_json) as progress:
         task = progress.add_task(f"loading {config.model}", total=rounds)

@@ -34,7 +34,8 @@ def quantity(value: float, unit: str) -> str:
     return f"{value:.3g} {unit}"
 
 
-def _unit(resource: str) -> str:
+def unit_of(resource: str) -> str:
+    """What a resource is counted in."""
     return "FLOP" if resource == "flops" else "B"
 
 
@@ -98,7 +99,7 @@ def summary(result: dict[str, Any]) -> None:
         "bytes_down": "bytes down, all clients and rounds",
     }
     for name, label in names.items():
-        r, unit = result["resources"][name], _unit(name)
+        r, unit = result["resources"][name], unit_of(name)
         worst = f"{r['worst']:.1%}" if r["worst"] is not None else "no budget"
         used, full = quantity(r["used"], unit), quantity(r["full"], unit)
         table.add_row(label, used, full, f"{r['share']:.0%}", worst)
@@ -185,7 +186,7 @@ def _budget_cells(budget: Budget) -> list[str]:
         None if b is None else 8 * b for b in (budget.bandwidth_up, budget.bandwidth_down)
     )
     return [
-        *(amount(getattr(budget, name), _unit(name)) for name in LABELS),
+        *(amount(getattr(budget, name), unit_of(name)) for name in LABELS),
         rate(budget.speed, "FLOP/s"),
         rate(bits_up, "bit/s"),
         rate(bits_down, "bit/s"),

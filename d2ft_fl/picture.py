@@ -1,4 +1,4 @@
-"""Pictures of plans."""
+"""Pictures of plans, and where pictures may be written."""
 
 from pathlib import Path
 
@@ -7,6 +7,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
+from d2ft_fl.errors import ConfigError
 from d2ft_fl.rounds import Plan
 from d2ft_fl.subnets import Operation
 
@@ -23,6 +24,14 @@ LABELS = {
     Operation.SHORTCUT: "SHORTCUT: skipped",
 }
 MOST_CLIENTS = 40
+
+
+def check_output(path: Path, suffixes: tuple[str, ...]) -> None:
+    """Raises ConfigError unless what has one of these suffixes can be written there."""
+    if path.suffix not in suffixes:
+        raise ConfigError(f"--output {str(path)!r} must end in {', '.join(suffixes)}")
+    if not path.parent.is_dir():
+        raise ConfigError(f"--output {str(path)!r}: there is no folder {str(path.parent)!r}")
 
 
 def draw_plan(plan: Plan, path: Path) -> None:

@@ -13,25 +13,25 @@ from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 
 from d2ft_fl.config import RunConfig
-from d2ft_fl.costs import RESOURCES
-from d2ft_fl.display import quantity
 from d2ft_fl.errors import ConfigError
 from d2ft_fl.preview import LIMITS, ClientPreview, Preview, RoundPreview
-from d2ft_fl.preview_tables import LABELS, OPERATIONS, seconds, totals
+from d2ft_fl.preview_tables import (
+    LABELS,
+    OPERATIONS,
+    OUTCOME,
+    ROUNDS,
+    outcome,
+    rounds,
+    shown_limits,
+    totals,
+    used,
+)
 from d2ft_fl.recorder import dump_toml
 
 SUFFIXES = (".png", ".svg", ".pdf", ".html")
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00")  # of LIMITS, Okabe & Ito
 NOBODY = "#D55E00"
 MOST_NUMBERS = 400  # subnets, beyond which cells hold no numbers
-
-
-def check_output(path: Path) -> None:
-    """Raises ConfigError unless a preview can be written there."""
-    if path.suffix not in SUFFIXES:
-        raise ConfigError(f"--output {str(path)!r} must end in {', '.join(SUFFIXES)}")
-    if not path.parent.is_dir():
-        raise ConfigError(f"--output {str(path)!r}: there is no folder {str(path.parent)!r}")
 
 
 def write(found: Preview, path: Path) -> None:
@@ -190,7 +190,7 @@ def page(found: Preview) -> str:
     facts = "".join(f"<p>{escape(line)}</p>" for line in totals(found, last))
     notes = "".join(f'<p class="note">Note: {escape(note)}.</p>' for note in found.notes)
     drawn = inline_svg(figure(found, stacked=True), "Clients that train each subnet; used budgets")
-    several = f"<h2>Rounds</h2>{_rounds(found)}" if len(found.rounds) > 1 else ""
+    several = f"<h2>Rounds</h2><p>{ROUNDS}</p>{_rounds(found)}" if len(found.rounds) > 1 else ""
     return (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
@@ -222,46 +222,28 @@ def _cells(*texts: str) -> str:
 
 
 def _clients(r: RoundPreview) -> str:
-    limits = [n for n in LIMITS if n in RESOURCES or any(n in c.shares for c in r.clients)]
+    limits = shown_limits(r.clients)
     heads = ["client", "device", "examples", *OPERATIONS.values(), *(LABELS[n] for n in limits)]
     rows = [
         f'<td class="word">{c.client}</td><td class="word">{escape(c.device)}</td>'
         + _cells(str(c.examples), *(f"{c.operations[op]:.4g}" for op in OPERATIONS))
         + "".join(_used(c, name) for name in limits)
-        + _cells(
-            "sits out" if c.sits_out else seconds(c.seconds),
-            LABELS.get(c.binding, c.binding),
-            "-" if c.gap is None else f"{c.gap:.2%}",
-        )
+        + _cells(*outcome(c))
         for c in r.clients
     ]
-    return _table([*heads, "time", "bound by", "gap"], rows, 2)
+    return _table([*heads, *OUTCOME], rows, 2)
 
 
 def _used(c: ClientPreview, name: str) -> str:
     """A cell with an amount, its share of the budget, and that share as a bar."""
-    parts = []
-    if name in RESOURCES:
-        parts.append(quantity(getattr(c.cost, name), "FLOP" if name == "flops" else "B"))
+    text = " ".join(part for part in used(c, name) if part)
     if name not in c.shares:
-        return _cells(*parts or ["-"])
+        return _cells(text or "-")
     share = c.shares[name]
     kind = "over" if share > 1 else "share"
-    parts.append(f"{share:.0%}")
-    return f'<td class="{kind}" style="--used:{min(1.0, share):.0%}">{escape(" ".join(parts))}</td>'
+    return f'<td class="{kind}" style="--used:{min(1.0, share):.0%}">{escape(text)}</td>'
 
 
 def _rounds(found: Preview) -> str:
-    heads = ["round", "sit out", "covered", "by nobody", "workload variance", "time"]
-    rows = [
-        _cells(
-            str(r.round),
-            str(len(r.clients) - len(r.working)),
-            f"{r.coverage:.0%}",
-            str(r.short_subnets),
-            f"{r.workload_variance:.3f}",
-            seconds(r.round_seconds),
-        )
-        for r in found.rounds
-    ]
-    return _table(heads, rows)
+    heads, rows = rounds(found)
+    return _table(heads, [_cells(*row) for row in rows])

@@ -21,6 +21,8 @@ WIDE = 116  # columns of a terminal in which amounts fit beside shares
 LABELS = {**display.LABELS, DEADLINE: "deadline"}
 OPERATIONS = {"full": "FULL", "frozen": "FROZEN", "forward_only": "FWD", "shortcut": "SKIP"}
 COLUMNS = "subnets FULL, FORWARD_ONLY, SHORTCUT; used share of each budget"
+ROUNDS = "Used beside full fine-tuning of all clients, and what is trained"
+OUTCOME = ("time", "bound by", "gap")
 WHITE, BLUE, ALARM = (247, 251, 255), (0, 114, 178), (213, 94, 0)  # Okabe & Ito
 
 
@@ -29,8 +31,7 @@ def show(found: Preview, console: Console | None = None) -> None:
     console = console or display.console
     last = found.rounds[-1]
     if len(found.rounds) > 1:
-        title = "Used beside full fine-tuning of all clients, and what is trained"
-        _print(console, title, _rounds(found))
+        _print(console, ROUNDS, _rounds(found))
     title = f"Round {last.round}: {COLUMNS}"
     clients = last.clients
     if len(clients) > MOST_CLIENTS:
@@ -116,45 +117,55 @@ def _table(heads: Iterable[str], left: int = 1) -> Table:
     return table
 
 
-def _shown(clients: list[ClientPreview]) -> tuple[list[str], list[str]]:
-    """Operations and limits that any of these clients has anything of."""
-    operations = [
-        op for op in OPERATIONS if op != "frozen" or any(c.operations[op] for c in clients)
+def shown_limits(clients: list[ClientPreview]) -> list[str]:
+    """Of ``LIMITS``, those that a table of these clients shows."""
+    return [n for n in LIMITS if n in RESOURCES or any(n in c.shares for c in clients)]
+
+
+def _shown_operations(clients: list[ClientPreview]) -> list[str]:
+    return [op for op in OPERATIONS if op != "frozen" or any(c.operations[op] for c in clients)]
+
+
+def outcome(c: ClientPreview) -> list[str]:
+    """Cells of how long a client takes, what binds it, and how good its plan is."""
+    return [
+        "sits out" if c.sits_out else seconds(c.seconds),
+        LABELS.get(c.binding, c.binding),
+        "-" if c.gap is None else f"{c.gap:.2%}",
     ]
-    limits = [n for n in LIMITS if n in RESOURCES or any(n in c.shares for c in clients)]
-    return operations, limits
+
+
+def used(c: ClientPreview, name: str, wide: bool = True) -> tuple[str, str]:
+    """What a client uses of a budget, if that is an amount and fits, and its share, if limited."""
+    amount = wide and name != DEADLINE
+    return (
+        display.quantity(getattr(c.cost, name), display.unit_of(name)) if amount else "",
+        f"{c.shares[name]:.0%}" if name in c.shares else "",
+    )
 
 
 def _clients(clients: list[ClientPreview], width: int) -> Table:
-    operations, limits = _shown(clients)
-    wide = width >= WIDE
+    operations, limits = _shown_operations(clients), shown_limits(clients)
     heads = ["client", "device", *(OPERATIONS[op] for op in operations)]
-    heads += [*(LABELS[n] for n in limits), "time", "bound by", "gap"]
-    table = _table(heads, 2)
+    table = _table([*heads, *(LABELS[n] for n in limits), *OUTCOME], 2)
+
+    def cell(c: ClientPreview, name: str) -> str:
+        amount, share = used(c, name, wide=width >= WIDE)
+        return f"{amount} {share or '-':>4}" if amount else share or "-"
+
     for c in clients:
         table.add_row(
             str(c.client),
             escape(c.device),
             *(f"{c.operations[op]:.4g}" for op in operations),
-            *(_used(c, name, wide) for name in limits),
-            "sits out" if c.sits_out else seconds(c.seconds),
-            LABELS.get(c.binding, c.binding),
-            "-" if c.gap is None else f"{c.gap:.2%}",
+            *(cell(c, name) for name in limits),
+            *outcome(c),
         )
     return table
 
 
-def _used(c: ClientPreview, name: str, wide: bool) -> str:
-    """An amount, where it fits, and its share of the budget."""
-    share = f"{c.shares[name]:.0%}" if name in c.shares else "-"
-    if name == DEADLINE or not wide:
-        return share
-    amount = display.quantity(getattr(c.cost, name), "FLOP" if name == "flops" else "B")
-    return f"{amount} {share:>4}"
-
-
 def _classes(r: RoundPreview) -> Table:
-    operations, limits = _shown(r.clients)
+    operations, limits = _shown_operations(r.clients), shown_limits(r.clients)
     heads = ["device", "clients", "", *(OPERATIONS[op] for op in operations)]
     heads += [*(LABELS[n] for n in limits), "time", "sit out", "bound by"]
     table = _table(heads)
@@ -186,11 +197,11 @@ def _share(
     return f"{statistic(shares):.0%}" if shares else "-"
 
 
-def _rounds(found: Preview) -> Table:
-    heads = ("round", "sit out", *(LABELS[name] for name in RESOURCES))
-    table = _table((*heads, "covered", "by nobody", "variance", "time", "worst gap"), 0)
-    for r in found.rounds:
-        table.add_row(
+def rounds(found: Preview) -> tuple[list[str], list[list[str]]]:
+    """Heads and rows of a table of rounds."""
+    heads = ["round", "sit out", *(LABELS[name] for name in RESOURCES)]
+    rows = [
+        [
             str(r.round),
             str(len(r.clients) - len(r.working)),
             *(f"{r.share_of_full(name):.0%}" for name in RESOURCES),
@@ -199,5 +210,15 @@ def _rounds(found: Preview) -> Table:
             f"{r.workload_variance:.3f}",
             seconds(r.round_seconds),
             f"{max(r.gaps):.2%}" if r.gaps else "-",
-        )
+        ]
+        for r in found.rounds
+    ]
+    return [*heads, "covered", "by nobody", "variance", "time", "worst gap"], rows
+
+
+def _rounds(found: Preview) -> Table:
+    heads, rows = rounds(found)
+    table = _table(heads, 0)
+    for row in rows:
+        table.add_row(*row)
     return table

@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 from typer.testing import CliRunner
 
-from d2ft_fl import preview_page, preview_tables
+from d2ft_fl import picture, preview_page, preview_tables
 from d2ft_fl.budgets import UNLIMITED, Amount, Budget
 from d2ft_fl.cli import app
 from d2ft_fl.config import RunConfig
@@ -215,7 +215,7 @@ def test_the_page_holds_everything_and_needs_nothing():
 @pytest.mark.parametrize("suffix", [".png", ".svg", ".pdf", ".html"])
 def test_every_output_is_written(found, tmp_path, suffix):
     path = tmp_path / f"plan{suffix}"
-    preview_page.check_output(path)
+    picture.check_output(path, preview_page.SUFFIXES)
     preview_page.write(found, path)
     assert path.stat().st_size > 5000
 
