@@ -73,14 +73,18 @@ class Backend(StrEnum):
     local = "local"
 
 
+Files = Annotated[
+    list[Path] | None, typer.Option("--config", help="TOML file of options; the later one wins.")
+]
+Pairs = Annotated[
+    list[str] | None, typer.Option("--set", help="key=value, over files; may be repeated.")
+]
+
+
 @app.command()
 def run(
-    config: Annotated[
-        list[Path] | None, typer.Option(help="TOML file of options; the later one wins.")
-    ] = None,
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", help="key=value, over files; may be repeated.")
-    ] = None,
+    config: Files = None,
+    set_: Pairs = None,
     backend: Annotated[
         Backend, typer.Option(help="Flower's simulation engine, or one plain process.")
     ] = Backend.flower,
@@ -175,12 +179,8 @@ def bench_planner_command(
 
 @app.command("plan")
 def plan_command(
-    config: Annotated[
-        list[Path] | None, typer.Option(help="TOML file of options; the later one wins.")
-    ] = None,
-    set_: Annotated[
-        list[str] | None, typer.Option("--set", help="key=value, over files; may be repeated.")
-    ] = None,
+    config: Files = None,
+    set_: Pairs = None,
     model: Annotated[str | None, typer.Option(help="As --set model=...")] = None,
     budgets: Annotated[str | None, typer.Option(help="As --set budgets=...")] = None,
     clients: Annotated[int | None, typer.Option(help="As --set clients=...")] = None,
@@ -244,14 +244,15 @@ def _progress(hidden: bool) -> Progress:
     )  # fmt: skip
 
 
-def _compile_once(quiet: bool) -> None:
+def _compile_once(config: RunConfig, quiet: bool) -> None:
     """Compile the planner's solver where that was not done before, and say so."""
     from d2ft_fl import knapsack
 
-    if not knapsack.is_compiled():
+    coupled = config.coupling == "spread"
+    if not knapsack.is_compiled(coupled):
         if not quiet:
             display.say("compiling the planner, once on this machine: about half a minute")
-        knapsack.compile_solver()
+        knapsack.compile_solver(coupled)
 
 
 def _interrupt(number: int, frame: object) -> None:
@@ -315,7 +316,7 @@ def _plan(
 
     if output is not None:
         picture.check_output(output, preview_page.SUFFIXES)
-    _compile_once(as_json)
+    _compile_once(config, as_json)
     with _progress(hidden=as_json) as progress:
         task = progress.add_task(f"loading {config.model}", total=rounds)
 
@@ -344,7 +345,7 @@ def _run(config: RunConfig, backend: Backend, supernodes: int, as_json: bool) ->
         display.say(f"run folder: {folder}")
         display.header(config)
     try:
-        _compile_once(as_json)
+        _compile_once(config, as_json)
         with progress:
             task = progress.add_task("starting", total=config.rounds)
 
