@@ -208,14 +208,6 @@ class Schedule:
         """Operations as they run; see :func:`effective`."""
         return effective(self.operations)
 
-    def lowest_trained(self, slot: int) -> int:
-        """The lowest block that runs anything FULL in ``slot``; the number of blocks if none.
-
-        Below it no gradient is wanted, and FROZEN is FORWARD_ONLY.
-        """
-        full = (self.operations[slot] == Operation.FULL).any(axis=1)
-        return int(full.argmax()) if full.any() else len(full)
-
     def heads(self, what: np.ndarray, block: int) -> tuple[int, ...]:
         """Heads of ``block`` that are set in ``what`` [blocks, heads], ascending."""
         return tuple(int(head) for head in np.flatnonzero(what[block]))

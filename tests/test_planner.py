@@ -151,8 +151,7 @@ def value_of(assignment, scores, frozen_weight, forward_weight=1.0):
     """
     operations = assignment.schedule.operations[0]
     full, runs = operations == Operation.FULL, operations != Operation.SHORTCUT
-    lowest = assignment.schedule.lowest_trained(0)
-    below = np.arange(len(full))[:, None] < lowest
+    below = ~np.logical_or.accumulate(full.any(axis=1))[:, None]
     uncut = full | (operations == Operation.FROZEN) | (runs & below)
     backward, forward = scores
     return float(
