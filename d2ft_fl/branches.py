@@ -29,7 +29,8 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
 from d2ft_fl.grouping import Status
-from d2ft_fl.pieces import Numerics, Observer, PackedHeads, Piece, Segment
+from d2ft_fl.pieces import Lora, Numerics, Observer, PackedHeads, Piece, Segment, Taken
+from d2ft_fl.subnets import Trains
 
 Norm = Callable[[Tensor, Mapping[str, Tensor]], Tensor]
 # (training; products in, one a role; shared parameters) -> what the product out takes
@@ -74,6 +75,7 @@ class Branch:
         store: The block's slices.
         shared: role -> shared parameters of the block.
         segments: What its slots do.
+        trains: What of it trains. loras: Product -> its LoRA factors.
         numerics: How arithmetic is done.
         offsets: Per slot, the compensation of what is skipped, [tokens, dim] or None; scaled and
             biased like the sum it is part of, or as it is where nothing runs.
@@ -85,6 +87,8 @@ class Branch:
     store: PackedHeads
     shared: Mapping[str, Tensor]
     segments: list[Segment]
+    trains: Trains
+    loras: Mapping[str, Lora]
     numerics: Numerics
     offsets: Sequence[Tensor | None]
     training: bool = False
@@ -104,7 +108,8 @@ class Branch:
         work = _Pass(self, present, tuple(bounds), x.shape[1])
         if torch.is_grad_enabled() and any(s.alive for s in present):
             roles = tuple(role for role in self._roles if role in self.shared)
-            out = _Sum.apply(work, roles, x, *(self.shared[role] for role in roles))
+            anchor = x.new_empty(0, requires_grad=True)
+            out = _Sum.apply(work, roles, anchor, x, *(self.shared[role] for role in roles))
         else:
             with torch.no_grad():
                 out = work.scaled(work.forward(x.detach(), self.shared, None)[0], self.shared)
@@ -118,12 +123,17 @@ class Branch:
     def _roles(self) -> tuple[str, ...]:
         """Every shared role that the branch may have, in a fixed order."""
         own = (*self.norm_roles, self.bias_role, self.traits.scale_role)
-        return (*own, *self.traits.middle_roles)
+        return (*own, *self.traits.middle_roles, *self.far_roles)
 
     @property
     def bias_role(self) -> str:
         """Role of the bias of the product out."""
         return f"{self.traits.outward}.bias"
+
+    @property
+    def far_roles(self) -> tuple[str, str]:
+        """Roles of the LoRA factors that heads have in common."""
+        return f"{self.traits.inward[0]}.lora_A", f"{self.traits.outward}.lora_B"
 
     @property
     def norm_roles(self) -> tuple[str, str]:
@@ -144,6 +154,19 @@ class Branch:
         with torch.autocast(hs[0].device.type, self.numerics.dtype):
             return middle(training, split, shared).flatten(0, 1)
 
+    @property
+    def keeps_y(self) -> bool:
+        """Whether gradients need the norm as it is: not where LoRA drops out of it first."""
+        return self.trains.y and not (self.training and self._drops(self.traits.inward[0]))
+
+    @property
+    def random(self) -> bool:
+        """Whether random numbers are drawn between x and the sum, when training."""
+        return self.traits.random or any(map(self._drops, self.loras))
+
+    def _drops(self, product: str) -> bool:
+        return product in self.loras and self.loras[product].dropout > 0
+
     def settle(self, overwrite: bool) -> list[Tensor]:
         """Decide which pieces replace the gradients that they find, and which add to them.
 
@@ -161,15 +184,12 @@ class Branch:
             if not piece.overwrites:
                 first.update(set(piece.heads) - touched)
             touched.update(piece.heads)
-        roles = [
-            *(f"{role}.weight" for role in self.traits.inward),
-            f"{self.traits.outward}.weight",
-        ]
-        roles += [f"{role}.bias" for role in self.traits.inward]
+        products = (*self.traits.inward, self.traits.outward)
+        roles = [role for role in self.store.grads if role.split(".")[0] in products]
         return [
             self.store.grads[role][run.rows]
             for role in roles
-            if first and role in self.store.grads
+            if first
             for run in self.store.runs(role, first)
         ]
 
@@ -207,7 +227,8 @@ class _Kept:
         own: The leaves that stand for shared parameters in its graphs.
         norm: The graph of its norm, x to y. y: [rows, dim], where weights need it.
         state: Of the generator that dropout draws from, to draw the same again.
-        middles: A graph a live piece. zs: [rows, depth] each, of FULL pieces.
+        middles: A graph a live piece, where gradient goes through it.
+        taken: Of each live piece, what the gradients of its weights need.
     """
 
     own: dict[str, Tensor]
@@ -215,15 +236,26 @@ class _Kept:
     y: Tensor | None
     state: Tensor | None = None
     middles: list[_Graph | None] = field(default_factory=list)
-    zs: list[Tensor | None] = field(default_factory=list)
+    taken: list[Taken] = field(default_factory=list)
 
-    def take(self, index: int) -> tuple[_Graph | None, Tensor | None]:
-        """The graph and z of one live piece, which are then no longer kept."""
+    def take(self, index: int) -> tuple[_Graph | None, Taken]:
+        """What is kept of one live piece, and then no longer is."""
         if not self.middles:
-            return None, None
-        found = self.middles[index], self.zs[index]
-        self.middles[index] = self.zs[index] = None
+            return None, Taken()
+        found = self.middles[index], self.taken[index]
+        self.middles[index], self.taken[index] = None, Taken()
         return found
+
+    def release(self) -> list[Tensor | None]:
+        """The big tensors, which are then no longer here; see :meth:`restore`."""
+        own = [self.y, *(t for taken in self.taken for t in taken)]
+        self.y, self.taken = None, [Taken()] * len(self.taken)
+        return own
+
+    def restore(self, tensors: Iterator[Tensor | None]) -> None:
+        """Put back what :meth:`release` gave."""
+        self.y = next(tensors)
+        self.taken = [Taken(*(next(tensors) for _ in Taken._fields)) for _ in self.taken]
 
 
 @dataclass(frozen=True)
@@ -276,15 +308,23 @@ class _Pass:
         flat = self.branch.numerics.cast(y.detach()).flatten(0, 1)
         return (_Graph(leaves, y) if graph else None), flat
 
+    def deep(self, segment: Segment, full: bool) -> bool:
+        """Whether gradient is wanted in the middle of a live piece."""
+        return segment.through or (full and self.branch.trains.inward)
+
     def middle(
-        self, piece: Piece, y: Tensor, own: Mapping[str, Tensor], graph: bool
-    ) -> tuple[_Graph | None, Tensor]:
-        """A piece up to its product out: its middle's graph, if asked for, and z [rows, depth]."""
+        self, piece: Piece, y: Tensor, own: Mapping[str, Tensor], live: bool, graph: bool
+    ) -> tuple[_Graph | None, Taken, Tensor]:
+        """A piece up to its product out: its middle's graph, what to keep, and z [rows, depth].
+
+        Args:
+            live: Whether it is run to be trained. graph: Whether gradient goes through its middle.
+        """
         branch = self.branch
-        hs = piece.products_in(y, branch.numerics)
+        hs, taken = piece.products_in(y, own, branch.numerics, live and branch.training)
         with torch.set_grad_enabled(graph):
             z = branch.middle([h.requires_grad_(graph) for h in hs], self.tokens, own)
-        return (_Graph(hs, z) if graph else None), z.detach()
+        return (_Graph(hs, z) if graph else None), taken, z.detach()
 
     def forward(
         self, x: Tensor, shared: Mapping[str, Tensor], wanted: Mapping[str, bool] | None
@@ -306,25 +346,31 @@ class _Pass:
             live, graph = bool(segment.alive), wanted is not None and not numerics.recompute
             own = self.leaves(shared, wanted, segment) if wanted else dict(shared)
             part = x[examples].detach()
-            if wanted:
+            if wanted and segment.through:
                 part.requires_grad_(wanted["x"])
-            norm, y = self.norm(part, own, graph and live)
+            norm, y = self.norm(part, own, graph and segment.through)
             into = total[examples].flatten(0, 1)
-            keep = _Kept(own, norm, y if graph and segment.status is Status.TRAINS else None)
-            if live and numerics.recompute and branch.training and branch.traits.random:
+            keeps_y = graph and segment.status is Status.TRAINS and branch.keeps_y
+            keep = _Kept(own, norm, y if keeps_y else None)
+            if live and numerics.recompute and branch.training and branch.random:
                 keep.state = _generator_state(x.device)
             summed: set[int] = set()
             for piece, rows in self.work(segment, [*segment.alive, *segment.silent]):
-                alive = graph and piece in segment.alive
-                middle, z = self.middle(piece, y[rows], own if alive else shared, alive)
+                live_piece = wanted is not None and piece in segment.alive
+                alive = graph and live_piece
+                through = alive and self.deep(segment, piece.full)
+                middle, taken, z = self.middle(
+                    piece, y[rows], own if alive else shared, live_piece, through
+                )
                 if branch.tally is not None:
                     branch.tally(piece, z.view(-1, self.tokens, piece.depth))
+                start = self._start(piece, summed, shared, total, into[rows])
+                drop = live_piece and branch.training
+                more = piece.product_out(z, into[rows], shared, numerics, start, drop)
                 if alive:
                     keep.middles.append(middle)
-                    keep.zs.append(z if piece.full else None)
-                start = self._start(piece, summed, shared, total, into[rows])
-                piece.product_out(z, into[rows], numerics, start)
-                del middle, z
+                    keep.taken.append(self._kept(piece, z, taken, more))
+                del middle, taken, more, z
             if live and wanted:
                 kept.append(keep)
         return total, kept
@@ -391,41 +437,50 @@ class _Pass:
         norm, y, own = kept.norm, kept.y, kept.own
         kept.norm = kept.y = None  # the graph's node outlives its backward pass
         if x is not None:
-            leaf = x.detach().requires_grad_(grads.wanted["x"])
-            norm, y = self.norm(leaf, own, graph=True)
-        assert norm is not None
+            leaf = x.detach().requires_grad_(segment.through and grads.wanted["x"])
+            norm, y = self.norm(leaf, own, graph=segment.through)
         common = [r for r in branch.traits.middle_roles if r in own and own[r].requires_grad]
         pieces = list(enumerate(self.work(segment, segment.alive)))
-        dy, done = g.new_empty(g.shape), set[int]()
+        dy, done = (g.new_empty(g.shape) if segment.through else None), set[int]()
         for full in (True, False):  # all pieces of an operation together
             group = [(i, piece, rows) for i, (piece, rows) in pieces if piece.full is full]
-            graphs, dzs = [], []
+            deep = self.deep(segment, full)
+            graphs, dzs, all_taken = [], [], []
             for index, piece, rows in group:
-                graph, z = kept.take(index)
+                graph, taken = kept.take(index)
                 if x is not None:
                     assert y is not None
-                    graph, z = self.middle(piece, y[rows], own, graph=True)
-                assert graph is not None
+                    graph, taken = self._again(piece, y[rows], own, deep)
+                error = piece.error_out(g[rows], own, numerics, deep)
                 if full:
-                    assert z is not None
-                    piece.gradients_out(z, g[rows], branch.observer)
-                graphs.append(graph)
-                dzs.append(piece.through_out(g[rows], numerics))
-                graph = z = None
+                    piece.gradients_out(taken, g[rows], error, grads.add, branch.observer)
+                if deep:
+                    assert graph is not None
+                    graphs.append(graph)
+                    dzs.append(piece.through_out(g[rows], error, taken.z_mask, numerics))
+                all_taken.append(taken._replace(z=None, v=None, z_dropped=None, z_mask=None))
+                graph, taken, error = None, Taken(), None
+            if not deep:
+                continue
             inwards, values = _gradients(graphs, dzs, [own[r] for r in common] if group else ())
             graphs, dzs = [], []
             for role, value in zip(common, values, strict=bool(group)):
                 grads.add(role, value)
-            for (_, piece, rows), inward in zip(group, inwards, strict=True):
+            for (_, piece, rows), taken, inward in zip(group, all_taken, inwards, strict=True):
+                error = piece.errors_in(inward, numerics, segment.through)
                 if full:
-                    assert y is not None
-                    piece.gradients_in(y[rows], inward, branch.observer)
-                if norm.leaves:
+                    part = None if y is None else y[rows]
+                    piece.gradients_in(taken, part, inward, error, grads.add, branch.observer)
+                if dy is not None:
                     slots, first = self.fresh(piece, done)
                     for slot in () if first else slots:
                         dy[self.span(segment, slot, slot + 1)] = 0
-                    piece.through_in(inward, dy[rows], numerics, add=not first)
-            inwards, inward = [], []
+                    mask = taken.y_mask
+                    piece.through_in(inward, error, mask, dy[rows], own, numerics, add=not first)
+            inwards, inward, all_taken, taken, error, part = [], [], [], Taken(), None, None
+        if dy is None:
+            return None
+        assert norm is not None
         wanted = [r for r in branch.norm_roles if r in own and own[r].requires_grad]
         y = None
         (found,), _ = _gradients([norm], [dy.view(-1, self.tokens, dy.shape[1])])
@@ -433,6 +488,27 @@ class _Pass:
         for role, value in zip(wanted, found, strict=True):
             grads.add(role, value)
         return dx
+
+    def _kept(self, piece: Piece, z: Tensor, first: Taken, second: Taken) -> Taken:
+        """What is kept of a live piece, out of what its products in and out gave."""
+        if not piece.full:
+            return Taken()
+        plain = self.branch.trains.z and second.z_dropped is None
+        return second._replace(
+            z=z if plain else None, u=first.u, y_dropped=first.y_dropped, y_mask=first.y_mask
+        )
+
+    def _again(
+        self, piece: Piece, y: Tensor, own: Mapping[str, Tensor], deep: bool
+    ) -> tuple[_Graph | None, Taken]:
+        """A live piece computed once more, as far as its gradients need it."""
+        numerics, training = self.branch.numerics, self.branch.training
+        graph, first, z = self.middle(piece, y, own, True, deep)
+        lora, second = piece.outward.lora, Taken()
+        drops = training and lora is not None and bool(lora.dropout)
+        if piece.full and lora is not None and (lora.far_trains or drops):
+            second = piece.mixed_out(z, numerics, training)
+        return graph, self._kept(piece, z, first, second)
 
 
 @dataclass
@@ -453,23 +529,29 @@ class _Sum(torch.autograd.Function):
     Saved: x and the norm's statistics; y = norm(x) where something runs FULL; for a FULL or FROZEN
     piece what its middle saves, and for a FULL one z besides, where the middle has not saved it
     anyway; the sum, where a layer scale trains. With ``recompute`` x only (and the sum).
+
+    ``anchor`` wants a gradient, which it never gets: what trains may be sliced parameters alone,
+    whose gradients are written where they belong, and autograd is to come by all the same.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, work: _Pass, roles: tuple[str, ...], x: Tensor, *values: Tensor
+        ctx: Any,
+        work: _Pass,
+        roles: tuple[str, ...],
+        anchor: Tensor,
+        x: Tensor,
+        *values: Tensor,
     ) -> Tensor:
         branch = work.branch
         shared = dict(zip(roles, values, strict=True))
-        wanted = dict(zip(("x", *roles), ctx.needs_input_grad[2:], strict=True))
+        wanted = dict(zip(("x", *roles), ctx.needs_input_grad[3:], strict=True))
         total, ctx.kept = work.forward(x, shared, wanted)
         ctx.work, ctx.roles, ctx.wanted = work, roles, wanted
         scale = shared.get(branch.traits.scale_role)
         keep_total = scale is not None and wanted[branch.traits.scale_role]
         # Big tensors go through autograd's own store, where hooks see them.
-        own = [t for kept in ctx.kept for t in (kept.y, *kept.zs)]
-        for kept in ctx.kept:
-            kept.y, kept.zs = None, [None] * len(kept.zs)
+        own = [t for kept in ctx.kept for t in kept.release()]
         ctx.save_for_backward(
             x if branch.numerics.recompute else None, total if keep_total else None, *values, *own
         )
@@ -488,7 +570,7 @@ class _Sum(torch.autograd.Function):
         live = [s for s in work.present if s.alive]
         for segment, kept in zip(live, ctx.kept, strict=True):
             part = work.examples(segment)
-            kept.y, kept.zs = next(own), [next(own) for _ in kept.zs]
+            kept.restore(own)
             if segment.status is Status.TRAINS:
                 if total is not None:
                     product = grad[part] * total[part]
@@ -503,7 +585,7 @@ class _Sum(torch.autograd.Function):
                 inputs.append((part, dx))
         if wanted["x"]:
             grads.found["x"] = _assembled(inputs, grad)
-        return None, None, *(grads.found.get(role) for role in ("x", *roles))
+        return None, None, None, *(grads.found.get(role) for role in ("x", *roles))
 
 
 def _assembled(parts: list[tuple[slice, Tensor]], like: Tensor) -> Tensor:

@@ -61,32 +61,37 @@ class Group:
     Attributes:
         slots: From which slot to before which.
         status: What they ask.
+        through: Whether gradient is wanted at their input.
         pieces: Operation -> its pieces.
     """
 
     slots: tuple[int, int]
     status: Status
+    through: bool
     pieces: dict[Operation, list[Part]]
 
 
-def groups(operations: np.ndarray, order: Sequence[int]) -> list[Group]:
-    """Divide a block's slots into segments, and each segment's work into pieces.
+def groups(operations: np.ndarray, through: np.ndarray, order: Sequence[int]) -> list[Group]:
+    """Divide a branch's slots into segments, and each segment's work into pieces.
 
     Args:
-        operations: int8 [slots, heads], FROZEN only where gradient passes.
+        operations, through: int8 [slots, heads] and bool [slots], of
+            :class:`~d2ft_fl.subnets.BranchOperations`.
         order: Heads as they are stored.
     """
     status = _STATUS[operations].max(axis=1)
+    through = through & (status >= Status.ALIVE)
     return [
         Group(
             (start, stop),
             Status(int(status[start])),
+            bool(through[start]),
             {
                 operation: list(_parts(operations, operation, start, stop, order))
                 for operation in RUNNING
             },
         )
-        for start, stop in _equal_runs(status[:, None])
+        for start, stop in _equal_runs(np.stack([status, through], axis=1))
     ]
 
 

@@ -10,7 +10,7 @@ so the heads of an operation are a narrower attention and a narrower feed-forwar
 is compensated for what it would have added on average.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -20,8 +20,17 @@ from torch import Tensor
 from d2ft_fl import timm_vit
 from d2ft_fl.branches import Branch
 from d2ft_fl.grouping import storage_order
-from d2ft_fl.pieces import Numerics, PackedHeads, segments
-from d2ft_fl.subnets import Architecture, Kind, Operation, Parameter, Schedule, down_spec
+from d2ft_fl.pieces import Lora, Numerics, PackedHeads, branch_loras, segments
+from d2ft_fl.subnets import (
+    BRANCHES,
+    Architecture,
+    BranchOperations,
+    Kind,
+    Operation,
+    Parameter,
+    Schedule,
+    down_spec,
+)
 from d2ft_fl.timm_vit import BlockTraits, VisionTransformer
 
 # Means of what a block's skipped subnets would add, per slot: [2 branches, tokens, dim] or None.
@@ -47,9 +56,11 @@ class Block:
 
     def __init__(
         self,
+        arch: Architecture,
         traits: BlockTraits,
         specs: Mapping[str, Parameter],
         schedule: Schedule,
+        run: BranchOperations,
         block: int,
         tensors: Mapping[str, Tensor],
         numerics: Numerics,
@@ -63,22 +74,39 @@ class Block:
         packed = {r: tensors[p.name] for r, p in sliced.items()} if order else {}
         self.store = PackedHeads(order, int(trained.sum()), packed, sliced, gradients)
         self.shared = {
-            role: tensors[p.name].clone().requires_grad_(bool(trained.any()))
+            role: tensors[p.name].clone().requires_grad_(bool(trained.any()) and p.trains)
             for role, p in specs.items()
             if p.kind is Kind.SHARED and order
         }
         self.operations = operations
-        self.branches = [
-            Branch(
-                t,
+        self.branches = []
+        for index, t in enumerate((traits.attention, traits.feed_forward)):
+            trains = arch.trains[index]
+            targets = [target for target in arch.targets if f"{target}.weight" in packed]
+            args = targets, arch.scaling, arch.lora_dropout
+            loras = branch_loras(BRANCHES[index], trains, *args)
+            self._fold(loras.values(), keeps=bool(trained.any()))
+            own = segments(
                 self.store,
-                self.shared,
-                segments(self.store, t.inward, t.outward, operations),
-                numerics,
-                [None if o is None else o[index] for o in offsets or [None] * schedule.slots],
+                t.inward,
+                t.outward,
+                run.operations[:, block, index],
+                run.through[:, block, index],
+                loras if trained.any() else {},
             )
-            for index, t in enumerate((traits.attention, traits.feed_forward))
-        ]
+            skipped = [None if o is None else o[index] for o in offsets or [None] * schedule.slots]
+            branch = Branch(t, self.store, self.shared, own, trains, loras, numerics, skipped)
+            self.branches.append(branch)
+
+    def _fold(self, loras: Iterable[Lora], keeps: bool) -> None:
+        """Fold in the factors of heads that do not train; what no head needs then goes."""
+        for lora in loras:
+            target, _, factor = lora.far.partition(".")
+            far = self.shared[lora.far].detach()
+            far = far.t() if factor == "lora_A" else far  # [dim, rank]
+            self.store.fold(target, lora.near, far, lora.scaling)
+            if not keeps:
+                del self.shared[lora.far], self.store.weights[lora.near]
 
     def together(self, every_slot: bool) -> list[tuple[int, ...]]:
         """Trained heads, those that always step together in one tuple.
@@ -116,17 +144,25 @@ class PartialModel:
         numerics: Numerics | None = None,
         device: torch.device | str = "cpu",
     ):
-        self.arch = arch
         self.numerics = numerics or Numerics()
         self.device = torch.device(device)
         self.traits = timm_vit.block_traits(model, self.device)
         self.outer = timm_vit.without_blocks(model).to(self.device)  # embedding and classifier
         self.blocks: dict[int, Block] = {}
+        self.tune(arch)
+        self.train(False)
+
+    def tune(self, arch: Architecture) -> None:
+        """From now on, train what trains in ``arch``; nothing is held until the next reset."""
+        self.arch = arch
+        self.blocks = {}
         self.specs: list[dict[str, Parameter]] = [{} for _ in range(arch.blocks)]
         for p in arch.parameters:
             if p.block >= 0:
                 self.specs[p.block][p.role] = p
-        self.train(False)
+        for name, parameter in self.outer.named_parameters():
+            parameter.requires_grad_(arch.by_name[name].trains)
+            parameter.grad = None
 
     def reset(
         self,
@@ -155,11 +191,14 @@ class PartialModel:
             for name, parameter in self.outer.named_parameters():
                 parameter.copy_(tensors[name])
                 parameter.grad = None
+        run = BranchOperations.of(schedule.operations, self.arch.trains)
         self.blocks = {
             block: Block(
+                self.arch,
                 self.traits[block],
                 self.specs[block],
                 schedule,
+                run,
                 block,
                 tensors,
                 self.numerics,

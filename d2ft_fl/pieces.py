@@ -8,13 +8,14 @@ the product that computes it.
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from d2ft_fl.grouping import Group, Status, groups
-from d2ft_fl.subnets import Operation, Parameter
+from d2ft_fl.subnets import BranchRoles, Operation, Parameter, Trains
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,16 @@ class Run:
     rows: slice
     columns: slice
 
+    def cut(self, row: int) -> "list[Run]":
+        """The same in two runs where it goes on from before ``row`` to behind it."""
+        if not self.rows.start < row < self.rows.stop:
+            return [self]
+        column = self.columns.start + row - self.rows.start
+        return [
+            Run(slice(self.rows.start, row), slice(self.columns.start, column)),
+            Run(slice(row, self.rows.stop), slice(column, self.columns.stop)),
+        ]
+
 
 class PackedHeads:
     """Slices of some heads of one block: role -> rows grouped by head, in storage order.
@@ -76,8 +87,24 @@ class PackedHeads:
             places = _places(specs[role], arrives)
             self.rows[role] = _places(specs[role], self.order)
             self.weights[role] = _pick(tensor, places, self.order, arrives)
-            if self.trained and gradients:
+            if self.trained and gradients and specs[role].trains:
                 self.grads[role] = torch.zeros_like(self.weights[role][: self.count(role)])
+
+    def fold(self, target: str, near: str, far: Tensor, scaling: float) -> None:
+        """Add what a product's factors add into its weights, but for heads that train.
+
+        Only those keep their factor.
+
+        Args:
+            target: Role of the product. near: Role of the factor that heads divide.
+            far: The other one, [dim, rank].
+        """
+        weight, factor = f"{target}.weight", self.weights[near]
+        count = self.count(near)
+        if count < len(factor):
+            rest = self.weights[weight][count:]
+            torch.addmm(rest, factor[count:], far.t(), alpha=scaling, out=rest)
+            self.weights[near] = factor[:count].clone()
 
     def count(self, role: str) -> int:
         """Rows that train."""
@@ -129,15 +156,102 @@ Observer = Callable[[str, int, Tensor], None]
 
 
 @dataclass(frozen=True)
+class Lora:
+    """How the engine reaches a product's factors: ``W + scaling * F G^T``, see :mod:`d2ft_fl.lora`.
+
+    Attributes:
+        near: Role of F, which heads divide: [rows, rank].
+        far: Role of G, the block's: [rank, dim] for products in, [dim, rank] for the product out.
+        near_trains, far_trains: Which of them get gradients.
+        scaling, dropout: See :class:`~d2ft_fl.subnets.Architecture`.
+    """
+
+    near: str
+    far: str
+    near_trains: bool
+    far_trains: bool
+    scaling: float
+    dropout: float
+
+
+def branch_loras(
+    roles: BranchRoles,
+    trains: Trains,
+    targets: Iterable[str],
+    scaling: float,
+    dropout: float,
+) -> dict[str, Lora]:
+    """Product -> its factors, for those of a branch that have some."""
+    inward, outward = roles.inward[0], roles.outward
+    found = {}
+    for index, (target, near, far) in enumerate([(inward, "B", "A"), (outward, "A", "B")]):
+        if target in targets:
+            found[target] = Lora(
+                f"{target}.lora_{near}",
+                f"{target}.lora_{far}",
+                trains.near[index],
+                trains.far[index],
+                scaling,
+                dropout,
+            )
+    return found
+
+
+@dataclass(frozen=True)
 class _View:
     """A run of a role's rows: views of weights, bias and their gradients, made once a round."""
 
     columns: slice
     weight: Tensor
     bias: Tensor | None
+    near: Tensor | None
     weight_grad: Tensor | None
     bias_grad: Tensor | None
+    near_grad: Tensor | None
     first_row: int
+
+
+@dataclass
+class _Product:
+    """One product of a piece: its runs of rows, and its factors."""
+
+    role: str
+    views: list[_View]
+    lora: Lora | None
+
+    @property
+    def width(self) -> int:
+        """Columns."""
+        return self.views[-1].columns.stop
+
+    @property
+    def factored(self) -> list[_View]:
+        """Runs that have factors."""
+        return [view for view in self.views if view.near is not None]
+
+
+class Taken(NamedTuple):
+    """What a FULL piece keeps for the gradients of its weights; None where they need it not.
+
+    Attributes:
+        z: [rows, depth], what goes into the product out.
+        u: [rows, rank], scaled: what A makes of the input of the product in.
+        v: The same of the product out.
+        y_dropped, z_dropped: What went into A where LoRA drops out.
+        y_mask, z_mask: Where it did not.
+    """
+
+    z: Tensor | None = None
+    u: Tensor | None = None
+    v: Tensor | None = None
+    y_dropped: Tensor | None = None
+    y_mask: Tensor | None = None
+    z_dropped: Tensor | None = None
+    z_mask: Tensor | None = None
+
+
+# role, gradient of a shared parameter.
+Sink = Callable[[str, Tensor], None]
 
 
 class Piece:
@@ -147,7 +261,8 @@ class Piece:
         store: The block's slices.
         inward, outward: Roles of the products, without ``.weight``.
         heads: Which heads. slots: From which slot to before which.
-        full: Whether their weights get gradients.
+        full: Whether what trains of their weights gets gradients.
+        loras: Product -> its factors.
     """
 
     def __init__(
@@ -158,93 +273,271 @@ class Piece:
         heads: Iterable[int],
         slots: tuple[int, int],
         full: bool,
+        loras: Mapping[str, Lora] | None = None,
     ):
         chosen = set(heads)
+        loras = loras or {}
         self.heads = tuple(h for h in store.order if h in chosen)
         self.slots, self.full = slots, full
         self.overwrites = False  # set where nothing has to be added to: see `Branch.settle`
-        self.inward = [(role, self._views(store, role)) for role in inward]
-        self.outward_role = outward
-        self.outward = self._views(store, outward)
-        self.widths = [views[-1].columns.stop for _, views in self.inward]
-        self.depth = self.outward[-1].columns.stop
+        self.inward = [self._product(store, role, loras.get(role)) for role in inward]
+        self.outward = self._product(store, outward, loras.get(outward))
+        self.depth = self.outward.width
 
-    def _views(self, store: PackedHeads, role: str) -> list[_View]:
+    def _product(self, store: PackedHeads, role: str, lora: Lora | None) -> _Product:
         weight, bias = f"{role}.weight", f"{role}.bias"
-        biased = bias in store.weights
-        return [
-            _View(
+        near = lora.near if lora else ""
+        trained = store.count(weight)
+
+        def view(run: Run) -> _View:
+            own = near and run.rows.stop <= trained
+            return _View(
                 run.columns,
                 store.weights[weight][run.rows],
-                store.weights[bias][run.rows] if biased else None,
+                store.weights[bias][run.rows] if bias in store.weights else None,
+                store.weights[near][run.rows] if own else None,
                 _rows(store.grads.get(weight), run) if self.full else None,
                 _rows(store.grads.get(bias), run) if self.full else None,
+                _rows(store.grads.get(near), run) if self.full and own else None,
                 run.rows.start,
             )
-            for run in store.runs(weight, self.heads)
-        ]
 
-    def products_in(self, y: Tensor, numerics: Numerics) -> list[Tensor]:
-        """``y`` [rows, dim] times the weights of each role in: [rows, width] each."""
-        out = []
-        for (_, views), width in zip(self.inward, self.widths, strict=True):
-            h = y.new_empty(len(y), width)
-            for view in views:
-                into = _part(h, view, views)
+        runs = store.runs(weight, self.heads)
+        if lora:  # heads that train have factors of their own, the others' are folded in
+            runs = [part for run in runs for part in run.cut(trained)]
+        return _Product(role, [view(run) for run in runs], lora)
+
+    def products_in(
+        self, y: Tensor, shared: Mapping[str, Tensor], numerics: Numerics, drop: bool
+    ) -> tuple[list[Tensor], Taken]:
+        """``y`` [rows, dim] times the weights of each role in: [rows, width] each.
+
+        Args:
+            shared: Shared parameters of the block. drop: Whether LoRA's dropout is drawn.
+        """
+        out, taken = [], Taken()
+        for product in self.inward:
+            h = y.new_empty(len(y), product.width)
+            for view in product.views:
+                into = _part(h, view, product.views)
                 if view.bias is None:
                     torch.mm(y, numerics.cast(view.weight).t(), out=into)
                 else:
                     bias, weight = numerics.cast(view.bias), numerics.cast(view.weight)
                     torch.addmm(bias, y, weight.t(), out=into)
+            if product.lora and product.factored:
+                lora, dropped, mask = product.lora, y, None
+                if drop and self.full and lora.dropout:
+                    dropped, mask = torch.native_dropout(y, lora.dropout, True)
+                u = torch.mm(dropped, numerics.cast(shared[lora.far]).t()).mul_(lora.scaling)
+                for view in product.factored:
+                    assert view.near is not None
+                    _part(h, view, product.views).addmm_(u, numerics.cast(view.near).t())
+                if self.full:
+                    taken = Taken(
+                        u=u if lora.near_trains else None,
+                        y_dropped=dropped if mask is not None and lora.far_trains else None,
+                        y_mask=mask,
+                    )
             out.append(h)
-        return out
+        return out, taken
 
     def product_out(
-        self, z: Tensor, total: Tensor, numerics: Numerics, start: Tensor | None
-    ) -> None:
+        self,
+        z: Tensor,
+        total: Tensor,
+        shared: Mapping[str, Tensor],
+        numerics: Numerics,
+        start: Tensor | None,
+        drop: bool,
+    ) -> Taken:
         """``total`` [rows, dim] becomes ``start`` plus z W_out, for z [rows, depth].
 
         Args:
             start: What to add to: ``total`` itself, a bias [dim], or None for nothing.
+            shared, drop: See :meth:`products_in`.
         """
-        for view in self.outward:
-            part, weight = _part(z, view, self.outward), numerics.cast(view.weight)
+        product = self.outward
+        for view in product.views:
+            part, weight = _part(z, view, product.views), numerics.cast(view.weight)
             if start is None:
                 torch.mm(part, weight, out=total)
             else:
                 torch.addmm(start, part, weight, out=total)
             start = total
+        if not product.lora or not product.factored:
+            return Taken()
+        taken = self.mixed_out(z, numerics, drop)
+        assert taken.v is not None
+        total.addmm_(taken.v, numerics.cast(shared[product.lora.far]).t())
+        if not self.full:
+            return Taken()
+        kept = taken.z_dropped if taken.z_mask is not None and product.lora.near_trains else None
+        v = taken.v if product.lora.far_trains else None
+        return Taken(v=v, z_dropped=kept, z_mask=taken.z_mask)
 
-    def through_out(self, g: Tensor, numerics: Numerics) -> Tensor:
-        """Gradient of z: ``g`` [rows, dim] times W_out transposed, [rows, depth]."""
+    def mixed_out(self, z: Tensor, numerics: Numerics, drop: bool) -> Taken:
+        """What the near factor of the product out makes of z: ``v`` of :class:`Taken`."""
+        product = self.outward
+        assert product.lora is not None
+        dropped, mask = z, None
+        if drop and self.full and product.lora.dropout:
+            dropped, mask = torch.native_dropout(z, product.lora.dropout, True)
+        v: Tensor | None = None
+        for view in product.factored:
+            assert view.near is not None
+            part, near = _part(dropped, view, product.views), numerics.cast(view.near)
+            v = torch.mm(part, near) if v is None else v.addmm_(part, near)
+        assert v is not None
+        return Taken(v=v.mul_(product.lora.scaling), z_dropped=dropped, z_mask=mask)
+
+    def error_out(
+        self, g: Tensor, shared: Mapping[str, Tensor], numerics: Numerics, deep: bool
+    ) -> Tensor | None:
+        """Gradient [rows, rank] of what goes into the far factor of the product out, if needed.
+
+        Args:
+            g: Of the sum, [rows, dim]. deep: Whether the gradient of z is wanted.
+        """
+        lora = self.outward.lora
+        if lora is None or not self.outward.factored:
+            return None
+        if not deep and not (self.full and lora.near_trains):
+            return None
+        return torch.mm(g, numerics.cast(shared[lora.far])).mul_(lora.scaling)
+
+    def through_out(
+        self, g: Tensor, error: Tensor | None, mask: Tensor | None, numerics: Numerics
+    ) -> Tensor:
+        """Gradient of z: ``g`` [rows, dim] times W_out transposed, [rows, depth].
+
+        Args:
+            error: Of :meth:`error_out`. mask: Of :class:`Taken`.
+        """
+        product = self.outward
         dz = g.new_empty(len(g), self.depth)
-        for view in self.outward:
-            weight = numerics.cast(view.weight)
-            torch.mm(g, weight.t(), out=_part(dz, view, self.outward))
+        for view in product.views:
+            into, weight = _part(dz, view, product.views), numerics.cast(view.weight)
+            torch.mm(g, weight.t(), out=into)
+            if view.near is not None and error is not None and mask is None:
+                into.addmm_(error, numerics.cast(view.near).t())
+        if mask is not None and error is not None:
+            assert product.lora is not None
+            for view in product.factored:
+                assert view.near is not None
+                back = torch.mm(error, numerics.cast(view.near).t())
+                own = _part(mask, view, product.views)
+                into = _part(dz, view, product.views)
+                into.add_(_dropped(back, own, product.lora))
         return dz
 
-    def through_in(self, dhs: Sequence[Tensor], dy: Tensor, numerics: Numerics, add: bool) -> None:
-        """``dy`` [rows, dim] becomes, or is added, each dh times its W_in."""
-        for (_, views), dh in zip(self.inward, dhs, strict=True):
-            for view in views:
-                weight, part = numerics.cast(view.weight), _part(dh, view, views)
+    def errors_in(self, dhs: Sequence[Tensor], numerics: Numerics, through: bool) -> Tensor | None:
+        """Gradient [rows, rank] of what the far factor of a product in makes, if it is needed.
+
+        Args:
+            dhs: Of what the products in make. through: Whether the gradient of y is wanted.
+        """
+        for product, dh in zip(self.inward, dhs, strict=True):
+            lora = product.lora
+            if lora is None or not product.factored:
+                continue
+            if not through and not (self.full and lora.far_trains):
+                continue
+            du: Tensor | None = None
+            for view in product.factored:
+                assert view.near is not None
+                part, near = _part(dh, view, product.views), numerics.cast(view.near)
+                du = torch.mm(part, near) if du is None else du.addmm_(part, near)
+            assert du is not None
+            return du.mul_(lora.scaling)
+        return None
+
+    def through_in(
+        self,
+        dhs: Sequence[Tensor],
+        error: Tensor | None,
+        mask: Tensor | None,
+        dy: Tensor,
+        shared: Mapping[str, Tensor],
+        numerics: Numerics,
+        add: bool,
+    ) -> None:
+        """``dy`` [rows, dim] becomes, or is added, each dh times its W_in.
+
+        Args:
+            error: Of :meth:`errors_in`. mask: Of :class:`Taken`.
+        """
+        for product, dh in zip(self.inward, dhs, strict=True):
+            for view in product.views:
+                weight, part = numerics.cast(view.weight), _part(dh, view, product.views)
                 torch.addmm(dy, part, weight, beta=int(add), out=dy)
                 add = True
+            if product.lora and error is not None:
+                far = numerics.cast(shared[product.lora.far])
+                if mask is None:
+                    dy.addmm_(error, far)
+                else:
+                    dy.add_(_dropped(torch.mm(error, far), mask, product.lora))
 
-    def gradients_out(self, z: Tensor, g: Tensor, observer: Observer | None) -> None:
-        """Gradient of W_out, into the rows of the heads: z transposed times g."""
-        name = f"{self.outward_role}.weight"
-        for view in self.outward:
-            self._take(name, view, view.weight_grad, _part(z, view, self.outward), g, observer)
+    def gradients_out(
+        self,
+        taken: Taken,
+        g: Tensor,
+        error: Tensor | None,
+        sink: Sink,
+        observer: Observer | None,
+    ) -> None:
+        """Gradients of the product out: z transposed times g, into the rows of the heads."""
+        product, name = self.outward, f"{self.outward.role}.weight"
+        for view in product.views:
+            if view.weight_grad is not None or observer is not None:
+                assert taken.z is not None
+                part = _part(taken.z, view, product.views)
+                self._take(name, view, view.weight_grad, part, g, observer)
+        lora = product.lora
+        if lora is None or observer is not None:
+            return
+        into = taken.z_dropped if taken.z_dropped is not None else taken.z
+        for view in product.views:
+            if view.near_grad is not None:
+                assert into is not None
+                assert error is not None
+                part = _part(into, view, product.views)
+                self._take(lora.near, view, view.near_grad, part, error, None)
+        if lora.far_trains:
+            assert taken.v is not None
+            sink(lora.far, torch.mm(g.t(), taken.v))
 
-    def gradients_in(self, y: Tensor, dhs: Sequence[Tensor], observer: Observer | None) -> None:
-        """Gradients of W_in and its bias, into the rows of the heads."""
-        for (role, views), dh in zip(self.inward, dhs, strict=True):
-            for view in views:
-                part = _part(dh, view, views)
-                self._take(f"{role}.weight", view, view.weight_grad, part, y, observer)
-                if view.bias is not None:
-                    self._take(f"{role}.bias", view, view.bias_grad, part, None, observer)
+    def gradients_in(
+        self,
+        taken: Taken,
+        y: Tensor | None,
+        dhs: Sequence[Tensor],
+        error: Tensor | None,
+        sink: Sink,
+        observer: Observer | None,
+    ) -> None:
+        """Gradients of the products in and their biases, into the rows of the heads."""
+        for product, dh in zip(self.inward, dhs, strict=True):
+            lora = product.lora
+            for view in product.views:
+                part = _part(dh, view, product.views)
+                if view.weight_grad is not None or observer is not None:
+                    assert y is not None
+                    name = f"{product.role}.weight"
+                    self._take(name, view, view.weight_grad, part, y, observer)
+                if view.bias is not None and (view.bias_grad is not None or observer is not None):
+                    name = f"{product.role}.bias"
+                    self._take(name, view, view.bias_grad, part, None, observer)
+                if view.near_grad is not None and observer is None:
+                    assert lora is not None
+                    assert taken.u is not None
+                    self._take(lora.near, view, view.near_grad, part, taken.u, None)
+            if lora and lora.far_trains and observer is None:
+                into = taken.y_dropped if taken.y_dropped is not None else y
+                assert error is not None
+                assert into is not None
+                sink(lora.far, torch.mm(error.t(), into))
 
     def _take(
         self,
@@ -272,6 +565,11 @@ class Piece:
             grad.add_(value)
 
 
+def _dropped(back: Tensor, mask: Tensor, lora: Lora) -> Tensor:
+    """The gradient of what was dropped out, from that of what was left, in place."""
+    return back.mul_(mask).div_(1 - lora.dropout)
+
+
 def _rows(grads: Tensor | None, run: Run) -> Tensor | None:
     return None if grads is None else grads[run.rows]
 
@@ -288,31 +586,39 @@ class Segment:
     Attributes:
         slots: From which slot to before which.
         status: What they ask.
+        through: Whether gradient is wanted at their input.
         alive: FULL and FROZEN pieces: gradient passes through them.
         silent: FORWARD_ONLY pieces.
     """
 
     slots: tuple[int, int]
     status: Status
+    through: bool
     alive: list[Piece]
     silent: list[Piece]
 
 
 def segments(
-    store: PackedHeads, inward: Sequence[str], outward: str, operations: np.ndarray
+    store: PackedHeads,
+    inward: Sequence[str],
+    outward: str,
+    operations: np.ndarray,
+    through: np.ndarray,
+    loras: Mapping[str, Lora],
 ) -> list[Segment]:
     """A branch's segments; see :func:`d2ft_fl.grouping.groups`.
 
     Args:
         store: The block's slices.
         inward, outward: Roles of the branch's products.
-        operations: int8 [slots, heads], FROZEN only where gradient passes.
+        operations: int8 [slots, heads]. through: bool [slots].
+        loras: Product -> its factors.
     """
 
     def pieces(part: Group, operation: Operation) -> list[Piece]:
         full = operation is Operation.FULL
         return [
-            Piece(store, inward, outward, heads, (start, stop), full)
+            Piece(store, inward, outward, heads, (start, stop), full, loras)
             for start, stop, heads in part.pieces[operation]
         ]
 
@@ -320,8 +626,9 @@ def segments(
         Segment(
             part.slots,
             part.status,
+            part.through,
             pieces(part, Operation.FULL) + pieces(part, Operation.FROZEN),
             pieces(part, Operation.FORWARD_ONLY),
         )
-        for part in groups(operations, store.order)
+        for part in groups(operations, through, store.order)
     ]

@@ -7,9 +7,12 @@ Slices of one parameter travel and train *packed*: the sliced axis first, rows g
 ascending order. A fused ``qkv`` weight ``[3 * heads * head_dim, dim]`` packs to rows
 ``q_h, k_h, v_h`` for each head; ``proj`` and ``fc2``, which are sliced on their input, are
 transposed. A set of heads is then a set of row ranges, and a product with it is a narrower product.
+
+What trains is a property of parameters: under LoRA (see :mod:`d2ft_fl.lora`) factors are further
+parameters, and most others stay as they are.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import Enum, IntEnum
 from functools import cached_property
@@ -35,12 +38,34 @@ class Operation(IntEnum):
 
 
 class Kind(Enum):
-    """How a parameter takes part in training."""
+    """Whom a parameter belongs to."""
 
-    EMBEDDING = "embedding"  # frozen; every client that runs anything needs it
-    SHARED = "shared"  # of a block; trains when one of the block's subnets is FULL
+    EMBEDDING = "embedding"  # every client that runs anything needs it
+    SHARED = "shared"  # of a block: needed, and trained, with any of its subnets
     SLICED = "sliced"  # divides over the block's subnets
-    FINAL = "final"  # final norm and classifier; always train
+    FINAL = "final"  # final norm and classifier; every client that runs anything needs it
+
+
+@dataclass(frozen=True)
+class BranchRoles:
+    """Names, within a block, of what a branch consists of; see :class:`Parameter` for roles."""
+
+    norm: str
+    inward: tuple[str, ...]
+    middle: tuple[str, ...]
+    outward: str
+    scale: str
+
+    def owns(self, role: str) -> bool:
+        """Whether a parameter of this role is the branch's."""
+        named = (self.norm, *self.inward, *self.middle, self.outward, self.scale)
+        return role.split(".")[0] in named
+
+
+BRANCHES = (
+    BranchRoles("norm1", ("qkv", "gate"), ("q_norm", "k_norm"), "proj", "ls1"),
+    BranchRoles("norm2", ("fc1",), (), "fc2", "ls2"),
+)
 
 
 @dataclass(frozen=True)
@@ -56,6 +81,8 @@ class Parameter:
         block: Index of its block, or -1.
         axis: The sliced axis, for ``Kind.SLICED``.
         rows: For ``Kind.SLICED``: per head, the indices along ``axis`` that it owns.
+        trains: Whether it changes at all; what does not may be kept by clients from round to round.
+        factor: ``A`` or ``B`` for a factor of a LoRA product, else empty.
     """
 
     name: str
@@ -65,6 +92,8 @@ class Parameter:
     block: int = -1
     axis: int = 0
     rows: tuple[tuple[int, ...], ...] = ()
+    trains: bool = True
+    factor: str = ""
 
     def index(self, heads: Iterable[int]) -> Tensor:
         """Indices along ``axis`` of the given heads, in their order: int64 [rows]."""
@@ -107,7 +136,9 @@ class Architecture:
         embed_flops: FLOPs of embedding one example (frozen: forward only).
         input_elements: Elements of one input image.
         norm_pooled: True when the final norm sees pooled tokens, False when it sees all of them.
-        parameters: Every parameter of the model.
+        parameters: Every parameter of the model, LoRA's factors included.
+        rank, scaling, lora_dropout: Of LoRA: a product is ``W + scaling * B A``, with A of shape
+            [rank, in] and B [out, rank], and its input is dropped out for A; rank 0 for none.
     """
 
     blocks: int
@@ -128,10 +159,13 @@ class Architecture:
     input_elements: int
     norm_pooled: bool
     parameters: tuple[Parameter, ...]
+    rank: int = 0
+    scaling: float = 0.0
+    lora_dropout: float = 0.0
 
     def __hash__(self) -> int:
         # Enough to tell models apart, and quick beside thousands of rows.
-        return hash((self.blocks, self.heads, self.dim, self.hidden, self.tokens, self.classes))
+        return hash((self.blocks, self.heads, self.dim, self.hidden, self.tokens, self.rank))
 
     @cached_property
     def by_name(self) -> dict[str, Parameter]:
@@ -140,12 +174,27 @@ class Architecture:
 
     @cached_property
     def subnet_sizes(self) -> np.ndarray:
-        """Parameters of each subnet: int64 [blocks, heads]; uneven where slices are."""
+        """Parameters of each subnet, factors left out: int64 [blocks, heads]; may be uneven."""
+        return self.sliced_sizes(lambda p: not p.factor)
+
+    def sliced_sizes(self, which: Callable[[Parameter], bool]) -> np.ndarray:
+        """Elements of each subnet's slices of some parameters: int64 [blocks, heads]."""
         sizes = np.zeros((self.blocks, self.heads), dtype=np.int64)
-        for p in self.of_kind(Kind.SLICED):
+        for p in filter(which, self.of_kind(Kind.SLICED)):
             width = p.numel // p.shape[p.axis]
             sizes[p.block] += [width * len(rows) for rows in p.rows]
         return sizes
+
+    @cached_property
+    def trains(self) -> "tuple[Trains, ...]":
+        """What of each of a block's branches trains where a subnet is FULL; blocks are alike."""
+        roles = {p.role for p in self.parameters if p.block == 0 and p.trains}
+        return tuple(Trains.of(roles, branch) for branch in BRANCHES)
+
+    @cached_property
+    def targets(self) -> frozenset[str]:
+        """The products that have LoRA's factors."""
+        return frozenset(p.role.split(".")[0] for p in self.parameters if p.factor)
 
     @property
     def widths(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -155,6 +204,76 @@ class Architecture:
     def of_kind(self, kind: Kind, block: int | None = None) -> list[Parameter]:
         """Parameters of one kind, of one block or of all."""
         return [p for p in self.parameters if p.kind is kind and block in (None, p.block)]
+
+
+@dataclass(frozen=True)
+class Trains:
+    """What of a branch trains where one of its subnets is FULL.
+
+    Attributes:
+        anything: Any parameter of the branch.
+        norm: Its norm; else gradient is wanted at its input for lower branches alone.
+        inward: Anything between norm and product out.
+        y, z: Whether a gradient is a product with what goes into the products in, or out.
+        near, far: Of LoRA's factors, whether F and G train, of the products (in, out) each; see
+            :mod:`d2ft_fl.lora`.
+    """
+
+    anything: bool
+    norm: bool
+    inward: bool
+    y: bool
+    z: bool
+    near: tuple[bool, bool] = (False, False)
+    far: tuple[bool, bool] = (False, False)
+
+    @classmethod
+    def of(cls, roles: set[str], branch: BranchRoles) -> "Trains":
+        """By the roles of a block that train."""
+        own = {role for role in roles if branch.owns(role)}
+        first = {role.split(".")[0] for role in own}
+        into = [f"{r}.{part}" for r in branch.inward for part in ("weight", "lora_A")]
+        out = [f"{branch.outward}.{part}" for part in ("weight", "lora_A")]
+        return cls(
+            anything=bool(own),
+            norm=branch.norm in first,
+            inward=bool(first & {*branch.inward, *branch.middle}),
+            y=bool(own & set(into)),
+            z=bool(own & set(out)),
+            near=(f"{branch.inward[0]}.lora_B" in own, f"{branch.outward}.lora_A" in own),
+            far=(f"{branch.inward[0]}.lora_A" in own, f"{branch.outward}.lora_B" in own),
+        )
+
+
+@dataclass(frozen=True)
+class BranchOperations:
+    """Schedules as branches run them.
+
+    Attributes:
+        operations: int8 [..., slots, blocks, 2, heads]: FROZEN only where gradient passes, FULL
+            only where something trains.
+        through: bool [..., slots, blocks, 2]: whether gradient is wanted at the branch's input.
+    """
+
+    operations: np.ndarray
+    through: np.ndarray
+
+    @classmethod
+    def of(cls, operations: np.ndarray, trains: Sequence[Trains]) -> "BranchOperations":
+        """Of schedules int8 [..., slots, blocks, heads]."""
+        anything = np.array([t.anything for t in trains])
+        norm = np.array([t.norm for t in trains])
+        each = np.repeat(operations[..., None, :], len(trains), axis=-2)
+        full = (each == Operation.FULL) & anything[:, None]
+        own = full.any(axis=-1)  # [..., slots, blocks, 2]
+        flat = own.reshape(*own.shape[:-2], -1)
+        begun = np.logical_or.accumulate(flat, axis=-1)
+        below = np.zeros_like(begun)
+        below[..., 1:] = begun[..., :-1]
+        through = below.reshape(own.shape) | (own & norm)
+        live = (each >= Operation.FROZEN) & ~full
+        passes = np.where(through[..., None], Operation.FROZEN, Operation.FORWARD_ONLY)
+        return cls(np.where(live, passes, each).astype(np.int8), through)
 
 
 @dataclass(frozen=True, eq=False)
@@ -269,20 +388,22 @@ def slot_totals(examples: int, batch_size: int, slots: int, epochs: int) -> list
 
 def down_spec(arch: Architecture, schedule: Schedule) -> dict[str, tuple[int, ...]]:
     """What a client is sent: name -> shape. Embedding, final, and of each block what it runs."""
-    return _spec(arch, schedule, schedule.resident, embedding=True)
+    return _spec(arch, schedule, schedule.resident, trained=False)
 
 
 def up_spec(arch: Architecture, schedule: Schedule) -> dict[str, tuple[int, ...]]:
-    """What a client returns: name -> shape. The final part, and of each block what it trained."""
-    return _spec(arch, schedule, schedule.trained, embedding=False)
+    """What a client returns: name -> shape. Of the final part and of each block what it trained."""
+    return _spec(arch, schedule, schedule.trained, trained=True)
 
 
 def _spec(
-    arch: Architecture, schedule: Schedule, what: np.ndarray, embedding: bool
+    arch: Architecture, schedule: Schedule, what: np.ndarray, trained: bool
 ) -> dict[str, tuple[int, ...]]:
     spec: dict[str, tuple[int, ...]] = {}
     for p in arch.parameters:
-        if p.kind is Kind.FINAL or (p.kind is Kind.EMBEDDING and embedding):
+        if trained and not p.trains:
+            continue
+        if p.kind in (Kind.FINAL, Kind.EMBEDDING):
             spec[p.name] = p.shape
         elif p.block >= 0 and (heads := schedule.heads(what, p.block)):
             spec[p.name] = p.packed_shape(heads) if p.kind is Kind.SLICED else p.shape

@@ -151,7 +151,7 @@ def describe(model: VisionTransformer) -> Architecture:
         elif name.startswith(FINAL_MODULES):
             parameters.append(Parameter(name, shape, Kind.FINAL))
         else:
-            parameters.append(Parameter(name, shape, Kind.EMBEDDING))
+            parameters.append(Parameter(name, shape, Kind.EMBEDDING, trains=False))
     block: Any = model.blocks[0]
     attn, mlp = block.attn, block.mlp
     patches = model.patch_embed.num_patches
