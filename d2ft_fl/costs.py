@@ -16,6 +16,16 @@ FORWARD_ONLY pays the first, FROZEN the first, second and fourth, FULL all. Stri
 lowest block that trains in a slot FROZEN is FORWARD_ONLY. The embedding runs forward, and the
 classifier forward, through and for its weights: 6 D classes.
 
+Under LoRA of rank r the weights of a FULL subnet pay nothing; for each product with factors, p rows
+of it the subnet's (3 d or f in, d or f out), on each example
+
+    a subnet that is FULL in any slot    forward 2 T p r, through it 2 T p r, of its factor 2 T p r
+    its block, besides                   forward 2 T D r, through it 2 T D r, of the other 2 T D r
+
+the block once a slot and operation of such subnets. Gradients pass through a product in only where
+something below trains: in the lowest branch that trains they end at its factors. Factors of subnets
+that never are FULL are folded into their weights, 2 p D r once a round.
+
 **Memory** is what is held, plus the worst pass: see :mod:`d2ft_fl.memory`. **Bytes** are those of
 tensors, and of headers at most.
 """
@@ -26,14 +36,15 @@ from functools import cached_property, lru_cache
 
 import numpy as np
 
+from d2ft_fl.branch_flops import BranchFlops
 from d2ft_fl.compensation import mean_spec, skip_spec
 from d2ft_fl.memory import ELEMENT, PassMemory, Saved
 from d2ft_fl.subnets import (
     Architecture,
     Kind,
     Operation,
+    Parameter,
     Schedule,
-    effective,
     passes,
     slot_sizes,
     slot_totals,
@@ -62,24 +73,49 @@ class Cost:
         return np.array([getattr(self, r) for r in RESOURCES], dtype=np.int64)
 
 
-@dataclass(frozen=True)
-class Elements:
-    """Parameter counts of an architecture, by what they belong to."""
+Which = Callable[[Parameter], bool]
 
-    sliced: np.ndarray  # int64 [blocks, heads]
-    shared: np.ndarray  # int64 [blocks]
-    embedding: int
-    final: int
+
+@dataclass(frozen=True)
+class Amounts:
+    """How much of an architecture some parameters are, by what they belong to.
+
+    Attributes:
+        sliced: Elements, int64 [blocks, heads]. shared: Elements, int64 [blocks].
+        outer: Elements of embedding and final part.
+        tensors: Of each block: int64 [blocks]. outer_tensors: Of embedding and final part.
+    """
+
+    sliced: np.ndarray
+    shared: np.ndarray
+    outer: int
+    tensors: np.ndarray
+    outer_tensors: int
 
     @classmethod
-    def of(cls, arch: Architecture) -> "Elements":
+    def of(cls, arch: Architecture, which: Which) -> "Amounts":
         """Counted from the parameters."""
-        shared = np.zeros(arch.blocks, dtype=np.int64)
-        for p in arch.of_kind(Kind.SHARED):
-            shared[p.block] += p.numel
-        embedding = sum(p.numel for p in arch.of_kind(Kind.EMBEDDING))
-        final = sum(p.numel for p in arch.of_kind(Kind.FINAL))
-        return cls(arch.subnet_sizes, shared, embedding, final)
+        chosen = [p for p in arch.parameters if which(p)]
+        outer = [p.numel for p in chosen if p.block < 0]
+        blocks = np.array([p.block for p in chosen if p.block >= 0], dtype=np.int64)
+        tensors = np.bincount(blocks, minlength=arch.blocks)
+        sliced, shared = arch.sliced_sizes(which), arch.shared_sizes(which)
+        return cls(sliced, shared, sum(outer), tensors, len(outer))
+
+    @property
+    def bytes_of_blocks(self) -> np.ndarray:
+        """Bytes on the wire of what a block's subnets share, headers included: int64 [blocks]."""
+        return ELEMENT * self.shared + TENSOR_HEADER * self.tensors
+
+    @property
+    def outer_bytes(self) -> int:
+        """Bytes on the wire of embedding and final part."""
+        return ELEMENT * self.outer + TENSOR_HEADER * self.outer_tensors
+
+    def elements(self, which: np.ndarray) -> np.ndarray:
+        """Elements of subnets [clients, blocks, heads] and what they share: int64 [clients]."""
+        own = (which * self.sliced).sum(axis=(1, 2))
+        return own + (which.any(axis=2) * self.shared).sum(axis=1)
 
 
 @dataclass(frozen=True)
@@ -106,27 +142,29 @@ class CostModel:
     # -- FLOPs -------------------------------------------------------------------------------
 
     @cached_property
-    def _products(self) -> tuple[np.ndarray, np.ndarray, int]:
-        """Multiply-adds of the products in and out, [heads] each; FLOPs of an attention product."""
-        a = self.arch
-        hidden = np.array(a.hidden, dtype=np.int64)
-        inward = a.tokens * a.dim * ((4 if a.gated else 3) * a.head_dim + hidden)
-        outward = a.tokens * a.dim * (a.head_dim + hidden)
-        return inward, outward, 2 * a.tokens**2 * a.head_dim
+    def branch_flops(self) -> "BranchFlops":
+        """FLOPs of operations, by branch."""
+        return BranchFlops.of(self.arch, self.fused, self.options.checkpointing)
 
     @cached_property
     def operation_flops(self) -> np.ndarray:
-        """FLOPs of each operation of each head on one example: int64 [operations, heads]."""
-        inward, outward, attention = self._products
-        products = 2 * (inward + outward)
-        forward = products + 2 * attention
-        through = products + (5 if self.fused else 4) * attention
-        again = (2 * inward + 2 * attention) * self.options.checkpointing
-        out = np.zeros((len(Operation), self.arch.heads), dtype=np.int64)
-        out[Operation.FORWARD_ONLY] = forward
-        out[Operation.FROZEN] = forward + through + again
-        out[Operation.FULL] = forward + through + again + products
-        return out
+        """Most FLOPs of each operation of each head on one example: int64 [operations, heads].
+
+        The most there can be: of a FULL subnet that has something that trains below it. What a
+        block pays besides is in :attr:`block_flops`.
+        """
+        flops = self.branch_flops
+        total = flops.base[:, 1].sum(axis=1)
+        total[Operation.FULL] += flops.near[Operation.FULL, 1].sum(axis=0)
+        return total
+
+    @cached_property
+    def block_flops(self) -> np.ndarray:
+        """What a block pays besides where subnets that train do an operation: int64 [operations].
+
+        Zero but under LoRA; on one example, and at most.
+        """
+        return self.branch_flops.far[:, 1].sum(axis=1)
 
     @property
     def fused(self) -> bool:
@@ -139,19 +177,32 @@ class CostModel:
         """FLOPs of one example outside the blocks: embedding forward, classifier forth and back."""
         return self.arch.embed_flops + 6 * self.arch.dim * self.arch.classes
 
+    @cached_property
+    def fold_flops(self) -> np.ndarray:
+        """FLOPs of folding a subnet's factors into its weights: int64 [blocks, heads]."""
+        weights = [
+            p.role for p in self.arch.parameters if p.role.split(".")[0] in self.arch.targets
+        ]
+        roles = {role for role in weights if role.endswith(".weight")}
+        sizes = self.arch.sliced_sizes(lambda p: p.role in roles and not p.factor)
+        return 2 * self.arch.rank * sizes
+
     def flops(self, schedule: Schedule, examples: int) -> int:
         """FLOPs of one round of local training on ``examples`` examples."""
         return int(self._flops(schedule.operations[None], np.array([examples]))[0])
 
     def _flops(self, operations: np.ndarray, examples: np.ndarray) -> np.ndarray:
         """FLOPs of many clients' rounds: int64 [clients]."""
-        heads = np.arange(self.arch.heads)
-        per_slot = self.operation_flops[effective(operations), heads].sum(axis=(2, 3))
-        per_slot = per_slot + self.base_flops * _active(operations)  # [clients, slots]
+        per_slot = self.branch_flops.per_slot(operations, self.arch.trains)
+        per_slot += self.base_flops * _active(operations)  # [clients, slots]
         full, rest = np.divmod(examples, self.options.batch_size)
         whole = np.array(slot_sizes(self.options.batch_size, self.slots))
         totals = full[:, None] * whole + _sizes(rest, self.slots)
-        return self.options.epochs * (per_slot * totals).sum(axis=1)
+        flops = self.options.epochs * (per_slot * totals).sum(axis=1)
+        if self.arch.rank:
+            folded = _resident(operations) & ~_trained(operations)
+            flops += (folded * self.fold_flops).sum(axis=(1, 2))
+        return flops
 
     def slot_totals(self, examples: int) -> list[int]:
         """Examples each slot sees in one round."""
@@ -160,9 +211,29 @@ class CostModel:
     # -- memory ------------------------------------------------------------------------------
 
     @cached_property
-    def elements(self) -> "Elements":
-        """Parameter counts of the model."""
-        return Elements.of(self.arch)
+    def own(self) -> Amounts:
+        """The model's own parameters: held with every resident subnet."""
+        return Amounts.of(self.arch, lambda p: not p.factor)
+
+    @cached_property
+    def factors(self) -> Amounts:
+        """LoRA's factors: held with trained subnets; those of others are folded in."""
+        return Amounts.of(self.arch, lambda p: bool(p.factor))
+
+    @cached_property
+    def trained(self) -> Amounts:
+        """What trains: has gradients and moments, and travels up."""
+        return Amounts.of(self.arch, lambda p: p.trains)
+
+    @cached_property
+    def fixed(self) -> Amounts:
+        """What never changes: travels down to clients that have it not."""
+        return Amounts.of(self.arch, lambda p: p.fixed)
+
+    @cached_property
+    def loose(self) -> Amounts:
+        """What changes: travels down every round."""
+        return Amounts.of(self.arch, lambda p: not p.fixed)
 
     @cached_property
     def saved(self) -> "Saved":
@@ -187,18 +258,17 @@ class CostModel:
 
     def _passes(self, operations: np.ndarray, sizes: np.ndarray) -> PassMemory:
         """Memory of passes [passes, slots, blocks, heads] over ``sizes`` [passes, slots]."""
-        resident = (operations != Operation.SHORTCUT).any(axis=1)
         checkpointing = self.options.checkpointing
-        return PassMemory.of(self.saved, checkpointing, effective(operations), resident, sizes)
+        return PassMemory.of(self.saved, checkpointing, operations, sizes)
 
     def _held(self, operations: np.ndarray, moments: bool = True) -> np.ndarray:
         """Bytes of weights, gradients and (after the first step) optimiser state: [clients]."""
-        e = self.elements
         resident, trained = _resident(operations), _trained(operations)
         copies = 1 + (MOMENTS[self.options.optimizer] if moments else 0)
-        elements = e.embedding + (1 + copies) * e.final
-        elements = elements + ((resident + copies * trained) * e.sliced).sum(axis=(1, 2))
-        elements += ((resident.any(axis=2) + copies * trained.any(axis=2)) * e.shared).sum(axis=1)
+        elements = self.own.outer + copies * self.trained.outer + self.own.elements(resident)
+        elements = elements + copies * self.trained.elements(trained)
+        if self.arch.rank:
+            elements += self.factors.elements(trained)
         return ELEMENT * elements + self._each(operations, lambda s: _data(self._extra(s)))
 
     def _extra(self, schedule: Schedule) -> dict[str, tuple[int, ...]]:
@@ -273,56 +343,63 @@ class CostModel:
     # -- bytes -------------------------------------------------------------------------------
 
     def bytes_down(self, schedule: Schedule) -> int:
-        """Bytes that travel to the client: its slices, compensation, headers, the schedule."""
-        return int(self._down(schedule.operations[None])[0])
+        """Bytes that travel to a client that has nothing: slices, compensation, headers."""
+        return int(self._down(schedule.operations[None], None)[0])
 
     def bytes_up(self, schedule: Schedule) -> int:
         """Bytes that come back: trained slices, means, and their headers."""
         return int(self._up(schedule.operations[None])[0])
 
-    @cached_property
-    def block_tensors(self) -> np.ndarray:
-        """Tensors of each block: int64 [blocks]."""
-        blocks = [p.block for p in self.arch.parameters if p.block >= 0]
-        return np.bincount(blocks, minlength=self.arch.blocks)
+    @property
+    def message_bytes(self) -> int:
+        """Bytes of a message to a client beside its tensors."""
+        grid = self.arch.blocks * self.arch.heads
+        return MESSAGE_HEADER + 2 * self.slots * grid + (4 * grid if self.arch.rank else 0)
 
-    def _slices(self, which: np.ndarray) -> np.ndarray:
-        """Bytes of these subnets [clients, blocks, heads] and what they share: int64 [clients]."""
-        shared = ELEMENT * self.elements.shared + TENSOR_HEADER * self.block_tensors
-        sliced = ELEMENT * self.elements.sliced
-        return (which * sliced).sum(axis=(1, 2)) + (which.any(axis=2) * shared).sum(axis=1)
-
-    def _down(self, operations: np.ndarray) -> np.ndarray:
-        e, outer = self.elements, (Kind.EMBEDDING, Kind.FINAL)
-        count = sum(len(self.arch.of_kind(kind)) for kind in outer)
-        fixed = ELEMENT * (e.embedding + e.final) + TENSOR_HEADER * count
-        fixed += MESSAGE_HEADER + 2 * int(np.prod(operations.shape[1:]))
-        skips = self._each(operations, lambda s: _wire(self._skips(s)))
-        return fixed + self._slices(_resident(operations)) + skips
+    def _down(self, operations: np.ndarray, holds: np.ndarray | None) -> np.ndarray:
+        resident = _resident(operations)
+        total = _slices(self.loose, resident) + self.loose.outer_bytes + self.message_bytes
+        total += self._each(operations, lambda s: _wire(self._skips(s)))
+        if holds is None:
+            return total + _slices(self.fixed, resident) + self.fixed.outer_bytes
+        new = resident & ~holds
+        blocks = resident.any(axis=2) & ~holds.any(axis=2)  # of which nothing is there yet
+        total += (new * ELEMENT * self.fixed.sliced).sum(axis=(1, 2))
+        total += (new.any(axis=2) * TENSOR_HEADER * self.fixed.tensors).sum(axis=1)
+        total += (blocks * ELEMENT * self.fixed.shared).sum(axis=1)
+        return total + ~holds.any(axis=(1, 2)) * self.fixed.outer_bytes
 
     def _up(self, operations: np.ndarray) -> np.ndarray:
-        final = len(self.arch.of_kind(Kind.FINAL))
-        fixed = ELEMENT * self.elements.final + TENSOR_HEADER * final + MESSAGE_HEADER
+        fixed = self.trained.outer_bytes + MESSAGE_HEADER
         means = self._each(operations, lambda s: _wire(self._means(s)))
-        return fixed + self._slices(_trained(operations)) + means
+        return fixed + _slices(self.trained, _trained(operations)) + means
 
     # -- together ----------------------------------------------------------------------------
 
-    def cost(self, schedule: Schedule, examples: int) -> Cost:
-        """Everything one round costs a client. Sitting out costs nothing."""
-        return Cost(*self.costs(schedule.operations[None], np.array([examples]))[0].tolist())
+    def cost(self, schedule: Schedule, examples: int, holds: np.ndarray | None = None) -> Cost:
+        """Everything one round costs a client. Sitting out costs nothing.
 
-    def costs(self, operations: np.ndarray, examples: np.ndarray) -> np.ndarray:
+        Args:
+            holds: bool [blocks, heads], subnets whose fixed parameters the client has.
+        """
+        all_holds = None if holds is None else holds[None]
+        found = self.costs(schedule.operations[None], np.array([examples]), all_holds)
+        return Cost(*found[0].tolist())
+
+    def costs(
+        self, operations: np.ndarray, examples: np.ndarray, holds: np.ndarray | None = None
+    ) -> np.ndarray:
         """The same of many clients: int64 [clients, 4], in the order of ``RESOURCES``.
 
         Args:
             operations: int8 [clients, slots, blocks, heads]. examples: int64 [clients].
+            holds: bool [clients, blocks, heads]; None for nothing.
         """
         parts = (
             self._flops(operations, examples),
             self.memories(operations, examples),
             self._up(operations),
-            self._down(operations),
+            self._down(operations, holds),
         )
         works = operations.any(axis=(1, 2, 3)) & (examples > 0)
         return np.stack(parts, axis=1) * works[:, None]
@@ -362,6 +439,12 @@ def _active(operations: np.ndarray) -> np.ndarray:
 def _sizes(batch: np.ndarray, slots: int) -> np.ndarray:
     """:func:`slot_sizes` of many batches: int64 [clients, slots]."""
     return batch[:, None] // slots + (np.arange(slots) < batch[:, None] % slots)
+
+
+def _slices(amounts: Amounts, which: np.ndarray) -> np.ndarray:
+    """Bytes on the wire of subnets [clients, blocks, heads] and what they share: [clients]."""
+    own = (which * ELEMENT * amounts.sliced).sum(axis=(1, 2))
+    return own + (which.any(axis=2) * amounts.bytes_of_blocks).sum(axis=1)
 
 
 def _data(spec: dict[str, tuple[int, ...]]) -> int:
@@ -409,13 +492,19 @@ def with_scoring(cost: Cost, scoring: Cost) -> Cost:
     )
 
 
-def round_cost(costs: CostModel, schedule: Schedule, examples: int, score_examples: int) -> Cost:
+def round_cost(
+    costs: CostModel,
+    schedule: Schedule,
+    examples: int,
+    score_examples: int,
+    holds: np.ndarray | None = None,
+) -> Cost:
     """Cost of a round, with the scoring pass before it, if any.
 
     The pass needs the whole model, of which the schedule then keeps its part, uncompensated.
     """
     if not score_examples:
-        return costs.cost(schedule, examples)
+        return costs.cost(schedule, examples, holds)
     cost = replace(costs, compensated=False).cost(schedule, examples)
     return with_scoring(cost, scoring_cost(costs, score_examples))
 

@@ -85,18 +85,24 @@ def factor_name(weight: str, factor: str) -> str:
 
 
 def with_lora(
-    arch: Architecture, lora: Lora, frozen: Iterable[tuple[str, str]] = ()
+    arch: Architecture,
+    lora: Lora,
+    frozen: Iterable[tuple[str, str]] = (),
+    fixed: Iterable[tuple[str, str]] | None = None,
 ) -> Architecture:
     """The architecture with LoRA's factors, which train, and else the classifier alone.
 
     Args:
         frozen: (target, factor) of the factors that do not train.
+        fixed: Of those that never change; the frozen ones, unless told otherwise.
     """
     lora.check(arch)
     still = set(frozen)
+    forever = still if fixed is None else set(fixed)
     found = []
     for p in arch.parameters:
-        found.append(replace(p, trains=p.kind is Kind.FINAL and p.name.startswith(HEAD)))
+        trains = p.kind is Kind.FINAL and p.name.startswith(HEAD)
+        found.append(replace(p, trains=trains, fixed=not trains))
         target, _, part = p.role.partition(".")
         if part != "weight" or target not in lora.targets:
             continue
@@ -113,6 +119,7 @@ def with_lora(
                     axis=0 if common else p.axis,
                     rows=() if common else p.rows,
                     trains=(target, factor) not in still,
+                    fixed=(target, factor) in forever,
                     factor=factor,
                 )
             )

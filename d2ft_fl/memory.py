@@ -13,6 +13,10 @@ FULL subnet: that is why opening a block is a charge of its own. Head norms, gat
 and dropout add what ``Saved`` says.
 Checkpointed, only x stays.
 
+Under LoRA a product with factors keeps c n_t T r for the gradient of the factor on the far side of
+it; y and z stay only for the gradient of an A; and the lowest branch that trains keeps neither x
+nor, where nothing before its product out trains, what its subnets have in the middle.
+
 **Transients** come on top. The peak of a pass is the largest of what is alive at these moments,
 with a stream for one tensor [N, T, D]:
 
@@ -31,7 +35,15 @@ from functools import lru_cache
 import numpy as np
 
 from d2ft_fl.grouping import Part, groups, storage_order
-from d2ft_fl.subnets import Architecture, Operation
+from d2ft_fl.subnets import (
+    BRANCHES,
+    Architecture,
+    BranchOperations,
+    BranchRoles,
+    Operation,
+    Trains,
+    effective,
+)
 from d2ft_fl.training import LocalOptions
 
 ELEMENT = 4  # bytes of a float32
@@ -46,13 +58,19 @@ class Saved:
         narrow: The same in the type of products.
         statistics: Of one norm, per live example.
         normed: What a root mean square norm keeps besides, to train its weight.
-        alive: Of a FULL or FROZEN subnet: int64 [2 branches, heads].
-        full: Of a FULL one besides.
+        alive: Of a FULL or FROZEN subnet that gradient goes through: int64 [2 branches, heads].
+        full: Of a FULL one besides. shallow: In its place, where none goes through it.
+        factors: Of a block with something FULL, for LoRA's gradients: int64 [2 branches].
+        dropped: Of a FULL subnet, where LoRA drops out: int64 [2 branches, heads].
+        near: What a product with LoRA's factors has in between: int64 [2 branches].
+        keeps_y: Whether y is kept where something is FULL: bool [2 branches].
+        trains: What trains of each branch.
         hidden: What goes into a piece's middle, and what comes out: int64 [2, 2, heads].
         weights: Of a product in, in the type of products: int64 [2, heads]; not per example.
         outer: Of final norm, classifier and loss.
         classifier: Of the classifier's weight, once a pass, where it is cast.
         scaled: Whether a layer scale keeps the sum.
+        rms: Whether norms are by root mean square, which torch puts together from simple steps.
         mask: Of dropout on the sum, where there is one.
     """
 
@@ -62,17 +80,19 @@ class Saved:
     normed: int
     alive: np.ndarray
     full: np.ndarray
+    shallow: np.ndarray
+    factors: np.ndarray
+    dropped: np.ndarray
+    near: np.ndarray
+    keeps_y: np.ndarray
+    trains: tuple[Trains, ...]
     hidden: np.ndarray
     weights: np.ndarray
     outer: int
     classifier: int
     scaled: bool
+    rms: bool
     mask: int
-
-    @property
-    def rms(self) -> bool:
-        """Whether norms are by root mean square, which torch puts together from simple steps."""
-        return self.normed > 0
 
     @classmethod
     def of(cls, a: Architecture, options: LocalOptions, fused: bool, device: str) -> "Saved":
@@ -91,10 +111,16 @@ class Saved:
         # Normed heads lie otherwise in memory, so that the product out takes a copy.
         copies = a.gated + bool(a.head_norms) + a.rms * a.head_norms
         full = [c * t * d * copies * one, c * t * hidden]
+        shallow = [c * t * d * one, c * t * hidden]
+        each = zip(BRANCHES, a.trains, shallow, strict=True)
+        lora = [_LoraSaved.of(a, c, *branch) for branch in each]
+        for branch, own in enumerate(lora):
+            if not own.keeps_z:
+                full[branch], shallow[branch] = 0 * one, 0 * one
         inward = [c * t * d * (4 if a.gated else 3) * one, c * t * hidden]
-        drops = (2 if device == "cpu" else 1) * bool(a.hidden_dropout)  # mask and product
+        masks = (2 if device == "cpu" else 1) * bool(a.hidden_dropout)  # mask and product
         extras = a.head_norms + bool(a.head_norms) + 2 * a.gated  # normed, copied; gate, product
-        outward = [c * t * d * (1 + extras) * one, c * t * hidden * (1 + drops)]
+        outward = [c * t * d * (1 + extras) * one, c * t * hidden * (1 + masks)]
         # Final norm: its input, and what the classifier's view of its output keeps alive.
         norm = ELEMENT * (a.dim * (1 + a.rms) + 2) * (1 if a.norm_pooled else t)
         norm += c * a.dim * (1 if a.norm_pooled or c < ELEMENT else t)
@@ -102,15 +128,50 @@ class Saved:
             stream=ELEMENT * t * a.dim,
             narrow=c * t * a.dim,
             statistics=2 * ELEMENT * t,
-            normed=a.rms * ELEMENT * t * a.dim,
+            normed=a.rms * ELEMENT * t * a.dim * a.trains[0].norm,
             alive=np.stack(out),
             full=np.stack(full),
+            shallow=np.stack(shallow),
+            factors=np.array([own.factors for own in lora], dtype=np.int64),
+            dropped=np.stack([own.dropped for own in lora]),
+            near=np.array([own.near for own in lora], dtype=np.int64),
+            keeps_y=np.array([own.keeps_y for own in lora]),
+            trains=a.trains,
             hidden=np.stack([np.stack(inward), np.stack(outward)], axis=1),
             weights=c * a.dim * np.stack([3 * d * one, hidden]),
             outer=norm + ELEMENT * (2 * a.classes + 2),
             classifier=c * a.dim * a.classes * (c < ELEMENT),
-            scaled=a.layer_scale,
+            scaled=a.layer_scale and a.trains[0].scale,
+            rms=a.rms,
             mask=mask * t * a.dim * bool(a.output_dropout),
+        )
+
+
+@dataclass(frozen=True)
+class _LoraSaved:
+    """A branch's part of :class:`Saved`, as far as it depends on factors; see there."""
+
+    factors: int
+    dropped: np.ndarray
+    near: int
+    keeps_y: bool
+    keeps_z: bool
+
+    @classmethod
+    def of(
+        cls, a: Architecture, c: int, roles: BranchRoles, trains: Trains, z: np.ndarray
+    ) -> "_LoraSaved":
+        """With elements of c bytes, and so many bytes of z an example and head."""
+        into, out = roles.inward[0] in a.targets, roles.outward in a.targets
+        drops_in, drops_out = into and a.lora_dropout > 0, out and a.lora_dropout > 0
+        kept = c * a.tokens * a.rank * (trains.near[0] + trains.far[1])
+        masked = a.tokens * a.dim * (c * trains.far[0] + 1)  # y, and where it was dropped
+        return cls(
+            factors=kept + drops_in * masked,
+            dropped=drops_out * (c * trains.near[1] + 1) * z // c,
+            near=c * a.tokens * (a.rank * (into + out) + 2 * a.dim * (drops_in + drops_out)),
+            keeps_y=trains.y and not drops_in,
+            keeps_z=trains.z and not drops_out,
         )
 
 
@@ -138,39 +199,44 @@ class PassMemory:
         s: Saved,
         checkpointing: bool,
         operations: np.ndarray,
-        resident: np.ndarray,
         sizes: np.ndarray,
     ) -> "PassMemory":
         """Work it out, for many passes at once.
 
         Args:
             s: What an example saves.
-            operations: int8 [passes, slots, blocks, heads], effective ones.
-            resident: bool [passes, blocks, heads], what is held.
+            operations: int8 [passes, slots, blocks, heads].
             sizes: int64 [passes, slots], examples of each slot.
         """
         n = sizes
+        run = BranchOperations.of(operations, s.trains)
+        inward_trains = np.array([t.inward for t in s.trains])
         total = n.sum(axis=1)[:, None, None]  # [passes, 1, 1], beside [passes, blocks, 2]
-        full, frozen = operations == Operation.FULL, operations == Operation.FROZEN
-        n_full = _examples(n, full)  # [passes, blocks, heads]
+        resident = (operations != Operation.SHORTCUT).any(axis=1)
+        full, frozen = run.operations == Operation.FULL, run.operations == Operation.FROZEN
+        live, trains = (full | frozen).any(axis=4), full.any(axis=4)  # [passes, slots, blocks, 2]
+        n_full = _examples(n, full)  # [passes, blocks, 2, heads]
+        n_deep = _examples(n, full & (run.through | inward_trains)[..., None])
         n_frozen = _examples(n, frozen)
-        n_live = _examples(n, (full | frozen).any(axis=3))[..., None]  # [passes, blocks, 1], and:
-        n_trains = _examples(n, full.any(axis=3))[..., None]
-        n_runs = _examples(n, (operations != Operation.SHORTCUT).any(axis=3))[..., None]
+        n_live, n_trains = _examples(n, live), _examples(n, trains)  # [passes, blocks, 2]
+        n_through = _examples(n, live & run.through)
+        n_runs = _examples(n, (run.operations != Operation.SHORTCUT).any(axis=4))
         cast = s.narrow != s.stream
 
-        x = total * s.stream * (n_live > 0)
-        norm = s.statistics * n_live + (s.narrow + s.normed) * n_trains
-        summed = total * (s.narrow * s.scaled * (n_trains > 0) + s.mask * (n_live > 0))
-        saved = np.repeat(x + summed, 2, axis=2)
+        kept = total * ((n_live if checkpointing else n_through) > 0)  # x, of all examples
+        saved = s.stream * kept
+        saved += total * (s.narrow * s.scaled * (n_trains > 0) + s.mask * (n_live > 0))
         if not checkpointing:
-            saved = saved + norm + (n_full + n_frozen) @ s.alive.T + n_full @ s.full.T
+            saved += s.statistics * n_through + (s.narrow * s.keeps_y + s.normed) * n_trains
+            saved += s.factors * n_trains + (n_full * s.dropped).sum(axis=3)
+            saved += ((n_deep + n_frozen) * s.alive + n_deep * s.full).sum(axis=3)
+            saved += ((n_full - n_deep) * s.shallow).sum(axis=3)
 
         def largest(
             operation: Operation, per_head: np.ndarray, together: bool = False
         ) -> np.ndarray:
             """Bytes [2, heads] an example and head, for the largest piece: [passes, blocks, 2]."""
-            return _largest(operations, operation, n, per_head, together)
+            return _largest(run, operations, operation, n, per_head, together)
 
         inward, outward = s.hidden[:, 0], s.hidden[:, 1]  # [2, heads]
         ahead = largest(Operation.FORWARD_ONLY, inward + outward)
@@ -181,8 +247,8 @@ class PassMemory:
         casts = resident @ s.weights.T if cast else np.int64(0)
         y = s.narrow * n_runs  # and for a moment, before it is cast, once more as it was
         ahead = np.maximum(ahead + casts, cast * s.stream * n_runs)
-        stream = total * s.stream * (n_live == 0)  # where x is not saved it is there all the same
-        forward = saved + ahead + stream + (n_runs > 0) * (y + total * s.narrow)
+        stream = s.stream * (total - kept)  # where x is not saved it is there all the same
+        forward = saved + ahead + stream + (n_runs > 0) * (y + total * s.narrow) + s.near * n_runs
 
         # q, k and v get their gradients one by one and are then put together.
         back = inward * np.array([[2], [1]]) + outward
@@ -193,11 +259,11 @@ class PassMemory:
         )
         if checkpointing:
             middle = middle + (s.statistics + s.narrow + s.normed) * n_live
+            middle = middle + s.factors * n_trains + (n_full * s.dropped).sum(axis=3)
         arriving = total * (s.stream * (1 + s.scaled) + s.narrow * cast)
-        own = (s.narrow + s.stream * 3 * s.rms) * n_live
-        backward = (n_live > 0) * (
-            arriving + own + np.maximum(middle + casts, 2 * total * s.stream)
-        )
+        own = (s.narrow + s.stream * 3 * s.rms) * n_through + s.near * n_live
+        after = 2 * total * s.stream * (n_through > 0)
+        backward = (n_live > 0) * (arriving + own + np.maximum(middle + casts, after))
         passes = len(n)
         ends = total[:, 0, 0]
         return cls(
@@ -223,6 +289,7 @@ def _examples(n: np.ndarray, what: np.ndarray) -> np.ndarray:
 
 
 def _largest(
+    run: BranchOperations,
     operations: np.ndarray,
     operation: Operation,
     n: np.ndarray,
@@ -232,28 +299,39 @@ def _largest(
     """Bytes of an operation's largest piece, of each block and branch: int64 [passes, blocks, 2].
 
     Args:
-        operations: int8 [passes, slots, blocks, heads]. n: Examples [passes, slots].
-        per_head: Bytes of an example and head: int64 [2, heads].
+        run, operations: Of passes, by branch and as planned [passes, slots, blocks, heads].
+        n: Examples [passes, slots]. per_head: Bytes of an example and head: int64 [2, heads].
         together: Take the pieces of a segment as one.
     """
     if n.shape[1] == 1:  # one slot is one piece
-        return n[..., None] * ((operations[:, 0] == operation) @ per_head.T)
+        return n[..., None] * ((run.operations[:, 0] == operation) * per_head).sum(axis=3)
     found = np.zeros((len(n), operations.shape[2], 2), dtype=np.int64)
-    for index, block in np.ndindex(found.shape[:2]):
-        column = np.ascontiguousarray(operations[index, :, block])
-        for pieces in _pieces(column.tobytes(), n.shape[1], operation):
+    stored = effective(operations)
+    for index, block, branch in np.ndindex(found.shape):
+        column = run.operations[index, :, block, branch]
+        through = run.through[index, :, block, branch]
+        order = stored[index, :, block]
+        for pieces in _pieces(
+            column.tobytes(), through.tobytes(), order.tobytes(), n.shape[1], operation
+        ):
             loads = [
-                int(n[index, start:stop].sum()) * per_head[:, list(heads)].sum(axis=1)
+                int(n[index, start:stop].sum()) * int(per_head[branch, list(heads)].sum())
                 for start, stop, heads in pieces
             ]
-            load = np.sum(loads, axis=0) if together else np.max(loads, axis=0)
-            found[index, block] = np.maximum(found[index, block], load)
+            load = sum(loads) if together else max(loads)
+            found[index, block, branch] = max(int(found[index, block, branch]), load)
     return found
 
 
 @lru_cache(maxsize=1 << 16)
-def _pieces(operations: bytes, slots: int, operation: Operation) -> list[list[Part]]:
-    """The engine's pieces of one operation, segment by segment: of a block's [slots, heads]."""
-    table = np.frombuffer(operations, dtype=np.int8).reshape(slots, -1)
-    found = groups(table, storage_order(table))
+def _pieces(
+    operations: bytes, through: bytes, stored: bytes, slots: int, operation: Operation
+) -> list[list[Part]]:
+    """The engine's pieces of one operation, segment by segment: of a branch's [slots, heads]."""
+
+    def table(data: bytes) -> np.ndarray:
+        return np.frombuffer(data, dtype=np.int8).reshape(slots, -1)
+
+    passes = np.frombuffer(through, dtype=bool)
+    found = groups(table(operations), passes, storage_order(table(stored)))
     return [group.pieces[operation] for group in found if group.pieces[operation]]

@@ -243,6 +243,9 @@ class PartialModel:
             x = timm_vit.embed(self.outer, images)  # [examples, tokens, dim]
         for branch in self.branches():
             x = branch(x, bounds)
+        if torch.is_grad_enabled() and not x.requires_grad:
+            # The classifier's backward pass is the same whether anything below it trains or not.
+            x = x.requires_grad_()
         with autocast:
             return timm_vit.classify(self.outer, x)
 

@@ -81,7 +81,8 @@ class Parameter:
         block: Index of its block, or -1.
         axis: The sliced axis, for ``Kind.SLICED``.
         rows: For ``Kind.SLICED``: per head, the indices along ``axis`` that it owns.
-        trains: Whether it changes at all; what does not may be kept by clients from round to round.
+        trains: Whether clients train it.
+        fixed: Whether it keeps its value over a run, so that a client that has it needs it no more.
         factor: ``A`` or ``B`` for a factor of a LoRA product, else empty.
     """
 
@@ -93,6 +94,7 @@ class Parameter:
     axis: int = 0
     rows: tuple[tuple[int, ...], ...] = ()
     trains: bool = True
+    fixed: bool = False
     factor: str = ""
 
     def index(self, heads: Iterable[int]) -> Tensor:
@@ -185,6 +187,13 @@ class Architecture:
             sizes[p.block] += [width * len(rows) for rows in p.rows]
         return sizes
 
+    def shared_sizes(self, which: Callable[[Parameter], bool]) -> np.ndarray:
+        """Elements of some shared parameters of each block: int64 [blocks]."""
+        sizes = np.zeros(self.blocks, dtype=np.int64)
+        for p in filter(which, self.of_kind(Kind.SHARED)):
+            sizes[p.block] += p.numel
+        return sizes
+
     @cached_property
     def trains(self) -> "tuple[Trains, ...]":
         """What of each of a block's branches trains where a subnet is FULL; blocks are alike."""
@@ -213,19 +222,23 @@ class Trains:
     Attributes:
         anything: Any parameter of the branch.
         norm: Its norm; else gradient is wanted at its input for lower branches alone.
+        scale: Its layer scale.
         inward: Anything between norm and product out.
         y, z: Whether a gradient is a product with what goes into the products in, or out.
+        weights: Whether the weights of the products (in, out) train.
         near, far: Of LoRA's factors, whether F and G train, of the products (in, out) each; see
             :mod:`d2ft_fl.lora`.
     """
 
     anything: bool
     norm: bool
+    scale: bool
     inward: bool
     y: bool
     z: bool
-    near: tuple[bool, bool] = (False, False)
-    far: tuple[bool, bool] = (False, False)
+    weights: tuple[bool, bool]
+    near: tuple[bool, bool]
+    far: tuple[bool, bool]
 
     @classmethod
     def of(cls, roles: set[str], branch: BranchRoles) -> "Trains":
@@ -237,9 +250,11 @@ class Trains:
         return cls(
             anything=bool(own),
             norm=branch.norm in first,
+            scale=branch.scale in first,
             inward=bool(first & {*branch.inward, *branch.middle}),
             y=bool(own & set(into)),
             z=bool(own & set(out)),
+            weights=(f"{branch.inward[0]}.weight" in own, f"{branch.outward}.weight" in own),
             near=(f"{branch.inward[0]}.lora_B" in own, f"{branch.outward}.lora_A" in own),
             far=(f"{branch.inward[0]}.lora_A" in own, f"{branch.outward}.lora_B" in own),
         )

@@ -13,7 +13,7 @@ import numpy as np
 
 from d2ft_fl.budgets import Budget
 from d2ft_fl.costs import ELEMENT, MESSAGE_HEADER, MOMENTS, RESOURCES, TENSOR_HEADER, CostModel
-from d2ft_fl.subnets import Kind, Operation, slot_sizes
+from d2ft_fl.subnets import Operation, slot_sizes
 
 FLOPS, MEMORY, UP, DOWN = range(len(RESOURCES))
 LATER = len(RESOURCES)  # the solver's fifth resource: memory of later batches
@@ -107,8 +107,22 @@ def shifts_of(costs: CostModel, active: int, rotation: int) -> np.ndarray:
     return (block + head + rotation) % active
 
 
-def table_of(c: CostModel, p: Patterns, examples: int, active: int, rotation: int) -> Table:
-    """Costs of options, of opening blocks to each level, and of running anything at all."""
+def table_of(
+    c: CostModel,
+    p: Patterns,
+    examples: int,
+    active: int,
+    rotation: int,
+    holds: np.ndarray | None = None,
+) -> Table:
+    """Costs of options, of opening blocks to each level, and of running anything at all.
+
+    What subnets of a block share under LoRA is charged to the block at the most that it can be:
+    with one slot that is what it is, but in the lowest block that trains.
+
+    Args:
+        holds: bool [blocks, heads], subnets whose fixed parameters the client has; None for none.
+    """
     arch = c.arch
     first, later = c.batch_extremes(examples)
     # Of each memory: (resource, examples of each slot in its batch, copies of what trains). Without
@@ -130,8 +144,10 @@ def table_of(c: CostModel, p: Patterns, examples: int, active: int, rotation: in
     flops = c.operation_flops[:, head]  # [operations, subnets]
     does = {op: p.operations == op for op in Operation}  # [options, shifts, slots]
     trained, resident = p.full > 0, p.runs > 0
-    sliced = ELEMENT * c.elements.sliced.reshape(-1, 1)
-    alive, full = c.saved.alive.sum(axis=0)[head, None], c.saved.full.sum(axis=0)[head, None]
+    if holds is None:
+        holds = np.zeros((arch.blocks, arch.heads), dtype=bool)
+    alive = c.saved.alive.sum(axis=0)[head, None]
+    full = (c.saved.full + c.saved.dropped).sum(axis=0)[head, None]
 
     def count(operation: Operation, sizes: np.ndarray) -> np.ndarray:
         """Examples on which each option of each subnet does this: int64 [subnets, options]."""
@@ -140,34 +156,46 @@ def table_of(c: CostModel, p: Patterns, examples: int, active: int, rotation: in
     items = np.zeros((len(head), len(p.full), LATER + 1), dtype=np.int64)
     for operation in (Operation.FORWARD_ONLY, Operation.FROZEN, Operation.FULL):
         items[..., FLOPS] += count(operation, totals) * flops[operation][:, None]
-    items[..., UP], items[..., DOWN] = sliced * trained, sliced * resident
+    if arch.rank:
+        for operation in (Operation.FORWARD_ONLY, Operation.FROZEN):
+            near = c.branch_flops.near[operation, 1].sum(axis=0)[head, None]
+            more = count(operation, totals) * (near + c.block_flops[operation])
+            items[..., FLOPS] += more * trained
+        items[..., FLOPS] += c.fold_flops.reshape(-1, 1) * (resident & ~trained)
+    down = ELEMENT * (c.loose.sliced + c.fixed.sliced * ~holds)
+    items[..., UP] = ELEMENT * c.trained.sliced.reshape(-1, 1) * trained
+    items[..., DOWN] = down.reshape(-1, 1) * resident
     openings = np.zeros((arch.blocks, 3, LATER + 1), dtype=np.int64)  # resident, live, trained
-    shared = ELEMENT * c.elements.shared
-    openings[:, 0, DOWN] = openings[:, 2, UP] = shared + TENSOR_HEADER * c.block_tensors
-    final = c.arch.of_kind(Kind.FINAL)
-    outer = final + c.arch.of_kind(Kind.EMBEDDING)
+    openings[:, 0, DOWN] = c.loose.bytes_of_blocks
+    openings[:, 0, DOWN] += ELEMENT * c.fixed.shared * ~holds.any(axis=1)
+    openings[:, 0, DOWN] += TENSOR_HEADER * c.fixed.tensors * ~holds.all(axis=1)
+    openings[:, 2, UP] = c.trained.bytes_of_blocks
+    openings[:, 2, FLOPS] = c.block_flops[Operation.FULL] * int(totals[:active].sum())
     constant = np.zeros(LATER + 1, dtype=np.int64)
     constant[FLOPS] = c.base_flops * int(totals[:active].sum())
-    constant[UP] = ELEMENT * c.elements.final + TENSOR_HEADER * len(final) + MESSAGE_HEADER
-    constant[DOWN] = ELEMENT * (c.elements.embedding + c.elements.final)
-    constant[DOWN] += TENSOR_HEADER * len(outer) + MESSAGE_HEADER
-    constant[DOWN] += 2 * c.slots * arch.blocks * arch.heads
+    constant[UP] = c.trained.outer_bytes + MESSAGE_HEADER
+    constant[DOWN] = c.loose.outer_bytes + c.fixed.outer_bytes * (not holds.any())
+    constant[DOWN] += c.message_bytes
     for (resource, sizes, copies), passes in zip(phases, parts, strict=True):
         total, least = int(sizes.sum()), int(sizes[active - 1])
         n_full = count(Operation.FULL, sizes)
         kept = alive * (n_full + count(Operation.FROZEN, sizes)) + full * n_full
         kept = 0 if c.options.checkpointing else kept // passes
-        items[..., resource] = sliced * (resident + copies * trained) + kept
+        held = c.factors.sliced + copies * c.trained.sliced
+        held = c.own.sliced.reshape(-1, 1) * resident + held.reshape(-1, 1) * trained
+        items[..., resource] = ELEMENT * held + kept
         live, trains = 2 * c.saved.stream * total, 0  # x of both branches, of all examples
         if not c.options.checkpointing:
             live += 2 * c.saved.statistics * least
-            trains = 2 * c.saved.narrow * least
-        openings[:, 0, resource] = shared
+            keeps = int(c.saved.keeps_y.sum()) * c.saved.narrow + int(c.saved.factors.sum())
+            trains = keeps * least
+        openings[:, 0, resource] = ELEMENT * c.own.shared
         openings[:, 1, resource] = live // passes
-        openings[:, 2, resource] = copies * shared + trains // passes
-        held = ELEMENT * (c.elements.embedding + (1 + copies) * c.elements.final)
+        shared = c.factors.shared + copies * c.trained.shared
+        openings[:, 2, resource] = ELEMENT * shared + trains // passes
+        outer = ELEMENT * (c.own.outer + copies * c.trained.outer)
         images = ELEMENT * total * arch.input_elements
-        constant[resource] = held + images + total * c.saved.outer // passes
+        constant[resource] = outer + images + total * c.saved.outer // passes
     if c.calibrating:
         widths = np.array(arch.widths).sum(axis=0)[head][:, None]
         means = ELEMENT * arch.tokens * widths * resident
