@@ -583,7 +583,7 @@ class _Sum(torch.autograd.Function):
                 dx = work.backward(segment, kept, g, None if x is None else x[part], grads)
             if dx is not None:
                 inputs.append((part, dx))
-        if wanted["x"]:
+        if inputs:
             grads.found["x"] = _assembled(inputs, grad)
         return None, None, None, *(grads.found.get(role) for role in ("x", *roles))
 

@@ -221,6 +221,7 @@ class PassMemory:
         n_live, n_trains = _examples(n, live), _examples(n, trains)  # [passes, blocks, 2]
         n_through = _examples(n, live & run.through)
         n_runs = _examples(n, (run.operations != Operation.SHORTCUT).any(axis=4))
+        near = s.near * (operations == Operation.FULL).any(axis=(1, 3))[..., None]
         cast = s.narrow != s.stream
 
         kept = total * ((n_live if checkpointing else n_through) > 0)  # x, of all examples
@@ -248,7 +249,7 @@ class PassMemory:
         y = s.narrow * n_runs  # and for a moment, before it is cast, once more as it was
         ahead = np.maximum(ahead + casts, cast * s.stream * n_runs)
         stream = s.stream * (total - kept)  # where x is not saved it is there all the same
-        forward = saved + ahead + stream + (n_runs > 0) * (y + total * s.narrow) + s.near * n_runs
+        forward = saved + ahead + stream + (n_runs > 0) * (y + total * s.narrow) + near * n_runs
 
         # q, k and v get their gradients one by one and are then put together.
         back = inward * np.array([[2], [1]]) + outward
@@ -261,7 +262,7 @@ class PassMemory:
             middle = middle + (s.statistics + s.narrow + s.normed) * n_live
             middle = middle + s.factors * n_trains + (n_full * s.dropped).sum(axis=3)
         arriving = total * (s.stream * (1 + s.scaled) + s.narrow * cast)
-        own = (s.narrow + s.stream * 3 * s.rms) * n_through + s.near * n_live
+        own = (s.narrow + s.stream * 3 * s.rms) * n_through + near * n_live
         after = 2 * total * s.stream * (n_through > 0)
         backward = (n_live > 0) * (arriving + own + np.maximum(middle + casts, after))
         passes = len(n)

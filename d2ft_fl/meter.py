@@ -132,6 +132,14 @@ class Meter:
         self.peak_bytes = max(self.peak_bytes, base + reading.peak_bytes)
         return result
 
+    def count(self, step: Callable[[], Any]) -> Any:
+        """Run what no pass is part of, and add its FLOPs."""
+        counter = FlopCounterMode(display=False)
+        with counter:
+            result = step()
+        self.flops += counter.get_total_flops()
+        return result
+
     def note(self, held: int) -> None:
         """Account for a moment outside passes at which this many bytes are held."""
         self.peak_bytes = max(self.peak_bytes, held)

@@ -332,7 +332,7 @@ class Piece:
                 u = torch.mm(dropped, numerics.cast(shared[lora.far]).t()).mul_(lora.scaling)
                 for view in product.factored:
                     assert view.near is not None
-                    _part(h, view, product.views).addmm_(u, numerics.cast(view.near).t())
+                    _add_product(_part(h, view, product.views), u, numerics.cast(view.near).t())
                 if self.full:
                     taken = Taken(
                         u=u if lora.near_trains else None,
@@ -369,7 +369,7 @@ class Piece:
             return Taken()
         taken = self.mixed_out(z, numerics, drop)
         assert taken.v is not None
-        total.addmm_(taken.v, numerics.cast(shared[product.lora.far]).t())
+        _add_product(total, taken.v, numerics.cast(shared[product.lora.far]).t())
         if not self.full:
             return Taken()
         kept = taken.z_dropped if taken.z_mask is not None and product.lora.near_trains else None
@@ -387,7 +387,7 @@ class Piece:
         for view in product.factored:
             assert view.near is not None
             part, near = _part(dropped, view, product.views), numerics.cast(view.near)
-            v = torch.mm(part, near) if v is None else v.addmm_(part, near)
+            v = torch.mm(part, near) if v is None else _add_product(v, part, near)
         assert v is not None
         return Taken(v=v.mul_(product.lora.scaling), z_dropped=dropped, z_mask=mask)
 
@@ -420,7 +420,7 @@ class Piece:
             into, weight = _part(dz, view, product.views), numerics.cast(view.weight)
             torch.mm(g, weight.t(), out=into)
             if view.near is not None and error is not None and mask is None:
-                into.addmm_(error, numerics.cast(view.near).t())
+                _add_product(into, error, numerics.cast(view.near).t())
         if mask is not None and error is not None:
             assert product.lora is not None
             for view in product.factored:
@@ -447,7 +447,7 @@ class Piece:
             for view in product.factored:
                 assert view.near is not None
                 part, near = _part(dh, view, product.views), numerics.cast(view.near)
-                du = torch.mm(part, near) if du is None else du.addmm_(part, near)
+                du = torch.mm(part, near) if du is None else _add_product(du, part, near)
             assert du is not None
             return du.mul_(lora.scaling)
         return None
@@ -475,7 +475,7 @@ class Piece:
             if product.lora and error is not None:
                 far = numerics.cast(shared[product.lora.far])
                 if mask is None:
-                    dy.addmm_(error, far)
+                    _add_product(dy, error, far)
                 else:
                     dy.add_(_dropped(torch.mm(error, far), mask, product.lora))
 
@@ -563,6 +563,11 @@ class Piece:
             grad.copy_(value)
         else:
             grad.add_(value)
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """``total += left @ right``. Not by ``addmm_``, which torch's FLOP counter does not know."""
+    return torch.addmm(total, left, right, out=total)
 
 
 def _dropped(back: Tensor, mask: Tensor, lora: Lora) -> Tensor:
