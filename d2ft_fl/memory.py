@@ -246,7 +246,9 @@ class PassMemory:
                 ahead = np.maximum(ahead, largest(operation, inward + outward))
         # The weights of a product are cast for as long as it takes.
         casts = resident @ s.weights.T if cast else np.int64(0)
-        y = s.narrow * n_runs  # and for a moment, before it is cast, once more as it was
+        # What is not kept; and for a moment, before it is cast, once more as it was.
+        kept_y = n_trains * s.keeps_y * (not checkpointing)
+        y = s.narrow * (n_runs - kept_y)
         ahead = np.maximum(ahead + casts, cast * s.stream * n_runs)
         stream = s.stream * (total - kept)  # where x is not saved it is there all the same
         forward = saved + ahead + stream + (n_runs > 0) * (y + total * s.narrow) + near * n_runs
