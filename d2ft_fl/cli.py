@@ -236,6 +236,31 @@ def profile_command(
     display.profile_table(found)
 
 
+@app.command("export")
+def export_command(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a finished run.")],
+    format: Annotated[
+        str,
+        typer.Option(
+            help="peft: an adapter; timm: whole weights. By default peft, of a run tuned by LoRA."
+        ),
+    ] = "",
+    output: Annotated[
+        Path | None, typer.Option(help="A new folder; RUN/adapter or RUN/timm.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON only.")] = False,
+) -> None:
+    """Write a run's result as others load it: an adapter for peft, or weights for timm."""
+    from d2ft_fl.export import export_run
+
+    with failures():
+        found = export_run(run, format, output)
+    if as_json:
+        typer.echo(json.dumps(found.to_json()))
+    else:
+        display.exported(found)
+
+
 def _progress(hidden: bool) -> Progress:
     return Progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),

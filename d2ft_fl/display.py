@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from d2ft_fl.bench import Row
     from d2ft_fl.bench_planner import Row as PlannerRow
     from d2ft_fl.devices import DeviceClasses
+    from d2ft_fl.export import Exported
     from d2ft_fl.profile import Profile
 
 console = Console(highlight=False, soft_wrap=True)
@@ -230,3 +231,13 @@ def planner_table(rows: list["PlannerRow"]) -> None:
             percent(r.two_stage_worst),
         )  # fmt: skip
     console.print(table)
+
+
+def exported(found: "Exported") -> None:
+    """What was written, and how to load it."""
+    what = "whole weights"
+    if found.rank is not None:
+        what = f"an adapter of rank {found.rank} of {', '.join(found.targets)}"
+    say(f"{found.folder}: {what} for {found.format}, {quantity(found.bytes, 'B')}")
+    for line in ("load it with", *(f"    {line}" for line in found.load)):
+        say(line)

@@ -1,0 +1,273 @@
+"""What a finished run leaves for others: whole weights for timm, or an adapter for peft.
+
+Beside its model a run that tuned by LoRA keeps what LoRA tuned:
+
+lora.safetensors   factors and classifier; under ``initial.`` the factors that were taken out of the
+                   base weights before the run; under ``change.`` what was added to base weights
+lora.json          rank, alpha, targets, rslora, dropout: see :class:`d2ft_fl.lora.Lora`
+
+so that a weight W of the model that the run began with ended at
+
+    W + change + scaling * (B A - B0 A0)
+"""
+
+import json
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from safetensors import SafetensorError
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+from d2ft_fl import timm_vit
+from d2ft_fl.adapters import total_changes, write_adapter
+from d2ft_fl.config import BUILTIN, read_toml
+from d2ft_fl.errors import ConfigError
+from d2ft_fl.lora import HEAD, Lora, with_lora
+from d2ft_fl.models import ModelSpec, build_model
+from d2ft_fl.subnets import Architecture
+
+FORMATS = {"peft": "adapter", "timm": "timm"}  # and the folder, in the run's, that each goes to
+FACTORS_FILE, LORA_FILE = "lora.safetensors", "lora.json"
+MODEL_FILES = ("model.safetensors", "model.json")
+INITIAL, CHANGE = "initial.", "change."
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What LoRA tuned in a run; see the module's docstring.
+
+    Attributes:
+        state: Factors and classifier, by name.
+        initial: Factors, by name; empty when none were taken out of the base weights.
+        changed: Changes, by weight; empty when base weights stayed.
+    """
+
+    lora: Lora
+    state: dict[str, Tensor]
+    initial: dict[str, Tensor]
+    changed: dict[str, Tensor]
+
+
+def save_tuned(
+    folder: Path,
+    arch: Architecture,
+    lora: Lora,
+    state: Mapping[str, Tensor],
+    initial: Mapping[str, Tensor] | None = None,
+    changed: Mapping[str, Tensor] | None = None,
+) -> None:
+    """Write what LoRA tuned to a run's folder; of ``state``, factors and classifier are kept."""
+    own = [p.name for p in arch.parameters if p.factor or p.name.startswith(HEAD)]
+    tensors = {name: state[name] for name in own}
+    tensors |= {INITIAL + name: tensor for name, tensor in (initial or {}).items()}
+    tensors |= {CHANGE + name: tensor for name, tensor in (changed or {}).items()}
+    safetensors.torch.save_file(
+        {name: t.detach().cpu().contiguous() for name, t in tensors.items()},
+        folder / FACTORS_FILE,
+    )
+    folder.joinpath(LORA_FILE).write_text(json.dumps(asdict(lora), indent=2) + "\n")
+
+
+def load_tuned(folder: Path) -> Tuned | None:
+    """What :func:`save_tuned` wrote; None where a run was not tuned by LoRA.
+
+    Raises:
+        ConfigError: When it cannot be read.
+    """
+    if not folder.joinpath(LORA_FILE).exists():
+        return None
+    entries = _read_json(folder / LORA_FILE)
+    tensors = _read_tensors(folder / FACTORS_FILE)
+    try:
+        lora = Lora(**{**entries, "targets": tuple(entries["targets"])})
+    except (KeyError, TypeError):
+        raise ConfigError(
+            f"{str(folder / LORA_FILE)!r} does not say how a run was tuned; run it again"
+        ) from None
+    parts: dict[str, dict[str, Tensor]] = {"": {}, INITIAL: {}, CHANGE: {}}
+    for name, tensor in tensors.items():
+        prefix = next((p for p in (INITIAL, CHANGE) if name.startswith(p)), "")
+        parts[prefix][name.removeprefix(prefix)] = tensor
+    return Tuned(lora, parts[""], parts[INITIAL], parts[CHANGE])
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written.
+
+    Attributes:
+        rank: The largest of an adapter; None of whole weights.
+        bytes: Of all files.
+        load: Lines of Python that load it.
+    """
+
+    format: str
+    folder: Path
+    rank: int | None
+    targets: tuple[str, ...]
+    bytes: int
+    load: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """What ``d2ft export --json`` prints."""
+        return {
+            "format": self.format,
+            "folder": str(self.folder),
+            "rank": self.rank,
+            "targets": list(self.targets),
+            "bytes": self.bytes,
+        }
+
+
+def export_run(run: Path, format: str = "", output: Path | None = None) -> Exported:
+    """Write a finished run's result as others load it.
+
+    Args:
+        format: Of :data:`FORMATS`; empty: peft where the run was tuned by LoRA, else timm.
+        output: A folder that is empty or does not exist; None: one in the run's folder.
+
+    Raises:
+        ConfigError: When there is no finished run, it has no such form, or the folder is in use.
+    """
+    if format and format not in FORMATS:
+        raise ConfigError(f"--format {format!r} is unknown; use one of {', '.join(FORMATS)}")
+    run = run.expanduser().absolute()
+    _check_finished(run)
+    tuned = load_tuned(run)
+    format = format or ("timm" if tuned is None else "peft")
+    if format == "peft" and tuned is None:
+        raise ConfigError(
+            f"run {str(run)!r} was not tuned by LoRA, so that it has no adapter; use --format timm"
+        )
+    folder = (output or run / FORMATS[format]).expanduser().absolute()
+    try:
+        if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
+            raise ConfigError(
+                f"--output {str(folder)!r} is not an empty folder; name another, or remove it"
+            )
+        if format == "peft":
+            assert tuned is not None
+            return _export_adapter(run, tuned, folder)
+        return _export_model(run, folder)
+    except OSError as error:
+        raise ConfigError(
+            f"--output {str(folder)!r} cannot be written to: {error.strerror}"
+        ) from None
+
+
+def base_model(run: Path | str) -> VisionTransformer:
+    """The model that a run began with: what the run's adapter is an adapter of.
+
+    Raises:
+        ConfigError: When the run cannot be read, or its weights cannot be had any more.
+    """
+    spec = _spec(Path(run))
+    return build_model(spec)
+
+
+def _export_adapter(run: Path, tuned: Tuned, folder: Path) -> Exported:
+    spec = _spec(run)
+    bare = ModelSpec(**{**vars(spec), "pretrained": "none"})
+    arch = with_lora(timm_vit.describe(build_model(bare)), tuned.lora)
+    state, changes = dict(tuned.state), None
+    if tuned.changed:
+        changes = total_changes(arch, tuned.state, tuned.initial, tuned.changed)
+        state = _read_tensors(run / MODEL_FILES[0]) | state
+    base = spec.name if spec.pretrained in BUILTIN["pretrained"] else spec.pretrained
+    rank = write_adapter(folder, arch, tuned.lora, state, tuned.initial, base, changes)
+    return Exported(
+        "peft", folder, rank, tuned.lora.targets, _size(folder), _load(spec, run, folder)
+    )
+
+
+def _load(spec: ModelSpec, run: Path, folder: Path) -> tuple[str, str]:
+    """Two lines that load an adapter, without this project where others have the weights."""
+    if spec.pretrained == "hub":
+        arguments = ", ".join(f"{k}={v!r}" for k, v in spec.timm_arguments().items())
+        source, made = "import timm", f"timm.create_model({arguments}, pretrained=True)"
+    else:
+        source, made = "from d2ft_fl.export import base_model", f"base_model({str(run)!r})"
+    return (
+        f"{source}; from peft import PeftModel",
+        f"model = PeftModel.from_pretrained({made}, {str(folder)!r})",
+    )
+
+
+def _export_model(run: Path, folder: Path) -> Exported:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in MODEL_FILES:
+        shutil.copyfile(run / name, folder / name)
+    weights, arguments = (str(folder / name) for name in MODEL_FILES)
+    load = (
+        "import json, timm, safetensors.torch; "
+        f"model = timm.create_model(**json.load(open({arguments!r})))",
+        f"model.load_state_dict(safetensors.torch.load_file({weights!r}))",
+    )
+    return Exported("timm", folder, None, (), _size(folder), load)
+
+
+def _check_finished(run: Path) -> None:
+    """Raises ConfigError unless a folder holds a run that ended well."""
+    if not run.is_dir():
+        raise ConfigError(
+            f"run {str(run)!r} is not a folder; name the run folder that `d2ft run` printed"
+        )
+    if not run.joinpath("status.json").is_file():
+        raise ConfigError(
+            f"run {str(run)!r} holds no run: it lacks 'status.json'; name the run folder that "
+            "`d2ft run` printed"
+        )
+    found = _read_json(run / "status.json")
+    if found.get("status") != "finished":
+        reason = f" ({found['reason']})" if found.get("reason") else ""
+        raise ConfigError(
+            f"run {str(run)!r} is not finished: its status is {found.get('status')!r}{reason}; "
+            "export one that is finished"
+        )
+    for name in ("config.toml", *MODEL_FILES):
+        if not run.joinpath(name).is_file():
+            raise ConfigError(f"run {str(run)!r} lacks {name!r}; run it again")
+
+
+def _spec(run: Path) -> ModelSpec:
+    """How to build the model that a run began with, without opening its data."""
+    options = read_toml(run / "config.toml")
+    arguments = _read_json(run / MODEL_FILES[1])
+    try:
+        classes = int(arguments.pop("num_classes"))
+        del arguments["model_name"]
+        name, pretrained, seed = options["model"], options["pretrained"], options["seed"]
+    except KeyError as error:
+        raise ConfigError(f"run {str(run)!r} does not say its {error}; run it again") from None
+    return ModelSpec(name, tuple(arguments.items()), pretrained, 0, classes, seed)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"{str(path)!r} cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise ConfigError(f"{str(path)!r} is not JSON: {error}") from None
+    if not isinstance(found, dict):
+        raise ConfigError(f"{str(path)!r} is not a JSON object")
+    return found
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    try:
+        return safetensors.torch.load_file(path)
+    except FileNotFoundError:
+        raise ConfigError(f"{str(path)!r} does not exist; run it again") from None
+    except (SafetensorError, OSError) as error:
+        text = str(error).splitlines()[0]
+        raise ConfigError(f"{str(path)!r} is not safetensors: {text}") from None
+
+
+def _size(folder: Path) -> int:
+    return sum(path.stat().st_size for path in folder.iterdir())
