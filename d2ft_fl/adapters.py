@@ -3,11 +3,11 @@
 adapter_model.safetensors   ``base_model.model.<module>.lora_A.weight``, its B, and the classifier
 adapter_config.json         peft's ``LoraConfig``
 
-An adapter is added to the weights W that a run began with. A run that took its first factors out
-of them (FeDeRA, arXiv 2404.18848; PiSSA, arXiv 2404.02948) ends at ``W + s (B A - B0 A0)``, which is
-a product of twice the rank, ``s [B, -B0] [A; A0]``: what peft does for PiSSA as well. One whose base
-weights changed themselves (FLoRA, arXiv 2409.05976, stacks factors) ends at ``W + change``, and the
-change is factored by SVD, each weight with a rank of its own.
+An adapter is added to the weights W that a run began with. A run that took its first factors
+out of them (FeDeRA, arXiv 2404.18848; PiSSA, arXiv 2404.02948) ends at ``W + s (B A - B0 A0)``,
+which is a product of twice the rank, ``s [B, -B0] [A; A0]``: peft converts PiSSA's likewise. One
+whose base weights changed themselves (FLoRA, arXiv 2409.05976, adds factors to them) ends at
+``W + change``, and the change is factored by SVD, each weight with a rank of its own.
 
 peft takes seconds to import, so that only what writes a configuration imports it. Its rules of
 matching names (``peft.tuners.tuners_utils.check_target_module_exists``, ``get_pattern_key``) matter
@@ -197,7 +197,7 @@ def _product(change: Tensor, weight: Tensor | None, scaling: float) -> tuple[Ten
 
 
 def _ranks(lora: Lora, ranks: Mapping[str, int]) -> dict[str, Any]:
-    """Ranks by module as ``LoraConfig`` spells them, with alphas that leave the scaling as it is."""
+    """Ranks by module as ``LoraConfig`` spells them; alphas grow along, so that scaling stays."""
     common = Counter(ranks.values()).most_common(1)[0][0]
     others = {re.escape(module): rank for module, rank in ranks.items() if rank != common}
     return {
@@ -282,10 +282,8 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
 
 def _check_config(config: Mapping[str, Any]) -> None:
     """Raises ConfigError unless a configuration is of plain LoRA."""
-    if config.get("peft_type") != "LORA":
-        raise ConfigError(
-            f"peft_type = {config.get('peft_type')!r} is not LoRA; use a LORA adapter"
-        )
+    if (kind := config.get("peft_type")) != "LORA":
+        raise ConfigError(f"peft_type = {kind!r} is not 'LORA'; use an adapter of LoRA")
     if (bias := config.get("bias", "none")) != "none":
         raise ConfigError(
             f"bias = {bias!r} trains biases; only 'none' is known: make one with bias='none'"
@@ -302,6 +300,7 @@ def _check_config(config: Mapping[str, Any]) -> None:
             f"{', '.join(map(str, INITIALISATIONS))}"
         )
     saved = config.get("modules_to_save") or []
+    saved = [saved] if isinstance(saved, str) else saved
     if others := [name for name in saved if name != CLASSIFIER]:
         raise ConfigError(
             f"modules_to_save names {others[0]!r}; only {CLASSIFIER!r} is known: make one with "
@@ -345,7 +344,7 @@ def _lora(config: Mapping[str, Any], arch: Architecture, modules: Mapping[str, s
                 f"it has several {name}, {', '.join(map(str, sorted(values)))}; only one for all "
                 "modules is known: make one without rank_pattern and alpha_pattern"
             )
-    dropout = _number(config.get("lora_dropout", 0.0), "lora_dropout", (int, float))
+    dropout = _number(config.get("lora_dropout", 0.0), "lora_dropout")
     if not 0 <= dropout < 1:
         raise ConfigError(f"lora_dropout = {dropout} must be 0 or more, and below 1")
     lora = Lora(
@@ -363,20 +362,25 @@ def _of_modules(
     config: Mapping[str, Any], modules: Iterable[str], option: str, pattern: str
 ) -> set[float]:
     """The values of an option over modules: the first pattern that matches decides, as in peft."""
-    kinds = (int,) if option == "r" else (int, float)
-    common, patterns = config.get(option, 8), config.get(pattern) or {}
+    patterns = config.get(pattern) or {}
     if not isinstance(patterns, dict):
         raise ConfigError(f"{pattern} = {patterns!r} is not a table; save the adapter again")
+    try:
+        known = [(re.compile(rf"(.*\.)?({key})$"), value) for key, value in patterns.items()]
+    except re.error as error:
+        raise ConfigError(f"{pattern} holds no regular expression: {error}") from None
     found = set()
     for module in modules:
-        hit = (key for key in patterns if re.match(rf"(.*\.)?({key})$", module))
-        found.add(_number(patterns.get(next(hit, ""), common), option, kinds))
+        hits = (value for key, value in known if key.match(module))
+        found.add(_number(next(hits, config.get(option, 8)), option))
     return found
 
 
-def _number(value: Any, option: str, kinds: tuple[type, ...]) -> float:
-    if isinstance(value, bool) or not isinstance(value, kinds):
-        raise ConfigError(f"{option} = {value!r} is not a number; save the adapter again")
+def _number(value: Any, option: str) -> float:
+    whole = option == "r"
+    if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
+        kind = "whole number" if whole else "number"
+        raise ConfigError(f"{option} = {value!r} is not a {kind}; save the adapter again")
     return value
 
 

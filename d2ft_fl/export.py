@@ -166,8 +166,7 @@ def base_model(run: Path | str) -> VisionTransformer:
     Raises:
         ConfigError: When the run cannot be read, or its weights cannot be had any more.
     """
-    spec = _spec(Path(run))
-    return build_model(spec)
+    return build_model(_spec(Path(run)))
 
 
 def _export_adapter(run: Path, tuned: Tuned, folder: Path) -> Exported:
