@@ -239,7 +239,7 @@ def read_adapter(folder: Path, arch: Architecture) -> tuple[Lora, dict[str, Tens
         config = _read_config(folder)
         _check_config(config)
         found = _read_tensors(folder)
-        head = {n: t for n, t in found.items() if n.startswith(HEAD)}
+        head = {n: t for n, t in found.items() if n.startswith(HEAD) and ".lora_" not in n}
         factors = {n: t for n, t in found.items() if n not in head}
         lora = _lora(config, arch, _modules(arch, factors))
         _check_shapes(arch, lora, factors)

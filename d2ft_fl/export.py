@@ -25,7 +25,7 @@ from torch import Tensor
 
 from d2ft_fl import timm_vit
 from d2ft_fl.adapters import total_changes, write_adapter
-from d2ft_fl.config import BUILTIN, read_toml
+from d2ft_fl.config import BUILTIN, read_toml, resolve_path
 from d2ft_fl.errors import ConfigError
 from d2ft_fl.lora import HEAD, Lora, with_lora
 from d2ft_fl.models import ModelSpec, build_model
@@ -243,6 +243,8 @@ def _spec(run: Path) -> ModelSpec:
         name, pretrained, seed = options["model"], options["pretrained"], options["seed"]
     except KeyError as error:
         raise ConfigError(f"run {str(run)!r} does not say its {error}; run it again") from None
+    if pretrained not in BUILTIN["pretrained"]:
+        pretrained = str(resolve_path(pretrained))
     return ModelSpec(name, tuple(arguments.items()), pretrained, 0, classes, seed)
 
 
