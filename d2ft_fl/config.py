@@ -8,7 +8,7 @@ import difflib
 import os
 import tomllib
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,20 +17,26 @@ import torch
 from d2ft_fl import scores, timm_vit
 from d2ft_fl.budgets import BudgetSource, ClientDescription, budget_source
 from d2ft_fl.data import DIGITS, HUB, DataSpec, class_count, open_data
+from d2ft_fl.adapters import read_adapter
 from d2ft_fl.errors import ConfigError
+from d2ft_fl.factors import MODES
+from d2ft_fl.initial import INITS
+from d2ft_fl.lora import Lora
 from d2ft_fl.meter import DEVICES, usable_device
 from d2ft_fl.models import ModelSpec, build_model
 from d2ft_fl.planner import COUPLINGS, PLANNERS
 from d2ft_fl.plugins import load_module
+from d2ft_fl.subnets import Architecture
 from d2ft_fl.training import PRECISIONS, LocalOptions
 
 STRATEGIES = ("d2ft", "random", "fedavg")
-CLIENT_MODES = ("full",)
+TUNINGS = ("full", "lora")
 # Values of options with paths that are none.
 BUILTIN = {
     "dataset": (DIGITS,),
     "pretrained": ("bundled", "hub", "none"),
     "run-folder": ("",),
+    "lora-adapter": ("",),
 }
 
 
@@ -55,7 +61,17 @@ class RunConfig:
     pretrained: str = "bundled"
     image_size: int = 0
 
-    client_mode: str = "full"
+    tuning: str = "full"
+    lora_rank: int = 8
+    lora_alpha: float = 8.0
+    lora_targets: str = "qkv, proj, fc1, fc2"
+    lora_dropout: float = 0.0
+    lora_rslora: bool = False
+    lora_init: str = "lora"
+    lora_aggregation: str = "factors"
+    lora_adapter: str = ""
+    lora_lr: float = 2e-3
+    slora_rounds: int = 0
     batch_size: int = 16
     epochs: int = 1
     optimizer: str = "adamw"
@@ -123,10 +139,29 @@ class RunConfig:
             ConfigError: In one line, what to write instead.
         """
         self.check_options()
-        channels, side = timm_vit.input_shape(build_model(self.model_spec()))
+        model = build_model(self.model_spec())
+        channels, side = timm_vit.input_shape(model)
+        if self.tuning == "lora":
+            self._check_lora(timm_vit.describe(model))
         partitions = open_data(self.data_spec(side, channels)).partitions
         self.budget_source()(ClientDescription(0, len(partitions[0]), len(partitions)), 1)
         return self
+
+    def _check_lora(self, arch: Architecture) -> None:
+        """Raises ConfigError unless LoRA's options fit the model, and an adapter fits them."""
+        lora = self.lora()
+        lora.check(arch)
+        if not self.lora_adapter:
+            return
+        found, _ = read_adapter(resolve_path(self.lora_adapter), arch)
+        if replace(found, dropout=lora.dropout, targets=()) != replace(lora, targets=()) or set(
+            found.targets
+        ) != set(lora.targets):
+            raise ConfigError(
+                f"lora-adapter = {self.lora_adapter!r} has other factors than the run: set "
+                f"lora-rank={found.rank} lora-alpha={found.alpha} "
+                f"lora-rslora={str(found.rslora).lower()} lora-targets={', '.join(found.targets)!r}"
+            )
 
     def check_options(self) -> "RunConfig":
         """This configuration, once all but its model and data is known to fit together.
@@ -175,7 +210,15 @@ class RunConfig:
                 "planner = 'two-stage' has D2FT's three operations and no coupling: leave "
                 "frozen-weight at 0 and coupling at 'none' or 'agenda', or use planner = 'joint'"
             )
-        for key in ("lr", "head-lr", "momentum", "weight-decay", "forward-weight", "frozen-weight"):
+        for key in (
+            "lr",
+            "head-lr",
+            "lora-lr",
+            "momentum",
+            "weight-decay",
+            "forward-weight",
+            "frozen-weight",
+        ):
             value = self.to_mapping()[key]
             if not 0 <= value < float("inf"):
                 raise ConfigError(f"{key} = {value} must be a finite number, 0 or more")
@@ -195,9 +238,43 @@ class RunConfig:
                 "score-examples to 1 or more, or use magnitude or uniform scores"
             )
         self.load_strategy()
-        self.load_client_mode()
+        self._check_tuning()
         self.budget_source()
         return self
+
+    def _check_tuning(self) -> None:
+        """Raises ConfigError unless the options of tuning fit together."""
+        self.load_tuning()
+        self._at_least("slora-rounds", 0)
+        self._at_least("lora-rank", 1)
+        self._one_of("lora-init", INITS)
+        self._one_of("lora-aggregation", MODES)
+        if not 0 < self.lora_alpha < float("inf"):
+            raise ConfigError(f"lora-alpha = {self.lora_alpha} must be a finite number above 0")
+        if not 0 <= self.lora_dropout < 1:
+            raise ConfigError(f"lora-dropout = {self.lora_dropout} must be 0 or more, and below 1")
+        if self.tuning != "lora":
+            if self.slora_rounds or self.lora_adapter:
+                key = "slora-rounds" if self.slora_rounds else "lora-adapter"
+                raise ConfigError(f"{key} belongs to tuning = 'lora', not {self.tuning!r}")
+            return
+        self.lora().check_targets()
+        if self.slora_rounds >= self.rounds:
+            raise ConfigError(
+                f"slora-rounds = {self.slora_rounds} must be below rounds = {self.rounds}, so that "
+                "rounds of LoRA follow"
+            )
+        begins = [self.lora_init != "lora", bool(self.lora_adapter), self.slora_rounds > 0]
+        if sum(begins) > 1:
+            raise ConfigError(
+                "lora-init = 'federa', lora-adapter and slora-rounds each say how factors begin: "
+                "choose one"
+            )
+        if self.lora_aggregation == "freeze-common" and any(begins):
+            raise ConfigError(
+                "lora-aggregation = 'freeze-common' draws the factors that it freezes: leave "
+                "lora-init at 'lora', lora-adapter empty and slora-rounds at 0"
+            )
 
     def score_kinds(self) -> tuple[str, ...]:
         """What a scoring pass measures, should there be one."""
@@ -227,14 +304,21 @@ class RunConfig:
             raise ConfigError(f"strategy = {self.strategy!r} has no function schedule(round)")
         return module
 
-    def load_client_mode(self) -> Any:
-        """The client mode's module."""
-        module = load_module("clients", self.client_mode, "client-mode", CLIENT_MODES)
+    def load_tuning(self) -> Any:
+        """The module of the way of tuning; see :mod:`clients`."""
+        module = load_module("clients", self.tuning, "tuning", TUNINGS)
         if not callable(getattr(module, "learning_rate", None)):
             raise ConfigError(
-                f"client-mode = {self.client_mode!r} has no function learning_rate(kind, options)"
+                f"tuning = {self.tuning!r} has no function learning_rate(kind, options)"
             )
         return module
+
+    def lora(self) -> Lora:
+        """What LoRA tunes, and how."""
+        targets = tuple(t.strip() for t in self.lora_targets.split(",") if t.strip())
+        return Lora(
+            self.lora_rank, self.lora_alpha, targets, self.lora_rslora, self.lora_dropout
+        )
 
     def budget_source(self) -> BudgetSource:
         """Where clients get their budgets."""
@@ -282,6 +366,7 @@ class RunConfig:
             optimizer=self.optimizer,
             lr=self.lr,
             head_lr=self.head_lr,
+            lora_lr=self.lora_lr,
             momentum=self.momentum,
             weight_decay=self.weight_decay,
             precision=self.precision,

@@ -38,6 +38,7 @@ import numpy as np
 
 from d2ft_fl.branch_flops import BranchFlops
 from d2ft_fl.compensation import mean_spec, skip_spec
+from d2ft_fl.lora import without_lora
 from d2ft_fl.memory import ELEMENT, PassMemory, Saved
 from d2ft_fl.subnets import (
     Architecture,
@@ -344,7 +345,7 @@ class CostModel:
 
     def bytes_down(self, schedule: Schedule) -> int:
         """Bytes that travel to a client that has nothing: slices, compensation, headers."""
-        return int(self._down(schedule.operations[None], None)[0])
+        return int(self.down(schedule.operations[None], None)[0])
 
     def bytes_up(self, schedule: Schedule) -> int:
         """Bytes that come back: trained slices, means, and their headers."""
@@ -356,7 +357,8 @@ class CostModel:
         grid = self.arch.blocks * self.arch.heads
         return MESSAGE_HEADER + 2 * self.slots * grid + (4 * grid if self.arch.rank else 0)
 
-    def _down(self, operations: np.ndarray, holds: np.ndarray | None) -> np.ndarray:
+    def down(self, operations: np.ndarray, holds: np.ndarray | None) -> np.ndarray:
+        """Bytes that travel to clients: int64 [clients]; see :meth:`costs`."""
         resident = _resident(operations)
         total = _slices(self.loose, resident) + self.loose.outer_bytes + self.message_bytes
         total += self._each(operations, lambda s: _wire(self._skips(s)))
@@ -399,7 +401,7 @@ class CostModel:
             self._flops(operations, examples),
             self.memories(operations, examples),
             self._up(operations),
-            self._down(operations, holds),
+            self.down(operations, holds),
         )
         works = operations.any(axis=(1, 2, 3)) & (examples > 0)
         return np.stack(parts, axis=1) * works[:, None]
@@ -456,21 +458,34 @@ def _wire(spec: dict[str, tuple[int, ...]]) -> int:
     return _data(spec) + TENSOR_HEADER * len(spec)
 
 
-@lru_cache(maxsize=64)
-def scoring_cost(costs: CostModel, examples: int) -> Cost:
+def scoring_cost(costs: CostModel, examples: int, holds: np.ndarray | None = None) -> Cost:
     """Cost of a scoring pass: one example at a time, everything FULL, the whole model down.
 
     Up goes one float32 [blocks, heads] for each of ``costs.score_kinds``. Memory and FLOPs are the
     same for any number of kinds: all are taken from the one gradient at hand.
+
+    Args:
+        holds: bool [blocks, heads], subnets whose fixed parameters the client has.
     """
+    cost = _scoring_cost(costs, examples)
+    if holds is None or not examples:
+        return cost
+    everything = costs.everything().operations[None]
+    return replace(cost, bytes_down=int(costs.down(everything, holds[None])[0]))
+
+
+@lru_cache(maxsize=64)
+def _scoring_cost(costs: CostModel, examples: int) -> Cost:
     if examples == 0:
         return Cost()
     # Gradients of the likelihood, so without dropout.
-    still = replace(costs.arch, attention_dropout=0.0, hidden_dropout=0.0, output_dropout=0.0)
+    # Gradients of the weights themselves, factors folded in.
+    own = without_lora(costs.arch)
+    still = replace(own, attention_dropout=0.0, hidden_dropout=0.0, output_dropout=0.0)
     one = replace(costs.plain(), arch=still)
     everything = one.everything()
-    a = costs.arch
-    flops = one.flops(everything, 1) * examples
+    a = own
+    flops = one.flops(everything, 1) * examples + int(costs.fold_flops.sum())
     held = sum(p.numel for p in a.parameters) + examples * a.input_elements
     widest = max(p.numel for p in a.of_kind(Kind.SLICED))
     memory = ELEMENT * (held + 2 * widest) + one.peak_bytes(everything, [1])
@@ -506,7 +521,7 @@ def round_cost(
     if not score_examples:
         return costs.cost(schedule, examples, holds)
     cost = replace(costs, compensated=False).cost(schedule, examples)
-    return with_scoring(cost, scoring_cost(costs, score_examples))
+    return with_scoring(cost, scoring_cost(costs, score_examples, holds))
 
 
 def workload_variance(flops: Sequence[int]) -> float:

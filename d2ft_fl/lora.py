@@ -48,8 +48,8 @@ class Lora:
         """What B A is multiplied by."""
         return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
 
-    def check(self, arch: Architecture) -> None:
-        """Raises ConfigError unless this fits the model."""
+    def check_targets(self) -> None:
+        """Raises ConfigError unless targets are what they can be."""
         if not self.targets:
             raise ConfigError(f"lora-targets is empty; use some of {', '.join(TARGETS)}")
         for target in self.targets:
@@ -59,6 +59,10 @@ class Lora:
                 )
         if len(set(self.targets)) < len(self.targets):
             raise ConfigError(f"lora-targets = {', '.join(self.targets)!r} names one twice")
+
+    def check(self, arch: Architecture) -> None:
+        """Raises ConfigError unless this fits the model."""
+        self.check_targets()
         shapes = {p.role.split(".")[0]: p.shape for p in weights(arch)}
         most = min(min(shapes[target]) for target in self.targets)
         if not 1 <= self.rank <= most:
@@ -130,6 +134,18 @@ def with_lora(
         scaling=lora.scaling,
         lora_dropout=lora.dropout,
     )
+
+
+def targets_alone(arch: Architecture, lora: Lora) -> Architecture:
+    """The architecture without factors, of which the targeted weights and the classifier train."""
+    lora.check(arch)
+    roles = {f"{target}.weight" for target in lora.targets}
+
+    def trains(p: Parameter) -> bool:
+        return p.role in roles or (p.kind is Kind.FINAL and p.name.startswith(HEAD))
+
+    own = [replace(p, trains=trains(p), fixed=not trains(p)) for p in arch.parameters]
+    return replace(arch, parameters=tuple(own))
 
 
 def without_lora(arch: Architecture) -> Architecture:

@@ -41,6 +41,7 @@ PLANNERS = ("joint", "two-stage")
 COUPLINGS = ("none", "spread", "agenda")
 MEMORY_TRIES = 24
 CHUNK = 2048  # clients that are solved for at once
+TABLES = 1024  # kept, of those that clients differ in
 
 
 @dataclass(frozen=True, eq=False)
@@ -51,12 +52,14 @@ class Participant:
         client: Its number. examples: Its training examples.
         budget: As it reported it.
         capacity: Its budgets resolved, int64 [4] in ``RESOURCES`` order.
+        holds: bool [blocks, heads], subnets whose fixed parameters it has; None for none.
     """
 
     client: int
     examples: int
     budget: Budget
     capacity: np.ndarray
+    holds: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -123,7 +126,12 @@ class Planner:
         """
         capacity = np.array([c.capacity for c in clients], dtype=np.int64).reshape(-1, 4)
         wanted = np.array(score_examples or [0] * len(clients))
-        scoring = np.array([scoring_cost(self.costs, int(n)).vector() for n in wanted])
+        scoring = np.array(
+            [
+                scoring_cost(self.costs, int(n), c.holds).vector()
+                for c, n in zip(clients, wanted, strict=True)
+            ]
+        )
         scores = (wanted > 0) & (scoring.reshape(-1, 4) <= capacity).all(axis=1)
         planned: dict[int, Assignment] = {}
         if scores.any():  # what has the whole model sent down gets no compensation on top
@@ -189,11 +197,11 @@ class Planner:
         examples = np.array([c.examples for c in chosen], dtype=np.int64)
         if self.costs.compensated:  # the solver charges every block for skipping
             full = np.broadcast_to(self.costs.everything().operations, operations.shape)
-            whole = self.costs.costs(full, examples)
+            whole = self.costs.costs(full, examples, _holds(chosen, operations))
             on_time = [_on_time(c, Cost(*w.tolist())) for c, w in zip(chosen, whole, strict=True)]
             fits = (whole <= capacity).all(axis=1)
             operations[np.logical_and(fits, on_time)] = Operation.FULL
-        costs = self.costs.costs(operations, examples)
+        costs = self.costs.costs(operations, examples, _holds(chosen, operations))
         certified = self.method == "joint" and not self.costs.compensated
         return [
             Assignment(
@@ -224,16 +232,20 @@ class Planner:
                     f"allowed are {c.budget.deadline} s"
                 )
 
-    def table(self, examples: int, active: int, rotation: int) -> Table:
+    def table(
+        self, examples: int, active: int, rotation: int, holds: np.ndarray | None = None
+    ) -> Table:
         """What everything costs with so many examples and active slots."""
-        key = examples, active, rotation
+        key = examples, active, rotation, b"" if holds is None else holds.tobytes()
         if key not in self._tables:
+            if len(self._tables) >= TABLES:
+                self._tables.clear()
             patterns = self.patterns(active)
-            self._tables[key] = table_of(self.costs, patterns, examples, active, rotation)
+            self._tables[key] = table_of(self.costs, patterns, examples, active, rotation, holds)
         return self._tables[key]
 
     @cached_property
-    def _tables(self) -> dict[tuple[int, int, int], Table]:
+    def _tables(self) -> dict[tuple[int, int, int, bytes], Table]:
         return {}
 
     @cached_property
@@ -270,6 +282,14 @@ def _on_time(client: Participant, cost: Cost) -> bool:
     return deadline is None or client.budget.seconds(cost) <= deadline
 
 
+def _holds(clients: Sequence[Participant], operations: np.ndarray) -> np.ndarray | None:
+    """What clients have: bool [clients, blocks, heads]; None where nobody has anything."""
+    if all(c.holds is None for c in clients):
+        return None
+    nothing = np.zeros(operations.shape[2:], dtype=bool)
+    return np.stack([nothing if c.holds is None else c.holds for c in clients])
+
+
 @dataclass(frozen=True)
 class _Chunk:
     """The knapsacks of some clients with a given number of active slots."""
@@ -295,11 +315,14 @@ class _Chunk:
         planner, active, rotation = self.planner, self.active, self.rotation % self.active
         if any(c.budget.deadline is not None for c in self.clients):
             own = [
-                planner.table(c.examples, active, rotation).timed(c.budget) for c in self.clients
+                planner.table(c.examples, active, rotation, c.holds).timed(c.budget)
+                for c in self.clients
             ]
             return own, np.arange(len(own))
-        distinct, which = np.unique(self.examples, return_inverse=True)
-        return [planner.table(int(n), active, rotation) for n in distinct], which
+        tables = [planner.table(c.examples, active, rotation, c.holds) for c in self.clients]
+        distinct = {id(table): table for table in tables}  # clients share objects
+        places = {key: place for place, key in enumerate(distinct)}
+        return list(distinct.values()), np.array([places[id(table)] for table in tables])
 
     @cached_property
     def items(self) -> np.ndarray:

@@ -37,6 +37,7 @@ class LocalOptions:
     optimizer: str = "adamw"
     lr: float = 2e-4
     head_lr: float = 2e-3
+    lora_lr: float = 2e-3
     momentum: float = 0.9
     weight_decay: float = 0.0
     precision: str = "fp32"
@@ -53,7 +54,7 @@ class LocalOptions:
         return Numerics(dtype, self.checkpointing)
 
 
-# A client mode's one decision: the learning rate of a kind of parameter (see `clients/`).
+# What a way of tuning decides here: the learning rate of a kind of parameter (see `clients/`).
 LearningRate = Callable[[Kind, LocalOptions], float]
 
 

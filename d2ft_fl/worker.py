@@ -42,7 +42,7 @@ class Worker:
         self.config = config
         self.options = config.local_options()
         self.device = config.torch_device()
-        self.rate = config.load_client_mode().learning_rate
+        self.rate = config.load_tuning().learning_rate
         self.meter = Meter(verify=config.verify_costs, device=self.device)
         self.budgets = config.budget_source()
 

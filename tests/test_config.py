@@ -56,7 +56,7 @@ def test_experiments_name_known_options(path):
         ({"strategy": "best"}, "use one of d2ft, random, fedavg, or the dotted path"),
         ({"strategy": "no.such"}, "cannot import 'no.such'"),
         ({"strategy": "d2ft_fl.wire"}, "has no function schedule"),
-        ({"client-mode": "half"}, "use one of full"),
+        ({"tuning": "half"}, "use one of full"),
         ({"slots": 20}, "slots = 20 is more than batch-size = 16"),
         ({"score-every": 0}, "fisher scores need a scoring pass"),
         (
