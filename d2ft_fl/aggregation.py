@@ -68,6 +68,20 @@ def validate(arch: Architecture, weights: dict[str, Tensor], update: Update) -> 
             raise ReplyError(f"{name!r} holds values that are not finite")
 
 
+@dataclass(frozen=True)
+class Term:
+    """What one update adds to the sum of a parameter.
+
+    Attributes:
+        parameter, counts: See :meth:`Update.weights`.
+        weighted: Change times examples, packed, in fixed point: int64.
+    """
+
+    parameter: Parameter
+    counts: dict[int, int]
+    weighted: Tensor
+
+
 @dataclass
 class Sums:
     """Running sums of a round. ``add`` commutes; ``apply`` divides once, at the end.
@@ -87,10 +101,18 @@ class Sums:
         """Validate one update and add it; nothing is added when anything is wrong.
 
         Raises:
+            ReplyError: See :meth:`terms`.
+        """
+        self.include(self.terms(update))
+
+    def terms(self, update: Update) -> "list[Term]":
+        """Validate one update and weight its changes, for :meth:`include`; adds nothing.
+
+        Raises:
             ReplyError: See :func:`validate`; also when a change is too large to be summed.
         """
         validate(self.arch, self.weights, update)
-        terms: dict[str, tuple[Parameter, tuple[int, ...], Tensor]] = {}
+        terms = []
         for name, tensor in update.tensors.items():
             p = self.arch.by_name[name]
             counts = update.weights(p)
@@ -100,25 +122,34 @@ class Sums:
             if bool((change.abs() * max(1, self.examples) > LIMIT).any()):
                 raise ReplyError(f"{name!r} changes by more than can be summed")
             weighted = change * _per_row(p, counts, tensor)
-            terms[name] = (p, heads, torch.round(weighted * 2.0**FRACTION_BITS).long())
-        for name, (p, heads, term) in terms.items():
-            total = self._sums.setdefault(name, torch.zeros(p.shape, dtype=torch.long))
+            terms.append(Term(p, counts, torch.round(weighted * 2.0**FRACTION_BITS).long()))
+        return terms
+
+    def include(self, terms: "list[Term]") -> None:
+        """Add what :meth:`terms` returned."""
+        for term in terms:
+            p = term.parameter
+            heads = tuple(h for h in term.counts if h >= 0)
+            total = self._sums.setdefault(p.name, torch.zeros(p.shape, dtype=torch.long))
             if heads:
-                p.unpack_(total, p.pack(total, heads) + term, heads)
+                p.unpack_(total, p.pack(total, heads) + term.weighted, heads)
             else:
-                total += term
-            known = self._counts.setdefault(name, {})
-            for head, count in update.weights(p).items():
+                total += term.weighted
+            known = self._counts.setdefault(p.name, {})
+            for head, count in term.counts.items():
                 known[head] = known.get(head, 0) + count
+
+    @property
+    def trained(self) -> set[str]:
+        """Parameters of which somebody trained anything, on one example at least."""
+        return {name for name, counts in self._counts.items() if any(counts.values())}
 
     def apply(self) -> dict[str, Tensor]:
         """The new global weights; what nobody trained is the old tensor's bits."""
         new = dict(self.weights)
-        for name, total in self._sums.items():
-            p, old = self.arch.by_name[name], self.weights[name]
+        for name in self.trained:
+            p, old, total = self.arch.by_name[name], self.weights[name], self._sums[name]
             counts = {h: n for h, n in self._counts[name].items() if n > 0}
-            if not counts:
-                continue
             new[name] = value = old.clone()
             heads = tuple(sorted(h for h in counts if h >= 0))
             mean = p.pack(total, heads) if heads else total
