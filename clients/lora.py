@@ -4,9 +4,17 @@ With ``slora-rounds`` the first rounds fine-tune the assigned slices of the targ
 themselves, and what they change begins the factors (SLoRA, arXiv 2308.06522).
 """
 
-from d2ft_fl.config import RunConfig
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import Tensor
+
+from d2ft_fl.adapters import read_adapter
+from d2ft_fl.config import RunConfig, resolve_path
+from d2ft_fl.export import save_tuned
 from d2ft_fl.factors import frozen, unchanging
-from d2ft_fl.lora import targets_alone, with_lora
+from d2ft_fl.initial import begin, from_update
+from d2ft_fl.lora import targeted, targets_alone, with_lora, without_lora
 from d2ft_fl.subnets import Architecture, Kind
 from d2ft_fl.training import LocalOptions
 
@@ -19,6 +27,58 @@ def architecture(arch: Architecture, config: RunConfig, round: int) -> Architect
     mode = config.lora_aggregation
     still = frozen(mode, lora.targets, round - config.slora_rounds)
     return with_lora(arch, lora, still, unchanging(mode, lora.targets))
+
+
+def prepare(
+    weights: Mapping[str, Tensor],
+    arch: Architecture,
+    config: RunConfig,
+    round: int,
+    original: Mapping[str, Tensor],
+) -> tuple[Mapping[str, Tensor], dict[str, float]]:
+    """The state before a round, and what there is to say of it: where factors begin, with them.
+
+    Args:
+        weights: The state so far. original: The weights that the run began with.
+    """
+    if round != config.slora_rounds + 1:
+        return weights, {}
+    if config.slora_rounds:
+        names = [weight.name for weight, _, _ in targeted(arch)]
+        change = {name: weights[name].double() - original[name].double() for name in names}
+        own = {**weights, **{name: original[name] for name in names}}
+        state, discarded = from_update(arch, own, change)
+        return state, {"slora_discarded": discarded}
+    if config.lora_adapter:
+        _, tensors = read_adapter(resolve_path(config.lora_adapter), without_lora(arch))
+        return {**weights, **tensors}, {}
+    return _begun(weights, arch, config), {}
+
+
+def _begun(
+    weights: Mapping[str, Tensor], arch: Architecture, config: RunConfig
+) -> dict[str, Tensor]:
+    common = config.lora_aggregation == "freeze-common"
+    return begin(arch, weights, config.lora_init, config.seed, common)
+
+
+def save(
+    folder: Path,
+    weights: Mapping[str, Tensor],
+    arch: Architecture,
+    config: RunConfig,
+    original: Mapping[str, Tensor],
+) -> None:
+    """Leave in a run's folder what ``d2ft export`` makes an adapter of."""
+    names = [weight.name for weight, _, _ in targeted(arch)]
+    first, initial = original, {}
+    if config.lora_init == "federa":
+        first = _begun(original, arch, config)
+        initial = {p.name: first[p.name] for p in arch.parameters if p.factor}
+    changed = {}
+    if config.lora_aggregation == "stack":
+        changed = {name: weights[name].double() - first[name].double() for name in names}
+    save_tuned(folder, arch, config.lora(), weights, initial, changed)
 
 
 def learning_rate(kind: Kind, options: LocalOptions) -> float:

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 
 from d2ft_fl import scores, timm_vit
+from d2ft_fl.adapters import read_adapter
 from d2ft_fl.budgets import BudgetSource, ClientDescription, budget_source
 from d2ft_fl.data import DIGITS, HUB, DataSpec, class_count, open_data
-from d2ft_fl.adapters import read_adapter
 from d2ft_fl.errors import ConfigError
 from d2ft_fl.factors import MODES
 from d2ft_fl.initial import INITS
@@ -316,9 +316,7 @@ class RunConfig:
     def lora(self) -> Lora:
         """What LoRA tunes, and how."""
         targets = tuple(t.strip() for t in self.lora_targets.split(",") if t.strip())
-        return Lora(
-            self.lora_rank, self.lora_alpha, targets, self.lora_rslora, self.lora_dropout
-        )
+        return Lora(self.lora_rank, self.lora_alpha, targets, self.lora_rslora, self.lora_dropout)
 
     def budget_source(self) -> BudgetSource:
         """Where clients get their budgets."""

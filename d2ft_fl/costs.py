@@ -38,6 +38,7 @@ import numpy as np
 
 from d2ft_fl.branch_flops import BranchFlops
 from d2ft_fl.compensation import mean_spec, skip_spec
+from d2ft_fl.holdings import has_fixed
 from d2ft_fl.lora import without_lora
 from d2ft_fl.memory import ELEMENT, PassMemory, Saved
 from d2ft_fl.subnets import (
@@ -355,7 +356,8 @@ class CostModel:
     def message_bytes(self) -> int:
         """Bytes of a message to a client beside its tensors."""
         grid = self.arch.blocks * self.arch.heads
-        return MESSAGE_HEADER + 2 * self.slots * grid + (4 * grid if self.arch.rank else 0)
+        names = 20 * (grid + self.arch.blocks + 1)  # of what is fixed; see `holdings`
+        return MESSAGE_HEADER + 2 * self.slots * grid + names * has_fixed(self.arch)
 
     def down(self, operations: np.ndarray, holds: np.ndarray | None) -> np.ndarray:
         """Bytes that travel to clients: int64 [clients]; see :meth:`costs`."""

@@ -53,6 +53,14 @@ def frozen(mode: str, targets: Iterable[str], round: int) -> list[tuple[str, str
     return [pair for pair in pairs if pair[1] == still]
 
 
+def unchanging(mode: str, targets: Iterable[str]) -> list[tuple[str, str]]:
+    """(target, factor) of the factors that a mode leaves as they began, for ``with_lora``."""
+    targets = list(targets)
+    if mode == "stack":
+        return [(target, factor) for target in targets for factor in FACTORS]
+    return [] if mode == "alternate" else frozen(mode, targets, 1)
+
+
 @dataclass
 class FactorSums:
     """Running sums of a round under LoRA; the interface is that of :class:`Sums`.

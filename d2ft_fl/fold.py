@@ -10,10 +10,12 @@ from d2ft_fl.aggregation import Sums, Update
 from d2ft_fl.compensation import MeanSums
 from d2ft_fl.costs import Cost
 from d2ft_fl.errors import ReplyError
+from d2ft_fl.factors import FactorSums
+from d2ft_fl.holdings import digests
 from d2ft_fl.planner import Assignment
-from d2ft_fl.rounds import Federation, Plan, State, last_trained
+from d2ft_fl.rounds import Federation, Plan, State, held_after, last_trained
 from d2ft_fl.scores import TENSOR
-from d2ft_fl.subnets import Operation
+from d2ft_fl.subnets import Kind, Operation
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,11 @@ class Fold:
     def __init__(self, federation: Federation, state: State, plan: Plan):
         self.federation, self.state, self.plan = federation, state, plan
         examples = sum(sum(federation.costs.slot_totals(c.examples)) for c in plan.clients)
-        self.sums = Sums(federation.arch, state.weights, examples)
+        self.sums: Sums | FactorSums = (
+            FactorSums(federation.arch, state.weights, examples, federation.config.lora_aggregation)
+            if federation.arch.rank
+            else Sums(federation.arch, state.weights, examples)
+        )
         self.mean_sums = MeanSums(federation.arch, examples)
         self.pending = {a.client: a for a in plan.working}
         self.participants = {c.client: c for c in plan.clients}
@@ -129,14 +135,33 @@ class Fold:
             if assignment.client not in self.records:
                 self._record(assignment, None)
         answered = {r.client for r in self.records.values() if r.used is not None}
+        weights = self.sums.apply()
+        changed = self._changed(weights)
+        holds = held_after(self.federation.arch, self.state, self.plan, answered)
+        names = self.state.digests
+        if changed.any():
+            names = digests(self.federation.arch, weights, names, changed)
         state = State(
             self.plan.round,
-            self.sums.apply(),
+            weights,
             self.state.scores.updated(self.measured, self.federation.config.score_momentum),
             self.mean_sums.apply(self.state.means),
             last_trained(self.state, self.plan, answered),
+            {client: own & ~changed for client, own in holds.items()},
+            names,
+            {"aggregation_error": self.sums.error} if isinstance(self.sums, FactorSums) else {},
         )
         return state, [self.records[c.client] for c in self.plan.clients]
+
+    def _changed(self, weights: dict[str, Tensor]) -> np.ndarray:
+        """Subnets whose fixed parameters did change, folded into: bool [blocks, heads]."""
+        arch = self.federation.arch
+        changed = np.zeros((arch.blocks, arch.heads), dtype=bool)
+        fixed = (p for p in arch.of_kind(Kind.SLICED) if p.fixed)
+        if any(weights[p.name] is not self.state.weights[p.name] for p in fixed):
+            for a in self.plan.working:
+                changed |= a.schedule.trained
+        return changed
 
     def _record(
         self,

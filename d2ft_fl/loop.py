@@ -1,7 +1,7 @@
 """A whole run: ask, plan, send, train, fold, record, round after round."""
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -64,7 +64,8 @@ def run(config: RunConfig, pool: Pool, progress: Progress = lambda row: None) ->
     channels, side = timm_vit.input_shape(model)
     data = open_data(config.data_spec(side, channels))
     federation = Federation(config, arch)
-    state = State(0, {n: p.detach().clone() for n, p in model.named_parameters()})
+    original = {n: p.detach().clone() for n, p in model.named_parameters()}
+    state = State(0, original)
     model.to(config.torch_device())
     recorder = Recorder(claim_folder(config), federation, config.model_spec())
     recorder.start()
@@ -75,7 +76,9 @@ def run(config: RunConfig, pool: Pool, progress: Progress = lambda row: None) ->
         round_started = time.perf_counter()
         if not reports or budgets_vary:
             reports = pool.reports(number)
-        plan = plan_round(federation, state, reports)
+        stage = federation.at(number)
+        state = stage.prepared(state, original)
+        plan = plan_round(stage, state, reports)
         recorder.plan(plan)
         assignments = {a.client: a for a in plan.working}
         if not assignments and number == 1:  # later, budgets may come back
@@ -83,9 +86,9 @@ def run(config: RunConfig, pool: Pool, progress: Progress = lambda row: None) ->
                 f"every client sits out round {number}: no budget affords one subnet; raise the "
                 f"budgets ({config.budgets!r}) or take a smaller model or batch-size"
             )
-        fold = Fold(federation, state, plan)
+        fold = Fold(stage, state, plan)
 
-        message = partial(_message, federation, state, assignments)
+        message = partial(_message, stage, state, assignments)
         for client, reply in pool.train(list(assignments), message):
             if isinstance(reply, Fault):
                 fold.fail(client, reply.reason)
@@ -95,12 +98,15 @@ def run(config: RunConfig, pool: Pool, progress: Progress = lambda row: None) ->
         faults = [f"client {r.client}: {r.fault}" for r in records if r.fault]
         if faults and all(r.used is None for r in records):
             raise RunError(f"no client answered in round {number}; the first said: {faults[0]}")
-        accuracy, loss = evaluate(model, state.weights, data, config.eval_batch_size)
+        weights = stage.model_weights(state)
+        accuracy, loss = evaluate(model, weights, data, config.eval_batch_size)
         row = recorder.round(
-            state, plan, records, accuracy, loss, time.perf_counter() - round_started
+            stage, state, plan, records, accuracy, loss, time.perf_counter() - round_started
         )
         progress(row)
-    return recorder.finish(state, time.perf_counter() - started)
+    if save := getattr(stage.tuning, "save", None):
+        save(recorder.folder, state.weights, stage.arch, config, original)
+    return recorder.finish(weights, time.perf_counter() - started)
 
 
 def _message(
@@ -112,7 +118,7 @@ def _message(
 @torch.no_grad()
 def evaluate(
     model: timm_vit.VisionTransformer,
-    weights: dict[str, Tensor],
+    weights: Mapping[str, Tensor],
     data: FederatedData,
     batch_size: int,
 ) -> tuple[float, float]:

@@ -177,3 +177,18 @@ def merged(arch: Architecture, state: Mapping[str, Tensor]) -> dict[str, Tensor]
         old = state[weight.name]
         found[weight.name] = (old.double() + change).to(old.dtype)
     return found
+
+
+def merged_packed(arch: Architecture, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same of packed tensors, as of ``down_spec``."""
+    found = {name: tensor for name, tensor in tensors.items() if not arch.by_name[name].factor}
+    for weight, a, b in targeted(arch):
+        if weight.name not in found:
+            continue
+        inward = is_common(weight.role.split(".")[0], "A")
+        near, far = (b, a) if inward else (a, b)
+        common = tensors[far.name] if inward else tensors[far.name].t()  # [rank, dim]
+        found[weight.name] = torch.addmm(
+            found[weight.name], tensors[near.name], common, alpha=arch.scaling
+        )
+    return found

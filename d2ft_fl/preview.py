@@ -249,7 +249,8 @@ def preview(
     else:
         sizes = [examples] * config.clients
     federation = Federation(config, arch)
-    state = State(0, {n: p.detach() for n, p in model.named_parameters()})
+    original = {n: p.detach() for n, p in model.named_parameters()}
+    state = State(0, original)
     source = config.budget_source()
     reports: list[Report] = []
     found: list[RoundPreview] = []
@@ -257,9 +258,11 @@ def preview(
         progress(number - 1)
         if not reports or source.varies:
             reports = _reports(source, sizes, number)
-        plan = plan_round(federation, state, reports)
-        found.append(_round(federation, plan))
-        state = follow(federation, state, plan)
+        stage = federation.at(number)
+        state = stage.prepared(state, original)
+        plan = plan_round(stage, state, reports)
+        found.append(_round(stage, plan))
+        state = follow(stage, state, plan)
     progress(rounds)
     return Preview(config, arch.blocks, arch.heads, found, _notes(federation, found))
 
@@ -285,8 +288,10 @@ def follow(federation: Federation, state: State, plan: Plan) -> State:
     means = state.means
     if federation.calibrates(plan.round) and plan.working:  # from then on shortcuts cost their mean
         means = MeanBook(known=np.zeros(plan.trained.shape, dtype=bool))
-    last = last_trained(state, plan, {c.client for c in plan.clients})
-    return replace(state, round=plan.round, means=means, last_trained=last)
+    everyone = {c.client for c in plan.clients}
+    last = last_trained(state, plan, everyone)
+    holds = held_after(federation.arch, state, plan, everyone)
+    return replace(state, round=plan.round, means=means, last_trained=last, holds=holds)
 
 
 def _notes(federation: Federation, rounds: list[RoundPreview]) -> list[str]:

@@ -14,6 +14,7 @@ import contextlib
 import itertools
 import json
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ import numpy as np
 import platformdirs
 import safetensors.torch
 import torch
+from torch import Tensor
 
 from d2ft_fl.budgets import UNLIMITED
 from d2ft_fl.config import RunConfig, resolve_path
@@ -109,6 +111,7 @@ class Recorder:
 
     def round(
         self,
+        federation: Federation,
         state: State,
         plan: Plan,
         records: list[ClientRecord],
@@ -117,7 +120,7 @@ class Recorder:
         wall_seconds: float,
     ) -> dict[str, Any]:
         """Append a round; returns its line."""
-        row = self._row(state, plan, records, accuracy, loss, wall_seconds)
+        row = self._row(federation, state, plan, records, accuracy, loss, wall_seconds)
         self.rows.append(row)
         with self.folder.joinpath("clients.jsonl").open("a") as file:
             for record in records:
@@ -128,6 +131,7 @@ class Recorder:
 
     def _row(
         self,
+        federation: Federation,
         state: State,
         plan: Plan,
         records: list[ClientRecord],
@@ -138,7 +142,7 @@ class Recorder:
         worked = [r for r in records if r.used is not None]
         losses = [(r.train_loss, r.examples) for r in worked if r.train_loss is not None]
         trained, last = plan.trained, state.last_trained
-        full = {c.client: self.federation.costs.full_cost(c.examples) for c in plan.clients}
+        full = {c.client: federation.costs.full_cost(c.examples) for c in plan.clients}
         row: dict[str, Any] = {
             "round": state.round,
             "accuracy": accuracy,
@@ -168,12 +172,13 @@ class Recorder:
             "faults": [f"client {r.client}: {r.fault}" for r in records if r.fault],
             "violations": _violations(worked),
             "flops_as_predicted": sum(r.predicted.flops == r.used.flops for r in worked if r.used),
+            **state.figures,
         }
         return row
 
-    def finish(self, state: State, wall_seconds: float) -> dict[str, Any]:
+    def finish(self, weights: Mapping[str, Tensor], wall_seconds: float) -> dict[str, Any]:
         """Write the model, the picture and the summary; returns the summary."""
-        export(self.folder, state.weights, self.model)
+        export(self.folder, weights, self.model)
         draw_plan(self.last_plan, self.folder / "plan.png")
         summary = summarise(self.rows, self.federation, self.folder, wall_seconds)
         self.folder.joinpath("summary.json").write_text(json.dumps(summary, indent=2) + "\n")

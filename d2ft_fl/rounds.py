@@ -5,7 +5,7 @@ functions, and give the same result for the same seed.
 """
 
 import time
-from collections.abc import Container, Iterable
+from collections.abc import Container, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import product
@@ -14,12 +14,14 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from d2ft_fl import wire
+from d2ft_fl import holdings, wire
 from d2ft_fl.budgets import Budget
 from d2ft_fl.compensation import MeanBook
 from d2ft_fl.config import RunConfig
 from d2ft_fl.costs import RESOURCES, CostModel
 from d2ft_fl.errors import ConfigError, RunError
+from d2ft_fl.holdings import Digests, digests, has_fixed
+from d2ft_fl.lora import merged
 from d2ft_fl.planner import Assignment, Participant, Planner
 from d2ft_fl.scores import KINDS, MEASURED, ScoreBook, subnet_scores
 from d2ft_fl.subnets import Architecture, Schedule, pack_for
@@ -47,6 +49,9 @@ class State:
         means: What subnets add on average, where compensation is on.
         last_trained: int64 [blocks, heads], the round in which each subnet was last trained, 0 for
             never; before the first round one 0 for all.
+        holds: Client -> bool [blocks, heads], subnets whose fixed parameters it has.
+        digests: Names of fixed parameters; see :mod:`d2ft_fl.holdings`.
+        figures: What the last round's folding, or a new beginning, has to report, by name.
     """
 
     round: int
@@ -54,14 +59,70 @@ class State:
     scores: ScoreBook = field(default_factory=ScoreBook)
     means: MeanBook = field(default_factory=MeanBook)
     last_trained: np.ndarray = field(default_factory=lambda: np.zeros((), dtype=np.int64))
+    holds: Mapping[int, np.ndarray] = field(default_factory=dict)
+    digests: Digests = field(default_factory=dict)
+    figures: Mapping[str, float | None] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Federation:
-    """What stays the same over a run."""
+    """What stays the same over rounds that train alike.
+
+    Attributes:
+        arch: The model, and what trains of it.
+        own: The model itself; ``arch``, if not told.
+    """
 
     config: RunConfig
     arch: Architecture
+    own: Architecture | None = None
+
+    def at(self, round: int) -> "Federation":
+        """The federation of a round: what trains is for the way of tuning to say."""
+        choose = getattr(self.tuning, "architecture", None)
+        if choose is None:
+            return self
+        own = self.own or self.arch
+        arch = choose(own, self.config, round)
+        return self._stages.setdefault(arch, Federation(self.config, arch, own))
+
+    @cached_property
+    def _stages(self) -> dict[Architecture, "Federation"]:
+        return {}
+
+    @cached_property
+    def tuning(self) -> Any:
+        """The module of the way of tuning."""
+        return self.config.load_tuning()
+
+    def prepared(self, state: State, original: Mapping[str, Tensor]) -> State:
+        """The state as the round after it wants it: factors begin, fixed parameters get names.
+
+        Args:
+            original: The weights that the run began with.
+        """
+        number = state.round + 1
+        if prepare := getattr(self.tuning, "prepare", None):
+            weights, figures = prepare(state.weights, self.arch, self.config, number, original)
+            if weights is not state.weights:  # a new beginning: nobody has anything of it
+                figures = {**state.figures, **figures}
+                state = replace(state, weights=weights, holds={}, digests={}, figures=figures)
+        if has_fixed(self.arch) and not state.digests:
+            state = replace(state, digests=digests(self.arch, state.weights), holds={})
+        return state
+
+    def model_weights(self, state: State) -> Mapping[str, Tensor]:
+        """The model's own weights, factors merged in."""
+        if not self.arch.rank:
+            return state.weights
+        if self._merged.get("of") is not state.weights:
+            merged_weights = merged(self.arch, state.weights)
+            self._merged.update({"of": state.weights, "is": merged_weights})
+        return self._merged["is"]
+
+    @cached_property
+    def _merged(self) -> dict[str, dict[str, Tensor]]:
+        return {}
 
     @cached_property
     def costs(self) -> CostModel:
@@ -121,11 +182,19 @@ class Federation:
         """Whether the strategy promises to keep budgets."""
         return bool(getattr(self.strategy, "KEEPS_BUDGETS", True))
 
-    def participant(self, report: Report) -> Participant:
+    def participant(self, report: Report, state: State) -> Participant:
         """A client with its budgets resolved."""
         full = self.costs.full_cost(report.examples)
         capacity = report.budget.capacity(full)
-        return Participant(report.client, report.examples, report.budget, capacity)
+        holds = self.holds(state, report.client)
+        return Participant(report.client, report.examples, report.budget, capacity, holds)
+
+    def holds(self, state: State, client: int) -> np.ndarray | None:
+        """Subnets whose fixed parameters a client has: bool [blocks, heads]; None if none are."""
+        if not has_fixed(self.arch):
+            return None
+        nothing = np.zeros((self.arch.blocks, self.arch.heads), dtype=bool)
+        return state.holds.get(client, nothing)
 
 
 @dataclass(frozen=True)
@@ -169,7 +238,9 @@ class Round:
                 f"nobody measures {kind} scores in this run; name {kind} in backward-score or "
                 "forward-score, and do not set USES_SCORES = False in the strategy"
             )
-        return subnet_scores(kind, self.federation.arch, self.state.weights, self.state.scores)
+        weights = self.federation.model_weights(self.state) if kind == "magnitude" else {}
+        own = self.federation.own or self.federation.arch
+        return subnet_scores(kind, own, weights, self.state.scores)
 
     def backward_scores(self) -> np.ndarray:
         """Worth of training each subnet, as configured."""
@@ -225,7 +296,8 @@ class Round:
     def assign(self, client: Participant, schedule: Schedule) -> Assignment:
         """A schedule of your own, with its predicted cost; budgets are not looked at."""
         costs = self.federation.costs_of(self.state)
-        return Assignment(client.client, schedule, costs.cost(schedule, client.examples))
+        cost = costs.cost(schedule, client.examples, client.holds)
+        return Assignment(client.client, schedule, cost)
 
 
 def plan_round(federation: Federation, state: State, reports: Iterable[Report]) -> "Plan":
@@ -236,7 +308,7 @@ def plan_round(federation: Federation, state: State, reports: Iterable[Report]) 
             promised to keep.
     """
     started = time.perf_counter()
-    clients = [federation.participant(r) for r in sorted(reports, key=lambda r: r.client)]
+    clients = [federation.participant(r, state) for r in sorted(reports, key=lambda r: r.client)]
     try:
         assignments = _assignments(federation, Round(federation, state, clients))
     except (ConfigError, RunError):
@@ -293,6 +365,22 @@ class Plan:
         return np.stack([a.schedule.operations for a in self.assignments])
 
 
+def held_after(
+    arch: Architecture, state: State, plan: "Plan", answered: Container[int]
+) -> dict[int, np.ndarray]:
+    """What clients have of what never changes; of one that failed nothing is taken for sure."""
+    found = dict(state.holds)
+    if not has_fixed(arch):
+        return found
+    for a in plan.working:
+        if a.client in answered:
+            sent = a.schedule.resident | (a.score_examples > 0)
+            found[a.client] = found.get(a.client, False) | sent
+        else:
+            found.pop(a.client, None)
+    return found
+
+
 def last_trained(state: State, plan: Plan, answered: Container[int]) -> np.ndarray:
     """The round in which each subnet was last trained, once these clients answered a plan.
 
@@ -317,7 +405,12 @@ def encode_assignment(federation: Federation, state: State, a: Assignment) -> by
         "calibrate": federation.calibrates(state.round + 1),
         "keeps_budgets": federation.keeps_budgets,
     }
-    tensors = pack_for(federation.arch, state.weights, carried)
-    if not a.score_examples:
-        tensors |= state.means.offsets(federation.arch, state.weights, a.schedule)
+    holds = federation.holds(state, a.client)
+    if holds is not None:
+        meta["holds"] = np.packbits(holds).tobytes().hex()
+        meta["digests"] = holdings.write(carried, state.digests)
+    tensors = pack_for(federation.arch, state.weights, carried, holds)
+    if not a.score_examples and state.means.known is not None:
+        weights = federation.model_weights(state)
+        tensors |= state.means.offsets(federation.own or federation.arch, weights, a.schedule)
     return wire.encode(tensors, meta)

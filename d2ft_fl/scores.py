@@ -67,7 +67,7 @@ KINDS = ("magnitude", *MEASURED, "uniform")
 TENSOR = "d2ft.score."  # + kind: a measurement's name on the wire
 
 
-def magnitude(arch: Architecture, weights: dict[str, Tensor]) -> np.ndarray:
+def magnitude(arch: Architecture, weights: Mapping[str, Tensor]) -> np.ndarray:
     """Mean absolute weight of each subnet: float64 [blocks, heads]."""
     total = np.zeros((arch.blocks, arch.heads))
     for p in arch.of_kind(Kind.SLICED):
@@ -143,7 +143,7 @@ def _blended(known: np.ndarray | None, fresh: np.ndarray, momentum: float) -> np
 
 
 def subnet_scores(
-    kind: str, arch: Architecture, weights: dict[str, Tensor], book: ScoreBook
+    kind: str, arch: Architecture, weights: Mapping[str, Tensor], book: ScoreBook
 ) -> np.ndarray:
     """Scores of one of ``KINDS`` with mean 1 over the model: float64 [blocks, heads]."""
     if kind == "magnitude":

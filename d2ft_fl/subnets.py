@@ -12,7 +12,7 @@ What trains is a property of parameters: under LoRA (see :mod:`d2ft_fl.lora`) fa
 parameters, and most others stay as they are.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum, IntEnum
 from functools import cached_property
@@ -426,14 +426,25 @@ def _spec(
 
 
 def pack_for(
-    arch: Architecture, weights: dict[str, Tensor], schedule: Schedule
+    arch: Architecture,
+    weights: Mapping[str, Tensor],
+    schedule: Schedule,
+    holds: np.ndarray | None = None,
 ) -> dict[str, Tensor]:
-    """The tensors of :func:`down_spec`, cut out of the global ``weights``."""
+    """The tensors of :func:`down_spec`, cut out of the global ``weights``.
+
+    Args:
+        holds: bool [blocks, heads], subnets whose fixed parameters the client has: these, and what
+            blocks and the model need with any of their subnets, are left out.
+    """
     packed: dict[str, Tensor] = {}
     for name in down_spec(arch, schedule):
         p = arch.by_name[name]
+        held = holds if p.fixed else None
         if p.kind is Kind.SLICED:
-            packed[name] = p.pack(weights[name], schedule.heads(schedule.resident, p.block))
-        else:
+            wanted = schedule.resident if held is None else schedule.resident & ~held
+            if heads := schedule.heads(wanted, p.block):
+                packed[name] = p.pack(weights[name], heads)
+        elif held is None or not (held if p.block < 0 else held[p.block]).any():
             packed[name] = weights[name]
     return packed

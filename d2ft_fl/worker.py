@@ -7,19 +7,21 @@ process, and resets in place for each assignment.
 import time
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from d2ft_fl import timm_vit, wire
+from d2ft_fl import holdings, timm_vit, wire
 from d2ft_fl.budgets import Budget, ClientDescription
 from d2ft_fl.compensation import MeanTally, received
 from d2ft_fl.config import RunConfig
 from d2ft_fl.costs import RESOURCES, CostModel, round_cost
 from d2ft_fl.data import FederatedData, open_data
 from d2ft_fl.errors import Refusal
+from d2ft_fl.holdings import Store
+from d2ft_fl.lora import merged_packed
 from d2ft_fl.meter import Meter, free_memory, set_threads, warm_up
 from d2ft_fl.models import build_model
 from d2ft_fl.partial import PartialModel
@@ -45,12 +47,16 @@ class Worker:
         self.rate = config.load_tuning().learning_rate
         self.meter = Meter(verify=config.verify_costs, device=self.device)
         self.budgets = config.budget_source()
+        self.store = Store.default()
+
+    @cached_property
+    def _template(self) -> timm_vit.VisionTransformer:
+        """A model whose weights come with every assignment."""
+        return build_model(replace(self.config.model_spec(), pretrained="none"))
 
     @cached_property
     def _parts(self) -> tuple[PartialModel, FederatedData]:
-        # A template: its weights come with every assignment.
-        model = build_model(replace(self.config.model_spec(), pretrained="none"))
-        arch = timm_vit.describe(model)
+        model, arch = self._template, self._federation.arch
         channels, side = timm_vit.input_shape(model)
         data = open_data(self.config.data_spec(side, channels))
         warm_up(self.device)
@@ -58,7 +64,8 @@ class Worker:
 
     @cached_property
     def _federation(self) -> Federation:
-        return Federation(self.config, self._parts[0].arch)
+        own = timm_vit.describe(self._template)
+        return Federation(self.config, own)
 
     def report(self, client: int, round: int) -> Report:
         """What ``client`` says of itself before ``round``."""
@@ -86,24 +93,38 @@ class Worker:
         schedule = Schedule(operations.reshape(meta["shape"]))
         scored, calibrates = int(meta["score_examples"]), bool(meta["calibrate"])
         model, data = self._parts
-        offsets = received(schedule, tensors)
+        stage = self._federation.at(round)
+        arch, offsets = stage.arch, received(schedule, tensors)
+        everything = Schedule.filled(Operation.FULL, 1, *schedule.operations.shape[1:])
+        holds = None
+        if "holds" in meta:
+            holds = _unpacked(meta["holds"], schedule.resident.shape)
         if meta["keeps_budgets"]:
-            costs = self._federation.cost_models[bool(offsets), calibrates]
-            self._refuse_unless_it_fits(client, round, schedule, costs, scored)
+            costs = stage.cost_models[bool(offsets), calibrates]
+            self._refuse_unless_it_fits(client, round, schedule, costs, scored, holds)
+        if holds is not None:
+            carried = everything if scored else schedule
+            names = holdings.read(carried, meta["digests"])
+            tensors = self.store.complete(arch, carried, tensors, holds, names)
         order = self._order(client, round, len(data.partitions[client]))
         self.meter.start()
         result: dict[str, Tensor] = {}
         if scored:
-            everything = Schedule.filled(Operation.FULL, 1, *schedule.operations.shape[1:])
+            own = self._federation.arch
+            model.tune(own)
             model.numerics = self.options.plain().numerics()
-            model.reset(everything, tensors, gradients=False)
+            merged = self.meter.count(partial(merged_packed, arch, tensors))
+            model.reset(everything, merged, gradients=False)
+            del merged
             images, labels = data.client_batch(client, order[0][:scored], self.device)
             measured = score_pass(model, images, labels, self.config.score_kinds(), self.meter)
             for kind, values in measured.items():
                 result[TENSOR + kind] = torch.from_numpy(values).float()
-            tensors = self._narrow(model.arch, tensors, schedule)
+            tensors = self._narrow(arch, tensors, schedule)
         model.numerics = self.options.numerics()
-        model.reset(schedule, tensors, offsets)
+        if model.arch is not arch:
+            model.tune(arch)
+        self.meter.count(partial(model.reset, schedule, tensors, offsets))
         del tensors, offsets
         means = MeanTally(model) if calibrates else None
         batches = (data.client_batch(client, p, self.device) for p in self._positions(order))
@@ -141,7 +162,13 @@ class Worker:
         return wire.encode(result, reply)
 
     def _refuse_unless_it_fits(
-        self, client: int, round: int, schedule: Schedule, costs: CostModel, scored: int
+        self,
+        client: int,
+        round: int,
+        schedule: Schedule,
+        costs: CostModel,
+        scored: int,
+        holds: np.ndarray | None,
     ) -> None:
         """Hold a plan against this client's own budget, and the memory that is there.
 
@@ -149,7 +176,7 @@ class Worker:
             Refusal: Before anything has started.
         """
         examples = len(self._parts[1].partitions[client])
-        cost = round_cost(costs, schedule, examples, scored)
+        cost = round_cost(costs, schedule, examples, scored, holds)
         allowed = self._budget(client, round).capacity(costs.full_cost(examples))
         for resource, planned, most in zip(RESOURCES, cost.vector(), allowed, strict=True):
             if planned > most:
@@ -187,3 +214,9 @@ class Worker:
             rows = [r for h in heads for r in range(bounds[h], bounds[h + 1])]
             out[name] = tensor[torch.tensor(rows, dtype=torch.long)]
         return out
+
+
+def _unpacked(text: str, shape: tuple[int, ...]) -> np.ndarray:
+    """Truth values of a message: bool of a shape."""
+    data = np.frombuffer(bytes.fromhex(text), dtype=np.uint8)
+    return np.unpackbits(data, count=int(np.prod(shape))).reshape(shape).astype(bool)
