@@ -12,8 +12,8 @@ it: what a round makes of the weights is held against this, the exact change. Th
 - ``factors``: means of F and of G (FedIT, Zhang et al., arXiv 2305.05644).
 - ``freeze-a``: A does not train (FFA-LoRA, Sun et al., arXiv 2403.12313); ``alternate``: A and B
   train in turn (RoLoRA, Chen et al., arXiv 2409.02346). Exact for qkv and fc1 while A rests, for
-  proj and fc2 while B does; else where clients train whole blocks. Where they train parts of them,
-  G moves the heads that nobody trained too, by ``scaling * F_h (G' - G)^T``.
+  proj and fc2 while B does; else where every slot of a client trains whole blocks. Where one trains
+  parts, G moves the heads that nobody trained too, by ``scaling * F_h (G' - G)^T``.
 - ``freeze-common``: G does not train. F belongs to heads, so that this is exact whoever trains
   what.
 - ``product``: the best factors of the exact product, by singular values (FlexLoRA, Bai et al.,

@@ -15,6 +15,7 @@ from d2ft_fl.lora import TARGETS, Lora, factor_name, is_common, targeted, with_l
 from d2ft_fl.subnets import Kind, Operation, Parameter, Schedule, up_spec
 from tests.conftest import build, random_schedule, weights_of
 
+torch.manual_seed(0)
 MODEL, BASE = build(depth=2)
 SLOTS = 2
 LORA = Lora(rank=3, alpha=4.0)
@@ -204,6 +205,27 @@ def test_a_product_is_off_by_the_singular_values_left_out(lora, seeds):
         values = np.linalg.svd(product + exact[weight.name], compute_uv=False)
         left_out.append(values[lora.rank :])
     assert error * norm(exact.values()) == pytest.approx(norm(left_out), rel=1e-5, abs=1e-5)
+
+
+@pytest.mark.parametrize("rests", ["A", "B"])
+def test_a_product_of_lower_rank_leaves_factors_that_can_train(rests):
+    """Of the directions it does not use, the factor that trains is zero, and the other is not."""
+    arch = with_lora(BASE, LORA, [(target, rests) for target in TARGETS])
+    _, state = setting("product")
+    full = Schedule.filled(Operation.FULL, SLOTS, 2, 4)
+    r = reply(arch, state, 1, full)
+    for _, a, b in targeted(arch):
+        p = b if rests == "A" else a
+        state[p.name] = torch.zeros(p.shape)
+        change = torch.zeros(p.shape)
+        (change[:, 0] if p is b else change[0]).fill_(0.5)
+        r.tensors[p.name] = p.pack(change, range(4)) if p.kind is Kind.SLICED else change
+    new, error = fold(arch, state, "product", [r])
+    assert error < 1e-6
+    for _, a, b in targeted(arch):
+        used = [bool(v.any()) for v in new[a.name]], [bool(v.any()) for v in new[b.name].T]
+        one, every = [True, False, False], [True] * 3
+        assert used == ((every, one) if rests == "A" else (one, every))
 
 
 @pytest.mark.parametrize("mode", MODES)
