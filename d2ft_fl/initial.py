@@ -129,7 +129,8 @@ def factorise(
     idle = torch.where(holds, root, 1 / math.sqrt(3))  # of uniform draws within 1 / sqrt(in)
     in_b, in_a = (root, idle) if silent == "B" else (idle, root)
     left_out = float(torch.cat([size[~holds], s[rank:]]).norm())
-    return Factors((in_a[:, None] * vt).to(dtype), (u * in_b).to(dtype), left_out)
+    a, b = (in_a[:, None] * vt).to(dtype), (u * in_b).to(dtype)
+    return Factors(a.contiguous(), b.contiguous(), left_out)
 
 
 def silent_factor(a: Parameter, b: Parameter) -> str:
