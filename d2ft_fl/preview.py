@@ -21,7 +21,7 @@ from d2ft_fl.data import open_data
 from d2ft_fl.errors import ConfigError
 from d2ft_fl.models import build_model
 from d2ft_fl.planner import Assignment, Participant
-from d2ft_fl.rounds import Federation, Plan, Report, State, last_trained, plan_round
+from d2ft_fl.rounds import Federation, Plan, Report, State, held_after, last_trained, plan_round
 from d2ft_fl.subnets import Operation, Schedule
 
 DEADLINE = "deadline"
