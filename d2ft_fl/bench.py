@@ -1,9 +1,11 @@
-"""Speed and memory of scheduled training, beside full fine-tuning of the unmodified timm model.
+"""Speed and memory of scheduled training, beside training all of the unmodified timm model.
 
 Both sides are whole training steps (forward, backward, optimiser) on the same batch, interleaved in
-one process; every ratio is of medians measured side by side. The embedding is frozen in both.
+one process; every ratio is of medians measured side by side. The embedding is frozen in both. The
+other side of LoRA is peft's own: its model of all four products at rank 8.
 """
 
+import copy
 import ctypes
 import statistics
 import time
@@ -21,19 +23,24 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from clients.full import learning_rate
 from d2ft_fl import timm_vit
+from d2ft_fl.adapters import target_pattern
 from d2ft_fl.costs import CostModel
 from d2ft_fl.errors import ConfigError
+from d2ft_fl.initial import begin
+from d2ft_fl.lora import Lora, with_lora
 from d2ft_fl.meter import Meter, set_threads, tensor_bytes, usable_device
 from d2ft_fl.models import ModelSpec, build_model
 from d2ft_fl.partial import PartialModel
+from d2ft_fl.plugins import load_module
 from d2ft_fl.subnets import Architecture, Kind, Operation, Schedule, pack_for, passes, slot_sizes
 from d2ft_fl.timm_vit import VisionTransformer
 from d2ft_fl.training import LocalOptions, Stepper, optimizer_state
 
 SUFFIXES = (".png", ".svg", ".pdf")
 PAIRS = 15
+TUNINGS = ("full", "lora")
+LORA = Lora(rank=8, alpha=8.0)
 
 
 @dataclass(frozen=True)
@@ -77,7 +84,7 @@ class StepBench:
 
 @dataclass(frozen=True)
 class Row:
-    """One schedule beside full fine-tuning of the timm model, which is 1 everywhere.
+    """One schedule beside training all of the timm model the same way, which is 1 everywhere.
 
     Attributes:
         schedule: Its name. slots: Its slots.
@@ -170,7 +177,13 @@ def bench_step(bench: StepBench, done: Callable[[str], None] = lambda name: None
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(bench.batch_size, channels, side, side, generator=generator)
     labels = torch.arange(bench.batch_size) % 10
-    reference = _Reference(model, arch, bench, images.to(bench.device), labels.to(bench.device))
+    weights = {n: p.detach().clone() for n, p in model.named_parameters()}
+    if bench.tuning == "lora":
+        arch = with_lora(arch, LORA)
+        weights = begin(arch, weights, "lora", 0)
+    reference = _Reference(
+        model, arch, weights, bench, images.to(bench.device), labels.to(bench.device)
+    )
     rows = []
     for name, schedule in grid(arch, bench.slots).items():
         rows.append(_measure(name, schedule, reference))
@@ -192,25 +205,28 @@ def _keep_memory() -> None:
 
 
 class _Reference:
-    """Full fine-tuning of the unmodified timm model."""
+    """Training all of the unmodified timm model; under LoRA, peft's model of it."""
 
     def __init__(
         self,
         model: VisionTransformer,
         arch: Architecture,
+        weights: dict[str, Tensor],
         bench: StepBench,
         images: Tensor,
         labels: Tensor,
     ):
-        self.model, self.arch, self.bench = model.train(), arch, bench
+        self.template, self.arch, self.weights, self.bench = model, arch, weights, bench
         self.images, self.labels = images, labels
-        self.weights = {n: p.detach().clone() for n, p in model.named_parameters()}
+        model.requires_grad_(True)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_(arch.by_name[name].kind is not Kind.EMBEDDING)
-        trained = [p for p in model.parameters() if p.requires_grad]
+        self.model: torch.nn.Module = _adapted(model, arch) if arch.rank else model
+        self.model.train()
+        trained = [p for p in self.model.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(trained, lr=1e-6, weight_decay=0.0, fused=True)
         self.step()
-        held = [*model.parameters(), *optimizer_state(self.optimizer)]
+        held = [*self.model.parameters(), *optimizer_state(self.optimizer)]
         self.activations = saved_bytes(self.forward, held)
         self.optimizer.zero_grad()
         meter = Meter(verify=True, device=images.device)
@@ -232,11 +248,24 @@ class _Reference:
         self.optimizer.step()
 
 
+def _adapted(model: VisionTransformer, arch: Architecture) -> torch.nn.Module:
+    """A copy of the model as peft trains it."""
+    from peft import LoraConfig, get_peft_model  # takes seconds to import
+
+    config = LoraConfig(
+        r=LORA.rank,
+        lora_alpha=int(LORA.alpha),
+        target_modules=target_pattern(arch, LORA.targets),
+        modules_to_save=["head"],
+    )
+    return get_peft_model(copy.deepcopy(model), config)
+
+
 def _measure(name: str, schedule: Schedule, reference: _Reference) -> Row:
     bench, arch = reference.bench, reference.arch
     images, labels, options = reference.images, reference.labels, bench.options()
     costs = CostModel(arch, options, schedule.slots, images.device.type)
-    partial = PartialModel(reference.model, arch, options.numerics(), images.device)
+    partial = PartialModel(reference.template, arch, options.numerics(), images.device)
     packed = pack_for(arch, reference.weights, schedule)
     partial.reset(schedule, packed)
     partial.train(True)
@@ -249,7 +278,8 @@ def _measure(name: str, schedule: Schedule, reference: _Reference) -> Row:
         [t for _, t in partial.held()],
     )
     counted = Meter(verify=True, device=images.device)
-    stepper = Stepper(partial, options, learning_rate, counted, every_slot=True)
+    rate = load_module("clients", bench.tuning, "--tuning", TUNINGS).learning_rate
+    stepper = Stepper(partial, options, rate, counted, every_slot=True)
     for _ in range(2):  # the second finds the optimiser's state
         counted.start()
         stepper.step(images, labels)
@@ -329,7 +359,7 @@ def draw(rows: list[Row], bench: StepBench, path: Path) -> None:
         )
     axes.set_xlim(0, 1.08)
     axes.set_ylim(0, max(1.12, *(row.time_ratio + 0.05 for row in rows)))
-    axes.set_xlabel("FLOPs of a step, full fine-tuning of the timm model = 1")
+    axes.set_xlabel("FLOPs of a step, training all of the timm model = 1")
     axes.set_ylabel("time of a step, the same = 1")
     slots = f"{bench.slots} slot{'s' * (bench.slots > 1)}"
     axes.set_title(

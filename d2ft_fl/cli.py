@@ -64,6 +64,7 @@ class Tuning(StrEnum):
     """How assigned heads are tuned."""
 
     full = "full"
+    lora = "lora"
 
 
 class Backend(StrEnum):
