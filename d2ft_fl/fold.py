@@ -149,9 +149,12 @@ class Fold:
             last_trained(self.state, self.plan, answered),
             {client: own & ~changed for client, own in holds.items()},
             names,
-            {"aggregation_error": self.sums.error} if isinstance(self.sums, FactorSums) else {},
+            {**self.state.figures, **self._figures()},
         )
         return state, [self.records[c.client] for c in self.plan.clients]
+
+    def _figures(self) -> dict[str, float | None]:
+        return {"aggregation_error": self.sums.error} if isinstance(self.sums, FactorSums) else {}
 
     def _changed(self, weights: dict[str, Tensor]) -> np.ndarray:
         """Subnets whose fixed parameters did change, folded into: bool [blocks, heads]."""

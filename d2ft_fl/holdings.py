@@ -10,7 +10,9 @@ begin from the same weights, share them; a group that changes after all gets ano
 import hashlib
 import os
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,6 +29,7 @@ from d2ft_fl.subnets import Architecture, Kind, Parameter, Schedule, down_spec
 Group = tuple[int, int]  # (block, head); (block, -1) of a block; (-1, -1) the outer one
 Digests = dict[Group, str]
 DIGEST_BYTES = 8
+KEEP_DAYS = 30.0
 OUTER: Group = (-1, -1)
 
 
@@ -119,8 +122,18 @@ class Store:
 
     @classmethod
     def default(cls) -> "Store":
-        """The one in the user's cache folder."""
-        return cls(platformdirs.user_cache_path("d2ft-fl", appauthor=False) / "weights")
+        """The one in the user's cache folder, or in that which ``D2FT_WEIGHTS`` names."""
+        folder = os.environ.get("D2FT_WEIGHTS")
+        cache = platformdirs.user_cache_path("d2ft-fl", appauthor=False)
+        return cls(Path(folder) if folder else cache / "weights")
+
+    def prune(self, days: float = KEEP_DAYS) -> None:
+        """Delete what was not used for so long. A client that misses it says so, and gets it."""
+        oldest = time.time() - 86_400 * days
+        for path in self.folder.glob("*/*"):
+            with suppress(OSError):
+                if path.stat().st_mtime < oldest:
+                    path.unlink()
 
     def complete(
         self,
@@ -157,8 +170,10 @@ class Store:
         return self.folder / name[:2] / f"{name}.safetensors"
 
     def _load(self, name: str) -> dict[str, Tensor]:
+        path = self._path(name)
         try:
-            return safetensors.torch.load_file(self._path(name))
+            os.utime(path)
+            return safetensors.torch.load_file(path)
         except (OSError, SafetensorError):
             raise Refusal("weights that it was sent before are gone here") from None
 
@@ -166,6 +181,7 @@ class Store:
         """Write a group, at once or not at all: others may write the same."""
         path = self._path(name)
         if path.exists():
+            os.utime(path)
             return
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, part = tempfile.mkstemp(dir=path.parent)

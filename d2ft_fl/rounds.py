@@ -102,10 +102,10 @@ class Federation:
             original: The weights that the run began with.
         """
         number = state.round + 1
+        state = replace(state, figures={})
         if prepare := getattr(self.tuning, "prepare", None):
             weights, figures = prepare(state.weights, self.arch, self.config, number, original)
             if weights is not state.weights:  # a new beginning: nobody has anything of it
-                figures = {**state.figures, **figures}
                 state = replace(state, weights=weights, holds={}, digests={}, figures=figures)
         if has_fixed(self.arch) and not state.digests:
             state = replace(state, digests=digests(self.arch, state.weights), holds={})

@@ -48,6 +48,7 @@ class Worker:
         self.meter = Meter(verify=config.verify_costs, device=self.device)
         self.budgets = config.budget_source()
         self.store = Store.default()
+        self.store.prune()
 
     @cached_property
     def _template(self) -> timm_vit.VisionTransformer:

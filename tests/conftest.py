@@ -24,6 +24,12 @@ SMALL = {
 
 
 @pytest.fixture(autouse=True)
+def _own_store(monkeypatch, tmp_path_factory):
+    """Clients keep weights where no user's are."""
+    monkeypatch.setenv("D2FT_WEIGHTS", str(tmp_path_factory.getbasetemp() / "weights"))
+
+
+@pytest.fixture(autouse=True)
 def _one_thread():
     torch.set_num_threads(1)
     torch.manual_seed(0)

@@ -9,6 +9,7 @@ import timm
 import torch
 
 from d2ft_fl import costs, worker
+from d2ft_fl.branch_flops import BranchFlops
 from d2ft_fl.errors import ConfigError, RunError
 from d2ft_fl.local import run_local
 from d2ft_fl.recorder import claim_folder
@@ -66,12 +67,17 @@ def test_fedavg_reports_what_it_uses_beyond_budgets(quick):
 
 def test_a_planted_wrong_formula_shows_up_as_violations(quick, monkeypatch):
     """What clients report as used does not come from the cost model."""
-    right = costs.CostModel.operation_flops.func
-    broken = property(lambda self: right(self) // 2)
+    right = costs.CostModel.branch_flops.func
+
+    def half(self):
+        whole = right(self)
+        return BranchFlops(whole.base // 2, whole.near // 2, whole.far // 2)
+
+    broken = property(half)
     reference = run_local(quick(rounds=1))
     assert reference["violations"] == 0
     full = {c["client"]: c["allowed"] for c in rows(reference["folder"], "clients.jsonl")}
-    monkeypatch.setattr(costs.CostModel, "operation_flops", broken)
+    monkeypatch.setattr(costs.CostModel, "branch_flops", broken)
     budgets = {c: allowed["flops"] for c, allowed in full.items()}
     monkeypatch.setattr(
         "d2ft_fl.devices.DeviceClasses.__call__",
