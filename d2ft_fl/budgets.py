@@ -1,7 +1,7 @@
 """What a client can afford in one round, and where it says so.
 
 A budget holds FLOPs, peak bytes of memory, bytes up and bytes down, each optional, each absolute
-("2 GFLOP", "512 MiB") or relative ("40 %") to fully fine-tuning the same model on the client's own
+("2 GFLOP", "512 MiB") or relative ("40 %") to training everything, as the run tunes it, on the client's own
 data at the configured batch size; and a deadline, the most simulated seconds that a round may take
 it by its speed and bandwidths.
 
@@ -51,7 +51,7 @@ ENTRIES = tuple(name.replace("_", "-") for name in _UNITS)
 
 @dataclass(frozen=True)
 class Amount:
-    """An amount of a resource: absolute, or a share of fully fine-tuning."""
+    """An amount of a resource: absolute, or a share of training everything."""
 
     value: float
     relative: bool = False

@@ -419,7 +419,7 @@ class CostModel:
 
     @lru_cache(maxsize=4096)  # noqa: B019 - lives as long as the run's one cost model
     def full_cost(self, examples: int) -> Cost:
-        """The cost of fully fine-tuning the model on this many examples: what 100 % means.
+        """The cost of training everything on this many examples: what 100 % means.
 
         In whole batches and without checkpointing: both would need less memory.
         """

@@ -47,7 +47,7 @@ def header(config: RunConfig) -> None:
         f"{config.dataset}, seed {config.seed}"
     )
     say(
-        "per resource: mean client's use as a share of full fine-tuning / what its budget allows "
+        "per resource: mean client's use as a share of training everything / what its budget allows "
         "(worst client's use of its own budget)"
     )
     say(
@@ -84,11 +84,11 @@ def format_round(row: dict[str, Any]) -> str:
 
 def summary(result: dict[str, Any]) -> None:
     """The table at the end, and where everything lies."""
-    table = Table(title="What it cost, beside full fine-tuning of the same clients")
+    table = Table(title="What it cost, beside the same clients training everything")
     for column, justify in (
         ("resource", "left"),
         ("used", "right"),
-        ("full fine-tuning", "right"),
+        ("everything", "right"),
         ("share", "right"),
         ("worst client of its budget", "right"),
     ):
@@ -169,7 +169,7 @@ def budgets_table(source: str, clients: int, found: "DeviceClasses") -> None:
     for name, row in zip(found.classes, rows, strict=True):
         table.add_row(escape(name), *(row[i] for i in shown))
     console.print(table)
-    say("% of fully fine-tuning the model on a client's own data; no figure, no limit")
+    say("% of training everything on a client's own data; no figure, no limit")
     if found.varies:
         say("traces lower budgets by round; clients are asked before each")
 

@@ -21,7 +21,7 @@ WIDE = 116  # columns of a terminal in which amounts fit beside shares
 LABELS = {**display.LABELS, DEADLINE: "deadline"}
 OPERATIONS = {"full": "FULL", "frozen": "FROZEN", "forward_only": "FWD", "shortcut": "SKIP"}
 COLUMNS = "subnets FULL, FORWARD_ONLY, SHORTCUT; used share of each budget"
-ROUNDS = "Used beside full fine-tuning of all clients, and what is trained"
+ROUNDS = "Used beside all clients training everything, and what is trained"
 OUTCOME = ("time", "bound by", "gap")
 WHITE, BLUE, ALARM = (247, 251, 255), (0, 114, 178), (213, 94, 0)  # Okabe & Ito
 
@@ -62,7 +62,7 @@ def totals(found: Preview, r: RoundPreview) -> list[str]:
     out = len(r.clients) - len(r.working)
     shares = ", ".join(f"{LABELS[name]} {r.share_of_full(name):.0%}" for name in RESOURCES)
     lines = [
-        f"round {r.round}: {len(r.clients)} clients, {out} sit out; used beside full fine-tuning "
+        f"round {r.round}: {len(r.clients)} clients, {out} sit out; used beside training everything "
         f"of all: {shares}",
         f"{r.coverage:.0%} of {found.subnets} subnets trained, {r.short_subnets} by nobody; "
         f"workload variance {r.workload_variance:.3f}; slowest client "

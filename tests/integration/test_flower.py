@@ -95,6 +95,23 @@ def test_d2ft_run_gives_the_local_result_and_leaves_nothing_behind(tmp_path, ref
     assert left_behind(tmp_path) == []
 
 
+def test_lora_on_flower_gives_the_local_result(tmp_path):
+    """Weights that clients have stay where their processes find them, round after round."""
+    changes = ["tuning=lora", "lora-init=federa", "lora-aggregation=product", "score-every=2"]
+    local, folder = tmp_path / "local", tmp_path / "run"
+    run_local(gather([], [*pairs(local), *changes]))
+    options = [x for pair in [*pairs(folder), *changes] for x in ("--set", pair)]
+    ended = subprocess.run(
+        [BIN / "d2ft", "run", *options, "--supernodes", "2"],
+        env=environment(tmp_path, D2FT_WEIGHTS=str(tmp_path / "weights")), cwd=tmp_path,
+        capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stderr
+    same_run(folder, local)
+    first, second = (row["bytes_down"]["used_mean"] for row in rows(folder))
+    assert second < first / 2
+
+
 def test_d2ft_run_ends_with_one_line_and_an_exit_code_when_the_run_fails(tmp_path):
     """The plug-in works when it is checked and breaks later, on one client."""
     tmp_path.joinpath("moody.py").write_text(
