@@ -1,9 +1,9 @@
 """What a client can afford in one round, and where it says so.
 
 A budget holds FLOPs, peak bytes of memory, bytes up and bytes down, each optional, each absolute
-("2 GFLOP", "512 MiB") or relative ("40 %") to training everything, as the run tunes it, on the client's own
-data at the configured batch size; and a deadline, the most simulated seconds that a round may take
-it by its speed and bandwidths.
+("2 GFLOP", "512 MiB") or relative ("40 %") to training everything, as the run tunes it, on the
+client's own data at the configured batch size; and a deadline, the most simulated seconds that a
+round may take it by its speed and bandwidths.
 
 Where budgets come from: a TOML file of device classes (``devices.py``; two are built in), this
 machine's own measurement (``profile.py``), or a ``module:callable`` of yours, given a

@@ -47,8 +47,8 @@ def header(config: RunConfig) -> None:
         f"{config.dataset}, seed {config.seed}"
     )
     say(
-        "per resource: mean client's use as a share of training everything / what its budget allows "
-        "(worst client's use of its own budget)"
+        "per resource: mean client's use as a share of training everything / what its budget "
+        "allows (worst client's use of its own budget)"
     )
     say(
         f"{'round':>7} {'accuracy':>8} {'loss':>6} "

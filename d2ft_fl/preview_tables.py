@@ -62,8 +62,8 @@ def totals(found: Preview, r: RoundPreview) -> list[str]:
     out = len(r.clients) - len(r.working)
     shares = ", ".join(f"{LABELS[name]} {r.share_of_full(name):.0%}" for name in RESOURCES)
     lines = [
-        f"round {r.round}: {len(r.clients)} clients, {out} sit out; used beside training everything "
-        f"of all: {shares}",
+        f"round {r.round}: {len(r.clients)} clients, {out} sit out; used beside training "
+        f"everything: {shares}",
         f"{r.coverage:.0%} of {found.subnets} subnets trained, {r.short_subnets} by nobody; "
         f"workload variance {r.workload_variance:.3f}; slowest client "
         f"{seconds(r.round_seconds)} simulated",
