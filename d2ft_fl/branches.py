@@ -529,8 +529,8 @@ class _Gradients:
             return
         whole = old if old.numel() > value.numel() else value
         narrow = value if whole is old else old
-        self.found[role] = whole = whole.clone()
         whole[tuple(slice(n) for n in narrow.shape)] += narrow
+        self.found[role] = whole
 
     def of(self, role: str, like: Tensor | None) -> Tensor | None:
         """A gradient as wide as its tensor."""
