@@ -24,14 +24,13 @@ it: what a round makes of the weights is held against this, the exact change. Th
 
 Which factors train is the architecture's to say; the first four fold alike.
 
-Where a client trains head h at a rank r of its own, the columns of F_h and G from r on count as they
-were, whatever became of G's with heads of larger ranks: its rows are
+Where a client trains head h at a rank r of its own, the columns of F_h and G from r on count as
+they were, whatever became of G's with heads of larger ranks: its rows are
 
     W_h + scaling * (F'_h[:, :r] G'[:, :r]^T + F_h[:, r:] G[:, r:]^T)
 
 Means of factors would mix columns that some clients trained with others', so that clients of
-different ranks fold by ``product`` or ``stack``, which know the exact change (as FLoRA and FlexLoRA
-do).
+different ranks fold by ``product`` or ``stack``, which know the exact change.
 """
 
 import math
