@@ -387,9 +387,7 @@ def test_the_round_trip_of_the_engine_is_the_effective_weights():
             tensor += 0.05 * torch.randn(tensor.shape)
     rows = effective_rows(arch, state, Update(schedule, [1], partial.update()))
     model = build(depth=2)[0]
-    model.load_state_dict(
-        {**weights_of(MODEL), **{n: t for n, t in partial.outer.named_parameters()}}
-    )
+    model.load_state_dict({**weights_of(MODEL), **dict(partial.outer.named_parameters())})
     for weight, _, _ in targeted(arch):
         whole = model.get_parameter(weight.name)
         with torch.no_grad():
@@ -517,7 +515,7 @@ def test_the_solver_sees_what_plans_cost(slots, frozen_weight):
         shown = used(choice, chunk.items, chunk.structure, which)[0] + table.constant
         assert shown[UP] == exact[UP]
         assert shown[DOWN] == exact[DOWN]
-        assert exact[FLOPS] <= shown[FLOPS] <= 1.1 * exact[FLOPS]
+        assert exact[FLOPS] <= shown[FLOPS] <= 1.25 * exact[FLOPS]
         assert max(shown[MEMORIES]) <= exact[MEMORY]
 
 
