@@ -16,8 +16,10 @@ class BranchFlops:
 
     Attributes:
         base: Of a head's weights: [operations, 2, 2 branches, heads].
-        near: Of its own LoRA factors, for heads that train: [operations, 2, 2 branches, heads].
-        far: Of a block's common ones, where heads that train do it: [operations, 2, 2 branches].
+        near: Of its own LoRA factors, for heads that train, by each column that trains:
+            [operations, 2, 2 branches, heads].
+        far: Of a block's common ones, where heads that train do it, by each column of the largest
+            of their ranks: [operations, 2, 2 branches].
     """
 
     base: np.ndarray
@@ -67,11 +69,14 @@ class BranchFlops:
                     near[where], far[where] = factors.flops(operation, through, adapted, outward)
         return cls(base, near, far)
 
-    def per_slot(self, operations: np.ndarray, trains: Sequence[Trains]) -> np.ndarray:
+    def per_slot(
+        self, operations: np.ndarray, trains: Sequence[Trains], ranks: np.ndarray
+    ) -> np.ndarray:
         """FLOPs of an example in each slot of schedules: int64 [clients, slots].
 
         Args:
             operations: int8 [clients, slots, blocks, heads].
+            ranks: Of heads that train, else 0: int64 [clients, blocks, heads].
         """
         run = BranchOperations.of(operations, trains)
         through = run.through[..., None].astype(np.int8)
@@ -80,11 +85,11 @@ class BranchFlops:
         total = self.base[run.operations, through, branch, head].sum(axis=(2, 3, 4))
         if not self.far.any():
             return total
-        trained = (operations == Operation.FULL).any(axis=1)[:, None, :, None]
-        near = self.near[run.operations, through, branch, head] * trained
+        own = ranks[:, None, :, None]
+        near = self.near[run.operations, through, branch, head] * own
         total += near.sum(axis=(2, 3, 4))
         for operation in _ALL:
-            does = ((run.operations == operation) & trained).any(axis=-1)
+            does = ((run.operations == operation) * own).max(axis=-1)
             far = self.far[operation][run.through.astype(np.int8), np.arange(2)]
             total += (does * far).sum(axis=(2, 3))
         return total
@@ -103,7 +108,7 @@ class _Factors:
     def flops(
         self, operation: Operation, through: int, rows_in: np.ndarray, rows_out: np.ndarray
     ) -> tuple[np.ndarray, int]:
-        """Of each head's own factors [heads], and of those in common.
+        """Of a column of each head's own factors [heads], and of those in common.
 
         Args:
             rows_in, rows_out: Rows of each head: int64 [heads].
@@ -119,6 +124,6 @@ class _Factors:
         if self.checkpointing and live:
             near_in, far_in = near_in + 1, far_in + 1
             near_out += full and (t.far[1] or a.lora_dropout > 0)
-        unit = 2 * a.tokens * a.rank
+        unit = 2 * a.tokens
         near = unit * (self.inward * near_in * rows_in + self.outward * near_out * rows_out)
         return near, unit * a.dim * int(self.inward * far_in + self.outward * far_out)

@@ -519,8 +519,27 @@ class _Gradients:
     found: dict[str, Tensor] = field(default_factory=dict)
 
     def add(self, role: str, value: Tensor) -> None:
-        """Add a gradient of one role."""
-        self.found[role] = self.found[role] + value if role in self.found else value
+        """Add a gradient of one role; of a factor in common, of as much as heads at hand train."""
+        if role not in self.found:
+            self.found[role] = value
+            return
+        old = self.found[role]
+        if old.shape == value.shape:
+            self.found[role] = old + value
+            return
+        whole = old if old.numel() > value.numel() else value
+        narrow = value if whole is old else old
+        whole[tuple(slice(n) for n in narrow.shape)] += narrow
+        self.found[role] = whole
+
+    def of(self, role: str, like: Tensor | None) -> Tensor | None:
+        """A gradient as wide as its tensor."""
+        found = self.found.get(role)
+        if found is None or like is None or found.shape == like.shape:
+            return found
+        wide = found.new_zeros(like.shape)
+        wide[tuple(slice(n) for n in found.shape)] = found
+        return wide
 
 
 class _Sum(torch.autograd.Function):
@@ -585,7 +604,8 @@ class _Sum(torch.autograd.Function):
                 inputs.append((part, dx))
         if inputs:
             grads.found["x"] = _assembled(inputs, grad)
-        return None, None, None, *(grads.found.get(role) for role in ("x", *roles))
+        values = (grads.of(role, shared[role]) for role in roles)
+        return None, None, None, grads.found.get("x"), *values
 
 
 def _assembled(parts: list[tuple[slice, Tensor]], like: Tensor) -> Tensor:

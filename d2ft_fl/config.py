@@ -19,7 +19,7 @@ from d2ft_fl.adapters import read_adapter
 from d2ft_fl.budgets import BudgetSource, ClientDescription, budget_source
 from d2ft_fl.data import DIGITS, HUB, DataSpec, class_count, open_data
 from d2ft_fl.errors import ConfigError
-from d2ft_fl.factors import MODES
+from d2ft_fl.factors import MIXED, MODES
 from d2ft_fl.initial import INITS
 from d2ft_fl.lora import Lora
 from d2ft_fl.meter import DEVICES, usable_device
@@ -63,6 +63,8 @@ class RunConfig:
 
     tuning: str = "full"
     lora_rank: int = 8
+    lora_ranks: str = ""
+    lora_rank_exponent: float = 0.5
     lora_alpha: float = 8.0
     lora_targets: str = "qkv, proj, fc1, fc2"
     lora_dropout: float = 0.0
@@ -214,6 +216,7 @@ class RunConfig:
             "lr",
             "head-lr",
             "lora-lr",
+            "lora-rank-exponent",
             "momentum",
             "weight-decay",
             "forward-weight",
@@ -253,6 +256,7 @@ class RunConfig:
             raise ConfigError(f"lora-alpha = {self.lora_alpha} must be a finite number above 0")
         if not 0 <= self.lora_dropout < 1:
             raise ConfigError(f"lora-dropout = {self.lora_dropout} must be 0 or more, and below 1")
+        self._check_ranks()
         if self.tuning != "lora":
             if self.slora_rounds or self.lora_adapter:
                 key = "slora-rounds" if self.slora_rounds else "lora-adapter"
@@ -275,6 +279,34 @@ class RunConfig:
                 "lora-aggregation = 'freeze-common' draws the factors that it freezes: leave "
                 "lora-init at 'lora', lora-adapter empty and slora-rounds at 0"
             )
+
+    def _check_ranks(self) -> None:
+        """Raises ConfigError unless smaller ranks can be offered as configured."""
+        if not self.lora_ranks.strip():
+            return
+        if self.tuning != "lora":
+            raise ConfigError(f"lora-ranks belongs to tuning = 'lora', not {self.tuning!r}")
+        most = self.lora_rank
+        for text in self.lora_ranks.split(","):
+            if not text.strip().isdecimal() or not 1 <= int(text) <= most:
+                raise ConfigError(
+                    f"lora-ranks = {self.lora_ranks!r}: {text.strip()!r} is no whole number from 1 "
+                    f"to lora-rank = {most}; write ranks like '2, 4'"
+                )
+        if self.lora_aggregation not in MIXED:
+            raise ConfigError(
+                f"lora-aggregation = {self.lora_aggregation!r} cannot fold different ranks: use "
+                f"{' or '.join(MIXED)}, or leave lora-ranks empty"
+            )
+        if self.planner == "two-stage":
+            raise ConfigError(
+                "planner = 'two-stage' knows one rank: use planner = 'joint', or leave lora-ranks "
+                "empty"
+            )
+
+    def offered_ranks(self) -> tuple[int, ...]:
+        """Ranks that subnets may train at besides ``lora-rank``."""
+        return tuple(int(text) for text in self.lora_ranks.split(",") if text.strip())
 
     def score_kinds(self) -> tuple[str, ...]:
         """What a scoring pass measures, should there be one."""

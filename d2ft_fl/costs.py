@@ -24,7 +24,9 @@ of it the subnet's (3 d or f in, d or f out), on each example
 
 the block once a slot and operation of such subnets. Gradients pass through a product in only where
 something below trains: in the lowest branch that trains they end at its factors. Factors of subnets
-that never are FULL are folded into their weights, 2 p D r once a round.
+that never are FULL are folded into their weights, 2 p D r once a round. A subnet with a rank r_h of
+its own pays in proportion to that, and folds the rest in, 2 p D (r - r_h); its block pays by the
+largest rank of the subnets that do an operation in a slot.
 
 **Memory** is what is held, plus the worst pass: see :mod:`d2ft_fl.memory`. **Bytes** are those of
 tensors, and of headers at most.
@@ -38,6 +40,7 @@ import numpy as np
 
 from d2ft_fl.branch_flops import BranchFlops
 from d2ft_fl.compensation import mean_spec, skip_spec
+from d2ft_fl.errors import ConfigError
 from d2ft_fl.holdings import has_fixed
 from d2ft_fl.lora import without_lora
 from d2ft_fl.memory import ELEMENT, PassMemory, Saved
@@ -56,6 +59,7 @@ from d2ft_fl.training import LocalOptions
 
 RESOURCES = ("flops", "memory", "bytes_up", "bytes_down")
 TENSOR_HEADER = 160  # bytes that name, shape and place of one tensor take on the wire, at most
+RANK_BYTES = 2  # of a subnet's rank, in binary
 MESSAGE_HEADER = 2048  # bytes a message takes beside tensors and schedule, at most
 MEMORY_MARGIN = 32  # 1/32 on top for the small tensors that the formula passes over
 MOMENTS = {"adamw": 2, "sgd": 1}  # tensors of optimiser state per trained tensor
@@ -115,9 +119,18 @@ class Amounts:
         return ELEMENT * self.outer + TENSOR_HEADER * self.outer_tensors
 
     def elements(self, which: np.ndarray) -> np.ndarray:
-        """Elements of subnets [clients, blocks, heads] and what they share: int64 [clients]."""
+        """Elements of subnets [clients, blocks, heads] and what they share: int64 [clients].
+
+        Args:
+            which: bool, or how often each counts, what they share as often as the most of them.
+        """
         own = (which * self.sliced).sum(axis=(1, 2))
-        return own + (which.any(axis=2) * self.shared).sum(axis=1)
+        return own + (which.max(axis=2) * self.shared).sum(axis=1)
+
+    def per_rank(self, rank: int) -> "Amounts":
+        """Of LoRA's factors of a rank, what belongs to one of it."""
+        sliced, shared = self.sliced // max(1, rank), self.shared // max(1, rank)
+        return replace(self, sliced=sliced, shared=shared)
 
 
 @dataclass(frozen=True)
@@ -157,14 +170,14 @@ class CostModel:
         """
         flops = self.branch_flops
         total = flops.base[:, 1].sum(axis=1)
-        total[Operation.FULL] += flops.near[Operation.FULL, 1].sum(axis=0)
+        total[Operation.FULL] += self.arch.rank * flops.near[Operation.FULL, 1].sum(axis=0)
         return total
 
     @cached_property
     def block_flops(self) -> np.ndarray:
         """What a block pays besides where subnets that train do an operation: int64 [operations].
 
-        Zero but under LoRA; on one example, and at most.
+        Zero but under LoRA; on one example, at most, and by each of the largest rank.
         """
         return self.branch_flops.far[:, 1].sum(axis=1)
 
@@ -181,28 +194,51 @@ class CostModel:
 
     @cached_property
     def fold_flops(self) -> np.ndarray:
-        """FLOPs of folding a subnet's factors into its weights: int64 [blocks, heads]."""
+        """FLOPs of folding a subnet's factors into its weights, by rank: int64 [blocks, heads]."""
         weights = [
             p.role for p in self.arch.parameters if p.role.split(".")[0] in self.arch.targets
         ]
         roles = {role for role in weights if role.endswith(".weight")}
         sizes = self.arch.sliced_sizes(lambda p: p.role in roles and not p.factor)
-        return 2 * self.arch.rank * sizes
+        return 2 * sizes
 
     def flops(self, schedule: Schedule, examples: int) -> int:
         """FLOPs of one round of local training on ``examples`` examples."""
-        return int(self._flops(schedule.operations[None], np.array([examples]))[0])
+        ranks = self.ranks(schedule.operations[None], _one(schedule.ranks))
+        return int(self._flops(schedule.operations[None], np.array([examples]), ranks)[0])
 
-    def _flops(self, operations: np.ndarray, examples: np.ndarray) -> np.ndarray:
+    def ranks(self, operations: np.ndarray, ranks: np.ndarray | None) -> np.ndarray:
+        """At what rank subnets train, 0 for those that do not: int64 [clients, blocks, heads].
+
+        Args:
+            operations: int8 [clients, slots, blocks, heads].
+            ranks: Those of schedules; None for the architecture's.
+
+        Raises:
+            ConfigError: When subnets are to train at ranks that there are not.
+        """
+        trained, most = _trained(operations), self.arch.rank
+        if ranks is None:
+            return trained * np.int64(most)
+        own = ranks[trained]
+        if len(own) and not 1 <= own.min() <= own.max() <= most:
+            raise ConfigError(
+                f"subnets train at ranks 1 to {most}, not {own.min()} to {own.max()}"
+                if most
+                else "only LoRA has ranks: leave those of a schedule at None"
+            )
+        return trained * ranks
+
+    def _flops(self, operations: np.ndarray, examples: np.ndarray, ranks: np.ndarray) -> np.ndarray:
         """FLOPs of many clients' rounds: int64 [clients]."""
-        per_slot = self.branch_flops.per_slot(operations, self.arch.trains)
+        per_slot = self.branch_flops.per_slot(operations, self.arch.trains, ranks)
         per_slot += self.base_flops * _active(operations)  # [clients, slots]
         full, rest = np.divmod(examples, self.options.batch_size)
         whole = np.array(slot_sizes(self.options.batch_size, self.slots))
         totals = full[:, None] * whole + _sizes(rest, self.slots)
         flops = self.options.epochs * (per_slot * totals).sum(axis=1)
         if self.arch.rank:
-            folded = _resident(operations) & ~_trained(operations)
+            folded = _resident(operations) * (self.arch.rank - ranks)
             flops += (folded * self.fold_flops).sum(axis=(1, 2))
         return flops
 
@@ -219,13 +255,24 @@ class CostModel:
 
     @cached_property
     def factors(self) -> Amounts:
-        """LoRA's factors: held with trained subnets; those of others are folded in."""
-        return Amounts.of(self.arch, lambda p: bool(p.factor))
+        """LoRA's factors, by rank: held with trained subnets; those of others are folded in."""
+        return Amounts.of(self.arch, lambda p: bool(p.factor)).per_rank(self.arch.rank)
 
     @cached_property
     def trained(self) -> Amounts:
         """What trains: has gradients and moments, and travels up."""
         return Amounts.of(self.arch, lambda p: p.trains)
+
+    @cached_property
+    def whole(self) -> Amounts:
+        """What trains whatever the rank: everything but factors."""
+        return Amounts.of(self.arch, lambda p: p.trains and not p.factor)
+
+    @cached_property
+    def ranked(self) -> Amounts:
+        """Of factors that train, what belongs to one of their rank."""
+        chosen = Amounts.of(self.arch, lambda p: p.trains and bool(p.factor))
+        return chosen.per_rank(self.arch.rank)
 
     @cached_property
     def fixed(self) -> Amounts:
@@ -256,21 +303,22 @@ class CostModel:
         return int(self._pass(schedule, sizes).peak()[0])
 
     def _pass(self, schedule: Schedule, sizes: Sequence[int]) -> PassMemory:
-        return self._passes(schedule.operations[None], np.array([sizes]))
+        ranks = self.ranks(schedule.operations[None], _one(schedule.ranks))
+        return self._passes(schedule.operations[None], np.array([sizes]), ranks)
 
-    def _passes(self, operations: np.ndarray, sizes: np.ndarray) -> PassMemory:
+    def _passes(self, operations: np.ndarray, sizes: np.ndarray, ranks: np.ndarray) -> PassMemory:
         """Memory of passes [passes, slots, blocks, heads] over ``sizes`` [passes, slots]."""
         checkpointing = self.options.checkpointing
-        return PassMemory.of(self.saved, checkpointing, operations, sizes)
+        return PassMemory.of(self.saved, checkpointing, operations, sizes, ranks)
 
-    def _held(self, operations: np.ndarray, moments: bool = True) -> np.ndarray:
+    def _held(self, operations: np.ndarray, ranks: np.ndarray, moments: bool = True) -> np.ndarray:
         """Bytes of weights, gradients and (after the first step) optimiser state: [clients]."""
         resident, trained = _resident(operations), _trained(operations)
         copies = 1 + (MOMENTS[self.options.optimizer] if moments else 0)
         elements = self.own.outer + copies * self.trained.outer + self.own.elements(resident)
-        elements = elements + copies * self.trained.elements(trained)
+        elements = elements + copies * self.whole.elements(trained)
         if self.arch.rank:
-            elements += self.factors.elements(trained)
+            elements += self.factors.elements(ranks) + copies * self.ranked.elements(ranks)
         return ELEMENT * elements + self._each(operations, lambda s: _data(self._extra(s)))
 
     def _extra(self, schedule: Schedule) -> dict[str, tuple[int, ...]]:
@@ -296,23 +344,27 @@ class CostModel:
 
         The first batch finds no optimiser state yet; it counts in every later one.
         """
-        return int(self.memories(schedule.operations[None], np.array([examples]))[0])
+        ranks = _one(schedule.ranks)
+        return int(self.memories(schedule.operations[None], np.array([examples]), ranks)[0])
 
-    def memories(self, operations: np.ndarray, examples: np.ndarray) -> np.ndarray:
+    def memories(
+        self, operations: np.ndarray, examples: np.ndarray, ranks: np.ndarray | None = None
+    ) -> np.ndarray:
         """Peak bytes of many clients' rounds: int64 [clients].
 
         Args:
             operations: int8 [clients, slots, blocks, heads]. examples: int64 [clients].
+            ranks: See :meth:`ranks`.
         """
+        own = self.ranks(operations, ranks)
         first = np.minimum(examples, self.options.batch_size)
         rest = first if self.options.epochs > 1 else np.minimum(examples - first, first)
-        at_first = self._batches(operations, first)
+        at_first = self._batches(operations, first, own)
         later = at_first.copy()  # the same but where batches are not
         if (other := first != rest).any():
-            later[other] = self._batches(operations[other], rest[other])
-        peak = np.maximum(
-            self._held(operations, moments=False) + at_first, self._held(operations) + later
-        )
+            later[other] = self._batches(operations[other], rest[other], own[other])
+        held = self._held(operations, own, moments=False)
+        peak = np.maximum(held + at_first, self._held(operations, own) + later)
         return peak + peak // MEMORY_MARGIN
 
     def batch_extremes(self, examples: int) -> tuple[int, int]:
@@ -320,7 +372,7 @@ class CostModel:
         first = min(examples, self.options.batch_size)
         return first, first if self.options.epochs > 1 else min(examples - first, first)
 
-    def _batches(self, operations: np.ndarray, batch: np.ndarray) -> np.ndarray:
+    def _batches(self, operations: np.ndarray, batch: np.ndarray, ranks: np.ndarray) -> np.ndarray:
         """Bytes of a batch of images and of its worst pass: int64 [clients]."""
         shares = _sizes(batch, self.slots)
         running = shares * _active(operations)  # [clients, slots]
@@ -332,7 +384,7 @@ class CostModel:
         within = np.clip(ends[:, None], cuts[:, :-1, None], cuts[:, 1:, None])
         sizes = np.diff(within, axis=2)  # [clients, parts, slots], as of `subnets.passes`
         peaks = [
-            np.where(one.any(axis=1), self._passes(operations, one).peak(), 0)
+            np.where(one.any(axis=1), self._passes(operations, one, ranks).peak(), 0)
             for one in sizes.swapaxes(0, 1)
         ]
         return ELEMENT * self.arch.input_elements * images + np.max(peaks, axis=0)
@@ -346,11 +398,12 @@ class CostModel:
 
     def bytes_down(self, schedule: Schedule) -> int:
         """Bytes that travel to a client that has nothing: slices, compensation, headers."""
-        return int(self.down(schedule.operations[None], None)[0])
+        return int(self.down(schedule.operations[None], None, _one(schedule.ranks))[0])
 
     def bytes_up(self, schedule: Schedule) -> int:
         """Bytes that come back: trained slices, means, and their headers."""
-        return int(self._up(schedule.operations[None])[0])
+        ranks = self.ranks(schedule.operations[None], _one(schedule.ranks))
+        return int(self._up(schedule.operations[None], ranks)[0])
 
     @property
     def message_bytes(self) -> int:
@@ -359,10 +412,21 @@ class CostModel:
         names = 20 * (grid + self.arch.blocks + 1)  # of what is fixed; see `holdings`
         return MESSAGE_HEADER + 2 * self.slots * grid + names * has_fixed(self.arch)
 
-    def down(self, operations: np.ndarray, holds: np.ndarray | None) -> np.ndarray:
+    @property
+    def rank_bytes(self) -> int:
+        """Bytes of the ranks in a message that has some."""
+        return 2 * RANK_BYTES * self.arch.blocks * self.arch.heads
+
+    def down(
+        self,
+        operations: np.ndarray,
+        holds: np.ndarray | None,
+        ranks: np.ndarray | None = None,
+    ) -> np.ndarray:
         """Bytes that travel to clients: int64 [clients]; see :meth:`costs`."""
         resident = _resident(operations)
         total = _slices(self.loose, resident) + self.loose.outer_bytes + self.message_bytes
+        total += self.rank_bytes * (ranks is not None)
         total += self._each(operations, lambda s: _wire(self._skips(s)))
         if holds is None:
             return total + _slices(self.fixed, resident) + self.fixed.outer_bytes
@@ -373,10 +437,13 @@ class CostModel:
         total += (blocks * ELEMENT * self.fixed.shared).sum(axis=1)
         return total + ~holds.any(axis=(1, 2)) * self.fixed.outer_bytes
 
-    def _up(self, operations: np.ndarray) -> np.ndarray:
+    def _up(self, operations: np.ndarray, ranks: np.ndarray) -> np.ndarray:
         fixed = self.trained.outer_bytes + MESSAGE_HEADER
         means = self._each(operations, lambda s: _wire(self._means(s)))
-        return fixed + _slices(self.trained, _trained(operations)) + means
+        trained = _trained(operations)
+        elements = self.whole.elements(trained) + self.ranked.elements(ranks)
+        headers = (trained.any(axis=2) * TENSOR_HEADER * self.trained.tensors).sum(axis=1)
+        return fixed + ELEMENT * elements + headers + means
 
     # -- together ----------------------------------------------------------------------------
 
@@ -386,24 +453,30 @@ class CostModel:
         Args:
             holds: bool [blocks, heads], subnets whose fixed parameters the client has.
         """
-        all_holds = None if holds is None else holds[None]
-        found = self.costs(schedule.operations[None], np.array([examples]), all_holds)
+        operations, ranks = schedule.operations[None], _one(schedule.ranks)
+        found = self.costs(operations, np.array([examples]), _one(holds), ranks)
         return Cost(*found[0].tolist())
 
     def costs(
-        self, operations: np.ndarray, examples: np.ndarray, holds: np.ndarray | None = None
+        self,
+        operations: np.ndarray,
+        examples: np.ndarray,
+        holds: np.ndarray | None = None,
+        ranks: np.ndarray | None = None,
     ) -> np.ndarray:
         """The same of many clients: int64 [clients, 4], in the order of ``RESOURCES``.
 
         Args:
             operations: int8 [clients, slots, blocks, heads]. examples: int64 [clients].
             holds: bool [clients, blocks, heads]; None for nothing.
+            ranks: See :meth:`ranks`.
         """
+        own = self.ranks(operations, ranks)
         parts = (
-            self._flops(operations, examples),
-            self.memories(operations, examples),
-            self._up(operations),
-            self.down(operations, holds),
+            self._flops(operations, examples, own),
+            self.memories(operations, examples, ranks),
+            self._up(operations, own),
+            self.down(operations, holds, ranks),
         )
         works = operations.any(axis=(1, 2, 3)) & (examples > 0)
         return np.stack(parts, axis=1) * works[:, None]
@@ -434,6 +507,11 @@ def _resident(operations: np.ndarray) -> np.ndarray:
 
 def _trained(operations: np.ndarray) -> np.ndarray:
     return (operations == Operation.FULL).any(axis=1)  # [clients, blocks, heads]
+
+
+def _one(own: np.ndarray | None) -> np.ndarray | None:
+    """Something of one client as of all clients."""
+    return None if own is None else own[None]
 
 
 def _active(operations: np.ndarray) -> np.ndarray:
@@ -487,7 +565,8 @@ def _scoring_cost(costs: CostModel, examples: int) -> Cost:
     one = replace(costs.plain(), arch=still)
     everything = one.everything()
     a = own
-    flops = one.flops(everything, 1) * examples + int(costs.fold_flops.sum())
+    flops = one.flops(everything, 1) * examples
+    flops += costs.arch.rank * int(costs.fold_flops.sum())
     held = sum(p.numel for p in a.parameters) + examples * a.input_elements
     widest = max(p.numel for p in a.of_kind(Kind.SLICED))
     memory = ELEMENT * (held + 2 * widest) + one.peak_bytes(everything, [1])

@@ -23,6 +23,14 @@ it: what a round makes of the weights is held against this, the exact change. Th
   al., arXiv 2409.05976: the sum of products that stacked factors are). Exact, up to W's rounding.
 
 Which factors train is the architecture's to say; the first four fold alike.
+
+Where a client trains head h at a rank r of its own, the columns of F_h and G from r on count as
+they were, whatever became of G's with heads of larger ranks: its rows are
+
+    W_h + scaling * (F'_h[:, :r] G'[:, :r]^T + F_h[:, r:] G[:, r:]^T)
+
+Means of factors would mix columns that some clients trained with others', so that clients of
+different ranks fold by ``product`` or ``stack``, which know the exact change.
 """
 
 import math
@@ -32,13 +40,14 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor
 
-from d2ft_fl.aggregation import Sums, Update
+from d2ft_fl.aggregation import Sums, Update, validate
 from d2ft_fl.errors import ConfigError
 from d2ft_fl.initial import factorise, silent_factor
 from d2ft_fl.lora import FACTORS, delta, is_common, targeted
-from d2ft_fl.subnets import Architecture, Parameter
+from d2ft_fl.subnets import Architecture, Kind, Parameter, Schedule
 
 MODES = ("factors", "freeze-a", "alternate", "freeze-common", "product", "stack")
+MIXED = ("product", "stack")  # which fold clients of different ranks
 
 
 def frozen(mode: str, targets: Iterable[str], round: int) -> list[tuple[str, str]]:
@@ -98,8 +107,16 @@ class FactorSums:
 
         Raises:
             ReplyError: See :meth:`Sums.terms`, of what was sent and of the weights that it makes.
+            ConfigError: When subnets have ranks of their own and the mode has no answer to that.
         """
-        own = self._own.terms(update)
+        if update.schedule.ranks is not None:
+            if self.mode not in MIXED:
+                raise ConfigError(
+                    f"lora-aggregation = {self.mode!r} cannot fold different ranks; use one of "
+                    f"{', '.join(MIXED)}"
+                )
+            validate(self.arch, self.weights, update)
+        own = self._own.terms(widened(self.arch, self.weights, update))
         rows = effective_rows(self.arch, self.weights, update)
         exact = self._exact.terms(Update(update.schedule, update.slot_examples, rows))
         self._own.include(own)
@@ -173,13 +190,70 @@ def effective_rows(
         if not heads:
             continue
         common, own = (a, b) if is_common(weight.role.split(".")[0], "A") else (b, a)
-        f = update.tensors.get(own.name)
-        f = own.pack(weights[own.name], heads) if f is None else f
-        g = update.tensors.get(common.name, weights[common.name])
-        g = g if common is a else g.T  # G^T: [rank, dim]
         base = weight.pack(weights[weight.name], heads).double()
-        rows[weight.name] = base + arch.scaling * (f.double() @ g.double())
+        f, g = (_trained_factor(p, weights, update, heads) for p in (own, common))
+        g = g if common is a else g.T  # G^T: [rank, dim]
+        ranks = update.schedule.trained_ranks(weight.block)
+        if ranks is None:
+            rows[weight.name] = base + arch.scaling * (f @ g)
+            continue
+        old = weights[common.name].double()
+        old = old if common is a else old.T
+        change, start = torch.empty_like(base), 0
+        for head, rank in ranks.items():
+            part = slice(start, start + len(weight.rows[head]))
+            change[part] = f[part, :rank] @ g[:rank] + f[part, rank:] @ old[rank:]
+            start = part.stop
+        rows[weight.name] = base + arch.scaling * change
     return rows
+
+
+def _trained_factor(
+    p: Parameter, weights: Mapping[str, Tensor], update: Update, heads: Iterable[int]
+) -> Tensor:
+    """A factor as an update leaves it, all columns, of some heads where it divides over them."""
+    old = p.pack(weights[p.name], heads) if p.kind is Kind.SLICED else weights[p.name]
+    new = update.tensors.get(p.name)
+    if new is None:
+        return old.double()
+    ranks = update.schedule.trained_ranks(p.block)
+    return (new if ranks is None else _wide(p, old, new, ranks)).double()
+
+
+def _wide(p: Parameter, old: Tensor, new: Tensor, ranks: Mapping[int, int]) -> Tensor:
+    """What trained of a factor, in among the columns that did not, as they were.
+
+    Args:
+        old: Of the trained heads where it divides over them. new: As it travels up.
+        ranks: Trained heads, ascending -> ranks.
+    """
+    found = old.clone()
+    if p.kind is not Kind.SLICED:
+        p.cut(found, max(ranks.values())).copy_(new)
+        return found
+    row = taken = 0
+    for head, rank in ranks.items():
+        count = len(p.rows[head])
+        found[row : row + count, :rank] = new[taken : taken + count * rank].view(count, rank)
+        row, taken = row + count, taken + count * rank
+    return found
+
+
+def widened(arch: Architecture, weights: Mapping[str, Tensor], update: Update) -> Update:
+    """The same update with whole factors, and a schedule without ranks."""
+    schedule = update.schedule
+    if schedule.ranks is None:
+        return update
+    tensors = dict(update.tensors)
+    for name, new in update.tensors.items():
+        p = arch.by_name[name]
+        if p.factor:
+            ranks = schedule.trained_ranks(p.block)
+            assert ranks is not None
+            old = weights[name]
+            old = p.pack(old, ranks) if p.kind is Kind.SLICED else old
+            tensors[name] = _wide(p, old, new, ranks)
+    return replace(update, schedule=Schedule(schedule.operations), tensors=tensors)
 
 
 def _relative(off: float, size: float) -> float:

@@ -35,6 +35,7 @@ class ClientRecord:
     train_loss: float | None
     scored: int
     gap: float | None
+    rank: float | None  # of LoRA, mean over what it trains; None where that is nothing
     fault: str | None
 
     @property
@@ -193,5 +194,6 @@ class Fold:
             train_loss=train_loss,
             scored=assignment.score_examples,
             gap=assignment.gap,
+            rank=assignment.schedule.mean_rank(self.federation.arch.rank),
             fault=fault,
         )

@@ -5,7 +5,7 @@ same in neighbouring slots are a *piece*, which the engine runs as one narrower 
 heads are stored first, alike ones side by side, so that a piece is a few runs of rows.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from itertools import pairwise
@@ -19,19 +19,25 @@ Part = tuple[int, int, tuple[int, ...]]
 RUNNING = (Operation.FULL, Operation.FROZEN, Operation.FORWARD_ONLY)
 
 
-def storage_order(operations: np.ndarray) -> list[int]:
+def storage_order(operations: np.ndarray, ranks: Mapping[int, int] | None = None) -> list[int]:
     """Order in which a block's heads are stored: trained ones first, alike ones side by side.
 
     A path from head to head that changes as few operations as it can, nearest neighbour first, so
-    that the heads of an operation in a slot lie in few runs.
+    that the heads of an operation in a slot lie in few runs; of one rank after another, the largest
+    first.
 
     Args:
         operations: int8 [slots, heads].
+        ranks: Trained heads -> the ranks of their factors, where these differ.
     """
     trained = (operations == Operation.FULL).any(axis=0)
     resident = (operations != Operation.SHORTCUT).any(axis=0)
+    groups = [trained]
+    if ranks is not None:
+        own = np.array([ranks.get(head, 0) for head in range(len(trained))])
+        groups = [trained & (own == rank) for rank in sorted(set(ranks.values()), reverse=True)]
     order: list[int] = []
-    for group in (trained, resident & ~trained):
+    for group in (*groups, resident & ~trained):
         left = [int(h) for h in np.flatnonzero(group)]
         while left:
             last = operations[:, order[-1]] if order else np.full(len(operations), Operation.FULL)

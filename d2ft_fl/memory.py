@@ -14,8 +14,9 @@ and dropout add what ``Saved`` says.
 Checkpointed, only x stays.
 
 Under LoRA a product with factors keeps c n_t T r for the gradient of the factor on the far side of
-it; y and z stay only for the gradient of an A; and the lowest branch that trains keeps neither x
-nor, where nothing before its product out trains, what its subnets have in the middle.
+it, with r the largest rank of what is FULL in a slot; y and z stay only for the gradient of an A;
+and the lowest branch that trains keeps neither x nor, where nothing before its product out trains,
+what its subnets have in the middle.
 
 **Transients** come on top. The peak of a pass is the largest of what is alive at these moments,
 with a stream for one tensor [N, T, D]:
@@ -60,9 +61,12 @@ class Saved:
         normed: What a root mean square norm keeps besides, to train its weight.
         alive: Of a FULL or FROZEN subnet that gradient goes through: int64 [2 branches, heads].
         full: Of a FULL one besides. shallow: In its place, where none goes through it.
-        factors: Of a block with something FULL, for LoRA's gradients: int64 [2 branches].
+        ranked: Of a block with something FULL, for LoRA's gradients, by rank: int64 [2 branches].
+        masked: Of the same, whatever the rank, where LoRA drops out: int64 [2 branches].
         dropped: Of a FULL subnet, where LoRA drops out: int64 [2 branches, heads].
-        near: What a product with LoRA's factors has in between: int64 [2 branches].
+        near: What a product with LoRA's factors has in between, by rank: int64 [2 branches].
+        drops: Besides, whatever the rank, where LoRA drops out: int64 [2 branches].
+        rank: Of LoRA's factors, where subnets have none of their own.
         keeps_y: Whether y is kept where something is FULL: bool [2 branches].
         trains: What trains of each branch.
         hidden: What goes into a piece's middle, and what comes out: int64 [2, 2, heads].
@@ -81,9 +85,12 @@ class Saved:
     alive: np.ndarray
     full: np.ndarray
     shallow: np.ndarray
-    factors: np.ndarray
+    ranked: np.ndarray
+    masked: np.ndarray
     dropped: np.ndarray
     near: np.ndarray
+    drops: np.ndarray
+    rank: int
     keeps_y: np.ndarray
     trains: tuple[Trains, ...]
     hidden: np.ndarray
@@ -132,9 +139,12 @@ class Saved:
             alive=np.stack(out),
             full=np.stack(full),
             shallow=np.stack(shallow),
-            factors=np.array([own.factors for own in lora], dtype=np.int64),
+            ranked=np.array([own.ranked for own in lora], dtype=np.int64),
+            masked=np.array([own.masked for own in lora], dtype=np.int64),
             dropped=np.stack([own.dropped for own in lora]),
             near=np.array([own.near for own in lora], dtype=np.int64),
+            drops=np.array([own.drops for own in lora], dtype=np.int64),
+            rank=a.rank,
             keeps_y=np.array([own.keeps_y for own in lora]),
             trains=a.trains,
             hidden=np.stack([np.stack(inward), np.stack(outward)], axis=1),
@@ -151,9 +161,11 @@ class Saved:
 class _LoraSaved:
     """A branch's part of :class:`Saved`, as far as it depends on factors; see there."""
 
-    factors: int
+    ranked: int
+    masked: int
     dropped: np.ndarray
     near: int
+    drops: int
     keeps_y: bool
     keeps_z: bool
 
@@ -164,12 +176,14 @@ class _LoraSaved:
         """With elements of c bytes, and so many bytes of z an example and head."""
         into, out = roles.inward[0] in a.targets, roles.outward in a.targets
         drops_in, drops_out = into and a.lora_dropout > 0, out and a.lora_dropout > 0
-        kept = c * a.tokens * a.rank * (trains.near[0] + trains.far[1])
+        kept = c * a.tokens * (trains.near[0] + trains.far[1])
         masked = a.tokens * a.dim * (c * trains.far[0] + 1)  # y, and where it was dropped
         return cls(
-            factors=kept + drops_in * masked,
+            ranked=kept,
+            masked=drops_in * masked,
             dropped=drops_out * (c * trains.near[1] + 1) * z // c,
-            near=c * a.tokens * (a.rank * (into + out) + 2 * a.dim * (drops_in + drops_out)),
+            near=c * a.tokens * (into + out),
+            drops=c * a.tokens * 2 * a.dim * (drops_in + drops_out),
             keeps_y=trains.y and not drops_in,
             keeps_z=trains.z and not drops_out,
         )
@@ -200,6 +214,7 @@ class PassMemory:
         checkpointing: bool,
         operations: np.ndarray,
         sizes: np.ndarray,
+        ranks: np.ndarray,
     ) -> "PassMemory":
         """Work it out, for many passes at once.
 
@@ -207,6 +222,7 @@ class PassMemory:
             s: What an example saves.
             operations: int8 [passes, slots, blocks, heads].
             sizes: int64 [passes, slots], examples of each slot.
+            ranks: Of heads that train, else 0: int64 [passes, blocks, heads].
         """
         n = sizes
         run = BranchOperations.of(operations, s.trains)
@@ -221,7 +237,13 @@ class PassMemory:
         n_live, n_trains = _examples(n, live), _examples(n, trains)  # [passes, blocks, 2]
         n_through = _examples(n, live & run.through)
         n_runs = _examples(n, (run.operations != Operation.SHORTCUT).any(axis=4))
-        near = s.near * (operations == Operation.FULL).any(axis=(1, 3))[..., None]
+        rank = ranks.max(axis=2)[..., None]  # [passes, blocks, 1]
+        near = s.near * rank + s.drops * (rank > 0)
+        # Of what LoRA keeps: of the slots in which something is FULL, the largest rank of that.
+        factors = s.masked * n_trains
+        if s.rank:
+            most = (full * ranks[:, None, :, None]).max(axis=4)  # [passes, slots, blocks, 2]
+            factors = factors + s.ranked * _examples(n, most)
         cast = s.narrow != s.stream
 
         kept = total * ((n_live if checkpointing else n_through) > 0)  # x, of all examples
@@ -229,7 +251,7 @@ class PassMemory:
         saved += total * (s.narrow * s.scaled * (n_trains > 0) + s.mask * (n_live > 0))
         if not checkpointing:
             saved += s.statistics * n_through + (s.narrow * s.keeps_y + s.normed) * n_trains
-            saved += s.factors * n_trains + (n_full * s.dropped).sum(axis=3)
+            saved += factors + (n_full * s.dropped).sum(axis=3)
             saved += ((n_deep + n_frozen) * s.alive + n_deep * s.full).sum(axis=3)
             saved += ((n_full - n_deep) * s.shallow).sum(axis=3)
 
@@ -262,7 +284,7 @@ class PassMemory:
         )
         if checkpointing:
             middle = middle + (s.statistics + s.narrow + s.normed) * n_live
-            middle = middle + s.factors * n_trains + (n_full * s.dropped).sum(axis=3)
+            middle = middle + factors + (n_full * s.dropped).sum(axis=3)
         arriving = total * (s.stream * (1 + s.scaled) + s.narrow * cast)
         own = (s.narrow + s.stream * 3 * s.rms) * n_through + near * n_live
         after = 2 * total * s.stream * (n_through > 0)

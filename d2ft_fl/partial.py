@@ -70,22 +70,24 @@ class Block:
         operations = schedule.effective[:, block]  # [slots, heads]
         trained = schedule.trained[block]
         sliced = {r: p for r, p in specs.items() if p.kind is Kind.SLICED}
-        order = storage_order(operations)
+        ranks = schedule.trained_ranks(block)
+        order = storage_order(operations, ranks)
         packed = {r: tensors[p.name] for r, p in sliced.items()} if order else {}
-        self.store = PackedHeads(order, int(trained.sum()), packed, sliced, gradients)
+        self.store = PackedHeads(order, int(trained.sum()), packed, sliced, gradients, ranks)
         self.shared = {
             role: tensors[p.name].clone().requires_grad_(bool(trained.any()) and p.trains)
             for role, p in specs.items()
             if p.kind is Kind.SHARED and order
         }
         self.operations = operations
+        self.specs = specs
         self.branches = []
         for index, t in enumerate((traits.attention, traits.feed_forward)):
             trains = arch.trains[index]
             targets = [target for target in arch.targets if f"{target}.weight" in packed]
             args = targets, arch.scaling, arch.lora_dropout
             loras = branch_loras(BRANCHES[index], trains, *args)
-            self._fold(loras.values(), keeps=bool(trained.any()))
+            self._fold(loras.values(), ranks, keeps=bool(trained.any()))
             own = segments(
                 self.store,
                 t.inward,
@@ -98,8 +100,13 @@ class Block:
             branch = Branch(t, self.store, self.shared, own, trains, loras, numerics, skipped)
             self.branches.append(branch)
 
-    def _fold(self, loras: Iterable[Lora], keeps: bool) -> None:
-        """Fold in the factors of heads that do not train; what no head needs then goes."""
+    def _fold(self, loras: Iterable[Lora], ranks: Mapping[int, int] | None, keeps: bool) -> None:
+        """Fold in the factors of heads that do not train; what no head needs then goes.
+
+        Args:
+            ranks: Trained heads -> how much of their factors trains, where it is not all.
+            keeps: Whether anything trains.
+        """
         for lora in loras:
             target, _, factor = lora.far.partition(".")
             far = self.shared[lora.far].detach()
@@ -107,6 +114,10 @@ class Block:
             self.store.fold(target, lora.near, far, lora.scaling)
             if not keeps:
                 del self.shared[lora.far], self.store.weights[lora.near]
+            elif ranks is not None:
+                spec, whole = self.specs[lora.far], self.shared[lora.far]
+                part = spec.cut(whole.detach(), max(ranks.values())).clone()
+                self.shared[lora.far] = part.requires_grad_(whole.requires_grad)
 
     def together(self, every_slot: bool) -> list[tuple[int, ...]]:
         """Trained heads, those that always step together in one tuple.

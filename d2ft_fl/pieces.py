@@ -67,6 +67,8 @@ class PackedHeads:
         packed: role -> rows of the same heads in ascending order, as they travel.
         specs: role -> parameter.
         gradients: Whether to hold gradients of what trains.
+        ranks: Trained heads -> the columns of their factors that train, where it is not all. These
+            are then stored as vectors, whose rows are single elements; see :meth:`fold`.
     """
 
     def __init__(
@@ -76,7 +78,9 @@ class PackedHeads:
         packed: Mapping[str, Tensor],
         specs: Mapping[str, Parameter],
         gradients: bool = True,
+        ranks: Mapping[int, int] | None = None,
     ):
+        self.ranks, self.specs, self.gradients = ranks, specs, gradients
         self.order = tuple(order)
         self.trained = self.order[:trained]
         self.rows: dict[str, dict[int, range]] = {}
@@ -87,13 +91,17 @@ class PackedHeads:
             places = _places(specs[role], arrives)
             self.rows[role] = _places(specs[role], self.order)
             self.weights[role] = _pick(tensor, places, self.order, arrives)
-            if self.trained and gradients and specs[role].trains:
-                self.grads[role] = torch.zeros_like(self.weights[role][: self.count(role)])
+            if ranks is None or not specs[role].factor:
+                self._hold_gradient(role)
+
+    def _hold_gradient(self, role: str) -> None:
+        if self.trained and self.gradients and self.specs[role].trains:
+            self.grads[role] = torch.zeros_like(self.weights[role][: self.count(role)])
 
     def fold(self, target: str, near: str, far: Tensor, scaling: float) -> None:
-        """Add what a product's factors add into its weights, but for heads that train.
+        """Add what a product's factors add into its weights, but for what of them trains.
 
-        Only those keep their factor.
+        Only that is kept: of head h, the first r_h columns.
 
         Args:
             target: Role of the product. near: Role of the factor that heads divide.
@@ -105,6 +113,60 @@ class PackedHeads:
             rest = self.weights[weight][count:]
             torch.addmm(rest, factor[count:], far.t(), alpha=scaling, out=rest)
             self.weights[near] = factor[:count].clone()
+        if self.ranks is not None and self.trained:
+            self._narrow(weight, near, far, scaling)
+
+    def _narrow(self, weight: str, near: str, far: Tensor, scaling: float) -> None:
+        """Fold in the columns of trained heads' factors that do not train, and drop them."""
+        factor, kept, start = self.weights[near], [], 0
+        for rows, rank in self.stretches(near):
+            if rank < far.shape[1]:
+                own = self.weights[weight][rows]
+                torch.addmm(own, factor[rows, rank:], far[:, rank:].t(), alpha=scaling, out=own)
+            kept.append(factor[rows, :rank].flatten())
+        self.weights[near] = torch.cat(kept)
+        assert self.ranks is not None
+        for head in self.trained:
+            size = len(self.rows[near][head]) * self.ranks[head]
+            self.rows[near][head], start = range(start, start + size), start + size
+        self._hold_gradient(near)
+
+    def stretches(self, role: str) -> list[tuple[slice, int]]:
+        """Rows of trained heads of one rank, and that rank, side by side; 0 where all are alike.
+
+        Args:
+            role: Of a product's weights, or of a factor before it is narrowed.
+        """
+        if self.ranks is None:
+            return [(slice(0, self.count(role)), 0)] if self.trained else []
+        found: list[tuple[slice, int]] = []
+        for head in self.trained:
+            rows, rank = self.rows[role][head], self.ranks[head]
+            first = rows.start
+            if found and found[-1][1] == rank:
+                first = found.pop()[0].start
+            found.append((slice(first, rows.stop), rank))
+        return found
+
+    def factor(self, of: Mapping[str, Tensor], weight: str, near: str, rows: slice) -> Tensor:
+        """What belongs to some rows of a product's weights of a factor, or of its gradient.
+
+        Args:
+            of: :attr:`weights` or :attr:`grads`. rows: Of one of :meth:`stretches`.
+
+        Returns:
+            A view [rows, rank].
+        """
+        start = 0
+        for whole, rank in self.stretches(weight):
+            if not rank:
+                break
+            if rows.start < whole.stop:
+                first = start + (rows.start - whole.start) * rank
+                size = (rows.stop - rows.start) * rank
+                return of[near][first : first + size].view(-1, rank)
+            start += (whole.stop - whole.start) * rank
+        return of[near][rows]
 
     def count(self, role: str) -> int:
         """Rows that train."""
@@ -226,8 +288,21 @@ class _Product:
 
     @property
     def factored(self) -> list[_View]:
-        """Runs that have factors."""
+        """Runs that have factors, those of the largest rank first."""
         return [view for view in self.views if view.near is not None]
+
+    def far(self, shared: Mapping[str, Tensor]) -> Tensor:
+        """The common factor as far as these runs need it: of the largest of their ranks."""
+        assert self.lora is not None
+        far, rank = shared[self.lora.far], self.rank
+        return far[:rank] if self.lora.far.endswith("A") else far[:, :rank]
+
+    @property
+    def rank(self) -> int:
+        """The largest of its runs' ranks."""
+        near = self.factored[0].near
+        assert near is not None
+        return near.shape[1]
 
 
 class Taken(NamedTuple):
@@ -289,22 +364,26 @@ class Piece:
         near = lora.near if lora else ""
         trained = store.count(weight)
 
+        def factor(of: Mapping[str, Tensor], rows: slice) -> Tensor | None:
+            own = near in of and rows.stop <= trained
+            return store.factor(of, weight, near, rows) if own else None
+
         def view(run: Run) -> _View:
-            own = near and run.rows.stop <= trained
             return _View(
                 run.columns,
                 store.weights[weight][run.rows],
                 store.weights[bias][run.rows] if bias in store.weights else None,
-                store.weights[near][run.rows] if own else None,
+                factor(store.weights, run.rows),
                 _rows(store.grads.get(weight), run) if self.full else None,
                 _rows(store.grads.get(bias), run) if self.full else None,
-                _rows(store.grads.get(near), run) if self.full and own else None,
+                factor(store.grads, run.rows) if self.full else None,
                 run.rows.start,
             )
 
         runs = store.runs(weight, self.heads)
         if lora:  # heads that train have factors of their own, the others' are folded in
-            runs = [part for run in runs for part in run.cut(trained)]
+            for rows, _ in store.stretches(weight):
+                runs = [part for run in runs for part in run.cut(rows.stop)]
         return _Product(role, [view(run) for run in runs], lora)
 
     def products_in(
@@ -329,10 +408,11 @@ class Piece:
                 lora, dropped, mask = product.lora, y, None
                 if drop and self.full and lora.dropout:
                     dropped, mask = torch.native_dropout(y, lora.dropout, True)
-                u = torch.mm(dropped, numerics.cast(shared[lora.far]).t()).mul_(lora.scaling)
+                u = torch.mm(dropped, numerics.cast(product.far(shared)).t()).mul_(lora.scaling)
                 for view in product.factored:
                     assert view.near is not None
-                    _add_product(_part(h, view, product.views), u, numerics.cast(view.near).t())
+                    into, own = _part(h, view, product.views), _first(u, view.near)
+                    _add_product(into, own, numerics.cast(view.near).t())
                 if self.full:
                     taken = Taken(
                         u=u if lora.near_trains else None,
@@ -369,7 +449,7 @@ class Piece:
             return Taken()
         taken = self.mixed_out(z, numerics, drop)
         assert taken.v is not None
-        _add_product(total, taken.v, numerics.cast(shared[product.lora.far]).t())
+        _add_product(total, taken.v, numerics.cast(product.far(shared)).t())
         if not self.full:
             return Taken()
         kept = taken.z_dropped if taken.z_mask is not None and product.lora.near_trains else None
@@ -387,7 +467,7 @@ class Piece:
         for view in product.factored:
             assert view.near is not None
             part, near = _part(dropped, view, product.views), numerics.cast(view.near)
-            v = torch.mm(part, near) if v is None else _add_product(v, part, near)
+            v = torch.mm(part, near) if v is None else _add_narrower(v, part, near)
         assert v is not None
         return Taken(v=v.mul_(product.lora.scaling), z_dropped=dropped, z_mask=mask)
 
@@ -404,7 +484,7 @@ class Piece:
             return None
         if not deep and not (self.full and lora.near_trains):
             return None
-        return torch.mm(g, numerics.cast(shared[lora.far])).mul_(lora.scaling)
+        return torch.mm(g, numerics.cast(self.outward.far(shared))).mul_(lora.scaling)
 
     def through_out(
         self, g: Tensor, error: Tensor | None, mask: Tensor | None, numerics: Numerics
@@ -420,12 +500,12 @@ class Piece:
             into, weight = _part(dz, view, product.views), numerics.cast(view.weight)
             torch.mm(g, weight.t(), out=into)
             if view.near is not None and error is not None and mask is None:
-                _add_product(into, error, numerics.cast(view.near).t())
+                _add_product(into, _first(error, view.near), numerics.cast(view.near).t())
         if mask is not None and error is not None:
             assert product.lora is not None
             for view in product.factored:
                 assert view.near is not None
-                back = torch.mm(error, numerics.cast(view.near).t())
+                back = torch.mm(_first(error, view.near), numerics.cast(view.near).t())
                 own = _part(mask, view, product.views)
                 into = _part(dz, view, product.views)
                 into.add_(_dropped(back, own, product.lora))
@@ -447,7 +527,7 @@ class Piece:
             for view in product.factored:
                 assert view.near is not None
                 part, near = _part(dh, view, product.views), numerics.cast(view.near)
-                du = torch.mm(part, near) if du is None else _add_product(du, part, near)
+                du = torch.mm(part, near) if du is None else _add_narrower(du, part, near)
             assert du is not None
             return du.mul_(lora.scaling)
         return None
@@ -473,7 +553,7 @@ class Piece:
                 torch.addmm(dy, part, weight, beta=int(add), out=dy)
                 add = True
             if product.lora and error is not None:
-                far = numerics.cast(shared[product.lora.far])
+                far = numerics.cast(product.far(shared))
                 if mask is None:
                     _add_product(dy, error, far)
                 else:
@@ -502,8 +582,8 @@ class Piece:
             if view.near_grad is not None:
                 assert into is not None
                 assert error is not None
-                part = _part(into, view, product.views)
-                self._take(lora.near, view, view.near_grad, part, error, None)
+                part, own = _part(into, view, product.views), _first(error, view.near_grad)
+                self._take(lora.near, view, view.near_grad, part, own, None)
         if lora.far_trains:
             assert taken.v is not None
             sink(lora.far, torch.mm(g.t(), taken.v))
@@ -532,7 +612,8 @@ class Piece:
                 if view.near_grad is not None and observer is None:
                     assert lora is not None
                     assert taken.u is not None
-                    self._take(lora.near, view, view.near_grad, part, taken.u, None)
+                    own = _first(taken.u, view.near_grad)
+                    self._take(lora.near, view, view.near_grad, part, own, None)
             if lora and lora.far_trains and observer is None:
                 into = taken.y_dropped if taken.y_dropped is not None else y
                 assert error is not None
@@ -568,6 +649,17 @@ class Piece:
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """``total += left @ right``. Not by ``addmm_``, which torch's FLOP counter does not know."""
     return torch.addmm(total, left, right, out=total)
+
+
+def _add_narrower(total: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """The same into as many of the first columns of ``total`` as the product has."""
+    _add_product(_first(total, right), left, right)
+    return total
+
+
+def _first(wide: Tensor, like: Tensor) -> Tensor:
+    """As many of the first columns as another has."""
+    return wide if wide.shape[1] == like.shape[1] else wide[:, : like.shape[1]]
 
 
 def _dropped(back: Tensor, mask: Tensor, lora: Lora) -> Tensor:

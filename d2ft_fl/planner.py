@@ -7,10 +7,15 @@ the work of a slot is even. One slot gives the four operations. Values add up ov
     value(a, z, b) = [ backward a + forward_weight forward (a + z + b)
                        + frozen_weight forward (a + z) ] / slots
 
-what a subnet is worth trained, run, and run without cutting the gradient of what lies below.
-``frozen_weight = 0`` is D2FT: then FROZEN is worth no more than FORWARD_ONLY and is not offered.
-Below the lowest block that trains there is no gradient to cut: FORWARD_ONLY is worth there what
-FROZEN is, at its own price. Which block is the lowest is one *case* of the knapsack for each block.
+Under LoRA a subnet also chooses among the ranks r that are offered, R the largest: training is then
+worth ``backward a (r / R) ** rank_exponent``. That is a choice, not a measurement: with an exponent
+of 0 all ranks are worth the same, with 1 in proportion.
+
+That is what a subnet is worth trained, run, and run without cutting the gradient of what lies
+below. ``frozen_weight = 0`` is D2FT: then FROZEN is worth no more than FORWARD_ONLY and is not
+offered. Below the lowest block that trains there is no gradient to cut: FORWARD_ONLY is worth there
+what FROZEN is, at its own price. Which block is the lowest is one *case* of the knapsack for each
+block.
 
 What options cost is in :mod:`d2ft_fl.tables`, peak memory from below: it is checked exactly, and
 what is shown to the solver shrinks by what was over until the exact cost fits.
@@ -24,7 +29,7 @@ import numpy as np
 
 from d2ft_fl.budgets import UNLIMITED, Budget
 from d2ft_fl.costs import MEMORY_MARGIN, RESOURCES, Cost, CostModel, scoring_cost, with_scoring
-from d2ft_fl.errors import RunError
+from d2ft_fl.errors import ConfigError, RunError
 from d2ft_fl.knapsack import (
     Solution,
     Spread,
@@ -68,7 +73,7 @@ class Assignment:
 
     Attributes:
         client: Its number.
-        schedule: Its operations.
+        schedule: Its operations, and ranks where several are offered.
         cost: Predicted cost, the scoring pass included.
         score_examples: Examples of the scoring pass it runs before training; 0 for none.
         gap: The schedule's value is within this share of a bound that no schedule of the joint
@@ -96,6 +101,8 @@ class Planner:
         coupling: ``spread`` gives diminishing returns over clients; else each has its own optimum.
         spread_clients: With ``spread``, at how many clients one more is worth half of the first.
         least_clients: With ``spread``, how many should train every subnet.
+        ranks: Of LoRA, offered besides the architecture's, which is the largest.
+        rank_exponent: How the worth of training grows with the rank.
     """
 
     costs: CostModel
@@ -105,6 +112,23 @@ class Planner:
     coupling: str = "none"
     spread_clients: float = 2.0
     least_clients: int = 1
+    ranks: tuple[int, ...] = ()
+    rank_exponent: float = 0.5
+
+    def __post_init__(self) -> None:
+        if self.several_ranks and self.method == "two-stage":
+            raise ConfigError("planner = 'two-stage' knows one rank: leave lora-ranks empty")
+
+    @property
+    def several_ranks(self) -> bool:
+        """Whether subnets have ranks of their own."""
+        return len(self.offered) > 1
+
+    @cached_property
+    def offered(self) -> tuple[int, ...]:
+        """The ranks to choose from, ascending; 0 alone without LoRA."""
+        most = self.costs.arch.rank
+        return tuple(sorted({r for r in self.ranks if 0 < r < most} | {most}))
 
     def plan(
         self,
@@ -168,6 +192,7 @@ class Planner:
         arch, slots = self.costs.arch, self.costs.slots
         chosen = [clients[i] for i in who]
         operations = np.zeros((len(who), slots, arch.blocks, arch.heads), dtype=np.int8)
+        ranks = np.zeros((len(who), arch.blocks, arch.heads), dtype=np.int64)
         gaps = np.zeros(len(who))
         left = np.arange(len(who))
         deadlines = np.array(
@@ -185,11 +210,12 @@ class Planner:
                     _of(backward, who[part]),
                     _of(forward, who[part]),
                 )
-                found, gap = solver.operations(capacity[part], deadlines[part])
+                found, own, gap = solver.operations(capacity[part], deadlines[part])
                 better = found.any(axis=(1, 2, 3)) & (
                     ~operations[part].any(axis=(1, 2, 3)) | (found == Operation.FULL).any((1, 2, 3))
                 )
                 operations[part[better]], gaps[part[better]] = found[better], gap[better]
+                ranks[part[better]] = own[better]
             # Running forward without training anything changes only the classifier: still a plan.
             left = np.flatnonzero(~(operations == Operation.FULL).any(axis=(1, 2, 3)))
             if not len(left):
@@ -197,21 +223,29 @@ class Planner:
         examples = np.array([c.examples for c in chosen], dtype=np.int64)
         if self.costs.compensated:  # the solver charges every block for skipping
             full = np.broadcast_to(self.costs.everything().operations, operations.shape)
-            whole = self.costs.costs(full, examples, _holds(chosen, operations))
+            most = np.full_like(ranks, arch.rank)
+            whole = self.costs.costs(full, examples, _holds(chosen, operations), self._ranks(most))
             on_time = [_on_time(c, Cost(*w.tolist())) for c, w in zip(chosen, whole, strict=True)]
             fits = (whole <= capacity).all(axis=1)
             operations[np.logical_and(fits, on_time)] = Operation.FULL
-        costs = self.costs.costs(operations, examples, _holds(chosen, operations))
+            ranks[np.logical_and(fits, on_time)] = arch.rank
+        costs = self.costs.costs(
+            operations, examples, _holds(chosen, operations), self._ranks(ranks)
+        )
         certified = self.method == "joint" and not self.costs.compensated
         return [
             Assignment(
                 c.client,
-                Schedule(done),
+                Schedule(done, self._ranks(own)),
                 Cost(*cost.tolist()),
                 gap=float(gap) if certified else None,
             )
-            for c, done, cost, gap in zip(chosen, operations, costs, gaps, strict=True)
+            for c, done, own, cost, gap in zip(chosen, operations, ranks, costs, gaps, strict=True)
         ]
+
+    def _ranks(self, ranks: np.ndarray) -> np.ndarray | None:
+        """What schedules say of ranks: nothing where there is one alone."""
+        return ranks if self.several_ranks else None
 
     @staticmethod
     def _hold(
@@ -256,7 +290,12 @@ class Planner:
     def patterns(self, active: int) -> Patterns:
         """The options with so many active slots."""
         offers = self.frozen_weight > 0 and self.method == "joint"
-        return Patterns.of(self.costs.slots, active, offers)
+        return Patterns.of(self.costs.slots, active, offers, self.offered)
+
+    def rank_worth(self, patterns: Patterns) -> np.ndarray:
+        """What training is worth at the ranks of options, as a share: float64 [options]."""
+        most = self.offered[-1]
+        return (patterns.rank / most) ** self.rank_exponent if most else np.ones(len(patterns.full))
 
 
 def _of(scores: np.ndarray, who: np.ndarray) -> np.ndarray:
@@ -349,13 +388,19 @@ class _Chunk:
         p, slots = self.patterns, self.planner.costs.slots
         uncut = p.full + p.frozen + p.below * p.forward
         weights = self.planner.forward_weight * p.runs + self.planner.frozen_weight * uncut
-        train = self.backward[..., None] * (p.full / slots)
+        train = self.backward[..., None] * self.share
         return train, self.forward[..., None] * (weights / slots)
+
+    @cached_property
+    def share(self) -> np.ndarray:
+        """How far options train, rank and all: float64 [options]."""
+        worth = self.planner.rank_worth(self.patterns)
+        return self.patterns.full / self.planner.costs.slots * worth
 
     def operations(
         self, capacity: np.ndarray, deadlines: np.ndarray
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Operations that fit exactly, int8 [clients, slots, blocks, heads], and certified gaps."""
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """What fits exactly, as of :meth:`_materialise`, and certified gaps."""
         tables, which = self.tables
         constant = np.stack([t.constant for t in tables])[which]
         # The solver's resources: memory twice, without the cost model's own margin.
@@ -366,10 +411,12 @@ class _Chunk:
         shown -= constant
         solution = self._choose(shown, np.arange(len(which)))
         choice, value = solution.choice.copy(), solution.value.copy()
-        operations = self._materialise(choice)
+        operations, ranks = self._materialise(choice)
         todo = np.arange(len(which))
         for _ in range(MEMORY_TRIES):
-            needs = self.planner.costs.memories(operations[todo], self.examples[todo])
+            needs = self.planner.costs.memories(
+                operations[todo], self.examples[todo], self.planner._ranks(ranks[todo])
+            )
             over = needs - capacity[todo, MEMORY]
             again = (over > 0) & operations[todo].any(axis=(1, 2, 3))
             todo, over = todo[again], over[again]
@@ -380,23 +427,22 @@ class _Chunk:
             shown[np.ix_(todo, MEMORIES)] = np.minimum(shown[np.ix_(todo, MEMORIES)], spent) - less
             fresh = self._choose(shown[todo], todo, solution)
             choice[todo], value[todo] = fresh.choice, fresh.value
-            operations[todo] = self._materialise(fresh.choice)
+            operations[todo], ranks[todo] = self._materialise(fresh.choice)
         operations[todo] = Operation.SHORTCUT  # nothing was found that fits
         value[todo] = -np.inf
         bound = np.maximum(solution.bound, 0.0)
         idle = ~operations.any(axis=(1, 2, 3))
         with np.errstate(invalid="ignore", divide="ignore"):
             gap = np.where(bound > 0, 1 - value / bound, 0.0)
-        return operations, np.where(idle, 0.0, gap.clip(0.0, 1.0))
+        return operations, ranks, np.where(idle, 0.0, gap.clip(0.0, 1.0))
 
     def _choose(
         self, shown: np.ndarray, who: np.ndarray, coupled: Solution | None = None
     ) -> Solution:
         """Options of some clients, within what is shown to the solver."""
-        planner, patterns = self.planner, self.patterns
+        planner, patterns, share = self.planner, self.patterns, self.share
         costs, structure, which = self.items, self.structure, self.tables[1][who]
         train, rest = (v[who] if len(v) > 1 else v for v in self.values)
-        share = patterns.full / planner.costs.slots
         if planner.method == "two-stage":
             only = patterns.forward == 0
             return solve_two_stages(train, rest, share, only, costs, shown, structure, which)
@@ -420,11 +466,17 @@ class _Chunk:
         train = train + self.backward.max() * needed[..., None] * (share > 0)
         return solve(train + rest, costs, shown, structure, which, effort=1)
 
-    def _materialise(self, choice: np.ndarray) -> np.ndarray:
-        """Operations [clients, slots, blocks, heads] of choices [clients, subnets], as they run."""
+    def _materialise(self, choice: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Choices [clients, subnets] as they run.
+
+        Returns:
+            Operations, int8 [clients, slots, blocks, heads], and the ranks of those that train,
+            int64 [clients, blocks, heads].
+        """
         c = self.planner.costs
         shifts = shifts_of(c, self.active, self.rotation)
         columns = self.patterns.operations[choice.clip(0), shifts]  # [clients, subnets, slots]
         shape = (len(choice), c.slots, c.arch.blocks, c.arch.heads)
         operations = columns.transpose(0, 2, 1).reshape(shape)
-        return effective(operations) if self.patterns.below.any() else operations
+        ranks = self.patterns.rank[choice.clip(0)].reshape(len(choice), *shape[2:])
+        return (effective(operations) if self.patterns.below.any() else operations), ranks

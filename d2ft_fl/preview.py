@@ -99,7 +99,10 @@ def _shares(who: Participant, cost: Cost, seconds: float) -> dict[str, float]:
 
 def _binding(used: dict[str, float], wanted: dict[str, float], schedule: Schedule) -> str:
     """The budget that a client's work comes up against, ``none`` where there is none."""
-    if (schedule.operations == Operation.FULL).all() and max(used.values(), default=0) <= 1:
+    everything = (schedule.operations == Operation.FULL).all()
+    if schedule.ranks is not None:  # a smaller rank may be what fits
+        everything = everything and max(wanted.values(), default=0) <= 1
+    if everything and max(used.values(), default=0) <= 1:
         return NONE
     tight = [limit for limit in used if wanted[limit] > 1] or list(used)
     shares = wanted if schedule.sits_out else used

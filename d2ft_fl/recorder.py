@@ -3,7 +3,8 @@
 config.toml              the resolved configuration
 rounds.jsonl             one line a round
 clients.jsonl            one line a client and round
-plans/round-001.safetensors   int8 schedules [clients, slots, blocks, heads]
+plans/round-001.safetensors   int8 schedules [clients, slots, blocks, heads]; where clients train
+                         LoRA at different ranks, int64 ranks [clients, blocks, heads]
 plan.png                 the last round's plan
 model.safetensors, model.json   the final model, a timm state dict and how to build it
 summary.json             totals, and the comparison with full fine-tuning
@@ -106,6 +107,9 @@ class Recorder:
             "schedules": torch.from_numpy(plan.schedules()),
             "clients": torch.tensor([c.client for c in plan.clients]),
         }
+        ranks = plan.ranks(self.federation.at(plan.round).arch.rank)
+        if ranks is not None:
+            tensors["ranks"] = torch.from_numpy(ranks)
         safetensors.torch.save_file(tensors, path)
         self.last_plan = plan
 
@@ -249,6 +253,7 @@ def _client_row(round: int, r: ClientRecord) -> dict[str, Any]:
         "train_loss": r.train_loss,
         "scored": r.scored,
         "gap": r.gap,
+        "rank": r.rank,
         "sat_out": r.sat_out,
         "fault": r.fault,
     }

@@ -18,7 +18,7 @@ from d2ft_fl import holdings, wire
 from d2ft_fl.budgets import Budget
 from d2ft_fl.compensation import MeanBook
 from d2ft_fl.config import RunConfig
-from d2ft_fl.costs import RESOURCES, CostModel
+from d2ft_fl.costs import RANK_BYTES, RESOURCES, CostModel
 from d2ft_fl.errors import ConfigError, RunError
 from d2ft_fl.holdings import Digests, digests, has_fixed
 from d2ft_fl.lora import merged
@@ -168,6 +168,8 @@ class Federation:
                 coupling=c.coupling,
                 spread_clients=c.spread_clients * c.clients,
                 least_clients=c.least_clients,
+                ranks=c.offered_ranks() if self.arch.rank else (),
+                rank_exponent=c.lora_rank_exponent,
             )
             for key, costs in self.cost_models.items()
         }
@@ -364,6 +366,19 @@ class Plan:
         """int8 [clients, slots, blocks, heads]."""
         return np.stack([a.schedule.operations for a in self.assignments])
 
+    def ranks(self, rank: int) -> np.ndarray | None:
+        """At which rank subnets train, 0 for those that do not: int64 [clients, blocks, heads].
+
+        None where no schedule says anything of ranks.
+
+        Args:
+            rank: The architecture's, of schedules that say nothing.
+        """
+        schedules = [a.schedule for a in self.assignments]
+        if all(s.ranks is None for s in schedules):
+            return None
+        return np.stack([s.trained * (rank if s.ranks is None else s.ranks) for s in schedules])
+
 
 def held_after(
     arch: Architecture, state: State, plan: "Plan", answered: Container[int]
@@ -405,6 +420,8 @@ def encode_assignment(federation: Federation, state: State, a: Assignment) -> by
         "calibrate": federation.calibrates(state.round + 1),
         "keeps_budgets": federation.keeps_budgets,
     }
+    if a.schedule.ranks is not None:
+        meta["ranks"] = a.schedule.ranks.astype(f"<u{RANK_BYTES}").tobytes().hex()
     holds = federation.holds(state, a.client)
     if holds is not None:
         meta["holds"] = np.packbits(holds).tobytes().hex()

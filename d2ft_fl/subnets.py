@@ -9,7 +9,10 @@ ascending order. A fused ``qkv`` weight ``[3 * heads * head_dim, dim]`` packs to
 transposed. A set of heads is then a set of row ranges, and a product with it is a narrower product.
 
 What trains is a property of parameters: under LoRA (see :mod:`d2ft_fl.lora`) factors are further
-parameters, and most others stay as they are.
+parameters, and most others stay as they are. Where a schedule gives heads ranks of their own, head
+h trains the first r_h columns of its factor F_h, and the block the first max_h r_h of the common G.
+What travels up then is exactly that: of F one vector, head by head in ascending order, each its
+rows of r_h; of G what is cut off at the largest rank.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -113,6 +116,17 @@ class Parameter:
         """Shape of :meth:`pack` for these heads."""
         rest = self.shape[: self.axis] + self.shape[self.axis + 1 :]
         return (sum(len(self.rows[head]) for head in heads), *rest)
+
+    def cut(self, tensor: Tensor, rank: int) -> Tensor:
+        """Of a whole factor, what belongs to the first ``rank`` of its rank: a view."""
+        return tensor[:rank] if self.factor == "A" else tensor[:, :rank]
+
+    def ranked_shape(self, ranks: Mapping[int, int]) -> tuple[int, ...]:
+        """Shape in which a factor travels up that heads train at these ranks: head -> rank."""
+        if self.kind is Kind.SLICED:
+            return (sum(len(self.rows[head]) * rank for head, rank in ranks.items()),)
+        most = max(ranks.values())
+        return (most, self.shape[1]) if self.factor == "A" else (self.shape[0], most)
 
     @property
     def numel(self) -> int:
@@ -293,9 +307,16 @@ class BranchOperations:
 
 @dataclass(frozen=True, eq=False)
 class Schedule:
-    """One client's operations for a round: int8 ``[slots, blocks, heads]`` of ``Operation``."""
+    """One client's operations for a round: int8 ``[slots, blocks, heads]`` of ``Operation``.
+
+    Attributes:
+        operations: See above.
+        ranks: int64 [blocks, heads], the rank at which trained subnets train LoRA's factors; None
+            for the architecture's own. Of subnets that do not train it means nothing.
+    """
 
     operations: np.ndarray
+    ranks: np.ndarray | None = None
 
     def __post_init__(self) -> None:
         if self.operations.ndim != 3 or self.operations.dtype != np.int8:
@@ -306,6 +327,12 @@ class Schedule:
         low, high = int(self.operations.min(initial=0)), int(self.operations.max(initial=0))
         if low < 0 or high > max(Operation):
             raise ConfigError(f"operations are 0 to {max(Operation)}, not {low} to {high}")
+        if self.ranks is not None and (
+            self.ranks.dtype != np.int64 or self.ranks.shape != self.operations.shape[1:]
+        ):
+            raise ConfigError(
+                f"ranks are int64 [blocks, heads], not {self.ranks.dtype} {list(self.ranks.shape)}"
+            )
 
     @classmethod
     def filled(cls, operation: Operation, slots: int, blocks: int, heads: int) -> "Schedule":
@@ -345,6 +372,18 @@ class Schedule:
     def heads(self, what: np.ndarray, block: int) -> tuple[int, ...]:
         """Heads of ``block`` that are set in ``what`` [blocks, heads], ascending."""
         return tuple(int(head) for head in np.flatnonzero(what[block]))
+
+    def trained_ranks(self, block: int) -> dict[int, int] | None:
+        """Trained heads of ``block``, ascending -> their ranks; None where all have the same."""
+        if self.ranks is None:
+            return None
+        return {head: int(self.ranks[block, head]) for head in self.heads(self.trained, block)}
+
+    def mean_rank(self, rank: int) -> float | None:
+        """Mean over trained subnets of their ranks, where ``rank`` is the architecture's."""
+        if not rank or not self.trained.any():
+            return None
+        return float(rank if self.ranks is None else self.ranks[self.trained].mean())
 
     def examples_trained(self, slot_examples: Sequence[int]) -> np.ndarray:
         """Examples on which each subnet ran FULL, n_cs of the design: int64 [blocks, heads]."""
@@ -421,7 +460,11 @@ def _spec(
         if p.kind in (Kind.FINAL, Kind.EMBEDDING):
             spec[p.name] = p.shape
         elif p.block >= 0 and (heads := schedule.heads(what, p.block)):
-            spec[p.name] = p.packed_shape(heads) if p.kind is Kind.SLICED else p.shape
+            ranks = schedule.trained_ranks(p.block) if trained and p.factor else None
+            if ranks is not None:
+                spec[p.name] = p.ranked_shape(ranks)
+            else:
+                spec[p.name] = p.packed_shape(heads) if p.kind is Kind.SLICED else p.shape
     return spec
 
 

@@ -4,6 +4,10 @@ Costs come from the cost model: once a subnet, whatever the slots, for what it h
 slot for FLOPs and activations; a block charges for being opened. Peak memory is two resources, the
 first batch, which finds no optimiser state, and later ones. It does not add up (the worst pass,
 transients): tables price it from below.
+
+Under LoRA an option that trains is one option a rank that is offered. What a subnet has of its own
+is in proportion to its rank; what a block has in common goes by the largest rank in use, so that
+its levels are: resident, live, trained at the lowest rank, then each higher one for what it adds.
 """
 
 from dataclasses import dataclass
@@ -28,6 +32,8 @@ class Patterns:
 
     Attributes:
         full, frozen, forward: Slots of each option: int64 [options].
+        rank: At which an option trains, 0 where it does not: int64 [options].
+        ranks: All that are offered, ascending.
         below: bool [options]: FORWARD_ONLY below the lowest trained block, worth as FROZEN.
         operations: int8 [options, active, slots], by where a subnet's pattern starts.
     """
@@ -35,27 +41,34 @@ class Patterns:
     full: np.ndarray
     frozen: np.ndarray
     forward: np.ndarray
+    rank: np.ndarray
+    ranks: tuple[int, ...]
     below: np.ndarray
     operations: np.ndarray
 
     @classmethod
     @lru_cache(maxsize=64)
-    def of(cls, slots: int, active: int, frozen: bool) -> "Patterns":
-        """All counts of slots with at most ``active`` slots at work; the first one does nothing."""
+    def of(cls, slots: int, active: int, frozen: bool, ranks: tuple[int, ...] = (0,)) -> "Patterns":
+        """All counts of slots with at most ``active`` slots at work; the first one does nothing.
+
+        Args:
+            frozen: Whether FROZEN is offered. ranks: Those to train at, ascending.
+        """
         counts = [
-            (a, z, b, False)
+            (a, z, b, rank, False)
             for a in range(active + 1)
             for z in range(active + 1 - a if frozen else 1)
             for b in range(active + 1 - a - z)
+            for rank in (ranks if a else (0,))
         ]
-        counts += [(0, 0, b, True) for b in range(1, active + 1)] if frozen else []
+        counts += [(0, 0, b, 0, True) for b in range(1, active + 1)] if frozen else []
         operations = np.zeros((len(counts), active, slots), dtype=np.int8)
-        for row, (a, z, b, _) in enumerate(counts):
+        for row, (a, z, b, _, _) in enumerate(counts):
             done = [Operation.FULL] * a + [Operation.FROZEN] * z + [Operation.FORWARD_ONLY] * b
             for shift in range(active):
                 operations[row, shift, (np.arange(len(done)) + shift) % active] = done
-        a, z, b, below = np.array(counts).T
-        return cls(a, z, b, below.astype(bool), operations)
+        a, z, b, rank, below = np.array(counts).T
+        return cls(a, z, b, rank, ranks, below.astype(bool), operations)
 
     @property
     def runs(self) -> np.ndarray:
@@ -64,9 +77,13 @@ class Patterns:
 
     @property
     def levels(self) -> np.ndarray:
-        """What a block has to be open to: resident, live (where FROZEN is offered), trained."""
+        """What a block has to be open to: resident, live (where FROZEN is offered), trained.
+
+        The last at each rank that is offered, in ascending order.
+        """
         live = 2 * (self.frozen > 0)
-        trained = (3 if self.below.any() else 2) * (self.full > 0)
+        first = 3 if self.below.any() else 2
+        trained = (first + np.searchsorted(self.ranks, self.rank)) * (self.full > 0)
         return np.maximum(np.maximum(live, trained), self.runs > 0).astype(np.int64)
 
 
@@ -143,7 +160,7 @@ def table_of(
     head = np.tile(np.arange(arch.heads), arch.blocks)
     flops = c.operation_flops[:, head]  # [operations, subnets]
     does = {op: p.operations == op for op in Operation}  # [options, shifts, slots]
-    trained, resident = p.full > 0, p.runs > 0
+    resident = p.runs > 0
     if holds is None:
         holds = np.zeros((arch.blocks, arch.heads), dtype=bool)
     alive = c.saved.alive.sum(axis=0)[head, None]
@@ -155,44 +172,53 @@ def table_of(
 
     items = np.zeros((len(head), len(p.full), LATER + 1), dtype=np.int64)
     for operation in (Operation.FORWARD_ONLY, Operation.FROZEN, Operation.FULL):
-        items[..., FLOPS] += count(operation, totals) * flops[operation][:, None]
-    if arch.rank:
-        for operation in (Operation.FORWARD_ONLY, Operation.FROZEN):
+        each = flops[operation][:, None]
+        if arch.rank:
             near = c.branch_flops.near[operation, 1].sum(axis=0)[head, None]
-            more = count(operation, totals) * (near + c.block_flops[operation])
-            items[..., FLOPS] += more * trained
-        items[..., FLOPS] += c.fold_flops.reshape(-1, 1) * (resident & ~trained)
+            if operation is Operation.FULL:  # counted at the largest rank; the block pays its own
+                each = each + near * (p.rank - arch.rank)
+            else:
+                each = each + (near + c.block_flops[operation]) * p.rank
+        items[..., FLOPS] += count(operation, totals) * each
+    items[..., FLOPS] += c.fold_flops.reshape(-1, 1) * (resident * (arch.rank - p.rank))
     down = ELEMENT * (c.loose.sliced + c.fixed.sliced * ~holds)
-    items[..., UP] = ELEMENT * c.trained.sliced.reshape(-1, 1) * trained
+    items[..., UP] = ELEMENT * _of_rank(c.whole.sliced, c.ranked.sliced, p)
     items[..., DOWN] = down.reshape(-1, 1) * resident
-    openings = np.zeros((arch.blocks, 3, LATER + 1), dtype=np.int64)  # resident, live, trained
+    # Resident, live, trained at the lowest rank, and what each higher one adds.
+    steps = np.diff(p.ranks, prepend=0)
+    openings = np.zeros((arch.blocks, 2 + len(steps), LATER + 1), dtype=np.int64)
     openings[:, 0, DOWN] = c.loose.bytes_of_blocks
     openings[:, 0, DOWN] += ELEMENT * c.fixed.shared * ~holds.any(axis=1)
     openings[:, 0, DOWN] += TENSOR_HEADER * c.fixed.tensors * ~holds.all(axis=1)
-    openings[:, 2, UP] = c.trained.bytes_of_blocks
-    openings[:, 2, FLOPS] = c.block_flops[Operation.FULL] * int(totals[:active].sum())
+    openings[:, 2, UP] = ELEMENT * c.whole.shared + TENSOR_HEADER * c.trained.tensors
+    openings[:, 2:, UP] += ELEMENT * c.ranked.shared[:, None] * steps
+    openings[:, 2:, FLOPS] = c.block_flops[Operation.FULL] * int(totals[:active].sum()) * steps
     constant = np.zeros(LATER + 1, dtype=np.int64)
     constant[FLOPS] = c.base_flops * int(totals[:active].sum())
     constant[UP] = c.trained.outer_bytes + MESSAGE_HEADER
     constant[DOWN] = c.loose.outer_bytes + c.fixed.outer_bytes * (not holds.any())
-    constant[DOWN] += c.message_bytes
+    constant[DOWN] += c.message_bytes + c.rank_bytes * (len(steps) > 1)
     for (resource, sizes, copies), passes in zip(phases, parts, strict=True):
         total, least = int(sizes.sum()), int(sizes[active - 1])
         n_full = count(Operation.FULL, sizes)
         kept = alive * (n_full + count(Operation.FROZEN, sizes)) + full * n_full
         kept = 0 if c.options.checkpointing else kept // passes
-        held = c.factors.sliced + copies * c.trained.sliced
-        held = c.own.sliced.reshape(-1, 1) * resident + held.reshape(-1, 1) * trained
+        held = _of_rank(copies * c.whole.sliced, c.factors.sliced + copies * c.ranked.sliced, p)
+        held = c.own.sliced.reshape(-1, 1) * resident + held
         items[..., resource] = ELEMENT * held + kept
-        live, trains = 2 * c.saved.stream * total, 0  # x of both branches, of all examples
+        # x of both branches, of all examples; what else training keeps, of each rank and besides.
+        live, trains, ranked = 2 * c.saved.stream * total, 0, 0
         if not c.options.checkpointing:
             live += 2 * c.saved.statistics * least
-            keeps = int(c.saved.keeps_y.sum()) * c.saved.narrow + int(c.saved.factors.sum())
-            trains = keeps * least
+            keeps = int(c.saved.keeps_y.sum()) * c.saved.narrow + int(c.saved.masked.sum())
+            trains, ranked = keeps * least, int(c.saved.ranked.sum()) * least
         openings[:, 0, resource] = ELEMENT * c.own.shared
         openings[:, 1, resource] = live // passes
-        shared = c.factors.shared + copies * c.trained.shared
-        openings[:, 2, resource] = ELEMENT * shared + trains // passes
+        paid = (trains + ranked * np.array(p.ranks)) // passes
+        openings[:, 2:, resource] = np.diff(paid, prepend=0)
+        openings[:, 2, resource] += ELEMENT * copies * c.whole.shared
+        shared = c.factors.shared + copies * c.ranked.shared
+        openings[:, 2:, resource] += ELEMENT * shared[:, None] * steps
         outer = ELEMENT * (c.own.outer + copies * c.trained.outer)
         images = ELEMENT * total * arch.input_elements
         constant[resource] = outer + images + total * c.saved.outer // passes
@@ -207,5 +233,15 @@ def table_of(
         constant[DOWN] += skips + TENSOR_HEADER * arch.blocks
         constant[MEMORIES] += skips
     if not p.below.any():  # nothing is live without being trained
-        openings = np.stack([openings[:, 0], openings[:, 1] + openings[:, 2]], axis=1)
+        openings[:, 2] += openings[:, 1]
+        openings = np.delete(openings, 1, axis=1)
     return Table(items, openings, constant)
+
+
+def _of_rank(whole: np.ndarray, ranked: np.ndarray, p: Patterns) -> np.ndarray:
+    """What options that train have, whatever the rank and by it: int64 [subnets, options].
+
+    Args:
+        whole, ranked: int64 [blocks, heads].
+    """
+    return whole.reshape(-1, 1) * (p.full > 0) + ranked.reshape(-1, 1) * p.rank

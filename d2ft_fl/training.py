@@ -224,6 +224,7 @@ def _pattern(model: PartialModel, sizes: list[int]) -> Hashable:
         id(model),
         model.training,
         schedule.operations.tobytes(),
+        b"" if schedule.ranks is None else schedule.ranks.tobytes(),
         tuple(sizes),
         tuple(model.compensated()),
     )

@@ -5,9 +5,10 @@ process, and resets in place for each assignment.
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import cached_property, lru_cache, partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from d2ft_fl import holdings, timm_vit, wire
 from d2ft_fl.budgets import Budget, ClientDescription
 from d2ft_fl.compensation import MeanTally, received
 from d2ft_fl.config import RunConfig
-from d2ft_fl.costs import RESOURCES, CostModel, round_cost
+from d2ft_fl.costs import RANK_BYTES, RESOURCES, CostModel, round_cost
 from d2ft_fl.data import FederatedData, open_data
 from d2ft_fl.errors import Refusal
 from d2ft_fl.holdings import Store
@@ -90,8 +91,7 @@ class Worker:
         started = time.perf_counter()
         tensors, meta = wire.decode(blob)
         client, round = int(meta["client"]), int(meta["round"])
-        operations = np.frombuffer(bytes.fromhex(meta["operations"]), dtype=np.int8)
-        schedule = Schedule(operations.reshape(meta["shape"]))
+        schedule = _schedule(meta)
         scored, calibrates = int(meta["score_examples"]), bool(meta["calibrate"])
         model, data = self._parts
         stage = self._federation.at(round)
@@ -215,6 +215,16 @@ class Worker:
             rows = [r for h in heads for r in range(bounds[h], bounds[h + 1])]
             out[name] = tensor[torch.tensor(rows, dtype=torch.long)]
         return out
+
+
+def _schedule(meta: Mapping[str, Any]) -> Schedule:
+    """The schedule of a message."""
+    shape = meta["shape"]
+    operations = np.frombuffer(bytes.fromhex(meta["operations"]), dtype=np.int8).reshape(shape)
+    if "ranks" not in meta:
+        return Schedule(operations)
+    ranks = np.frombuffer(bytes.fromhex(meta["ranks"]), dtype=f"<u{RANK_BYTES}")
+    return Schedule(operations, ranks.astype(np.int64).reshape(shape[1:]))
 
 
 def _unpacked(text: str, shape: tuple[int, ...]) -> np.ndarray:
