@@ -29,7 +29,8 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
 from d2ft_fl.grouping import Status
-from d2ft_fl.pieces import Lora, Numerics, Observer, PackedHeads, Piece, Segment, Taken
+from d2ft_fl.packed import Numerics, PackedHeads
+from d2ft_fl.pieces import Lora, Observer, Piece, Segment, Taken
 from d2ft_fl.subnets import Trains
 
 Norm = Callable[[Tensor, Mapping[str, Tensor]], Tensor]

@@ -20,7 +20,8 @@ from torch import Tensor
 from d2ft_fl import timm_vit
 from d2ft_fl.branches import Branch
 from d2ft_fl.grouping import storage_order
-from d2ft_fl.pieces import Lora, Numerics, PackedHeads, branch_loras, segments
+from d2ft_fl.packed import Numerics, PackedHeads
+from d2ft_fl.pieces import Lora, branch_loras, segments
 from d2ft_fl.subnets import (
     BRANCHES,
     Architecture,

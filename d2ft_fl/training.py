@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from d2ft_fl.meter import Meter, tensor_bytes
+from d2ft_fl.packed import Numerics, PackedHeads
 from d2ft_fl.partial import Entry, PartialModel
-from d2ft_fl.pieces import Numerics, Observer, PackedHeads
+from d2ft_fl.pieces import Observer
 from d2ft_fl.scores import MEASURES, Measure
 from d2ft_fl.subnets import Kind, Operation, Schedule, passes, slot_sizes
 

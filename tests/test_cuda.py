@@ -6,8 +6,8 @@ import torch.nn.functional as F
 
 from clients.full import learning_rate
 from d2ft_fl.meter import Meter, warm_up
+from d2ft_fl.packed import Numerics
 from d2ft_fl.partial import PartialModel
-from d2ft_fl.pieces import Numerics
 from d2ft_fl.scores import MEASURED
 from d2ft_fl.subnets import pack_for
 from d2ft_fl.training import LocalOptions, Stepper, score_pass, train

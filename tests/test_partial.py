@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from d2ft_fl import timm_vit
+from d2ft_fl.packed import Numerics
 from d2ft_fl.partial import PartialModel
-from d2ft_fl.pieces import Numerics
 from d2ft_fl.subnets import Kind, Operation, Schedule, pack_for, up_spec
 from tests.conftest import all_of, build, images_for, random_schedule, running, weights_of
 
