@@ -28,9 +28,9 @@ $(READY): pyproject.toml constraints.txt
 run: $(READY)
 	$(BIN)/d2ft run
 
-# Two processes: the tests of Flower mostly wait for processes to start.
+# Two processes: the tests of Flower, which come first, mostly wait for processes to start.
 test: $(READY)
-	$(BIN)/python -m pytest -q -n 2 --dist loadfile
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -q -m slow

@@ -95,7 +95,7 @@ def reference(model, arch, leaves, state, images, operations):
     return timm_vit.classify(model, x)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @example(seed=41, slots=2, examples=2, targets=["qkv"], frozen="", recompute=False)
 @given(
     seed=st.integers(0, 100_000),
