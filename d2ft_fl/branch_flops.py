@@ -94,6 +94,24 @@ class BranchFlops:
             total += (does * far).sum(axis=(2, 3))
         return total
 
+    def spared_at_the_bottom(self, trains: Sequence[Trains], rank: int) -> int:
+        """Most FLOPs of an example that the lowest block that trains in a slot is spared.
+
+        That is beside what the same operations cost above another block that trains.
+        """
+        spared = []
+        for operation in (Operation.FULL, Operation.FROZEN):  # of a head beside one that is FULL
+            pair = np.array([[[Operation.FULL, operation]]], dtype=np.int8)
+            run = BranchOperations.of(pair, trains)
+            where = run.operations[0, 0, :, 1], run.through[0, 0].astype(np.int8), np.arange(2)
+            cost, most = (
+                (self.base[at] + rank * self.near[at]).sum(axis=0) for at in (where, (operation, 1))
+            )
+            spared.append(most - cost)
+            if operation is Operation.FULL:
+                common = rank * int((self.far[operation, 1] - self.far[where]).sum())
+        return int(np.max(spared, axis=0).sum()) + common
+
 
 @dataclass(frozen=True)
 class _Factors:

@@ -156,6 +156,23 @@ class Saved:
             mask=mask * t * a.dim * bool(a.output_dropout),
         )
 
+    def spared_at_the_bottom(self, frozen: bool, checkpointing: bool) -> int:
+        """Most bytes of an example that the lowest block that trains in a slot does not keep.
+
+        That is beside what the same operations keep above another block that trains.
+
+        Args:
+            frozen: Whether subnets may be FROZEN.
+        """
+        lowest = [t.anything for t in self.trains].index(True)
+        whole, own = self.alive + self.full, self.trains[lowest]
+        spared = lowest * self.stream  # of a branch in which nothing trains
+        if not checkpointing:
+            spared += self.stream + (lowest + 1) * self.statistics + int(whole[:lowest].sum())
+            if frozen or not own.inward:
+                spared += int(whole[lowest].sum())
+        return spared
+
 
 @dataclass(frozen=True)
 class _LoraSaved:

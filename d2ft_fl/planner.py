@@ -17,10 +17,12 @@ offered. Below the lowest block that trains there is no gradient to cut: FORWARD
 what FROZEN is, at its own price. Which block is the lowest is one *case* of the knapsack for each
 block.
 
-What options cost is in :mod:`d2ft_fl.tables`, peak memory from below: it is checked exactly, and
-what is shown to the solver shrinks by what was over until the exact cost fits.
+What options cost is in :mod:`d2ft_fl.tables`: peak memory from below, FLOPs under LoRA in excess
+by a known amount at most, which the solver is shown on top of the budget. Either way exact costs
+are checked, and what is shown shrinks by what was over until they fit.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -40,11 +42,23 @@ from d2ft_fl.knapsack import (
     used,
 )
 from d2ft_fl.subnets import Operation, Schedule, effective
-from d2ft_fl.tables import DOWN, MEMORIES, MEMORY, TICKS, TIME, Patterns, Table, shifts_of, table_of
+from d2ft_fl.tables import (
+    DOWN,
+    FLOPS,
+    MEMORIES,
+    MEMORY,
+    TICKS,
+    TIME,
+    Patterns,
+    Table,
+    shifts_of,
+    table_of,
+)
 
 PLANNERS = ("joint", "two-stage")
 COUPLINGS = ("none", "spread", "agenda")
-MEMORY_TRIES = 24
+TRIES = 24  # of shrinking what is shown to the solver
+OPTIMISTIC_TRIES = 6  # of them with more FLOPs than the budget has
 CHUNK = 2048  # clients that are solved for at once
 TABLES = 1024  # kept, of those that clients differ in
 
@@ -77,7 +91,7 @@ class Assignment:
         cost: Predicted cost, the scoring pass included.
         score_examples: Examples of the scoring pass it runs before training; 0 for none.
         gap: The schedule's value is within this share of a bound that no schedule of the joint
-            problem with these slots exceeds; ``None`` where there is none.
+            problem with these slots exceeds; ``None`` where there is none, and for sitting out.
     """
 
     client: int
@@ -233,12 +247,14 @@ class Planner:
             operations, examples, _holds(chosen, operations), self._ranks(ranks)
         )
         certified = self.method == "joint" and not self.costs.compensated
+        if slots > 1 and self.frozen_weight:  # what is FROZEN below all of its slot has no price
+            certified = False
         return [
             Assignment(
                 c.client,
                 Schedule(done, self._ranks(own)),
                 Cost(*cost.tolist()),
-                gap=float(gap) if certified else None,
+                gap=float(gap) if certified and done.any() else None,
             )
             for c, done, own, cost, gap in zip(chosen, operations, ranks, costs, gaps, strict=True)
         ]
@@ -409,32 +425,65 @@ class _Chunk:
             shown = np.concatenate([shown, deadlines[:, None]], axis=1)
         shown[:, MEMORIES] -= -(-shown[:, MEMORIES] // (MEMORY_MARGIN + 1))
         shown -= constant
+        at_most = shown.copy()
+        shown += np.stack([t.excess for t in tables])[which]
         solution = self._choose(shown, np.arange(len(which)))
         choice, value = solution.choice.copy(), solution.value.copy()
         operations, ranks = self._materialise(choice)
         todo = np.arange(len(which))
-        for _ in range(MEMORY_TRIES):
-            needs = self.planner.costs.memories(
-                operations[todo], self.examples[todo], self.planner._ranks(ranks[todo])
-            )
-            over = needs - capacity[todo, MEMORY]
-            again = (over > 0) & operations[todo].any(axis=(1, 2, 3))
+        for tried in range(TRIES):
+            over = self._over(operations[todo], ranks[todo], todo, capacity, deadlines)
+            again = (over > 0).any(axis=1) & operations[todo].any(axis=(1, 2, 3))
             todo, over = todo[again], over[again]
             if not len(todo):
                 break
-            spent = used(choice[todo], self.items, self.structure, which[todo])[:, MEMORIES]
-            less = np.maximum(1, over // 2)[:, None]
-            shown[np.ix_(todo, MEMORIES)] = np.minimum(shown[np.ix_(todo, MEMORIES)], spent) - less
+            spent = used(choice[todo], self.items, self.structure, which[todo])
+            less = np.where(np.isin(np.arange(over.shape[1]), MEMORIES), over // 2, over)
+            lower = np.minimum(shown[todo], spent) - np.maximum(1, less)
+            shown[todo] = np.where(over > 0, lower, shown[todo])
+            if tried >= OPTIMISTIC_TRIES:
+                shown[todo] = np.minimum(shown[todo], at_most[todo])
             fresh = self._choose(shown[todo], todo, solution)
             choice[todo], value[todo] = fresh.choice, fresh.value
             operations[todo], ranks[todo] = self._materialise(fresh.choice)
         operations[todo] = Operation.SHORTCUT  # nothing was found that fits
         value[todo] = -np.inf
         bound = np.maximum(solution.bound, 0.0)
-        idle = ~operations.any(axis=(1, 2, 3))
         with np.errstate(invalid="ignore", divide="ignore"):
             gap = np.where(bound > 0, 1 - value / bound, 0.0)
-        return operations, ranks, np.where(idle, 0.0, gap.clip(0.0, 1.0))
+        return operations, ranks, gap.clip(0.0, 1.0)
+
+    def _over(
+        self,
+        operations: np.ndarray,
+        ranks: np.ndarray,
+        who: np.ndarray,
+        capacity: np.ndarray,
+        deadlines: np.ndarray,
+    ) -> np.ndarray:
+        """By how much plans of some clients break budgets: int64 [who, the solver's resources].
+
+        Of resources that the solver's prices do not settle; the rest is 0.
+        """
+        costs, examples, own = self.planner.costs, self.examples[who], self.planner._ranks(ranks)
+        over = np.zeros((len(who), self.items.shape[-1]), dtype=np.int64)
+        if not self.tables[0][0].excess.any():
+            memory = costs.memories(operations, examples, own)
+            over[:, MEMORIES] = (memory - capacity[who, MEMORY])[:, None]
+            return over
+        clients = [self.clients[i] for i in who]
+        exact = costs.costs(operations, examples, _holds(clients, operations), own)
+        over[:, FLOPS] = exact[:, FLOPS] - capacity[who, FLOPS]
+        over[:, MEMORIES] = exact[:, [MEMORY]] - capacity[who, MEMORY][:, None]
+        if over.shape[1] > TIME:
+            for row, (client, cost, ticks) in enumerate(
+                zip(clients, exact, deadlines[who], strict=True)
+            ):
+                if client.budget.deadline is not None:
+                    seconds = client.budget.seconds(Cost(*cost.tolist()))
+                    share = min(2.0, seconds / client.budget.deadline)
+                    over[row, TIME] = math.ceil(TICKS * share) - ticks
+        return over
 
     def _choose(
         self, shown: np.ndarray, who: np.ndarray, coupled: Solution | None = None

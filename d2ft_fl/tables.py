@@ -5,6 +5,10 @@ slot for FLOPs and activations; a block charges for being opened. Peak memory is
 first batch, which finds no optimiser state, and later ones. It does not add up (the worst pass,
 transients): tables price it from below.
 
+Under LoRA FLOPs and memory depend on which block is the lowest that trains, and FLOPs on what the
+heads of a block share in each slot. Tables price every block as if something below it trained, and
+as if its heads shared the least; by how much that can be too much is the table's excess.
+
 Under LoRA an option that trains is one option a rank that is offered. What a subnet has of its own
 is in proportion to its rank; what a block has in common goes by the largest rank in use, so that
 its levels are: resident, live, trained at the lowest rank, then each higher one for what it adds.
@@ -95,11 +99,13 @@ class Table:
         items: int64 [subnets, options, 5].
         openings: int64 [blocks, levels, 5].
         constant: int64 [5], for running anything at all.
+        excess: int64 [5], by how much all of that can at most be above what a plan costs.
     """
 
     items: np.ndarray
     openings: np.ndarray
     constant: np.ndarray
+    excess: np.ndarray
 
     def timed(self, budget: Budget) -> "Table":
         """The same with a sixth resource: ticks of the deadline, rounded up; none without one."""
@@ -115,7 +121,7 @@ class Table:
                 time = np.ceil(np.minimum(costs @ each, TICKS + 1)).astype(np.int64)
             return np.concatenate([costs, time[..., None]], axis=-1)
 
-        return Table(*map(with_time, (self.items, self.openings, self.constant)))
+        return Table(*map(with_time, (self.items, self.openings, self.constant, self.excess)))
 
 
 def shifts_of(costs: CostModel, active: int, rotation: int) -> np.ndarray:
@@ -133,9 +139,6 @@ def table_of(
     holds: np.ndarray | None = None,
 ) -> Table:
     """Costs of options, of opening blocks to each level, and of running anything at all.
-
-    What subnets of a block share under LoRA is charged to the block at the most that it can be:
-    with one slot that is what it is, but in the lowest block that trains.
 
     Args:
         holds: bool [blocks, heads], subnets whose fixed parameters the client has; None for none.
@@ -235,7 +238,25 @@ def table_of(
     if not p.below.any():  # nothing is live without being trained
         openings[:, 2] += openings[:, 1]
         openings = np.delete(openings, 1, axis=1)
-    return Table(items, openings, constant)
+    excess = np.zeros(LATER + 1, dtype=np.int64)
+    if arch.rank:
+        frozen = bool(p.below.any())
+        excess[FLOPS] = _excess_flops(c, totals[:active], frozen)
+        spared = c.saved.spared_at_the_bottom(frozen, c.options.checkpointing)
+        for (resource, sizes, _), passes in zip(phases, parts, strict=True):
+            excess[resource] = spared * int(sizes.sum()) // passes
+    return Table(items, openings, constant, excess)
+
+
+def _excess_flops(c: CostModel, totals: np.ndarray, frozen: bool) -> int:
+    """What FLOPs are priced too high by at most, over active slots with so many examples each."""
+    each = c.branch_flops.spared_at_the_bottom(c.arch.trains, c.arch.rank)
+    if len(totals) > 1:
+        # Of a block in a slot: that nobody is FULL there, and that each head pays for the rest.
+        rest = [Operation.FORWARD_ONLY, Operation.FROZEN][: 1 + frozen]
+        most = c.block_flops[Operation.FULL] + (c.arch.heads - 1) * c.block_flops[rest].max()
+        each += c.arch.blocks * c.arch.rank * int(most)
+    return each * int(totals.sum())
 
 
 def _of_rank(whole: np.ndarray, ranked: np.ndarray, p: Patterns) -> np.ndarray:
