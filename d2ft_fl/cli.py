@@ -148,7 +148,7 @@ def bench_step_command(
     if as_json:
         typer.echo(json.dumps([row.to_json() for row in rows]))
         return
-    display.bench_table(rows)
+    display.bench_table(rows, tuning.value)
     if output is not None:
         display.say(f"picture: {output}")
 

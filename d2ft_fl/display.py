@@ -125,9 +125,10 @@ def summary(result: dict[str, Any]) -> None:
     say(f"run folder: {result['folder']}")
 
 
-def bench_table(rows: list["Row"]) -> None:
-    """Schedules beside full fine-tuning of the timm model, which is 1 everywhere."""
-    table = Table(title="Full fine-tuning of the unmodified timm model = 1", title_justify="left")
+def bench_table(rows: list["Row"], tuning: str) -> None:
+    """Schedules beside training all of the timm model the same way, which is 1 everywhere."""
+    other = "LoRA of all products by peft" if tuning == "lora" else "Full fine-tuning"
+    table = Table(title=f"{other}, of the unmodified timm model = 1", title_justify="left")
     table.add_column("schedule")
     heads = ("FLOPs", "time", "activations", "predicted", "peak memory", "predicted", "reset")
     for head in heads:

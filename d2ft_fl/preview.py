@@ -37,6 +37,8 @@ class ClientPreview:
     Attributes:
         client: Its number. device: The name of its budget. examples: Its training examples.
         operations: Subnets by operation, the mean over slots; adds up to all subnets.
+        rank: Mean over the trained subnets of the ranks they train at; ``None`` where only one rank
+            is offered, or nothing trains.
         cost: Predicted, the scoring pass included. full: Of fully fine-tuning on its data.
         shares: Used share of each budget that it has, of ``LIMITS``.
         seconds: Simulated seconds of the round.
@@ -51,6 +53,7 @@ class ClientPreview:
     device: str
     examples: int
     operations: dict[str, float]
+    rank: float | None
     cost: Cost
     full: Cost
     shares: dict[str, float]
@@ -73,6 +76,7 @@ class ClientPreview:
             device=who.budget.device or UNNAMED,
             examples=who.examples,
             operations={op.name.lower(): float(counts[op]) for op in Operation},
+            rank=_mean_rank(a.schedule),
             cost=a.cost,
             full=full,
             shares=used,
@@ -86,6 +90,12 @@ class ClientPreview:
     def to_json(self) -> dict[str, Any]:
         """As a mapping."""
         return asdict(self)
+
+
+def _mean_rank(schedule: Schedule) -> float | None:
+    if schedule.ranks is None or not schedule.trained.any():
+        return None
+    return float(schedule.ranks[schedule.trained].mean())
 
 
 def _shares(who: Participant, cost: Cost, seconds: float) -> dict[str, float]:

@@ -20,7 +20,9 @@ from d2ft_fl.preview_tables import (
     OPERATIONS,
     OUTCOME,
     ROUNDS,
+    has_ranks,
     outcome,
+    rank,
     rounds,
     shown_limits,
     totals,
@@ -223,10 +225,13 @@ def _cells(*texts: str) -> str:
 
 def _clients(r: RoundPreview) -> str:
     limits = shown_limits(r.clients)
-    heads = ["client", "device", "examples", *OPERATIONS.values(), *(LABELS[n] for n in limits)]
+    ranks = has_ranks(r.clients)
+    heads = ["client", "device", "examples", *OPERATIONS.values(), *["rank"] * ranks]
+    heads += [LABELS[n] for n in limits]
     rows = [
         f'<td class="word">{c.client}</td><td class="word">{escape(c.device)}</td>'
         + _cells(str(c.examples), *(f"{c.operations[op]:.4g}" for op in OPERATIONS))
+        + _cells(*[rank(c)] * ranks)
         + "".join(_used(c, name) for name in limits)
         + _cells(*outcome(c))
         for c in r.clients

@@ -126,6 +126,16 @@ def _shown_operations(clients: list[ClientPreview]) -> list[str]:
     return [op for op in OPERATIONS if op != "frozen" or any(c.operations[op] for c in clients)]
 
 
+def has_ranks(clients: list[ClientPreview]) -> bool:
+    """Whether any of these clients chooses among ranks."""
+    return any(c.rank is not None for c in clients)
+
+
+def rank(c: ClientPreview) -> str:
+    """A cell of the mean rank at which a client trains."""
+    return "-" if c.rank is None else f"{c.rank:.3g}"
+
+
 def outcome(c: ClientPreview) -> list[str]:
     """Cells of how long a client takes, what binds it, and how good its plan is."""
     return [
@@ -146,7 +156,8 @@ def used(c: ClientPreview, name: str, wide: bool = True) -> tuple[str, str]:
 
 def _clients(clients: list[ClientPreview], width: int) -> Table:
     operations, limits = _shown_operations(clients), shown_limits(clients)
-    heads = ["client", "device", *(OPERATIONS[op] for op in operations)]
+    ranks = has_ranks(clients)
+    heads = ["client", "device", *(OPERATIONS[op] for op in operations), *["rank"] * ranks]
     table = _table([*heads, *(LABELS[n] for n in limits), *OUTCOME], 2)
 
     def cell(c: ClientPreview, name: str) -> str:
@@ -158,6 +169,7 @@ def _clients(clients: list[ClientPreview], width: int) -> Table:
             str(c.client),
             escape(c.device),
             *(f"{c.operations[op]:.4g}" for op in operations),
+            *[rank(c)] * ranks,
             *(cell(c, name) for name in limits),
             *outcome(c),
         )
@@ -166,7 +178,8 @@ def _clients(clients: list[ClientPreview], width: int) -> Table:
 
 def _classes(r: RoundPreview) -> Table:
     operations, limits = _shown_operations(r.clients), shown_limits(r.clients)
-    heads = ["device", "clients", "", *(OPERATIONS[op] for op in operations)]
+    ranks = has_ranks(r.clients)
+    heads = ["device", "clients", "", *(OPERATIONS[op] for op in operations), *["rank"] * ranks]
     heads += [*(LABELS[n] for n in limits), "time", "sit out", "bound by"]
     table = _table(heads)
     statistics: dict[str, Callable[[list[float]], float]] = {
@@ -181,6 +194,7 @@ def _classes(r: RoundPreview) -> Table:
                 str(len(clients)) if first else "",
                 name,
                 *(f"{statistic([c.operations[op] for c in clients]):.4g}" for op in operations),
+                *[_rank(statistic, clients)] * ranks,
                 *(_share(statistic, clients, limit) for limit in limits),
                 seconds(statistic([c.seconds for c in clients])),
                 str(sum(c.sits_out for c in clients)) if first else "",
@@ -188,6 +202,11 @@ def _classes(r: RoundPreview) -> Table:
                 end_section=name == "max",
             )
     return table
+
+
+def _rank(statistic: Callable[[list[float]], float], clients: list[ClientPreview]) -> str:
+    found = [c.rank for c in clients if c.rank is not None]
+    return f"{statistic(found):.3g}" if found else "-"
 
 
 def _share(

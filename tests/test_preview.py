@@ -287,3 +287,19 @@ def test_what_a_strategy_raises_is_one_line(tmp_path, monkeypatch):
     result = plan("--set", "strategy=broken.plan", "--examples", "8")
     assert result.exit_code == 1
     assert result.output == "d2ft: strategy 'broken.plan' raised ValueError in round 1: no\n"
+
+
+def test_ranks_are_shown_where_there_is_a_choice(tmp_path):
+    budgets = tmp_path / "budgets.toml"
+    budgets.write_text('mix = ["all"]\n[classes.all]\nbytes-up = "30 %"\n')
+    options = ("tuning=lora", "lora-aggregation=stack", f"budgets={budgets}")
+    arguments = [x for option in options for x in ("--set", option)]
+    page = tmp_path / "plan.html"
+    alone = plan(*arguments, "--json")
+    done = plan(*arguments, "--set", "lora-ranks=2, 4", "--output", str(page))
+    chosen = plan(*arguments, "--set", "lora-ranks=2, 4", "--json")
+    assert {c["rank"] for c in json.loads(alone.stdout)["rounds"][0]["clients"]} == {None}
+    assert all(2 <= c["rank"] <= 8 for c in json.loads(chosen.stdout)["rounds"][0]["clients"])
+    assert "rank" in next(x for x in done.stdout.splitlines() if "client" in x and "device" in x)
+    assert "<th" in page.read_text()
+    assert ">rank<" in page.read_text()

@@ -65,14 +65,6 @@ def pairs(folder):
     return [f"{key}={value}" for key, value in {**OPTIONS, "run-folder": str(folder)}.items()]
 
 
-@pytest.fixture(scope="module")
-def reference(tmp_path_factory):
-    """The same job on the in-process back end."""
-    folder = tmp_path_factory.mktemp("local") / "run"
-    run_local(gather([], pairs(folder)))
-    return folder
-
-
 def same_run(folder, reference):
     assert rows(folder) == rows(reference)
     ours = safetensors.torch.load_file(Path(folder) / "model.safetensors")
@@ -80,36 +72,24 @@ def same_run(folder, reference):
     assert all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
 
 
-def test_d2ft_run_gives_the_local_result_and_leaves_nothing_behind(tmp_path, reference):
-    folder = tmp_path / "run"
-    options = [x for pair in pairs(folder) for x in ("--set", pair)]
-    ended = subprocess.run(
-        [BIN / "d2ft", "run", *options, "--supernodes", "3"],
-        env=environment(tmp_path), cwd=tmp_path, capture_output=True, text=True, timeout=300,
-        check=False,
-    )  # fmt: skip
-    assert ended.returncode == 0, ended.stdout + ended.stderr
-    assert f"run folder: {folder}" in ended.stdout.splitlines()[-1]
-    assert "0 budget violations" in ended.stdout
-    same_run(folder, reference)
-    assert left_behind(tmp_path) == []
-
-
-def test_lora_on_flower_gives_the_local_result(tmp_path):
-    """Weights that clients have stay where their processes find them, round after round."""
+def test_d2ft_run_gives_the_local_result_and_leaves_nothing_behind(tmp_path):
+    """With LoRA, where weights that clients have stay where their processes find them."""
     changes = ["tuning=lora", "lora-init=federa", "lora-aggregation=product", "score-every=2"]
     local, folder = tmp_path / "local", tmp_path / "run"
     run_local(gather([], [*pairs(local), *changes]))
     options = [x for pair in [*pairs(folder), *changes] for x in ("--set", pair)]
     ended = subprocess.run(
-        [BIN / "d2ft", "run", *options, "--supernodes", "2"],
+        [BIN / "d2ft", "run", *options, "--supernodes", "3"],
         env=environment(tmp_path, D2FT_WEIGHTS=str(tmp_path / "weights")), cwd=tmp_path,
         capture_output=True, text=True, timeout=300, check=False,
     )  # fmt: skip
-    assert ended.returncode == 0, ended.stderr
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert f"run folder: {folder}" in ended.stdout.splitlines()[-1]
+    assert "0 budget violations" in ended.stdout
     same_run(folder, local)
     first, second = (row["bytes_down"]["used_mean"] for row in rows(folder))
     assert second < first / 2
+    assert left_behind(tmp_path) == []
 
 
 def test_d2ft_run_ends_with_one_line_and_an_exit_code_when_the_run_fails(tmp_path):
@@ -173,15 +153,16 @@ def bare(tmp_path):
     stop_family(tmp_path / "home")
 
 
-def test_bare_flwr_run_is_the_same_job_and_ends_a_bad_one_with_its_line(tmp_path, reference, bare):
-    folder = tmp_path / "run"
+def test_bare_flwr_run_is_the_same_job_and_ends_a_bad_one_with_its_line(tmp_path, bare):
+    local, folder = tmp_path / "local", tmp_path / "run"
+    run_local(gather([], pairs(local)))
     config = " ".join(
         f'{k}="{v}"' if isinstance(v, str) else f"{k}={v}"
         for k, v in {**OPTIONS, "run-folder": str(folder)}.items()
     )
     ended = bare(config)
     assert f"run folder: {folder}" in ended.stdout, ended.stdout + ended.stderr
-    same_run(folder, reference)
+    same_run(folder, local)
 
     ended = bare("slots=99")
     last = [line for line in ended.stdout.splitlines() if line.strip()][-1]
