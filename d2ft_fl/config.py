@@ -71,6 +71,7 @@ class RunConfig:
     lora_rslora: bool = False
     lora_init: str = "lora"
     lora_aggregation: str = "factors"
+    lora_error: bool = True
     lora_adapter: str = ""
     lora_lr: float = 2e-3
     slora_rounds: int = 0

@@ -78,15 +78,18 @@ class FactorSums:
         arch, weights: The model with its factors, and all values before the round.
         examples: Examples that all updates together can count.
         mode: One of :data:`MODES`.
+        measure: Whether to know the error where folding itself does not need the exact change: it
+            multiplies every client's factors out, which takes seconds with a large model.
         error: After :meth:`apply`, Frobenius norm of achieved minus exact change of the effective
             weights, over that of the exact change, all targeted weights together; None when nobody
-            trained any, infinite when the exact change alone is zero.
+            trained any or it is not measured, infinite when the exact change alone is zero.
     """
 
     arch: Architecture
     weights: dict[str, Tensor]
     examples: int
     mode: str
+    measure: bool = True
     error: float | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
@@ -95,6 +98,9 @@ class FactorSums:
                 f"lora-aggregation = {self.mode!r} is unknown; use one of {', '.join(MODES)}"
             )
         self._own = Sums(self.arch, self.weights, self.examples)
+        self._exact: Sums | None = None
+        if not (self.measure or self.mode in MIXED):
+            return
         whole = {
             weight.name: self.weights[weight.name].double()
             + delta(self.weights[a.name], self.weights[b.name], self.arch.scaling)
@@ -117,21 +123,25 @@ class FactorSums:
                 )
             validate(self.arch, self.weights, update)
         own = self._own.terms(widened(self.arch, self.weights, update))
-        rows = effective_rows(self.arch, self.weights, update)
-        exact = self._exact.terms(Update(update.schedule, update.slot_examples, rows))
+        if self._exact is not None:
+            rows = effective_rows(self.arch, self.weights, update)
+            exact = self._exact.terms(Update(update.schedule, update.slot_examples, rows))
+            self._exact.include(exact)
         self._own.include(own)
-        self._exact.include(exact)
 
     def apply(self) -> dict[str, Tensor]:
         """The new state; sets :attr:`error`."""
-        new, exact, trained = self._own.apply(), self._exact.apply(), self._exact.trained
+        new = self._own.apply()
+        if self._exact is None:
+            return new
+        exact, trained = self._exact.apply(), self._exact.trained
         off = size = 0.0
         for weight, a, b in targeted(self.arch):
             if weight.name not in trained:
                 continue
             old, wanted = self._exact.weights[weight.name], exact[weight.name]
             if self.mode == "product":
-                new.update(self._product(weight, a, b, wanted))
+                new.update(self._product(weight, a, b, old, wanted))
             elif self.mode == "stack":
                 new.update(self._stack(weight, a, b, wanted - old))
             got = new[weight.name].double() + delta(new[a.name], new[b.name], self.arch.scaling)
@@ -141,11 +151,11 @@ class FactorSums:
         return new
 
     def _product(
-        self, weight: Parameter, a: Parameter, b: Parameter, wanted: Tensor
+        self, weight: Parameter, a: Parameter, b: Parameter, old: Tensor, wanted: Tensor
     ) -> dict[str, Tensor]:
-        """The factors nearest to the wanted effective weights."""
+        """The factors nearest to the wanted effective weights, which were the old ones."""
         base = self.weights[weight.name]
-        if torch.equal(wanted, self._exact.weights[weight.name]):
+        if torch.equal(wanted, old):
             return {p.name: self.weights[p.name] for p in (a, b)}
         pair = factorise(
             wanted - base.double(),

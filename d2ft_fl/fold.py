@@ -51,7 +51,13 @@ class Fold:
         self.federation, self.state, self.plan = federation, state, plan
         examples = sum(sum(federation.costs.slot_totals(c.examples)) for c in plan.clients)
         self.sums: Sums | FactorSums = (
-            FactorSums(federation.arch, state.weights, examples, federation.config.lora_aggregation)
+            FactorSums(
+                federation.arch,
+                state.weights,
+                examples,
+                federation.config.lora_aggregation,
+                federation.config.lora_error,
+            )
             if federation.arch.rank
             else Sums(federation.arch, state.weights, examples)
         )

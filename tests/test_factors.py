@@ -430,6 +430,19 @@ def test_what_does_not_train():
     assert all(is_common(*pair) for pair in common)
 
 
+@pytest.mark.parametrize("mode", MODES)
+def test_folding_is_the_same_where_the_error_is_not_measured(mode):
+    arch, state = setting(mode)
+    told, untold = FactorSums(arch, state, 1000, mode), FactorSums(arch, state, 1000, mode, False)
+    for seed in (1, 2):
+        told.add(reply(arch, state, seed))
+        untold.add(reply(arch, state, seed))
+    new = untold.apply()
+    assert all(torch.equal(new[n], t) for n, t in told.apply().items())
+    assert told.error is not None
+    assert untold.error == (told.error if mode in ("product", "stack") else None)
+
+
 def test_an_unknown_mode_is_refused():
     with pytest.raises(ConfigError, match="'mean' is unknown"):
         FactorSums(*setting("factors"), 10, "mean")
