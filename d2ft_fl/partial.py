@@ -21,7 +21,8 @@ from d2ft_fl import timm_vit
 from d2ft_fl.branches import Branch
 from d2ft_fl.grouping import storage_order
 from d2ft_fl.packed import Numerics, PackedHeads
-from d2ft_fl.pieces import Lora, branch_loras, segments
+from d2ft_fl.pieces import Lora, branch_loras
+from d2ft_fl.segments import segments
 from d2ft_fl.subnets import (
     BRANCHES,
     Architecture,

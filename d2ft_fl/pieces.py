@@ -8,13 +8,11 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from d2ft_fl.grouping import Group, Status, groups
 from d2ft_fl.packed import Numerics, PackedHeads, Run
-from d2ft_fl.subnets import BranchRoles, Operation, Trains
+from d2ft_fl.subnets import BranchRoles, Trains
 
 # Told (role, first row, gradient of a run of rows) instead of adding it up; see
 # `training.score_pass`.
@@ -478,58 +476,3 @@ def _rows(grads: Tensor | None, run: Run) -> Tensor | None:
 def _part(wide: Tensor, view: _View, views: Sequence[_View]) -> Tensor:
     """A view's columns of a piece's wide tensor."""
     return wide if len(views) == 1 else wide[:, view.columns]
-
-
-@dataclass(frozen=True)
-class Segment:
-    """Neighbouring slots that ask the same of a block.
-
-    Attributes:
-        slots: From which slot to before which.
-        status: What they ask.
-        through: Whether gradient is wanted at their input.
-        alive: FULL and FROZEN pieces: gradient passes through them.
-        silent: FORWARD_ONLY pieces.
-    """
-
-    slots: tuple[int, int]
-    status: Status
-    through: bool
-    alive: list[Piece]
-    silent: list[Piece]
-
-
-def segments(
-    store: PackedHeads,
-    inward: Sequence[str],
-    outward: str,
-    operations: np.ndarray,
-    through: np.ndarray,
-    loras: Mapping[str, Lora],
-) -> list[Segment]:
-    """A branch's segments; see :func:`d2ft_fl.grouping.groups`.
-
-    Args:
-        store: The block's slices.
-        inward, outward: Roles of the branch's products.
-        operations: int8 [slots, heads]. through: bool [slots].
-        loras: Product -> its factors.
-    """
-
-    def pieces(part: Group, operation: Operation) -> list[Piece]:
-        full = operation is Operation.FULL
-        return [
-            Piece(store, inward, outward, heads, (start, stop), full, loras)
-            for start, stop, heads in part.pieces[operation]
-        ]
-
-    return [
-        Segment(
-            part.slots,
-            part.status,
-            part.through,
-            pieces(part, Operation.FULL) + pieces(part, Operation.FROZEN),
-            pieces(part, Operation.FORWARD_ONLY),
-        )
-        for part in groups(operations, through, store.order)
-    ]
