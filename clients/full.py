@@ -4,6 +4,6 @@ from d2ft_fl.subnets import Kind
 from d2ft_fl.training import LocalOptions
 
 
-def learning_rate(kind: Kind, options: LocalOptions) -> float:
+def learning_rate(kind: Kind, factor: bool, options: LocalOptions) -> float:
     """The classifier and final norm learn at ``head-lr``, all else at ``lr``."""
     return options.head_lr if kind is Kind.FINAL else options.lr

@@ -9,8 +9,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from d2ft_fl.adapters import read_adapter
-from d2ft_fl.config import RunConfig, resolve_path
+from d2ft_fl.config import RunConfig
 from d2ft_fl.export import save_tuned
 from d2ft_fl.factors import frozen, unchanging
 from d2ft_fl.initial import begin, from_update
@@ -50,8 +49,7 @@ def prepare(
         state, discarded = from_update(arch, own, change)
         return state, {"slora_discarded": discarded}
     if config.lora_adapter:
-        _, tensors = read_adapter(resolve_path(config.lora_adapter), without_lora(arch))
-        return {**weights, **tensors}, {}
+        return {**weights, **config.adapter(without_lora(arch))}, {}
     return _begun(weights, arch, config), {}
 
 
@@ -81,6 +79,8 @@ def save(
     save_tuned(folder, arch, config.lora(), weights, initial, changed)
 
 
-def learning_rate(kind: Kind, options: LocalOptions) -> float:
-    """The classifier learns at ``head-lr``, factors at ``lora-lr``."""
-    return options.head_lr if kind is Kind.FINAL else options.lora_lr
+def learning_rate(kind: Kind, factor: bool, options: LocalOptions) -> float:
+    """``head-lr`` of the classifier, ``lora-lr`` of factors, ``lr`` of weights (SLoRA's stage)."""
+    if kind is Kind.FINAL:
+        return options.head_lr
+    return options.lora_lr if factor else options.lr

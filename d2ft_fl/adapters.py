@@ -243,6 +243,12 @@ def read_adapter(folder: Path, arch: Architecture) -> tuple[Lora, dict[str, Tens
         factors = {n: t for n, t in found.items() if n not in head}
         lora = _lora(config, arch, _modules(arch, factors))
         _check_shapes(arch, lora, factors)
+        for name, tensor in found.items():
+            if not tensor.isfinite().all():
+                raise ConfigError(
+                    f"{name!r} holds numbers that are not finite; use an adapter whose training "
+                    "did not fail"
+                )
         return lora, factors | _head(arch, head)
     except ConfigError as error:
         raise ConfigError(f"adapter {str(folder)!r}: {error}") from None
@@ -259,7 +265,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
         ) from None
     except OSError as error:
         raise ConfigError(f"{CONFIG!r} cannot be read: {error.strerror}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{CONFIG!r} is not JSON: {error}; save the adapter again") from None
     if not isinstance(config, dict):
         raise ConfigError(f"{CONFIG!r} is not a JSON object; save the adapter again")
@@ -301,6 +307,8 @@ def _check_config(config: Mapping[str, Any]) -> None:
         )
     saved = config.get("modules_to_save") or []
     saved = [saved] if isinstance(saved, str) else saved
+    if not isinstance(saved, list):
+        raise ConfigError(f"modules_to_save = {saved!r} is not a list; save the adapter again")
     if others := [name for name in saved if name != CLASSIFIER]:
         raise ConfigError(
             f"modules_to_save names {others[0]!r}; only {CLASSIFIER!r} is known: make one with "
@@ -344,18 +352,20 @@ def _lora(config: Mapping[str, Any], arch: Architecture, modules: Mapping[str, s
                 f"it has several {name}, {', '.join(map(str, sorted(values)))}; only one for all "
                 "modules is known: make one without rank_pattern and alpha_pattern"
             )
+    rank, alpha = int(ranks.pop()), float(alphas.pop())
+    targets = tuple(t for t in TARGETS if t in modules.values())
+    most = Lora(targets=targets).most_rank(arch)
+    if not 1 <= rank <= most:
+        raise ConfigError(
+            f"its r = {rank} does not lie between 1 and {most}, the rank of the smallest product "
+            "that it adapts; use one of a smaller rank (FeDeRA's export has twice the run's)"
+        )
+    if not 0 < alpha < float("inf"):
+        raise ConfigError(f"its lora_alpha = {alpha} is no number above 0; save the adapter again")
     dropout = _number(config.get("lora_dropout", 0.0), "lora_dropout")
     if not 0 <= dropout < 1:
         raise ConfigError(f"lora_dropout = {dropout} must be 0 or more, and below 1")
-    lora = Lora(
-        rank=int(ranks.pop()),
-        alpha=float(alphas.pop()),
-        targets=tuple(t for t in TARGETS if t in modules.values()),
-        rslora=bool(config.get("use_rslora")),
-        dropout=float(dropout),
-    )
-    lora.check(arch)
-    return lora
+    return Lora(rank, alpha, targets, bool(config.get("use_rslora")), dropout)
 
 
 def _of_modules(
@@ -381,6 +391,10 @@ def _number(value: Any, option: str) -> float:
     if isinstance(value, bool) or not isinstance(value, int if whole else (int, float)):
         kind = "whole number" if whole else "number"
         raise ConfigError(f"{option} = {value!r} is not a {kind}; save the adapter again")
+    try:
+        float(value)
+    except OverflowError:
+        raise ConfigError(f"{option} is too large a number; save the adapter again") from None
     return value
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from d2ft_fl import scores, timm_vit
 from d2ft_fl.adapters import read_adapter
@@ -152,11 +153,21 @@ class RunConfig:
 
     def _check_lora(self, arch: Architecture) -> None:
         """Raises ConfigError unless LoRA's options fit the model, and an adapter fits them."""
+        self.lora().check(arch)
+        if self.lora_adapter:
+            self.adapter(arch)
+
+    def adapter(self, arch: Architecture) -> dict[str, Tensor]:
+        """The factors that a run begins with, and the adapter's classifier where it fits.
+
+        Args:
+            arch: Of the model, without factors.
+
+        Raises:
+            ConfigError: When there are none, or they are others than the run's.
+        """
         lora = self.lora()
-        lora.check(arch)
-        if not self.lora_adapter:
-            return
-        found, _ = read_adapter(resolve_path(self.lora_adapter), arch)
+        found, tensors = read_adapter(resolve_path(self.lora_adapter), arch)
         if replace(found, dropout=lora.dropout, targets=()) != replace(lora, targets=()) or set(
             found.targets
         ) != set(lora.targets):
@@ -165,6 +176,7 @@ class RunConfig:
                 f"lora-rank={found.rank} lora-alpha={found.alpha} "
                 f"lora-rslora={str(found.rslora).lower()} lora-targets={', '.join(found.targets)!r}"
             )
+        return tensors
 
     def check_options(self) -> "RunConfig":
         """This configuration, once all but its model and data is known to fit together.
@@ -342,7 +354,7 @@ class RunConfig:
         module = load_module("clients", self.tuning, "tuning", TUNINGS)
         if not callable(getattr(module, "learning_rate", None)):
             raise ConfigError(
-                f"tuning = {self.tuning!r} has no function learning_rate(kind, options)"
+                f"tuning = {self.tuning!r} has no function learning_rate(kind, factor, options)"
             )
         return module
 
@@ -437,13 +449,15 @@ def read_toml(path: Path) -> dict[str, Any]:
 
 
 def _typed(key: str, value: Any, kind: Any) -> Any:
-    """``value`` as the type that key has; an int passes for a float."""
+    """``value`` as the type that key has; an int passes for a float, and for text."""
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
+    if kind is str and type(value) is int:  # `--set lora-ranks=4`
+        return str(value)
     if type(value) is not kind:
-        raise ConfigError(
-            f"{key} = {value!r} is a {type(value).__name__}; write a {_EXAMPLES[kind]}"
-        )
+        name = type(value).__name__
+        article = "an" if name[0] in "aeiou" else "a"
+        raise ConfigError(f"{key} = {value!r} is {article} {name}; write a {_EXAMPLES[kind]}")
     return value
 
 

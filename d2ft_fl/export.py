@@ -13,7 +13,9 @@ so that a weight W of the model that the run began with ended at
 
 import json
 import shutil
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -27,7 +29,7 @@ from d2ft_fl import timm_vit
 from d2ft_fl.adapters import total_changes, write_adapter
 from d2ft_fl.config import BUILTIN, read_toml, resolve_path
 from d2ft_fl.errors import ConfigError
-from d2ft_fl.lora import HEAD, Lora, with_lora
+from d2ft_fl.lora import HEAD, Lora, weights, with_lora
 from d2ft_fl.models import ModelSpec, build_model
 from d2ft_fl.subnets import Architecture
 
@@ -73,19 +75,24 @@ def save_tuned(
     folder.joinpath(LORA_FILE).write_text(json.dumps(asdict(lora), indent=2) + "\n")
 
 
-def load_tuned(folder: Path) -> Tuned | None:
-    """What :func:`save_tuned` wrote; None where a run was not tuned by LoRA.
+def load_tuned(folder: Path) -> Tuned:
+    """What :func:`save_tuned` wrote.
 
     Raises:
         ConfigError: When it cannot be read.
     """
-    if not folder.joinpath(LORA_FILE).exists():
-        return None
     entries = _read_json(folder / LORA_FILE)
     tensors = _read_tensors(folder / FACTORS_FILE)
     try:
-        lora = Lora(**{**entries, "targets": tuple(entries["targets"])})
-    except (KeyError, TypeError):
+        lora = Lora(
+            int(entries["rank"]),
+            float(entries["alpha"]),
+            tuple(entries["targets"]),
+            bool(entries["rslora"]),
+            float(entries["dropout"]),
+        )
+        lora.check_targets()
+    except (KeyError, TypeError, ValueError, ConfigError):
         raise ConfigError(
             f"{str(folder / LORA_FILE)!r} does not say how a run was tuned; run it again"
         ) from None
@@ -138,26 +145,42 @@ def export_run(run: Path, format: str = "", output: Path | None = None) -> Expor
         raise ConfigError(f"--format {format!r} is unknown; use one of {', '.join(FORMATS)}")
     run = run.expanduser().absolute()
     _check_finished(run)
-    tuned = load_tuned(run)
+    by_lora = read_toml(run / "config.toml").get("tuning") == "lora"
+    tuned = load_tuned(run) if by_lora else None
     format = format or ("timm" if tuned is None else "peft")
     if format == "peft" and tuned is None:
         raise ConfigError(
             f"run {str(run)!r} was not tuned by LoRA, so that it has no adapter; use --format timm"
         )
     folder = (output or run / FORMATS[format]).expanduser().absolute()
+    export = _Adapter.of(run, tuned) if format == "peft" and tuned else _Model.of(run)
+    with _written(folder) as part:
+        rank = export.write(part)
+    return Exported(format, folder, rank, export.targets, _size(folder), export.load(folder))
+
+
+@contextmanager
+def _written(folder: Path) -> Iterator[Path]:
+    """A folder to write to, whose files then go to one that is empty or missing.
+
+    Raises:
+        ConfigError: When that is neither, or cannot be written to; then nothing is left there.
+    """
+    option, part = f"--output {str(folder)!r}", None
     try:
         if folder.is_file() or (folder.is_dir() and any(folder.iterdir())):
-            raise ConfigError(
-                f"--output {str(folder)!r} is not an empty folder; name another, or remove it"
-            )
-        if format == "peft":
-            assert tuned is not None
-            return _export_adapter(run, tuned, folder)
-        return _export_model(run, folder)
-    except OSError as error:
-        raise ConfigError(
-            f"--output {str(folder)!r} cannot be written to: {error.strerror}"
-        ) from None
+            raise ConfigError(f"{option} is not an empty folder; name another, or remove it")
+        folder.mkdir(parents=True, exist_ok=True)
+        part = Path(tempfile.mkdtemp(prefix=".part-", dir=folder))
+        yield part
+        for path in part.iterdir():
+            path.replace(folder / path.name)
+    except (OSError, SafetensorError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        raise ConfigError(f"{option} cannot be written to: {reason}; name another") from None
+    finally:
+        if part is not None:
+            shutil.rmtree(part, ignore_errors=True)
 
 
 def base_model(run: Path | str) -> VisionTransformer:
@@ -169,45 +192,90 @@ def base_model(run: Path | str) -> VisionTransformer:
     return build_model(_spec(Path(run)))
 
 
-def _export_adapter(run: Path, tuned: Tuned, folder: Path) -> Exported:
-    spec = _spec(run)
-    bare = ModelSpec(**{**vars(spec), "pretrained": "none"})
-    arch = with_lora(timm_vit.describe(build_model(bare)), tuned.lora)
-    state, changes = dict(tuned.state), None
-    if tuned.changed:
-        changes = total_changes(arch, tuned.state, tuned.initial, tuned.changed)
-        state = _read_tensors(run / MODEL_FILES[0]) | state
-    base = spec.name if spec.pretrained in BUILTIN["pretrained"] else spec.pretrained
-    rank = write_adapter(folder, arch, tuned.lora, state, tuned.initial, base, changes)
-    return Exported(
-        "peft", folder, rank, tuned.lora.targets, _size(folder), _load(spec, run, folder)
-    )
+@dataclass(frozen=True)
+class _Adapter:
+    """What LoRA tuned in a run, read and checked, to be written as peft's adapter."""
+
+    run: Path
+    spec: ModelSpec
+    arch: Architecture
+    tuned: Tuned
+    state: dict[str, Tensor]
+
+    @classmethod
+    def of(cls, run: Path, tuned: Tuned) -> "_Adapter":
+        spec = _spec(run)
+        bare = ModelSpec(**{**vars(spec), "pretrained": "none"})
+        arch = with_lora(timm_vit.describe(build_model(bare)), tuned.lora)
+        own = {p.name: p.shape for p in arch.parameters if p.factor}
+        head = {p.name: p.shape for p in arch.parameters if p.name.startswith(HEAD)}
+        known = {p.name: p.shape for p in weights(arch)}
+        if not (
+            _shapes(tuned.state) == own | head
+            and _shapes(tuned.initial) in (own, {})
+            and _shapes(tuned.changed).items() <= known.items()
+        ):
+            raise ConfigError(
+                f"{str(run / FACTORS_FILE)!r} does not hold what {LORA_FILE!r} says that LoRA "
+                "tuned; run it again"
+            )
+        state = tuned.state
+        if tuned.changed:
+            state = _read_tensors(run / MODEL_FILES[0]) | state
+        return cls(run, spec, arch, tuned, state)
+
+    @property
+    def targets(self) -> tuple[str, ...]:
+        """The products that it adapts."""
+        return self.tuned.lora.targets
+
+    def write(self, folder: Path) -> int:
+        """Write it, and return its largest rank."""
+        t, spec = self.tuned, self.spec
+        changes = total_changes(self.arch, t.state, t.initial, t.changed) if t.changed else None
+        base = spec.name if spec.pretrained in BUILTIN["pretrained"] else spec.pretrained
+        return write_adapter(folder, self.arch, t.lora, self.state, t.initial, base, changes)
+
+    def load(self, folder: Path) -> tuple[str, str]:
+        """Two lines that load it, without this project where others have the weights."""
+        if self.spec.pretrained == "hub":
+            arguments = ", ".join(f"{k}={v!r}" for k, v in self.spec.timm_arguments().items())
+            source, made = "import timm", f"timm.create_model({arguments}, pretrained=True)"
+        else:
+            source = "from d2ft_fl.export import base_model"
+            made = f"base_model({str(self.run)!r})"
+        return (
+            f"{source}; from peft import PeftModel",
+            f"model = PeftModel.from_pretrained({made}, {str(folder)!r})",
+        )
 
 
-def _load(spec: ModelSpec, run: Path, folder: Path) -> tuple[str, str]:
-    """Two lines that load an adapter, without this project where others have the weights."""
-    if spec.pretrained == "hub":
-        arguments = ", ".join(f"{k}={v!r}" for k, v in spec.timm_arguments().items())
-        source, made = "import timm", f"timm.create_model({arguments}, pretrained=True)"
-    else:
-        source, made = "from d2ft_fl.export import base_model", f"base_model({str(run)!r})"
-    return (
-        f"{source}; from peft import PeftModel",
-        f"model = PeftModel.from_pretrained({made}, {str(folder)!r})",
-    )
+@dataclass(frozen=True)
+class _Model:
+    """A run's whole weights, read and checked, to be written for timm."""
 
+    run: Path
+    targets: tuple[str, ...] = ()
 
-def _export_model(run: Path, folder: Path) -> Exported:
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in MODEL_FILES:
-        shutil.copyfile(run / name, folder / name)
-    weights, arguments = (str(folder / name) for name in MODEL_FILES)
-    load = (
-        "import json, timm, safetensors.torch; "
-        f"model = timm.create_model(**json.load(open({arguments!r})))",
-        f"model.load_state_dict(safetensors.torch.load_file({weights!r}))",
-    )
-    return Exported("timm", folder, None, (), _size(folder), load)
+    @classmethod
+    def of(cls, run: Path) -> "_Model":
+        _spec(run)
+        _read_tensors(run / MODEL_FILES[0])
+        return cls(run)
+
+    def write(self, folder: Path) -> None:
+        """Write it."""
+        for name in MODEL_FILES:
+            shutil.copyfile(self.run / name, folder / name)
+
+    def load(self, folder: Path) -> tuple[str, str]:
+        """Two lines that load it."""
+        tensors, arguments = (str(folder / name) for name in MODEL_FILES)
+        return (
+            "import json, timm, safetensors.torch; "
+            f"model = timm.create_model(**json.load(open({arguments!r})))",
+            f"model.load_state_dict(safetensors.torch.load_file({tensors!r}))",
+        )
 
 
 def _check_finished(run: Path) -> None:
@@ -243,6 +311,10 @@ def _spec(run: Path) -> ModelSpec:
         name, pretrained, seed = options["model"], options["pretrained"], options["seed"]
     except KeyError as error:
         raise ConfigError(f"run {str(run)!r} does not say its {error}; run it again") from None
+    except (TypeError, ValueError):
+        raise ConfigError(
+            f"{str(run / MODEL_FILES[1])!r} does not say how the model is built; run it again"
+        ) from None
     if pretrained not in BUILTIN["pretrained"]:
         pretrained = str(resolve_path(pretrained))
     return ModelSpec(name, tuple(arguments.items()), pretrained, 0, classes, seed)
@@ -268,6 +340,10 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
     except (SafetensorError, OSError) as error:
         text = str(error).splitlines()[0]
         raise ConfigError(f"{str(path)!r} is not safetensors: {text}") from None
+
+
+def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
 
 
 def _size(folder: Path) -> int:

@@ -144,7 +144,7 @@ class Fold:
         answered = {r.client for r in self.records.values() if r.used is not None}
         weights = self.sums.apply()
         changed = self._changed(weights)
-        holds = held_after(self.federation.arch, self.state, self.plan, answered)
+        holds = held_after(self.federation.arch, self.state, self.plan, answered, changed)
         names = self.state.digests
         if changed.any():
             names = digests(self.federation.arch, weights, names, changed)
@@ -154,7 +154,7 @@ class Fold:
             self.state.scores.updated(self.measured, self.federation.config.score_momentum),
             self.mean_sums.apply(self.state.means),
             last_trained(self.state, self.plan, answered),
-            {client: own & ~changed for client, own in holds.items()},
+            holds,
             names,
             {**self.state.figures, **self._figures()},
         )

@@ -170,24 +170,35 @@ class Store:
         return self.folder / name[:2] / f"{name}.safetensors"
 
     def _load(self, name: str) -> dict[str, Tensor]:
+        found = self._read(name)
+        if found is None:
+            raise Refusal("weights that it was sent before are gone here")
+        return found
+
+    def _read(self, name: str) -> dict[str, Tensor] | None:
+        """A group, whole as it was written; None where there is none."""
         path = self._path(name)
-        try:
+        with suppress(OSError, SafetensorError):
             os.utime(path)
-            return safetensors.torch.load_file(path)
-        except (OSError, SafetensorError):
-            raise Refusal("weights that it was sent before are gone here") from None
+            found = safetensors.torch.load_file(path)
+            if _digest(found) == name:
+                return found
+        return None
 
     def _save(self, name: str, tensors: dict[str, Tensor]) -> None:
-        """Write a group, at once or not at all: others may write the same."""
-        path = self._path(name)
-        if path.exists():
-            os.utime(path)
+        """Write a group that is not there, at once or not at all: others may write the same."""
+        if self._read(name) is not None:
             return
+        path = self._path(name)
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, part = tempfile.mkstemp(dir=path.parent)
         os.close(handle)
-        safetensors.torch.save_file({n: t.contiguous() for n, t in tensors.items()}, part)
-        os.replace(part, path)
+        try:
+            safetensors.torch.save_file({n: t.contiguous() for n, t in tensors.items()}, part)
+            os.replace(part, path)
+        except BaseException:
+            Path(part).unlink(missing_ok=True)
+            raise
 
 
 def _cut(

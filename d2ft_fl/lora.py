@@ -60,11 +60,15 @@ class Lora:
         if len(set(self.targets)) < len(self.targets):
             raise ConfigError(f"lora-targets = {', '.join(self.targets)!r} names one twice")
 
+    def most_rank(self, arch: Architecture) -> int:
+        """The rank of the smallest product that is targeted."""
+        shapes = {p.role.split(".")[0]: p.shape for p in weights(arch)}
+        return min(min(shapes[target]) for target in self.targets)
+
     def check(self, arch: Architecture) -> None:
         """Raises ConfigError unless this fits the model."""
         self.check_targets()
-        shapes = {p.role.split(".")[0]: p.shape for p in weights(arch)}
-        most = min(min(shapes[target]) for target in self.targets)
+        most = self.most_rank(arch)
         if not 1 <= self.rank <= most:
             raise ConfigError(
                 f"lora-rank = {self.rank} must lie between 1 and {most}, the rank of the smallest "

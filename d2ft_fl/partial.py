@@ -43,12 +43,14 @@ Offsets = list[Tensor | None]
 class Entry:
     """One optimiser entry: rows of a trained tensor that always step together.
 
-    ``block`` is -1 for the final part, ``heads`` is empty for whole parameters.
+    ``block`` is -1 for the final part, ``heads`` is empty for whole parameters; ``factor`` says
+    whether it is one of LoRA's.
     """
 
     block: int
     heads: tuple[int, ...]
     kind: Kind
+    factor: bool
     value: Tensor
     grad: Tensor
 
@@ -304,13 +306,15 @@ class PartialModel:
             p = self.arch.by_name[name]
             assert tensor.grad is not None
             # A view: what the optimiser is shown as its gradient is not autograd's business.
-            found.append(Entry(p.block, (), p.kind, tensor.detach(), tensor.grad))
+            factor = bool(p.factor)
+            found.append(Entry(p.block, (), p.kind, factor, tensor.detach(), tensor.grad))
         for index, block in self.blocks.items():
             for role, grad in block.store.grads.items():
+                factor = ".lora_" in role
                 for heads in block.together(every_slot):
                     (run,) = block.store.runs(role, heads)
                     value = block.store.weights[role][run.rows]
-                    found.append(Entry(index, heads, Kind.SLICED, value, grad[run.rows]))
+                    found.append(Entry(index, heads, Kind.SLICED, factor, value, grad[run.rows]))
         return found
 
     def update(self) -> dict[str, Tensor]:

@@ -246,17 +246,21 @@ class Planner:
         costs = self.costs.costs(
             operations, examples, _holds(chosen, operations), self._ranks(ranks)
         )
-        certified = self.method == "joint" and not self.costs.compensated
+        certified = examples >= slots
+        if self.method != "joint" or self.costs.compensated:
+            certified[:] = False
         if slots > 1 and self.frozen_weight:  # what is FROZEN below all of its slot has no price
-            certified = False
+            certified[:] = False
         return [
             Assignment(
                 c.client,
                 Schedule(done, self._ranks(own)),
                 Cost(*cost.tolist()),
-                gap=float(gap) if certified and done.any() else None,
+                gap=float(gap) if sure and done.any() else None,
             )
-            for c, done, own, cost, gap in zip(chosen, operations, ranks, costs, gaps, strict=True)
+            for c, done, own, cost, gap, sure in zip(
+                chosen, operations, ranks, costs, gaps, certified, strict=True
+            )
         ]
 
     def _ranks(self, ranks: np.ndarray) -> np.ndarray | None:
@@ -423,7 +427,7 @@ class _Chunk:
         shown = np.concatenate([capacity, capacity[:, [MEMORY]]], axis=1)
         if constant.shape[1] > TIME:
             shown = np.concatenate([shown, deadlines[:, None]], axis=1)
-        shown[:, MEMORIES] -= -(-shown[:, MEMORIES] // (MEMORY_MARGIN + 1))
+        shown[:, MEMORIES] -= shown[:, MEMORIES] // (MEMORY_MARGIN + 1)
         shown -= constant
         at_most = shown.copy()
         shown += np.stack([t.excess for t in tables])[which]
@@ -467,7 +471,7 @@ class _Chunk:
         """
         costs, examples, own = self.planner.costs, self.examples[who], self.planner._ranks(ranks)
         over = np.zeros((len(who), self.items.shape[-1]), dtype=np.int64)
-        if not self.tables[0][0].excess.any():
+        if not any(t.excess.any() for t in self.tables[0]):
             memory = costs.memories(operations, examples, own)
             over[:, MEMORIES] = (memory - capacity[who, MEMORY])[:, None]
             return over

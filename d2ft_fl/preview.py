@@ -303,7 +303,9 @@ def follow(federation: Federation, state: State, plan: Plan) -> State:
         means = MeanBook(known=np.zeros(plan.trained.shape, dtype=bool))
     everyone = {c.client for c in plan.clients}
     last = last_trained(state, plan, everyone)
-    holds = held_after(federation.arch, state, plan, everyone)
+    stacks = bool(federation.arch.rank) and federation.config.lora_aggregation == "stack"
+    changed = (plan.trained > 0) & stacks  # what is folded into a weight changes it
+    holds = held_after(federation.arch, state, plan, everyone, changed)
     return replace(state, round=plan.round, means=means, last_trained=last, holds=holds)
 
 

@@ -381,9 +381,17 @@ class Plan:
 
 
 def held_after(
-    arch: Architecture, state: State, plan: "Plan", answered: Container[int]
+    arch: Architecture,
+    state: State,
+    plan: "Plan",
+    answered: Container[int],
+    changed: np.ndarray,
 ) -> dict[int, np.ndarray]:
-    """What clients have of what never changes; of one that failed nothing is taken for sure."""
+    """What clients have of what never changes; of one that failed nothing is taken for sure.
+
+    Args:
+        changed: Subnets of which it did change after all: bool [blocks, heads].
+    """
     found = dict(state.holds)
     if not has_fixed(arch):
         return found
@@ -393,7 +401,7 @@ def held_after(
             found[a.client] = found.get(a.client, False) | sent
         else:
             found.pop(a.client, None)
-    return found
+    return {client: own & ~changed for client, own in found.items()}
 
 
 def last_trained(state: State, plan: Plan, answered: Container[int]) -> np.ndarray:

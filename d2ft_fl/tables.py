@@ -244,7 +244,7 @@ def table_of(
         excess[FLOPS] = _excess_flops(c, totals[:active], frozen)
         spared = c.saved.spared_at_the_bottom(frozen, c.options.checkpointing)
         for (resource, sizes, _), passes in zip(phases, parts, strict=True):
-            excess[resource] = spared * int(sizes.sum()) // passes
+            excess[resource] = -(-spared * int(sizes.sum()) // passes)
     return Table(items, openings, constant, excess)
 
 

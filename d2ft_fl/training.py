@@ -55,8 +55,9 @@ class LocalOptions:
         return Numerics(dtype, self.checkpointing)
 
 
-# What a way of tuning decides here: the learning rate of a kind of parameter (see `clients/`).
-LearningRate = Callable[[Kind, LocalOptions], float]
+# What a way of tuning decides here: the learning rate of a kind of parameter, and whether it is one
+# of LoRA's factors (see `clients/`).
+LearningRate = Callable[[Kind, bool, LocalOptions], float]
 
 
 def build_optimizer(
@@ -65,7 +66,7 @@ def build_optimizer(
     """torch's optimiser over compact slices: moments and step counts are per slice."""
     by_rate: dict[float, list[Tensor]] = {}
     for entry in entries:
-        by_rate.setdefault(rate(entry.kind, options), []).append(entry.value)
+        by_rate.setdefault(rate(entry.kind, entry.factor, options), []).append(entry.value)
     groups = [{"params": values, "lr": lr} for lr, values in by_rate.items()]
     decay = options.weight_decay
     if options.optimizer == "adamw":

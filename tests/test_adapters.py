@@ -232,7 +232,7 @@ REFUSED_OF_PEFT = [
         {"target_modules": ["qkv"], "init_lora_weights": "pissa"},
         "init_lora_weights = 'pissa' changes the base weights",
     ),
-    ({"target_modules": ["qkv"], "r": 40}, "lora-rank = 40 must lie between 1 and 24"),
+    ({"target_modules": ["qkv"], "r": 40}, "its r = 40 does not lie between 1 and 24"),
 ]
 
 

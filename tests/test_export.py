@@ -29,7 +29,10 @@ def finished_run(folder, lora=None):
     """A run's folder as the recorder leaves it, with the model it began with; model, arch."""
     model = build_model(SPEC)
     folder.mkdir()
-    config = RunConfig(model=SPEC.name, pretrained="none", seed=SPEC.seed, run_folder=str(folder))
+    config = RunConfig(
+        model=SPEC.name, pretrained="none", seed=SPEC.seed, run_folder=str(folder),
+        tuning="lora" if lora else "full",
+    )  # fmt: skip
     folder.joinpath("config.toml").write_text(dump_toml(config.to_mapping()))
     export(folder, model.state_dict(), SPEC)
     write_status(folder, "finished")
@@ -65,15 +68,12 @@ def test_what_lora_tuned_is_saved_and_loaded(tmp_path):
     assert found.changed.keys() == changed.keys()
 
 
-def test_a_run_that_was_tuned_fully_has_tuned_nothing_by_lora(tmp_path):
-    assert load_tuned(tmp_path) is None
-
-
 @pytest.mark.parametrize(
     "file, text, message",
     [
         ("lora.json", "{", "is not JSON"),
         ("lora.json", '{"rank": 3}', "does not say how a run was tuned"),
+        ("lora.json", None, "cannot be read"),
         ("lora.safetensors", "x", "is not safetensors"),
         ("lora.safetensors", None, "does not exist"),
     ],
@@ -162,3 +162,56 @@ def test_unknown_formats_and_folders_in_use_are_refused(tmp_path):
     empty = tmp_path / "empty"
     empty.mkdir()
     assert run_export(run, "--output", empty).exit_code == 0
+
+
+def drop_a_factor(run):
+    tensors = safetensors.torch.load_file(run / "lora.safetensors")
+    tensors.pop("blocks.1.mlp.fc1.lora_A.weight")
+    safetensors.torch.save_file(tensors, run / "lora.safetensors")
+
+
+def rewritten(name, **changes):
+    """Change keys of a JSON file of a run."""
+
+    def damage(run):
+        found = json.loads((run / name).read_text())
+        (run / name).write_text(json.dumps(found | changes))
+
+    return damage
+
+
+@pytest.mark.parametrize(
+    "damage, format, message",
+    [
+        (drop_a_factor, "peft", "does not hold what 'lora.json' says"),
+        (rewritten("lora.json", rank=3), "peft", "does not hold what 'lora.json' says"),
+        (rewritten("lora.json", rank="two"), "peft", "does not say how a run was tuned"),
+        (rewritten("model.json", embed_dim=48), "peft", "does not hold what 'lora.json' says"),
+        (rewritten("model.json", num_classes="ten"), "timm", "does not say how the model is built"),
+        (lambda run: (run / "model.safetensors").write_bytes(b"xx"), "timm", "is not safetensors"),
+        (lambda run: (run / "lora.json").unlink(), "", "lora.json' cannot be read"),
+    ],
+)
+def test_a_damaged_run_is_named_and_nothing_is_written(damage, format, message, tmp_path):
+    run, out = tmp_path / "run", tmp_path / "out"
+    model, arch = finished_run(run, Lora(rank=2))
+    factors = {p.name: torch.randn(p.shape) for p in arch.parameters if p.factor}
+    save_tuned(run, arch, Lora(rank=2), dict(model.state_dict()) | factors)
+    damage(run)
+    assert message in refused(run, "--format", format, "--output", out)
+    assert not out.exists()
+
+
+def test_what_cannot_be_written_is_one_line_and_leaves_nothing(tmp_path, monkeypatch):
+    run, out = tmp_path / "run", tmp_path / "out"
+    model, arch = finished_run(run, Lora(rank=2))
+    factors = {p.name: torch.randn(p.shape) for p in arch.parameters if p.factor}
+    save_tuned(run, arch, Lora(rank=2), dict(model.state_dict()) | factors)
+
+    def full(*_, **__):
+        raise safetensors.SafetensorError("I/O error: No space left on device")
+
+    monkeypatch.setattr("d2ft_fl.adapters.safetensors.torch.save_file", full)
+    text = refused(run, "--output", out)
+    assert "cannot be written to: I/O error: No space left on device; name another" in text
+    assert list(out.iterdir()) == []

@@ -108,3 +108,18 @@ def test_a_block_is_held_with_any_of_its_subnets():
     assert is_held((1, 3), holds)
     assert not is_held((1, 0), holds)
     assert not is_held((0, -1), holds)
+
+
+@pytest.mark.parametrize("damage", [lambda d: b"", lambda d: d[:-1] + bytes([d[-1] ^ 1])])
+def test_what_is_damaged_is_missed_and_mended(damage, tmp_path):
+    store = Store(tmp_path)
+    schedule = Schedule.filled(Operation.FULL, 1, ARCH.blocks, ARCH.heads)
+    exchange(store, schedule, nothing())
+    for path in tmp_path.glob("*/*"):
+        path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(Refusal, match="gone"):
+        exchange(store, schedule, schedule.resident)
+    exchange(store, schedule, nothing())
+    _, whole = exchange(store, schedule, schedule.resident)
+    expected = pack_for(ARCH, STATE, schedule)
+    assert all(torch.equal(whole[name], tensor) for name, tensor in expected.items())

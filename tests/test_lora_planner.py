@@ -9,12 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from d2ft_fl.budgets import UNLIMITED, Budget
-from d2ft_fl.costs import RESOURCES
+from d2ft_fl.costs import MEMORY_MARGIN, RESOURCES
 from d2ft_fl.knapsack import used
 from d2ft_fl.lora import TARGETS, Lora, with_lora
 from d2ft_fl.planner import Participant, Planner, _Chunk
 from d2ft_fl.subnets import Operation, Schedule
-from d2ft_fl.tables import FLOPS
+from d2ft_fl.tables import FLOPS, MEMORIES
 from tests.conftest import build, cost_model
 
 EXAMPLES = 20
@@ -125,7 +125,8 @@ def test_prices_are_above_costs_by_the_stated_excess_at_most(targets, slots, che
     trains = (operations == Operation.FULL).any()
     if not (trains and (operations != Operation.SHORTCUT).any(axis=(0, 2, 3)).all()):
         return  # slots that do nothing are not run at all
-    added = used(choice, chunk.items, chunk.structure, which)
-    excess = int(table.constant[FLOPS] + added[0, FLOPS])
-    excess -= costs.flops(Schedule(operations[0]), EXAMPLES)
-    assert 0 <= excess <= table.excess[FLOPS]
+    priced = table.constant + used(choice, chunk.items, chunk.structure, which)[0]
+    exact = costs.cost(Schedule(operations[0]), EXAMPLES)
+    assert 0 <= priced[FLOPS] - exact.flops <= table.excess[FLOPS]
+    peak = exact.memory - exact.memory // (MEMORY_MARGIN + 1)  # without the model's margin
+    assert (priced[MEMORIES] - table.excess[MEMORIES] <= peak).all()

@@ -1,6 +1,7 @@
 """Whole runs under LoRA, in this process."""
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -9,10 +10,12 @@ import safetensors.torch
 import torch
 
 from d2ft_fl.errors import ConfigError
+from d2ft_fl.export import export_run
 from d2ft_fl.factors import MODES
 from d2ft_fl.holdings import Store
 from d2ft_fl.local import LocalPool, run_local
 from d2ft_fl.loop import run
+from d2ft_fl.preview import preview
 
 
 @pytest.fixture
@@ -149,3 +152,43 @@ def test_the_same_seed_gives_the_same_run(lora):
     folders = [run_local(lora(**options, run_folder=folder + n))["folder"] for n in "ab"]
     one, two = (safetensors.torch.load_file(Path(f) / "model.safetensors") for f in folders)
     assert all(np.array_equal(one[name].numpy(), two[name].numpy()) for name in one)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_bytes_of_plan_are_those_of_a_run(lora, mode):
+    """Round after round, also where folding changes weights that clients have."""
+    config = lora(lora_aggregation=mode, rounds=3, strategy="fedavg", lora_error=False)
+    planned = preview(config.check_options(), rounds=3)
+    found = rows(run_local(config)["folder"], "clients.jsonl")
+    for r in planned.rounds:
+        ran = {c["client"]: c["predicted"] for c in found if c["round"] == r.round}
+        assert {c.client: asdict(c.cost) for c in r.clients} == ran
+
+
+@pytest.mark.parametrize("rate, moves", [("lr", True), ("lora_lr", False)])
+def test_the_first_stage_of_slora_learns_at_the_rate_of_weights(lora, rate, moves):
+    rates = {"lr": 0.0, "lora_lr": 0.0, rate: 0.01}
+    config = lora(slora_rounds=1, rounds=2, **rates)
+    found = rows(run_local(config)["folder"])
+    assert (found[1]["slora_discarded"] > 0) is moves
+
+
+@pytest.mark.parametrize("start", ["check", "run"])
+def test_an_adapter_of_another_rank_is_refused_however_a_run_starts(lora, quick, tmp_path, start):
+    folder = run_local(lora(rounds=1))["folder"]
+    adapter = export_run(Path(folder)).folder
+    config = lora(lora_rank=2, lora_adapter=str(adapter), run_folder=str(tmp_path / "next"))
+    with pytest.raises(ConfigError, match="has other factors than the run: set lora-rank=4"):
+        config.check() if start == "check" else preview(config.check_options())
+
+
+def test_an_adapter_that_is_not_finite_is_refused(lora, tmp_path):
+    adapter = export_run(Path(run_local(lora(rounds=1))["folder"])).folder
+    file = adapter / "adapter_model.safetensors"
+    tensors = safetensors.torch.load_file(file)
+    name = next(n for n in tensors if "blocks.1.attn.qkv.lora_A" in n)
+    tensors[name][0, 0] = float("nan")
+    safetensors.torch.save_file(tensors, file)
+    config = lora(lora_adapter=str(adapter), run_folder=str(tmp_path / "next"))
+    with pytest.raises(ConfigError, match=r"blocks.1.attn.qkv.lora_A.weight' holds numbers that"):
+        config.check()

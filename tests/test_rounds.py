@@ -222,7 +222,7 @@ def test_one_fedavg_round_equals_flowers_own_fedavg(quick, slots, monkeypatch):
             kind = federation.arch.by_name[name].kind
             p.requires_grad_(kind is not Kind.EMBEDDING)
             if p.requires_grad:
-                groups.setdefault(learning_rate(kind, options), []).append(p)
+                groups.setdefault(learning_rate(kind, False, options), []).append(p)
         optimizer = torch.optim.SGD(
             [{"params": ps, "lr": lr} for lr, ps in groups.items()], momentum=options.momentum
         )

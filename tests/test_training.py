@@ -43,7 +43,7 @@ def test_all_full_equals_plain_training(optimizer, slots):
     groups = [
         {
             "params": [p for n, p in model.named_parameters() if (arch.by_name[n].kind) is kind],
-            "lr": learning_rate(kind, options),
+            "lr": learning_rate(kind, False, options),
         }
         for kind in (Kind.SLICED, Kind.SHARED, Kind.FINAL)
     ]
