@@ -175,7 +175,7 @@ def _written(folder: Path) -> Iterator[Path]:
         yield part
         for path in part.iterdir():
             path.replace(folder / path.name)
-    except (OSError, SafetensorError, ValueError) as error:
+    except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
         raise ConfigError(f"{option} cannot be written to: {reason}; name another") from None
     finally:
