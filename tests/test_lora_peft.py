@@ -66,7 +66,7 @@ def test_an_epoch_is_pefts(lora, dtype, optimizer, tolerance):
     groups = [
         {
             "params": [p for name, p in named.items() if (arch.by_name[name].kind) is kind],
-            "lr": learning_rate(kind, options),
+            "lr": learning_rate(kind, kind is not Kind.FINAL, options),
         }
         for kind in (Kind.SLICED, Kind.SHARED, Kind.FINAL)
     ]
