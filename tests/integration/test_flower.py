@@ -101,8 +101,8 @@ def test_d2ft_run_ends_with_one_line_and_an_exit_code_when_the_run_fails(tmp_pat
         "    return {'flops': '50 %'}\n"
     )
     ended = subprocess.run(
-        [BIN / "d2ft", "run", "--set", "budgets=moody:budget", "--set", "rounds=1",
-         "--set", f"run-folder={tmp_path / 'run'}"],
+        [BIN / "d2ft", "run", "--set", "budgets=moody:budget", "--set", "rounds=1", "--set",
+         "clients=4", "--set", f"run-folder={tmp_path / 'run'}", "--supernodes", "1"],
         env=environment(tmp_path), cwd=tmp_path, capture_output=True, text=True, timeout=300,
         check=False,
     )  # fmt: skip
