@@ -114,6 +114,11 @@ def summary(result: dict[str, Any]) -> None:
         f"work varies by {result['workload_variance']:.2f} between clients (variance over squared "
         f"mean); planning took {result['plan_seconds']:.2f} s"
     )
+    if result["aggregation_error"] is not None:
+        say(
+            f"folding factors in was off by {result['aggregation_error']:.2g} of the exact change, "
+            "mean over rounds"
+        )
     broken = f"{result['violations']} budget violations"
     if not result["keeps_budgets"]:
         broken += f" ({result['strategy']} is a reference and does not look at budgets)"

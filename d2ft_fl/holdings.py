@@ -13,7 +13,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -116,9 +116,14 @@ def read(schedule: Schedule, text: str) -> Digests:
 
 @dataclass(frozen=True)
 class Store:
-    """A client's groups, as files."""
+    """A client's groups, as files.
+
+    Attributes:
+        intact: Files, by name, inode and size, that this process found to hold what they should.
+    """
 
     folder: Path
+    intact: set[tuple[str, int, int]] = field(default_factory=set, compare=False, repr=False)
 
     @classmethod
     def default(cls) -> "Store":
@@ -180,14 +185,25 @@ class Store:
         path = self._path(name)
         with suppress(OSError, SafetensorError):
             os.utime(path)
-            found = safetensors.torch.load_file(path)
-            if _digest(found) == name:
+            found, key = safetensors.torch.load_file(path), self._key(name)
+            if key in self.intact or _digest(found) == name:  # once a process, not once a round
+                self.intact.add(key)
                 return found
         return None
 
+    def _key(self, name: str) -> tuple[str, int, int]:
+        status = self._path(name).stat()
+        return name, status.st_ino, status.st_size
+
+    def _has(self, name: str) -> bool:
+        with suppress(OSError):
+            if self._key(name) in self.intact:
+                return True
+        return self._read(name) is not None
+
     def _save(self, name: str, tensors: dict[str, Tensor]) -> None:
         """Write a group that is not there, at once or not at all: others may write the same."""
-        if self._read(name) is not None:
+        if self._has(name):
             return
         path = self._path(name)
         path.parent.mkdir(parents=True, exist_ok=True)

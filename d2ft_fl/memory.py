@@ -66,7 +66,6 @@ class Saved:
         dropped: Of a FULL subnet, where LoRA drops out: int64 [2 branches, heads].
         near: What a product with LoRA's factors has in between, by rank: int64 [2 branches].
         drops: Besides, whatever the rank, where LoRA drops out: int64 [2 branches].
-        rank: Of LoRA's factors, where subnets have none of their own.
         keeps_y: Whether y is kept where something is FULL: bool [2 branches].
         trains: What trains of each branch.
         hidden: What goes into a piece's middle, and what comes out: int64 [2, 2, heads].
@@ -90,7 +89,6 @@ class Saved:
     dropped: np.ndarray
     near: np.ndarray
     drops: np.ndarray
-    rank: int
     keeps_y: np.ndarray
     trains: tuple[Trains, ...]
     hidden: np.ndarray
@@ -144,7 +142,6 @@ class Saved:
             dropped=np.stack([own.dropped for own in lora]),
             near=np.array([own.near for own in lora], dtype=np.int64),
             drops=np.array([own.drops for own in lora], dtype=np.int64),
-            rank=a.rank,
             keeps_y=np.array([own.keeps_y for own in lora]),
             trains=a.trains,
             hidden=np.stack([np.stack(inward), np.stack(outward)], axis=1),
@@ -258,7 +255,7 @@ class PassMemory:
         near = s.near * rank + s.drops * (rank > 0)
         # Of what LoRA keeps: of the slots in which something is FULL, the largest rank of that.
         factors = s.masked * n_trains
-        if s.rank:
+        if s.ranked.any():
             most = (full * ranks[:, None, :, None]).max(axis=4)  # [passes, slots, blocks, 2]
             factors = factors + s.ranked * _examples(n, most)
         cast = s.narrow != s.stream

@@ -17,9 +17,9 @@ offered. Below the lowest block that trains there is no gradient to cut: FORWARD
 what FROZEN is, at its own price. Which block is the lowest is one *case* of the knapsack for each
 block.
 
-What options cost is in :mod:`d2ft_fl.tables`: peak memory from below, FLOPs under LoRA in excess
-by a known amount at most, which the solver is shown on top of the budget. Either way exact costs
-are checked, and what is shown shrinks by what was over until they fit.
+What options cost is in :mod:`d2ft_fl.tables`: peak memory from below; under LoRA FLOPs and memory
+in excess, by a known amount at most, which the solver is shown on top of the budget. Either way
+exact costs are checked, and what is shown shrinks by what was over until they fit.
 """
 
 import math

@@ -76,7 +76,7 @@ class ClientPreview:
             device=who.budget.device or UNNAMED,
             examples=who.examples,
             operations={op.name.lower(): float(counts[op]) for op in Operation},
-            rank=_mean_rank(a.schedule),
+            rank=a.schedule.mean_rank(),
             cost=a.cost,
             full=full,
             shares=used,
@@ -90,12 +90,6 @@ class ClientPreview:
     def to_json(self) -> dict[str, Any]:
         """As a mapping."""
         return asdict(self)
-
-
-def _mean_rank(schedule: Schedule) -> float | None:
-    if schedule.ranks is None or not schedule.trained.any():
-        return None
-    return float(schedule.ranks[schedule.trained].mean())
 
 
 def _shares(who: Participant, cost: Cost, seconds: float) -> dict[str, float]:

@@ -15,7 +15,7 @@ import contextlib
 import itertools
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -296,6 +296,13 @@ def summarise(
         "sat_out": sum(row["sat_out"] for row in rows),
         "flops_as_predicted": sum(row["flops_as_predicted"] for row in rows),
         "client_rounds": sum(row["worked"] for row in rows),
+        "aggregation_error": _mean([row.get("aggregation_error") for row in rows]),
         "verified": federation.config.verify_costs,
         "folder": str(folder),
     }
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    """Of those that there are."""
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known else None

@@ -379,11 +379,17 @@ class Schedule:
             return None
         return {head: int(self.ranks[block, head]) for head in self.heads(self.trained, block)}
 
-    def mean_rank(self, rank: int) -> float | None:
-        """Mean over trained subnets of their ranks, where ``rank`` is the architecture's."""
-        if not rank or not self.trained.any():
+    def mean_rank(self, rank: int = 0) -> float | None:
+        """Mean over trained subnets of their ranks; None where nothing trains, or has none.
+
+        Args:
+            rank: Of a schedule that says nothing of ranks; 0 for none.
+        """
+        if not self.trained.any():
             return None
-        return float(rank if self.ranks is None else self.ranks[self.trained].mean())
+        if self.ranks is None:
+            return float(rank) or None
+        return float(self.ranks[self.trained].mean())
 
     def examples_trained(self, slot_examples: Sequence[int]) -> np.ndarray:
         """Examples on which each subnet ran FULL, n_cs of the design: int64 [blocks, heads]."""

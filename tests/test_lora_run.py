@@ -35,6 +35,8 @@ def test_a_run_keeps_its_predictions_and_reports_its_error(lora, mode):
     summary = run_local(lora(lora_aggregation=mode, verify_costs=True))
     assert summary["violations"] == 0
     found = rows(summary["folder"])
+    errors = [row["aggregation_error"] for row in found]
+    assert summary["aggregation_error"] == pytest.approx(np.mean(errors))
     for row in found:
         assert not row["faults"]
         assert row["flops_as_predicted"] == row["worked"]
