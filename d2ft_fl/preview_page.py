@@ -25,6 +25,7 @@ from d2ft_fl.preview_tables import (
     rank,
     rounds,
     shown_limits,
+    shown_operations,
     totals,
     used,
 )
@@ -106,7 +107,7 @@ def _draw_map(out: Figure, axes: Axes, r: RoundPreview) -> None:
         f"Round {r.round}: {r.coverage:.0%} of the subnets are trained", fontsize=11, loc="left"
     )
     bar = out.colorbar(mesh, ax=axes, extend="min", pad=0.02)
-    bar.set_label(f"clients that train it, of {most}; orange: nobody")
+    bar.set_label(f"clients that train it,\nof {most}; orange: nobody")
     bar.outline.set_visible(False)
 
 
@@ -226,11 +227,13 @@ def _cells(*texts: str) -> str:
 def _clients(r: RoundPreview) -> str:
     limits = shown_limits(r.clients)
     ranks = has_ranks(r.clients)
-    heads = ["client", "device", "examples", *OPERATIONS.values(), *["rank"] * ranks]
+    operations = shown_operations(r.clients)
+    heads = ["client", "device", "examples", *(OPERATIONS[op] for op in operations)]
+    heads += ["rank"] * ranks
     heads += [LABELS[n] for n in limits]
     rows = [
         f'<td class="word">{c.client}</td><td class="word">{escape(c.device)}</td>'
-        + _cells(str(c.examples), *(f"{c.operations[op]:.4g}" for op in OPERATIONS))
+        + _cells(str(c.examples), *(f"{c.operations[op]:.4g}" for op in operations))
         + _cells(*[rank(c)] * ranks)
         + "".join(_used(c, name) for name in limits)
         + _cells(*outcome(c))

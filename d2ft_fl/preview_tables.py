@@ -122,7 +122,8 @@ def shown_limits(clients: list[ClientPreview]) -> list[str]:
     return [n for n in LIMITS if n in RESOURCES or any(n in c.shares for c in clients)]
 
 
-def _shown_operations(clients: list[ClientPreview]) -> list[str]:
+def shown_operations(clients: list[ClientPreview]) -> list[str]:
+    """Of ``OPERATIONS``, those that a table of these clients shows."""
     return [op for op in OPERATIONS if op != "frozen" or any(c.operations[op] for c in clients)]
 
 
@@ -155,7 +156,7 @@ def used(c: ClientPreview, name: str, wide: bool = True) -> tuple[str, str]:
 
 
 def _clients(clients: list[ClientPreview], width: int) -> Table:
-    operations, limits = _shown_operations(clients), shown_limits(clients)
+    operations, limits = shown_operations(clients), shown_limits(clients)
     ranks = has_ranks(clients)
     heads = ["client", "device", *(OPERATIONS[op] for op in operations), *["rank"] * ranks]
     table = _table([*heads, *(LABELS[n] for n in limits), *OUTCOME], 2)
@@ -177,7 +178,7 @@ def _clients(clients: list[ClientPreview], width: int) -> Table:
 
 
 def _classes(r: RoundPreview) -> Table:
-    operations, limits = _shown_operations(r.clients), shown_limits(r.clients)
+    operations, limits = shown_operations(r.clients), shown_limits(r.clients)
     ranks = has_ranks(r.clients)
     heads = ["device", "clients", "", *(OPERATIONS[op] for op in operations), *["rank"] * ranks]
     heads += [*(LABELS[n] for n in limits), "time", "sit out", "bound by"]
