@@ -140,18 +140,28 @@ class Sums:
                 known[head] = known.get(head, 0) + count
 
     @property
-    def trained(self) -> set[str]:
-        """Parameters of which somebody trained anything, on one example at least."""
-        return {name for name, counts in self._counts.items() if any(counts.values())}
+    def trained(self) -> dict[str, tuple[int, ...]]:
+        """Parameters of which somebody trained anything, on one example at least.
+
+        Returns:
+            Name -> the heads in ascending order, none for a whole parameter.
+        """
+        counted = {
+            name: [head for head, n in counts.items() if n] for name, counts in self._counts.items()
+        }
+        return {
+            name: tuple(sorted(h for h in heads if h >= 0))
+            for name, heads in counted.items()
+            if heads
+        }
 
     def apply(self) -> dict[str, Tensor]:
         """The new global weights; what nobody trained is the old tensor's bits."""
         new = dict(self.weights)
-        for name in self.trained:
+        for name, heads in self.trained.items():
             p, old, total = self.arch.by_name[name], self.weights[name], self._sums[name]
-            counts = {h: n for h, n in self._counts[name].items() if n > 0}
+            counts = self._counts[name]
             new[name] = value = old.clone()
-            heads = tuple(sorted(h for h in counts if h >= 0))
             mean = p.pack(total, heads) if heads else total
             rows = _per_row(p, {h: counts[h] for h in heads} if heads else counts, mean)
             step = mean.double() / 2.0**FRACTION_BITS / rows

@@ -22,6 +22,8 @@ from d2ft_fl.costs import RESOURCES, Cost
 from d2ft_fl.errors import ConfigError
 from d2ft_fl.plugins import load_attribute
 
+DEADLINE = "deadline"
+LIMITS = (*RESOURCES, DEADLINE)  # what a budget may limit
 BUILTIN = ("devices", "hardware")  # files of device classes among the assets
 MEASURED = "measured"
 ASSETS = Path(__file__).parent / "assets"

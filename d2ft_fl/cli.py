@@ -220,6 +220,29 @@ def budgets_command(
     display.budgets_table(source, clients, found)
 
 
+@app.command("strategies")
+def strategies_command(
+    name: Annotated[str, typer.Argument(help="One of them, in full.")] = "",
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="Print all of them, as docs/methods.md has them.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON only.")] = False,
+) -> None:
+    """List the strategies: where they come from, what they do, which budgets they keep."""
+    from d2ft_fl import methods
+
+    with failures():
+        found = [methods.find(name)] if name else methods.methods()
+    if as_json:
+        typer.echo(json.dumps([m.to_json() for m in found]))
+    elif markdown:
+        typer.echo(methods.to_markdown(found), nl=False)
+    elif name:
+        display.method(found[0])
+    else:
+        display.methods_table(found)
+
+
 @app.command("profile")
 def profile_command(
     threads: Annotated[int, typer.Option(help="Threads of torch, on a CPU.")] = 1,

@@ -23,15 +23,18 @@ from d2ft_fl.errors import ConfigError
 from d2ft_fl.factors import MIXED, MODES
 from d2ft_fl.initial import INITS
 from d2ft_fl.lora import Lora
+from d2ft_fl.match import MATCHES
 from d2ft_fl.meter import DEVICES, usable_device
+from d2ft_fl.methods import load_strategy, method_of
 from d2ft_fl.models import ModelSpec, build_model
 from d2ft_fl.planner import COUPLINGS, PLANNERS
 from d2ft_fl.plugins import load_module
+from d2ft_fl.server_optimizer import SERVER_OPTIMIZERS, ServerOptimizer
 from d2ft_fl.subnets import Architecture
 from d2ft_fl.training import PRECISIONS, LocalOptions
 
-STRATEGIES = ("d2ft", "random", "fedavg")
 TUNINGS = ("full", "lora")
+SELECTIONS = ("random", "entropy")
 # Values of options with paths that are none.
 BUILTIN = {
     "dataset": (DIGITS,),
@@ -56,6 +59,9 @@ class RunConfig:
     partitioner_args: str = "alpha = 0.5"
     train_examples: int = 0
     test_examples: int = 0
+    data_share: float = 1.0
+    data_selection: str = "random"
+    selection_temperature: float = 0.1
 
     model: str = "vit_glyphs"
     model_args: str = ""
@@ -86,9 +92,18 @@ class RunConfig:
     precision: str = "fp32"
     checkpointing: bool = False
     accumulate: int = 1
+    proximal: float = 0.0
     compensation: bool = False
+    server_optimizer: str = "mean"
+    server_lr: float = 1.0
+    server_momentum: float = 0.9
+    server_second_momentum: float = 0.99
+    server_tau: float = 1e-3
 
     budgets: str = "devices"
+    match: str = ""
+    match_share: float = 0.0
+    stage_rounds: int = 0
     planner: str = "joint"
     slots: int = 1
     backward_score: str = "fisher"
@@ -196,10 +211,17 @@ class RunConfig:
         ):
             self._at_least(key, 1)
         self._at_least("eval-batch-size", 1)
-        for key in ("train-examples", "test-examples", "image-size", "score-every", "seed"):
+        for key in (
+            "train-examples",
+            "test-examples",
+            "image-size",
+            "score-every",
+            "score-examples",
+            "least-clients",
+            "stage-rounds",
+            "seed",
+        ):
             self._at_least(key, 0)
-        self._at_least("score-examples", 0)
-        self._at_least("least-clients", 0)
         self._one_of("optimizer", ("adamw", "sgd"))
         self._one_of("precision", PRECISIONS)
         self._one_of("device", DEVICES)
@@ -232,6 +254,8 @@ class RunConfig:
             "lora-rank-exponent",
             "momentum",
             "weight-decay",
+            "proximal",
+            "server-lr",
             "forward-weight",
             "frozen-weight",
         ):
@@ -254,9 +278,63 @@ class RunConfig:
                 "score-examples to 1 or more, or use magnitude or uniform scores"
             )
         self.load_strategy()
+        self._check_data()
+        self._check_match()
         self._check_tuning()
+        self._check_server()
         self.budget_source()
         return self
+
+    def _check_data(self) -> None:
+        """Raises ConfigError unless clients can choose their examples as configured."""
+        self._one_of("data-selection", SELECTIONS)
+        if not 0 < self.data_share <= 1:
+            raise ConfigError(f"data-share = {self.data_share} must be above 0, and 1 at most")
+        if not 0 < self.selection_temperature < float("inf"):
+            raise ConfigError(
+                f"selection-temperature = {self.selection_temperature} must be a number above 0"
+            )
+
+    def _check_match(self) -> None:
+        """Raises ConfigError unless the strategy keeps the budget that is matched."""
+        if self.match:
+            self._one_of("match", tuple(MATCHES))
+        if not 0 <= self.match_share <= 1:
+            raise ConfigError(f"match-share = {self.match_share} must lie between 0 and 1")
+        if self.match_share and not self.match:
+            raise ConfigError(
+                f"match-share = {self.match_share} belongs to match: set that to one of "
+                f"{', '.join(MATCHES)}"
+            )
+        keeps = method_of(self.load_strategy(), self.strategy).keeps
+        if lost := [r for r in MATCHES.get(self.match, ()) if r not in keeps]:
+            raise ConfigError(
+                f"strategy = {self.strategy!r} cannot keep a budget of {' and '.join(lost)}, which "
+                f"match = {self.match!r} gives every client: leave match empty to run it as a "
+                "reference, or take another strategy"
+            )
+
+    def _check_server(self) -> None:
+        """Raises ConfigError unless the server's optimiser fits the rest."""
+        self._one_of("server-optimizer", SERVER_OPTIMIZERS)
+        for key in ("server-momentum", "server-second-momentum"):
+            value = self.to_mapping()[key]
+            if not 0 <= value < 1:
+                raise ConfigError(f"{key} = {value} must be 0 or more, and below 1")
+        if not 0 < self.server_tau < float("inf"):
+            raise ConfigError(f"server-tau = {self.server_tau} must be a number above 0")
+        if self.server_optimizer == "mean" and self.server_lr != 1:
+            raise ConfigError(
+                f"server-lr = {self.server_lr} belongs to an optimiser: set server-optimizer to "
+                f"one of {', '.join(SERVER_OPTIMIZERS[1:])}"
+            )
+        exact = self.lora_aggregation in MIXED
+        if self.tuning == "lora" and exact and self.server_optimizer != "mean":
+            raise ConfigError(
+                f"server-optimizer = {self.server_optimizer!r} steps factors by their means, which "
+                f"lora-aggregation = {self.lora_aggregation!r} does not take: use factors, "
+                "freeze-a, alternate or freeze-common"
+            )
 
     def _check_tuning(self) -> None:
         """Raises ConfigError unless the options of tuning fit together."""
@@ -321,14 +399,12 @@ class RunConfig:
         """Ranks that subnets may train at besides ``lora-rank``."""
         return tuple(int(text) for text in self.lora_ranks.split(",") if text.strip())
 
-    def score_kinds(self) -> tuple[str, ...]:
-        """What a scoring pass measures, should there be one."""
-        return tuple(k for k in scores.MEASURED if k in (self.backward_score, self.forward_score))
-
     def measured_scores(self) -> tuple[str, ...]:
-        """The kinds that scoring passes measure; none where the strategy looks at no scores."""
-        looks = bool(getattr(self.load_strategy(), "USES_SCORES", True))
-        return self.score_kinds() if looks else ()
+        """The kinds that scoring passes measure; none where the strategy looks at none."""
+        wanted = method_of(self.load_strategy(), self.strategy).scores
+        if wanted is None:
+            wanted = (self.backward_score, self.forward_score)
+        return tuple(k for k in scores.MEASURED if k in wanted)
 
     def _at_least(self, key: str, least: int) -> None:
         value = self.to_mapping()[key]
@@ -344,10 +420,7 @@ class RunConfig:
 
     def load_strategy(self) -> Any:
         """The strategy's module."""
-        module = load_module("strategies", self.strategy, "strategy", STRATEGIES)
-        if not callable(getattr(module, "schedule", None)):
-            raise ConfigError(f"strategy = {self.strategy!r} has no function schedule(round)")
-        return module
+        return load_strategy(self.strategy)
 
     def load_tuning(self) -> Any:
         """The module of the way of tuning; see :mod:`clients`."""
@@ -415,6 +488,23 @@ class RunConfig:
             precision=self.precision,
             checkpointing=self.checkpointing,
             accumulate=self.accumulate,
+            proximal=self.proximal,
+        )
+
+    def examples_of(self, local: int) -> int:
+        """Of so many examples of a client, on how many it trains in a round."""
+        return max(1, round(self.data_share * local)) if local else 0
+
+    def make_server_optimizer(self) -> ServerOptimizer | None:
+        """The server's optimiser; None where means are taken as they are."""
+        if self.server_optimizer == "mean":
+            return None
+        return ServerOptimizer(
+            self.server_optimizer,
+            self.server_lr,
+            self.server_momentum,
+            self.server_second_momentum,
+            self.server_tau,
         )
 
     def torch_device(self) -> torch.device:

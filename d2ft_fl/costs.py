@@ -43,11 +43,9 @@ from d2ft_fl.branch_flops import BranchFlops
 from d2ft_fl.compensation import mean_spec, skip_spec
 from d2ft_fl.errors import ConfigError
 from d2ft_fl.holdings import has_fixed
-from d2ft_fl.lora import without_lora
 from d2ft_fl.memory import ELEMENT, PassMemory, Saved
 from d2ft_fl.subnets import (
     Architecture,
-    Kind,
     Operation,
     Schedule,
     passes,
@@ -259,12 +257,21 @@ class CostModel:
     def _held(self, operations: np.ndarray, ranks: np.ndarray, moments: bool = True) -> np.ndarray:
         """Bytes of weights, gradients and (after the first step) optimiser state: [clients]."""
         resident, trained = _resident(operations), _trained(operations)
-        copies = 1 + (MOMENTS[self.options.optimizer] if moments else 0)
+        copies = self.copies(moments)
         elements = self.own.outer + copies * self.trained.outer + self.own.elements(resident)
         elements = elements + copies * self.whole.elements(trained)
         if self.arch.rank:
             elements += self.factors.elements(ranks) + copies * self.ranked.elements(ranks)
         return ELEMENT * elements + self._each(operations, lambda s: _data(self._extra(s)))
+
+    def copies(self, moments: bool) -> int:
+        """Tensors held beside each that trains: gradient, optimiser state, where it began.
+
+        Args:
+            moments: Whether there is optimiser state, as after the first step.
+        """
+        state = MOMENTS[self.options.optimizer] if moments else 0
+        return 1 + state + (self.options.proximal > 0)
 
     def _extra(self, schedule: Schedule) -> dict[str, tuple[int, ...]]:
         """What is held for compensation, by name."""
@@ -481,73 +488,6 @@ def _data(spec: dict[str, tuple[int, ...]]) -> int:
 
 def _wire(spec: dict[str, tuple[int, ...]]) -> int:
     return _data(spec) + TENSOR_HEADER * len(spec)
-
-
-def scoring_cost(costs: CostModel, examples: int, holds: np.ndarray | None = None) -> Cost:
-    """Cost of a scoring pass: one example at a time, everything FULL, the whole model down.
-
-    Up goes one float32 [blocks, heads] for each of ``costs.score_kinds``. Memory and FLOPs are the
-    same for any number of kinds: all are taken from the one gradient at hand.
-
-    Args:
-        holds: bool [blocks, heads], subnets whose fixed parameters the client has.
-    """
-    cost = _scoring_cost(costs, examples)
-    if holds is None or not examples:
-        return cost
-    everything = costs.everything().operations[None]
-    return replace(cost, bytes_down=int(costs.down(everything, holds[None])[0]))
-
-
-@lru_cache(maxsize=64)
-def _scoring_cost(costs: CostModel, examples: int) -> Cost:
-    if examples == 0:
-        return Cost()
-    # Gradients of the likelihood, so without dropout.
-    # Gradients of the weights themselves, factors folded in.
-    own = without_lora(costs.arch)
-    still = replace(own, attention_dropout=0.0, hidden_dropout=0.0, output_dropout=0.0)
-    one = replace(costs.plain(), arch=still)
-    everything = one.everything()
-    a = own
-    flops = one.flops(everything, 1) * examples
-    flops += costs.arch.rank * int(costs.fold_flops.sum())
-    held = sum(p.numel for p in a.parameters) + examples * a.input_elements
-    widest = max(p.numel for p in a.of_kind(Kind.SLICED))
-    memory = ELEMENT * (held + 2 * widest) + one.peak_bytes(everything, [1])
-    return Cost(
-        flops,
-        memory + memory // MEMORY_MARGIN,
-        costs.score_kinds * (ELEMENT * a.blocks * a.heads + TENSOR_HEADER),
-        costs.bytes_down(costs.everything()),
-    )
-
-
-def with_scoring(cost: Cost, scoring: Cost) -> Cost:
-    """A round's cost with a scoring pass before it, for which everything has come down already."""
-    return Cost(
-        cost.flops + scoring.flops,
-        max(cost.memory, scoring.memory),
-        cost.bytes_up + scoring.bytes_up,
-        scoring.bytes_down,
-    )
-
-
-def round_cost(
-    costs: CostModel,
-    schedule: Schedule,
-    examples: int,
-    score_examples: int,
-    holds: np.ndarray | None = None,
-) -> Cost:
-    """Cost of a round, with the scoring pass before it, if any.
-
-    The pass needs the whole model, of which the schedule then keeps its part, uncompensated.
-    """
-    if not score_examples:
-        return costs.cost(schedule, examples, holds)
-    cost = replace(costs, compensated=False).cost(schedule, examples)
-    return with_scoring(cost, scoring_cost(costs, score_examples, holds))
 
 
 def workload_variance(flops: Sequence[int]) -> float:

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from d2ft_fl.bench_planner import Row as PlannerRow
     from d2ft_fl.devices import DeviceClasses
     from d2ft_fl.export import Exported
+    from d2ft_fl.methods import Method
     from d2ft_fl.profile import Profile
 
 console = Console(highlight=False, soft_wrap=True)
@@ -121,7 +122,8 @@ def summary(result: dict[str, Any]) -> None:
         )
     broken = f"{result['violations']} budget violations"
     if not result["keeps_budgets"]:
-        broken += f" ({result['strategy']} is a reference and does not look at budgets)"
+        kept = ", ".join(result["keeps"]) or "none"
+        broken += f" ({result['strategy']} keeps to budgets of {kept})"
     say(
         f"{broken}, {result['faults']} faults, {result['sat_out']} times a client sat out; "
         f"FLOPs as predicted for {result['flops_as_predicted']} of {result['client_rounds']} "
@@ -237,6 +239,25 @@ def planner_table(rows: list["PlannerRow"]) -> None:
             percent(r.two_stage_worst),
         )  # fmt: skip
     console.print(table)
+
+
+def methods_table(found: list["Method"]) -> None:
+    """Strategies, one a row."""
+    table = Table(title="Strategies", title_justify="left")
+    for column in ("strategy", "what it does", "keeps budgets of"):
+        table.add_column(column, no_wrap=column == "strategy")
+    for m in found:
+        table.add_row(m.name, escape(m.summary), m.kept)
+    console.print(table)
+    say("one of them in full, with its paper: d2ft strategies NAME")
+
+
+def method(found: "Method") -> None:
+    """One strategy in full."""
+    say(f"{found.name}: {found.text}")
+    if found.paper:
+        say(f"\n{found.paper}")
+    say(f"\nkeeps budgets of: {found.kept}")
 
 
 def exported(found: "Exported") -> None:

@@ -129,6 +129,11 @@ class FactorSums:
             self._exact.include(exact)
         self._own.include(own)
 
+    @property
+    def trained(self) -> dict[str, tuple[int, ...]]:
+        """See :attr:`Sums.trained`."""
+        return self._own.trained
+
     def apply(self) -> dict[str, Tensor]:
         """The new state; sets :attr:`error`."""
         new = self._own.apply()

@@ -1,5 +1,6 @@
 """The other half of a round: replies in, the next state and what became of every client out."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +16,7 @@ from d2ft_fl.holdings import digests
 from d2ft_fl.planner import Assignment
 from d2ft_fl.rounds import Federation, Plan, State, held_after, last_trained
 from d2ft_fl.scores import TENSOR
+from d2ft_fl.server_optimizer import Moments
 from d2ft_fl.subnets import Kind, Operation
 
 
@@ -34,6 +36,7 @@ class ClientRecord:
     wall_seconds: float
     train_loss: float | None
     scored: int
+    viewed: int
     gap: float | None
     rank: float | None  # of LoRA, mean over what it trains; None where that is nothing
     fault: str | None
@@ -49,7 +52,7 @@ class Fold:
 
     def __init__(self, federation: Federation, state: State, plan: Plan):
         self.federation, self.state, self.plan = federation, state, plan
-        examples = sum(sum(federation.costs.slot_totals(c.examples)) for c in plan.clients)
+        examples = sum(sum(federation.costs.slot_totals(a.examples or 0)) for a in plan.assignments)
         self.sums: Sums | FactorSums = (
             FactorSums(
                 federation.arch,
@@ -95,11 +98,10 @@ class Fold:
         if (round, sender) != (self.plan.round, client):
             raise ReplyError(f"an answer to round {round} for client {sender}")
         assignment = self.pending[client]
-        participant = self.participants[client]
-        expected = self.federation.costs.slot_totals(participant.examples)
+        expected = self.federation.costs.slot_totals(assignment.examples or 0)
         if slot_examples != expected:
             raise ReplyError(f"trained on {sum(slot_examples)} examples, not {sum(expected)}")
-        measured = self._measured(tensors) if assignment.score_examples else {}
+        measured = self._measured(tensors) if assignment.passes.scored else {}
         schedule, means = assignment.schedule, {}
         if self.federation.calibrates(self.plan.round):
             means = {n: tensors.pop(n) for n in list(tensors) if n.startswith("d2ft.mean.")}
@@ -109,13 +111,13 @@ class Fold:
             self.mean_sums.add(schedule, slot_examples, means)
         del self.pending[client]
         if measured:
-            self.measured[client] = (measured, assignment.score_examples)
+            self.measured[client] = (measured, assignment.passes.scored)
         used = Cost(flops, memory, len(blob), down)
         self._record(assignment, used, wall_seconds=wall, train_loss=loss)
 
     def _measured(self, tensors: dict[str, Tensor]) -> dict[str, np.ndarray]:
         """Take a client's scores out of its reply: kind -> float64 [blocks, heads]."""
-        kinds = self.federation.config.score_kinds()
+        kinds = self.federation.config.measured_scores()
         return {kind: self._check_scores(kind, tensors.pop(TENSOR + kind, None)) for kind in kinds}
 
     def _check_scores(self, kind: str, scores: Tensor | None) -> np.ndarray:
@@ -142,7 +144,7 @@ class Fold:
             if assignment.client not in self.records:
                 self._record(assignment, None)
         answered = {r.client for r in self.records.values() if r.used is not None}
-        weights = self.sums.apply()
+        weights, moments = self._step(self.sums.apply())
         changed = self._changed(weights)
         holds = held_after(self.federation.arch, self.state, self.plan, answered, changed)
         names = self.state.digests
@@ -157,8 +159,17 @@ class Fold:
             holds,
             names,
             {**self.state.figures, **self._figures()},
+            moments,
         )
         return state, [self.records[c.client] for c in self.plan.clients]
+
+    def _step(self, mean: dict[str, Tensor]) -> tuple[dict[str, Tensor], Mapping[str, Moments]]:
+        """Weights and moments after the server's step from the means."""
+        optimizer = self.federation.config.make_server_optimizer()
+        if optimizer is None:
+            return mean, self.state.moments
+        arch, old = self.federation.arch, self.state.weights
+        return optimizer.step(arch, old, mean, self.sums.trained, self.state.moments)
 
     def _figures(self) -> dict[str, float | None]:
         return {"aggregation_error": self.sums.error} if isinstance(self.sums, FactorSums) else {}
@@ -186,7 +197,7 @@ class Fold:
         self.records[assignment.client] = ClientRecord(
             client=assignment.client,
             device=participant.budget.device,
-            examples=participant.examples,
+            examples=assignment.examples or 0,
             operations={
                 operation.name.lower(): float((operations == operation).mean())
                 for operation in Operation
@@ -198,7 +209,8 @@ class Fold:
             deadline=participant.budget.deadline,
             wall_seconds=wall_seconds,
             train_loss=train_loss,
-            scored=assignment.score_examples,
+            scored=assignment.passes.scored,
+            viewed=assignment.passes.viewed,
             gap=assignment.gap,
             rank=assignment.schedule.mean_rank(self.federation.arch.rank),
             fault=fault,

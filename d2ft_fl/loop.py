@@ -18,7 +18,15 @@ from d2ft_fl.fold import Fold
 from d2ft_fl.meter import set_threads
 from d2ft_fl.models import build_model
 from d2ft_fl.recorder import Recorder, claim_folder
-from d2ft_fl.rounds import Assignment, Federation, Report, State, encode_assignment, plan_round
+from d2ft_fl.rounds import (
+    Assignment,
+    Federation,
+    Participant,
+    Report,
+    State,
+    encode_assignment,
+    plan_round,
+)
 
 
 @dataclass(frozen=True)
@@ -80,7 +88,11 @@ def run(config: RunConfig, pool: Pool, progress: Progress = lambda row: None) ->
         state = stage.prepared(state, original)
         plan = plan_round(stage, state, reports)
         recorder.plan(plan)
-        assignments = {a.client: a for a in plan.working}
+        assignments = {
+            a.client: (c, a)
+            for c, a in zip(plan.clients, plan.assignments, strict=True)
+            if not a.schedule.sits_out
+        }
         if not assignments and number == 1:  # later, budgets may come back
             raise RunError(
                 f"every client sits out round {number}: no budget affords one subnet; raise the "
@@ -110,9 +122,14 @@ def run(config: RunConfig, pool: Pool, progress: Progress = lambda row: None) ->
 
 
 def _message(
-    federation: Federation, state: State, assignments: dict[int, Assignment], client: int
+    federation: Federation,
+    state: State,
+    assignments: dict[int, tuple[Participant, Assignment]],
+    client: int,
 ) -> bytes:
-    return encode_assignment(federation, state, assignments[client])
+    participant, assignment = assignments[client]
+    budget = participant.budget if federation.config.match else None
+    return encode_assignment(federation, state, assignment, budget)
 
 
 @torch.no_grad()

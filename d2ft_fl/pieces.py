@@ -15,7 +15,7 @@ from d2ft_fl.packed import Numerics, PackedHeads, Run
 from d2ft_fl.subnets import BranchRoles, Trains
 
 # Told (role, first row, gradient of a run of rows) instead of adding it up; see
-# `training.score_pass`.
+# `whole.score_pass`.
 Observer = Callable[[str, int, Tensor], None]
 
 

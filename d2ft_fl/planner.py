@@ -23,14 +23,14 @@ exact costs are checked, and what is shown shrinks by what was over until they f
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
 
 from d2ft_fl.budgets import UNLIMITED, Budget
-from d2ft_fl.costs import MEMORY_MARGIN, RESOURCES, Cost, CostModel, scoring_cost, with_scoring
+from d2ft_fl.costs import MEMORY_MARGIN, RESOURCES, Cost, CostModel
 from d2ft_fl.errors import ConfigError, RunError
 from d2ft_fl.knapsack import (
     Solution,
@@ -41,6 +41,7 @@ from d2ft_fl.knapsack import (
     solve_two_stages,
     used,
 )
+from d2ft_fl.passes import NO_PASSES, Passes, passes_cost, with_passes
 from d2ft_fl.subnets import Operation, Schedule, effective
 from d2ft_fl.tables import (
     DOWN,
@@ -68,10 +69,11 @@ class Participant:
     """A client as strategies and the planner see it.
 
     Attributes:
-        client: Its number. examples: Its training examples.
+        client: Its number. examples: What it trains on in this round, unless a strategy says less.
         budget: As it reported it.
         capacity: Its budgets resolved, int64 [4] in ``RESOURCES`` order.
         holds: bool [blocks, heads], subnets whose fixed parameters it has; None for none.
+        local: All its training examples; those of the round, if not told.
     """
 
     client: int
@@ -79,6 +81,20 @@ class Participant:
     budget: Budget
     capacity: np.ndarray
     holds: np.ndarray | None = None
+    local: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.local:
+            object.__setattr__(self, "local", self.examples)
+
+    def affords(self, cost: Cost) -> bool:
+        """Whether a cost is within every budget, deadline included."""
+        return bool((cost.vector() <= self.capacity).all()) and self.on_time(cost)
+
+    def on_time(self, cost: Cost) -> bool:
+        """Whether it is done with so much before its deadline."""
+        deadline = self.budget.deadline
+        return deadline is None or self.budget.seconds(cost) <= deadline
 
 
 @dataclass(frozen=True)
@@ -88,8 +104,10 @@ class Assignment:
     Attributes:
         client: Its number.
         schedule: Its operations, and ranks where several are offered.
-        cost: Predicted cost, the scoring pass included.
-        score_examples: Examples of the scoring pass it runs before training; 0 for none.
+        cost: Predicted cost, passes before training included.
+        passes: What it does with the whole model before training.
+        examples: On how many examples it trains; None for all of the participant's.
+        accumulate: Passes that it runs a batch in; None for as many as are configured.
         gap: The schedule's value is within this share of a bound that no schedule of the joint
             problem with these slots exceeds; ``None`` where there is none, and for sitting out.
     """
@@ -97,8 +115,10 @@ class Assignment:
     client: int
     schedule: Schedule
     cost: Cost
-    score_examples: int = 0
+    passes: Passes = NO_PASSES
     gap: float | None = None
+    examples: int | None = None
+    accumulate: int | None = None
 
 
 @dataclass(frozen=True)
@@ -150,7 +170,7 @@ class Planner:
         backward: np.ndarray,
         forward: np.ndarray,
         rotation: int = 0,
-        score_examples: Sequence[int] | None = None,
+        passes: Sequence[Passes] | None = None,
     ) -> list[Assignment]:
         """Schedules that keep every budget, of clients in order; sitting out when nothing fits.
 
@@ -159,36 +179,49 @@ class Planner:
             backward, forward: Scores, float64 [blocks, heads], or of every client
                 [clients, blocks, heads]; mean 1.
             rotation: Shifts which slots a partly scheduled subnet gets, for example the round.
-            score_examples: Examples of a scoring pass of each client to run first, where its
-                budgets afford it.
+            passes: Of each client over the whole model, to run first where its budgets afford them:
+                both, else selecting alone, else none.
         """
         capacity = np.array([c.capacity for c in clients], dtype=np.int64).reshape(-1, 4)
-        wanted = np.array(score_examples or [0] * len(clients))
-        scoring = np.array(
-            [
-                scoring_cost(self.costs, int(n), c.holds).vector()
-                for c, n in zip(clients, wanted, strict=True)
-            ]
-        )
-        scores = (wanted > 0) & (scoring.reshape(-1, 4) <= capacity).all(axis=1)
+        wanted = list(passes or [NO_PASSES] * len(clients))
         planned: dict[int, Assignment] = {}
-        if scores.any():  # what has the whole model sent down gets no compensation on top
-            who = np.flatnonzero(scores)
-            reserved = capacity[who] - scoring[who] * [1, 0, 1, 0]
-            reserved[:, DOWN] = UNLIMITED  # everything travels down for scoring
-            found = self._plain._plan(clients, who, reserved, backward, forward, rotation, scoring)
-            for index, assignment in zip(who.tolist(), found, strict=True):
-                if not assignment.schedule.sits_out:
-                    planned[index] = replace(
-                        assignment,
-                        cost=with_scoring(assignment.cost, Cost(*scoring[index].tolist())),
-                        score_examples=int(wanted[index]),
-                    )
+        for first in (wanted, [replace(w, scored=0) for w in wanted]):
+            planned |= self._plan_after(first, clients, planned, backward, forward, rotation)
         who = np.array([i for i in range(len(clients)) if i not in planned], dtype=np.int64)
         found = self._plan(clients, who, capacity[who], backward, forward, rotation)
         planned |= dict(zip(who.tolist(), found, strict=True))
         self._hold(clients, [planned[i] for i in range(len(clients))], capacity)
         return [planned[i] for i in range(len(clients))]
+
+    def _plan_after(
+        self,
+        passes: Sequence[Passes],
+        clients: Sequence[Participant],
+        planned: Container[int],
+        backward: np.ndarray,
+        forward: np.ndarray,
+        rotation: int,
+    ) -> dict[int, Assignment]:
+        """Plans of clients that afford their passes, and something to train after them."""
+        before = {
+            index: passes_cost(self.costs, own, c.holds)
+            for index, (c, own) in enumerate(zip(clients, passes, strict=True))
+            if own and index not in planned
+        }
+        able = {i: cost for i, cost in before.items() if clients[i].affords(cost)}
+        if not able:
+            return {}
+        who = np.array(list(able))
+        spent = np.array([cost.vector() for cost in able.values()])
+        reserved = np.array([clients[i].capacity for i in who]) - spent * [1, 0, 1, 0]
+        reserved[:, DOWN] = UNLIMITED  # everything travels down already
+        # What has the whole model sent down gets no compensation on top.
+        found = self._plain._plan(clients, who, reserved, backward, forward, rotation, able)
+        return {
+            index: replace(a, cost=with_passes(a.cost, able[index]), passes=passes[index])
+            for index, a in zip(able, found, strict=True)
+            if not a.schedule.sits_out
+        }
 
     def _plan(
         self,
@@ -198,7 +231,7 @@ class Planner:
         backward: np.ndarray,
         forward: np.ndarray,
         rotation: int,
-        scoring: np.ndarray | None = None,
+        before: Mapping[int, Cost] | None = None,
     ) -> list[Assignment]:
         """Try with all slots active, then with fewer, until something can be trained."""
         if not len(who):
@@ -210,7 +243,7 @@ class Planner:
         gaps = np.zeros(len(who))
         left = np.arange(len(who))
         deadlines = np.array(
-            [_ticks(c.budget, i, scoring) for i, c in zip(who, chosen, strict=True)]
+            [_ticks(c.budget, (before or {}).get(int(i))) for i, c in zip(who, chosen, strict=True)]
         )
         for active in range(slots, 0, -1):
             step = CHUNK if self.coupling != "spread" else max(1, len(left))
@@ -239,7 +272,7 @@ class Planner:
             full = np.broadcast_to(self.costs.everything().operations, operations.shape)
             most = np.full_like(ranks, arch.rank)
             whole = self.costs.costs(full, examples, _holds(chosen, operations), self._ranks(most))
-            on_time = [_on_time(c, Cost(*w.tolist())) for c, w in zip(chosen, whole, strict=True)]
+            on_time = [c.on_time(Cost(*w.tolist())) for c, w in zip(chosen, whole, strict=True)]
             fits = (whole <= capacity).all(axis=1)
             operations[np.logical_and(fits, on_time)] = Operation.FULL
             ranks[np.logical_and(fits, on_time)] = arch.rank
@@ -280,7 +313,7 @@ class Planner:
                     f"{[r for r, o in zip(RESOURCES, over, strict=True) if o]}, allowed are "
                     f"{allowed[over].tolist()}"
                 )
-            if not _on_time(c, a.cost):
+            if not c.on_time(a.cost):
                 raise RunError(
                     f"planner bug: client {a.client} would take {c.budget.seconds(a.cost)} s, "
                     f"allowed are {c.budget.deadline} s"
@@ -324,21 +357,12 @@ def _of(scores: np.ndarray, who: np.ndarray) -> np.ndarray:
     return rows.reshape(len(rows), -1)
 
 
-def _ticks(budget: Budget, index: int, scoring: np.ndarray | None) -> int:
-    """A client's ticks, less those of a scoring pass, and one for the rounding of seconds."""
+def _ticks(budget: Budget, before: Cost | None) -> int:
+    """A client's ticks, less those of passes before, and one for the rounding of seconds."""
     if budget.deadline is None:
         return UNLIMITED
-    spent = 0.0
-    if scoring is not None:
-        flops, _, up, down = scoring[index].tolist()
-        spent = budget.seconds(Cost(flops, 0, up, down))
+    spent = budget.seconds(before) if before else 0.0
     return int(TICKS * max(-1.0, 1 - spent / budget.deadline)) - 1
-
-
-def _on_time(client: Participant, cost: Cost) -> bool:
-    """Whether a client is done with so much before its deadline."""
-    deadline = client.budget.deadline
-    return deadline is None or client.budget.seconds(cost) <= deadline
 
 
 def _holds(clients: Sequence[Participant], operations: np.ndarray) -> np.ndarray | None:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from d2ft_fl import timm_vit
-from d2ft_fl.budgets import UNLIMITED, BudgetSource, ClientDescription
+from d2ft_fl.budgets import DEADLINE, LIMITS, UNLIMITED, BudgetSource, ClientDescription
 from d2ft_fl.compensation import MeanBook
 from d2ft_fl.config import RunConfig
 from d2ft_fl.costs import RESOURCES, Cost, workload_variance
@@ -24,8 +24,6 @@ from d2ft_fl.planner import Assignment, Participant
 from d2ft_fl.rounds import Federation, Plan, Report, State, held_after, last_trained, plan_round
 from d2ft_fl.subnets import Operation, Schedule
 
-DEADLINE = "deadline"
-LIMITS = (*RESOURCES, DEADLINE)
 NONE = "none"
 UNNAMED = "unnamed"  # devices without a name
 
@@ -45,7 +43,8 @@ class ClientPreview:
         binding: Of the budgets that do not afford full fine-tuning, the one with the highest used
             share, or where the client sits out, the one that allows the least; ``none`` where
             everything is FULL and allowed, or nothing is limited.
-        gap: See :class:`d2ft_fl.planner.Assignment`. score_examples: Of its scoring pass.
+        gap: See :class:`d2ft_fl.planner.Assignment`.
+        scored: Examples of its scoring pass. viewed: Among which it selects what to train on.
         sits_out: Whether it does nothing.
     """
 
@@ -60,7 +59,8 @@ class ClientPreview:
     seconds: float
     binding: str
     gap: float | None
-    score_examples: int
+    scored: int
+    viewed: int
     sits_out: bool
 
     @classmethod
@@ -74,7 +74,7 @@ class ClientPreview:
         return cls(
             client=who.client,
             device=who.budget.device or UNNAMED,
-            examples=who.examples,
+            examples=who.examples if a.examples is None else a.examples,
             operations={op.name.lower(): float(counts[op]) for op in Operation},
             rank=a.schedule.mean_rank(),
             cost=a.cost,
@@ -83,7 +83,8 @@ class ClientPreview:
             seconds=seconds,
             binding=_binding(used, wanted, a.schedule),
             gap=a.gap,
-            score_examples=a.score_examples,
+            scored=a.passes.scored,
+            viewed=a.passes.viewed,
             sits_out=a.schedule.sits_out,
         )
 
@@ -282,9 +283,9 @@ def _reports(source: BudgetSource, sizes: Sequence[int], round: int) -> list[Rep
 
 
 def _round(federation: Federation, plan: Plan) -> RoundPreview:
-    full = {n: federation.costs.full_cost(n) for n in {c.examples for c in plan.clients}}
+    full = {n: federation.costs.full_cost(n) for n in {c.local for c in plan.clients}}
     clients = [
-        ClientPreview.of(c, a, full[c.examples])
+        ClientPreview.of(c, a, full[c.local])
         for c, a in zip(plan.clients, plan.assignments, strict=True)
     ]
     return RoundPreview(plan.round, clients, plan.trained, plan.seconds)
@@ -310,8 +311,8 @@ def _notes(federation: Federation, rounds: list[RoundPreview]) -> list[str]:
             f"{' and '.join(measured)} scores are measured in a run; here they stay at their "
             "prior, the same for every subnet"
         )
-    if not federation.keeps_budgets:
-        out.append(f"strategy {config.strategy!r} is a reference and does not look at budgets")
+    if lost := [limit for limit in LIMITS if limit not in federation.keeps]:
+        out.append(f"strategy {config.strategy!r} does not look at budgets of {', '.join(lost)}")
     if not rounds[0].working:
         out.append(
             "every client sits out round 1, so a run would stop: raise the budgets "

@@ -26,7 +26,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from d2ft_fl.budgets import UNLIMITED
+from d2ft_fl.budgets import LIMITS, UNLIMITED
 from d2ft_fl.config import RunConfig, resolve_path
 from d2ft_fl.costs import RESOURCES, workload_variance
 from d2ft_fl.errors import ConfigError
@@ -146,7 +146,7 @@ class Recorder:
         worked = [r for r in records if r.used is not None]
         losses = [(r.train_loss, r.examples) for r in worked if r.train_loss is not None]
         trained, last = plan.trained, state.last_trained
-        full = {c.client: federation.costs.full_cost(c.examples) for c in plan.clients}
+        full = {c.client: federation.costs.full_cost(c.local) for c in plan.clients}
         row: dict[str, Any] = {
             "round": state.round,
             "accuracy": accuracy,
@@ -252,6 +252,7 @@ def _client_row(round: int, r: ClientRecord) -> dict[str, Any]:
         "wall_seconds": r.wall_seconds,
         "train_loss": r.train_loss,
         "scored": r.scored,
+        "viewed": r.viewed,
         "gap": r.gap,
         "rank": r.rank,
         "sat_out": r.sat_out,
@@ -279,7 +280,8 @@ def summarise(
         }
     return {
         "strategy": federation.config.strategy,
-        "keeps_budgets": federation.keeps_budgets,
+        "keeps_budgets": len(federation.keeps) == len(LIMITS),
+        "keeps": list(federation.keeps),
         "seed": federation.config.seed,
         "rounds": len(rows),
         "accuracy": rows[-1]["accuracy"],

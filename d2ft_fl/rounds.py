@@ -5,7 +5,7 @@ functions, and give the same result for the same seed.
 """
 
 import time
-from collections.abc import Container, Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import product
@@ -15,16 +15,20 @@ import numpy as np
 from torch import Tensor
 
 from d2ft_fl import holdings, wire
-from d2ft_fl.budgets import Budget
+from d2ft_fl.budgets import DEADLINE, Budget
 from d2ft_fl.compensation import MeanBook
 from d2ft_fl.config import RunConfig
-from d2ft_fl.costs import RANK_BYTES, RESOURCES, CostModel
+from d2ft_fl.costs import RANK_BYTES, RESOURCES, Cost, CostModel
 from d2ft_fl.errors import ConfigError, RunError
 from d2ft_fl.holdings import Digests, digests, has_fixed
 from d2ft_fl.lora import merged
+from d2ft_fl.match import matched
+from d2ft_fl.methods import method_of
+from d2ft_fl.passes import NO_PASSES, Passes, passes_cost, round_cost, with_passes
 from d2ft_fl.planner import Assignment, Participant, Planner
 from d2ft_fl.scores import KINDS, MEASURED, ScoreBook, subnet_scores
-from d2ft_fl.subnets import Architecture, Schedule, pack_for
+from d2ft_fl.server_optimizer import Moments
+from d2ft_fl.subnets import Architecture, Operation, Schedule, pack_for
 
 __all__ = ["Assignment", "Federation", "Participant", "Report", "Round", "State"]
 
@@ -52,6 +56,7 @@ class State:
         holds: Client -> bool [blocks, heads], subnets whose fixed parameters it has.
         digests: Names of fixed parameters; see :mod:`d2ft_fl.holdings`.
         figures: What the last round's folding, or a new beginning, has to report, by name.
+        moments: Of the server's optimiser, by parameter.
     """
 
     round: int
@@ -62,6 +67,7 @@ class State:
     holds: Mapping[int, np.ndarray] = field(default_factory=dict)
     digests: Digests = field(default_factory=dict)
     figures: Mapping[str, float | None] = field(default_factory=dict)
+    moments: Mapping[str, Moments] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -106,7 +112,8 @@ class Federation:
         if prepare := getattr(self.tuning, "prepare", None):
             weights, figures = prepare(state.weights, self.arch, self.config, number, original)
             if weights is not state.weights:  # a new beginning: nobody has anything of it
-                state = replace(state, weights=weights, holds={}, digests={}, figures=figures)
+                state = State(number - 1, weights, state.scores, state.means, state.last_trained)
+                state = replace(state, figures=figures)
         if has_fixed(self.arch) and not state.digests:
             state = replace(state, digests=digests(self.arch, state.weights), holds={})
         return state
@@ -129,7 +136,7 @@ class Federation:
         """The cost model, of a round that neither compensates nor calibrates."""
         config = self.config
         device = config.torch_device().type
-        kinds = len(config.score_kinds())
+        kinds = len(config.measured_scores())
         options = config.local_options()
         return CostModel(self.arch, options, config.slots, device, score_kinds=kinds)
 
@@ -137,9 +144,31 @@ class Federation:
         """Whether clients measure what subnets add on average in this round."""
         return self.config.compensation and (round - 1) % max(1, self.config.score_every) == 0
 
-    def costs_of(self, state: State) -> CostModel:
-        """The cost model of the round after ``state``."""
-        return self.cost_models[state.means.known is not None, self.calibrates(state.round + 1)]
+    def costs_of(self, state: State, accumulate: int | None = None) -> CostModel:
+        """The cost model of the round after ``state``.
+
+        Args:
+            accumulate: Passes that a batch is run in, if not as many as are configured.
+        """
+        compensated = state.means.known is not None
+        return self.costs_when(compensated, self.calibrates(state.round + 1), accumulate)
+
+    def costs_when(
+        self, compensated: bool, calibrating: bool, accumulate: int | None = None
+    ) -> CostModel:
+        """The cost model of rounds in which this is so; see :meth:`costs_of`."""
+        costs = self.cost_models[compensated, calibrating]
+        if accumulate is None or accumulate == costs.options.accumulate:
+            return costs
+        key = compensated, calibrating, accumulate
+        if key not in self._accumulating:
+            options = replace(costs.options, accumulate=accumulate)
+            self._accumulating[key] = replace(costs, options=options)
+        return self._accumulating[key]
+
+    @cached_property
+    def _accumulating(self) -> dict[tuple[bool, bool, int], CostModel]:
+        return {}
 
     @cached_property
     def cost_models(self) -> dict[tuple[bool, bool], CostModel]:
@@ -179,17 +208,30 @@ class Federation:
         """The strategy's module."""
         return self.config.load_strategy()
 
-    @property
-    def keeps_budgets(self) -> bool:
-        """Whether the strategy promises to keep budgets."""
-        return bool(getattr(self.strategy, "KEEPS_BUDGETS", True))
+    @cached_property
+    def keeps(self) -> tuple[str, ...]:
+        """Of ``LIMITS``, the budgets that the strategy promises to keep."""
+        return method_of(self.strategy, self.config.strategy).keeps
 
-    def participant(self, report: Report, state: State) -> Participant:
-        """A client with its budgets resolved."""
-        full = self.costs.full_cost(report.examples)
-        capacity = report.budget.capacity(full)
-        holds = self.holds(state, report.client)
-        return Participant(report.client, report.examples, report.budget, capacity, holds)
+    def participants(self, reports: Iterable[Report], state: State) -> list[Participant]:
+        """Clients in order, with their budgets resolved, and matched where that is configured."""
+        ordered = sorted(reports, key=lambda r: r.client)
+        full = [self.costs.full_cost(r.examples) for r in ordered]
+        budgets = [r.budget for r in ordered]
+        if self.config.match:
+            share = self.config.match_share
+            budgets = matched(self.config.match, share, budgets, full)
+        return [
+            Participant(
+                r.client,
+                self.config.examples_of(r.examples),
+                budget,
+                budget.capacity(whole),
+                self.holds(state, r.client),
+                r.examples,
+            )
+            for r, budget, whole in zip(ordered, budgets, full, strict=True)
+        ]
 
     def holds(self, state: State, client: int) -> np.ndarray | None:
         """Subnets whose fixed parameters a client has: bool [blocks, heads]; None if none are."""
@@ -237,8 +279,7 @@ class Round:
             raise RunError(f"score kind {kind!r} is unknown; use one of {', '.join(KINDS)}")
         if kind in MEASURED and kind not in self.federation.config.measured_scores():
             raise RunError(
-                f"nobody measures {kind} scores in this run; name {kind} in backward-score or "
-                "forward-score, and do not set USES_SCORES = False in the strategy"
+                f"nobody measures {kind} scores in this run; name {kind} in SCORES of the strategy"
             )
         weights = self.federation.model_weights(self.state) if kind == "magnitude" else {}
         own = self.federation.own or self.federation.arch
@@ -269,12 +310,18 @@ class Round:
         first.flat[due] += 2 * backward.max()
         return first
 
-    def scoring_examples(self, client: Participant) -> int:
-        """Examples of a scoring pass that ``client`` would run in this round; 0 for none."""
+    def passes(self, client: Participant, examples: int | None = None) -> Passes:
+        """What ``client`` should do with the whole model before it trains in this round.
+
+        Args:
+            examples: On how many examples it trains; None for ``client.examples``.
+        """
         config = self.federation.config
-        if not config.measured_scores() or (self.number - 1) % config.score_every:
-            return 0
-        return min(config.score_examples, client.examples)
+        count = client.examples if examples is None else examples
+        scores = config.measured_scores() and not (self.number - 1) % config.score_every
+        scored = min(config.score_examples, count) if scores else 0
+        selects = config.data_selection != "random" and 0 < count < client.local
+        return Passes(scored, client.local if selects else 0)
 
     def plan(self, backward: np.ndarray, forward: np.ndarray) -> list[Assignment]:
         """Good schedules for these scores that keep every budget of every client.
@@ -288,18 +335,82 @@ class Round:
             backward,
             forward,
             rotation=self.number,
-            score_examples=[self.scoring_examples(c) for c in self.clients],
+            passes=[self.passes(c) for c in self.clients],
         )
 
     def everything(self) -> Schedule:
         """Every subnet FULL in every slot."""
         return self.federation.costs.everything()
 
-    def assign(self, client: Participant, schedule: Schedule) -> Assignment:
-        """A schedule of your own, with its predicted cost; budgets are not looked at."""
+    def assign(
+        self,
+        client: Participant,
+        schedule: Schedule,
+        examples: int | None = None,
+        accumulate: int | None = None,
+    ) -> Assignment:
+        """A schedule of your own, with its predicted cost; budgets are not looked at.
+
+        Args:
+            examples: On how many examples it trains; None for ``client.examples``.
+            accumulate: Passes that it runs a batch in; None for as many as are configured.
+        """
+        count = client.examples if examples is None else examples
+        passes = NO_PASSES if schedule.sits_out else self.passes(client, count)
+        costs = self.federation.costs_of(self.state, accumulate)
+        cost = round_cost(costs, schedule, count, passes, client.holds)
+        return Assignment(
+            client.client, schedule, cost, passes, examples=count, accumulate=accumulate
+        )
+
+    def largest(self, client: Participant, schedules: Sequence[Schedule]) -> Assignment:
+        """The last of some schedules, cheapest first, that every budget of a client affords.
+
+        A client that cannot afford passes over the whole model does without scoring, and draws its
+        examples; one that affords none of the schedules sits out.
+        """
+        wanted = self.passes(client)
+        for passes in dict.fromkeys((wanted, replace(wanted, scored=0), NO_PASSES)):
+            costs = self._costs(client, schedules, passes)
+            for schedule, cost in zip(reversed(schedules), reversed(costs), strict=True):
+                if client.affords(cost):
+                    return Assignment(client.client, schedule, cost, passes)
+        return self.sit_out(client)
+
+    def _costs(
+        self, client: Participant, schedules: Sequence[Schedule], passes: Passes
+    ) -> list[Cost]:
+        """What schedules cost a client, with passes before them."""
         costs = self.federation.costs_of(self.state)
-        cost = costs.cost(schedule, client.examples, client.holds)
-        return Assignment(client.client, schedule, cost)
+        operations = np.stack([s.operations for s in schedules])
+        examples = np.full(len(schedules), client.examples)
+        held = None if passes or client.holds is None else client.holds
+        holds = None if held is None else np.broadcast_to(held, (len(schedules), *self.shape))
+        model = replace(costs, compensated=False) if passes else costs
+        found = [Cost(*row) for row in model.costs(operations, examples, holds).tolist()]
+        if not passes:
+            return found
+        before = passes_cost(costs, passes, client.holds)
+        return [with_passes(cost, before) for cost in found]
+
+    def sit_out(self, client: Participant) -> Assignment:
+        """Nothing to do for a client in this round."""
+        slots = self.federation.config.slots
+        return self.assign(client, Schedule.filled(Operation.SHORTCUT, slots, *self.shape))
+
+    def stage(self, stages: int) -> int:
+        """In which of so many stages the run is, counted from 0; the last one goes on.
+
+        A stage has ``stage-rounds`` rounds; by default as many as divide the run evenly.
+        """
+        config = self.federation.config
+        each = config.stage_rounds or -(-config.rounds // stages)
+        return min(stages - 1, (self.number - 1) // each)
+
+    def schedule(self, operations: np.ndarray) -> Schedule:
+        """A schedule that is the same in every slot, from operations int8 [blocks, heads]."""
+        slots = self.federation.config.slots
+        return Schedule(np.broadcast_to(operations, (slots, *self.shape)).astype(np.int8))
 
 
 def plan_round(federation: Federation, state: State, reports: Iterable[Report]) -> "Plan":
@@ -310,7 +421,7 @@ def plan_round(federation: Federation, state: State, reports: Iterable[Report]) 
             promised to keep.
     """
     started = time.perf_counter()
-    clients = [federation.participant(r, state) for r in sorted(reports, key=lambda r: r.client)]
+    clients = federation.participants(reports, state)
     try:
         assignments = _assignments(federation, Round(federation, state, clients))
     except (ConfigError, RunError):
@@ -333,12 +444,20 @@ def _assignments(federation: Federation, round: Round) -> list[Assignment]:
             f"strategy {federation.config.strategy!r} must give each client one assignment"
         )
     for c in round.clients:
-        over = by_client[c.client].cost.vector() > c.capacity
-        if federation.keeps_budgets and over.any():
-            names = ", ".join(r for r, o in zip(RESOURCES, over, strict=True) if o)
+        a = by_client[c.client]
+        over = [r for r, o in zip(RESOURCES, a.cost.vector() > c.capacity, strict=True) if o]
+        over += [] if c.on_time(a.cost) else [DEADLINE]
+        if broken := [name for name in over if name in federation.keeps]:
             raise RunError(
                 f"strategy {federation.config.strategy!r} breaks the budget of client {c.client} "
-                f"in {names}; use round.plan, or declare KEEPS_BUDGETS = False"
+                f"in {', '.join(broken)}; use round.plan, or leave that out of KEEPS"
+            )
+        if a.examples is None:
+            by_client[c.client] = replace(a, examples=c.examples)
+        elif not 0 <= a.examples <= c.local:
+            raise RunError(
+                f"strategy {federation.config.strategy!r} gives client {c.client} {a.examples} "
+                f"examples to train on, of {c.local}"
             )
     return [by_client[c.client] for c in round.clients]
 
@@ -364,7 +483,8 @@ class Plan:
 
     def schedules(self) -> np.ndarray:
         """int8 [clients, slots, blocks, heads]."""
-        return np.stack([a.schedule.operations for a in self.assignments])
+        found = np.stack([a.schedule.operations for a in self.assignments])
+        return np.ascontiguousarray(found)  # stacks of broadcasts are not
 
     def ranks(self, rank: int) -> np.ndarray | None:
         """At which rank subnets train, 0 for those that do not: int64 [clients, blocks, heads].
@@ -397,7 +517,7 @@ def held_after(
         return found
     for a in plan.working:
         if a.client in answered:
-            sent = a.schedule.resident | (a.score_examples > 0)
+            sent = a.schedule.resident | bool(a.passes)
             found[a.client] = found.get(a.client, False) | sent
         else:
             found.pop(a.client, None)
@@ -414,20 +534,30 @@ def last_trained(state: State, plan: Plan, answered: Container[int]) -> np.ndarr
     return np.where(np.stack(trained).any(axis=0), plan.round, state.last_trained)
 
 
-def encode_assignment(federation: Federation, state: State, a: Assignment) -> bytes:
-    """The message that tells a client what to do, with the slices that it needs."""
+def encode_assignment(
+    federation: Federation, state: State, a: Assignment, budget: Budget | None = None
+) -> bytes:
+    """The message that tells a client what to do, with the slices that it needs.
+
+    Args:
+        budget: What it is held to in this round, where that is not its own.
+    """
     carried = a.schedule
-    if a.score_examples:
-        carried = federation.costs.everything()  # the scoring pass runs everything
+    if a.passes:
+        carried = federation.costs.everything()  # they run everything
     meta = {
         "round": state.round + 1,
         "client": a.client,
         "operations": a.schedule.operations.astype("int8").tobytes().hex(),
         "shape": list(a.schedule.operations.shape),
-        "score_examples": a.score_examples,
+        "passes": [a.passes.scored, a.passes.viewed],
+        "examples": a.examples,
+        "accumulate": a.accumulate,
         "calibrate": federation.calibrates(state.round + 1),
-        "keeps_budgets": federation.keeps_budgets,
+        "keeps": [r for r in RESOURCES if r in federation.keeps],
     }
+    if budget is not None:
+        meta["budget"] = budget.to_json()
     if a.schedule.ranks is not None:
         meta["ranks"] = a.schedule.ranks.astype(f"<u{RANK_BYTES}").tobytes().hex()
     holds = federation.holds(state, a.client)
@@ -435,7 +565,7 @@ def encode_assignment(federation: Federation, state: State, a: Assignment) -> by
         meta["holds"] = np.packbits(holds).tobytes().hex()
         meta["digests"] = holdings.write(carried, state.digests)
     tensors = pack_for(federation.arch, state.weights, carried, holds)
-    if not a.score_examples and state.means.known is not None:
+    if not a.passes and state.means.known is not None:
         weights = federation.model_weights(state)
         tensors |= state.means.offsets(federation.own or federation.arch, weights, a.schedule)
     return wire.encode(tensors, meta)

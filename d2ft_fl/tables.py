@@ -20,7 +20,7 @@ from functools import lru_cache
 import numpy as np
 
 from d2ft_fl.budgets import Budget
-from d2ft_fl.costs import ELEMENT, MESSAGE_HEADER, MOMENTS, RESOURCES, TENSOR_HEADER, CostModel
+from d2ft_fl.costs import ELEMENT, MESSAGE_HEADER, RESOURCES, TENSOR_HEADER, CostModel
 from d2ft_fl.subnets import Operation, slot_sizes
 
 FLOPS, MEMORY, UP, DOWN = range(len(RESOURCES))
@@ -151,8 +151,8 @@ def table_of(
     phases = [
         (resource, np.array(slot_sizes(batch, c.slots)) * running, copies)
         for resource, batch, copies in (
-            (MEMORY, first, 1),
-            (LATER, later, 1 + MOMENTS[c.options.optimizer]),
+            (MEMORY, first, c.copies(moments=False)),
+            (LATER, later, c.copies(moments=True)),
         )
     ]
     # Passes that a batch is run in: the largest saves no less than their mean.

@@ -4,16 +4,13 @@ from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from d2ft_fl.meter import Meter, tensor_bytes
-from d2ft_fl.packed import Numerics, PackedHeads
+from d2ft_fl.packed import Numerics
 from d2ft_fl.partial import Entry, PartialModel
-from d2ft_fl.pieces import Observer
-from d2ft_fl.scores import MEASURES, Measure
 from d2ft_fl.subnets import Kind, Operation, Schedule, passes, slot_sizes
 
 Batches = Iterator[tuple[Tensor, Tensor]]  # images [batch, ...], labels [batch]
@@ -31,6 +28,9 @@ class LocalOptions:
             once more (Chen et al., arXiv 1604.06174): less memory for more FLOPs.
         accumulate: Passes that a batch is run in, one after another, gradients added up: less
             memory for more time. One optimiser step a batch in any case.
+        proximal: mu of FedProx (Li et al., MLSys 2020, arXiv 1812.06127, equation 2): the loss is
+            larger by mu / 2 times the squared distance of what trains from where it began. Takes a
+            copy of that; 0 for none.
     """
 
     batch_size: int = 16
@@ -44,6 +44,7 @@ class LocalOptions:
     precision: str = "fp32"
     checkpointing: bool = False
     accumulate: int = 1
+    proximal: float = 0.0
 
     def plain(self) -> "LocalOptions":
         """The same without what trades FLOPs or time for memory."""
@@ -138,9 +139,15 @@ class Stepper:
         return build_optimizer(self.entries, self.options, self.rate)
 
     @cached_property
+    def _began(self) -> list[Tensor]:
+        """Where the entries began, for the proximal term."""
+        return [e.value.clone() for e in self.entries] if self.options.proximal else []
+
+    @cached_property
     def _fixed(self) -> list[Tensor]:
-        """What is held all along: weights and gradients."""
-        return [*(t for _, t in self.model.held()), *self.model.gradients(), *self.beside]
+        """What is held all along: weights, gradients, and where the proximal term pulls to."""
+        held = (t for _, t in self.model.held())
+        return [*held, *self.model.gradients(), *self._began, *self.beside]
 
     @cached_property
     def _fixed_bytes(self) -> int:
@@ -165,7 +172,7 @@ class Stepper:
             stop = start + sum(part)
             loss += self.meter.run(
                 partial(
-                    _run_pass, self.model, images[start:stop], labels[start:stop], part, examples
+                    run_pass, self.model, images[start:stop], labels[start:stop], part, examples
                 ),
                 key=_pattern(self.model, part),
                 base=base,
@@ -179,6 +186,7 @@ class Stepper:
             )
             start = stop
         self._choose_stepped(sizes)
+        self._pull_back()
         self.optimizer.step()
         self.meter.note(self._held_bytes())
         return loss, examples
@@ -202,6 +210,12 @@ class Stepper:
             else:
                 stepped = bool(full[e.block].any())
             e.value.grad = e.grad if stepped else None
+
+    def _pull_back(self) -> None:
+        """Add the proximal term's gradient, mu (w - where it began), to what is stepped."""
+        for e, began in zip(self.entries, self._began, strict=False):
+            if e.value.grad is not None:
+                e.value.grad.add_(e.value.detach() - began, alpha=self.options.proximal)
 
     def _held_bytes(self) -> int:
         """Bytes of weights, gradients and optimiser state."""
@@ -232,7 +246,7 @@ def _pattern(model: PartialModel, sizes: list[int]) -> Hashable:
     )
 
 
-def _run_pass(
+def run_pass(
     model: PartialModel, images: Tensor, labels: Tensor, sizes: list[int], examples: int
 ) -> Tensor:
     """Forward and backward of one pass of a batch of ``examples``; its summed loss."""
@@ -248,66 +262,3 @@ def optimizer_state(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
     """Every tensor that an optimiser holds."""
     for state in optimizer.state.values():
         yield from (v for v in state.values() if isinstance(v, Tensor))
-
-
-def score_pass(
-    model: PartialModel, images: Tensor, labels: Tensor, kinds: Sequence[str], meter: Meter
-) -> dict[str, np.ndarray]:
-    """Measure scores: one of :data:`~d2ft_fl.scores.MEASURED` -> float64 [blocks, heads].
-
-    Means over examples, run one at a time, of what :mod:`d2ft_fl.scores` defines (``fisher``
-    before its root). A gradient is summed up for all kinds as soon as it exists, so that no more
-    than one is held. The model must hold everything FULL in one slot.
-    """
-    arch = model.arch
-    shape = len(kinds), arch.blocks, arch.heads
-    sums = torch.zeros(shape, dtype=torch.float64, device=model.device)  # of the example at hand
-    total = torch.zeros_like(sums)
-    for index, block in model.blocks.items():
-        observer = _observer(block.store, [MEASURES[kind] for kind in kinds], sums[:, index])
-        for branch in block.branches:
-            branch.observer = observer
-    whole = list(model.whole().values())
-    held = [t for _, t in model.held()]
-    base = tensor_bytes(held) + images.nbytes
-    try:
-        for index in range(len(images)):
-            one = slice(index, index + 1)
-            meter.run(
-                partial(_run_pass, model, images[one], labels[one], [1], 1),
-                key=(id(model), "scores", *kinds),
-                base=base,
-                known=lambda: [*held, images, labels],
-            )
-            total += sums.abs()
-            sums.zero_()
-            for tensor in whole:
-                tensor.grad = None
-    finally:
-        for branch in model.branches():
-            branch.observer = None
-    means = (total.cpu() / max(1, len(images))).numpy()
-    return {
-        kind: mean / arch.subnet_sizes if MEASURES[kind].per_parameter else mean
-        for kind, mean in zip(kinds, means, strict=True)
-    }
-
-
-def _observer(store: PackedHeads, measures: Sequence[Measure], sums: Tensor) -> Observer:
-    """Adds each measure of a block's gradients into ``sums`` [measures, heads]."""
-
-    def observe(role: str, first: int, gradient: Tensor) -> None:
-        weights = store.weights[role][first : first + len(gradient)]
-        for measure, into in zip(measures, sums, strict=True):
-            rows = _row_sums(measure, weights, gradient)
-            for head, own in store.rows[role].items():
-                if own.start >= first and own.stop <= first + len(rows):
-                    into[head] += rows[own.start - first : own.stop - first].sum()
-
-    return observe
-
-
-def _row_sums(measure: Measure, weights: Tensor, gradient: Tensor) -> Tensor:
-    """What a measure adds up, summed over all but the first axis: [rows]."""
-    elements = measure.element(weights, gradient)
-    return elements if elements.dim() == 1 else elements.flatten(1).sum(dim=1)

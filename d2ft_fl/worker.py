@@ -5,9 +5,10 @@ process, and resets in place for each assignment.
 """
 
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import cached_property, lru_cache, partial
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from d2ft_fl import holdings, timm_vit, wire
 from d2ft_fl.budgets import Budget, ClientDescription
 from d2ft_fl.compensation import MeanTally, received
 from d2ft_fl.config import RunConfig
-from d2ft_fl.costs import RANK_BYTES, RESOURCES, CostModel, round_cost
+from d2ft_fl.costs import RANK_BYTES, RESOURCES, Cost, CostModel
 from d2ft_fl.data import FederatedData, open_data
 from d2ft_fl.errors import Refusal
 from d2ft_fl.holdings import Store
@@ -26,10 +27,12 @@ from d2ft_fl.lora import merged_packed
 from d2ft_fl.meter import Meter, free_memory, set_threads, warm_up
 from d2ft_fl.models import build_model
 from d2ft_fl.partial import PartialModel
+from d2ft_fl.passes import Passes, round_cost
 from d2ft_fl.rounds import Federation, Report
 from d2ft_fl.scores import TENSOR
 from d2ft_fl.subnets import Architecture, Kind, Operation, Schedule, slot_totals
-from d2ft_fl.training import score_pass, train
+from d2ft_fl.training import Batches, train
+from d2ft_fl.whole import WholeModel
 
 
 @lru_cache(maxsize=1)
@@ -91,8 +94,11 @@ class Worker:
         started = time.perf_counter()
         tensors, meta = wire.decode(blob)
         client, round = int(meta["client"]), int(meta["round"])
-        schedule = _schedule(meta)
-        scored, calibrates = int(meta["score_examples"]), bool(meta["calibrate"])
+        schedule, passes = _schedule(meta), Passes(*meta["passes"])
+        calibrates, examples = bool(meta["calibrate"]), int(meta["examples"])
+        options = self.options
+        if meta["accumulate"] is not None:
+            options = replace(options, accumulate=int(meta["accumulate"]))
         model, data = self._parts
         stage = self._federation.at(round)
         arch, offsets = stage.arch, received(schedule, tensors)
@@ -100,43 +106,50 @@ class Worker:
         holds = None
         if "holds" in meta:
             holds = _unpacked(meta["holds"], schedule.resident.shape)
-        if meta["keeps_budgets"]:
-            costs = stage.cost_models[bool(offsets), calibrates]
-            self._refuse_unless_it_fits(client, round, schedule, costs, scored, holds)
+        if meta["keeps"]:
+            costs = stage.costs_when(bool(offsets), calibrates, meta["accumulate"])
+            cost = round_cost(costs, schedule, examples, passes, holds)
+            budget = self._budget(client, round)
+            if "budget" in meta:
+                budget = Budget.from_mapping(meta["budget"])
+            self._refuse_unless_it_fits(client, budget, costs, cost, meta["keeps"])
         if holds is not None:
-            carried = everything if scored else schedule
+            carried = everything if passes else schedule
             names = holdings.read(carried, meta["digests"])
             tensors = self.store.complete(arch, carried, tensors, holds, names)
-        order = self._order(client, round, len(data.partitions[client]))
+        local = len(data.partitions[client])
+        chosen = self._order(client, round, local)[0][:examples]
         self.meter.start()
         result: dict[str, Tensor] = {}
-        if scored:
-            own = self._federation.arch
-            model.tune(own)
-            model.numerics = self.options.plain().numerics()
+        if passes:
             merged = self.meter.count(partial(merged_packed, arch, tensors))
-            model.reset(everything, merged, gradients=False)
-            del merged
-            images, labels = data.client_batch(client, order[0][:scored], self.device)
-            measured = score_pass(model, images, labels, self.config.score_kinds(), self.meter)
-            for kind, values in measured.items():
-                result[TENSOR + kind] = torch.from_numpy(values).float()
+            whole = WholeModel(model, self._federation.arch, merged, self.options, self.meter)
+            if passes.viewed:
+                batches = self._batches(client, np.arange(local))
+                unsure = whole.entropy(batches, self.config.selection_temperature)
+                chosen = np.argsort(-unsure, kind="stable")[:examples]
+            if passes.scored:
+                batch = data.client_batch(client, chosen[: passes.scored], self.device)
+                measured = whole.scores(*batch, self.config.measured_scores())
+                for kind, values in measured.items():
+                    result[TENSOR + kind] = torch.from_numpy(values).float()
+            del merged, whole
             tensors = self._narrow(arch, tensors, schedule)
-        model.numerics = self.options.numerics()
+        model.numerics = options.numerics()
         if model.arch is not arch:
             model.tune(arch)
         self.meter.count(partial(model.reset, schedule, tensors, offsets))
         del tensors, offsets
         means = MeanTally(model) if calibrates else None
-        batches = (data.client_batch(client, p, self.device) for p in self._positions(order))
+        epochs = self._epochs(client, round, chosen)
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
             draw = np.random.default_rng(self._seed(client, round))
             torch.manual_seed(int(draw.integers(2**62)))  # of dropout
-            smallest = (len(order[0]) - 1) % self.options.batch_size + 1
+            smallest = (examples - 1) % options.batch_size + 1
             loss = train(
                 model,
-                batches,
-                self.options,
+                chain.from_iterable(self._batches(client, epoch) for epoch in epochs),
+                options,
                 self.rate,
                 self.meter,
                 means.held() if means else (),
@@ -149,7 +162,7 @@ class Worker:
             "round": round,
             "client": client,
             "slot_examples": slot_totals(
-                len(order[0]), self.options.batch_size, schedule.slots, self.options.epochs
+                examples, options.batch_size, schedule.slots, options.epochs
             ),
             "loss": loss,
             "used": {
@@ -163,24 +176,20 @@ class Worker:
         return wire.encode(result, reply)
 
     def _refuse_unless_it_fits(
-        self,
-        client: int,
-        round: int,
-        schedule: Schedule,
-        costs: CostModel,
-        scored: int,
-        holds: np.ndarray | None,
+        self, client: int, budget: Budget, costs: CostModel, cost: Cost, keeps: list[str]
     ) -> None:
-        """Hold a plan against this client's own budget, and the memory that is there.
+        """Hold a plan against this client's budget, and the memory that is there.
+
+        Args:
+            keeps: The budgets that the plan is to keep.
 
         Raises:
             Refusal: Before anything has started.
         """
         examples = len(self._parts[1].partitions[client])
-        cost = round_cost(costs, schedule, examples, scored, holds)
-        allowed = self._budget(client, round).capacity(costs.full_cost(examples))
+        allowed = budget.capacity(costs.full_cost(examples))
         for resource, planned, most in zip(RESOURCES, cost.vector(), allowed, strict=True):
-            if planned > most:
+            if planned > most and resource in keeps:
                 raise Refusal(f"the plan needs {planned} of {resource}, the budget allows {most}")
         if cost.memory > (free := free_memory(self.device)):
             raise Refusal(f"the plan needs {cost.memory} bytes of memory, {free} are free")
@@ -189,15 +198,20 @@ class Worker:
         return self.config.seed, round, client
 
     def _order(self, client: int, round: int, examples: int) -> list[np.ndarray]:
-        """Each epoch's order of a client's examples: a function of seed, round and client."""
+        """Each epoch's order of so many examples: a function of seed, round and client."""
         draw = np.random.default_rng([*self._seed(client, round), 1])
         return [draw.permutation(examples) for _ in range(self.options.epochs)]
 
-    def _positions(self, order: list[np.ndarray]) -> Iterator[np.ndarray]:
-        """Which of a client's examples each batch holds."""
-        for epoch in order:
-            for start in range(0, len(epoch), self.options.batch_size):
-                yield epoch[start : start + self.options.batch_size]
+    def _epochs(self, client: int, round: int, chosen: np.ndarray) -> list[np.ndarray]:
+        """Each epoch's order of the chosen examples, which are numbers among the client's."""
+        everything = self._order(client, round, len(self._parts[1].partitions[client]))
+        return [epoch[np.isin(epoch, chosen)] for epoch in everything]
+
+    def _batches(self, client: int, examples: np.ndarray) -> Batches:
+        """Some of a client's examples, in batches."""
+        for start in range(0, len(examples), self.options.batch_size):
+            part = examples[start : start + self.options.batch_size]
+            yield self._parts[1].client_batch(client, part, self.device)
 
     @staticmethod
     def _narrow(

@@ -1,12 +1,15 @@
-"""FedAvg (McMahan et al., AISTATS 2017): everyone trains everything. The reference.
+"""Everyone trains everything. The reference.
 
-It does not look at budgets; what it uses beyond them is reported.
+Deviates in nothing: with every subnet FULL the engine is the unmodified model, and head-wise
+averaging is FedAvg's. It does not look at budgets; what it uses beyond them is reported.
 """
 
 from d2ft_fl.rounds import Assignment, Round
 
-USES_SCORES = False
-KEEPS_BUDGETS = False
+PAPER = """McMahan et al., Communication-Efficient Learning of Deep Networks from Decentralized
+Data, AISTATS 2017, arXiv 1602.05629"""
+KEEPS = ()
+SCORES = ()
 
 
 def schedule(round: Round) -> list[Assignment]:

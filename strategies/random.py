@@ -1,13 +1,15 @@
 """Subnets drawn at random: the same budgets and solver as D2FT, without its scores.
 
-Each client draws its own scores every round, so nothing is coordinated either.
+Each client draws its own scores every round, so nothing is coordinated either. One of the baselines
+of D2FT's paper, which draws operations of micro-batches instead.
 """
 
 import numpy as np
 
 from d2ft_fl.rounds import Assignment, Round
 
-USES_SCORES = False
+PAPER = "Ding et al., 2025, arXiv 2504.12471 (a baseline there)"
+SCORES = ()
 
 
 def schedule(round: Round) -> list[Assignment]:

@@ -11,12 +11,14 @@ from hypothesis import strategies as st
 
 from clients.full import learning_rate
 from d2ft_fl.bench import saved_bytes
-from d2ft_fl.costs import MESSAGE_HEADER, TENSOR_HEADER, Cost, round_cost, scoring_cost
+from d2ft_fl.costs import MESSAGE_HEADER, TENSOR_HEADER, Cost
 from d2ft_fl.meter import Meter
 from d2ft_fl.partial import PartialModel
+from d2ft_fl.passes import Passes, passes_cost, round_cost
 from d2ft_fl.scores import MEASURED, TENSOR
 from d2ft_fl.subnets import Operation, Schedule, down_spec, pack_for
-from d2ft_fl.training import score_pass, train
+from d2ft_fl.training import train
+from d2ft_fl.whole import score_pass
 from d2ft_fl.wire import encode
 from tests.conftest import (
     build,
@@ -198,7 +200,7 @@ def test_the_scoring_pass_costs_what_is_predicted(changes, kinds):
     images, labels = images_for(arch, 4)
     meter = Meter(verify=True)
     found = score_pass(partial, images, labels, kinds, meter)
-    predicted = scoring_cost(costs, 4)
+    predicted = passes_cost(costs, Passes(scored=4))
     assert meter.flops == predicted.flops
     assert meter.peak_bytes <= predicted.memory <= 1.25 * meter.peak_bytes
     reply = {TENSOR + kind: torch.from_numpy(scores).float() for kind, scores in found.items()}
@@ -209,7 +211,7 @@ def test_the_scoring_pass_costs_what_is_predicted(changes, kinds):
 
 def test_a_kind_of_score_more_costs_one_tensor_up_and_nothing_else():
     costs = [replace(cost_model(ARCH), score_kinds=kinds) for kinds in (1, 2)]
-    one, two = (round_cost(c, c.everything(), 20, 4).vector() for c in costs)
+    one, two = (round_cost(c, c.everything(), 20, Passes(scored=4)).vector() for c in costs)
     assert (two - one).tolist() == [0, 0, 4 * ARCH.blocks * ARCH.heads + TENSOR_HEADER, 0]
 
 

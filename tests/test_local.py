@@ -172,7 +172,7 @@ def test_a_strategy_of_ones_own(quick, tmp_path, monkeypatch):
     package.joinpath("__init__.py").touch()
     package.joinpath("last_blocks.py").write_text(
         "import numpy as np\n"
-        "USES_SCORES = False\n"
+        "SCORES = ()\n"
         "def schedule(round):\n"
         "    depth = np.arange(round.shape[0])[:, None] * np.ones(round.shape)\n"
         "    return round.plan(1 + depth, np.ones(round.shape))\n"
@@ -194,7 +194,13 @@ def test_compensation_runs_within_budgets_and_is_charged(quick):
 
 
 @pytest.mark.parametrize(
-    "options", [{"checkpointing": True}, {"accumulate": 3, "slots": 2}, {"precision": "bf16"}]
+    "options",
+    [
+        {"checkpointing": True},
+        {"accumulate": 3, "slots": 2},
+        {"precision": "bf16"},
+        {"proximal": 0.1},
+    ],
 )
 def test_what_saves_memory_keeps_budgets(quick, options):
     summary = run_local(quick(verify_costs=True, **options))

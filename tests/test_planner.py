@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from d2ft_fl.budgets import UNLIMITED, Budget
 from d2ft_fl.config import RunConfig
 from d2ft_fl.costs import MESSAGE_HEADER, TENSOR_HEADER
+from d2ft_fl.passes import Passes
 from d2ft_fl.planner import Participant, Planner
 from d2ft_fl.rounds import Federation, Round, State
 from d2ft_fl.subnets import Operation, Schedule, down_spec, up_spec
@@ -28,8 +29,8 @@ def plan(shares, slots=1, method="joint", seed=0, examples=40, options=(), **key
     scores = draw.random((2, ARCH.blocks, ARCH.heads))
     planner = Planner(costs, method, **options)
     client = Participant(3, examples, Budget(), capacity)
-    wanted = [keywords.pop("score_examples", 0)]
-    (assignment,) = planner.plan([client], *scores, score_examples=wanted, **keywords)
+    wanted = [Passes(keywords.pop("score_examples", 0))]
+    (assignment,) = planner.plan([client], *scores, passes=wanted, **keywords)
     return assignment, capacity, scores, planner
 
 
@@ -112,11 +113,11 @@ def test_partly_scheduled_subnets_rotate_over_slots():
 def test_scoring_is_charged_and_skipped_where_it_does_not_fit():
     rich, capacity, *_ = plan([0.6, None, None, None], score_examples=4)
     plain, *_ = plan([0.6, None, None, None])
-    assert rich.score_examples == 4
+    assert rich.passes.scored == 4
     assert (rich.cost.vector() <= capacity).all()
     assert worth_of_full(rich) <= worth_of_full(plain)
     poor, *_ = plan([0.6, 1.0, 1.0, 0.5], score_examples=4)  # the whole model does not go down
-    assert poor.score_examples == 0
+    assert poor.passes.scored == 0
 
 
 def worth_of_full(assignment):
@@ -287,15 +288,15 @@ def test_planning_many_is_planning_one_by_one(method, slots, frozen_weight):
     clients[7] = replace(clients[7], capacity=np.full(4, UNLIMITED))
     timed = [replace(c, budget=Budget(deadline=0.5, speed=1e8)) for c in clients]
     scores = np.random.default_rng(1).random((2, len(clients), ARCH.blocks, ARCH.heads))
-    wanted = [4 if i % 3 == 0 else 0 for i in range(len(clients))]
+    wanted = [Passes(4 if i % 3 == 0 else 0) for i in range(len(clients))]
     for everyone in (clients, timed):
-        together = planner.plan(everyone, *scores, rotation=2, score_examples=wanted)
+        together = planner.plan(everyone, *scores, rotation=2, passes=wanted)
         assert [a.client for a in together] == list(range(len(clients)))
         for i, assignment in enumerate(together):
             (alone,) = planner.plan([everyone[i]], *scores[:, i], 2, wanted[i : i + 1])
             assert np.array_equal(alone.schedule.operations, assignment.schedule.operations)
             assert (alone.cost, alone.gap) == (assignment.cost, assignment.gap)
-            assert alone.score_examples == assignment.score_examples
+            assert alone.passes == assignment.passes
     assert together[4].schedule.sits_out
     assert not together[7].schedule.sits_out
 
@@ -318,7 +319,7 @@ def by_deadline(budget, shares=(None,) * 4, slots=1, compensated=False, score_ex
     capacity = [UNLIMITED if s is None else int(s * f) for s, f in zip(shares, full, strict=True)]
     client = Participant(0, 40, budget, np.array(capacity, dtype=np.int64))
     scores = np.random.default_rng(0).random((2, ARCH.blocks, ARCH.heads))
-    (assignment,) = Planner(costs).plan([client], *scores, score_examples=[score_examples])
+    (assignment,) = Planner(costs).plan([client], *scores, passes=[Passes(score_examples)])
     return assignment
 
 

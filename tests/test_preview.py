@@ -106,7 +106,7 @@ def test_the_first_round_is_that_of_a_run(config, found):
     run = plan_round(Federation(config, describe(model)), state, LocalPool(config).reports(1))
     first = found.rounds[0]
     assert [c.cost for c in first.clients] == [a.cost for a in run.assignments]
-    assert [c.score_examples for c in first.clients] == [a.score_examples for a in run.assignments]
+    assert [c.scored for c in first.clients] == [a.passes.scored for a in run.assignments]
     assert np.array_equal(first.trained, sum(a.schedule.trained.astype(int) for a in run.working))
     for c, who in zip(first.clients, run.clients, strict=True):
         allowed = dict(
@@ -126,7 +126,7 @@ def test_counts_add_up_and_budgets_are_kept(found):
 
 def test_scoring_is_charged_when_it_is_due_and_said_to_be_unknown(found):
     """score-every is 5, so the first of two rounds has a scoring pass."""
-    first, second = ([c.score_examples for c in r.clients] for r in found.rounds)
+    first, second = ([c.scored for c in r.clients] for r in found.rounds)
     assert max(first) == 4
     assert second == [0] * 5
     assert any("fisher scores are measured in a run" in note for note in found.notes)

@@ -105,7 +105,7 @@ def set_nan(tensors, meta):
 )
 def test_a_bad_reply_is_left_out_counted_and_named(round_one, change, reason):
     replies = dict(round_one[3])
-    scored = next(a.client for a in round_one[2].assignments if a.score_examples)
+    scored = next(a.client for a in round_one[2].assignments if a.passes.scored)
     replies[scored] = tampered(replies[scored], change)
     state, records = folded(round_one, replies.items())
     assert reason in records[scored].fault

@@ -11,7 +11,8 @@ from d2ft_fl.meter import Meter
 from d2ft_fl.partial import PartialModel
 from d2ft_fl.scores import MEASURED
 from d2ft_fl.subnets import Kind, Operation, Schedule, pack_for, up_spec
-from d2ft_fl.training import LocalOptions, Stepper, build_optimizer, score_pass, train
+from d2ft_fl.training import LocalOptions, Stepper, build_optimizer, train
+from d2ft_fl.whole import score_pass
 from tests.conftest import build, images_for, random_schedule, weights_of
 
 
@@ -232,3 +233,44 @@ def test_taylor_tells_what_shrinking_a_subnet_does_to_the_loss():
                 p.unpack_(other.get_parameter(p.name), factor * own, [2])
             losses.append(float(F.cross_entropy(other(images), labels)))
     assert abs(losses[1] - losses[0]) / 2e-5 == pytest.approx(ours, rel=1e-6)
+
+
+@pytest.mark.parametrize("slots", [1, 2])
+def test_the_proximal_term_is_that_of_the_loss(slots):
+    """FedProx: plain training whose loss has mu / 2 |w - w_0|^2 on top."""
+    model, arch = build(depth=2)
+    model.double()
+    images, labels = images_for(arch, 20, torch.float64)
+    options = LocalOptions(batch_size=8, optimizer="sgd", lr=0.05, head_lr=0.05, proximal=0.7)
+    schedule = Schedule.filled(Operation.FULL, slots, arch.blocks, arch.heads)
+    ours = trained(model, arch, schedule, images, labels, options)
+    free = [p for p in model.parameters() if p.requires_grad]
+    began = [p.detach().clone() for p in free]
+    reference = torch.optim.SGD(free, lr=0.05, momentum=0.9)
+    for x, y in batches(images, labels, 8):
+        reference.zero_grad()
+        far = sum((p - b).square().sum() for p, b in zip(free, began, strict=True))
+        (F.cross_entropy(model(x), y) + 0.35 * far).backward()
+        reference.step()
+    for name, tensor in ours.items():
+        p, expected = arch.by_name[name], model.get_parameter(name).detach()
+        if p.kind is Kind.SLICED:
+            expected = p.pack(expected, range(arch.heads))
+        assert (tensor - expected).norm() <= 1e-10 * expected.norm(), name
+
+
+def test_the_proximal_term_leaves_what_was_not_stepped():
+    """With 2 slots a last batch of one example runs slot 0 only."""
+    model, arch = build(depth=1)
+    operations = np.full((2, 1, 4), Operation.FORWARD_ONLY, dtype=np.int8)
+    operations[0, 0, 0] = operations[1, 0, 1] = Operation.FULL
+    schedule = Schedule(operations)
+    options = LocalOptions(batch_size=4, lr=0.01, proximal=0.5)
+    partial = PartialModel(model, arch)
+    partial.reset(schedule, pack_for(arch, weights_of(model), schedule))
+    stepper = Stepper(partial, options, learning_rate, Meter())
+    seen = []
+    for x, y in batches(*images_for(arch, 5), 4):
+        stepper.step(x, y)
+        seen.append(partial.update()["blocks.0.attn.qkv.weight"].chunk(2))
+    assert torch.equal(seen[0][1], seen[1][1])

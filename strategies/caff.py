@@ -1,0 +1,40 @@
+"""Layer fine-tuning: each client trains as many of the last layers as its budgets afford.
+
+The layers below run FORWARD_ONLY, so that they leave nothing in memory for the backward pass; each
+layer is averaged over the clients that trained it, weighted by examples. A client that affords no
+layer trains the classifier. To choose among architectures by the average number of layers that
+clients can train, as the paper does, see :func:`trained_layers` and ``d2ft choose``.
+
+Deviates: the paper's clients have memory, compute and upload limits of a few classes; here any of
+the four budgets and the deadline.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from d2ft_fl.rounds import Assignment, Round
+from d2ft_fl.subnets import Operation, Schedule
+
+PAPER = """Pfeiffer et al., Efficient Federated Finetuning of Tiny Transformers with
+Resource-Constrained Devices, 2024, arXiv 2411.07826"""
+SCORES = ()
+
+
+def schedule(round: Round) -> list[Assignment]:
+    """The most of the last layers, for everyone."""
+    blocks = round.shape[0]
+    depths = [last_layers(round, count) for count in range(blocks + 1)]
+    return [round.largest(client, depths) for client in round.clients]
+
+
+def last_layers(round: Round, count: int) -> Schedule:
+    """The last ``count`` layers FULL, those below FORWARD_ONLY."""
+    operations = np.full(round.shape, Operation.FORWARD_ONLY)
+    operations[len(operations) - count :] = Operation.FULL
+    return round.schedule(operations)
+
+
+def trained_layers(schedules: Sequence[Schedule]) -> float:
+    """Layers that a client trains whole, on average over clients that sit out too."""
+    return float(np.mean([s.trained.all(axis=1).sum() for s in schedules]))

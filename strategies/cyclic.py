@@ -1,0 +1,46 @@
+"""Cyclic blocks: in each round a client trains a run of layers, which moves on from round to round.
+
+Client c begins round t with layer c + t (counted around) and trains as many from there on as its
+budgets afford. The other layers are FROZEN: gradient passes through them to the client's. Where
+not even one layer fits beside all others, evenly chosen ones of these are skipped, as few as it
+takes.
+
+Deviates: the paper's clients take turns, one layer each, and are sent the other layers compressed
+(some dropped, the weights of some pruned); here all train at once, and what is sent is whole.
+"""
+
+import numpy as np
+
+from d2ft_fl.rounds import Assignment, Round
+from d2ft_fl.subnets import Operation, Schedule, effective
+
+PAPER = """Wang et al., Save It All: Enabling Full Parameter Tuning for Federated Large Language
+Models via Cycle Block Gradient Descent, 2024, arXiv 2406.11187"""
+SCORES = ()
+
+
+def schedule(round: Round) -> list[Assignment]:
+    """As many layers from the client's first on as fit, for everyone."""
+    blocks = round.shape[0]
+    cycles = [_candidates(round, first) for first in range(blocks)]
+    return [
+        round.largest(client, cycles[(client.client + round.number - 1) % blocks])
+        for client in round.clients
+    ]
+
+
+def _candidates(round: Round, first: int) -> list[Schedule]:
+    """One layer with ever more of the others beside it, then more layers: cheapest first."""
+    blocks = round.shape[0]
+    others = np.delete(np.arange(blocks), first)
+    kept = [others[np.arange(n) * len(others) // n] if n else others[:0] for n in range(blocks)]
+    alone = [_layers(round, first, 1, beside) for beside in kept]
+    return alone + [_layers(round, first, count, others) for count in range(2, blocks + 1)]
+
+
+def _layers(round: Round, first: int, count: int, beside: np.ndarray) -> Schedule:
+    """A run of ``count`` layers FULL, those in ``beside`` FROZEN, the rest skipped."""
+    operations = np.full(round.shape, Operation.SHORTCUT)
+    operations[beside] = Operation.FROZEN
+    operations[(first + np.arange(count)) % len(operations)] = Operation.FULL
+    return Schedule(effective(round.schedule(operations).operations))

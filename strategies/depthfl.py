@@ -1,0 +1,27 @@
+"""Depth: each client trains as many of the first layers as its budgets afford, and skips the rest.
+
+Deviates: the paper gives every depth a classifier of its own and lets these teach each other
+(self-distillation); here all depths share the one classifier, which sees them mixed.
+"""
+
+import numpy as np
+
+from d2ft_fl.rounds import Assignment, Round
+from d2ft_fl.subnets import Operation, Schedule
+
+PAPER = """Kim et al., DepthFL: Depthwise Federated Learning for Heterogeneous Clients, ICLR 2023,
+openreview pf8RIZTMU58"""
+SCORES = ()
+
+
+def schedule(round: Round) -> list[Assignment]:
+    """The most of the first layers, for everyone."""
+    depths = [first_layers(round, count) for count in range(1, round.shape[0] + 1)]
+    return [round.largest(client, depths) for client in round.clients]
+
+
+def first_layers(round: Round, count: int) -> Schedule:
+    """The first ``count`` layers FULL, those above skipped."""
+    operations = np.full(round.shape, Operation.SHORTCUT)
+    operations[:count] = Operation.FULL
+    return round.schedule(operations)

@@ -1,0 +1,24 @@
+"""A rolling window of heads: as HeteroFL, but the window moves on by one head every round.
+
+So every head is trained by clients of every width, instead of the leading ones alone.
+
+Deviates: the paper's window is one of channels; here of heads with their part of the feed-forward
+layer.
+"""
+
+import numpy as np
+
+from d2ft_fl.rounds import Assignment, Round
+from strategies.heterofl import some_heads
+
+PAPER = """Alam et al., FedRolex: Model-Heterogeneous Federated Learning with Rolling Sub-Model
+Extraction, NeurIPS 2022, arXiv 2212.01548"""
+SCORES = ()
+
+
+def schedule(round: Round) -> list[Assignment]:
+    """The widest window that fits, for everyone."""
+    heads = round.shape[1]
+    first = (round.number - 1) % heads
+    widths = [some_heads(round, (first + np.arange(w)) % heads) for w in range(1, heads + 1)]
+    return [round.largest(client, widths) for client in round.clients]

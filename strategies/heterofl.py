@@ -1,0 +1,29 @@
+"""Width: each client trains the leading heads of every layer, as many as its budgets afford.
+
+Deviates: the paper slices channels of convolutional networks at five fixed ratios and scales what
+it cuts; here a slice is a head with its part of the feed-forward layer, any number of them fits,
+norms stay whole, and nothing is scaled. Masked cross-entropy over the classes that a client has is
+left out.
+"""
+
+import numpy as np
+
+from d2ft_fl.rounds import Assignment, Round
+from d2ft_fl.subnets import Operation, Schedule
+
+PAPER = """Diao et al., HeteroFL: Computation and Communication Efficient Federated Learning for
+Heterogeneous Clients, ICLR 2021, arXiv 2010.01264"""
+SCORES = ()
+
+
+def schedule(round: Round) -> list[Assignment]:
+    """The most leading heads, for everyone."""
+    widths = [some_heads(round, range(width)) for width in range(1, round.shape[1] + 1)]
+    return [round.largest(client, widths) for client in round.clients]
+
+
+def some_heads(round: Round, heads: range | np.ndarray) -> Schedule:
+    """The same heads of every layer FULL, the others skipped."""
+    operations = np.full(round.shape, Operation.SHORTCUT)
+    operations[:, np.asarray(heads)] = Operation.FULL
+    return round.schedule(operations)

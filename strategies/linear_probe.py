@@ -1,0 +1,17 @@
+"""Only the final norm and the classifier train; every subnet runs forward.
+
+A client that cannot afford to run the whole model forward sits out.
+"""
+
+import numpy as np
+
+from d2ft_fl.rounds import Assignment, Round
+from d2ft_fl.subnets import Operation
+
+SCORES = ()
+
+
+def schedule(round: Round) -> list[Assignment]:
+    """Everything FORWARD_ONLY for everyone."""
+    probe = round.schedule(np.full(round.shape, Operation.FORWARD_ONLY))
+    return [round.largest(client, [probe]) for client in round.clients]

@@ -1,0 +1,19 @@
+"""Dynamic pruning by gradient: the subnets of largest gradients train, the others are skipped.
+
+A baseline of D2FT's paper. Gradients are measured in scoring passes, charged to the clients'
+budgets.
+
+Deviates: pruned for a round instead of an iteration, within every client's budgets.
+"""
+
+import numpy as np
+
+from d2ft_fl.rounds import Assignment, Round
+
+PAPER = "Ding et al., 2025, arXiv 2504.12471 (a baseline there)"
+SCORES = ("gradient",)
+
+
+def schedule(round: Round) -> list[Assignment]:
+    """What is worth most by gradient FULL, nothing FORWARD_ONLY."""
+    return round.plan(round.scores("gradient"), np.zeros(round.shape))

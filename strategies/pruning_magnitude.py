@@ -1,0 +1,18 @@
+"""Dynamic pruning by magnitude: the subnets of largest weights train, the others are skipped.
+
+A baseline of D2FT's paper. Weights change from round to round, and with them who is pruned.
+
+Deviates: pruned for a round instead of an iteration, within every client's budgets.
+"""
+
+import numpy as np
+
+from d2ft_fl.rounds import Assignment, Round
+
+PAPER = "Ding et al., 2025, arXiv 2504.12471 (a baseline there)"
+SCORES = ()
+
+
+def schedule(round: Round) -> list[Assignment]:
+    """What is worth most by magnitude FULL, nothing FORWARD_ONLY."""
+    return round.plan(round.scores("magnitude"), np.zeros(round.shape))
