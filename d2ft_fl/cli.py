@@ -220,6 +220,35 @@ def budgets_command(
     display.budgets_table(source, clients, found)
 
 
+@app.command("choose")
+def choose_command(
+    models: Annotated[list[str], typer.Argument(help="Names of plain timm ViTs.")],
+    config: Files = None,
+    set_: Pairs = None,
+    examples: Annotated[
+        int | None, typer.Option(help="What every client has, without reading the data.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON only.")] = False,
+) -> None:
+    """Choose among models by how many layers clients can train, as CAFF does."""
+    from d2ft_fl.choose import choose
+
+    with failures():
+        pairs = ["strategy=caff", f"model={models[0]}", "pretrained=none", *(set_ or [])]
+        options = collect(config or [], pairs).check_options()
+        with _progress(hidden=as_json) as progress:
+            task = progress.add_task("planning", total=len(models))
+
+            def done(model: str) -> None:
+                progress.update(task, advance=1, description=model)
+
+            found = choose(options, models, examples, done)
+    if as_json:
+        typer.echo(json.dumps([c.to_json() for c in found]))
+    else:
+        display.candidates_table(found)
+
+
 @app.command("strategies")
 def strategies_command(
     name: Annotated[str, typer.Argument(help="One of them, in full.")] = "",

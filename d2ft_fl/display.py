@@ -12,6 +12,7 @@ from d2ft_fl.config import RunConfig
 if TYPE_CHECKING:
     from d2ft_fl.bench import Row
     from d2ft_fl.bench_planner import Row as PlannerRow
+    from d2ft_fl.choose import Candidate
     from d2ft_fl.devices import DeviceClasses
     from d2ft_fl.export import Exported
     from d2ft_fl.methods import Method
@@ -239,6 +240,23 @@ def planner_table(rows: list["PlannerRow"]) -> None:
             percent(r.two_stage_worst),
         )  # fmt: skip
     console.print(table)
+
+
+def candidates_table(found: list["Candidate"]) -> None:
+    """Models to choose from, one a row."""
+    table = Table(title="Layers that clients can train", title_justify="left")
+    table.add_column("model", no_wrap=True)
+    for column in ("layers", "trained, mean", "share", "clients sitting out", "subnets trained"):
+        table.add_column(column, justify="right")
+    for c in found:
+        share = c.trained_layers / c.layers
+        table.add_row(
+            escape(c.model) + (" *" if c.chosen else ""), str(c.layers),
+            f"{c.trained_layers:.2f}", f"{share:.0%}", str(c.sit_out), f"{c.coverage:.0%}",
+        )  # fmt: skip
+    console.print(table)
+    best = next(c for c in found if c.chosen)
+    say(f"* most layers trained by the mean client: {best.model}")
 
 
 def methods_table(found: list["Method"]) -> None:

@@ -35,6 +35,7 @@ class ClientPreview:
     Attributes:
         client: Its number. device: The name of its budget. examples: Its training examples.
         operations: Subnets by operation, the mean over slots; adds up to all subnets.
+        trained_layers: Layers of which every subnet is FULL in some slot.
         rank: Mean over the trained subnets of the ranks they train at; ``None`` where only one rank
             is offered, or nothing trains.
         cost: Predicted, the scoring pass included. full: Of fully fine-tuning on its data.
@@ -52,6 +53,7 @@ class ClientPreview:
     device: str
     examples: int
     operations: dict[str, float]
+    trained_layers: int
     rank: float | None
     cost: Cost
     full: Cost
@@ -76,6 +78,7 @@ class ClientPreview:
             device=who.budget.device or UNNAMED,
             examples=who.examples if a.examples is None else a.examples,
             operations={op.name.lower(): float(counts[op]) for op in Operation},
+            trained_layers=int(a.schedule.trained.all(axis=1).sum()),
             rank=a.schedule.mean_rank(),
             cost=a.cost,
             full=full,

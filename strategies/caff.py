@@ -2,14 +2,12 @@
 
 The layers below run FORWARD_ONLY, so that they leave nothing in memory for the backward pass; each
 layer is averaged over the clients that trained it, weighted by examples. A client that affords no
-layer trains the classifier. To choose among architectures by the average number of layers that
-clients can train, as the paper does, see :func:`trained_layers` and ``d2ft choose``.
+layer trains the classifier. ``d2ft choose`` chooses among architectures, as the paper does, by the
+number of layers that clients can train on average.
 
 Deviates: the paper's clients have memory, compute and upload limits of a few classes; here any of
 the four budgets and the deadline.
 """
-
-from collections.abc import Sequence
 
 import numpy as np
 
@@ -33,8 +31,3 @@ def last_layers(round: Round, count: int) -> Schedule:
     operations = np.full(round.shape, Operation.FORWARD_ONLY)
     operations[len(operations) - count :] = Operation.FULL
     return round.schedule(operations)
-
-
-def trained_layers(schedules: Sequence[Schedule]) -> float:
-    """Layers that a client trains whole, on average over clients that sit out too."""
-    return float(np.mean([s.trained.all(axis=1).sum() for s in schedules]))
