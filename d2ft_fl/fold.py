@@ -12,9 +12,10 @@ from d2ft_fl.compensation import MeanSums
 from d2ft_fl.costs import Cost
 from d2ft_fl.errors import ReplyError
 from d2ft_fl.factors import FactorSums
+from d2ft_fl.federation import Federation, State
 from d2ft_fl.holdings import digests
 from d2ft_fl.planner import Assignment
-from d2ft_fl.rounds import Federation, Plan, State, held_after, last_trained
+from d2ft_fl.plans import Plan, held_after, last_trained
 from d2ft_fl.scores import TENSOR
 from d2ft_fl.server_optimizer import Moments
 from d2ft_fl.subnets import Kind, Operation

@@ -5,7 +5,7 @@ from typing import Any
 
 from d2ft_fl import loop
 from d2ft_fl.config import RunConfig
-from d2ft_fl.rounds import Report
+from d2ft_fl.federation import Report
 from d2ft_fl.worker import worker
 
 

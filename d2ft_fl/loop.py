@@ -14,19 +14,13 @@ from d2ft_fl import timm_vit
 from d2ft_fl.config import RunConfig
 from d2ft_fl.data import FederatedData, open_data
 from d2ft_fl.errors import RunError
+from d2ft_fl.federation import Federation, Report, State
 from d2ft_fl.fold import Fold
 from d2ft_fl.meter import set_threads
 from d2ft_fl.models import build_model
+from d2ft_fl.plans import encode_assignment
 from d2ft_fl.recorder import Recorder, claim_folder
-from d2ft_fl.rounds import (
-    Assignment,
-    Federation,
-    Participant,
-    Report,
-    State,
-    encode_assignment,
-    plan_round,
-)
+from d2ft_fl.rounds import Assignment, Participant, plan_round
 
 
 @dataclass(frozen=True)

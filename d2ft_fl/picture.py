@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 
 from d2ft_fl.errors import ConfigError
-from d2ft_fl.rounds import Plan
+from d2ft_fl.plans import Plan
 from d2ft_fl.subnets import Operation
 
 COLOURS = {  # colour-blind safe (Okabe & Ito)

@@ -19,9 +19,11 @@ from d2ft_fl.config import RunConfig
 from d2ft_fl.costs import RESOURCES, Cost, workload_variance
 from d2ft_fl.data import open_data
 from d2ft_fl.errors import ConfigError
+from d2ft_fl.federation import Federation, Report, State
 from d2ft_fl.models import build_model
 from d2ft_fl.planner import Assignment, Participant
-from d2ft_fl.rounds import Federation, Plan, Report, State, held_after, last_trained, plan_round
+from d2ft_fl.plans import Plan, held_after, last_trained
+from d2ft_fl.rounds import plan_round
 from d2ft_fl.subnets import Operation, Schedule
 
 NONE = "none"

@@ -30,10 +30,11 @@ from d2ft_fl.budgets import LIMITS, UNLIMITED
 from d2ft_fl.config import RunConfig, resolve_path
 from d2ft_fl.costs import RESOURCES, workload_variance
 from d2ft_fl.errors import ConfigError
+from d2ft_fl.federation import Federation, State
 from d2ft_fl.fold import ClientRecord
 from d2ft_fl.models import ModelSpec, export
 from d2ft_fl.picture import draw_plan
-from d2ft_fl.rounds import Federation, Plan, State
+from d2ft_fl.plans import Plan
 
 
 def claim_folder(config: RunConfig) -> Path:

@@ -21,8 +21,8 @@ from d2ft_fl.budgets import Budget
 from d2ft_fl.client_app import pack_blob, unpack_blob
 from d2ft_fl.config import RunConfig
 from d2ft_fl.errors import ConfigError, D2FTError, RunError
+from d2ft_fl.federation import Report
 from d2ft_fl.recorder import claim_folder, write_status
-from d2ft_fl.rounds import Report
 
 app = ServerApp()
 POLL_SECONDS = 0.05

@@ -22,13 +22,13 @@ from d2ft_fl.config import RunConfig
 from d2ft_fl.costs import RANK_BYTES, RESOURCES, Cost, CostModel
 from d2ft_fl.data import FederatedData, open_data
 from d2ft_fl.errors import Refusal
+from d2ft_fl.federation import Federation, Report
 from d2ft_fl.holdings import Store
 from d2ft_fl.lora import merged_packed
 from d2ft_fl.meter import Meter, free_memory, set_threads, warm_up
 from d2ft_fl.models import build_model
 from d2ft_fl.partial import PartialModel
 from d2ft_fl.passes import Passes, round_cost
-from d2ft_fl.rounds import Federation, Report
 from d2ft_fl.scores import TENSOR
 from d2ft_fl.subnets import Architecture, Kind, Operation, Schedule, slot_totals
 from d2ft_fl.training import Batches, train

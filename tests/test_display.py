@@ -6,7 +6,8 @@ from d2ft_fl.costs import Cost
 from d2ft_fl.display import format_round, quantity
 from d2ft_fl.picture import draw_plan
 from d2ft_fl.planner import Assignment
-from d2ft_fl.rounds import Participant, Plan
+from d2ft_fl.plans import Plan
+from d2ft_fl.rounds import Participant
 from d2ft_fl.subnets import Operation, Schedule
 
 

@@ -8,9 +8,10 @@ from hypothesis import strategies as st
 from d2ft_fl.budgets import UNLIMITED, Budget
 from d2ft_fl.config import RunConfig
 from d2ft_fl.costs import MESSAGE_HEADER, TENSOR_HEADER
+from d2ft_fl.federation import Federation, State
 from d2ft_fl.passes import Passes
 from d2ft_fl.planner import Participant, Planner
-from d2ft_fl.rounds import Federation, Round, State
+from d2ft_fl.rounds import Round
 from d2ft_fl.subnets import Operation, Schedule, down_spec, up_spec
 from tests.conftest import build, cost_model, random_schedule
 

@@ -14,11 +14,12 @@ from d2ft_fl.budgets import UNLIMITED, Amount, Budget
 from d2ft_fl.cli import app
 from d2ft_fl.config import RunConfig
 from d2ft_fl.costs import Cost
+from d2ft_fl.federation import Federation, State
 from d2ft_fl.local import LocalPool
 from d2ft_fl.models import build_model
 from d2ft_fl.planner import Assignment, Participant
 from d2ft_fl.preview import ClientPreview, RoundPreview, follow, preview
-from d2ft_fl.rounds import Federation, State, plan_round
+from d2ft_fl.rounds import plan_round
 from d2ft_fl.subnets import Operation, Schedule
 from d2ft_fl.timm_vit import describe
 

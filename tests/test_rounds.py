@@ -11,10 +11,12 @@ from flwr.supercore.task_identity import TaskIdentity
 from clients.full import learning_rate
 from d2ft_fl import wire
 from d2ft_fl.errors import RunError
+from d2ft_fl.federation import Federation, State
 from d2ft_fl.fold import Fold
 from d2ft_fl.local import LocalPool
 from d2ft_fl.models import build_model
-from d2ft_fl.rounds import Federation, Round, State, encode_assignment, plan_round
+from d2ft_fl.plans import encode_assignment
+from d2ft_fl.rounds import Round, plan_round
 from d2ft_fl.scores import TENSOR
 from d2ft_fl.subnets import Kind
 from d2ft_fl.timm_vit import describe
@@ -226,9 +228,9 @@ def test_one_fedavg_round_equals_flowers_own_fedavg(quick, slots, monkeypatch):
         optimizer = torch.optim.SGD(
             [{"params": ps, "lr": lr} for lr, ps in groups.items()], momentum=options.momentum
         )
-        order = worker._order(client, 1, len(data.partitions[client]))
-        for positions in worker._positions(order):
-            images, labels = data.client_batch(client, positions)
+        everyone = np.arange(len(data.partitions[client]))
+        (order,) = worker._epochs(client, 1, everyone)
+        for images, labels in worker._batches(client, order):
             optimizer.zero_grad()
             F.cross_entropy(model(images), labels).backward()
             optimizer.step()

@@ -15,9 +15,10 @@ from d2ft_fl.cli import app
 from d2ft_fl.config import RunConfig
 from d2ft_fl.costs import RESOURCES, Cost
 from d2ft_fl.errors import ConfigError, RunError
+from d2ft_fl.federation import Federation, Report, State
 from d2ft_fl.local import run_local
 from d2ft_fl.methods import STRATEGIES, load_strategy, method_of, methods
-from d2ft_fl.rounds import Federation, Participant, Report, Round, State, plan_round
+from d2ft_fl.rounds import Participant, Round, plan_round
 from d2ft_fl.subnets import Operation
 from tests.conftest import build, weights_of
 
