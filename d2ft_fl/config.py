@@ -31,6 +31,7 @@ from d2ft_fl.planner import COUPLINGS, PLANNERS
 from d2ft_fl.plugins import load_module
 from d2ft_fl.server_optimizer import SERVER_OPTIMIZERS, ServerOptimizer
 from d2ft_fl.subnets import Architecture
+from d2ft_fl.trackers import Factory, load_trackers
 from d2ft_fl.training import PRECISIONS, LocalOptions
 
 TUNINGS = ("full", "lora")
@@ -124,6 +125,7 @@ class RunConfig:
     eval_batch_size: int = 128
     round_timeout: float = 3600.0
     verify_costs: bool = False
+    trackers: str = ""
     run_folder: str = ""
 
     # -- reading -----------------------------------------------------------------------------
@@ -283,6 +285,7 @@ class RunConfig:
         self._check_tuning()
         self._check_server()
         self.budget_source()
+        self.load_trackers()
         return self
 
     def _check_data(self) -> None:
@@ -430,6 +433,10 @@ class RunConfig:
                 f"tuning = {self.tuning!r} has no function learning_rate(kind, factor, options)"
             )
         return module
+
+    def load_trackers(self) -> dict[str, Factory]:
+        """What starts the trackers, by their names."""
+        return load_trackers(self.trackers)
 
     def lora(self) -> Lora:
         """What LoRA tunes, and how."""

@@ -130,6 +130,8 @@ def summary(result: dict[str, Any]) -> None:
         f"FLOPs as predicted for {result['flops_as_predicted']} of {result['client_rounds']} "
         f"client rounds{' (every pass counted)' if result['verified'] else ''}"
     )
+    for line in result["trackers_switched_off"]:
+        say(line)
     say(f"run folder: {result['folder']}")
 
 

@@ -4,6 +4,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -19,8 +20,9 @@ from d2ft_fl.fold import Fold
 from d2ft_fl.meter import set_threads
 from d2ft_fl.models import build_model
 from d2ft_fl.plans import encode_assignment
-from d2ft_fl.recorder import Recorder, claim_folder
+from d2ft_fl.recorder import Recorder, claim_folder, write_summary
 from d2ft_fl.rounds import Assignment, Participant, plan_round
+from d2ft_fl.trackers import tracking
 
 
 @dataclass(frozen=True)
@@ -57,8 +59,25 @@ def run(config: RunConfig, pool: Pool, progress: Progress = lambda row: None) ->
         progress: Called with each round's line.
 
     Raises:
-        RunError: When no client can do anything, or all fail.
+        RunError: When no client can do anything, or all fail, or a tracker cannot be started.
     """
+    folder = claim_folder(config)
+    entries = config.to_mapping() | {"run-folder": str(folder)}
+    with tracking(config.load_trackers(), entries, folder) as trackers:
+
+        def ended(row: dict[str, Any]) -> None:
+            progress(row)
+            trackers.round(row)
+
+        summary = _run(config, pool, ended, folder)
+        trackers.finish(summary)
+    summary["trackers_switched_off"] = trackers.switched_off
+    write_summary(folder, summary)
+    return summary
+
+
+def _run(config: RunConfig, pool: Pool, progress: Progress, folder: Path) -> dict[str, Any]:
+    """All rounds, recorded in ``folder``; returns the summary."""
     set_threads(config.threads_per_client)
     started = time.perf_counter()
     model = build_model(config.model_spec())
@@ -69,7 +88,7 @@ def run(config: RunConfig, pool: Pool, progress: Progress = lambda row: None) ->
     original = {n: p.detach().clone() for n, p in model.named_parameters()}
     state = State(0, original)
     model.to(config.torch_device())
-    recorder = Recorder(claim_folder(config), federation, config.model_spec())
+    recorder = Recorder(folder, federation, config.model_spec())
     recorder.start()
 
     budgets_vary = config.budget_source().varies

@@ -182,13 +182,16 @@ class Recorder:
         return row
 
     def finish(self, weights: Mapping[str, Tensor], wall_seconds: float) -> dict[str, Any]:
-        """Write the model, the picture and the summary; returns the summary."""
+        """Write the model and the picture; returns the summary, for :func:`write_summary`."""
         export(self.folder, weights, self.model)
         draw_plan(self.last_plan, self.folder / "plan.png")
-        summary = summarise(self.rows, self.federation, self.folder, wall_seconds)
-        self.folder.joinpath("summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-        write_status(self.folder, "finished")
-        return summary
+        return summarise(self.rows, self.federation, self.folder, wall_seconds)
+
+
+def write_summary(folder: Path, summary: Mapping[str, Any]) -> None:
+    """Write the totals, and that the run is finished: the last thing a run does."""
+    folder.joinpath("summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    write_status(folder, "finished")
 
 
 def write_status(folder: Path, status: str, reason: str = "") -> None:
