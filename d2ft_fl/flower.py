@@ -76,12 +76,16 @@ def _environment(home: Path) -> dict[str, str]:
 
 def stop_family(home: Path) -> None:
     """End every process that belongs to a Flower home of ours, orphans included."""
-    family = [p for p in psutil.process_iter() if _lives_in(p, home)]
+    family = {p for p in psutil.process_iter() if _lives_in(p, home)}
+    for member in list(family):  # Ray's agents write their title over their environment
+        with contextlib.suppress(psutil.NoSuchProcess):
+            family.update(member.children(recursive=True))
+    left = list(family)
     for end in (psutil.Process.terminate, psutil.Process.kill):
-        for member in family:
+        for member in left:
             with contextlib.suppress(psutil.NoSuchProcess):
                 end(member)
-        _, family = psutil.wait_procs(family, timeout=5)
+        _, left = psutil.wait_procs(left, timeout=5)
 
 
 def _lives_in(process: psutil.Process, home: Path) -> bool:

@@ -19,9 +19,9 @@ from d2ft_fl.federation import Federation, Report, State
 from d2ft_fl.fold import Fold
 from d2ft_fl.meter import set_threads
 from d2ft_fl.models import build_model
-from d2ft_fl.plans import encode_assignment
 from d2ft_fl.recorder import Recorder, claim_folder, write_summary
 from d2ft_fl.rounds import Assignment, Participant, plan_round
+from d2ft_fl.tasks import encode_assignment
 from d2ft_fl.trackers import tracking
 
 

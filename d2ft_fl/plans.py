@@ -1,4 +1,4 @@
-"""One round's plan: all clients' assignments, what it leaves behind, and how it travels."""
+"""One round's plan: all clients' assignments, and what it leaves behind."""
 
 from collections.abc import Container
 from dataclasses import dataclass
@@ -6,13 +6,10 @@ from functools import cached_property
 
 import numpy as np
 
-from d2ft_fl import holdings, wire
-from d2ft_fl.budgets import Budget
-from d2ft_fl.costs import RANK_BYTES, RESOURCES
-from d2ft_fl.federation import Federation, State
+from d2ft_fl.federation import State
 from d2ft_fl.holdings import has_fixed
 from d2ft_fl.planner import Assignment, Participant
-from d2ft_fl.subnets import Architecture, pack_for
+from d2ft_fl.subnets import Architecture
 
 
 @dataclass(frozen=True)
@@ -85,40 +82,3 @@ def last_trained(state: State, plan: Plan, answered: Container[int]) -> np.ndarr
     """
     trained = [a.schedule.trained & (a.client in answered) for a in plan.assignments]
     return np.where(np.stack(trained).any(axis=0), plan.round, state.last_trained)
-
-
-def encode_assignment(
-    federation: Federation, state: State, a: Assignment, budget: Budget | None = None
-) -> bytes:
-    """The message that tells a client what to do, with the slices that it needs.
-
-    Args:
-        budget: What it is held to in this round, where that is not its own.
-    """
-    carried = a.schedule
-    if a.passes:
-        carried = federation.costs.everything()  # they run everything
-    meta = {
-        "round": state.round + 1,
-        "client": a.client,
-        "operations": a.schedule.operations.astype("int8").tobytes().hex(),
-        "shape": list(a.schedule.operations.shape),
-        "passes": [a.passes.scored, a.passes.viewed],
-        "examples": a.examples,
-        "accumulate": a.accumulate,
-        "calibrate": federation.calibrates(state.round + 1),
-        "keeps": [r for r in RESOURCES if r in federation.keeps],
-    }
-    if budget is not None:
-        meta["budget"] = budget.to_json()
-    if a.schedule.ranks is not None:
-        meta["ranks"] = a.schedule.ranks.astype(f"<u{RANK_BYTES}").tobytes().hex()
-    holds = federation.holds(state, a.client)
-    if holds is not None:
-        meta["holds"] = np.packbits(holds).tobytes().hex()
-        meta["digests"] = holdings.write(carried, state.digests)
-    tensors = pack_for(federation.arch, state.weights, carried, holds)
-    if not a.passes and state.means.known is not None:
-        weights = federation.model_weights(state)
-        tensors |= state.means.offsets(federation.own or federation.arch, weights, a.schedule)
-    return wire.encode(tensors, meta)

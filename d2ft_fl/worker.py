@@ -5,11 +5,9 @@ process, and resets in place for each assignment.
 """
 
 import time
-from collections.abc import Mapping
 from dataclasses import replace
 from functools import cached_property, lru_cache, partial
 from itertools import chain
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +17,7 @@ from d2ft_fl import holdings, timm_vit, wire
 from d2ft_fl.budgets import Budget, ClientDescription
 from d2ft_fl.compensation import MeanTally, received
 from d2ft_fl.config import RunConfig
-from d2ft_fl.costs import RANK_BYTES, RESOURCES, Cost, CostModel
+from d2ft_fl.costs import RESOURCES
 from d2ft_fl.data import FederatedData, open_data
 from d2ft_fl.errors import Refusal
 from d2ft_fl.federation import Federation, Report
@@ -28,10 +26,11 @@ from d2ft_fl.lora import merged_packed
 from d2ft_fl.meter import Meter, free_memory, set_threads, warm_up
 from d2ft_fl.models import build_model
 from d2ft_fl.partial import PartialModel
-from d2ft_fl.passes import Passes, round_cost
+from d2ft_fl.passes import round_cost
 from d2ft_fl.scores import TENSOR
-from d2ft_fl.subnets import Architecture, Kind, Operation, Schedule, slot_totals
-from d2ft_fl.training import Batches, train
+from d2ft_fl.subnets import Architecture, Kind, Schedule, slot_totals
+from d2ft_fl.tasks import Task
+from d2ft_fl.training import Batches, LocalOptions, train
 from d2ft_fl.whole import WholeModel
 
 
@@ -92,77 +91,36 @@ class Worker:
     def _work(self, blob: bytes) -> bytes:
         set_threads(self.config.threads_per_client)
         started = time.perf_counter()
-        tensors, meta = wire.decode(blob)
-        client, round = int(meta["client"]), int(meta["round"])
-        schedule, passes = _schedule(meta), Passes(*meta["passes"])
-        calibrates, examples = bool(meta["calibrate"]), int(meta["examples"])
-        options = self.options
-        if meta["accumulate"] is not None:
-            options = replace(options, accumulate=int(meta["accumulate"]))
-        model, data = self._parts
-        stage = self._federation.at(round)
-        arch, offsets = stage.arch, received(schedule, tensors)
-        everything = Schedule.filled(Operation.FULL, 1, *schedule.operations.shape[1:])
-        holds = None
-        if "holds" in meta:
-            holds = _unpacked(meta["holds"], schedule.resident.shape)
-        if meta["keeps"]:
-            costs = stage.costs_when(bool(offsets), calibrates, meta["accumulate"])
-            cost = round_cost(costs, schedule, examples, passes, holds)
-            budget = self._budget(client, round)
-            if "budget" in meta:
-                budget = Budget.from_mapping(meta["budget"])
-            self._refuse_unless_it_fits(client, budget, costs, cost, meta["keeps"])
-        if holds is not None:
-            carried = everything if passes else schedule
-            names = holdings.read(carried, meta["digests"])
-            tensors = self.store.complete(arch, carried, tensors, holds, names)
-        local = len(data.partitions[client])
-        chosen = self._order(client, round, local)[0][:examples]
+        task, tensors = Task.decode(blob)
+        stage = self._federation.at(task.round)
+        offsets = received(task.schedule, tensors)
+        if task.keeps:
+            self._refuse_unless_it_fits(task, stage, compensated=bool(offsets))
+        if task.holds is not None:
+            names = holdings.read(task.carried, task.digests)
+            tensors = self.store.complete(stage.arch, task.carried, tensors, task.holds, names)
+        local = len(self._parts[1].partitions[task.client])
+        chosen = self._order(task.client, task.round, local)[0][: task.examples]
         self.meter.start()
         result: dict[str, Tensor] = {}
-        if passes:
-            merged = self.meter.count(partial(merged_packed, arch, tensors))
-            whole = WholeModel(model, self._federation.arch, merged, self.options, self.meter)
-            if passes.viewed:
-                batches = self._batches(client, np.arange(local))
-                unsure = whole.entropy(batches, self.config.selection_temperature)
-                chosen = np.argsort(-unsure, kind="stable")[:examples]
-            if passes.scored:
-                batch = data.client_batch(client, chosen[: passes.scored], self.device)
-                measured = whole.scores(*batch, self.config.measured_scores())
-                for kind, values in measured.items():
-                    result[TENSOR + kind] = torch.from_numpy(values).float()
-            del merged, whole
-            tensors = self._narrow(arch, tensors, schedule)
+        if task.passes:
+            chosen, result = self._before(task, stage.arch, tensors, chosen)
+            tensors = self._narrow(stage.arch, tensors, task.schedule)
+        options = self.options
+        if task.accumulate is not None:
+            options = replace(options, accumulate=task.accumulate)
+        model = self._parts[0]
         model.numerics = options.numerics()
-        if model.arch is not arch:
-            model.tune(arch)
-        self.meter.count(partial(model.reset, schedule, tensors, offsets))
-        del tensors, offsets
-        means = MeanTally(model) if calibrates else None
-        epochs = self._epochs(client, round, chosen)
-        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
-            draw = np.random.default_rng(self._seed(client, round))
-            torch.manual_seed(int(draw.integers(2**62)))  # of dropout
-            smallest = (examples - 1) % options.batch_size + 1
-            loss = train(
-                model,
-                chain.from_iterable(self._batches(client, epoch) for epoch in epochs),
-                options,
-                self.rate,
-                self.meter,
-                means.held() if means else (),
-                every_slot=smallest >= schedule.slots,
-            )
-        result.update({name: tensor.cpu() for name, tensor in model.update().items()})
-        if means is not None:
-            result.update(means.finish())
+        if model.arch is not stage.arch:
+            model.tune(stage.arch)
+        self.meter.count(partial(model.reset, task.schedule, tensors, offsets))
+        del tensors, offsets  # the model has its own
+        loss, trained = self._train(task, options, chosen)
         reply = {
-            "round": round,
-            "client": client,
+            "round": task.round,
+            "client": task.client,
             "slot_examples": slot_totals(
-                examples, options.batch_size, schedule.slots, options.epochs
+                task.examples, options.batch_size, task.schedule.slots, options.epochs
             ),
             "loss": loss,
             "used": {
@@ -173,23 +131,71 @@ class Worker:
                 "seconds": f"{time.perf_counter() - started:012.3f}",
             },
         }
-        return wire.encode(result, reply)
+        return wire.encode(result | trained, reply)
 
-    def _refuse_unless_it_fits(
-        self, client: int, budget: Budget, costs: CostModel, cost: Cost, keeps: list[str]
-    ) -> None:
-        """Hold a plan against this client's budget, and the memory that is there.
+    def _before(
+        self, task: Task, arch: Architecture, tensors: dict[str, Tensor], chosen: np.ndarray
+    ) -> tuple[np.ndarray, dict[str, Tensor]]:
+        """Run the passes over the whole model.
 
         Args:
-            keeps: The budgets that the plan is to keep.
+            chosen: Numbers of the examples to train on, if none are selected.
+
+        Returns:
+            Numbers of those that are, and scores as they travel.
+        """
+        model, data = self._parts
+        result: dict[str, Tensor] = {}
+        merged = self.meter.count(partial(merged_packed, arch, tensors))
+        whole = WholeModel(model, self._federation.arch, merged, self.options, self.meter)
+        if task.passes.viewed:
+            everyone = np.arange(len(data.partitions[task.client]))
+            batches = self._batches(task.client, everyone)
+            unsure = whole.entropy(batches, self.config.selection_temperature)
+            chosen = np.argsort(-unsure, kind="stable")[: task.examples]
+        if task.passes.scored:
+            batch = data.client_batch(task.client, chosen[: task.passes.scored], self.device)
+            measured = whole.scores(*batch, self.config.measured_scores())
+            for kind, values in measured.items():
+                result[TENSOR + kind] = torch.from_numpy(values).float()
+        return chosen, result
+
+    def _train(
+        self, task: Task, options: LocalOptions, chosen: np.ndarray
+    ) -> tuple[float, dict[str, Tensor]]:
+        """Follow the schedule over the chosen examples: the loss, and tensors as they travel."""
+        model = self._parts[0]
+        means = MeanTally(model) if task.calibrates else None
+        epochs = self._epochs(task.client, task.round, chosen)
+        smallest = (task.examples - 1) % options.batch_size + 1
+        with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
+            draw = np.random.default_rng(self._seed(task.client, task.round))
+            torch.manual_seed(int(draw.integers(2**62)))  # of dropout
+            loss = train(
+                model,
+                chain.from_iterable(self._batches(task.client, epoch) for epoch in epochs),
+                options,
+                self.rate,
+                self.meter,
+                means.held() if means else (),
+                every_slot=smallest >= task.schedule.slots,
+            )
+        result = {name: tensor.cpu() for name, tensor in model.update().items()}
+        return loss, result | (means.finish() if means else {})
+
+    def _refuse_unless_it_fits(self, task: Task, stage: Federation, compensated: bool) -> None:
+        """Hold a plan against this client's budget, and the memory that is there.
 
         Raises:
             Refusal: Before anything has started.
         """
-        examples = len(self._parts[1].partitions[client])
-        allowed = budget.capacity(costs.full_cost(examples))
+        costs = stage.costs_when(compensated, task.calibrates, task.accumulate)
+        cost = round_cost(costs, task.schedule, task.examples, task.passes, task.holds)
+        local = len(self._parts[1].partitions[task.client])
+        budget = task.budget or self._budget(task.client, task.round)
+        allowed = budget.capacity(costs.full_cost(local))
         for resource, planned, most in zip(RESOURCES, cost.vector(), allowed, strict=True):
-            if planned > most and resource in keeps:
+            if planned > most and resource in task.keeps:
                 raise Refusal(f"the plan needs {planned} of {resource}, the budget allows {most}")
         if cost.memory > (free := free_memory(self.device)):
             raise Refusal(f"the plan needs {cost.memory} bytes of memory, {free} are free")
@@ -229,19 +235,3 @@ class Worker:
             rows = [r for h in heads for r in range(bounds[h], bounds[h + 1])]
             out[name] = tensor[torch.tensor(rows, dtype=torch.long)]
         return out
-
-
-def _schedule(meta: Mapping[str, Any]) -> Schedule:
-    """The schedule of a message."""
-    shape = meta["shape"]
-    operations = np.frombuffer(bytes.fromhex(meta["operations"]), dtype=np.int8).reshape(shape)
-    if "ranks" not in meta:
-        return Schedule(operations)
-    ranks = np.frombuffer(bytes.fromhex(meta["ranks"]), dtype=f"<u{RANK_BYTES}")
-    return Schedule(operations, ranks.astype(np.int64).reshape(shape[1:]))
-
-
-def _unpacked(text: str, shape: tuple[int, ...]) -> np.ndarray:
-    """Truth values of a message: bool of a shape."""
-    data = np.frombuffer(bytes.fromhex(text), dtype=np.uint8)
-    return np.unpackbits(data, count=int(np.prod(shape))).reshape(shape).astype(bool)

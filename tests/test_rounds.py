@@ -15,10 +15,10 @@ from d2ft_fl.federation import Federation, State
 from d2ft_fl.fold import Fold
 from d2ft_fl.local import LocalPool
 from d2ft_fl.models import build_model
-from d2ft_fl.plans import encode_assignment
 from d2ft_fl.rounds import Round, plan_round
 from d2ft_fl.scores import TENSOR
 from d2ft_fl.subnets import Kind
+from d2ft_fl.tasks import encode_assignment
 from d2ft_fl.timm_vit import describe
 from d2ft_fl.worker import Worker
 

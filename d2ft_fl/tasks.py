@@ -1,0 +1,124 @@
+"""What a client is told to do, as it travels: an assignment with the slices that it needs."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from torch import Tensor
+
+from d2ft_fl import holdings, wire
+from d2ft_fl.budgets import Budget
+from d2ft_fl.costs import RANK_BYTES, RESOURCES
+from d2ft_fl.federation import Federation, State
+from d2ft_fl.passes import Passes
+from d2ft_fl.planner import Assignment
+from d2ft_fl.subnets import Operation, Schedule, pack_for
+
+
+def encode_assignment(
+    federation: Federation, state: State, a: Assignment, budget: Budget | None = None
+) -> bytes:
+    """The message that tells a client what to do, with the slices that it needs.
+
+    Args:
+        budget: What it is held to in this round, where that is not its own.
+    """
+    carried = a.schedule
+    if a.passes:
+        carried = federation.costs.everything()  # they run everything
+    meta = {
+        "round": state.round + 1,
+        "client": a.client,
+        "operations": a.schedule.operations.astype("int8").tobytes().hex(),
+        "shape": list(a.schedule.operations.shape),
+        "passes": [a.passes.scored, a.passes.viewed],
+        "examples": a.examples,
+        "accumulate": a.accumulate,
+        "calibrate": federation.calibrates(state.round + 1),
+        "keeps": [r for r in RESOURCES if r in federation.keeps],
+    }
+    if budget is not None:
+        meta["budget"] = budget.to_json()
+    if a.schedule.ranks is not None:
+        meta["ranks"] = a.schedule.ranks.astype(f"<u{RANK_BYTES}").tobytes().hex()
+    holds = federation.holds(state, a.client)
+    if holds is not None:
+        meta["holds"] = np.packbits(holds).tobytes().hex()
+        meta["digests"] = holdings.write(carried, state.digests)
+    tensors = pack_for(federation.arch, state.weights, carried, holds)
+    if not a.passes and state.means.known is not None:
+        weights = federation.model_weights(state)
+        tensors |= state.means.offsets(federation.own or federation.arch, weights, a.schedule)
+    return wire.encode(tensors, meta)
+
+
+@dataclass(frozen=True, eq=False)
+class Task:
+    """The same, read by the client.
+
+    Attributes:
+        client, round: Whose, and when.
+        schedule: Its operations. passes: What comes before. examples: On how many it trains.
+        accumulate: Passes that a batch is run in; None for as many as are configured.
+        calibrates: Whether to measure what subnets add on average.
+        keeps: The budgets, of ``RESOURCES``, that the plan promises to keep.
+        budget: What the client is held to, where that is not its own.
+        holds: bool [blocks, heads], subnets whose fixed parameters it has; None without any.
+        digests: Names of what is fixed, as :mod:`d2ft_fl.holdings` reads them.
+    """
+
+    client: int
+    round: int
+    schedule: Schedule
+    passes: Passes
+    examples: int
+    accumulate: int | None
+    calibrates: bool
+    keeps: tuple[str, ...]
+    budget: Budget | None
+    holds: np.ndarray | None
+    digests: str
+
+    @classmethod
+    def decode(cls, blob: bytes) -> "tuple[Task, dict[str, Tensor]]":
+        """Read a message of :func:`encode_assignment`: the task, and what came with it, packed."""
+        tensors, meta = wire.decode(blob)
+        schedule = _schedule(meta)
+        holds = meta.get("holds")
+        task = cls(
+            client=int(meta["client"]),
+            round=int(meta["round"]),
+            schedule=schedule,
+            passes=Passes(*meta["passes"]),
+            examples=int(meta["examples"]),
+            accumulate=meta["accumulate"],
+            calibrates=bool(meta["calibrate"]),
+            keeps=tuple(meta["keeps"]),
+            budget=Budget.from_mapping(meta["budget"]) if "budget" in meta else None,
+            holds=None if holds is None else _unpacked(holds, schedule.resident.shape),
+            digests=meta.get("digests", ""),
+        )
+        return task, tensors
+
+    @property
+    def carried(self) -> Schedule:
+        """The schedule whose slices the client gets: everything, for passes before its own."""
+        shape = self.schedule.operations.shape[1:]
+        return Schedule.filled(Operation.FULL, 1, *shape) if self.passes else self.schedule
+
+
+def _schedule(meta: Mapping[str, Any]) -> Schedule:
+    """The schedule of a message."""
+    shape = meta["shape"]
+    operations = np.frombuffer(bytes.fromhex(meta["operations"]), dtype=np.int8).reshape(shape)
+    if "ranks" not in meta:
+        return Schedule(operations)
+    ranks = np.frombuffer(bytes.fromhex(meta["ranks"]), dtype=f"<u{RANK_BYTES}")
+    return Schedule(operations, ranks.astype(np.int64).reshape(shape[1:]))
+
+
+def _unpacked(text: str, shape: tuple[int, ...]) -> np.ndarray:
+    """Truth values of a message: bool of a shape."""
+    data = np.frombuffer(bytes.fromhex(text), dtype=np.uint8)
+    return np.unpackbits(data, count=int(np.prod(shape))).reshape(shape).astype(bool)
