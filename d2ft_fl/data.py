@@ -7,7 +7,7 @@ import inspect
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from functools import cache, cached_property, lru_cache
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +77,7 @@ class FederatedData:
     train: Split
     test: Split
     partitions: list[np.ndarray] = field(default_factory=list)  # indices into train
+    _kept: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)  # by client
 
     @property
     def classes(self) -> int:
@@ -103,12 +104,14 @@ class FederatedData:
                 f"{_reason(error)}"
             ) from None
 
-    @cache  # noqa: B019 - one data object lives as long as its process
     def _decoded(self, client: int) -> tuple[Tensor, Tensor]:
-        indices = self.partitions[client]
-        return self._pixels(self.train, indices), torch.from_numpy(self.train.labels[indices])
+        if client not in self._kept:  # not functools.cache, which would never let this object go
+            indices = self.partitions[client]
+            labels = torch.from_numpy(self.train.labels[indices])
+            self._kept[client] = self._pixels(self.train, indices), labels
+        return self._kept[client]
 
-    @lru_cache(maxsize=1)  # noqa: B019 - as above
+    @lru_cache(maxsize=1)  # noqa: B019 - keeps one object at most
     def _client(self, client: int, device: torch.device) -> tuple[Tensor, Tensor]:
         """The examples of the client at hand, resident on a device."""
         images, labels = self._decoded(client)
