@@ -3,6 +3,7 @@
 A TOML file is a sequence of statements (headers, and keys with their values), and whether a
 statement is complete does not depend on those before it. So the text is cut where what was read
 since the last cut parses on its own, and every statement's keys get the line that it starts on.
+Tables of an array, ``[[name]]``, are told apart by their number: ``("name", "0", "key")``.
 """
 
 import re
@@ -21,6 +22,7 @@ def line_numbers(text: str) -> dict[Path, int]:
         text: What :mod:`tomllib` accepts; of other texts the result means nothing.
     """
     found: dict[Path, int] = {}
+    arrays: dict[Path, int] = {}
     table: Path = ()
     statement, start = "", 1
     for number, line in enumerate(text.replace("\r\n", "\n").split("\n"), 1):
@@ -31,6 +33,11 @@ def line_numbers(text: str) -> dict[Path, int]:
             continue  # a value goes on in the next line
         paths = list(_paths(parsed))
         if statement.lstrip().startswith("["):
+            if statement.lstrip().startswith("[["):
+                array = (*_numbered(paths[-1][:-1], arrays), paths[-1][-1])
+                found.setdefault(array, start)
+                arrays[array] = arrays.get(array, -1) + 1
+            paths = [_numbered(path, arrays) for path in paths]
             table = paths[-1]
         else:
             paths = [table + path for path in paths]
@@ -38,6 +45,16 @@ def line_numbers(text: str) -> dict[Path, int]:
             found.setdefault(path, start)
         statement, start = "", number + 1
     return found
+
+
+def _numbered(path: Path, arrays: Mapping[Path, int]) -> Path:
+    """A header's path, with the number of the table at hand behind each array's name."""
+    out: Path = ()
+    for name in path:
+        out += (name,)
+        if out in arrays:
+            out += (str(arrays[out]),)
+    return out
 
 
 def _paths(table: Mapping[str, Any], above: Path = ()) -> Iterator[Path]:

@@ -18,6 +18,13 @@ bytes.up = {share = 1}  # dotted
 memory = 1
 [[many]]
 x = 1
+[many.inner]
+y = 2
+[[many]]
+x = 3
+[[many.more]]
+[[many.more]]
+z = 4
 '''
 
 
@@ -34,7 +41,16 @@ def test_every_key_and_table_has_the_line_that_its_statement_starts_on():
         ("classes", "b c"): 15,
         ("classes", "b c", "memory"): 16,
         ("many",): 17,
-        ("many", "x"): 18,
+        ("many", "0"): 17,
+        ("many", "0", "x"): 18,
+        ("many", "0", "inner"): 19,
+        ("many", "0", "inner", "y"): 20,
+        ("many", "1"): 21,
+        ("many", "1", "x"): 22,
+        ("many", "1", "more"): 23,
+        ("many", "1", "more", "0"): 23,
+        ("many", "1", "more", "1"): 24,
+        ("many", "1", "more", "1", "z"): 25,
     }
 
 
