@@ -1,10 +1,7 @@
 """The ``d2ft`` command."""
 
 import json
-import os
 import signal
-import sys
-import tomllib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -16,9 +13,9 @@ import typer
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from d2ft_fl import devices, display
-from d2ft_fl.config import BUILTIN, RunConfig, read_toml, resolve_path
-from d2ft_fl.data import HUB
+from d2ft_fl.config import RunConfig
 from d2ft_fl.errors import ConfigError, D2FTError
+from d2ft_fl.options import collect, gather
 from d2ft_fl.recorder import claim_folder, write_status
 
 app = typer.Typer(
@@ -335,55 +332,6 @@ def _compile_once(config: RunConfig, quiet: bool) -> None:
 
 def _interrupt(number: int, frame: object) -> None:
     raise KeyboardInterrupt
-
-
-def gather(files: list[Path], pairs: list[str]) -> RunConfig:
-    """The configuration of some files and ``key=value`` pairs, checked, its paths absolute.
-
-    Raises:
-        ConfigError: When anything does not fit.
-    """
-    return collect(files, pairs).check()
-
-
-def collect(files: list[Path], pairs: list[str]) -> RunConfig:
-    """The same, not checked yet.
-
-    Raises:
-        ConfigError: For a file that cannot be read, an unknown key or a wrong type.
-    """
-    entries: dict[str, Any] = {}
-    for file in files:
-        entries |= _absolute(read_toml(file), file.parent)
-    for pair in pairs:
-        key, sign, text = pair.partition("=")
-        if not sign:
-            raise ConfigError(f"--set {pair!r} is not key=value")
-        entries |= _absolute({key.strip(): parse_value(text.strip())}, Path())
-    # Plug-ins lie where the command was started, which a console script does not import from.
-    if os.getcwd() not in sys.path:
-        sys.path.append(os.getcwd())
-    return RunConfig.from_mapping(entries)
-
-
-def parse_value(text: str) -> Any:
-    """A value as TOML spells it; what TOML does not know is a string."""
-    try:
-        return tomllib.loads(f"value = {text}")["value"]
-    except tomllib.TOMLDecodeError:
-        return text
-
-
-def _absolute(entries: dict[str, Any], base: Path) -> dict[str, Any]:
-    """Paths among the options, made absolute from the file that names them."""
-    out = dict(entries)
-    for key, builtin in BUILTIN.items():
-        value = out.get(key)
-        if isinstance(value, str) and value not in builtin and not value.startswith(HUB):
-            out[key] = str(resolve_path(str(base / Path(out[key]).expanduser())))
-    if isinstance(out.get("budgets"), str) and out["budgets"].endswith(".toml"):
-        out["budgets"] = str(resolve_path(str(base / Path(out["budgets"]).expanduser())))
-    return out
 
 
 def _plan(

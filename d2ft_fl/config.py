@@ -7,7 +7,7 @@ the defaults there and here are the same, which a test holds.
 import difflib
 import os
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
@@ -141,9 +141,7 @@ class RunConfig:
         values: dict[str, Any] = {}
         for key, value in entries.items():
             if key not in types:
-                near = difflib.get_close_matches(key, types, n=1)
-                hint = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(types)}"
-                raise ConfigError(f"unknown option {key!r}; {hint}")
+                raise ConfigError(f"unknown option {key!r}; {nearest(key, types)}")
             values[key.replace("-", "_")] = _typed(key, value, types[key])
         return cls(**values)
 
@@ -543,6 +541,13 @@ def read_toml(path: Path) -> dict[str, Any]:
         raise ConfigError(f"configuration file {str(path)!r}: {error.strerror or error}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"configuration file {str(path)!r} is not TOML: {error}") from None
+
+
+def nearest(key: str, known: Iterable[str]) -> str:
+    """What somebody who wrote ``key`` may have meant, as the end of a message."""
+    known = list(known)
+    near = difflib.get_close_matches(key, known, n=1)
+    return f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
 
 
 def _typed(key: str, value: Any, kind: Any) -> Any:

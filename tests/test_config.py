@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from d2ft_fl.cli import app, gather, parse_value
+from d2ft_fl.cli import app
 from d2ft_fl.config import RunConfig
 from d2ft_fl.errors import ConfigError
 
@@ -113,25 +113,6 @@ def test_random_needs_no_scoring_pass():
 def test_scoring_passes_measure_what_either_direction_names(backward, forward, measured):
     config = RunConfig(backward_score=backward, forward_score=forward)
     assert config.measured_scores() == measured
-
-
-def test_later_files_and_pairs_win_and_paths_start_at_their_file(tmp_path):
-    budgets = tmp_path / "sub" / "mine.toml"
-    budgets.parent.mkdir()
-    budgets.write_text("[classes.a]\nflops = '50 %'")
-    first, second = tmp_path / "a.toml", tmp_path / "sub" / "b.toml"
-    first.write_text("rounds = 3\nclients = 4")
-    second.write_text("rounds = 5\nbudgets = 'mine.toml'")
-    config = gather([first, second], ["clients=6", "strategy=random"])
-    assert (config.rounds, config.clients, config.strategy) == (5, 6, "random")
-    assert config.budgets == str(budgets)
-
-
-@pytest.mark.parametrize(
-    "text,value", [("3", 3), ("0.5", 0.5), ("true", True), ("d2ft", "d2ft"), ('"7"', "7")]
-)
-def test_values_are_spelled_as_in_toml_or_are_strings(text, value):
-    assert parse_value(text) == value
 
 
 @pytest.mark.parametrize(

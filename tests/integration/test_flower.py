@@ -13,10 +13,10 @@ import pytest
 import safetensors.torch
 import torch
 
-from d2ft_fl.cli import gather
 from d2ft_fl.client_app import pack_blob, unpack_blob
 from d2ft_fl.flower import free_ports, stop_family
 from d2ft_fl.local import run_local
+from d2ft_fl.options import gather
 
 ROOT = Path(__file__).parent.parent.parent
 BIN = Path(sys.executable).parent
