@@ -1,0 +1,169 @@
+"""``d2ft sweep``: from a file to a folder of results."""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import platformdirs
+import typer
+
+from d2ft_fl import display
+from d2ft_fl.config import RunConfig, resolve_path
+from d2ft_fl.errors import ConfigError
+from d2ft_fl.options import import_from_here
+from d2ft_fl.sweep import show
+from d2ft_fl.sweep.engine import Engine, TuneEngine
+from d2ft_fl.sweep.folder import SweepFolder
+from d2ft_fl.sweep.ledger import Ledger
+from d2ft_fl.sweep.reading import read_sweep
+from d2ft_fl.sweep.results import by_setting, trial_rows, write_tables
+from d2ft_fl.sweep.spec import Sweep
+from d2ft_fl.sweep.trials import Trial, expand, sweep_hash, varied
+from d2ft_fl.sweep.written import toml_sweep
+
+FAILED, NOTHING_RAN = 1, 2  # exit codes
+
+
+def sweep(
+    file: Path,
+    pairs: Sequence[str] = (),
+    output: Path | None = None,
+    at_once: int | None = None,
+    address: str | None = None,
+    retry_failed: bool = False,
+    dry_run: bool = False,
+    as_json: bool = False,
+    prepare: Callable[[RunConfig, bool], None] = lambda config, quiet: None,
+    engine: Engine | None = None,
+) -> int:
+    """Run what is left of a sweep; returns the exit code.
+
+    Args:
+        file: Of the sweep.
+        pairs: ``key=value``, over the options that all trials have in common.
+        output: The folder; by default one that the sweep decides, so that it is found again.
+        at_once, address: In place of the file's.
+        retry_failed: Run trials again that failed.
+        dry_run: Only list the trials.
+        as_json: Print JSON and nothing else.
+        prepare: Called with a configuration before anything runs: what every process would
+            otherwise do for itself.
+        engine: What runs trials.
+
+    Raises:
+        ConfigError: When anything does not fit, before anything has started.
+        RunError: When trials cannot be run here.
+    """
+    import_from_here()
+    asked = read_sweep(file, pairs)
+    run = replace(
+        asked.run,
+        at_once=asked.run.at_once if at_once is None else at_once,
+        address=asked.run.address if address is None else address,
+    )
+    if run.address.startswith("ray://"):
+        raise ConfigError(
+            f"address = {run.address!r} is for Ray's client: start on a machine of the cluster, "
+            "and name its head like 10.0.0.1:6379, or auto"
+        )
+    asked = replace(asked, run=run)
+    trials = expand(asked)
+    folder = SweepFolder(resolve_path(str(output)) if output else default_folder(asked, trials))
+    if dry_run:
+        _list(folder, trials, as_json)
+        return 0
+    with folder.locked() as scratch:
+        return _sweep(asked, trials, folder, scratch, retry_failed, as_json, prepare, engine)
+
+
+def default_folder(asked: Sweep, trials: Sequence[Trial]) -> Path:
+    """The folder of a sweep: the same for the same sweep."""
+    root = platformdirs.user_data_path("d2ft-fl", appauthor=False) / "sweeps"
+    return root / f"{asked.name}-{sweep_hash(asked, trials)}"
+
+
+class _Nobody:
+    """A watcher who does not look."""
+
+    def started(self, *_: Any) -> None: ...
+
+    progressed = ended = started
+
+
+def _list(folder: SweepFolder, trials: Sequence[Trial], as_json: bool) -> None:
+    ledger = Ledger(folder, trials, _Nobody())
+    if not as_json:
+        show.trial_list(trials, ledger)
+        display.say(f"folder: {folder.path}")
+        return
+    rows = [
+        {
+            "trial": trial.id,
+            "settings": dict(trial.settings),
+            "status": "refused" if trial.refused else ledger.states[trial.id].status,
+            "reason": trial.refused or ledger.states[trial.id].reason,
+        }
+        for trial in trials
+    ]
+    typer.echo(json.dumps({"folder": str(folder.path), "trials": rows}))
+
+
+def _sweep(
+    asked: Sweep,
+    trials: list[Trial],
+    folder: SweepFolder,
+    scratch: Path,
+    retry_failed: bool,
+    as_json: bool,
+    prepare: Callable[[RunConfig, bool], None],
+    engine: Engine | None,
+) -> int:
+    folder.path.joinpath("sweep.toml").write_text(toml_sweep(asked), encoding="utf-8")
+    ledger = Ledger(folder, trials, _Nobody())
+    todo = ledger.open(retry_failed)
+    if not as_json:
+        display.say(f"sweep folder: {folder.path}")
+        display.say(f"{len(trials)} trials, {len(todo)} to run")
+    if todo:
+        for config in {trial.config.coupling: trial.config for trial in todo}.values():
+            prepare(config, as_json)
+        with show.Show(len(todo), len(trials) - len(todo), as_json) as ledger.watcher:
+            try:
+                (engine or TuneEngine(asked.run))(todo, ledger, scratch)
+            except KeyboardInterrupt:
+                if not as_json:
+                    done = len(trials) - ledger.count("waiting", "running")
+                    display.say(f"{done} of {len(trials)} trials done; the same command goes on")
+                raise
+            finally:
+                ledger.close()
+    return _conclude(asked, trials, folder, ledger, as_json)
+
+
+def _conclude(
+    asked: Sweep, trials: list[Trial], folder: SweepFolder, ledger: Ledger, as_json: bool
+) -> int:
+    rows = trial_rows(folder, trials, ledger.states)
+    write_tables(folder.path, rows)
+    settings = by_setting(rows, varied(asked))
+    _page(folder.path)
+    if as_json:
+        found = [setting.to_json() for setting in settings]
+        typer.echo(json.dumps({"folder": str(folder.path), "trials": rows, "settings": found}))
+    else:
+        show.settings_table(settings)
+        show.ends(ledger)
+        display.say(f"sweep folder: {folder.path}")
+    if ledger.count("failed"):
+        return FAILED
+    return 0 if ledger.count("finished", "stopped") else NOTHING_RAN
+
+
+def _page(folder: Path) -> None:
+    try:  # merge: sweep_page is not there yet
+        from d2ft_fl.report import sweep_page  # type: ignore[import-untyped]
+    except ImportError:
+        return
+    sweep_page(folder)

@@ -1,0 +1,246 @@
+"""Runs trials with Ray Tune, on this machine or on a Ray cluster.
+
+Tune decides which trial runs when, starts one worker process for each that runs at once and uses it
+for further trials (imports, compiled code and data stay warm there), and stops trials early. It
+keeps nothing: the sweep's folder does, and is what a sweep goes on from.
+"""
+
+import logging
+import os
+import signal
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Protocol
+
+from d2ft_fl.errors import RunError
+from d2ft_fl.sweep.ledger import Ledger
+from d2ft_fl.sweep.remote import ACCURACY, CHANGES, OUTCOME, ROUND, Outcome, trainable
+from d2ft_fl.sweep.spec import Asha, RunOptions
+from d2ft_fl.sweep.trials import Trial
+
+OBJECT_STORE_BYTES = 512 * 2**20  # reports pass through it; models, where they are kept
+# Ray and Tune otherwise print, count their users, log every report in three formats, save their
+# state every few seconds, and take Ctrl-C for themselves.
+ENVIRONMENT = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_AIR_NEW_OUTPUT": "0",
+    "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+    "TUNE_DISABLE_AUTO_CALLBACK_LOGGERS": "1",
+    "TUNE_DISABLE_SIGINT_HANDLER": "1",
+    "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
+    "TUNE_GLOBAL_CHECKPOINT_S": "1000000000",
+    "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
+}
+
+
+class Engine(Protocol):
+    """Whatever runs trials."""
+
+    def __call__(self, todo: Sequence[Trial], ledger: Ledger, scratch: Path) -> None:
+        """Run trials, and tell the ledger.
+
+        Args:
+            todo: The trials.
+            ledger: Is told when each starts, goes on, and ends.
+            scratch: A folder to use.
+        """
+
+
+@dataclass(frozen=True)
+class TuneEngine:
+    """Ray Tune."""
+
+    options: RunOptions
+
+    def __call__(self, todo: Sequence[Trial], ledger: Ledger, scratch: Path) -> None:
+        """Run trials, and tell the ledger.
+
+        Raises:
+            RunError: When Ray cannot be started or reached, or has no room for a trial.
+        """
+        os.environ.update(ENVIRONMENT)
+        threads = max(trial.config.threads_per_client for trial in todo)
+        at_once = self.options.at_once
+        if not self.options.address:
+            at_once = min(at_once or max(1, cores() // threads), len(todo))
+            os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(at_once)
+        with _ray(self.options.address, at_once * threads, scratch):
+            self._run(todo, ledger, scratch, at_once)
+
+    def _run(self, todo: Sequence[Trial], ledger: Ledger, scratch: Path, at_once: int) -> None:
+        from ray import tune
+
+        there = {"start": os.getcwd(), "path": sys.path, "models": self.options.keep_models}
+        needs = _needs(todo, at_once)
+        given = [
+            {"id": trial.id, "options": _changed(trial), "needs": need, **there}
+            for trial, need in zip(todo, needs, strict=True)
+        ]
+        room = tune.with_resources(
+            _in_worker, lambda config: tune.PlacementGroupFactory([config["trial"]["needs"]])
+        )
+        try:
+            tune.run(
+                room,
+                name="tune",
+                config={"trial": tune.grid_search(given)},
+                storage_path=str(scratch),
+                callbacks=[_watch(ledger)],
+                scheduler=_scheduler(self.options.asha, ledger) if self.options.asha else None,
+                max_concurrent_trials=at_once if self.options.address and at_once else None,
+                reuse_actors=True,
+                raise_on_failed_trial=False,
+                trial_name_creator=_id,
+                trial_dirname_creator=_id,
+                verbose=0,
+            )
+        except tune.TuneError as error:
+            raise RunError(f"Ray Tune broke off: {str(error).strip().splitlines()[-1]}") from error
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _in_worker(config: dict[str, Any]) -> None:
+    trainable(config["trial"])
+
+
+def _id(trial: Any) -> str:
+    return str(trial.config["trial"]["id"])
+
+
+def _changed(trial: Trial) -> dict[str, Any]:
+    """The options of a trial that are not the default."""
+    default = type(trial.config)().to_mapping()
+    return {key: v for key, v in trial.config.to_mapping().items() if v != default[key]}
+
+
+@contextmanager
+def _ray(address: str, cpus: int, scratch: Path) -> Iterator[None]:
+    """A Ray of our own that goes with this process, or a cluster's.
+
+    Raises:
+        RunError: When it cannot be started or reached.
+    """
+    import ray
+
+    logging.getLogger("ray").setLevel(logging.CRITICAL)
+    # Whatever log_to_driver says, Ray prints it on standard output when a worker dies.
+    ray._private.worker._worker_logs_enabled = False
+    handler = signal.getsignal(signal.SIGTERM)  # Ray sets its own
+    own: dict[str, Any] = {
+        "num_cpus": cpus,
+        "include_dashboard": False,
+        "object_store_memory": OBJECT_STORE_BYTES,
+        "_temp_dir": str(scratch / "ray"),
+    }
+    try:
+        ray.init(
+            address=address or "local",
+            log_to_driver=False,
+            logging_level=logging.CRITICAL,
+            **({} if address else own),
+        )
+    except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+        where = f"reach Ray at {address!r}" if address else "start Ray"
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise RunError(f"cannot {where}: {reason}") from None
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _needs(todo: Sequence[Trial], at_once: int) -> list[dict[str, float]]:
+    """What Ray sets aside for each trial: a core a thread, and a share of a GPU.
+
+    Raises:
+        RunError: When no machine has that much, so that a trial would wait forever.
+    """
+    import ray
+
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    most = {name: max(node.get(name, 0.0) for node in nodes) for name in ("CPU", "GPU")}
+    share = min(1.0, sum(node.get("GPU", 0.0) for node in nodes) / max(1, at_once))
+    needs = []
+    for trial in todo:
+        need = {"CPU": float(trial.config.threads_per_client)}
+        if trial.config.device == "cuda":
+            need["GPU"] = round(share - 0.0005, 3) if share < 1 else 1.0
+        for name, wanted in need.items():
+            if most[name] < max(wanted, 0.001):
+                raise RunError(
+                    f"trial {trial.id} needs {max(wanted, 0.001):g} {name}, and Ray has "
+                    f"{most[name]:g} on its largest machine"
+                )
+        needs.append(need)
+    return needs
+
+
+def _watch(ledger: Ledger) -> Any:
+    """Tune's callback that tells the ledger."""
+    from ray import tune
+
+    class Watch(tune.Callback):
+        ended: set[str]
+
+        def __init__(self) -> None:
+            self.ended = set()
+
+        def on_trial_start(self, iteration: int, trials: list, trial: Any, **_: Any) -> None:
+            ledger.started(_id(trial))
+
+        def on_trial_result(
+            self, iteration: int, trials: list, trial: Any, result: dict[str, Any], **_: Any
+        ) -> None:
+            changes = result.pop(CHANGES)  # so that Tune does not keep it
+            outcome = result.pop(OUTCOME, None)
+            if outcome is not None:
+                self.ended.add(_id(trial))
+                ledger.ended(_id(trial), Outcome(**outcome), result.get(ACCURACY), changes)
+            else:
+                ledger.progressed(_id(trial), result[ROUND], result[ACCURACY], changes)
+
+        def on_trial_complete(self, iteration: int, trials: list, trial: Any, **_: Any) -> None:
+            if _id(trial) not in self.ended:  # the scheduler stopped it
+                result = trial.last_result
+                ledger.stopped(_id(trial), result[ROUND], result["time_total_s"])
+
+        def on_trial_error(self, iteration: int, trials: list, trial: Any, **_: Any) -> None:
+            text = Path(trial.error_file).read_text() if trial.error_file else ""
+            lines = [line.strip() for line in text.splitlines() if line.strip()]
+            reason = f"its worker ended: {lines[-1] if lines else 'no reason known'}"
+            ledger.ended(_id(trial), Outcome("failed", reason, text))
+
+    return Watch()
+
+
+def _scheduler(asha: Asha, ledger: Ledger) -> Any:
+    """Tune's ASHA, which knows the accuracies of trials that ended before."""
+    from ray.tune.schedulers import ASHAScheduler
+
+    scheduler = ASHAScheduler(
+        time_attr=ROUND,
+        metric=ACCURACY,
+        mode="max",
+        max_t=max(trial.config.rounds for trial in ledger.trials),
+        grace_period=asha.grace_rounds,
+        reduction_factor=asha.reduction_factor,
+        stop_last_trials=False,
+    )
+    for trial in ledger.trials:
+        if ledger.states[trial.id].status in ("finished", "stopped"):
+            before: Any = SimpleNamespace(trial_id=trial.id)
+            scheduler.on_trial_add(None, before)  # type: ignore[arg-type]
+            for row in ledger.folder.rows(trial.id):
+                known: Mapping[str, Any] = {ROUND: row["round"], ACCURACY: row["accuracy"]}
+                scheduler.on_trial_result(None, before, dict(known))  # type: ignore[arg-type]
+    return scheduler

@@ -1,0 +1,187 @@
+"""What ``d2ft sweep`` shows: a bar and a line a trial while it runs, tables at the end."""
+
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from rich.markup import escape
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.table import Table
+
+from d2ft_fl import display
+from d2ft_fl.sweep.ledger import Ledger
+from d2ft_fl.sweep.remote import Outcome
+from d2ft_fl.sweep.results import Setting
+from d2ft_fl.sweep.trials import Trial
+
+MOST_ROWS = 40
+
+
+class Clock:
+    """How long what is left will take, at the speed so far; a trial's part counts by its rounds."""
+
+    def __init__(self, trials: int):
+        self.left, self.done = float(trials), 0.0
+        self.parts: dict[str, float] = {}
+        self.started: float | None = None
+
+    def start(self) -> None:
+        """The first trial begins: what came before will not come again."""
+        self.started = self.started or time.monotonic()
+
+    def part(self, id: str, share: float) -> None:
+        """So much of a trial is done."""
+        before, self.parts[id] = self.parts.get(id, 0.0), share
+        self.left -= share - before
+        self.done += share - before
+
+    def __str__(self) -> str:
+        if not self.done or self.started is None:
+            return ""
+        seconds = (time.monotonic() - self.started) * max(0.0, self.left) / self.done
+        return f"{duration(seconds)} left" if seconds >= 1 else ""
+
+
+def duration(seconds: float) -> str:
+    """A time to read: 40 s, 12 min, 3 h 5 min."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def setting_text(settings: Mapping[str, Any]) -> str:
+    """Options that vary, in one line."""
+    return " ".join(f"{key}={value_text(value)}" for key, value in settings.items())
+
+
+def value_text(value: Any) -> str:
+    """A value, numbers with four digits."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+class Show:
+    """Shows a sweep as it goes on.
+
+    Args:
+        todo: How many trials are left to run.
+        done: How many need not run any more.
+        quiet: Show nothing.
+    """
+
+    def __init__(self, todo: int, done: int, quiet: bool):
+        self.total, self.done, self.quiet = todo + done, done, quiet
+        self.running: set[str] = set()
+        self.failed = 0
+        self.best: float | None = None
+        self.clock = Clock(todo)
+        self.progress = Progress(
+            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
+            TextColumn("{task.fields[left]}"), console=display.console, transient=True,
+            disable=quiet or not display.console.is_terminal,
+        )  # fmt: skip
+        self.task = self.progress.add_task("starting", total=self.total, completed=done, left="")
+
+    def __enter__(self) -> "Show":
+        self.progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.progress.stop()
+
+    def started(self, trial: Trial) -> None:
+        """A worker began with a trial."""
+        self.clock.start()
+        self.running.add(trial.id)
+        self._update()
+
+    def progressed(self, trial: Trial, round: int) -> None:
+        """A trial has finished a round."""
+        self.clock.part(trial.id, round / (trial.config.rounds + 1))
+        self._update()
+
+    def ended(self, trial: Trial, outcome: Outcome, accuracy: float | None) -> None:
+        """A trial has come to its end."""
+        self.clock.part(trial.id, 1.0)
+        self.running.discard(trial.id)
+        self.done += 1
+        self.failed += outcome.status == "failed"
+        if outcome.status == "finished" and accuracy is not None:
+            self.best = max(self.best or 0.0, accuracy)
+        self._update()
+        if not self.quiet:
+            self.progress.console.print(
+                self._line(trial, outcome, accuracy), markup=False, soft_wrap=True
+            )
+
+    def _line(self, trial: Trial, outcome: Outcome, accuracy: float | None) -> str:
+        """``  7/24 d2ft-seed0-3ef72b156f strategy=d2ft lr=0.001: accuracy 96.4%, 28 s``."""
+        said = [] if outcome.status == "finished" else [f"{outcome.status}: {outcome.reason}"]
+        if accuracy is not None:
+            said.append(f"accuracy {accuracy:.1%}")
+        said.append(f"{outcome.seconds:.0f} s")
+        left = f" ({self.clock})" if self.progress.disable and str(self.clock) else ""
+        count = f"{self.done:>{len(str(self.total))}}/{self.total}"
+        return f"{count} {trial.id} {setting_text(trial.settings)}: {', '.join(said)}{left}"
+
+    def _update(self) -> None:
+        said = f"{len(self.running)} running"
+        if self.failed:
+            said += f", {self.failed} failed"
+        if self.best is not None:
+            said += f", best {self.best:.1%}"
+        self.progress.update(self.task, completed=self.done, description=said, left=str(self.clock))
+
+
+def trial_list(trials: Sequence[Trial], ledger: Ledger) -> None:
+    """What there is to run, for ``--dry-run``."""
+    table = Table(title=f"{len(trials)} trials", title_justify="left")
+    keys = list(trials[0].settings)
+    for head in ("trial", *keys, "status"):
+        table.add_column(escape(head), no_wrap=True)
+    for trial in trials:
+        state = ledger.states[trial.id]
+        status = "refused" if trial.refused else state.status
+        values = (escape(value_text(value)) for value in trial.settings.values())
+        table.add_row(trial.id, *values, status)
+    display.console.print(table)
+    for trial in trials:
+        if trial.refused:
+            display.say(f"refused: {trial.id}: {trial.refused}")
+
+
+def settings_table(found: Sequence[Setting]) -> None:
+    """What every setting came to."""
+    table = Table(title="Accuracy after the last round, mean and deviation over seeds",
+                  title_justify="left")  # fmt: skip
+    for key in found[0].settings:
+        table.add_column(escape(key), no_wrap=True)
+    for head in ("finished", "accuracy", "FLOPs", "MB", "seconds"):
+        table.add_column(head, justify="right", no_wrap=True)
+    for s in found[:MOST_ROWS]:
+        cells = [escape(value_text(value)) for value in s.settings.values()]
+        cells.append(f"{s.finished} of {s.trials}")
+        if s.accuracy is None:
+            cells += [""] * 4
+        else:
+            spread = "" if s.deviation is None else f" ± {100 * s.deviation:.1f}"
+            cells.append(f"{100 * s.accuracy:.1f}{spread}")
+            cells += [f"{s.flops_share:.0%}", f"{s.megabytes:.4g}", f"{s.seconds:.0f}"]
+        table.add_row(*cells)
+    display.console.print(table)
+    if len(found) > MOST_ROWS:
+        display.say(f"the best {MOST_ROWS} of {len(found)} settings; results.csv has all trials")
+
+
+def ends(ledger: Ledger) -> None:
+    """How many trials ended in which way, and why."""
+    statuses = ("finished", "stopped", "refused", "failed", "waiting")
+    counts = [f"{n} {status}" for status in statuses if (n := ledger.count(status))]
+    display.say(f"{len(ledger.trials)} trials: {', '.join(counts)}")
+    for status in ("refused", "failed"):
+        for trial in ledger.trials:
+            state = ledger.states[trial.id]
+            if state.status == status:
+                display.say(f"{status}: {trial.id} {setting_text(trial.settings)}: {state.reason}")

@@ -1,0 +1,141 @@
+"""What a sweep comes to: its trials, each with an id that its configuration alone decides."""
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from itertools import product
+from typing import Any
+
+from d2ft_fl.config import RunConfig
+from d2ft_fl.errors import ConfigError
+from d2ft_fl.sweep.draws import uniform
+from d2ft_fl.sweep.spec import Group, Sweep, place_name
+
+ID_DIGITS = 10
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One federation of a sweep.
+
+    Attributes:
+        config: Its configuration; the run folder is left open.
+        settings: The options that vary over the sweep, and what they are here.
+        refused: Why it cannot run; empty when nothing is known against it.
+    """
+
+    config: RunConfig
+    settings: Mapping[str, Any] = field(compare=False)
+    refused: str = field(default="", compare=False)
+
+    @property
+    def id(self) -> str:
+        """The name of its folder: strategy, seed, and a hash of the whole configuration."""
+        strategy = re.sub(r"[^A-Za-z0-9_.-]", "_", self.config.strategy)[-40:]
+        return f"{strategy}-seed{self.config.seed}-{_hash(self.config.to_mapping())}"
+
+
+def _hash(value: Any) -> str:
+    text = json.dumps(value, sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()[:ID_DIGITS]
+
+
+def sweep_hash(sweep: Sweep, trials: Iterable[Trial]) -> str:
+    """What tells one sweep from another: its trials, in any order, and what stops them early."""
+    return _hash([sorted(trial.id for trial in trials), repr(sweep.run.asha)])
+
+
+def varied(sweep: Sweep) -> list[str]:
+    """The options that vary over a sweep, in the order of its file; the seed is last."""
+    keys = dict.fromkeys(key for group in sweep.groups for key in group.varied())
+    return sorted(keys, key="seed".__eq__)
+
+
+def expand(sweep: Sweep) -> list[Trial]:
+    """The trials of a sweep, each once: all settings with the first seed, then with the next.
+
+    Raises:
+        ConfigError: When a value is one that no trial can run with, with its line; when no trial
+            lasts long enough to be stopped early.
+    """
+    keys = varied(sweep)
+    trials: dict[Trial, None] = {}
+    reasons: dict[RunConfig, str] = {}
+
+    def reason(config: RunConfig) -> str:
+        if config not in reasons:
+            reasons[config] = _reason(config)
+        return reasons[config]
+
+    for group in sweep.groups:
+        configs = [RunConfig.from_mapping(options) for options in combinations(sweep.base, group)]
+        _check_values(sweep, group, configs, reason)
+        for config in configs:
+            options = config.to_mapping()
+            settings = {key: options[key] for key in keys}
+            trials.setdefault(Trial(config, settings, reason(config)))
+    _check_asha(sweep, [trial.config.rounds for trial in trials])
+    return list(trials)
+
+
+def combinations(base: Mapping[str, Any], group: Group) -> list[dict[str, Any]]:
+    """The options of a group's trials: seeds, times draws, times the grid."""
+    out = []
+    seeds = [{"seed": seed} for seed in group.seeds] or [{}]
+    for seed, sample in product(seeds, range(max(1, group.samples))):
+        draws = {
+            key: draw.draw(uniform(group.draw_seed, key, sample))
+            for key, draw in group.search.items()
+        }
+        for values in product(*group.grid.values()):
+            chosen = dict(zip(group.grid, values, strict=True))
+            out.append({**base, **group.base, **draws, **chosen, **seed})
+    return out
+
+
+def _reason(config: RunConfig) -> str:
+    """Why a configuration cannot run, as far as its options tell; empty where they do not."""
+    try:
+        config.check_options()
+    except ConfigError as error:
+        return str(error)
+    return ""
+
+
+def _check_values(
+    sweep: Sweep, group: Group, configs: list[RunConfig], reason: Callable[[RunConfig], str]
+) -> None:
+    """Raises ConfigError for a value that none of the group's combinations takes."""
+    if all(reason(config) for config in configs):
+        raise ConfigError(_blamed(sweep, group, reason(configs[0])))
+    tried = [(("grid", key), key, values) for key, values in group.grid.items()]
+    tried += [(("search", key), key, draw.tried) for key, draw in group.search.items()]
+    for place, key, values in [*tried, (("seeds",), "seed", group.seeds)]:
+        for value in values:
+            changed = [replace(c, **{key.replace("-", "_"): value}) for c in configs]
+            if all(reason(config) for config in changed):
+                where = place_name(sweep.at, (*group.place, *place))
+                raise ConfigError(f"{where}: no trial runs with {value!r}: {reason(changed[0])}")
+
+
+def _blamed(sweep: Sweep, group: Group, reason: str) -> str:
+    """A reason with the place of the option that it names first."""
+    where = dict(sweep.given)
+    for table, keys in (("base", group.base), ("grid", group.grid), ("search", group.search)):
+        where |= {key: place_name(sweep.at, (*group.place, table, key)) for key in keys}
+    if group.seeds:
+        where["seed"] = place_name(sweep.at, (*group.place, "seeds"))
+    named = {key: re.search(rf"(?<![\w-]){re.escape(key)}(?![\w-])", reason) for key in where}
+    found = sorted((match.start(), key) for key, match in named.items() if match)
+    return f"{where[found[0][1]] if found else sweep.at.name}: {reason}"
+
+
+def _check_asha(sweep: Sweep, rounds: list[int]) -> None:
+    """Raises ConfigError where no trial could be stopped early."""
+    if sweep.run.asha is not None and max(rounds) <= (grace := sweep.run.asha.grace_rounds):
+        raise ConfigError(
+            f"{place_name(sweep.at, ('run', 'asha'))}: grace-rounds = {grace} leaves nothing to "
+            f"stop, as no trial has more than {max(rounds)} rounds; lower it, or leave asha out"
+        )
