@@ -12,8 +12,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import LinearSegmentedColormap
 from matplotlib.figure import Figure
 
-from d2ft_fl.config import RunConfig
-from d2ft_fl.errors import ConfigError
+from d2ft_fl import pages
+from d2ft_fl.pages import ALARM, COLOURS
 from d2ft_fl.preview import LIMITS, ClientPreview, Preview, RoundPreview
 from d2ft_fl.preview_tables import (
     LABELS,
@@ -29,11 +29,8 @@ from d2ft_fl.preview_tables import (
     totals,
     used,
 )
-from d2ft_fl.recorder import dump_toml
 
 SUFFIXES = (".png", ".svg", ".pdf", ".html")
-COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00")  # of LIMITS, Okabe & Ito
-NOBODY = "#D55E00"
 MOST_NUMBERS = 400  # subnets, beyond which cells hold no numbers
 
 
@@ -43,16 +40,13 @@ def write(found: Preview, path: Path) -> None:
     Raises:
         ConfigError: When the file cannot be written.
     """
+    if path.suffix == ".html":
+        pages.write(page(found), path)
+        return
     try:
-        if path.suffix == ".html":
-            path.write_text(page(found), encoding="utf-8")
-        else:
-            figure(found).savefig(path, dpi=130)
+        figure(found).savefig(path, dpi=130)
     except OSError as error:
-        raise ConfigError(
-            f"--output {str(path)!r} cannot be written: {error.strerror or error}; name another "
-            "file"
-        ) from None
+        raise pages.cannot_write(path, error) from None
 
 
 # -- the figure ----------------------------------------------------------------------------------
@@ -82,7 +76,7 @@ def _draw_map(out: Figure, axes: Axes, r: RoundPreview) -> None:
     blocks, heads = r.trained.shape
     most = len(r.clients)
     blues = LinearSegmentedColormap.from_list("share", ["#f2f7fb", COLOURS[0]])
-    colours = blues.with_extremes(under=NOBODY)
+    colours = blues.with_extremes(under=ALARM)
     mesh = axes.pcolormesh(
         r.trained, cmap=colours, vmin=0.5, vmax=max(1.5, most), edgecolors="white", linewidth=0.8
     )
@@ -162,27 +156,8 @@ def inline_svg(drawn: Figure, label: str) -> str:
 # -- the page ------------------------------------------------------------------------------------
 
 STYLE = """
-:root { color-scheme: light dark; --ink: #1b1f24; --soft: #59636e; --paper: #fff; --line: #d8dee4;
-  --bar: #cfe3f1; --over: #f3c9ae; }
-@media (prefers-color-scheme: dark) {
-  :root { --ink: #e6edf3; --soft: #9aa5b1; --paper: #0f1419; --line: #2c343d; --bar: #12405f;
-    --over: #6b3410; } }
-* { box-sizing: border-box; }
-body { margin: 0 auto; max-width: 72rem; padding: 1rem; color: var(--ink);
-  background: var(--paper); font: 16px/1.5 system-ui, sans-serif; }
-h1 { font-size: 1.4rem; margin: 0 0 .5rem; } h2 { font-size: 1.1rem; margin: 2rem 0 .5rem; }
-p { margin: .3rem 0; } .note { color: var(--soft); }
-figure { margin: 1rem 0; padding: .5rem; background: #fff; border: 1px solid var(--line);
-  border-radius: 8px; } figure svg { display: block; width: 100%; height: auto; max-width: 46rem;
-  margin: auto; }
-.wide { overflow-x: auto; } table { border-collapse: collapse; font-size: .85rem; width: 100%;
-  font-variant-numeric: tabular-nums; white-space: nowrap; }
-th, td { padding: .25rem .5rem; text-align: right; border-bottom: 1px solid var(--line); }
-th { color: var(--soft); font-weight: 600; } .word { text-align: left; }
-.share { background: linear-gradient(90deg, var(--bar) var(--used), transparent 0); }
-.over { background: var(--over); }
-pre { overflow-x: auto; font-size: .8rem; padding: .75rem; border: 1px solid var(--line);
-  border-radius: 8px; }
+figure { background: #fff; }
+figure svg { display: block; width: 100%; height: auto; max-width: 46rem; margin: auto; }
 """
 
 
@@ -194,34 +169,12 @@ def page(found: Preview) -> str:
     notes = "".join(f'<p class="note">Note: {escape(note)}.</p>' for note in found.notes)
     drawn = inline_svg(figure(found, stacked=True), "Clients that train each subnet; used budgets")
     several = f"<h2>Rounds</h2><p>{ROUNDS}</p>{_rounds(found)}" if len(found.rounds) > 1 else ""
-    return (
-        '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(title)}</title><style>{STYLE}</style></head>\n<body>"
+    body = (
         f"<h1>{escape(title)}</h1>{facts}{notes}<figure>{drawn}</figure>{several}"
         f"<h2>Clients in round {last.round}</h2>{_clients(last)}"
-        f"<h2>Configuration</h2>{_configuration(config)}</body></html>\n"
+        f"<h2>Configuration</h2>{pages.configuration(config.to_mapping())}"
     )
-
-
-def _configuration(config: RunConfig) -> str:
-    return f"<pre>{escape(dump_toml(config.to_mapping()))}</pre>"
-
-
-def _table(heads: list[str], rows: list[str], words: int = 0) -> str:
-    kinds = ["word"] * words + ["number"] * (len(heads) - words)
-    cells = "".join(
-        f'<th class="{kind}">{escape(head)}</th>' for kind, head in zip(kinds, heads, strict=True)
-    )
-    return (
-        f'<div class="wide"><table><thead><tr>{cells}</tr></thead><tbody>\n'
-        + "\n".join(f"<tr>{row}</tr>" for row in rows)
-        + "</tbody></table></div>"
-    )
-
-
-def _cells(*texts: str) -> str:
-    return "".join(f"<td>{escape(text)}</td>" for text in texts)
+    return pages.document(title, body, STYLE)
 
 
 def _clients(r: RoundPreview) -> str:
@@ -232,26 +185,22 @@ def _clients(r: RoundPreview) -> str:
     heads += ["rank"] * ranks
     heads += [LABELS[n] for n in limits]
     rows = [
-        f'<td class="word">{c.client}</td><td class="word">{escape(c.device)}</td>'
-        + _cells(str(c.examples), *(f"{c.operations[op]:.4g}" for op in operations))
-        + _cells(*[rank(c)] * ranks)
+        pages.words(str(c.client), c.device)
+        + pages.cells(str(c.examples), *(f"{c.operations[op]:.4g}" for op in operations))
+        + pages.cells(*[rank(c)] * ranks)
         + "".join(_used(c, name) for name in limits)
-        + _cells(*outcome(c))
+        + pages.cells(*outcome(c))
         for c in r.clients
     ]
-    return _table([*heads, *OUTCOME], rows, 2)
+    return pages.table([*heads, *OUTCOME], rows, 2)
 
 
 def _used(c: ClientPreview, name: str) -> str:
     """A cell with an amount, its share of the budget, and that share as a bar."""
     text = " ".join(part for part in used(c, name) if part)
-    if name not in c.shares:
-        return _cells(text or "-")
-    share = c.shares[name]
-    kind = "over" if share > 1 else "share"
-    return f'<td class="{kind}" style="--used:{min(1.0, share):.0%}">{escape(text)}</td>'
+    return pages.share_cell(text or "-", c.shares.get(name))
 
 
 def _rounds(found: Preview) -> str:
     heads, rows = rounds(found)
-    return _table(heads, [_cells(*row) for row in rows])
+    return pages.table(heads, [pages.cells(*row) for row in rows])
