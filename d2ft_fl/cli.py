@@ -338,6 +338,28 @@ def profile_command(
     display.profile_table(found)
 
 
+@app.command("report")
+def report_command(
+    path: Annotated[
+        Path, typer.Argument(metavar="PATH", help="The folder of a run, or of a sweep.")
+    ],
+    output: Annotated[Path | None, typer.Option(help="PATH/report.html.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON only.")] = False,
+) -> None:
+    """Write the page of a run or of a sweep, also while it goes on."""
+    from d2ft_fl import picture, report
+
+    with failures():
+        if output is not None:
+            picture.check_output(output, report.SUFFIXES)
+        kind = report.kind_of(path)
+        page = (report.run_page if kind == report.RUN else report.sweep_page)(path, output)
+    if as_json:
+        typer.echo(json.dumps({"kind": kind, "report": str(page.absolute())}))
+    else:
+        display.say(f"report: {page.absolute()}")
+
+
 @app.command("export")
 def export_command(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a finished run.")],

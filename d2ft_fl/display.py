@@ -1,5 +1,6 @@
 """What a run shows in a terminal and in Flower's log."""
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
@@ -22,6 +23,13 @@ console = Console(highlight=False, soft_wrap=True)
 if not console.is_terminal:  # a log or a pipe: do not fold tables to a width nobody asked for
     console = Console(highlight=False, soft_wrap=True, width=120)
 LABELS = {"flops": "FLOPs", "memory": "memory", "bytes_up": "up", "bytes_down": "down"}
+USED = {
+    "flops": "FLOPs, all clients and rounds",
+    "memory": "peak memory, mean client",
+    "bytes_up": "bytes up, all clients and rounds",
+    "bytes_down": "bytes down, all clients and rounds",
+}
+PREFIXES = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
 def say(text: str) -> None:
@@ -31,7 +39,7 @@ def say(text: str) -> None:
 
 def quantity(value: float, unit: str) -> str:
     """A number with a prefix and its unit: 1.23 GFLOP."""
-    for factor, prefix in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+    for factor, prefix in PREFIXES:
         if abs(value) >= factor:
             return f"{value / factor:.3g} {prefix}{unit}"
     return f"{value:.3g} {unit}"
@@ -95,13 +103,7 @@ def summary(result: dict[str, Any]) -> None:
         ("worst client of its budget", "right"),
     ):
         table.add_column(column, justify=justify)  # type: ignore[arg-type]
-    names = {
-        "flops": "FLOPs, all clients and rounds",
-        "memory": "peak memory, mean client",
-        "bytes_up": "bytes up, all clients and rounds",
-        "bytes_down": "bytes down, all clients and rounds",
-    }
-    for name, label in names.items():
+    for name, label in USED.items():
         r, unit = result["resources"][name], unit_of(name)
         worst = f"{r['worst']:.1%}" if r["worst"] is not None else "no budget"
         used, full = quantity(r["used"], unit), quantity(r["full"], unit)
@@ -133,6 +135,9 @@ def summary(result: dict[str, Any]) -> None:
     for line in result["trackers_switched_off"]:
         say(line)
     say(f"run folder: {result['folder']}")
+    page = Path(result["folder"], "report.html")
+    if page.is_file():
+        say(f"report: {page}")
 
 
 def bench_table(rows: list["Row"], tuning: str) -> None:

@@ -28,6 +28,8 @@ class LocalPool:
             yield client, self.worker.work(assignment(client))
 
 
-def run_local(config: RunConfig, progress: loop.Progress = lambda row: None) -> dict[str, Any]:
-    """Run a checked configuration in this process; returns the summary."""
-    return loop.run(config, LocalPool(config), progress)
+def run_local(
+    config: RunConfig, progress: loop.Progress = lambda row: None, report: bool = True
+) -> dict[str, Any]:
+    """Run a checked configuration in this process; returns the summary. See :func:`loop.run`."""
+    return loop.run(config, LocalPool(config), progress, report)

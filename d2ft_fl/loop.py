@@ -50,13 +50,19 @@ class Pool(Protocol):
 Progress = Callable[[dict[str, Any]], None]
 
 
-def run(config: RunConfig, pool: Pool, progress: Progress = lambda row: None) -> dict[str, Any]:
+def run(
+    config: RunConfig,
+    pool: Pool,
+    progress: Progress = lambda row: None,
+    report: bool = True,
+) -> dict[str, Any]:
     """Run a federation from start to end; returns the summary.
 
     Args:
         config: A checked configuration.
         pool: The clients.
         progress: Called with each round's line.
+        report: Whether to write the run's page at its end; a sweep has one for all its runs.
 
     Raises:
         RunError: When no client can do anything, or all fail, or a tracker cannot be started.
@@ -72,7 +78,7 @@ def run(config: RunConfig, pool: Pool, progress: Progress = lambda row: None) ->
         summary = _run(config, pool, ended, folder)
         trackers.finish(summary)
     summary["trackers_switched_off"] = trackers.switched_off
-    write_summary(folder, summary)
+    write_summary(folder, summary, report)
     return summary
 
 

@@ -9,11 +9,14 @@ plan.png                 the last round's plan
 model.safetensors, model.json   the final model, a timm state dict and how to build it
 summary.json             totals, and the comparison with full fine-tuning
 status.json              running, finished or failed, and why
+versions.json            versions of packages, the machine, the commit of the code
+report.html              the run's page, see :mod:`d2ft_fl.report`; not of a sweep's trial
 """
 
 import contextlib
 import itertools
 import json
+import logging
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -35,6 +38,9 @@ from d2ft_fl.fold import ClientRecord
 from d2ft_fl.models import ModelSpec, export
 from d2ft_fl.picture import draw_plan
 from d2ft_fl.plans import Plan
+from d2ft_fl.versions import versions
+
+log = logging.getLogger(__name__)
 
 
 def claim_folder(config: RunConfig) -> Path:
@@ -83,7 +89,11 @@ def dump_toml(entries: dict[str, Any]) -> str:
 
 @dataclass
 class Recorder:
-    """Writes one run's folder as the run goes on."""
+    """Writes one run's folder as the run goes on.
+
+    Attributes:
+        rows: The rounds' lines so far.
+    """
 
     folder: Path
     federation: Federation
@@ -92,11 +102,13 @@ class Recorder:
     totals: dict[str, float] = field(default_factory=dict)
 
     def start(self) -> None:
-        """Make the folder and write the configuration."""
+        """Make the folder, write the configuration and with what the run is made."""
         self.folder.mkdir(parents=True, exist_ok=True)
         self.folder.joinpath("plans").mkdir(exist_ok=True)
         entries = self.federation.config.to_mapping() | {"run-folder": str(self.folder)}
         self.folder.joinpath("config.toml").write_text(dump_toml(entries))
+        made_with = versions(self.federation.config.device)
+        self.folder.joinpath("versions.json").write_text(json.dumps(made_with, indent=2) + "\n")
         for name in ("rounds.jsonl", "clients.jsonl"):
             self.folder.joinpath(name).write_text("")
         write_status(self.folder, "running")
@@ -188,10 +200,26 @@ class Recorder:
         return summarise(self.rows, self.federation, self.folder, wall_seconds)
 
 
-def write_summary(folder: Path, summary: Mapping[str, Any]) -> None:
-    """Write the totals, and that the run is finished: the last thing a run does."""
+def write_summary(folder: Path, summary: Mapping[str, Any], report: bool = True) -> None:
+    """Write the totals, the page and that the run is finished: the last thing a run does.
+
+    Args:
+        report: Whether to write the page; a sweep has one for all its runs.
+    """
     folder.joinpath("summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    if report:
+        _write_report(folder)
     write_status(folder, "finished")
+
+
+def _write_report(folder: Path) -> None:
+    """The page; what goes wrong with it is said, and costs nothing of the run's result."""
+    from d2ft_fl import report  # which brings Plotly in
+
+    try:
+        report.run_page(folder)
+    except Exception as error:
+        log.warning("report.html was not written: %s: %s", type(error).__name__, error)
 
 
 def write_status(folder: Path, status: str, reason: str = "") -> None:
@@ -253,6 +281,7 @@ def _client_row(round: int, r: ClientRecord) -> dict[str, Any]:
         "predicted": asdict(r.predicted),
         "allowed": allowed,
         "seconds": r.seconds,
+        "deadline": r.deadline,
         "wall_seconds": r.wall_seconds,
         "train_loss": r.train_loss,
         "scored": r.scored,
@@ -267,7 +296,25 @@ def _client_row(round: int, r: ClientRecord) -> dict[str, Any]:
 def summarise(
     rows: list[dict[str, Any]], federation: Federation, folder: Path, wall_seconds: float
 ) -> dict[str, Any]:
-    """Totals over a run, beside what full fine-tuning of the same clients would have cost."""
+    """A run's summary."""
+    return {
+        "strategy": federation.config.strategy,
+        "keeps_budgets": len(federation.keeps) == len(LIMITS),
+        "keeps": list(federation.keeps),
+        "seed": federation.config.seed,
+        **totals(rows),
+        "wall_seconds": wall_seconds,
+        "verified": federation.config.verify_costs,
+        "folder": str(folder),
+    }
+
+
+def totals(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Totals over rounds, beside what full fine-tuning of the same clients would have cost.
+
+    Args:
+        rows: The lines of ``rounds.jsonl``, one at least.
+    """
     resources = {}
     for name in RESOURCES:
         spent = sum(row[name]["used_mean"] * row["worked"] for row in rows)
@@ -283,17 +330,12 @@ def summarise(
             "worst": max(worst, default=None),
         }
     return {
-        "strategy": federation.config.strategy,
-        "keeps_budgets": len(federation.keeps) == len(LIMITS),
-        "keeps": list(federation.keeps),
-        "seed": federation.config.seed,
         "rounds": len(rows),
         "accuracy": rows[-1]["accuracy"],
         "best_accuracy": max(row["accuracy"] for row in rows),
         "loss": rows[-1]["loss"],
         "resources": resources,
         "round_seconds": sum(row["round_seconds"] for row in rows),
-        "wall_seconds": wall_seconds,
         "coverage": rows[-1]["covered_so_far"],
         "workload_variance": float(np.mean([row["workload_variance"] for row in rows])),
         "plan_seconds": sum(row["plan_seconds"] for row in rows),
@@ -303,8 +345,6 @@ def summarise(
         "flops_as_predicted": sum(row["flops_as_predicted"] for row in rows),
         "client_rounds": sum(row["worked"] for row in rows),
         "aggregation_error": _mean([row.get("aggregation_error") for row in rows]),
-        "verified": federation.config.verify_costs,
-        "folder": str(folder),
     }
 
 

@@ -1,0 +1,120 @@
+"""A run's page."""
+
+from d2ft_fl.config import RunConfig
+from d2ft_fl.costs import RESOURCES
+from d2ft_fl.preview_tables import seconds
+from d2ft_fl.report import client_charts, run_charts, run_tables
+from d2ft_fl.report.frame import (
+    NAMES,
+    cards,
+    configuration,
+    details,
+    listed,
+    page,
+    section,
+    sentence,
+    versions,
+)
+from d2ft_fl.report.run_folder import RunFolder, limits_of
+from d2ft_fl.report.run_tables import BY_CLASS, BY_CLIENT
+
+
+def run_html(run: RunFolder) -> str:
+    """The page of a run, or of what there is of it so far.
+
+    Raises:
+        ConfigError: When its folder is damaged.
+    """
+    options = RunConfig().to_mapping() | run.config
+    title = (
+        f"{options['strategy']}: {options['clients']} clients of {options['model']} on "
+        f"{options['dataset']}, seed {options['seed']}"
+    )
+    rounds = run_charts.shown_rounds(run)
+    plans = [run.plan(r) for r in rounds]
+    clients = run.clients
+    faults = [f"round {line['round']}, {x}" for line in run.lines for x in line["faults"]]
+    broken = [f"round {line['round']}, {x}" for line in run.lines for x in line["violations"]]
+    body = [
+        _stands(run, options["rounds"]),
+        _headline(run),
+        section("Accuracy", run_charts.progress(run).html(), _rounds(run)),
+        section("Coverage", run_charts.coverage(rounds, plans).html()),
+        section("Who trained what", client_charts.who_trained(clients, rounds, plans).html()),
+        section("Use of budgets", _budgets(run, rounds)),
+        section("Resources", run_tables.resources(run)),
+        section("Clients", _clients(run)),
+        section("Left out", listed(faults) if faults else ""),
+        section("Budgets broken", _reference(run), listed(broken)) if broken else "",
+        section("Configuration", configuration(run.config)),
+        section("Made with", versions([run.versions])),
+    ]
+    return page(title, "".join(body))
+
+
+def _stands(run: RunFolder, rounds: int) -> str:
+    """What to know of a run that did not come to its end."""
+    if run.finished:
+        return ""
+    done = f"{len(run.lines)} of {rounds} rounds are finished; this is what there is of it."
+    if run.status == "failed":
+        return sentence(f"This run failed: {run.reason or 'no reason is known'}. {done}", "alert")
+    return sentence(f"This run is not finished ({run.status}). {done}", "alert")
+
+
+def _rounds(run: RunFolder) -> str:
+    return details("All rounds", run_tables.rounds(run))
+
+
+def _headline(run: RunFolder) -> str:
+    t = run.totals
+    best = run.rounds.loc[run.rounds["accuracy"].idxmax(), "round"]
+    figures = [
+        ("accuracy", f"{t['accuracy']:.1%}", f"after round {run.rounds['round'].iloc[-1]}"),
+        ("best accuracy", f"{t['best_accuracy']:.1%}", f"after round {best}"),
+    ]
+    for name in RESOURCES:
+        share = t["resources"][name]["share"]
+        figures.append((NAMES[name], f"{share:.0%}", "of training everything"))
+    times = t["client_rounds"] + t["sat_out"] + t["faults"]
+    figures += [
+        ("violations", f"{t['violations']:,}", "of budgets"),
+        ("faults", f"{t['faults']:,}", "clients left out"),
+        ("sat out", f"{t['sat_out']:,}", f"of {times:,} times"),
+        ("subnets trained", f"{t['coverage']:.0%}", "by anyone so far"),
+        ("simulated time", seconds(t["round_seconds"]), f"{_wall(run)} here"),
+    ]
+    if t["aggregation_error"] is not None:
+        figures.append(("aggregation error", f"{t['aggregation_error']:.2g}", "mean over rounds"))
+    return cards(figures)
+
+
+def _wall(run: RunFolder) -> str:
+    return seconds(run.summary["wall_seconds"] if run.summary else run.rounds["wall_seconds"].sum())
+
+
+def _budgets(run: RunFolder, rounds: list[int]) -> str:
+    if not limits_of(run.clients):
+        return sentence("No client that worked has a budget.")
+    bars = client_charts.budget_bars(run.clients).html()
+    return _reference(run) + bars + client_charts.budget_map(run.clients, rounds).html()
+
+
+def _reference(run: RunFolder) -> str:
+    if not run.summary or run.summary["keeps_budgets"]:
+        return ""
+    name = run.summary["strategy"]
+    return sentence(f"{name} is a reference and does not look at budgets.", "note")
+
+
+def _clients(run: RunFolder) -> str:
+    frame = run.clients
+    said = sentence(
+        "Over all rounds: what subnets do, FLOPs and bytes in total, memory as the mean peak; "
+        "beside each, the mean used share of the budget.", "note",
+    )  # fmt: skip
+    each = run_tables.clients(frame, BY_CLIENT)
+    classes = run_tables.clients(frame, BY_CLASS)
+    if not client_charts.by_class(frame):
+        return said + classes + each
+    return said + classes + details(f"All {frame['client'].nunique():,} clients", each)

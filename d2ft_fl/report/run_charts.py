@@ -1,0 +1,184 @@
+"""Charts of a run: how it went, and what happens to each subnet."""
+
+from collections.abc import Sequence
+
+import numpy as np
+import plotly.graph_objects as go
+
+from d2ft_fl.report.axes import short, x_choice
+from d2ft_fl.report.charts import (
+    COUNTS,
+    DASHES,
+    LINES,
+    RANKS,
+    SHARES,
+    SYMBOLS,
+    Chart,
+    Choice,
+    Option,
+    blank,
+    scale_key,
+)
+from d2ft_fl.report.run_folder import PlanFile, RunFolder
+from d2ft_fl.subnets import Operation
+
+MOST_STEPS = 200  # of a slider, and columns of a map of rounds
+MOST_NUMBERS = 400  # subnets, beyond which cells hold no numbers
+CELLS = (18, 40)  # least and most pixels that a block is high
+RANK = "mean rank"
+MEANINGS = {
+    Operation.FULL.name: "FULL: forward and backward. Orange with a 0: nobody trains the subnet.",
+    Operation.FROZEN.name: "FROZEN: the gradient passes through, the weights get none.",
+    Operation.FORWARD_ONLY.name: "FORWARD_ONLY: run without a gradient.",
+    Operation.SHORTCUT.name: "SHORTCUT: skipped; the residual carries the input on.",
+    RANK: "The mean LoRA rank at which clients train the subnet. Empty: nobody trains it.",
+}
+
+
+def progress(run: RunFolder) -> Chart:
+    """Accuracy, losses and what folding was off by, over rounds or over what was spent."""
+    frame = run.rounds
+    has_error = bool(frame["aggregation_error"].notna().any())
+    columns = ["accuracy", "loss", "train_loss", *["aggregation_error"] * has_error]
+    figure = blank(340, xaxis_title_text="round")
+    for name in columns:
+        percent, client = name == "accuracy", int(name == "train_loss")
+        figure.add_scatter(
+            x=short(frame["round"]), y=short(frame[name]), mode="lines+markers",
+            name=name.replace("_", " "), visible=percent, customdata=frame["round"].tolist(),
+            line={"color": LINES[client], "dash": DASHES[client], "width": 2},
+            marker={"size": 6, "symbol": SYMBOLS[client]},
+            hovertemplate="round %{customdata}: %{y:" + (".1%" if percent else ".3g") + "}"
+            "<extra>%{fullData.name}</extra>",
+        )  # fmt: skip
+
+    def shows(label: str, *names: str, form: str, note: str) -> Option:
+        layout = {"yaxis.title.text": label, "yaxis.tickformat": form, "yaxis.autorange": True}
+        return Option(label, {"visible": [name in names for name in columns]}, layout, note)
+
+    quantities = [
+        shows(
+            "accuracy", "accuracy", form=".0%",
+            note="Accuracy of the global model on the held-out examples.",
+        ),
+        shows(
+            "loss", "loss", "train_loss", form="",
+            note="Solid line, dots: the global model on the held-out examples. Dashed line, "
+            "squares: clients while they train.",
+        ),
+        shows(
+            "aggregation error", "aggregation_error", form="",
+            note="How far folding factors in was from the exact mean of what clients made of the "
+            "weights, relative to that change.",
+        ),
+    ]  # fmt: skip
+    figure.update_layout(quantities[0].layout)
+    over = x_choice(lambda column: [frame[column].to_numpy(dtype=float)] * len(columns))
+    figure.update_layout(over.options[0].layout)
+    last = frame.iloc[-1]
+    return Chart(
+        "progress",
+        f"Line chart of accuracy and loss. After round {last['round']} accuracy is "
+        f"{last['accuracy']:.1%}.",
+        figure,
+        choices=[Choice("show", quantities[: 2 + has_error]), over],
+    )
+
+
+def shown_rounds(run: RunFolder) -> list[int]:
+    """The rounds that maps show: all, or ``MOST_STEPS`` of them evenly, first and last among."""
+    rounds = run.rounds["round"].tolist()
+    picks = np.linspace(0, len(rounds) - 1, min(len(rounds), MOST_STEPS)).round().astype(int)
+    return [rounds[i] for i in picks]
+
+
+def coverage(rounds: Sequence[int], plans: Sequence[PlanFile]) -> Chart:
+    """What clients do with each subnet, round by round.
+
+    Args:
+        rounds: Their numbers. plans: Their schedules.
+    """
+    done = [
+        op
+        for op in reversed(Operation)
+        if op is Operation.FULL or any((plan.schedules == op).any() for plan in plans)
+    ]
+    ranks = any(plan.ranks is not None for plan in plans)
+    names = [op.name for op in done] + [RANK] * ranks
+    steps = [
+        Option(f"round {r} of {rounds[-1]}", {"z": _maps(plan, done, ranks)}, note=_says(plan))
+        for r, plan in zip(rounds, plans, strict=True)
+    ]
+    kinds = [
+        Option(name, {"visible": [other == name for other in names]}, note=MEANINGS[name])
+        for name in names
+    ]
+    blocks, heads = plans[0].shape
+    clients = len(plans[0].clients)
+    figure = _grid(blocks, heads, clients, max(map(_highest_rank, plans)))
+    numbers = blocks * heads <= MOST_NUMBERS
+    for name, z in zip(names, steps[-1].data["z"], strict=True):
+        value = "%{z:.2g}" if name == RANK else "%{z}"
+        says = f"{RANK} {value}" if name == RANK else f"{name} with {value} clients"
+        figure.add_heatmap(
+            z=z, x=list(range(heads)), y=list(range(blocks)), visible=name == names[0], xgap=1,
+            ygap=1, coloraxis=_AXES.get(name, SHARES), texttemplate=value if numbers else "",
+            hovertemplate=f"block %{{y}}, head %{{x}}: {says}<extra></extra>",
+        )  # fmt: skip
+    return Chart(
+        "coverage",
+        f"Heat map of {blocks} blocks by {heads} heads: clients by operation. {_says(plans[-1])}",
+        figure,
+        _caption(rounds, clients, slots=plans[0].schedules.shape[1]),
+        [Choice("operation", kinds), Choice("round", steps, len(steps) - 1, slider=True)],
+        key=scale_key("none", "all clients" + ", or the highest rank" * ranks),
+        most_width=max(420, 64 * heads + 80),
+    )
+
+
+_AXES = {Operation.FULL.name: COUNTS, RANK: RANKS}
+
+
+def _caption(rounds: Sequence[int], clients: int, slots: int) -> str:
+    text = f"How many of {clients:,} clients do what with each subnet: heads across, blocks down."
+    if slots > 1:
+        text += f" A client counts under each operation that one of its {slots} slots has."
+    if len(rounds) < rounds[-1]:
+        text += f" {len(rounds)} rounds of {rounds[-1]} are shown."
+    return text
+
+
+def _grid(blocks: int, heads: int, clients: int, rank: int) -> go.Figure:
+    """Axes for maps of subnets, counts of clients, and ranks."""
+    cell = min(CELLS[1], max(CELLS[0], 420 // blocks))
+    counts = {"cmin": 0, "cmax": clients}
+    return blank(
+        cell * blocks + 60,
+        xaxis={"title": "head", "dtick": 1 + (heads - 1) // 16, "showgrid": False},
+        yaxis={
+            "title": "block", "dtick": 1 + (blocks - 1) // 24, "showgrid": False,
+            "autorange": "reversed",
+        },
+        **{SHARES: counts, COUNTS: counts, RANKS: {"cmin": 0, "cmax": max(1, rank)}},
+    )  # fmt: skip
+
+
+def _highest_rank(plan: PlanFile) -> int:
+    return 0 if plan.ranks is None else int(plan.ranks.max())
+
+
+def _maps(plan: PlanFile, operations: Sequence[Operation], ranks: bool) -> list[list[list]]:
+    """A map for each trace: [blocks][heads]."""
+    maps: list[list[list]] = [plan.counts(op).tolist() for op in operations]
+    if ranks:
+        maps.append([short(row, 3) for row in plan.mean_ranks()])
+    return maps
+
+
+def _says(plan: PlanFile) -> str:
+    trained = plan.trained.any(axis=0)
+    nobody = int((~trained).sum())
+    return (
+        f"{trained.mean():.0%} of {trained.size} subnets are trained, {nobody} by nobody; the mean "
+        f"subnet by {plan.trained.sum() / trained.size:.1f} clients."
+    )

@@ -1,0 +1,226 @@
+"""A run's folder, read: what :mod:`d2ft_fl.recorder` wrote, as frames."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import safetensors.numpy
+from safetensors import SafetensorError
+
+from d2ft_fl.config import read_toml
+from d2ft_fl.costs import RESOURCES
+from d2ft_fl.errors import ConfigError
+from d2ft_fl.preview import DEADLINE, LIMITS, UNNAMED
+from d2ft_fl.recorder import totals
+from d2ft_fl.report.reading import damaged, read_json, read_lines
+from d2ft_fl.subnets import Operation
+
+ROUNDS, STATUS = "rounds.jsonl", "status.json"
+SUMMED = ("flops", "bytes_up", "bytes_down")  # of RESOURCES, those that add up over rounds
+
+
+@dataclass(frozen=True, eq=False)
+class RunFolder:
+    """What a run left behind, or what there is of it so far.
+
+    Attributes:
+        config: Options, by the keys of ``config.toml``.
+        status: starting, running, finished or failed. reason: Of a failure.
+        versions: As :func:`d2ft_fl.versions.versions` found them; empty when not recorded.
+        summary: Of a finished run.
+        lines: Of ``rounds.jsonl``, one at least.
+    """
+
+    folder: Path
+    config: dict[str, Any]
+    status: str
+    reason: str
+    versions: dict[str, Any]
+    summary: dict[str, Any] | None
+    lines: list[dict[str, Any]]
+
+    @classmethod
+    def read(cls, folder: Path) -> "RunFolder":
+        """Read a run's folder; the files of clients and plans only when they are asked for.
+
+        Raises:
+            ConfigError: When it is none, has no finished round, or is damaged.
+        """
+        found = cls.begun(folder)
+        if found.lines:
+            return found
+        why = f": {found.reason}" if found.reason else ""
+        raise ConfigError(
+            f"the run in {str(folder)!r} has no finished round yet ({found.status}{why}); there is "
+            "nothing to show"
+        )
+
+    @classmethod
+    def begun(cls, folder: Path) -> "RunFolder":
+        """The same, of a run that may have no finished round."""
+        status = read_json(folder / STATUS, dict) or {}
+        summary = read_json(folder / "summary.json", dict)
+        lines = read_lines(folder / ROUNDS) if folder.joinpath(ROUNDS).exists() else []
+        found = cls(
+            folder=folder,
+            config=read_toml(folder / "config.toml") if lines else {},
+            # A run writes its page just before it says that it is finished.
+            status="finished" if summary else str(status.get("status", "unknown")),
+            reason=str(status.get("reason", "")),
+            versions=read_json(folder / "versions.json", dict) or {},
+            summary=summary,
+            lines=lines,
+        )
+        try:
+            found.rounds  # noqa: B018  (a damaged line is found now)
+        except (KeyError, TypeError) as error:
+            raise damaged(folder / ROUNDS, f"lacks something a round has ({error})") from None
+        return found
+
+    @property
+    def finished(self) -> bool:
+        """Whether it came to its end."""
+        return self.status == "finished"
+
+    @cached_property
+    def totals(self) -> dict[str, Any]:
+        """Over the finished rounds; see :func:`d2ft_fl.recorder.totals`."""
+        return totals(self.lines)
+
+    @cached_property
+    def rounds(self) -> pd.DataFrame:
+        """One row a round.
+
+        Beside the scalars of ``rounds.jsonl``: ``<resource>_share``, the mean client's use of
+        training everything; ``<resource>_allowed`` and ``<resource>_worst`` of its budget; ``cum_``
+        with ``flops``, ``bytes_up``, ``bytes_down`` and ``seconds``, sums so far over all clients;
+        how many ``faults`` and ``violations``.
+        """
+        frame = pd.DataFrame([_round(line) for line in self.lines])
+        for name in (*SUMMED, "seconds"):
+            frame[f"cum_{name}"] = frame[f"sum_{name}"].cumsum() if len(frame) else []
+        return frame
+
+    @cached_property
+    def clients(self) -> pd.DataFrame:
+        """One row a client and finished round.
+
+        Operations are shares of subnets, means over slots. ``<limit>_share`` is the used share of
+        what the client's budget allows, of the resources and the deadline; NaN without a limit, or
+        where the client did not work.
+
+        Raises:
+            ConfigError: When the file is damaged.
+        """
+        path = self.folder / "clients.jsonl"
+        last = int(self.rounds["round"].iloc[-1])
+        try:
+            rows = [_client(row) for row in read_lines(path) if row["round"] <= last]
+        except (KeyError, TypeError) as error:
+            raise damaged(path, f"lacks something a client has ({error})") from None
+        frame = pd.DataFrame(rows)
+        if rows:  # a function of budgets may name another device in another round
+            frame["device"] = frame.groupby("client")["device"].transform("first")
+        missing = set(self.rounds["round"]) - set(frame["round"] if len(frame) else [])
+        if missing:
+            raise damaged(path, f"has no line of round {min(missing)}")
+        return frame
+
+    def plan(self, round: int) -> "PlanFile":
+        """A round's schedules.
+
+        Raises:
+            ConfigError: When its file is missing or damaged.
+        """
+        path = self.folder / "plans" / f"round-{round:03d}.safetensors"
+        try:
+            tensors = safetensors.numpy.load_file(path)
+            return PlanFile(tensors["clients"], tensors["schedules"], tensors.get("ranks"))
+        except (OSError, SafetensorError, KeyError) as error:
+            raise damaged(path, f"cannot be read ({error})") from None
+
+
+@dataclass(frozen=True, eq=False)
+class PlanFile:
+    """A round's schedules.
+
+    Attributes:
+        clients: int64 [clients]. schedules: int8 [clients, slots, blocks, heads].
+        ranks: int64 [clients, blocks, heads]; None where clients do not choose among ranks.
+    """
+
+    clients: np.ndarray
+    schedules: np.ndarray
+    ranks: np.ndarray | None
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Blocks and heads."""
+        return self.schedules.shape[2], self.schedules.shape[3]
+
+    def counts(self, operation: Operation) -> np.ndarray:
+        """Clients with a slot that does it: int64 [blocks, heads]."""
+        return (self.schedules == operation).any(axis=1).sum(axis=0)
+
+    @property
+    def trained(self) -> np.ndarray:
+        """Which subnets each client trains: bool [clients, blocks, heads]."""
+        return (self.schedules == Operation.FULL).any(axis=1)
+
+    def mean_ranks(self) -> np.ndarray:
+        """Over the clients that train a subnet: float64 [blocks, heads], NaN where none does."""
+        ranks = 0 if self.ranks is None else self.ranks
+        total = np.where(self.trained, ranks, 0).sum(axis=0)
+        count = self.trained.sum(axis=0)
+        return np.divide(total, count, out=np.full(count.shape, np.nan), where=count > 0)
+
+
+def _round(line: dict[str, Any]) -> dict[str, Any]:
+    out = {
+        key: line[key]
+        for key in (
+            "round", "accuracy", "loss", "train_loss", "coverage", "covered_so_far", "worked",
+            "clients", "sat_out", "wall_seconds",
+        )
+    }  # fmt: skip
+    if not line["worked"]:  # nobody trained, so there was no loss
+        out["train_loss"] = np.nan
+    out["aggregation_error"] = _number(line.get("aggregation_error"))
+    out |= {"faults": len(line["faults"]), "violations": len(line["violations"])}
+    out["sum_seconds"] = line["round_seconds"]
+    for name in RESOURCES:
+        part = line[name]
+        out[f"{name}_share"] = part["used_mean"] / part["full_mean"] if line["worked"] else 0.0
+        out[f"{name}_allowed"] = _number(part["allowed_share"])
+        out[f"{name}_worst"] = _number(part["worst"])
+        if name in SUMMED:
+            out[f"sum_{name}"] = part["used_mean"] * line["worked"]
+    return out
+
+
+def _client(row: dict[str, Any]) -> dict[str, Any]:
+    used, allowed = row["used"], row["allowed"]
+    out = {key: row[key] for key in ("round", "client", "examples", "seconds", "sat_out", "fault")}
+    out["device"], out["worked"] = row["device"] or UNNAMED, used is not None
+    out |= {key: _number(row[key]) for key in ("train_loss", "gap", "rank")}
+    for operation in Operation:
+        out[operation.name] = row["operations"][operation.name.lower()]
+    for name in RESOURCES:
+        out[name] = used[name] if used else 0
+        limited = used and allowed[name] is not None
+        out[f"{name}_share"] = used[name] / max(1, allowed[name]) if limited else np.nan
+    deadline = row.get("deadline")
+    out[f"{DEADLINE}_share"] = row["seconds"] / deadline if used and deadline else np.nan
+    return out
+
+
+def _number(value: float | None) -> float:
+    return np.nan if value is None else float(value)
+
+
+def limits_of(clients: pd.DataFrame) -> list[str]:
+    """Of the resources and the deadline, those that some client's budget limits."""
+    return [name for name in LIMITS if clients[f"{name}_share"].notna().any()]

@@ -1,0 +1,129 @@
+"""Tables of a run: resources, device classes, clients, rounds."""
+
+import math
+from typing import Any
+
+import pandas as pd
+
+from d2ft_fl import pages
+from d2ft_fl.costs import RESOURCES
+from d2ft_fl.display import LABELS, USED, quantity, unit_of
+from d2ft_fl.preview import DEADLINE, LIMITS
+from d2ft_fl.preview_tables import OPERATIONS, seconds
+from d2ft_fl.report.run_folder import SUMMED, RunFolder, limits_of
+from d2ft_fl.subnets import Operation
+
+MOST_ROWS = 1000
+BY_CLIENT, BY_CLASS = ["client", "device"], ["device"]
+
+
+def resources(run: RunFolder) -> str:
+    """What was used of each resource, beside training everything and beside budgets."""
+    rows = []
+    for name, label in USED.items():
+        part, unit = run.totals["resources"][name], unit_of(name)
+        worst = "no budget" if part["worst"] is None else f"{part['worst']:.1%}"
+        allowed = run.rounds[f"{name}_allowed"].mean()
+        rows.append(
+            pages.words(label)
+            + pages.cells(
+                quantity(part["used"], unit),
+                quantity(part["full"], unit),
+                f"{part['share']:.0%}",
+                "any" if math.isnan(allowed) else f"{allowed:.0%}",
+                worst,
+            )
+        )
+    heads = ["resource", "used", "everything", "share", "allowed", "worst client of its budget"]
+    return pages.table(heads, rows, 1)
+
+
+def clients(frame: pd.DataFrame, keys: list[str]) -> str:
+    """Clients, or device classes, over all rounds.
+
+    Args:
+        frame: As :attr:`RunFolder.clients`.
+        keys: ``BY_CLIENT`` or ``BY_CLASS``, whose figures are those of the mean client.
+    """
+    limits = limits_of(frame)
+    operations = [op for op in reversed(Operation) if op is Operation.FULL or frame[op.name].any()]
+    ranks = bool(frame["rank"].nunique() > 1)
+    deadline = DEADLINE in limits
+    heads = keys + ["clients"] * (keys == BY_CLASS) + ["examples"]
+    heads += [OPERATIONS[op.name.lower()] for op in operations]
+    heads += ["rank"] * ranks + [LABELS[name] for name in RESOURCES] + [DEADLINE] * deadline
+    heads += ["time", "loss", "sat out", "faults"]
+    groups = _grouped(frame, keys)
+    rows = []
+    for g in groups[:MOST_ROWS].to_dict("records"):
+        row = pages.words(*(str(g[key]) for key in keys))
+        row += pages.valued(f"{g['count']:,}", g["count"]) * (keys == BY_CLASS)
+        row += pages.valued(f"{g['examples']:,.0f}", g["examples"])
+        row += "".join(pages.valued(f"{g[op.name]:.0%}", g[op.name]) for op in operations)
+        row += pages.valued(f"{g['rank']:.3g}", g["rank"]) * ranks
+        row += "".join(_used(g, name) for name in RESOURCES)
+        row += _used(g, DEADLINE) * deadline
+        row += pages.valued(seconds(g["seconds"]), g["seconds"])
+        row += pages.valued(f"{g['train_loss']:.3g}", g["train_loss"])
+        rows.append(row + pages.cells(str(g["sat_out"]), str(g["fault"])))
+    more = len(groups) - len(rows)
+    note = f'<p class="note">and {more:,} more</p>' if more else ""
+    return pages.table(heads, rows, len(keys), sortable=True) + note
+
+
+def _grouped(frame: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
+    """A row a group: sums over rounds of the mean client, and means of what does not add up."""
+    means = [op.name for op in Operation] + ["examples", "rank"]
+    shares = [f"{name}_share" for name in LIMITS]
+    frame = frame.assign(
+        memory=frame["memory"].where(frame["worked"]), fault=frame["fault"].notna()
+    )
+    grouped = frame.groupby(keys, sort=False)
+    out = grouped[[*means, *shares, "memory"]].mean()
+    out["count"] = grouped["client"].nunique()
+    for name in (*SUMMED, "seconds"):
+        out[name] = grouped[name].sum() / out["count"]
+    for name in ("sat_out", "fault"):
+        out[name] = grouped[name].sum()
+    for name in shares:
+        out[f"{name}_worst"] = grouped[name].max()
+    trained = frame[frame["train_loss"].notna()]
+    last = trained[trained["round"] == trained.groupby(keys)["round"].transform("max")]
+    out["train_loss"] = last.groupby(keys)["train_loss"].mean()
+    return out.reset_index()
+
+
+def _used(group: dict[str, Any], name: str) -> str:
+    """A cell of an amount and the mean used share of its budget; marked where one was over it."""
+    amount = ""
+    if name in RESOURCES:
+        used = group[name]
+        amount = "-" if math.isnan(used) else quantity(used, unit_of(name))
+    mean, worst = group[f"{name}_share"], group[f"{name}_share_worst"]
+    if math.isnan(mean):
+        return pages.cells(amount or "-")
+    return pages.share_cell(f"{amount} {mean:.0%}".strip(), worst if worst > 1 else mean)
+
+
+def rounds(run: RunFolder) -> str:
+    """Every round in a line."""
+    frame = run.rounds
+    error = bool(frame["aggregation_error"].notna().any())
+    heads = ["round", "accuracy", "loss", "train loss", *(LABELS[name] for name in RESOURCES)]
+    heads += ["covered", "time", *["aggregation error"] * error, "sat out", "faults", "violations"]
+    rows = [
+        pages.cells(
+            str(r["round"]), f"{r['accuracy']:.1%}", f"{r['loss']:.3f}",
+            _known(r["train_loss"], ".3f"),
+            *(f"{r[f'{name}_share']:.0%}" for name in RESOURCES),
+            f"{r['coverage']:.0%}", seconds(r["sum_seconds"]),
+            *[_known(r["aggregation_error"], ".2g")] * error,
+            str(r["sat_out"]), str(r["faults"]), str(r["violations"]),
+        )
+        for r in frame[-MOST_ROWS:].to_dict("records")
+    ]  # fmt: skip
+    return pages.table(heads, rows)
+
+
+def _known(value: float, form: str) -> str:
+    return "-" if math.isnan(value) else format(value, form)

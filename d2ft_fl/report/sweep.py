@@ -1,0 +1,121 @@
+"""A sweep's page."""
+
+from html import escape
+
+from d2ft_fl.errors import ConfigError
+from d2ft_fl.report import sweep_charts, sweep_tables
+from d2ft_fl.report.curves import curves
+from d2ft_fl.report.frame import (
+    FOLDER,
+    cards,
+    configuration,
+    details,
+    page,
+    section,
+    sentence,
+    versions,
+)
+from d2ft_fl.report.sweep_folder import FINISHED, SEED, Setting, SweepFolder
+
+MOST_NUMERIC = 2  # varied numbers, beyond which a chart over one of them mixes too much
+
+
+def sweep_html(sweep: SweepFolder) -> str:
+    """The page of a sweep, or of what there is of it so far.
+
+    Raises:
+        ConfigError: When no trial has a finished round.
+    """
+    ranked = sweep.ranked()
+    if not ranked:
+        raise ConfigError(
+            f"no trial of the sweep in {str(sweep.folder)!r} has a finished round yet; there is "
+            "nothing to show"
+        )
+    finished = [s for s in ranked if s.finished]
+    rest = [s for s in sweep.settings if s not in ranked]
+    unfinished = [t for t in sweep.trials if t.status != FINISHED]
+    title = f"Sweep of {' and '.join(sweep.keys) or SEED}: {len(sweep.settings)} settings"
+    body = [
+        _stands(sweep),
+        _headline(sweep, finished),
+        section("Settings", _settings(sweep, [*ranked, *rest])),
+        section("Accuracy", curves(ranked).html()),
+        section("Final accuracy", sweep_charts.dots(finished).html() if finished else ""),
+        *_over_keys(sweep, finished),
+        *_compared(sweep),
+        section("Not finished", sweep_tables.unfinished(sweep, unfinished)) if unfinished else "",
+        section("Configuration", _configuration(sweep)),
+        section("Made with", versions([t.run.versions for t in sweep.trials if t.run])),
+    ]
+    return page(title, "".join(body))
+
+
+def _stands(sweep: SweepFolder) -> str:
+    """What to know of a sweep that has not come to its end."""
+    left = [t for t in sweep.trials if t.status in ("waiting", "running")]
+    if not left:
+        return ""
+    text = f"This sweep is not finished: {len(left)} of {len(sweep.trials)} trials are left."
+    return sentence(text, "alert")
+
+
+def _headline(sweep: SweepFolder, finished: list[Setting]) -> str:
+    trials = sweep.trials
+    figures = [
+        ("settings", f"{len(sweep.settings):,}", ""),
+        ("seeds", f"{len({t.settings.get(SEED) for t in trials}):,}", ""),
+        ("trials", f"{len(trials):,}", f"{sum(t.finished for t in trials):,} finished"),
+    ]
+    if finished:
+        best = finished[0]
+        accuracy = sweep_charts.percent(best.figure("accuracy"))
+        figures.append(("best final accuracy", accuracy, best.label))
+    broken = sum(t.run.totals["violations"] for t in trials if t.run)
+    figures.append(("violations", f"{broken:,}", "of budgets, all trials"))
+    return cards(figures)
+
+
+def _settings(sweep: SweepFolder, rows: list[Setting]) -> str:
+    return sentence(
+        "Means over finished seeds, of accuracy with the 95 % confidence interval (Student's t) "
+        "where there are two seeds or more. Shares are of training everything, bytes and simulated "
+        "time of a whole run.",
+        "note",
+    ) + sweep_tables.settings(sweep, rows)
+
+
+def _over_keys(sweep: SweepFolder, finished: list[Setting]) -> list[str]:
+    """Final accuracy over each varied number, where there are one or two."""
+    keys = sweep.numeric_keys
+    if not finished or len(keys) > MOST_NUMERIC:
+        return []
+    return [
+        section(f"Final accuracy over {key}", sweep_charts.over_key(sweep, finished, key).html())
+        for key in keys
+    ]
+
+
+def _compared(sweep: SweepFolder) -> list[str]:
+    """Pairs of trials that differ in one word alone."""
+    keys = [k for k in sweep.word_keys if 2 <= len(sweep.best_first(k)) <= sweep_charts.MOST_WORDS]
+    return [
+        section(
+            f"By {key}, pairwise",
+            sweep_charts.compared(sweep, key).html(),
+            details("All pairs", sweep_tables.pairs(sweep, key)),
+        )
+        for key in keys
+    ]
+
+
+def _configuration(sweep: SweepFolder) -> str:
+    configs = [t.run.config for t in sweep.trials if t.run]
+    common = {k: v for k, v in configs[0].items() if all(c.get(k) == v for c in configs[1:])}
+    own = [k for k in configs[0] if k not in common and k not in (*sweep.keys, SEED, FOLDER)]
+    differ = sentence(f"Trials also differ in {', '.join(own)}.") if own else ""
+    asked = sweep.folder / "sweep.toml"
+    text = asked.read_text(encoding="utf-8", errors="replace") if asked.is_file() else ""
+    as_asked = details("The sweep as it was asked for", f"<pre>{escape(text)}</pre>")
+    said = sentence("What all trials have in common.", "note")
+    return said + configuration(common) + differ + (as_asked if text else "")

@@ -1,0 +1,226 @@
+"""A sweep's folder, read: its trials, and the settings that repeat over seeds."""
+
+import json
+import math
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from d2ft_fl.errors import ConfigError
+from d2ft_fl.report.reading import damaged, read_json
+from d2ft_fl.report.run_folder import RunFolder
+from d2ft_fl.report.statistics import Interval, differences
+
+TRIALS = "trials.json"
+SEED = "seed"
+FINISHED, FAILED = "finished", "failed"
+DAMAGED = "damaged"  # what no sweep writes: a trial whose folder cannot be read
+
+
+@dataclass(frozen=True, eq=False)
+class Trial:
+    """One run of a sweep.
+
+    Attributes:
+        name: Its folder's. settings: What it varies, by key. status: See ``trials.json``.
+        reason: Of a trial that failed, was refused, or was stopped early.
+        run: What it left behind; None before its first finished round.
+    """
+
+    name: str
+    settings: dict[str, Any]
+    status: str
+    reason: str
+    run: RunFolder | None
+
+    @property
+    def finished(self) -> bool:
+        """Whether it ran to its end."""
+        return self.status == FINISHED and self.run is not None
+
+    @property
+    def setting(self) -> str:
+        """Its settings but the seed, as JSON."""
+        return json.dumps({k: v for k, v in self.settings.items() if k != SEED}, sort_keys=True)
+
+
+@dataclass(frozen=True, eq=False)
+class Setting:
+    """Trials that differ in nothing but the seed.
+
+    Attributes:
+        number: Counted from 1. values: By varied key, the seed left out.
+        label: Names it beside the others.
+    """
+
+    number: int
+    values: dict[str, Any]
+    label: str
+    trials: list[Trial]
+
+    @property
+    def finished(self) -> list[RunFolder]:
+        """The runs that count for its means."""
+        return [t.run for t in self.trials if t.finished and t.run]
+
+    @property
+    def shown(self) -> list[RunFolder]:
+        """The runs whose rounds are drawn: finished ones, or without them all that have rounds."""
+        return self.finished or [t.run for t in self.trials if t.run]
+
+    def figure(self, *path: str) -> Interval:
+        """Of a figure of :func:`d2ft_fl.recorder.totals`, over finished runs."""
+        return Interval.of([_at(run.totals, path) for run in self.finished])
+
+    def count(self, status: str) -> int:
+        """How many of its trials ended so."""
+        return sum(t.status == status for t in self.trials)
+
+
+def _at(entries: Any, path: tuple[str, ...]) -> float:
+    for key in path:
+        entries = entries[key]
+    return float(entries)
+
+
+@dataclass(frozen=True, eq=False)
+class SweepFolder:
+    """What a sweep left behind, or what there is of it so far."""
+
+    folder: Path
+    trials: list[Trial]
+
+    @classmethod
+    def read(cls, folder: Path) -> "SweepFolder":
+        """Read a sweep's folder.
+
+        Raises:
+            ConfigError: When it is none or is damaged.
+        """
+        path = folder / TRIALS
+        try:
+            trials = [_trial(folder, entry) for entry in read_json(path, list)]
+        except (KeyError, TypeError) as error:
+            raise damaged(path, f"lacks something a trial has ({error})") from None
+        return cls(folder, trials)
+
+    @cached_property
+    def keys(self) -> list[str]:
+        """What varies, the seed left out."""
+        return [k for k in dict.fromkeys(k for t in self.trials for k in t.settings) if k != SEED]
+
+    @cached_property
+    def settings(self) -> list[Setting]:
+        """In the order in which they first come."""
+        found: dict[str, list[Trial]] = {}
+        for trial in self.trials:
+            found.setdefault(trial.setting, []).append(trial)
+        out = []
+        for number, trials in enumerate(found.values(), 1):
+            values = {k: v for k, v in trials[0].settings.items() if k != SEED}
+            out.append(Setting(number, values, self.label(values), trials))
+        return out
+
+    def label(self, values: dict[str, Any], without: str = "") -> str:
+        """Values in a few words: words stand alone where no other key has the same."""
+        parts = [
+            self.word(key, value) if self._alone(key, value) else f"{key} {self.word(key, value)}"
+            for key, value in values.items()
+            if key != without
+        ]
+        return ", ".join(parts) or "all trials"
+
+    def _alone(self, key: str, value: Any) -> bool:
+        others = (v for other, values in self.values.items() if other != key for v in values)
+        return isinstance(value, str) and value != "" and value not in others
+
+    def word(self, key: str, value: Any) -> str:
+        """A value as it stands in a sentence; of a path its name, where others have another."""
+        if not isinstance(value, str) or not value:
+            return spelled(value)
+        names = [Path(v).name for v in self.values[key] if isinstance(v, str)]
+        name = Path(value).name
+        return name if Path(value).is_absolute() and names.count(name) == 1 else value
+
+    @cached_property
+    def values(self) -> dict[str, list[Any]]:
+        """By varied key, its different values in the order in which they first come."""
+        return {
+            key: list(dict.fromkeys(t.settings[key] for t in self.trials if key in t.settings))
+            for key in self.keys
+        }
+
+    @property
+    def several(self) -> list[str]:
+        """Keys with two or more different values."""
+        return [key for key, values in self.values.items() if len(values) > 1]
+
+    @property
+    def numeric_keys(self) -> list[str]:
+        """Of several values, keys whose values are all numbers."""
+        return [key for key in self.several if all(map(_is_number, self.values[key]))]
+
+    @property
+    def word_keys(self) -> list[str]:
+        """Of several values, the other keys."""
+        return [key for key in self.several if key not in self.numeric_keys]
+
+    def ranked(self) -> list[Setting]:
+        """Settings with rounds to draw: the best final accuracy first, those without one last."""
+        found = [(s.figure("accuracy").mean, s) for s in self.settings if s.shown]
+        known = [pair for pair in found if not math.isnan(pair[0])]
+        known.sort(key=lambda pair: -pair[0])
+        return [s for _, s in known] + [s for mean, s in found if math.isnan(mean)]
+
+    def best_first(self, key: str) -> list[Any]:
+        """Values of a key, by the mean final accuracy of all finished trials that have it."""
+
+        def mean(value: Any) -> float:
+            own = (t for t in self.trials if t.finished and t.settings.get(key) == value)
+            return Interval.of([t.run.totals["accuracy"] for t in own if t.run]).mean
+
+        means = [(mean(value), value) for value in self.values[key]]
+        return [v for _, v in sorted((p for p in means if p[0] == p[0]), key=lambda p: -p[0])]
+
+    def paired(self, key: str, baseline: Any, figure: str = "accuracy") -> dict[Any, Interval]:
+        """What other values of a key come to less a baseline, at equal other settings and seeds.
+
+        Args:
+            key: Varied. baseline: One of its values.
+            figure: Of :func:`d2ft_fl.recorder.totals`.
+
+        Returns:
+            By value: the mean difference over pairs of finished trials, with its interval.
+        """
+        of: dict[Any, dict[str, float]] = {value: {} for value in self.values[key]}
+        for trial in self.trials:
+            if trial.finished and trial.run and key in trial.settings:
+                others = {k: v for k, v in trial.settings.items() if k != key}
+                name = json.dumps(others, sort_keys=True)
+                of[trial.settings[key]][name] = float(trial.run.totals[figure])
+        return {
+            value: Interval.of(differences(found, of[baseline]))
+            for value, found in of.items()
+            if value != baseline
+        }
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def spelled(value: Any) -> str:
+    """A value as TOML and JSON have it."""
+    return json.dumps(value, ensure_ascii=False)
+
+
+def _trial(folder: Path, entry: dict[str, Any]) -> Trial:
+    path = folder / "trials" / entry["trial"]
+    status, reason, run = entry["status"], entry.get("reason") or "", None
+    try:
+        run = RunFolder.begun(path) if path.is_dir() else None
+    except ConfigError as error:
+        status, reason = DAMAGED, str(error)
+    settings = dict(entry["settings"])
+    return Trial(entry["trial"], settings, status, reason, run if run and run.lines else None)

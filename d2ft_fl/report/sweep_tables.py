@@ -1,0 +1,71 @@
+"""Tables of a sweep: its settings, its pairs, and the trials that did not finish."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from d2ft_fl import pages
+from d2ft_fl.costs import RESOURCES
+from d2ft_fl.display import LABELS, quantity
+from d2ft_fl.preview_tables import seconds
+from d2ft_fl.report.statistics import Interval
+from d2ft_fl.report.sweep_charts import percent, points
+from d2ft_fl.report.sweep_folder import FINISHED, SEED, Setting, SweepFolder, Trial, spelled
+
+COUNTED = {"violations": "violations", "sat out": "sat_out", "faults": "faults"}
+
+
+def settings(sweep: SweepFolder, rows: Sequence[Setting]) -> str:
+    """Means over the finished runs of each setting; of accuracy with an interval."""
+    others = [s for s in dict.fromkeys(t.status for t in sweep.trials) if s != FINISHED]
+    heads = [*sweep.keys, "final accuracy", "best accuracy"]
+    heads += [f"{LABELS[name]} share" for name in RESOURCES] + ["bytes up", "time", *COUNTED]
+    lines = []
+    for s in rows:
+        line = "".join(_value(sweep, key, s.values.get(key)) for key in sweep.keys)
+        for figure in ("accuracy", "best_accuracy"):
+            line += pages.valued(percent(i := s.figure(figure)), i.mean)
+        for name in RESOURCES:
+            line += pages.valued(f"{(i := s.figure('resources', name, 'share')).mean:.0%}", i.mean)
+        up, time = s.figure("resources", "bytes_up", "used"), s.figure("round_seconds")
+        line += pages.valued(quantity(up.mean, "B"), up.mean)
+        line += pages.valued(seconds(time.mean), time.mean)
+        line += "".join(_mean(s.figure(name)) for name in COUNTED.values())
+        line += pages.cells(*(str(s.count(status)) for status in (FINISHED, *others)))
+        lines.append(line)
+    return pages.table([*heads, FINISHED, *others], lines, len(sweep.keys), sortable=True)
+
+
+def _value(sweep: SweepFolder, key: str, value: Any) -> str:
+    """A cell of a varied value; numbers sort as such."""
+    return pages.words("" if value is None else sweep.word(key, value))
+
+
+def _mean(i: Interval) -> str:
+    return pages.valued(f"{i.mean:.3g}", i.mean)
+
+
+def pairs(sweep: SweepFolder, key: str) -> str:
+    """Every value of a key beside every other."""
+    values = sweep.best_first(key)
+    rows = [
+        pages.words(sweep.word(key, value), sweep.word(key, baseline))
+        + pages.valued(points(i), i.mean)
+        + pages.cells(str(i.count))
+        for baseline in values
+        for value, i in sweep.paired(key, baseline).items()
+        if value in values
+    ]
+    heads = [key, "compared with", "difference, points", "pairs"]
+    return pages.table(heads, rows, 2, sortable=True)
+
+
+def unfinished(sweep: SweepFolder, trials: Sequence[Trial]) -> str:
+    """Trials that did not come to their end, and why."""
+    rows = [
+        pages.words(t.name, sweep.label({k: v for k, v in t.settings.items() if k != SEED}))
+        + pages.words(spelled(t.settings[SEED]) if SEED in t.settings else "-", t.status)
+        + pages.words(f"{len(t.run.lines)}" if t.run else "0", t.reason or "-")
+        for t in trials
+    ]
+    heads = ["trial", "setting", SEED, "status", "rounds", "reason"]
+    return pages.table(heads, rows, len(heads), sortable=True)
