@@ -99,7 +99,6 @@ class Recorder:
     federation: Federation
     model: ModelSpec
     rows: list[dict[str, Any]] = field(default_factory=list)
-    totals: dict[str, float] = field(default_factory=dict)
 
     def start(self) -> None:
         """Make the folder, write the configuration and with what the run is made."""

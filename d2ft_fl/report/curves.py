@@ -152,6 +152,7 @@ def _faint(colour: str) -> str:
 def _holding(lines: Sequence[np.ndarray]) -> list[float | None]:
     """A range that holds all lines; bands of two seeds can be many times as wide."""
     values = np.concatenate(lines)
-    low, high = float(np.nanmin(values)), float(np.nanmax(values))
+    values = values[np.isfinite(values)]
+    low, high = (float(values.min()), float(values.max())) if values.size else (0.0, 1.0)
     room = 0.06 * (high - low) or 0.01
     return short([low - room, high + room])

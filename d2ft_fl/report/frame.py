@@ -102,7 +102,7 @@ def versions(found: Sequence[Mapping[str, Any]]) -> str:
 
 def _code(v: Mapping[str, Any]) -> str:
     if not v.get("commit"):
-        return "not from a git checkout"
+        return "from no git checkout that is known"
     return f"commit {v['commit'][:12]}" + (", with changes" if v.get("changed") else "")
 
 

@@ -27,7 +27,7 @@ MOST_NUMBERS = 400  # subnets, beyond which cells hold no numbers
 CELLS = (18, 40)  # least and most pixels that a block is high
 RANK = "mean rank"
 MEANINGS = {
-    Operation.FULL.name: "FULL: forward and backward. Orange with a 0: nobody trains the subnet.",
+    Operation.FULL.name: "FULL: forward and backward. Orange: nobody trains the subnet.",
     Operation.FROZEN.name: "FROZEN: the gradient passes through, the weights get none.",
     Operation.FORWARD_ONLY.name: "FORWARD_ONLY: run without a gradient.",
     Operation.SHORTCUT.name: "SHORTCUT: skipped; the residual carries the input on.",

@@ -67,8 +67,7 @@ class RunFolder:
         found = cls(
             folder=folder,
             config=read_toml(folder / "config.toml") if lines else {},
-            # A run writes its page just before it says that it is finished.
-            status="finished" if summary else str(status.get("status", "unknown")),
+            status=_status(status, summary is not None),
             reason=str(status.get("reason", "")),
             versions=read_json(folder / "versions.json", dict) or {},
             summary=summary,
@@ -176,6 +175,12 @@ class PlanFile:
         total = np.where(self.trained, ranks, 0).sum(axis=0)
         count = self.trained.sum(axis=0)
         return np.divide(total, count, out=np.full(count.shape, np.nan), where=count > 0)
+
+
+def _status(entries: dict[str, Any], has_summary: bool) -> str:
+    """How a run stands; it writes its page when it has a summary, just before it says so."""
+    said = str(entries.get("status", "unknown"))
+    return "finished" if has_summary and said == "running" else said
 
 
 def _round(line: dict[str, Any]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from d2ft_fl.report.statistics import Interval, differences
 
 TRIALS = "trials.json"
 SEED = "seed"
-FINISHED, FAILED = "finished", "failed"
+FINISHED = "finished"
 DAMAGED = "damaged"  # what no sweep writes: a trial whose folder cannot be read
 
 
@@ -101,7 +101,7 @@ class SweepFolder:
         path = folder / TRIALS
         try:
             trials = [_trial(folder, entry) for entry in read_json(path, list)]
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, AttributeError) as error:
             raise damaged(path, f"lacks something a trial has ({error})") from None
         return cls(folder, trials)
 
@@ -210,6 +210,11 @@ def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
+def _plain(value: Any) -> Any:
+    """A value that can be a key."""
+    return spelled(value) if isinstance(value, list | dict) else value
+
+
 def spelled(value: Any) -> str:
     """A value as TOML and JSON have it."""
     return json.dumps(value, ensure_ascii=False)
@@ -222,5 +227,5 @@ def _trial(folder: Path, entry: dict[str, Any]) -> Trial:
         run = RunFolder.begun(path) if path.is_dir() else None
     except ConfigError as error:
         status, reason = DAMAGED, str(error)
-    settings = dict(entry["settings"])
+    settings = {key: _plain(value) for key, value in entry["settings"].items()}
     return Trial(entry["trial"], settings, status, reason, run if run and run.lines else None)
