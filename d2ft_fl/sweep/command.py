@@ -148,22 +148,25 @@ def _conclude(
     rows = trial_rows(folder, trials, ledger.states)
     write_tables(folder.path, rows)
     settings = by_setting(rows, varied(asked))
-    _page(folder.path)
+    page = _page(folder.path)
     if as_json:
         found = [setting.to_json() for setting in settings]
         typer.echo(json.dumps({"folder": str(folder.path), "trials": rows, "settings": found}))
     else:
         show.settings_table(settings)
         show.ends(ledger)
+        display.say(page)
         display.say(f"sweep folder: {folder.path}")
     if ledger.count("failed"):
         return FAILED
     return 0 if ledger.count("finished", "stopped") else NOTHING_RAN
 
 
-def _page(folder: Path) -> None:
-    try:  # merge: sweep_page is not there yet
-        from d2ft_fl.report import sweep_page  # type: ignore[import-untyped]
-    except ImportError:
-        return
-    sweep_page(folder)
+def _page(folder: Path) -> str:
+    """Write the sweep's page; returns the line to say of it."""
+    from d2ft_fl.report import sweep_page  # which brings Plotly in
+
+    try:
+        return f"report: {sweep_page(folder)}"
+    except ConfigError as error:  # no trial has a finished round
+        return f"no report: {error}"

@@ -84,7 +84,7 @@ def run_trial(config: RunConfig, progress: Report) -> Outcome:
     started = time.perf_counter()
     outcome = Outcome("finished")
     try:
-        run_local(config.check(), progress)
+        run_local(config.check(), progress, report=False)
     except ConfigError as error:
         outcome = Outcome("refused", str(error))
     except Exception as error:  # the boundary: a trial that fails does not stop the others

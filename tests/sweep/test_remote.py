@@ -47,7 +47,7 @@ def test_what_is_sent_makes_the_folder_of_an_ordinary_run(quick, tmp_path):
     """From a folder that the sweep never sees: the rounds are those of ``d2ft run``."""
     config = quick(run_folder="", strategy="random")
     reference = tmp_path / "reference"
-    run_local(replace(config, run_folder=str(reference)))
+    run_local(replace(config, run_folder=str(reference)), report=False)
 
     sweep, trial = SweepFolder(tmp_path / "sweep"), Trial(config, {})
     sweep.path.mkdir()
@@ -82,7 +82,7 @@ def test_a_configuration_that_cannot_run_is_refused(quick):
 
 
 def test_a_run_that_breaks_has_failed_for_a_reason_of_one_line(quick, monkeypatch):
-    def broken(config, progress):
+    def broken(config, progress, report):
         raise ZeroDivisionError("no clients\nleft")
 
     monkeypatch.setattr(remote, "run_local", broken)
