@@ -19,7 +19,7 @@ from d2ft_fl import scores, timm_vit
 from d2ft_fl.adapters import read_adapter
 from d2ft_fl.budgets import BudgetSource, ClientDescription, budget_source
 from d2ft_fl.data import DIGITS, HUB, DataSpec, class_count, open_data
-from d2ft_fl.errors import ConfigError
+from d2ft_fl.errors import ConfigError, UnkeptBudget
 from d2ft_fl.factors import MIXED, MODES
 from d2ft_fl.initial import INITS
 from d2ft_fl.lora import Lora
@@ -309,7 +309,7 @@ class RunConfig:
             )
         keeps = method_of(self.load_strategy(), self.strategy).keeps
         if lost := [r for r in MATCHES.get(self.match, ()) if r not in keeps]:
-            raise ConfigError(
+            raise UnkeptBudget(
                 f"strategy = {self.strategy!r} cannot keep a budget of {' and '.join(lost)}, which "
                 f"match = {self.match!r} gives every client: leave match empty to run it as a "
                 "reference, or take another strategy"

@@ -9,6 +9,10 @@ class ConfigError(D2FTError):
     """A configuration, file or plug-in cannot be used as it stands."""
 
 
+class UnkeptBudget(ConfigError):
+    """A strategy cannot keep the budget that its configuration matches: no mistake, but no run."""
+
+
 class ReplyError(D2FTError):
     """A client's reply is not what its assignment asked for."""
 

@@ -9,7 +9,7 @@ from itertools import product
 from typing import Any
 
 from d2ft_fl.config import RunConfig
-from d2ft_fl.errors import ConfigError
+from d2ft_fl.errors import ConfigError, UnkeptBudget
 from d2ft_fl.sweep.draws import uniform
 from d2ft_fl.sweep.spec import Group, Sweep, place_name
 
@@ -62,20 +62,20 @@ def expand(sweep: Sweep) -> list[Trial]:
     """
     keys = varied(sweep)
     trials: dict[Trial, None] = {}
-    reasons: dict[RunConfig, str] = {}
+    errors: dict[RunConfig, ConfigError | None] = {}
 
-    def reason(config: RunConfig) -> str:
-        if config not in reasons:
-            reasons[config] = _reason(config)
-        return reasons[config]
+    def error(config: RunConfig) -> ConfigError | None:
+        if config not in errors:
+            errors[config] = _error(config)
+        return errors[config]
 
     for group in sweep.groups:
         configs = [RunConfig.from_mapping(options) for options in combinations(sweep.base, group)]
-        _check_values(sweep, group, configs, reason)
+        _check_values(sweep, group, configs, error)
         for config in configs:
             options = config.to_mapping()
             settings = {key: options[key] for key in keys}
-            trials.setdefault(Trial(config, settings, reason(config)))
+            trials.setdefault(Trial(config, settings, str(error(config) or "")))
     _check_asha(sweep, [trial.config.rounds for trial in trials])
     return list(trials)
 
@@ -95,29 +95,40 @@ def combinations(base: Mapping[str, Any], group: Group) -> list[dict[str, Any]]:
     return out
 
 
-def _reason(config: RunConfig) -> str:
-    """Why a configuration cannot run, as far as its options tell; empty where they do not."""
+def _error(config: RunConfig) -> ConfigError | None:
+    """Why a configuration cannot run, as far as its options tell; None where they do not."""
     try:
         config.check_options()
     except ConfigError as error:
-        return str(error)
-    return ""
+        return error
+    return None
 
 
 def _check_values(
-    sweep: Sweep, group: Group, configs: list[RunConfig], reason: Callable[[RunConfig], str]
+    sweep: Sweep,
+    group: Group,
+    configs: list[RunConfig],
+    error: Callable[[RunConfig], ConfigError | None],
 ) -> None:
-    """Raises ConfigError for a value that none of the group's combinations takes."""
-    if all(reason(config) for config in configs):
-        raise ConfigError(_blamed(sweep, group, reason(configs[0])))
+    """Raises ConfigError for a value that none of the group's combinations takes.
+
+    That a strategy cannot keep a budget is no mistake of the file but a result of the sweep.
+    """
+
+    def mistake(config: RunConfig) -> str:
+        found = error(config)
+        return "" if found is None or isinstance(found, UnkeptBudget) else str(found)
+
+    if all(mistake(config) for config in configs):
+        raise ConfigError(_blamed(sweep, group, mistake(configs[0])))
     tried = [(("grid", key), key, values) for key, values in group.grid.items()]
     tried += [(("search", key), key, draw.tried) for key, draw in group.search.items()]
     for place, key, values in [*tried, (("seeds",), "seed", group.seeds)]:
         for value in values:
             changed = [replace(c, **{key.replace("-", "_"): value}) for c in configs]
-            if all(reason(config) for config in changed):
+            if all(mistake(config) for config in changed):
                 where = place_name(sweep.at, (*group.place, *place))
-                raise ConfigError(f"{where}: no trial runs with {value!r}: {reason(changed[0])}")
+                raise ConfigError(f"{where}: no trial runs with {value!r}: {mistake(changed[0])}")
 
 
 def _blamed(sweep: Sweep, group: Group, reason: str) -> str:

@@ -165,3 +165,15 @@ def test_values_that_do_not_fit_together_are_one_trial_refused(tmp_path):
 def test_choices_are_drawn_from_all_values():
     drawn = expand(sweep_of(Group(search={"batch-size": Choice((8, 16, 32))}, samples=20)))
     assert {t.config.batch_size for t in drawn} == {8, 16, 32}
+
+
+def test_a_strategy_that_cannot_keep_the_budget_is_reported_and_the_rest_runs(tmp_path):
+    path = tmp_path / "fair.toml"
+    path.write_text(
+        'base = { match = "memory", match-share = 0.5 }\n'
+        '[grid]\nstrategy = ["caff", "fedavg", "fewer-examples"]\n'
+    )
+    refused = {t.config.strategy: t.refused for t in expand(read_sweep(path))}
+    assert refused["caff"] == ""
+    for strategy in ("fedavg", "fewer-examples"):
+        assert "cannot keep a budget of memory" in refused[strategy]
