@@ -1,6 +1,7 @@
 """``d2ft sweep``: from a file to a folder of results."""
 
 import json
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -63,10 +64,10 @@ def sweep(
         at_once=asked.run.at_once if at_once is None else at_once,
         address=asked.run.address if address is None else address,
     )
-    if run.address.startswith("ray://"):
+    if run.address and not re.fullmatch(r"auto|[^:/]+:\d+", run.address):
         raise ConfigError(
-            f"address = {run.address!r} is for Ray's client: start on a machine of the cluster, "
-            "and name its head like 10.0.0.1:6379, or auto"
+            f"address = {run.address!r} is none: on a machine of the cluster, name its head like "
+            "10.0.0.1:6379, or auto"
         )
     asked = replace(asked, run=run)
     trials = expand(asked)

@@ -5,15 +5,18 @@ for further trials (imports, compiled code and data stay warm there), and stops 
 keeps nothing: the sweep's folder does, and is what a sweep goes on from.
 """
 
+import importlib
 import logging
+import math
 import os
 import signal
+import socket
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any, Protocol
 
 from d2ft_fl.errors import RunError
@@ -22,10 +25,13 @@ from d2ft_fl.sweep.remote import ACCURACY, CHANGES, OUTCOME, ROUND, Outcome, tra
 from d2ft_fl.sweep.spec import Asha, RunOptions
 from d2ft_fl.sweep.trials import Trial
 
+CONNECT_SECONDS = 10.0
 OBJECT_STORE_BYTES = 512 * 2**20  # reports pass through it; models, where they are kept
+# A trial makes its folder where Tune puts it.
+IN_WORKER = {"RAY_CHDIR_TO_TRIAL_DIR": "1"}
 # Ray and Tune otherwise print, count their users, log every report in three formats, save their
 # state every few seconds, and take Ctrl-C for themselves.
-ENVIRONMENT = {
+ENVIRONMENT = IN_WORKER | {
     "RAY_USAGE_STATS_ENABLED": "0",
     "RAY_AIR_NEW_OUTPUT": "0",
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
@@ -34,7 +40,9 @@ ENVIRONMENT = {
     "TUNE_DISABLE_STRICT_METRIC_CHECKING": "1",
     "TUNE_GLOBAL_CHECKPOINT_S": "1000000000",
     "TUNE_PRINT_ALL_TRIAL_ERRORS": "0",
+    "TUNE_RESULT_BUFFER_LENGTH": "1",
 }
+REFUSED_BY_TUNE = ("TUNE_RESULT_DIR", "RAY_AIR_LOCAL_CACHE_DIR")  # raises when they are set
 
 
 class Engine(Protocol):
@@ -63,12 +71,14 @@ class TuneEngine:
             RunError: When Ray cannot be started or reached, or has no room for a trial.
         """
         os.environ.update(ENVIRONMENT)
+        for name in REFUSED_BY_TUNE:
+            os.environ.pop(name, None)
         threads = max(trial.config.threads_per_client for trial in todo)
         at_once = self.options.at_once
         if not self.options.address:
             at_once = min(at_once or max(1, cores() // threads), len(todo))
             os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(at_once)
-        with _ray(self.options.address, at_once * threads, scratch):
+        with _ray(self.options.address, at_once * threads, scratch, _shipped(todo)):
             self._run(todo, ledger, scratch, at_once)
 
     def _run(self, todo: Sequence[Trial], ledger: Ledger, scratch: Path, at_once: int) -> None:
@@ -121,9 +131,25 @@ def _changed(trial: Trial) -> dict[str, Any]:
     return {key: v for key, v in trial.config.to_mapping().items() if v != default[key]}
 
 
+def _shipped(todo: Sequence[Trial]) -> list[ModuleType]:
+    """What machines of a cluster get from here: this package, and plug-ins, unless installed."""
+    names = {"d2ft_fl", "strategies", "clients"}
+    for trial in todo:
+        config = trial.config
+        names |= {name.split(".")[0] for name in (config.strategy, config.tuning) if "." in name}
+        if ":" in config.budgets:
+            names.add(config.budgets.split(":")[0].split(".")[0])
+    found = [importlib.import_module(name) for name in sorted(names)]
+    return [module for module in found if not _is_installed(module)]
+
+
+def _is_installed(module: ModuleType) -> bool:
+    return "site-packages" in Path([*getattr(module, "__path__", []), module.__file__][0]).parts
+
+
 @contextmanager
-def _ray(address: str, cpus: int, scratch: Path) -> Iterator[None]:
-    """A Ray of our own that goes with this process, or a cluster's.
+def _ray(address: str, cpus: int, scratch: Path, modules: list[ModuleType]) -> Iterator[None]:
+    """A Ray of our own that goes with this process, or a cluster's, which gets some modules.
 
     Raises:
         RunError: When it cannot be started or reached.
@@ -134,6 +160,7 @@ def _ray(address: str, cpus: int, scratch: Path) -> Iterator[None]:
     # Whatever log_to_driver says, Ray prints it on standard output when a worker dies.
     ray._private.worker._worker_logs_enabled = False
     handler = signal.getsignal(signal.SIGTERM)  # Ray sets its own
+    there: dict[str, Any] = {"runtime_env": {"py_modules": modules, "env_vars": IN_WORKER}}
     own: dict[str, Any] = {
         "num_cpus": cpus,
         "include_dashboard": False,
@@ -141,13 +168,16 @@ def _ray(address: str, cpus: int, scratch: Path) -> Iterator[None]:
         "_temp_dir": str(scratch / "ray"),
     }
     try:
+        if address and address != "auto":  # Ray itself tries for many minutes
+            host, _, port = address.rpartition(":")
+            socket.create_connection((host, int(port)), timeout=CONNECT_SECONDS).close()
         ray.init(
             address=address or "local",
             log_to_driver=False,
             logging_level=logging.CRITICAL,
-            **({} if address else own),
+            **(there if address else own),
         )
-    except (ConnectionError, RuntimeError, ValueError, TimeoutError) as error:
+    except (OSError, RuntimeError, ValueError) as error:
         where = f"reach Ray at {address!r}" if address else "start Ray"
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise RunError(f"cannot {where}: {reason}") from None
@@ -162,27 +192,27 @@ def _ray(address: str, cpus: int, scratch: Path) -> Iterator[None]:
 def _needs(todo: Sequence[Trial], at_once: int) -> list[dict[str, float]]:
     """What Ray sets aside for each trial: a core a thread, and a share of a GPU.
 
+    All ask for as many cores, so that a worker serves whichever trial is next.
+
     Raises:
         RunError: When no machine has that much, so that a trial would wait forever.
     """
     import ray
 
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    most = {name: max(node.get(name, 0.0) for node in nodes) for name in ("CPU", "GPU")}
-    share = min(1.0, sum(node.get("GPU", 0.0) for node in nodes) / max(1, at_once))
-    needs = []
-    for trial in todo:
-        need = {"CPU": float(trial.config.threads_per_client)}
-        if trial.config.device == "cuda":
-            need["GPU"] = round(share - 0.0005, 3) if share < 1 else 1.0
-        for name, wanted in need.items():
-            if most[name] < max(wanted, 0.001):
-                raise RunError(
-                    f"trial {trial.id} needs {max(wanted, 0.001):g} {name}, and Ray has "
-                    f"{most[name]:g} on its largest machine"
-                )
-        needs.append(need)
-    return needs
+    cpus = max(node.get("CPU", 0.0) for node in nodes)
+    gpus = sum(node.get("GPU", 0.0) for node in nodes)
+    share = min(1.0, math.floor(1000 * gpus / max(1, at_once)) / 1000)
+    threads = max(trial.config.threads_per_client for trial in todo)
+    if threads > cpus:
+        raise RunError(
+            f"threads-per-client = {threads} is more than the {cpus:g} cores that Ray has on its "
+            "largest machine"
+        )
+    on_gpu = [trial.config.device == "cuda" for trial in todo]
+    if any(on_gpu) and not gpus:
+        raise RunError("device = 'cuda': Ray has no GPU")
+    return [{"CPU": float(threads)} | ({"GPU": share} if on else {}) for on in on_gpu]
 
 
 def _watch(ledger: Ledger) -> Any:
@@ -216,11 +246,17 @@ def _watch(ledger: Ledger) -> Any:
 
         def on_trial_error(self, iteration: int, trials: list, trial: Any, **_: Any) -> None:
             text = Path(trial.error_file).read_text() if trial.error_file else ""
-            lines = [line.strip() for line in text.splitlines() if line.strip()]
-            reason = f"its worker ended: {lines[-1] if lines else 'no reason known'}"
-            ledger.ended(_id(trial), Outcome("failed", reason, text))
+            ledger.ended(_id(trial), Outcome("failed", _reason(text), text))
 
     return Watch()
+
+
+def _reason(text: str) -> str:
+    """Why a worker broke off, in a line, from what Ray says."""
+    if "worker process has died" in text:
+        return "its worker process died: out of memory, or a crash; error.txt has what Ray says"
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return f"its worker broke off: {lines[-1] if lines else 'no reason known'}"
 
 
 def _scheduler(asha: Asha, ledger: Ledger) -> Any:

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
 from d2ft_fl import display
@@ -14,7 +14,7 @@ from d2ft_fl.sweep.remote import Outcome
 from d2ft_fl.sweep.results import Setting
 from d2ft_fl.sweep.trials import Trial
 
-MOST_ROWS = 40
+MOST_ROWS, MOST_REASONS = 40, 10
 
 
 class Clock:
@@ -78,11 +78,12 @@ class Show:
         self.best: float | None = None
         self.clock = Clock(todo)
         self.progress = Progress(
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
+            TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[count]}"),
             TextColumn("{task.fields[left]}"), console=display.console, transient=True,
             disable=quiet or not display.console.is_terminal,
         )  # fmt: skip
-        self.task = self.progress.add_task("starting", total=self.total, completed=done, left="")
+        self.task = self.progress.add_task("starting", total=self.total, count="", left="")
+        self._update("starting")
 
     def __enter__(self) -> "Show":
         self.progress.start()
@@ -126,13 +127,19 @@ class Show:
         count = f"{self.done:>{len(str(self.total))}}/{self.total}"
         return f"{count} {trial.id} {setting_text(trial.settings)}: {', '.join(said)}{left}"
 
-    def _update(self) -> None:
-        said = f"{len(self.running)} running"
+    def _update(self, said: str = "") -> None:
+        said = said or f"{len(self.running)} running"
         if self.failed:
             said += f", {self.failed} failed"
         if self.best is not None:
             said += f", best {self.best:.1%}"
-        self.progress.update(self.task, completed=self.done, description=said, left=str(self.clock))
+        self.progress.update(
+            self.task,
+            completed=self.total - self.clock.left,
+            description=said,
+            count=f"{self.done}/{self.total}",
+            left=str(self.clock),
+        )
 
 
 def trial_list(trials: Sequence[Trial], ledger: Ledger) -> None:
@@ -160,19 +167,22 @@ def settings_table(found: Sequence[Setting]) -> None:
         table.add_column(escape(key), no_wrap=True)
     for head in ("finished", "accuracy", "FLOPs", "MB", "seconds"):
         table.add_column(head, justify="right", no_wrap=True)
-    for s in found[:MOST_ROWS]:
-        cells = [escape(value_text(value)) for value in s.settings.values()]
-        cells.append(f"{s.finished} of {s.trials}")
-        if s.accuracy is None:
-            cells += [""] * 4
-        else:
-            spread = "" if s.deviation is None else f" ± {100 * s.deviation:.1f}"
-            cells.append(f"{100 * s.accuracy:.1f}{spread}")
-            cells += [f"{s.flops_share:.0%}", f"{s.megabytes:.4g}", f"{s.seconds:.0f}"]
-        table.add_row(*cells)
+    done = [s for s in found if s.accuracy is not None]
+    for s in done[:MOST_ROWS]:
+        spread = "" if s.deviation is None else f" ± {100 * s.deviation:.1f}"
+        table.add_row(
+            *(escape(value_text(value)) for value in s.settings.values()),
+            f"{s.finished} of {s.trials}",
+            f"{100 * (s.accuracy or 0):.1f}{spread}",
+            f"{s.flops_share:.0%}",
+            f"{s.megabytes:.4g}",
+            f"{s.seconds:.0f}",
+        )
     display.console.print(table)
-    if len(found) > MOST_ROWS:
-        display.say(f"the best {MOST_ROWS} of {len(found)} settings; results.csv has all trials")
+    if len(done) > MOST_ROWS:
+        display.say(f"the best {MOST_ROWS} of {len(done)} settings; results.csv has all trials")
+    if len(done) < len(found):
+        display.say(f"{len(found) - len(done)} of {len(found)} settings without a finished trial")
 
 
 def ends(ledger: Ledger) -> None:
@@ -181,7 +191,9 @@ def ends(ledger: Ledger) -> None:
     counts = [f"{n} {status}" for status in statuses if (n := ledger.count(status))]
     display.say(f"{len(ledger.trials)} trials: {', '.join(counts)}")
     for status in ("refused", "failed"):
-        for trial in ledger.trials:
-            state = ledger.states[trial.id]
-            if state.status == status:
-                display.say(f"{status}: {trial.id} {setting_text(trial.settings)}: {state.reason}")
+        those = [trial for trial in ledger.trials if ledger.states[trial.id].status == status]
+        for trial in those[:MOST_REASONS]:
+            reason = ledger.states[trial.id].reason
+            display.say(f"{status}: {trial.id} {setting_text(trial.settings)}: {reason}")
+        if len(those) > MOST_REASONS:
+            display.say(f"{status}: {len(those) - MOST_REASONS} more; trials.json has all reasons")

@@ -145,7 +145,8 @@ def test_a_second_sweep_in_the_same_folder_is_refused(file, tmp_path):
         (["gone.toml"], "sweep 'gone.toml': No such file"),
         (["mine.toml", "--set", "lr=1"], "--set lr: mine.toml varies it"),
         (["mine.toml", "--set", "clients=0"], "--set: clients = 0 must be 1 or more"),
-        (["mine.toml", "--address", "ray://10.0.0.1:10001"], "is for Ray's client"),
+        (["mine.toml", "--address", "ray://10.0.0.1:10001"], "name its head like 10.0.0.1:6379"),
+        (["mine.toml", "--address", "local"], "address = 'local' is none"),
     ],
 )
 def test_the_command_refuses_in_one_line_with_exit_code_2(arguments, message, file, monkeypatch):
