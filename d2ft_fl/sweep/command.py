@@ -3,9 +3,8 @@
 import json
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
 
 import platformdirs
 import typer
@@ -16,7 +15,7 @@ from d2ft_fl.errors import ConfigError
 from d2ft_fl.options import import_from_here
 from d2ft_fl.sweep import show
 from d2ft_fl.sweep.engine import Engine, TuneEngine
-from d2ft_fl.sweep.folder import SweepFolder
+from d2ft_fl.sweep.folder import State, SweepFolder
 from d2ft_fl.sweep.ledger import Ledger
 from d2ft_fl.sweep.reading import read_sweep
 from d2ft_fl.sweep.results import by_setting, trial_rows, write_tables
@@ -85,30 +84,16 @@ def default_folder(asked: Sweep, trials: Sequence[Trial]) -> Path:
     return root / f"{asked.name}-{sweep_hash(asked, trials)}"
 
 
-class _Nobody:
-    """A watcher who does not look."""
-
-    def started(self, *_: Any) -> None: ...
-
-    progressed = ended = started
-
-
 def _list(folder: SweepFolder, trials: Sequence[Trial], as_json: bool) -> None:
-    ledger = Ledger(folder, trials, _Nobody())
-    if not as_json:
-        show.trial_list(trials, ledger)
-        display.say(f"folder: {folder.path}")
-        return
-    rows = [
-        {
-            "trial": trial.id,
-            "settings": dict(trial.settings),
-            "status": "refused" if trial.refused else ledger.states[trial.id].status,
-            "reason": trial.refused or ledger.states[trial.id].reason,
-        }
-        for trial in trials
-    ]
-    typer.echo(json.dumps({"folder": str(folder.path), "trials": rows}))
+    rows = []
+    for trial in trials:
+        state = State("refused", trial.refused) if trial.refused else folder.state(trial.id)
+        rows.append({"trial": trial.id, "settings": dict(trial.settings), **asdict(state)})
+    if as_json:
+        typer.echo(json.dumps({"folder": str(folder.path), "trials": rows}))
+    else:
+        show.trial_list(rows)
+        display.say(f"sweep folder: {folder.path}")
 
 
 def _sweep(
@@ -122,7 +107,7 @@ def _sweep(
     engine: Engine | None,
 ) -> int:
     folder.path.joinpath("sweep.toml").write_text(toml_sweep(asked), encoding="utf-8")
-    ledger = Ledger(folder, trials, _Nobody())
+    ledger = Ledger(folder, trials)
     todo = ledger.open(retry_failed)
     if not as_json:
         display.say(f"sweep folder: {folder.path}")
@@ -151,7 +136,7 @@ def _conclude(
     settings = by_setting(rows, varied(asked))
     page = _page(folder.path)
     if as_json:
-        found = [setting.to_json() for setting in settings]
+        found = [asdict(setting) for setting in settings]
         typer.echo(json.dumps({"folder": str(folder.path), "trials": rows, "settings": found}))
     else:
         show.settings_table(settings)

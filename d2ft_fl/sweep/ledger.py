@@ -21,16 +21,31 @@ class Watcher(Protocol):
         """A trial has come to its end, with this accuracy after its last round."""
 
 
+class Nobody:
+    """Does not watch."""
+
+    def started(self, trial: Trial) -> None:
+        """Nothing."""
+
+    def progressed(self, trial: Trial, round: int) -> None:
+        """Nothing."""
+
+    def ended(self, trial: Trial, outcome: Outcome, accuracy: float | None) -> None:
+        """Nothing."""
+
+
 class Ledger:
     """The trials of a sweep and how they stand.
 
     Attributes:
         trials: All of them, in order.
         states: By id.
+        watcher: Is told what happens.
     """
 
-    def __init__(self, folder: SweepFolder, trials: Sequence[Trial], watcher: Watcher):
-        self.folder, self.trials, self.watcher = folder, list(trials), watcher
+    def __init__(self, folder: SweepFolder, trials: Sequence[Trial]):
+        self.folder, self.trials = folder, list(trials)
+        self.watcher: Watcher = Nobody()
         self.states = {trial.id: folder.state(trial.id) for trial in trials}
         self._by_id = {trial.id: trial for trial in trials}
         self._accuracy: dict[str, float | None] = {}

@@ -3,7 +3,7 @@
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -95,10 +95,6 @@ class Setting:
     flops_share: float | None = None
     megabytes: float | None = None
     seconds: float | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        """For ``--json``."""
-        return asdict(self)
 
 
 def by_setting(rows: Sequence[Mapping[str, Any]], varied: Sequence[str]) -> list[Setting]:

@@ -142,21 +142,18 @@ class Show:
         )
 
 
-def trial_list(trials: Sequence[Trial], ledger: Ledger) -> None:
-    """What there is to run, for ``--dry-run``."""
-    table = Table(title=f"{len(trials)} trials", title_justify="left")
-    keys = list(trials[0].settings)
-    for head in ("trial", *keys, "status"):
+def trial_list(rows: Sequence[Mapping[str, Any]]) -> None:
+    """The trials there are: id, settings, status and reason of each."""
+    table = Table(title=f"{len(rows)} trials", title_justify="left")
+    for head in ("trial", *rows[0]["settings"], "status"):
         table.add_column(escape(head), no_wrap=True)
-    for trial in trials:
-        state = ledger.states[trial.id]
-        status = "refused" if trial.refused else state.status
-        values = (escape(value_text(value)) for value in trial.settings.values())
-        table.add_row(trial.id, *values, status)
+    for row in rows:
+        values = (escape(value_text(value)) for value in row["settings"].values())
+        table.add_row(row["trial"], *values, row["status"])
     display.console.print(table)
-    for trial in trials:
-        if trial.refused:
-            display.say(f"refused: {trial.id}: {trial.refused}")
+    for row in rows:
+        if row["reason"]:
+            display.say(f"{row['status']}: {row['trial']}: {row['reason']}")
 
 
 def settings_table(found: Sequence[Setting]) -> None:

@@ -14,15 +14,6 @@ TRIALS = [
 ]
 
 
-class Nobody:
-    """A watcher who does not look."""
-
-    def started(self, *_):
-        pass
-
-    progressed = ended = started
-
-
 def row(round, accuracy):
     return {"round": round, "accuracy": accuracy, "loss": 1 - accuracy, "wall_seconds": 1.0}
 

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import ray
-from fake_trials import TRIALS, Nobody
+from fake_trials import TRIALS
 
 from d2ft_fl.config import RunConfig
 from d2ft_fl.errors import RunError
@@ -22,7 +22,7 @@ from d2ft_fl.sweep.trials import Trial
 def ledger(tmp_path):
     """Two trials that ended before, at 20 % after round 1 and at 60 %."""
     trials = [replace(t, config=replace(t.config, rounds=8)) for t in TRIALS]
-    ledger = Ledger(SweepFolder(tmp_path), trials, Nobody())
+    ledger = Ledger(SweepFolder(tmp_path), trials)
     ledger.open()
     for trial, accuracy, status in zip(trials, (0.2, 0.6), ("stopped", "finished"), strict=False):
         ledger.started(trial.id)
@@ -53,7 +53,7 @@ def test_early_stopping_knows_the_trials_that_ended_before(ledger):
 
 
 def test_early_stopping_without_others_stops_nobody(tmp_path):
-    scheduler = engine._scheduler(Asha(1, 2.0), Ledger(SweepFolder(tmp_path), TRIALS, Nobody()))
+    scheduler = engine._scheduler(Asha(1, 2.0), Ledger(SweepFolder(tmp_path), TRIALS))
     assert [after(scheduler, "a", r, 0.1) for r in (1, 2, 3)] == ["CONTINUE"] * 3
 
 
@@ -98,7 +98,7 @@ def test_what_would_wait_forever_is_said_at_once(options, message, nodes):
 
 def test_a_cluster_that_does_not_answer_is_said_at_once(tmp_path):
     options = RunOptions(address="127.0.0.1:1")
-    ledger = Ledger(SweepFolder(tmp_path), TRIALS, Nobody())
+    ledger = Ledger(SweepFolder(tmp_path), TRIALS)
     with pytest.raises(RunError, match=r"cannot reach Ray at '127\.0\.0\.1:1': .*refused"):
         engine.TuneEngine(options)(TRIALS, ledger, tmp_path)
 

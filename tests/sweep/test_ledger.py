@@ -6,13 +6,13 @@ from dataclasses import replace
 
 import pytest
 from fake_trials import TRIALS as trials
-from fake_trials import Nobody, events
+from fake_trials import events
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from d2ft_fl.sweep import folder as folder_module
 from d2ft_fl.sweep.folder import State, SweepFolder
-from d2ft_fl.sweep.ledger import Ledger
+from d2ft_fl.sweep.ledger import Ledger, Nobody
 from d2ft_fl.sweep.remote import Outcome
 
 
@@ -73,7 +73,7 @@ def test_no_trial_is_lost_and_none_that_ended_runs_again(cuts, at_once, tmp_path
             patch.setattr(folder_module, "_sync", lambda path: None)
             patch.setattr(folder_module, "_write_json", counted(write_json))
             patch.setattr(SweepFolder, "write", counted(write))
-            ledger = Ledger(folder, trials, Nobody())
+            ledger = Ledger(folder, trials)
             todo = ledger.open()
             assert not {trial.id for trial in todo} & set(ended)
             run_some(ledger, todo, at_once)
@@ -95,18 +95,18 @@ def test_no_trial_is_lost_and_none_that_ended_runs_again(cuts, at_once, tmp_path
 
 
 def test_a_second_start_has_nothing_left_to_do(folder):
-    ledger = Ledger(folder, trials, Nobody())
+    ledger = Ledger(folder, trials)
     run_some(ledger, ledger.open(), 2)
-    assert Ledger(folder, trials, Nobody()).open() == []
+    assert Ledger(folder, trials).open() == []
 
 
 def test_what_is_added_runs_and_what_is_taken_away_is_not_lost(folder):
-    ledger = Ledger(folder, trials[:2], Nobody())
+    ledger = Ledger(folder, trials[:2])
     run_some(ledger, ledger.open(), 1)
-    ledger = Ledger(folder, [trials[2], trials[1]], Nobody())
+    ledger = Ledger(folder, [trials[2], trials[1]])
     assert ledger.open() == [trials[2]]
     assert listed(folder) == {trials[2].id: "waiting", trials[1].id: "finished"}
-    assert Ledger(folder, trials, Nobody()).open() == trials[2:]
+    assert Ledger(folder, trials).open() == trials[2:]
 
 
 @pytest.mark.parametrize("status", ["finished", "stopped", "refused", "failed"])
@@ -114,22 +114,22 @@ def test_only_failures_run_again_and_only_when_asked(status, folder):
     folder.begin(trials[0])
     folder.write(trials[0].id, {"summary.json": (0, b"{}"), "error.txt": (0, b"old")})
     folder.end(trials[0], Outcome(status, "a reason"))
-    assert Ledger(folder, trials[:1], Nobody()).open() == []
-    again = Ledger(folder, trials[:1], Nobody()).open(retry_failed=True)
+    assert Ledger(folder, trials[:1]).open() == []
+    again = Ledger(folder, trials[:1]).open(retry_failed=True)
     assert again == (trials[:1] if status == "failed" else [])
     assert folder.trial(trials[0].id).exists() == (status != "failed")
 
 
 def test_what_cannot_run_is_refused_and_not_started(folder):
     refused = replace(trials[0], refused="slots = 12 is more than batch-size = 8")
-    ledger = Ledger(folder, [refused, trials[1]], Nobody())
+    ledger = Ledger(folder, [refused, trials[1]])
     assert ledger.open() == [trials[1]]
     assert ledger.states[refused.id] == State("refused", refused.refused)
     assert folder.state(refused.id) == State("refused", refused.refused)
 
 
 def test_a_trial_in_flight_waits_again_when_the_sweep_is_stopped(folder):
-    ledger = Ledger(folder, trials, Nobody())
+    ledger = Ledger(folder, trials)
     ledger.open()
     ledger.started(trials[0].id)
     assert listed(folder)[trials[0].id] == "running"
@@ -139,7 +139,7 @@ def test_a_trial_in_flight_waits_again_when_the_sweep_is_stopped(folder):
 
 
 def test_a_trial_stopped_early_says_after_which_round(folder):
-    ledger = Ledger(folder, trials, Nobody())
+    ledger = Ledger(folder, trials)
     ledger.open()
     ledger.started(trials[0].id)
     ledger.progressed(trials[0].id, 2, 0.5, {})
@@ -154,7 +154,8 @@ def test_who_watches_is_told_the_last_accuracy(folder):
         def ended(self, trial, outcome, accuracy):
             told.append((trial, outcome.status, accuracy))
 
-    ledger = Ledger(folder, trials, Watcher())
+    ledger = Ledger(folder, trials)
+    ledger.watcher = Watcher()
     ledger.started(trials[0].id)
     ledger.progressed(trials[0].id, 1, 0.5, {})
     ledger.ended(trials[0].id, Outcome("failed", "x"))

@@ -4,7 +4,7 @@ import math
 
 import pandas as pd
 import pytest
-from fake_trials import TRIALS, FakeEngine, Nobody
+from fake_trials import TRIALS, FakeEngine
 
 from d2ft_fl.sweep.folder import SweepFolder
 from d2ft_fl.sweep.ledger import Ledger
@@ -14,7 +14,7 @@ from d2ft_fl.sweep.results import by_setting, trial_rows, write_tables
 
 @pytest.fixture
 def ledger(tmp_path):
-    ledger = Ledger(SweepFolder(tmp_path), TRIALS, Nobody())
+    ledger = Ledger(SweepFolder(tmp_path), TRIALS)
     todo = ledger.open()
     FakeEngine()(todo[:2], ledger, tmp_path)
     ledger.started(todo[2].id)

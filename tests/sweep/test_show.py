@@ -1,5 +1,5 @@
 import pytest
-from fake_trials import TRIALS, Nobody
+from fake_trials import TRIALS
 from rich.console import Console
 
 from d2ft_fl import display
@@ -78,7 +78,7 @@ def test_long_lists_are_cut_and_say_so(capsys, tmp_path):
     assert "the best 40 of 50 settings; results.csv has all trials" in said
     assert "1 of 51 settings without a finished trial" in said
 
-    ledger = Ledger(SweepFolder(tmp_path), TRIALS * 6, Nobody())
+    ledger = Ledger(SweepFolder(tmp_path), TRIALS * 6)
     ledger.states = {trial.id: State("failed", "no disk") for trial in TRIALS}
     show.ends(ledger)
     said = capsys.readouterr().out
