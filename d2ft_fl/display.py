@@ -134,10 +134,10 @@ def summary(result: dict[str, Any]) -> None:
     )
     for line in result["trackers_switched_off"]:
         say(line)
-    say(f"run folder: {result['folder']}")
     page = Path(result["folder"], "report.html")
     if page.is_file():
         say(f"report: {page}")
+    say(f"run folder: {result['folder']}")
 
 
 def bench_table(rows: list["Row"], tuning: str) -> None:

@@ -85,6 +85,7 @@ def test_d2ft_run_gives_the_local_result_and_leaves_nothing_behind(tmp_path):
     )  # fmt: skip
     assert ended.returncode == 0, ended.stdout + ended.stderr
     assert f"run folder: {folder}" in ended.stdout.splitlines()[-1]
+    assert f"report: {folder / 'report.html'}" in ended.stdout
     assert "0 budget violations" in ended.stdout
     same_run(folder, local)
     first, second = (row["bytes_down"]["used_mean"] for row in rows(folder))
