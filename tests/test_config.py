@@ -32,13 +32,6 @@ def test_the_default_configuration_checks():
 
 
 @pytest.mark.parametrize(
-    "path", sorted((ROOT / "experiments").glob("[!s]*.toml")), ids=lambda p: p.name
-)
-def test_experiments_name_known_options(path):
-    RunConfig.from_mapping(tomllib.loads(path.read_text()))
-
-
-@pytest.mark.parametrize(
     "entries,message",
     [
         ({"round": 3}, "unknown option 'round'; did you mean 'rounds'"),

@@ -141,7 +141,10 @@ def test_runs_step_by_the_servers_optimiser(quick, tmp_path):
         ("fedavgm", {"server_momentum": 0.0}),
         ("fedadam", {"server_lr": 0.01}),
     ):
-        config = quick(server_optimizer=kind, run_folder=str(tmp_path / kind), **options)
+        config = quick(
+            server_optimizer=kind, run_folder=str(tmp_path / kind), clients=2, train_examples=40,
+            score_every=0, backward_score="uniform", forward_score="uniform", **options,
+        )  # fmt: skip
         assert run_local(config.check())["faults"] == 0
         found[kind] = weights(config.run_folder)
     for name, tensor in found["mean"].items():

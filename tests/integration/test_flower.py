@@ -75,6 +75,7 @@ def same_run(folder, reference):
 def test_d2ft_run_gives_the_local_result_and_leaves_nothing_behind(tmp_path):
     """With LoRA, where weights that clients have stay where their processes find them."""
     changes = ["tuning=lora", "lora-init=federa", "lora-aggregation=product", "score-every=2"]
+    changes.append("trackers=tensorboard")
     local, folder = tmp_path / "local", tmp_path / "run"
     run_local(gather([], [*pairs(local), *changes]))
     options = [x for pair in [*pairs(folder), *changes] for x in ("--set", pair)]
@@ -88,6 +89,7 @@ def test_d2ft_run_gives_the_local_result_and_leaves_nothing_behind(tmp_path):
     assert f"report: {folder / 'report.html'}" in ended.stdout
     assert "0 budget violations" in ended.stdout
     same_run(folder, local)
+    assert list((folder / "tensorboard").iterdir())
     first, second = (row["bytes_down"]["used_mean"] for row in rows(folder))
     assert second < first / 2
     assert left_behind(tmp_path) == []
@@ -154,7 +156,7 @@ def bare(tmp_path):
     stop_family(tmp_path / "home")
 
 
-def test_bare_flwr_run_is_the_same_job_and_ends_a_bad_one_with_its_line(tmp_path, bare):
+def test_bare_flwr_run_is_the_same_job(tmp_path, bare):
     local, folder = tmp_path / "local", tmp_path / "run"
     run_local(gather([], pairs(local)))
     config = " ".join(
@@ -165,6 +167,9 @@ def test_bare_flwr_run_is_the_same_job_and_ends_a_bad_one_with_its_line(tmp_path
     assert f"run folder: {folder}" in ended.stdout, ended.stdout + ended.stderr
     same_run(folder, local)
 
+
+@pytest.mark.slow
+def test_bare_flwr_run_ends_a_bad_job_with_its_line(bare):
     ended = bare("slots=99")
     last = [line for line in ended.stdout.splitlines() if line.strip()][-1]
     assert last.startswith("d2ft: slots = 99 is more than batch-size = 16")

@@ -31,7 +31,7 @@ def schedule(round):
 LAST_BLOCKS = """
 import numpy as np
 
-USES_SCORES = False
+SCORES = ()
 
 
 def schedule(round):
@@ -70,6 +70,7 @@ def statuses(folder):
         return {}
 
 
+@pytest.mark.slow
 def test_a_killed_sweep_goes_on_and_runs_nothing_twice(tmp_path):
     """A trial that fails does not stop the rest; plug-ins lie where the command is started."""
     start, folder = tmp_path / "start", tmp_path / "out"
