@@ -70,6 +70,8 @@ def _environment(home: Path) -> dict[str, str]:
         "FLWR_DISABLE_UPDATE_CHECK": "1",
         "FLWR_TELEMETRY_ENABLED": "0",
         "RAY_USAGE_STATS_ENABLED": "0",
+        # Else Ray joins any cluster that was started on this machine, and dies with that.
+        "RAY_ADDRESS": os.environ.get("RAY_ADDRESS", "local"),
         "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
     }
 
