@@ -45,6 +45,21 @@ def run(command, folder):
     )  # fmt: skip
 
 
+@pytest.fixture
+def own_mine():
+    """Other tests have a package of that name too."""
+
+    def taken():
+        names = [name for name in sys.modules if name.split(".")[0] == "mine"]
+        return {name: sys.modules.pop(name) for name in names}
+
+    others = taken()
+    yield
+    taken()
+    sys.modules.update(others)
+
+
+@pytest.mark.usefixtures("own_mine")
 def test_what_it_configures_can_run(tmp_path, monkeypatch):
     """Quickly: options, files and commands exist. All of it is run by the slow test."""
     save_files(tmp_path)

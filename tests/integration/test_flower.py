@@ -117,6 +117,7 @@ def test_d2ft_run_ends_with_one_line_and_an_exit_code_when_the_run_fails(tmp_pat
     assert left_behind(tmp_path) == []
 
 
+@pytest.mark.slow
 def test_a_stopped_run_stops_what_it_started(tmp_path):
     folder = tmp_path / "run"
     process = subprocess.Popen(
