@@ -1,6 +1,6 @@
 """Measuring what training really used, without asking the cost model.
 
-FLOPs are counted by torch's own ``FlopCounterMode``; memory by following every tensor storage
+FLOPs are counted as torch's own ``FlopCounterMode`` has them; memory by following every storage
 that a pass (forward and backward) creates from birth to death, or on CUDA by the allocator.
 Counting slows a pass down several times, so a pattern (operations, examples) is measured the first
 time this process runs it and remembered; with ``verify`` every single pass is counted.
@@ -9,22 +9,50 @@ time this process runs it and remembered; with ``verify`` every single pass is c
 import weakref
 from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 import psutil
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import flop_registry
 
 from d2ft_fl.errors import ConfigError
 
 DEVICES = ("cpu", "cuda")
 
 
-class LiveBytes(TorchDispatchMode):
-    """Follows the storages created while it is active; ``peak`` is the most alive at once."""
+class Flops(TorchDispatchMode):
+    """Counts FLOPs while it is active, by the formulas of torch's ``FlopCounterMode``.
+
+    That mode also counts by module, which takes longer than the operations of a small model.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flops = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        formula = flop_registry.get(func._overloadpacket)
+        if formula is None and func not in _WHOLE:
+            with self:
+                out = func.decompose(*args, **kwargs)
+            if out is not NotImplemented:
+                return out
+            _WHOLE.add(func)
+        out = func(*args, **kwargs)
+        if formula is not None:
+            self.flops += formula(*args, **kwargs, out_val=out)
+        return out
+
+
+_WHOLE: set[Any] = set()  # operations without a formula that no others are behind
+
+
+class LiveBytes(Flops):
+    """Also follows the storages created while it is active; ``peak`` is the most alive at once."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -40,8 +68,8 @@ class LiveBytes(TorchDispatchMode):
         self._seen.update(t.untyped_storage()._cdata for t in tensors)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(out):
+        out = super().__torch_dispatch__(func, types, args, kwargs)
+        for leaf in (out,) if isinstance(out, Tensor) else tree_leaves(out):
             if isinstance(leaf, Tensor):
                 storage = leaf.untyped_storage()
                 key, size = storage._cdata, storage.nbytes()
@@ -53,20 +81,23 @@ class LiveBytes(TorchDispatchMode):
         return out
 
 
-class _AllocatorPeak:
+class _AllocatorPeak(Flops):
     """What torch's CUDA allocator hands out at most while it is active, as ``LiveBytes`` has it."""
 
     def __init__(self, device: torch.device):
+        super().__init__()
         self.device, self.peak = device, 0
 
     def ignore(self, tensors: Iterable[Tensor]) -> None:
         """What was there before does not count anyway."""
 
-    def __enter__(self) -> None:
+    def __enter__(self) -> Self:
         torch.cuda.reset_peak_memory_stats(self.device)
         self._before = torch.cuda.memory_allocated(self.device)
+        return super().__enter__()
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, *exc: Any) -> None:
+        super().__exit__(*exc)
         self.peak = torch.cuda.max_memory_allocated(self.device) - self._before
 
 
@@ -119,10 +150,9 @@ class Meter:
         if reading is None:
             peak = LiveBytes() if self.device.type == "cpu" else _AllocatorPeak(self.device)
             peak.ignore(known())
-            counter = FlopCounterMode(display=False)
-            with counter, peak:
+            with peak:
                 result = step()
-            reading = Reading(counter.get_total_flops(), peak.peak)
+            reading = Reading(peak.flops, peak.peak)
             if len(self._known) >= self.limit:
                 self._known.clear()
             self._known[key] = reading
@@ -134,10 +164,9 @@ class Meter:
 
     def count(self, step: Callable[[], Any]) -> Any:
         """Run what no pass is part of, and add its FLOPs."""
-        counter = FlopCounterMode(display=False)
-        with counter:
+        with Flops() as counter:
             result = step()
-        self.flops += counter.get_total_flops()
+        self.flops += counter.flops
         return result
 
     def note(self, held: int) -> None:
