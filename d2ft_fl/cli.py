@@ -344,11 +344,21 @@ def report_command(
         Path, typer.Argument(metavar="PATH", help="The folder of a run, or of a sweep.")
     ],
     output: Annotated[Path | None, typer.Option(help="PATH/report.html.")] = None,
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="Print a sweep's table in Markdown instead.")
+    ] = False,
+    across: Annotated[
+        str, typer.Option(metavar="KEY", help="With --markdown: a column for each of its values.")
+    ] = "",
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON only.")] = False,
 ) -> None:
     """Write the page of a run or of a sweep, also while it goes on."""
     from d2ft_fl import picture, report
 
+    if markdown:
+        with failures():
+            typer.echo(report.sweep_table(path, across), nl=False)
+        return
     with failures():
         if output is not None:
             picture.check_output(output, report.SUFFIXES)

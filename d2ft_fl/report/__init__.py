@@ -8,6 +8,7 @@ from d2ft_fl.report.run import run_html
 from d2ft_fl.report.run_folder import ROUNDS, STATUS, RunFolder
 from d2ft_fl.report.sweep import sweep_html
 from d2ft_fl.report.sweep_folder import TRIALS, SweepFolder
+from d2ft_fl.report.sweep_markdown import sweep_markdown
 
 PAGE, SUFFIXES = "report.html", (".html",)
 RUN, SWEEP = "run", "sweep"
@@ -30,6 +31,17 @@ def sweep_page(folder: Path, output: Path | None = None) -> Path:
         ConfigError: As :func:`run_page`.
     """
     return _write(sweep_html(SweepFolder.read(folder)), output or folder / PAGE)
+
+
+def sweep_table(folder: Path, across: str = "") -> str:
+    """A sweep's settings as a table in Markdown; see :func:`.sweep_markdown.sweep_markdown`.
+
+    Raises:
+        ConfigError: When the folder is no sweep's, is damaged, or has nothing to show.
+    """
+    if kind_of(folder) != SWEEP:
+        raise ConfigError(f"{str(folder)!r} is the folder of a run; only sweeps have a table")
+    return sweep_markdown(SweepFolder.read(folder), across)
 
 
 def kind_of(folder: Path) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections import Counter
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +15,7 @@ from d2ft_fl.report.statistics import Interval, differences
 
 TRIALS = "trials.json"
 SEED = "seed"
+STRATEGY = "strategy"
 FINISHED = "finished"
 DAMAGED = "damaged"  # what no sweep writes: a trial whose folder cannot be read
 
@@ -123,13 +125,34 @@ class SweepFolder:
         return out
 
     def label(self, values: dict[str, Any], without: str = "") -> str:
-        """Values in a few words: words stand alone where no other key has the same."""
+        """Values in a few words.
+
+        What most settings have goes without saying, but for the strategy, and words stand alone
+        where no other key has the same.
+        """
         parts = [
-            self.word(key, value) if self._alone(key, value) else f"{key} {self.word(key, value)}"
+            self._part(key, value)
             for key, value in values.items()
-            if key != without
+            if key != without and (key == STRATEGY or not self._usual(key, value))
         ]
-        return ", ".join(parts) or "all trials"
+        return ", ".join(parts) or ("as most" if self.several else "all trials")
+
+    def _part(self, key: str, value: Any) -> str:
+        if value in ("", None):
+            return f"no {key}"
+        word = self.word(key, value)
+        return word if self._alone(key, value) else f"{key} {word}"
+
+    def _usual(self, key: str, value: Any) -> bool:
+        having, settings = self._having
+        return 2 * having[key, value] > settings
+
+    @cached_property
+    def _having(self) -> tuple[Counter[tuple[str, Any]], int]:
+        """How many settings have a value of a key, and how many there are."""
+        found = {t.setting: t.settings for t in self.trials}
+        pairs = (pair for settings in found.values() for pair in settings.items())
+        return Counter(pairs), len(found)
 
     def _alone(self, key: str, value: Any) -> bool:
         others = (v for other, values in self.values.items() if other != key for v in values)

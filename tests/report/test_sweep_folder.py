@@ -73,7 +73,7 @@ def test_keys_are_numbers_or_words(tmp_path):
     assert sweep.keys == ["clients", "coupling", "compensation", "slots"]
     assert sweep.numeric_keys == ["clients"]
     assert sweep.word_keys == ["coupling", "compensation"]
-    assert sweep.settings[0].label == "clients 4, none, compensation true, slots 1"
+    assert sweep.settings[0].label == "clients 4, none, compensation true"
 
 
 def test_labels_say_what_is_not_clear_by_itself(tmp_path):
@@ -84,9 +84,28 @@ def test_labels_say_what_is_not_clear_by_itself(tmp_path):
     ]
     sweep = SweepFolder.read(write_sweep(tmp_path, trials))
     assert [s.label for s in sweep.settings] == [
-        "backward-score fisher, uniform, low.toml",
-        "backward-score fisher, forward-score fisher, high.toml",
+        "uniform, low.toml",
+        "forward-score fisher, high.toml",
     ]
+
+
+def test_what_most_settings_have_goes_without_saying(tmp_path):
+    keys = ("strategy", "match", "match-share", "tuning")
+    rows = [
+        ("fedavg", "", 0.0, "full"), ("d2ft", "flops", 0.6, "full"), ("d2ft", "flops", 0.4, "full"),
+        ("caff", "flops", 0.6, "full"), ("d2ft", "flops", 0.6, "lora"),
+    ]  # fmt: skip
+    trials = [(dict(zip(keys, row, strict=True)) | {"seed": 0}, 0.5) for row in rows]
+    sweep = SweepFolder.read(write_sweep(tmp_path, trials))
+    assert [s.label for s in sweep.settings] == [
+        "fedavg, no match, match-share 0.0", "d2ft", "d2ft, match-share 0.4", "caff", "d2ft, lora",
+    ]  # fmt: skip
+
+
+def test_one_change_at_a_time_is_beside_what_most_have(tmp_path):
+    trials = [({"lr": lr, "slots": n}, 0.5) for lr, n in ((0.1, 1), (0.2, 1), (0.1, 5))]
+    sweep = SweepFolder.read(write_sweep(tmp_path, trials))
+    assert [s.label for s in sweep.settings] == ["as most", "lr 0.2", "slots 5"]
 
 
 def test_where_seeds_alone_vary_there_is_one_setting(tmp_path):

@@ -1,0 +1,61 @@
+"""A sweep's settings as a table in Markdown, to be quoted."""
+
+from typing import Any
+
+from d2ft_fl.costs import RESOURCES
+from d2ft_fl.errors import ConfigError
+from d2ft_fl.report.statistics import Interval
+from d2ft_fl.report.sweep_folder import Setting, SweepFolder
+
+SHARES = ("FLOPs", "memory", "bytes up", "bytes down")  # of training everything, as RESOURCES
+
+
+def sweep_markdown(sweep: SweepFolder, across: str = "") -> str:
+    """Settings with a finished trial, the best first; accuracies in per cent.
+
+    Args:
+        sweep: The sweep.
+        across: A key that varies: settings that differ in nothing else share a row, with a column
+            for each of its values. Without one, a row has what its setting used, too.
+
+    Raises:
+        ConfigError: When no trial has finished, or the key does not vary.
+    """
+    ranked = [s for s in sweep.ranked() if s.finished]
+    if not ranked:
+        raise ConfigError(f"no trial of the sweep in {str(sweep.folder)!r} has finished yet")
+    if across and across not in sweep.several:
+        known = ", ".join(sweep.several) or "nothing"
+        raise ConfigError(f"{across!r} does not vary in this sweep; {known} does")
+    if across:
+        return _pivot(sweep, ranked, across)
+    heads = ["setting", "accuracy", *SHARES, "sat out", "seeds"]
+    return _table(heads, [_line(setting) for setting in ranked])
+
+
+def _line(setting: Setting) -> list[str]:
+    shares = [setting.figure("resources", name, "share").mean for name in RESOURCES]
+    out, worked = (setting.figure(name).mean for name in ("sat_out", "client_rounds"))
+    rest = [f"{share:.0%}" for share in (*shares, out / (out + worked))]
+    accuracy = setting.figure("accuracy")
+    return [setting.label, _accuracy(accuracy), *rest, str(accuracy.count)]
+
+
+def _pivot(sweep: SweepFolder, ranked: list[Setting], across: str) -> str:
+    values = sorted({s.values[across] for s in ranked}, key=sweep.values[across].index)
+    rows: dict[str, dict[Any, str]] = {}
+    for s in ranked:
+        row = rows.setdefault(sweep.label(s.values, without=across), {})
+        row[s.values[across]] = _accuracy(s.figure("accuracy"))
+    heads = ["setting", *(f"{across} {sweep.word(across, value)}" for value in values)]
+    return _table(heads, [[k, *(row.get(v, "") for v in values)] for k, row in rows.items()])
+
+
+def _accuracy(i: Interval) -> str:
+    return f"{100 * i.mean:.1f}" + ("" if i.half is None else f" ± {100 * i.half:.1f}")
+
+
+def _table(heads: list[str], rows: list[list[str]]) -> str:
+    lines = [heads, ["---", *["---:"] * (len(heads) - 1)], *rows]
+    return "".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |\n"
+                   for line in lines)  # fmt: skip

@@ -1,0 +1,55 @@
+"""``d2ft report --markdown``."""
+
+import pytest
+
+from tests.report.made_up import simple_run, write_sweep
+from tests.report.test_report_command import report
+
+
+@pytest.fixture
+def folder(tmp_path):
+    trials = [
+        ({"strategy": "d2ft", "share": 0.6, "seed": 0}, 0.80),
+        ({"strategy": "d2ft", "share": 0.6, "seed": 1}, 0.90),
+        ({"strategy": "d2ft", "share": 0.4, "seed": 0}, 0.70),
+        ({"strategy": "a|b", "share": 0.6, "seed": 0}, 0.75),
+        ({"strategy": "a|b", "share": 0.4, "seed": 0}, None, {"status": "failed", "reason": "no"}),
+    ]
+    return write_sweep(tmp_path / "sweep", trials)
+
+
+def test_a_row_a_setting_the_best_first(folder):
+    """The interval of 80 and 90 is 12.7062 * 7.0711 / sqrt 2; shares are those of ``made_up``."""
+    done = report(folder, "--markdown")
+    assert done.exit_code == 0, done.output
+    assert done.output == (
+        "| setting | accuracy | FLOPs | memory | bytes up | bytes down | sat out | seeds |\n"
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |\n"
+        "| d2ft, share 0.6 | 85.0 ± 63.5 | 30% | 40% | 40% | 75% | 0% | 2 |\n"
+        "| a\\|b, share 0.6 | 75.0 | 30% | 40% | 40% | 75% | 0% | 1 |\n"
+        "| d2ft, share 0.4 | 70.0 | 30% | 40% | 40% | 75% | 0% | 1 |\n"
+    )
+
+
+def test_a_column_for_each_value_of_a_key(folder):
+    assert report(folder, "--markdown", "--across", "share").output == (
+        "| setting | share 0.6 | share 0.4 |\n"
+        "| --- | ---: | ---: |\n"
+        "| d2ft | 85.0 ± 63.5 | 70.0 |\n"
+        "| a\\|b | 75.0 |  |\n"
+    )
+
+
+def test_what_has_no_table_is_one_line(folder, tmp_path):
+    unbegun = write_sweep(tmp_path / "unbegun", [({"lr": 0.1}, None, {"status": "waiting"})])
+    for arguments, message in (
+        ((folder, "--across", "lr"), "'lr' does not vary in this sweep; strategy, share does"),
+        ((simple_run(tmp_path / "run"),), "is the folder of a run; only sweeps have a table"),
+        ((unbegun,), "has finished yet"),
+        ((tmp_path / "no",), "there is no folder"),
+    ):
+        done = report(*arguments, "--markdown")
+        assert done.exit_code == 2
+        assert message in done.output
+        assert done.output.startswith("d2ft: ")
+        assert done.output.count("\n") == 1
