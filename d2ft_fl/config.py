@@ -158,6 +158,7 @@ class RunConfig:
             ConfigError: In one line, what to write instead.
         """
         self.check_options()
+        self.torch_device()
         model = build_model(self.model_spec())
         channels, side = timm_vit.input_shape(model)
         if self.tuning == "lora":
@@ -194,7 +195,7 @@ class RunConfig:
         return tensors
 
     def check_options(self) -> "RunConfig":
-        """This configuration, once all but its model and data is known to fit together.
+        """This configuration, once all but its model, data and machine is known to fit together.
 
         Raises:
             ConfigError: In one line, what to write instead.
@@ -225,7 +226,6 @@ class RunConfig:
         self._one_of("optimizer", ("adamw", "sgd"))
         self._one_of("precision", PRECISIONS)
         self._one_of("device", DEVICES)
-        self.torch_device()
         self._one_of("planner", PLANNERS)
         self._one_of("coupling", COUPLINGS)
         self._one_of("backward-score", scores.KINDS)

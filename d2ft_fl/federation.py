@@ -125,10 +125,9 @@ class Federation:
     def costs(self) -> CostModel:
         """The cost model, of a round that neither compensates nor calibrates."""
         config = self.config
-        device = config.torch_device().type
         kinds = len(config.measured_scores())
         options = config.local_options()
-        return CostModel(self.arch, options, config.slots, device, score_kinds=kinds)
+        return CostModel(self.arch, options, config.slots, config.device, score_kinds=kinds)
 
     def calibrates(self, round: int) -> bool:
         """Whether clients measure what subnets add on average in this round."""

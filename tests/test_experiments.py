@@ -20,7 +20,7 @@ SWEEPS = [f for f in FILES if f not in BUDGETS + CONFIGS]
 
 @pytest.mark.parametrize("path", SWEEPS, ids=lambda p: p.stem)
 def test_every_trial_of_an_experiment_can_run(path):
-    trials = expand(read_sweep(path, ["device=cpu"]))
+    trials = expand(read_sweep(path))
     assert trials
     assert [t.refused for t in trials if t.refused] == []
     assert len({t.config.seed for t in trials}) >= 3 or path.stem == "sweep_example"
@@ -33,9 +33,10 @@ def test_papers_come_at_both_scales(path):
     readme = FOLDER.joinpath("README.md").read_text()
     assert f"papers/{stem}" in readme
     few = [t.config for t in expand(read_sweep(small))]
-    many = [t.config for t in expand(read_sweep(whole, ["device=cpu"]))]
+    many = [t.config for t in expand(read_sweep(whole))]
     assert {c.dataset for c in few} == {"digits"}
-    assert all(c.dataset.startswith("hub:") for c in many)
+    labels = {"hub:uoft-cs/cifar10": "label", "hub:uoft-cs/cifar100": "fine_label"}
+    assert all(c.label_column == labels[c.dataset] for c in many)
     assert {c.strategy for c in few} >= {c.strategy for c in many}
 
 

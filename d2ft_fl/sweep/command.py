@@ -12,6 +12,7 @@ import typer
 from d2ft_fl import display
 from d2ft_fl.config import RunConfig, resolve_path
 from d2ft_fl.errors import ConfigError
+from d2ft_fl.meter import usable_device
 from d2ft_fl.options import import_from_here
 from d2ft_fl.sweep import show
 from d2ft_fl.sweep.engine import Engine, TuneEngine
@@ -74,6 +75,9 @@ def sweep(
     if dry_run:
         _list(folder, trials, as_json)
         return 0
+    if not run.address:
+        for device in {trial.config.device for trial in trials}:
+            usable_device(device)
     with folder.locked() as scratch:
         return _sweep(asked, trials, folder, scratch, retry_failed, as_json, prepare, engine)
 

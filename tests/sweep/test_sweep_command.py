@@ -155,3 +155,15 @@ def test_the_command_refuses_in_one_line_with_exit_code_2(arguments, message, fi
     assert result.exit_code == 2
     assert message in result.output
     assert len(result.output.strip().splitlines()) == 1
+
+
+def test_a_sweep_for_a_gpu_can_be_looked_at_without_one(file, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert sweep(file, ["device=cuda"], dry_run=True) == 0
+    assert "4 trials" in capsys.readouterr().out
+    with pytest.raises(ConfigError, match="device = 'cuda': torch finds no usable GPU here"):
+        sweep(file, ["device=cuda"], output=tmp_path / "own", engine=FakeEngine())
+    assert not (tmp_path / "own").exists()
+    engine = FakeEngine()
+    assert sweep(file, ["device=cuda"], address="10.0.0.1:6379", engine=engine) == 0
+    assert len(engine.ran) == 4
