@@ -29,7 +29,7 @@ from d2ft_fl.methods import load_strategy, method_of
 from d2ft_fl.models import ModelSpec, build_model
 from d2ft_fl.planner import COUPLINGS, PLANNERS
 from d2ft_fl.plugins import load_module
-from d2ft_fl.server_optimizer import SERVER_OPTIMIZERS, ServerOptimizer
+from d2ft_fl.server_optimizer import DEFAULT_RATES, SERVER_OPTIMIZERS, ServerOptimizer
 from d2ft_fl.subnets import Architecture
 from d2ft_fl.trackers import Factory, load_trackers
 from d2ft_fl.training import PRECISIONS, LocalOptions
@@ -96,7 +96,7 @@ class RunConfig:
     proximal: float = 0.0
     compensation: bool = False
     server_optimizer: str = "mean"
-    server_lr: float = 1.0
+    server_lr: float = 0.0
     server_momentum: float = 0.9
     server_second_momentum: float = 0.99
     server_tau: float = 1e-3
@@ -324,7 +324,7 @@ class RunConfig:
                 raise ConfigError(f"{key} = {value} must be 0 or more, and below 1")
         if not 0 < self.server_tau < float("inf"):
             raise ConfigError(f"server-tau = {self.server_tau} must be a number above 0")
-        if self.server_optimizer == "mean" and self.server_lr != 1:
+        if self.server_optimizer == "mean" and self.server_lr:
             raise ConfigError(
                 f"server-lr = {self.server_lr} belongs to an optimiser: set server-optimizer to "
                 f"one of {', '.join(SERVER_OPTIMIZERS[1:])}"
@@ -506,7 +506,7 @@ class RunConfig:
             return None
         return ServerOptimizer(
             self.server_optimizer,
-            self.server_lr,
+            self.server_lr or DEFAULT_RATES[self.server_optimizer],
             self.server_momentum,
             self.server_second_momentum,
             self.server_tau,

@@ -86,7 +86,6 @@ class CostModel:
             block and distinct set of heads that a slot skips.
         calibrating: Whether clients measure means in this round: up, and held, T (d + f) elements
             a resident subnet.
-        score_kinds: How many kinds of scores a scoring pass measures: up, one tensor each.
     """
 
     arch: Architecture
@@ -95,7 +94,6 @@ class CostModel:
     device: str = "cpu"
     compensated: bool = False
     calibrating: bool = False
-    score_kinds: int = 1
 
     # -- FLOPs -------------------------------------------------------------------------------
 

@@ -125,9 +125,7 @@ class Federation:
     def costs(self) -> CostModel:
         """The cost model, of a round that neither compensates nor calibrates."""
         config = self.config
-        kinds = len(config.measured_scores())
-        options = config.local_options()
-        return CostModel(self.arch, options, config.slots, config.device, score_kinds=kinds)
+        return CostModel(self.arch, config.local_options(), config.slots, config.device)
 
     def calibrates(self, round: int) -> bool:
         """Whether clients measure what subnets add on average in this round."""

@@ -22,13 +22,20 @@ class Passes:
     Attributes:
         scored: Examples of a scoring pass; 0 for none.
         viewed: Examples whose outputs it looks at, to select what it trains on; 0 for none.
+        kinds: Of scores to measure; see :data:`~d2ft_fl.scores.MEASURED`.
     """
 
     scored: int = 0
     viewed: int = 0
+    kinds: tuple[str, ...] = ()
 
     def __bool__(self) -> bool:
         return bool(self.scored or self.viewed)
+
+    @property
+    def alternatives(self) -> tuple["Passes", ...]:
+        """What to try in turn where budgets do not afford all: these, selecting alone, none."""
+        return tuple(dict.fromkeys((self, Passes(viewed=self.viewed), NO_PASSES)))
 
 
 NO_PASSES = Passes()
@@ -38,7 +45,7 @@ def passes_cost(costs: CostModel, passes: Passes, holds: np.ndarray | None = Non
     """Cost of passes over the whole model, which comes down for them.
 
     Scoring takes one example at a time, everything FULL; selecting a batch at a time, forward. Up
-    goes one float32 [blocks, heads] for each of ``costs.score_kinds``. Memory and FLOPs of scoring
+    goes one float32 [blocks, heads] for each kind of scores. Memory and FLOPs of scoring
     are the same for any number of kinds: all are taken from the one gradient at hand.
 
     Args:
@@ -67,7 +74,7 @@ def _passes_cost(costs: CostModel, passes: Passes) -> Cost:
         flops += one.flops(everything, 1) * passes.scored
         memory = ELEMENT * (held + 2 * widest + passes.scored * a.input_elements)
         memory += one.peak_bytes(everything, [1])
-        up = costs.score_kinds * (ELEMENT * a.blocks * a.heads + TENSOR_HEADER)
+        up = len(passes.kinds) * (ELEMENT * a.blocks * a.heads + TENSOR_HEADER)
     if passes.viewed:
         batch = min(passes.viewed, costs.options.batch_size)
         forward = Schedule.filled(Operation.FORWARD_ONLY, 1, a.blocks, a.heads)

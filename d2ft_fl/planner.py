@@ -185,7 +185,8 @@ class Planner:
         capacity = np.array([c.capacity for c in clients], dtype=np.int64).reshape(-1, 4)
         wanted = list(passes or [NO_PASSES] * len(clients))
         planned: dict[int, Assignment] = {}
-        for first in (wanted, [replace(w, scored=0) for w in wanted]):
+        selecting = [Passes(viewed=w.viewed) for w in wanted]
+        for first in (wanted, selecting) if selecting != wanted else (wanted,):
             planned |= self._plan_after(first, clients, planned, backward, forward, rotation)
         who = np.array([i for i in range(len(clients)) if i not in planned], dtype=np.int64)
         found = self._plan(clients, who, capacity[who], backward, forward, rotation)

@@ -101,19 +101,27 @@ class Round:
         """
         config = self.federation.config
         count = client.examples if examples is None else examples
-        scores = config.measured_scores() and not (self.number - 1) % config.score_every
-        scored = min(config.score_examples, count) if scores else 0
+        kinds = config.measured_scores()
+        if not kinds or (self.number - 1) % config.score_every:
+            kinds = ()
+        scored = min(config.score_examples, count) if kinds else 0
         selects = config.data_selection != "random" and 0 < count < client.local
-        return Passes(scored, client.local if selects else 0)
+        return Passes(scored, client.local if selects else 0, kinds)
 
-    def plan(self, backward: np.ndarray, forward: np.ndarray) -> list[Assignment]:
+    def plan(
+        self, backward: np.ndarray, forward: np.ndarray, coupled: bool = True
+    ) -> list[Assignment]:
         """Good schedules for these scores that keep every budget of every client.
 
         Args:
             backward, forward: float64 [blocks, heads], or [clients, blocks, heads] where clients'
                 scores differ.
+            coupled: Whether ``coupling = "spread"`` acts; else each client has its own optimum.
         """
-        return self.federation.planner_of(self.state).plan(
+        planner = self.federation.planner_of(self.state)
+        if not coupled:
+            planner = replace(planner, coupling="none")
+        return planner.plan(
             self.clients,
             backward,
             forward,
@@ -131,15 +139,18 @@ class Round:
         schedule: Schedule,
         examples: int | None = None,
         accumulate: int | None = None,
+        passes: Passes | None = None,
     ) -> Assignment:
         """A schedule of your own, with its predicted cost; budgets are not looked at.
 
         Args:
             examples: On how many examples it trains; None for ``client.examples``.
             accumulate: Passes that it runs a batch in; None for as many as are configured.
+            passes: What it does before; None for what is wanted in this round, if it trains.
         """
         count = client.examples if examples is None else examples
-        passes = NO_PASSES if schedule.sits_out else self.passes(client, count)
+        if passes is None:
+            passes = NO_PASSES if schedule.sits_out else self.passes(client, count)
         costs = self.federation.costs_of(self.state, accumulate)
         cost = round_cost(costs, schedule, count, passes, client.holds)
         return Assignment(
@@ -152,8 +163,7 @@ class Round:
         A client that cannot afford passes over the whole model does without scoring, and draws its
         examples; one that affords none of the schedules sits out.
         """
-        wanted = self.passes(client)
-        for passes in dict.fromkeys((wanted, replace(wanted, scored=0), NO_PASSES)):
+        for passes in self.passes(client).alternatives:
             costs = self._costs(client, schedules, passes)
             for schedule, cost in zip(reversed(schedules), reversed(costs), strict=True):
                 if client.affords(cost):
@@ -181,14 +191,17 @@ class Round:
         slots = self.federation.config.slots
         return self.assign(client, Schedule.filled(Operation.SHORTCUT, slots, *self.shape))
 
-    def stage(self, stages: int) -> int:
-        """In which of so many stages the run is, counted from 0; the last one goes on.
+    def stage(self, most: int) -> tuple[int, int]:
+        """In which stage the run is, counted from 0, and how many there are: at most so many.
 
-        A stage has ``stage-rounds`` rounds; by default as many as divide the run evenly.
+        A stage has ``stage-rounds`` rounds, and the last one goes on. By default stages divide the
+        run evenly, to a round; with fewer rounds than ``most`` there is one a round.
         """
         config = self.federation.config
-        each = config.stage_rounds or -(-config.rounds // stages)
-        return min(stages - 1, (self.number - 1) // each)
+        if config.stage_rounds:
+            return min(most - 1, (self.number - 1) // config.stage_rounds), most
+        stages = min(most, config.rounds)
+        return min(stages - 1, (self.number - 1) * stages // config.rounds), stages
 
     def schedule(self, operations: np.ndarray) -> Schedule:
         """A schedule that is the same in every slot, from operations int8 [blocks, heads]."""

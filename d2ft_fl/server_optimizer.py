@@ -10,8 +10,8 @@ value, a slice that somebody trained steps by
                x <- x + lr m / (sqrt(v) + tau)                          arXiv 2003.00295, alg. 2)
     fedyogi    as fedadam, with  v <- v - (1 - beta_2) d^2 sign(v - d^2)
 
-m and v begin at zero and are the slice's own: where nobody trained, x, m and v keep their bits.
-Without momentum and at a rate of 1 fedavgm is the mean.
+m and v begin at zero (the paper lets v begin at tau^2 or more) and are the slice's own: where
+nobody trained, x, m and v keep their bits. Without momentum and at a rate of 1 fedavgm is the mean.
 """
 
 from collections.abc import Mapping
@@ -22,7 +22,9 @@ from torch import Tensor
 
 from d2ft_fl.subnets import Architecture
 
-SERVER_OPTIMIZERS = ("mean", "fedavgm", "fedadam", "fedyogi")
+# The first adaptive steps are about as long as the rate, whatever d is: weights are not much more.
+DEFAULT_RATES = {"fedavgm": 1.0, "fedadam": 0.01, "fedyogi": 0.01}
+SERVER_OPTIMIZERS = ("mean", *DEFAULT_RATES)
 
 
 @dataclass(frozen=True)

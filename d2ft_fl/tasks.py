@@ -32,7 +32,7 @@ def encode_assignment(
         "client": a.client,
         "operations": a.schedule.operations.astype("int8").tobytes().hex(),
         "shape": list(a.schedule.operations.shape),
-        "passes": [a.passes.scored, a.passes.viewed],
+        "passes": [a.passes.scored, a.passes.viewed, *a.passes.kinds],
         "examples": a.examples,
         "accumulate": a.accumulate,
         "calibrate": federation.calibrates(state.round + 1),
@@ -86,11 +86,12 @@ class Task:
         tensors, meta = wire.decode(blob)
         schedule = _schedule(meta)
         holds = meta.get("holds")
+        scored, viewed, *kinds = meta["passes"]
         task = cls(
             client=int(meta["client"]),
             round=int(meta["round"]),
             schedule=schedule,
-            passes=Passes(*meta["passes"]),
+            passes=Passes(scored, viewed, tuple(kinds)),
             examples=int(meta["examples"]),
             accumulate=meta["accumulate"],
             calibrates=bool(meta["calibrate"]),

@@ -100,11 +100,13 @@ def train(
     stepper = Stepper(model, options, rate, meter, beside, every_slot)
     total_loss: Tensor | float = 0.0
     total_examples = 0
-    for images, labels in batches:
-        loss, examples = stepper.step(images, labels)
-        total_loss += loss  # stays on its device: nothing waits for it
-        total_examples += examples
-    model.train(False)
+    try:
+        for images, labels in batches:
+            loss, examples = stepper.step(images, labels)
+            total_loss += loss  # stays on its device: nothing waits for it
+            total_examples += examples
+    finally:
+        model.train(False)
     return float(total_loss) / max(1, total_examples)
 
 

@@ -155,7 +155,7 @@ class Worker:
             chosen = np.argsort(-unsure, kind="stable")[: task.examples]
         if task.passes.scored:
             batch = data.client_batch(task.client, chosen[: task.passes.scored], self.device)
-            measured = whole.scores(*batch, self.config.measured_scores())
+            measured = whole.scores(*batch, task.passes.kinds)
             for kind, values in measured.items():
                 result[TENSOR + kind] = torch.from_numpy(values).float()
         return chosen, result

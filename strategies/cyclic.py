@@ -1,9 +1,9 @@
 """Cyclic blocks: in each round a client trains a run of layers, which moves on from round to round.
 
-Client c begins round t with layer c + t (counted around) and trains as many from there on as its
-budgets afford. The other layers are FROZEN: gradient passes through them to the client's. Where
-not even one layer fits beside all others, evenly chosen ones of these are skipped, as few as it
-takes.
+Client c begins the round with layer c + t, counted around, after t rounds, and trains as many from
+there on as its budgets afford. The other layers are FROZEN: gradient passes through them to the
+client's. Where not even one layer fits beside all others, evenly chosen ones of these are skipped,
+as few as it takes.
 
 Deviates: the paper's clients take turns, one layer each, and are sent the other layers compressed
 (some dropped, the weights of some pruned); here all train at once, and what is sent is whole.

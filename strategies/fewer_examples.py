@@ -6,6 +6,7 @@ so of these it keeps no budget.
 """
 
 from d2ft_fl.budgets import DEADLINE
+from d2ft_fl.passes import Passes
 from d2ft_fl.planner import Assignment, Participant
 from d2ft_fl.rounds import Round
 
@@ -19,14 +20,23 @@ def schedule(round: Round) -> list[Assignment]:
 
 
 def _largest(round: Round, client: Participant) -> Assignment:
-    everything = round.everything()
-    fits, over = 0, client.examples + 1  # more examples cost more
-    found = round.sit_out(client)
-    while over - fits > 1:
-        count = (fits + over) // 2
-        tried = round.assign(client, everything, examples=count)
-        if tried.cost.flops <= client.capacity[0] and client.on_time(tried.cost):
-            fits, found = count, tried
-        else:
-            over = count
-    return found
+    whole = _affordable(round, client, client.examples, round.passes(client))
+    if whole is not None:
+        return whole
+    # Selecting costs a look at all examples: who cannot afford that draws fewer.
+    for passes in round.passes(client, client.examples - 1).alternatives:
+        fits, over, found = 0, client.examples, None  # more examples cost more
+        while over - fits > 1:
+            count = (fits + over) // 2
+            tried = _affordable(round, client, count, passes)
+            fits, over, found = (fits, count, found) if tried is None else (count, over, tried)
+        if found is not None:
+            return found
+    return round.sit_out(client)
+
+
+def _affordable(round: Round, client: Participant, count: int, passes: Passes) -> Assignment | None:
+    """Everything on so many examples, if compute and deadline allow it."""
+    tried = round.assign(client, round.everything(), examples=count, passes=passes)
+    fits = tried.cost.flops <= client.capacity[0] and client.on_time(tried.cost)
+    return tried if fits else None

@@ -29,7 +29,7 @@ def schedule(round: Round) -> list[Assignment]:
         drawn = round.generator(client).integers(min(1, most), most + 1, len(operations))
         for slot, width in enumerate(drawn.tolist()):
             operations[slot, :, width:] = Operation.SHORTCUT
-        narrower = round.assign(client, Schedule(operations))
+        narrower = round.assign(client, Schedule(operations), passes=largest.passes)
         # What differs from slot to slot can take more memory in its pieces.
         found.append(narrower if client.affords(narrower.cost) else largest)
     return found

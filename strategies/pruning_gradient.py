@@ -16,4 +16,4 @@ SCORES = ("gradient",)
 
 def schedule(round: Round) -> list[Assignment]:
     """What is worth most by gradient FULL, nothing FORWARD_ONLY."""
-    return round.plan(round.scores("gradient"), np.zeros(round.shape))
+    return round.plan(round.scores("gradient"), np.zeros(round.shape), coupled=False)

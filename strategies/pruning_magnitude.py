@@ -15,4 +15,4 @@ SCORES = ()
 
 def schedule(round: Round) -> list[Assignment]:
     """What is worth most by magnitude FULL, nothing FORWARD_ONLY."""
-    return round.plan(round.scores("magnitude"), np.zeros(round.shape))
+    return round.plan(round.scores("magnitude"), np.zeros(round.shape), coupled=False)

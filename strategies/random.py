@@ -14,5 +14,5 @@ SCORES = ()
 
 def schedule(round: Round) -> list[Assignment]:
     """Each client's best schedule for scores that mean nothing."""
-    draws = np.stack([round.generator(c).random((2, *round.shape)) for c in round.clients], axis=1)
-    return round.plan(*draws)
+    draws = np.stack([round.generator(c).random((2, *round.shape)) for c in round.clients])
+    return round.plan(draws[:, 0], draws[:, 1], coupled=False)

@@ -1,12 +1,13 @@
 """Successive layer training: layers train one after the other, under a narrowed rest of the model.
 
-In each stage one layer trains whole, those below are done (FORWARD_ONLY: nothing of them is kept
-for the backward pass), and of those above every client trains as many leading heads as its budgets
-afford and skips the rest. Once every layer had its stage the last one goes on.
+In each stage one layer trains whole (several, where the run has fewer rounds than the model
+layers), those below are done (FORWARD_ONLY: nothing of them is kept for the backward pass), and of
+those above every client trains as many leading heads as its budgets afford and skips the rest. A
+stage has ``stage-rounds`` rounds; by default stages divide the run evenly.
 
 Deviates: the paper gives all clients the same width of the rest, and fills the layers with the next
 stage's width when they come to it; here widths are each client's own, and layers begin pretrained.
-Its first stages train several layers where memory allows; here always one.
+Its first stages train several layers where memory allows; here stages are alike.
 """
 
 import numpy as np
@@ -20,16 +21,19 @@ SCORES = ()
 
 
 def schedule(round: Round) -> list[Assignment]:
-    """The stage's layer and the widest rest that fits, for everyone."""
+    """The stage's layers, the last first, and then the widest rest that fits, for everyone."""
     blocks, heads = round.shape
-    layer = round.stage(blocks)
-    widths = [_narrowed(round, layer, width) for width in range(1, heads + 1)]
-    return [round.largest(client, widths) for client in round.clients]
+    stage, stages = round.stage(blocks)
+    first, end = stage * blocks // stages, (stage + 1) * blocks // stages
+    fewer = [_narrowed(round, begin, end, 1) for begin in range(end - 1, first, -1)]
+    widths = [_narrowed(round, first, end, width) for width in range(1, heads + 1)]
+    return [round.largest(client, fewer + widths) for client in round.clients]
 
 
-def _narrowed(round: Round, layer: int, width: int) -> Schedule:
+def _narrowed(round: Round, first: int, end: int, width: int) -> Schedule:
+    """Layers ``first`` to ``end`` whole, and so many heads of those above."""
     operations = np.full(round.shape, Operation.SHORTCUT)
-    operations[:layer] = Operation.FORWARD_ONLY
-    operations[layer] = Operation.FULL
-    operations[layer + 1 :, :width] = Operation.FULL
+    operations[:first] = Operation.FORWARD_ONLY
+    operations[first:end] = Operation.FULL
+    operations[end:, :width] = Operation.FULL
     return round.schedule(operations)

@@ -1,7 +1,5 @@
 """Predictions against what torch counts: FLOPs as integers, memory by following storages."""
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
@@ -191,7 +189,7 @@ def test_sitting_out_costs_nothing():
 @pytest.mark.parametrize("changes", [{}, {"attn_drop_rate": 0.1, "proj_drop_rate": 0.1}])
 def test_the_scoring_pass_costs_what_is_predicted(changes, kinds):
     model, arch = build(embed_dim=48, **changes)
-    costs = replace(cost_model(arch, 3), score_kinds=len(kinds))
+    costs = cost_model(arch, 3)
     partial = PartialModel(model, arch)
     everything = Schedule.filled(Operation.FULL, 1, arch.blocks, arch.heads)
     packed = pack_for(arch, weights_of(model), everything)
@@ -200,7 +198,7 @@ def test_the_scoring_pass_costs_what_is_predicted(changes, kinds):
     images, labels = images_for(arch, 4)
     meter = Meter(verify=True)
     found = score_pass(partial, images, labels, kinds, meter)
-    predicted = passes_cost(costs, Passes(scored=4))
+    predicted = passes_cost(costs, Passes(scored=4, kinds=tuple(kinds)))
     assert meter.flops == predicted.flops
     assert meter.peak_bytes <= predicted.memory <= 1.25 * meter.peak_bytes
     reply = {TENSOR + kind: torch.from_numpy(scores).float() for kind, scores in found.items()}
@@ -210,8 +208,11 @@ def test_the_scoring_pass_costs_what_is_predicted(changes, kinds):
 
 
 def test_a_kind_of_score_more_costs_one_tensor_up_and_nothing_else():
-    costs = [replace(cost_model(ARCH), score_kinds=kinds) for kinds in (1, 2)]
-    one, two = (round_cost(c, c.everything(), 20, Passes(scored=4)).vector() for c in costs)
+    costs = cost_model(ARCH)
+    one, two = (
+        round_cost(costs, costs.everything(), 20, Passes(scored=4, kinds=kinds)).vector()
+        for kinds in (("fisher",), ("fisher", "taylor"))
+    )
     assert (two - one).tolist() == [0, 0, 4 * ARCH.blocks * ARCH.heads + TENSOR_HEADER, 0]
 
 

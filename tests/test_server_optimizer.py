@@ -139,7 +139,7 @@ def test_runs_step_by_the_servers_optimiser(quick, tmp_path):
     for kind, options in (
         ("mean", {}),
         ("fedavgm", {"server_momentum": 0.0}),
-        ("fedadam", {"server_lr": 0.01}),
+        ("fedadam", {}),
     ):
         config = quick(
             server_optimizer=kind, run_folder=str(tmp_path / kind), clients=2, train_examples=40,

@@ -18,6 +18,7 @@ from d2ft_fl.errors import ConfigError, RunError
 from d2ft_fl.federation import Federation, Report, State
 from d2ft_fl.local import run_local
 from d2ft_fl.methods import STRATEGIES, load_strategy, method_of, methods
+from d2ft_fl.passes import NO_PASSES, round_cost
 from d2ft_fl.rounds import Participant, Round, plan_round
 from d2ft_fl.subnets import Operation
 from tests.conftest import build, weights_of
@@ -29,7 +30,7 @@ FULL, FROZEN, FORWARD, SKIP = 3, 2, 1, 0
 
 def round_of(strategy, budgets, number=1, examples=20, **options):
     """A round of clients with these budgets, mappings as in a file."""
-    config = RunConfig(strategy=strategy, batch_size=8, rounds=8, **options)
+    config = RunConfig(**{"strategy": strategy, "batch_size": 8, "rounds": 8, **options})
     federation = Federation(config, ARCH)
     state = State(number - 1, WEIGHTS)
     reports = [Report(c, examples, Budget.from_mapping(b)) for c, b in enumerate(budgets)]
@@ -68,17 +69,31 @@ def layer(*operations):
         max_size=4,
     ),
     st.integers(1, 8),
-    st.sampled_from([1, 3]),
+    st.fixed_dictionaries(
+        {},
+        optional={
+            "slots": st.sampled_from([1, 3]),
+            "rounds": st.integers(8, 13),
+            "data_selection": st.just("entropy"),
+            "data_share": st.sampled_from([0.5, 1.0]),
+            "coupling": st.sampled_from(["spread", "agenda"]),
+            "score_every": st.sampled_from([1, 3]),
+        },
+    ),
 )
 @settings(deadline=None, max_examples=150)
-def test_every_strategy_keeps_the_budgets_that_it_promises(strategy, budgets, number, slots):
+def test_every_strategy_keeps_the_budgets_that_it_promises(strategy, budgets, number, options):
     budgets = [{**b, "speed": "1 GFLOP/s", "bandwidth-up": "1 MB/s"} for b in budgets]
-    federation, state, reports = round_of(strategy, budgets, number, slots=slots)
+    federation, state, reports = round_of(strategy, budgets, number, **options)
     plan = plan_round(federation, state, reports)  # raises where one is broken
     for client, assignment in zip(plan.clients, plan.assignments, strict=True):
-        found = federation.costs_of(state, assignment.accumulate).cost(
-            assignment.schedule, assignment.examples
+        found = round_cost(
+            federation.costs_of(state, assignment.accumulate),
+            assignment.schedule,
+            assignment.examples,
+            assignment.passes,
         )
+        assert found == assignment.cost
         for index, resource in enumerate(RESOURCES):
             if resource in federation.keeps:
                 assert getattr(found, resource) <= max(client.capacity[index], 0)
@@ -319,3 +334,53 @@ def test_the_page_of_methods_is_what_the_command_prints():
     page = Path(__file__).parents[1] / "docs" / "methods.md"
     printed = CliRunner().invoke(app, ["strategies", "--markdown"]).stdout
     assert page.read_text() == printed, "run: d2ft strategies --markdown > docs/methods.md"
+
+
+@given(st.integers(1, 40), st.integers(1, 12))
+def test_stages_divide_a_run_evenly(rounds, most):
+    federation, state, _ = round_of("slt", [{}], rounds=rounds)
+    found = [
+        Round(federation, replace(state, round=number), []).stage(most) for number in range(rounds)
+    ]
+    (stages,) = {stages for _, stages in found}
+    lengths = [sum(stage == n for stage, _ in found) for n in range(stages)]
+    assert stages == min(most, rounds)
+    assert found == sorted(found)
+    assert sum(lengths) == rounds
+    assert max(lengths) - min(lengths) <= 1 <= min(lengths)
+
+
+def test_layers_share_stages_where_rounds_are_few():
+    assert rows_of("slt", [{}], 1, rounds=2)[0] == [[FULL] * 4] * 4
+    assert rows_of("slt", [{}], 2, rounds=2)[0] == [[FORWARD] * 4] * 2 + [[FULL] * 4] * 2
+    assert rows_of("progfed", [{}], 3, rounds=3)[0] == [[FULL] * 4] * 4
+
+
+def test_who_cannot_afford_a_look_at_all_examples_draws_fewer():
+    """A look is a third of training: at 100 % none is needed, at 25 % none is affordable."""
+    budgets = [{"flops": f"{share} %"} for share in (100, 60, 25)]
+    plan = plan_round(*round_of("fewer-examples", budgets, data_selection="entropy"))
+    drawn = plan_round(*round_of("fewer-examples", budgets))
+    assert [a.examples for a in drawn.assignments] == [20, 12, 5]
+    assert [(a.examples, a.passes.viewed) for a in plan.assignments[::2]] == [(20, 0), (5, 0)]
+    chosen = plan.assignments[1]
+    assert chosen.passes.viewed == 20
+    assert 0 < chosen.examples < 12
+
+
+def test_widths_are_drawn_also_where_selecting_is_too_dear():
+    options = {"slots": 4, "data_selection": "entropy", "data_share": 0.5}
+    widths = set()
+    for number in range(1, 5):
+        plan = plan_round(*round_of("fjord", [{"flops": "30 %"}], number, **options))
+        (assignment,) = plan.assignments
+        assert assignment.passes == NO_PASSES
+        widths |= {int(slot.any(axis=0).sum()) for slot in assignment.schedule.operations}
+    assert len(widths) > 1
+
+
+@pytest.mark.parametrize("strategy", ["random", "pruning-magnitude"])
+def test_baselines_of_scores_are_not_coupled(strategy):
+    half = [{"flops": "50 %"}] * 4
+    assert rows_of(strategy, half, coupling="spread") == rows_of(strategy, half)
+    assert rows_of("d2ft", half, coupling="spread") != rows_of("d2ft", half)
