@@ -38,6 +38,10 @@ def failures() -> Iterator[None]:
     except D2FTError as error:
         typer.echo(f"d2ft: {error}", err=True)
         raise typer.Exit(2 if isinstance(error, ConfigError) else 1) from None
+    except OSError as error:  # a full disk, a folder that is gone
+        where = f" {error.filename!r}" if error.filename else ""
+        typer.echo(f"d2ft: {error.strerror or error}{where}", err=True)
+        raise typer.Exit(1) from None
     except KeyboardInterrupt:
         typer.echo("d2ft: stopped", err=True)
         raise typer.Exit(130) from None

@@ -109,13 +109,15 @@ class Chart:
         text = f"<figcaption>{escape(self.text)}</figcaption>" if self.text else ""
         said = "".join(f'<p class="note says">{escape(note)}</p>' for note in notes)
         return (
-            f'<figure class="chart" id="{self.name}">{text}{inputs}{said}{self._legend()}{self.key}'
+            f'<figure class="chart" id="{escape(self.name)}">{text}{inputs}{said}{self._legend()}'
+            f"{self.key}"
             f'<div class="plot" role="img" aria-label="{escape(self.label)}" '
-            f'style="height:{self.figure.layout.height}px{width}"></div>{json_script(spec)}</figure>\n'
+            f'style="height:{self.figure.layout.height}px{width}"></div>{json_script(spec)}'
+            "</figure>\n"
         )
 
     def _choice(self, number: int, choice: Choice) -> str:
-        name, options = f"{self.name}-{number}", choice.options
+        name, options = escape(f"{self.name}-{number}"), choice.options
         hidden = " hidden" if len(options) < 2 else ""
         if choice.slider:
             value = options[choice.chosen].label

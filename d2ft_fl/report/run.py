@@ -90,7 +90,8 @@ def _headline(run: RunFolder) -> str:
 
 
 def _wall(run: RunFolder) -> str:
-    return seconds(run.summary["wall_seconds"] if run.summary else run.rounds["wall_seconds"].sum())
+    rounds = run.rounds["wall_seconds"].sum()
+    return seconds(run.summary.get("wall_seconds", rounds) if run.summary else rounds)
 
 
 def _budgets(run: RunFolder, rounds: list[int]) -> str:
@@ -101,9 +102,9 @@ def _budgets(run: RunFolder, rounds: list[int]) -> str:
 
 
 def _reference(run: RunFolder) -> str:
-    if not run.summary or run.summary["keeps_budgets"]:
+    if not run.summary or run.summary.get("keeps_budgets", True):
         return ""
-    name = run.summary["strategy"]
+    name = run.summary.get("strategy", run.config["strategy"])
     return sentence(f"{name} is a reference and does not look at budgets.", "note")
 
 

@@ -74,7 +74,7 @@ class RunFolder:
             lines=lines,
         )
         try:
-            found.rounds  # noqa: B018  (a damaged line is found now)
+            _ = found.rounds, found.totals if lines else None  # a damaged line is found now
         except (KeyError, TypeError) as error:
             raise damaged(folder / ROUNDS, f"lacks something a round has ({error})") from None
         return found

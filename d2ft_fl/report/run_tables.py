@@ -75,14 +75,14 @@ def _grouped(frame: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
     """A row a group: sums over rounds of the mean client, and means of what does not add up."""
     means = [op.name for op in Operation] + ["examples", "rank"]
     shares = [f"{name}_share" for name in LIMITS]
-    frame = frame.assign(
+    frame = frame.astype(dict.fromkeys(SUMMED, float)).assign(
         memory=frame["memory"].where(frame["worked"]), fault=frame["fault"].notna()
     )
     grouped = frame.groupby(keys, sort=False)
     out = grouped[[*means, *shares, "memory"]].mean()
     out["count"] = grouped["client"].nunique()
     for name in (*SUMMED, "seconds"):
-        out[name] = grouped[name].sum() / out["count"]
+        out[name] = grouped[name].sum() / out["count"]  # of floats: FLOPs are beyond int64
     for name in ("sat_out", "fault"):
         out[name] = grouped[name].sum()
     for name in shares:

@@ -67,8 +67,7 @@ def _headline(sweep: SweepFolder, finished: list[Setting]) -> str:
         ("seeds", f"{len({t.settings.get(SEED) for t in trials}):,}", ""),
         ("trials", f"{len(trials):,}", f"{sum(t.finished for t in trials):,} finished"),
     ]
-    if finished:
-        best = finished[0]
+    if finished and not (best := finished[0]).selected:
         accuracy = sweep_charts.percent(best.figure("accuracy"))
         figures.append(("best final accuracy", accuracy, best.label))
     broken = sum(t.run.totals["violations"] for t in trials if t.run)
@@ -77,12 +76,17 @@ def _headline(sweep: SweepFolder, finished: list[Setting]) -> str:
 
 
 def _settings(sweep: SweepFolder, rows: list[Setting]) -> str:
-    return sentence(
+    said = (
         "Means over finished seeds, of accuracy with the 95 % confidence interval (Student's t) "
         "where there are two seeds or more. Shares are of training everything, bytes and simulated "
-        "time of a whole run.",
-        "note",
-    ) + sweep_tables.settings(sweep, rows)
+        "time of a whole run."
+    )
+    if any(s.selected for s in rows):
+        said += (
+            " Settings with trials that were stopped early come after the others, and are in no "
+            "comparison: the seeds that are left are their better ones."
+        )
+    return sentence(said, "note") + sweep_tables.settings(sweep, rows)
 
 
 def _over_keys(sweep: SweepFolder, finished: list[Setting]) -> list[str]:

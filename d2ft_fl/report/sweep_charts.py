@@ -19,7 +19,7 @@ from d2ft_fl.report.charts import (
     plain,
 )
 from d2ft_fl.report.statistics import Interval
-from d2ft_fl.report.sweep_folder import Setting, SweepFolder, spelled
+from d2ft_fl.report.sweep_folder import Paired, Setting, SweepFolder, spelled
 
 MOST_DOTS = 60  # rows
 LABEL = 46  # characters of a row's label in one line, which a phone is wide enough for
@@ -164,18 +164,23 @@ def compared(sweep: SweepFolder, key: str) -> Chart:
         f"Dot chart of differences in final accuracy between values of {key}.",
         figure,
         f"Trials that differ in {key} alone, at the same seed, are a pair. Diamonds are mean "
-        "differences over pairs, with their 95 % confidence intervals.",
+        "differences over seeds, of all pairs of each, with their 95 % confidence intervals.",
         [Choice("compared with", options)],
     )
+
+
+def _over(found: Paired) -> str:
+    seeds, pairs = found.difference.count, found.pairs
+    said = f"{seeds} seed{'s' * (seeds != 1)}"
+    return f" over {said}" + f" ({pairs} pairs)" * (pairs > seeds) if pairs else ""
 
 
 def _beside(sweep: SweepFolder, key: str, baseline: Any, values: Sequence[Any]) -> Option:
     found = sweep.paired(key, baseline)
     others = [value for value in values if value != baseline]
-    intervals = [found[value] for value in others]
+    intervals = [found[value].difference for value in others]
     note = "; ".join(
-        f"{sweep.word(key, value)} {points(i)}" + (f" over {i.count} pairs" if i.count else "")
-        for value, i in zip(others, intervals, strict=True)
+        f"{sweep.word(key, v)} {points(found[v].difference)}{_over(found[v])}" for v in others
     )
     return Option(
         sweep.word(key, baseline),

@@ -8,6 +8,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from d2ft_fl.errors import ConfigError
 from d2ft_fl.report.reading import damaged, read_json
 from d2ft_fl.report.run_folder import RunFolder
@@ -16,7 +18,7 @@ from d2ft_fl.report.statistics import Interval, differences
 TRIALS = "trials.json"
 SEED = "seed"
 STRATEGY = "strategy"
-FINISHED = "finished"
+FINISHED, STOPPED = "finished", "stopped"
 DAMAGED = "damaged"  # what no sweep writes: a trial whose folder cannot be read
 
 
@@ -75,6 +77,11 @@ class Setting:
         """Of a figure of :func:`d2ft_fl.recorder.totals`, over finished runs."""
         return Interval.of([_at(run.totals, path) for run in self.finished])
 
+    @property
+    def selected(self) -> bool:
+        """Whether trials were stopped early: those that were not are the better ones."""
+        return self.count(STOPPED) > 0
+
     def count(self, status: str) -> int:
         """How many of its trials ended so."""
         return sum(t.status == status for t in self.trials)
@@ -84,6 +91,14 @@ def _at(entries: Any, path: tuple[str, ...]) -> float:
     for key in path:
         entries = entries[key]
     return float(entries)
+
+
+@dataclass(frozen=True)
+class Paired:
+    """A mean difference, over seeds, and over how many pairs of trials in all."""
+
+    difference: Interval
+    pairs: int
 
 
 @dataclass(frozen=True, eq=False)
@@ -190,11 +205,16 @@ class SweepFolder:
         return [key for key in self.several if key not in self.numeric_keys]
 
     def ranked(self) -> list[Setting]:
-        """Settings with rounds to draw: the best final accuracy first, those without one last."""
-        found = [(s.figure("accuracy").mean, s) for s in self.settings if s.shown]
-        known = [pair for pair in found if not math.isnan(pair[0])]
-        known.sort(key=lambda pair: -pair[0])
-        return [s for _, s in known] + [s for mean, s in found if math.isnan(mean)]
+        """Settings with rounds to draw: the best final accuracy first.
+
+        Then those of which some trials were stopped early, and those without a finished one.
+        """
+
+        def place(setting: Setting) -> tuple[bool, bool, float]:
+            mean = setting.figure("accuracy").mean
+            return math.isnan(mean), setting.selected, 0.0 if math.isnan(mean) else -mean
+
+        return sorted((s for s in self.settings if s.shown), key=place)
 
     def best_first(self, key: str) -> list[Any]:
         """Values of a key, by the mean final accuracy of all finished trials that have it."""
@@ -206,27 +226,29 @@ class SweepFolder:
         means = [(mean(value), value) for value in self.values[key]]
         return [v for _, v in sorted((p for p in means if p[0] == p[0]), key=lambda p: -p[0])]
 
-    def paired(self, key: str, baseline: Any, figure: str = "accuracy") -> dict[Any, Interval]:
+    def paired(self, key: str, baseline: Any, figure: str = "accuracy") -> dict[Any, "Paired"]:
         """What other values of a key come to less a baseline, at equal other settings and seeds.
+
+        Pairs of the same seed share its data and first weights. So each seed's differences are
+        averaged first, and the interval is over seeds. Settings with trials that were stopped early
+        are left out.
 
         Args:
             key: Varied. baseline: One of its values.
             figure: Of :func:`d2ft_fl.recorder.totals`.
-
-        Returns:
-            By value: the mean difference over pairs of finished trials, with its interval.
         """
-        of: dict[Any, dict[str, float]] = {value: {} for value in self.values[key]}
-        for trial in self.trials:
+        of: dict[Any, dict[Any, dict[str, float]]] = {value: {} for value in self.values[key]}
+        for trial in (t for s in self.settings if not s.selected for t in s.trials):
             if trial.finished and trial.run and key in trial.settings:
-                others = {k: v for k, v in trial.settings.items() if k != key}
-                name = json.dumps(others, sort_keys=True)
-                of[trial.settings[key]][name] = float(trial.run.totals[figure])
-        return {
-            value: Interval.of(differences(found, of[baseline]))
-            for value, found in of.items()
-            if value != baseline
-        }
+                others = {k: v for k, v in trial.settings.items() if k not in (key, SEED)}
+                seed = of[trial.settings[key]].setdefault(trial.settings.get(SEED), {})
+                seed[json.dumps(others, sort_keys=True)] = float(trial.run.totals[figure])
+        out = {}
+        for value in (v for v in of if v != baseline):
+            found = [differences(ours, of[baseline].get(n, {})) for n, ours in of[value].items()]
+            means = [float(np.mean(pairs)) for pairs in found if pairs]
+            out[value] = Paired(Interval.of(means), sum(map(len, found)))
+        return out
 
 
 def _is_number(value: Any) -> bool:

@@ -49,13 +49,13 @@ def pairs(sweep: SweepFolder, key: str) -> str:
     values = sweep.best_first(key)
     rows = [
         pages.words(sweep.word(key, value), sweep.word(key, baseline))
-        + pages.valued(points(i), i.mean)
-        + pages.cells(str(i.count))
+        + pages.valued(points(found.difference), found.difference.mean)
+        + pages.cells(str(found.difference.count), str(found.pairs))
         for baseline in values
-        for value, i in sweep.paired(key, baseline).items()
+        for value, found in sweep.paired(key, baseline).items()
         if value in values
     ]
-    heads = [key, "compared with", "difference, points", "pairs"]
+    heads = [key, "compared with", "difference, points", "seeds", "pairs"]
     return pages.table(heads, rows, 2, sortable=True)
 
 

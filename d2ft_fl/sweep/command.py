@@ -25,6 +25,7 @@ from d2ft_fl.sweep.trials import Trial, expand, sweep_hash, varied
 from d2ft_fl.sweep.written import toml_sweep
 
 FAILED, NOTHING_RAN = 1, 2  # exit codes
+RESOLVED = "sweep.toml"
 
 
 def sweep(
@@ -78,7 +79,10 @@ def sweep(
     if not run.address:
         for device in {trial.config.device for trial in trials}:
             usable_device(device)
+    resolved = folder.path / RESOLVED
     with folder.locked() as scratch:
+        if not (resolved.exists() and resolved.samefile(file)):
+            resolved.write_text(toml_sweep(asked), encoding="utf-8")
         return _sweep(asked, trials, folder, scratch, retry_failed, as_json, prepare, engine)
 
 
@@ -110,7 +114,6 @@ def _sweep(
     prepare: Callable[[RunConfig, bool], None],
     engine: Engine | None,
 ) -> int:
-    folder.path.joinpath("sweep.toml").write_text(toml_sweep(asked), encoding="utf-8")
     ledger = Ledger(folder, trials)
     todo = ledger.open(retry_failed)
     if not as_json:
@@ -138,14 +141,14 @@ def _conclude(
     rows = trial_rows(folder, trials, ledger.states)
     write_tables(folder.path, rows)
     settings = by_setting(rows, varied(asked))
-    page = _page(folder.path)
     if as_json:
         found = [asdict(setting) for setting in settings]
         typer.echo(json.dumps({"folder": str(folder.path), "trials": rows, "settings": found}))
+        _page(folder.path)
     else:
         show.settings_table(settings)
         show.ends(ledger)
-        display.say(page)
+        display.say(_page(folder.path))
         display.say(f"sweep folder: {folder.path}")
     if ledger.count("failed"):
         return FAILED
@@ -158,5 +161,6 @@ def _page(folder: Path) -> str:
 
     try:
         return f"report: {sweep_page(folder)}"
-    except ConfigError as error:  # no trial has a finished round
-        return f"no report: {error}"
+    except Exception as error:  # the results are safe; most often no trial has a finished round
+        kind = "" if isinstance(error, ConfigError) else f"{type(error).__name__}: "
+        return f"no report: {kind}{error}"

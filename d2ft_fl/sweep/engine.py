@@ -19,6 +19,8 @@ from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any, Protocol
 
+import torch
+
 from d2ft_fl.errors import RunError
 from d2ft_fl.sweep.ledger import Ledger
 from d2ft_fl.sweep.remote import ACCURACY, CHANGES, OUTCOME, ROUND, Outcome, trainable
@@ -76,7 +78,10 @@ class TuneEngine:
         threads = max(trial.config.threads_per_client for trial in todo)
         at_once = self.options.at_once
         if not self.options.address:
-            at_once = min(at_once or max(1, cores() // threads), len(todo))
+            most = max(1, cores() // threads)
+            if any(trial.config.device == "cuda" for trial in todo):
+                most = max(1, min(most, torch.cuda.device_count()))  # a GPU each, unless asked
+            at_once = min(at_once or most, len(todo))
             os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(at_once)
         with _ray(self.options.address, at_once * threads, scratch, _shipped(todo)):
             self._run(todo, ledger, scratch, at_once)
@@ -180,6 +185,8 @@ def _ray(address: str, cpus: int, scratch: Path, modules: list[ModuleType]) -> I
     except (OSError, RuntimeError, ValueError) as error:
         where = f"reach Ray at {address!r}" if address else "start Ray"
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if "AF_UNIX" in reason:
+            reason = f"{str(scratch.parent)!r} is too long for its sockets; set TMPDIR=/tmp"
         raise RunError(f"cannot {where}: {reason}") from None
     finally:
         signal.signal(signal.SIGTERM, handler)
@@ -201,9 +208,11 @@ def _needs(todo: Sequence[Trial], at_once: int) -> list[dict[str, float]]:
 
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     cpus = max(node.get("CPU", 0.0) for node in nodes)
-    gpus = sum(node.get("GPU", 0.0) for node in nodes)
-    share = min(1.0, math.floor(1000 * gpus / max(1, at_once)) / 1000)
     threads = max(trial.config.threads_per_client for trial in todo)
+    # No trial is on two GPUs: so many share one.
+    gpus = sum(node.get("GPU", 0.0) for node in nodes if node.get("CPU", 0.0) >= threads)
+    sharing = math.ceil(at_once / gpus) if gpus else 1
+    share = math.floor(1000 / max(1, sharing)) / 1000
     if threads > cpus:
         raise RunError(
             f"threads-per-client = {threads} is more than the {cpus:g} cores that Ray has on its "
@@ -211,7 +220,9 @@ def _needs(todo: Sequence[Trial], at_once: int) -> list[dict[str, float]]:
         )
     on_gpu = [trial.config.device == "cuda" for trial in todo]
     if any(on_gpu) and not gpus:
-        raise RunError("device = 'cuda': Ray has no GPU")
+        raise RunError(
+            f"device = 'cuda': Ray has no GPU on a machine with {threads} cores for a trial"
+        )
     return [{"CPU": float(threads)} | ({"GPU": share} if on else {}) for on in on_gpu]
 
 

@@ -77,6 +77,11 @@ class SweepFolder:
                     f"another d2ft sweep is at work in {str(self.path)!r}; wait until it is done, "
                     "or name another folder by --output"
                 ) from None
+            except OSError as error:
+                raise ConfigError(
+                    f"sweep folder {str(self.path)!r} cannot be locked ({error.strerror}); name a "
+                    "folder on a local disk by --output"
+                ) from None
             lock.seek(0)
             if (left := Path(lock.read().strip())).name.startswith(SCRATCH):
                 shutil.rmtree(left, ignore_errors=True)

@@ -1,6 +1,7 @@
 """Keeps the books while a sweep runs: what trials report goes to the folder and to who watches."""
 
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Protocol
 
 from d2ft_fl.sweep.folder import State, SweepFolder
@@ -58,7 +59,9 @@ class Ledger:
         """
         for trial in self.trials:
             state = self.states[trial.id]
-            if state.status == "failed" and retry_failed:
+            # What only a worker refused may have been for what is not there today: hub, disk, GPU.
+            again = state.status == "refused" and not trial.refused
+            if again or (state.status == "failed" and retry_failed):
                 self.states[trial.id] = state = State()
             if state.status != "waiting":
                 continue
@@ -106,10 +109,12 @@ class Ledger:
         """Forget what is still running, as this process ends."""
         running = [id for id, state in self.states.items() if state.status == "running"]
         for id in running:
-            self.folder.clear(id)
-            self.states[id] = State()
+            self.states[id] = self.folder.state(id)  # it may have ended, and nobody been told yet
+            if self.states[id].status == "waiting":
+                self.folder.clear(id)
         if running:
-            self._write()
+            with suppress(OSError):  # which is why it ends, perhaps
+                self._write()
 
     def count(self, *statuses: str) -> int:
         """How many trials stand so."""

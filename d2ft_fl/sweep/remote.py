@@ -101,9 +101,9 @@ def trainable(settings: Mapping[str, Any]) -> None:
     The last round is reported with the outcome, so that nobody stops a trial that has run them all.
 
     Args:
-        settings: ``options`` of the run, ``start``, where the command was started (plug-ins lie
-            there, and files that they read), ``path``, where it imports from, ``models``, whether
-            to keep them.
+        settings: The trial's ``id``, ``options`` of the run, ``start``, where the command was
+            started (plug-ins lie there, and files that they read), ``path``, where it imports from,
+            ``models``, whether to keep them.
     """
     from ray import tune
 
@@ -111,7 +111,7 @@ def trainable(settings: Mapping[str, Any]) -> None:
         sys.path.extend(path for path in settings["path"] if path not in sys.path)
         if os.path.isdir(settings["start"]):
             os.chdir(settings["start"])
-        files = Files(Path(scratch) / "run", settings["models"])
+        files = Files(Path(scratch) / settings["id"], settings["models"])  # trackers show its name
         config = RunConfig.from_mapping(settings["options"])
         config = replace(config, run_folder=str(files.folder))
         last: dict[str, Any] = {}

@@ -13,6 +13,7 @@ from d2ft_fl.sweep.folder import State, SweepFolder
 from d2ft_fl.sweep.trials import Trial
 
 SEED = "seed"
+FIGURES = {"accuracy", "flops_share", "bytes_up_used", "bytes_down_used", "wall_seconds"}
 
 
 def trial_rows(
@@ -45,7 +46,8 @@ def _summary(folder: Path) -> dict[str, Any]:
     resources = summary.pop("resources", {})
     summary.pop("folder", None)
     for name, figures in resources.items():
-        summary |= {f"{name}_{key}": value for key, value in figures.items()}
+        # FLOPs of long runs are beyond the integers of parquet.
+        summary |= {f"{name}_{k}": None if v is None else float(v) for k, v in figures.items()}
     return {key: v for key, v in summary.items() if not isinstance(v, dict | list)}
 
 
@@ -80,6 +82,7 @@ class Setting:
         settings: The options that vary, but for the seed.
         trials, finished: How many there are, and how many ran all their rounds: the others count
             in no mean.
+        stopped: How many were stopped early; then the mean is of the better seeds.
         accuracy: Mean accuracy after the last round.
         deviation: Its standard deviation over seeds (n - 1); None for a single one.
         flops_share: Mean share of the FLOPs of training everything.
@@ -90,6 +93,7 @@ class Setting:
     settings: dict[str, Any]
     trials: int
     finished: int
+    stopped: int = 0
     accuracy: float | None = None
     deviation: float | None = None
     flops_share: float | None = None
@@ -98,24 +102,29 @@ class Setting:
 
 
 def by_setting(rows: Sequence[Mapping[str, Any]], varied: Sequence[str]) -> list[Setting]:
-    """What every setting comes to; the most accurate first, those without a result last."""
+    """What every setting comes to; the most accurate first.
+
+    Then those of which trials were stopped early, and those without a result.
+    """
     keys = [key for key in varied if key != SEED]
     groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
     for row in rows:
         groups.setdefault(tuple(row[key] for key in keys), []).append(row)
     found = [_setting(dict(zip(keys, k, strict=True)), group) for k, group in groups.items()]
-    return sorted(found, key=lambda s: -1.0 if s.accuracy is None else -1 - s.accuracy)
+    return sorted(found, key=lambda s: (s.accuracy is None, s.stopped > 0, -(s.accuracy or 0)))
 
 
 def _setting(settings: dict[str, Any], rows: list[Mapping[str, Any]]) -> Setting:
-    done = [row for row in rows if row["status"] == "finished"]
+    done = [row for row in rows if row["status"] == "finished" and row.keys() >= FIGURES]
+    stopped = sum(row["status"] == "stopped" for row in rows)
     if not done:
-        return Setting(settings, len(rows), 0)
+        return Setting(settings, len(rows), 0, stopped)
     accuracy = np.array([row["accuracy"] for row in done])
     return Setting(
         settings,
         len(rows),
         len(done),
+        stopped,
         accuracy=float(accuracy.mean()),
         deviation=float(accuracy.std(ddof=1)) if len(done) > 1 else None,
         flops_share=float(np.mean([row["flops_share"] for row in done])),

@@ -17,6 +17,7 @@ os.environ.setdefault("MLFLOW_ALLOW_FILE_STORE", "true")
 
 from mlflow import MlflowClient
 from mlflow.entities import Metric, Param
+from mlflow.exceptions import MlflowException
 
 MOST_PARAMS = 100  # of one request
 
@@ -28,12 +29,22 @@ class MLflow:
         uri = os.environ.get("MLFLOW_TRACKING_URI") or (folder / "mlruns").as_uri()
         name = os.environ.get("MLFLOW_EXPERIMENT_NAME", "d2ft-fl")
         self._client, self._step = MlflowClient(tracking_uri=uri), 0
-        found = self._client.get_experiment_by_name(name)
-        experiment = found.experiment_id if found else self._client.create_experiment(name)
+        experiment = self._experiment(name)
         self._run = self._client.create_run(experiment, run_name=folder.name).info.run_id
         params = [Param(key, str(value)) for key, value in config.items()]
         for first in range(0, len(params), MOST_PARAMS):
             self._client.log_batch(self._run, params=params[first : first + MOST_PARAMS])
+
+    def _experiment(self, name: str) -> str:
+        """An experiment's id; made where there is none."""
+        if found := self._client.get_experiment_by_name(name):
+            return str(found.experiment_id)
+        try:
+            return str(self._client.create_experiment(name))
+        except MlflowException:  # another run has made it meanwhile
+            if found := self._client.get_experiment_by_name(name):
+                return str(found.experiment_id)
+            raise
 
     def round(self, row: dict[str, Any]) -> None:
         """One step of every metric."""

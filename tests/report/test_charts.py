@@ -71,3 +71,8 @@ def test_themes_differ_in_their_colours(path):
     for key in path:
         light, dark = light[key], dark[key]
     assert light != dark
+
+
+def test_the_name_of_a_chart_is_text():
+    """It may come from a key of somebody else's sweep."""
+    assert "<img" not in chart(name='x"><img src=q onerror=alert(1)>').html()

@@ -3,6 +3,7 @@ import math
 import pytest
 
 from d2ft_fl.errors import ConfigError
+from d2ft_fl.report.sweep import sweep_html
 from d2ft_fl.report.sweep_folder import SweepFolder
 from tests.report.made_up import simple_run, write_sweep
 
@@ -49,19 +50,48 @@ def test_the_best_comes_first_and_what_never_began_is_left_out(sweep):
 
 
 def test_pairs_differ_in_one_key_alone(sweep):
-    """Finished pairs of random and d2ft: 0.75 - 0.80, 0.71 - 0.70, 0.70 - 0.72; mean -0.02.
+    """Finished pairs of random and d2ft, less each other: two means, both -0.02.
 
-    s = 0.03, so the interval is 4.302653 * 0.03 / sqrt 3.
+    Of seed 0 0.75 - 0.80 and 0.71 - 0.70, of seed 1 0.70 - 0.72.
     """
     found = sweep.paired("strategy", "d2ft")
     assert list(found) == ["random"]
-    assert found["random"].count == 3
-    assert found["random"].mean == pytest.approx(-0.02)
-    assert found["random"].half == pytest.approx(4.302653 * 0.03 / math.sqrt(3), rel=1e-6)
-    back = sweep.paired("strategy", "random")["d2ft"]
-    assert (back.mean, back.half) == pytest.approx((0.02, found["random"].half))
-    assert sweep.paired("lr", 0.1)[0.3].count == 0
+    random = found["random"].difference
+    assert (random.count, found["random"].pairs) == (2, 3)
+    assert (random.mean, random.half) == pytest.approx((-0.02, 0))
+    back = sweep.paired("strategy", "random")["d2ft"].difference
+    assert (back.mean, back.half) == pytest.approx((0.02, 0))
+    assert sweep.paired("lr", 0.1)[0.3].pairs == 0
     assert sweep.best_first("strategy") == ["d2ft", "random"]
+
+
+def test_pairs_of_a_seed_are_one_observation(tmp_path):
+    """Ten rates, two seeds with differences of 0.10 and 0.02: their mean to 12.7 * 0.04."""
+    trials = [
+        (settings(strategy, lr / 10, seed), 0.5 + (strategy == "b") * (0.10, 0.02)[seed])
+        for strategy in "ab"
+        for lr in range(1, 11)
+        for seed in (0, 1)
+    ]
+    found = SweepFolder.read(write_sweep(tmp_path, trials)).paired("strategy", "a")["b"]
+    assert (found.difference.count, found.pairs) == (2, 20)
+    assert found.difference.mean == pytest.approx(0.06)
+    assert found.difference.half == pytest.approx(12.7062 * 0.04, rel=1e-4)
+
+
+def test_what_stopping_early_has_left_is_not_compared(tmp_path):
+    stopped = {"status": "stopped", "reason": "behind"}
+    trials = [
+        (settings("lucky", 0.1, 0), 0.9), (settings("lucky", 0.1, 1), 0.4, stopped),
+        (settings("whole", 0.1, 0), 0.7), (settings("whole", 0.1, 1), 0.7),
+        (settings("other", 0.1, 0), 0.6), (settings("other", 0.1, 1), 0.6),
+    ]  # fmt: skip
+    sweep = SweepFolder.read(write_sweep(tmp_path, trials))
+    assert [s.values["strategy"] for s in sweep.ranked()] == ["whole", "other", "lucky"]
+    found = sweep.paired("strategy", "whole")
+    assert (found["lucky"].pairs, found["other"].pairs) == (0, 2)
+    html = sweep_html(sweep)
+    assert "stopped early come after the others" in html
 
 
 def test_keys_are_numbers_or_words(tmp_path):

@@ -68,7 +68,7 @@ def test_strategies_are_compared_in_pairs(tmp_path):
     assert options[0]["data"]["x"] == [[-10.0, -20.0]]
     assert options[0]["data"]["y"] == [["d2ft", "random"]]
     assert np.allclose(options[0]["data"]["error_x.array"], 0, atol=1e-9)
-    assert options[2]["note"].startswith("fedavg +20.0 ± 0.0 over 4 pairs; d2ft +10.0")
+    assert options[2]["note"].startswith("fedavg +20.0 ± 0.0 over 2 seeds (4 pairs); d2ft +10.0")
 
 
 def test_numbers_have_a_chart_over_them(tmp_path):

@@ -76,11 +76,19 @@ def test_trials_need_a_core_for_each_thread_of_the_widest(nodes):
     assert engine._needs([trial(), trial(threads_per_client=4)], 2) == [{"CPU": 4.0}] * 2
 
 
-@pytest.mark.parametrize("at_once,share", [(1, 1.0), (2, 1.0), (3, 0.666), (8, 0.25), (0, 1.0)])
+@pytest.mark.parametrize("at_once,share", [(1, 1.0), (2, 1.0), (3, 0.5), (8, 0.25), (0, 1.0)])
 def test_trials_share_the_gpus_there_are(at_once, share, nodes):
     nodes({"CPU": 8.0, "GPU": 2.0})
     (need,) = engine._needs([trial(device="cuda")], at_once)
     assert need == {"CPU": 1.0, "GPU": share}
+
+
+def test_a_trial_needs_its_cores_and_its_gpu_on_one_machine(nodes):
+    nodes({"CPU": 64.0}, {"CPU": 8.0, "GPU": 1.0})
+    (need,) = engine._needs([trial(device="cuda", threads_per_client=8)], 1)
+    assert need == {"CPU": 8.0, "GPU": 1.0}
+    with pytest.raises(RunError, match="no GPU on a machine with 16 cores for a trial"):
+        engine._needs([trial(device="cuda", threads_per_client=16)], 1)
 
 
 @pytest.mark.parametrize(

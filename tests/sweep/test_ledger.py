@@ -109,7 +109,29 @@ def test_what_is_added_runs_and_what_is_taken_away_is_not_lost(folder):
     assert Ledger(folder, trials).open() == trials[2:]
 
 
-@pytest.mark.parametrize("status", ["finished", "stopped", "refused", "failed"])
+def test_what_only_a_worker_refused_is_tried_again(folder):
+    """The hub may have been away, or the GPU; what options alone rule out stays refused."""
+    for trial in trials[:2]:
+        folder.begin(trial)
+        folder.end(trial, Outcome("refused", "dataset 'hub:a/b' cannot be had"))
+    known = replace(trials[1], refused="slots = 12 is more than batch-size = 8")
+    assert Ledger(folder, [trials[0], known]).open() == [trials[0]]
+
+
+def test_what_ended_while_the_sweep_was_stopped_stays(folder):
+    """Ctrl-C comes between a trial's end on the disk and in the books."""
+    ledger = Ledger(folder, trials)
+    ledger.open()
+    for trial in trials[:2]:
+        ledger.started(trial.id)
+    folder.write(trials[0].id, {"summary.json": (0, b"{}")})
+    folder.end(trials[0], Outcome("finished"))
+    ledger.close()
+    assert listed(folder)[trials[0].id] == "finished"
+    assert Ledger(folder, trials).open() == trials[1:]
+
+
+@pytest.mark.parametrize("status", ["finished", "stopped", "failed"])
 def test_only_failures_run_again_and_only_when_asked(status, folder):
     folder.begin(trials[0])
     folder.write(trials[0].id, {"summary.json": (0, b"{}"), "error.txt": (0, b"old")})

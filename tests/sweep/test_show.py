@@ -72,7 +72,7 @@ def test_a_terminal_has_a_bar_with_what_runs_fails_and_is_best(monkeypatch):
 
 
 def test_long_lists_are_cut_and_say_so(capsys, tmp_path):
-    best = [Setting({"lr": n}, 1, 1, 1 - n / 100, None, 0.5, 3.0, 2.0) for n in range(50)]
+    best = [Setting({"lr": n}, 1, 1, 0, 1 - n / 100, None, 0.5, 3.0, 2.0) for n in range(50)]
     show.settings_table([*best, Setting({"lr": 99}, 1, 0)])
     said = capsys.readouterr().out
     assert "the best 40 of 50 settings; results.csv has all trials" in said

@@ -167,3 +167,20 @@ def test_a_sweep_for_a_gpu_can_be_looked_at_without_one(file, tmp_path, monkeypa
     engine = FakeEngine()
     assert sweep(file, ["device=cuda"], address="10.0.0.1:6379", engine=engine) == 0
     assert len(engine.ran) == 4
+
+
+def test_the_file_of_a_sweep_is_not_written_over(file, tmp_path):
+    own = file.rename(tmp_path / "sweep.toml")
+    assert sweep(own, output=tmp_path, engine=FakeEngine()) == 0
+    assert own.read_text() == TEXT
+
+
+def test_a_page_that_cannot_be_made_costs_no_result(file, monkeypatch, capsys):
+    def broken(folder):
+        raise KeyError("plan_seconds")
+
+    monkeypatch.setattr("d2ft_fl.report.sweep_page", broken)
+    assert sweep(file, engine=FakeEngine()) == 0
+    assert "no report: KeyError: 'plan_seconds'" in capsys.readouterr().out
+    assert sweep(file, as_json=True, engine=FakeEngine()) == 0
+    assert len(json.loads(capsys.readouterr().out)["trials"]) == 4
