@@ -11,7 +11,9 @@ from typing import Any
 
 import numpy as np
 
+from d2ft_fl.budgets import ClientDescription
 from d2ft_fl.config import RunConfig
+from d2ft_fl.costs import RESOURCES
 from d2ft_fl.errors import ConfigError
 from d2ft_fl.preview import preview
 
@@ -56,10 +58,17 @@ def choose(
         progress: Called with each model before it is planned.
 
     Raises:
-        ConfigError: When there is no model, or one cannot be planned.
+        ConfigError: When there is no model, one cannot be planned, or budgets are all shares of a
+            model itself, of which every model affords as much.
     """
     if not models:
         raise ConfigError("name the models to choose from, like vit_tiny_patch16_224")
+    if not _absolute(config, examples or 1):
+        raise ConfigError(
+            f"budgets = {config.budgets!r} are shares of each model itself, which say nothing of "
+            'which to take; name absolute ones, like memory = "512 MiB" or a deadline, or use '
+            "budgets = 'hardware'"
+        )
     found = []
     for model in models:
         progress(model)
@@ -77,3 +86,19 @@ def choose(
         )
     best = max(found, key=lambda c: (c.trained_layers, -c.sit_out))
     return [replace(c, chosen=c is best) for c in found]
+
+
+def _absolute(config: RunConfig, examples: int) -> bool:
+    """Whether some client has a budget that is not a share of what it trains."""
+    source = config.budget_source()
+    budgets = (
+        source(ClientDescription(client, examples, config.clients), 1)
+        for client in range(config.clients)
+    )
+    return any(
+        budget.deadline is not None
+        or any(
+            (own := getattr(budget, name)) is not None and not own.relative for name in RESOURCES
+        )
+        for budget in budgets
+    )

@@ -283,7 +283,11 @@ def choose_command(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON only.")] = False,
 ) -> None:
-    """Choose among models by how many layers clients can train, as CAFF does."""
+    """Choose among models by how many layers clients can train, as CAFF does.
+
+    Plans with strategy caff, whatever files say, unless --set names another. Budgets must be
+    absolute (memory, bytes, a deadline), like budgets=hardware.
+    """
     from d2ft_fl.choose import choose
 
     with failures():

@@ -164,8 +164,20 @@ class RunConfig:
         if self.tuning == "lora":
             self._check_lora(timm_vit.describe(model))
         partitions = open_data(self.data_spec(side, channels)).partitions
-        self.budget_source()(ClientDescription(0, len(partitions[0]), len(partitions)), 1)
+        self._check_budgets(timm_vit.describe(model), [len(own) for own in partitions])
         return self
+
+    def _check_budgets(self, arch: Architecture, examples: list[int]) -> None:
+        """Raises ConfigError unless clients' first budgets are there, and can be matched."""
+        from d2ft_fl.federation import Federation, Report, State  # which know this module
+
+        source = self.budget_source()
+        asked = examples if self.match else examples[:1]
+        reports = [
+            Report(client, count, source(ClientDescription(client, count, len(examples)), 1))
+            for client, count in enumerate(asked)
+        ]
+        Federation(self, arch).at(1).participants(reports, State(0, {}))
 
     def _check_lora(self, arch: Architecture) -> None:
         """Raises ConfigError unless LoRA's options fit the model, and an adapter fits them."""

@@ -207,7 +207,9 @@ class Federation:
         budgets = [r.budget for r in ordered]
         if self.config.match:
             share = self.config.match_share
-            budgets = matched(self.config.match, share, budgets, full)
+            # A mean that clients had in the first round may be out of reach in a later one.
+            within = state.round > 0
+            budgets = matched(self.config.match, share, budgets, full, within)
         return [
             Participant(
                 r.client,

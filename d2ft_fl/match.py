@@ -29,7 +29,11 @@ MATCHES = {
 
 
 def matched(
-    kind: str, share: float, budgets: Sequence[Budget], full: Sequence[Cost]
+    kind: str,
+    share: float,
+    budgets: Sequence[Budget],
+    full: Sequence[Cost],
+    within_reach: bool = False,
 ) -> list[Budget]:
     """Clients' budgets of one kind alone, with the configured mean.
 
@@ -37,6 +41,8 @@ def matched(
         kind: One of :data:`MATCHES`.
         share: The mean, as a share of training everything; 0 for the mean that they have.
         budgets: As clients report them. full: What training everything costs each.
+        within_reach: Take the highest mean there is where clients with no budget at all leave none
+            as high as the configured one.
 
     Raises:
         ConfigError: When there is no such mean.
@@ -49,7 +55,7 @@ def matched(
         deadline = _deadline(share, budgets, full)
         return [replace(b, deadline=deadline) for b in bare]
     for resource in MATCHES[kind]:
-        found = _scaled(resource, share, budgets, full)
+        found = _scaled(resource, share, budgets, full, within_reach)
         amounts = [Amount(value, relative=True) for value in found.tolist()]
         bare = [_limited(b, resource, a) for b, a in zip(bare, amounts, strict=True)]
     return bare
@@ -61,7 +67,11 @@ def _limited(budget: Budget, resource: str, amount: Amount) -> Budget:
 
 
 def _scaled(
-    resource: str, share: float, budgets: Sequence[Budget], full: Sequence[Cost]
+    resource: str,
+    share: float,
+    budgets: Sequence[Budget],
+    full: Sequence[Cost],
+    within_reach: bool,
 ) -> np.ndarray:
     """Shares of one resource, scaled to their mean: float64 [clients]."""
     own = np.array(
@@ -70,8 +80,10 @@ def _scaled(
             for b, f in zip(budgets, full, strict=True)
         ]
     )
-    target = share or float(own.mean())
-    if target > float((own > 0).mean()):
+    target, reach = share or float(own.mean()), float((own > 0).mean())
+    if within_reach:
+        target = min(target, reach)
+    if target > reach:
         raise ConfigError(
             f"match-share = {target:g} cannot be reached: {int((own == 0).sum())} of {len(own)} "
             f"clients have a budget of no {resource.replace('_', ' ')} at all"

@@ -67,7 +67,8 @@ def _passes_cost(costs: CostModel, passes: Passes) -> Cost:
     still = replace(a, attention_dropout=0.0, hidden_dropout=0.0, output_dropout=0.0)
     one = replace(costs.plain(), arch=still)
     held = sum(p.numel for p in a.parameters)
-    flops, memory, up = costs.arch.rank * int(costs.fold_flops.sum()), 0, 0
+    folded = bool(passes.scored) + bool(passes.viewed)
+    flops, memory, up = folded * costs.arch.rank * int(costs.fold_flops.sum()), 0, 0
     if passes.scored:
         everything = one.everything()
         widest = max(p.numel for p in a.of_kind(Kind.SLICED))

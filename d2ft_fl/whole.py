@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from d2ft_fl.lora import merged_packed
 from d2ft_fl.meter import Meter, tensor_bytes
 from d2ft_fl.packed import PackedHeads
 from d2ft_fl.partial import PartialModel
@@ -26,13 +27,14 @@ class WholeModel:
     """A client's model with all of its weights.
 
     Attributes:
-        model: What runs it. arch: Without factors.
-        weights: Every head's slices, packed, and all else.
+        model: What runs it. arch: Without factors. tuned: With factors, if there are any.
+        tensors: Every head's slices, packed, and all else, of ``tuned``.
     """
 
     model: PartialModel
     arch: Architecture
-    weights: Mapping[str, Tensor]
+    tuned: Architecture
+    tensors: Mapping[str, Tensor]
     options: LocalOptions
     meter: Meter
 
@@ -40,7 +42,9 @@ class WholeModel:
         self.model.tune(self.arch)
         self.model.numerics = self.options.plain().numerics()
         schedule = Schedule.filled(operation, 1, self.arch.blocks, self.arch.heads)
-        self.model.reset(schedule, dict(self.weights), gradients=False)
+        # For each pass anew: the model has its own, and these go before it runs.
+        weights = self.meter.count(partial(merged_packed, self.tuned, self.tensors))
+        self.model.reset(schedule, weights, gradients=False)
 
     def scores(self, images: Tensor, labels: Tensor, kinds: Sequence[str]) -> dict[str, np.ndarray]:
         """See :func:`score_pass`."""

@@ -22,7 +22,6 @@ from d2ft_fl.data import FederatedData, open_data
 from d2ft_fl.errors import Refusal
 from d2ft_fl.federation import Federation, Report
 from d2ft_fl.holdings import Store
-from d2ft_fl.lora import merged_packed
 from d2ft_fl.meter import Meter, free_memory, set_threads, warm_up
 from d2ft_fl.models import build_model
 from d2ft_fl.partial import PartialModel
@@ -146,8 +145,8 @@ class Worker:
         """
         model, data = self._parts
         result: dict[str, Tensor] = {}
-        merged = self.meter.count(partial(merged_packed, arch, tensors))
-        whole = WholeModel(model, self._federation.arch, merged, self.options, self.meter)
+        own = self._federation.arch
+        whole = WholeModel(model, own, arch, tensors, self.options, self.meter)
         if task.passes.viewed:
             everyone = np.arange(len(data.partitions[task.client]))
             batches = self._batches(task.client, everyone)

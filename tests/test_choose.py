@@ -46,9 +46,15 @@ def test_the_command(config, tmp_path):
     assert found["chosen"]
     shown = CliRunner().invoke(app, [*arguments, "--set", f"budgets={config.budgets}"])
     assert "vit_tiny_patch16_224 *" in shown.stdout
-    wrong = CliRunner().invoke(app, ["choose", "resnet18", "--examples", "20"])
+    wrong = CliRunner().invoke(app, ["choose", "resnet18", "--set", "budgets=hardware"])
     assert wrong.exit_code == 2
     assert "resnet18" in wrong.stderr
+
+
+def test_shares_of_each_model_cannot_choose(config):
+    """Every model affords 60 % of itself."""
+    with pytest.raises(ConfigError, match="shares of each model itself"):
+        choose(replace(config, budgets="devices"), ["vit_tiny_patch16_224"], examples=20)
 
 
 def test_no_model_is_an_error(config):

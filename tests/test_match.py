@@ -66,7 +66,7 @@ def test_seconds_are_one_deadline_for_all():
     "kind,share,budgets,reason",
     [
         ("flops", 0.6, relative(0, 1), "match-share = 0.6 cannot be reached: 1 of 2 clients"),
-        ("seconds", 0.5, relative(1, 1), "needs clients that take time"),
+        ("seconds", 0.5, relative(1, 1), "needs clients that take"),
         ("seconds", 0.0, [Budget(deadline=2.0), Budget()], "needs a deadline of every client"),
     ],
 )
@@ -127,3 +127,33 @@ def test_a_client_holds_the_plan_against_the_matched_budget(quick):
 def test_what_cannot_be_matched_is_refused(quick, changes, reason):
     with pytest.raises(ConfigError, match=reason):
         quick(**changes).check_options()
+
+
+@pytest.mark.parametrize(
+    "budget,changes,reason",
+    [
+        ('flops = "60 %"', {"match": "seconds"}, "needs a deadline of every client"),
+        (
+            'flops = "60 %"',
+            {"match": "seconds", "match_share": 0.5},
+            "needs clients that take time",
+        ),
+        ("flops = 0", {"match": "flops", "match_share": 0.5}, "cannot be reached"),
+    ],
+)
+def test_what_budgets_leave_no_match_for_is_found_before_anything_starts(
+    quick, tmp_path, budget, changes, reason
+):
+    path = tmp_path / "budgets.toml"
+    path.write_text(f'mix = ["one"]\n[classes.one]\n{budget}\n')
+    with pytest.raises(ConfigError, match=reason):
+        quick(budgets=str(path), **changes).check()
+
+
+def test_a_mean_that_is_out_of_reach_later_becomes_the_highest_there_is():
+    """Two of four clients are busy: half is all there is."""
+    busy = [Budget(flops=Amount(s, relative=True)) for s in (0.0, 0.0, 0.2, 0.4)]
+    found = matched("flops", 0.6, busy, [FULL] * 4, within_reach=True)
+    assert [b.flops.value for b in found] == [0, 0, 1, 1]
+    nobody = matched("flops", 0.6, busy[:2], [FULL] * 2, within_reach=True)
+    assert [b.flops.value for b in nobody] == [0, 0]

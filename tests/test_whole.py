@@ -22,7 +22,9 @@ from tests.test_local import rows
 
 def whole_of(model, arch, meter, batch_size=8):
     packed = pack_for(arch, weights_of(model), all_of(arch))
-    return WholeModel(PartialModel(model, arch), arch, packed, LocalOptions(batch_size), meter)
+    return WholeModel(
+        PartialModel(model, arch), arch, arch, packed, LocalOptions(batch_size), meter
+    )
 
 
 def batches(images, labels, size):
