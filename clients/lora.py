@@ -13,9 +13,9 @@ from d2ft_fl.config import RunConfig
 from d2ft_fl.export import save_tuned
 from d2ft_fl.factors import frozen, unchanging
 from d2ft_fl.initial import begin, from_update
+from d2ft_fl.local_options import LocalOptions
 from d2ft_fl.lora import targeted, targets_alone, with_lora, without_lora
 from d2ft_fl.subnets import Architecture, Kind
-from d2ft_fl.training import LocalOptions
 
 
 def architecture(arch: Architecture, config: RunConfig, round: int) -> Architecture:

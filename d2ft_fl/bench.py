@@ -28,14 +28,16 @@ from d2ft_fl.adapters import target_pattern
 from d2ft_fl.costs import CostModel
 from d2ft_fl.errors import ConfigError
 from d2ft_fl.initial import begin
+from d2ft_fl.local_options import LocalOptions
 from d2ft_fl.lora import Lora, with_lora
 from d2ft_fl.meter import Meter, set_threads, tensor_bytes, usable_device
-from d2ft_fl.models import ModelSpec, build_model
+from d2ft_fl.models import build_model
 from d2ft_fl.partial import PartialModel
 from d2ft_fl.plugins import load_module
+from d2ft_fl.specs import ModelSpec
 from d2ft_fl.subnets import Architecture, Kind, Operation, Schedule, pack_for, passes, slot_sizes
 from d2ft_fl.timm_vit import VisionTransformer
-from d2ft_fl.training import LocalOptions, Stepper, optimizer_state
+from d2ft_fl.training import Stepper, optimizer_state
 
 SUFFIXES = (".png", ".svg", ".pdf")
 PAIRS = 15

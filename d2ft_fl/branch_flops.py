@@ -145,3 +145,12 @@ class _Factors:
         unit = 2 * a.tokens
         near = unit * (self.inward * near_in * rows_in + self.outward * near_out * rows_out)
         return near, unit * a.dim * int(self.inward * far_in + self.outward * far_out)
+
+
+def fused_attention(device: str, head_dim: int, dropout: float) -> bool:
+    """Whether torch's fused attention is taken: 5 products in its backward pass, else 4.
+
+    On a CPU it knows no dropout; on CUDA it pads other widths than multiples of 8, so that the
+    plain path is asked for there.
+    """
+    return dropout == 0 if device == "cpu" else head_dim % 8 == 0

@@ -9,15 +9,18 @@ costs the client one tensor [tokens, dim] a branch, however many subnets it stan
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from d2ft_fl.errors import ReplyError
-from d2ft_fl.partial import Offsets, PartialModel
-from d2ft_fl.pieces import Piece
 from d2ft_fl.subnets import Architecture, Operation, Schedule
+
+if TYPE_CHECKING:  # the cost model comes by here, and need not bring the engine in
+    from d2ft_fl.partial import Offsets, PartialModel
+    from d2ft_fl.pieces import Piece
 
 OUTWARD = ("proj.weight", "fc2.weight")  # the product out of each branch, by role
 BIASES = ("proj.bias", "fc2.bias")
@@ -72,7 +75,7 @@ def skip_spec(arch: Architecture, schedule: Schedule) -> dict[str, tuple[int, ..
 class MeanTally:
     """A client's means of z over the examples that it runs, in one round."""
 
-    def __init__(self, model: PartialModel):
+    def __init__(self, model: "PartialModel"):
         self.model = model
         self.sums: dict[tuple[int, int], Tensor] = {}
         self.counts: dict[tuple[int, int], dict[int, int]] = {}
@@ -119,7 +122,7 @@ class _Add:
     counts: dict[int, int]
     rows: Mapping[int, range]
 
-    def __call__(self, piece: Piece, z: Tensor) -> None:
+    def __call__(self, piece: "Piece", z: Tensor) -> None:
         summed = z.sum(dim=0, dtype=torch.float32)  # [tokens, depth]
         start = 0
         for head in piece.heads:
@@ -185,7 +188,7 @@ class MeanBook:
         return out
 
 
-def received(schedule: Schedule, tensors: Mapping[str, Tensor]) -> dict[int, Offsets]:
+def received(schedule: Schedule, tensors: Mapping[str, Tensor]) -> "dict[int, Offsets]":
     """Compensation as it came down, per block and slot: see ``PartialModel.reset``."""
     found: dict[int, Offsets] = {}
     for block in range(schedule.operations.shape[1]):

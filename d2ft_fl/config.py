@@ -15,24 +15,23 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from d2ft_fl import scores, timm_vit
+from d2ft_fl import scores
 from d2ft_fl.adapters import read_adapter
 from d2ft_fl.budgets import BudgetSource, ClientDescription, budget_source
-from d2ft_fl.data import DIGITS, HUB, DataSpec, class_count, open_data
 from d2ft_fl.errors import ConfigError, UnkeptBudget
 from d2ft_fl.factors import MIXED, MODES
 from d2ft_fl.initial import INITS
+from d2ft_fl.local_options import PRECISIONS, LocalOptions
 from d2ft_fl.lora import Lora
 from d2ft_fl.match import MATCHES
 from d2ft_fl.meter import DEVICES, usable_device
 from d2ft_fl.methods import load_strategy, method_of
-from d2ft_fl.models import ModelSpec, build_model
 from d2ft_fl.planner import COUPLINGS, PLANNERS
 from d2ft_fl.plugins import load_module
 from d2ft_fl.server_optimizer import DEFAULT_RATES, SERVER_OPTIMIZERS, ServerOptimizer
+from d2ft_fl.specs import DIGITS, HUB, DataSpec, ModelSpec
 from d2ft_fl.subnets import Architecture
 from d2ft_fl.trackers import Factory, load_trackers
-from d2ft_fl.training import PRECISIONS, LocalOptions
 
 TUNINGS = ("full", "lora")
 SELECTIONS = ("random", "entropy")
@@ -157,6 +156,11 @@ class RunConfig:
         Raises:
             ConfigError: In one line, what to write instead.
         """
+        # They take seconds to import, and options need neither.
+        from d2ft_fl import timm_vit
+        from d2ft_fl.data import open_data
+        from d2ft_fl.models import build_model
+
         self.check_options()
         self.torch_device()
         model = build_model(self.model_spec())
@@ -459,6 +463,8 @@ class RunConfig:
 
     def model_spec(self) -> ModelSpec:
         """The model to build."""
+        from d2ft_fl.data import class_count
+
         pretrained = self.pretrained
         if pretrained not in BUILTIN["pretrained"]:
             pretrained = str(resolve_path(pretrained))

@@ -39,10 +39,11 @@ from functools import cached_property, lru_cache
 import numpy as np
 
 from d2ft_fl.amounts import TENSOR_HEADER, Amounts
-from d2ft_fl.branch_flops import BranchFlops
+from d2ft_fl.branch_flops import BranchFlops, fused_attention
 from d2ft_fl.compensation import mean_spec, skip_spec
 from d2ft_fl.errors import ConfigError
 from d2ft_fl.holdings import has_fixed
+from d2ft_fl.local_options import LocalOptions
 from d2ft_fl.memory import ELEMENT, PassMemory, Saved
 from d2ft_fl.subnets import (
     Architecture,
@@ -52,8 +53,6 @@ from d2ft_fl.subnets import (
     slot_sizes,
     slot_totals,
 )
-from d2ft_fl.timm_vit import fused_attention
-from d2ft_fl.training import LocalOptions
 
 RESOURCES = ("flops", "memory", "bytes_up", "bytes_down")
 RANK_BYTES = 2  # of a subnet's rank, in binary

@@ -21,28 +21,11 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from d2ft_fl.errors import ConfigError
+from d2ft_fl.specs import DIGITS, HUB, DataSpec
 
-DIGITS = "digits"
-HUB = "hub:"
 INDEX = "d2ft-index"  # the column that follows an example through partitioning
 CPU = torch.device("cpu")
 SPLIT_SEED = 2504  # one test split for all seeds of a comparison
-
-
-@dataclass(frozen=True)
-class DataSpec:
-    """Which data, and how it is shared out. Equal specifications give equal data everywhere."""
-
-    dataset: str
-    label_column: str
-    image_size: int
-    channels: int
-    clients: int
-    partitioner: str
-    partitioner_arguments: tuple[tuple[str, Any], ...]
-    train_examples: int
-    test_examples: int
-    seed: int
 
 
 @dataclass

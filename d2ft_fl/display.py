@@ -132,6 +132,11 @@ def summary(result: dict[str, Any]) -> None:
         f"FLOPs as predicted for {result['flops_as_predicted']} of {result['client_rounds']} "
         f"client rounds{' (every pass counted)' if result['verified'] else ''}"
     )
+    if result["scores"] and not result["scored"]:
+        say(
+            f"nobody could afford a scoring pass, for which the whole model comes down: scores of "
+            f"{', '.join(result['scores'])} say nothing"
+        )
     for line in result["trackers_switched_off"]:
         say(line)
     page = Path(result["folder"], "report.html")

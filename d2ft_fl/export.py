@@ -30,7 +30,8 @@ from d2ft_fl.adapters import total_changes, write_adapter
 from d2ft_fl.config import BUILTIN, read_toml, resolve_path
 from d2ft_fl.errors import ConfigError
 from d2ft_fl.lora import HEAD, Lora, weights, with_lora
-from d2ft_fl.models import ModelSpec, build_model
+from d2ft_fl.models import build_model
+from d2ft_fl.specs import ModelSpec
 from d2ft_fl.subnets import Architecture
 
 FORMATS = {"peft": "adapter", "timm": "timm"}  # and the folder, in the run's, that each goes to

@@ -36,6 +36,7 @@ from functools import lru_cache
 import numpy as np
 
 from d2ft_fl.grouping import Part, groups, storage_order
+from d2ft_fl.local_options import LocalOptions
 from d2ft_fl.subnets import (
     BRANCHES,
     Architecture,
@@ -45,7 +46,6 @@ from d2ft_fl.subnets import (
     Trains,
     effective,
 )
-from d2ft_fl.training import LocalOptions
 
 ELEMENT = 4  # bytes of a float32
 

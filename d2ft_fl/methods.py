@@ -41,15 +41,19 @@ STRATEGIES = (
 
 _HEAD = """# Methods
 
-Every method runs on the one engine: a strategy decides who runs what, a way of tuning how what is
-assigned trains, the server's optimiser what becomes of the means. So methods that were published
-apart are compared under the same budgets, enforced and measured, with the same data and seeds.
+Every method runs on the one engine. A strategy decides which client runs which heads, a way of
+tuning (whole, or LoRA) how they are trained, the server's optimiser how averaged updates are
+applied. So methods that were published apart are compared under the same budgets, enforced and
+measured, with the same data and seeds.
 
 This page is what `d2ft strategies --markdown` prints: each strategy's own words. A layer is all
 heads of a block.
 
 """
 _TAIL = """# Methods that are options
+
+LoRA methods were published with everyone training everything: `strategy = "fedavg"`. Any other strategy
+combines with them too.
 
 | method | options |
 | --- | --- |

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from d2ft_fl.config import BUILTIN, RunConfig, read_toml, resolve_path
-from d2ft_fl.data import HUB
 from d2ft_fl.errors import ConfigError
+from d2ft_fl.specs import HUB
 
 
 def gather(files: list[Path], pairs: list[str]) -> RunConfig:

@@ -35,9 +35,8 @@ from d2ft_fl.costs import RESOURCES, workload_variance
 from d2ft_fl.errors import ConfigError
 from d2ft_fl.federation import Federation, State
 from d2ft_fl.fold import ClientRecord
-from d2ft_fl.models import ModelSpec, export
-from d2ft_fl.picture import draw_plan
 from d2ft_fl.plans import Plan
+from d2ft_fl.specs import ModelSpec
 from d2ft_fl.versions import versions
 
 log = logging.getLogger(__name__)
@@ -185,6 +184,7 @@ class Recorder:
             "clients": len(records),
             "worked": len(worked),
             "sat_out": sum(r.sat_out for r in records),
+            "scored": sum(r.scored > 0 for r in worked),
             "faults": [f"client {r.client}: {r.fault}" for r in records if r.fault],
             "violations": _violations(worked),
             "flops_as_predicted": sum(r.predicted.flops == r.used.flops for r in worked if r.used),
@@ -194,6 +194,9 @@ class Recorder:
 
     def finish(self, weights: Mapping[str, Tensor], wall_seconds: float) -> dict[str, Any]:
         """Write the model and the picture; returns the summary, for :func:`write_summary`."""
+        from d2ft_fl.models import export
+        from d2ft_fl.picture import draw_plan
+
         export(self.folder, weights, self.model)
         draw_plan(self.last_plan, self.folder / "plan.png")
         return summarise(self.rows, self.federation, self.folder, wall_seconds)
@@ -300,6 +303,7 @@ def summarise(
         "strategy": federation.config.strategy,
         "keeps_budgets": len(federation.keeps) == len(LIMITS),
         "keeps": list(federation.keeps),
+        "scores": list(federation.config.measured_scores()),
         "seed": federation.config.seed,
         **totals(rows),
         "wall_seconds": wall_seconds,
@@ -341,6 +345,7 @@ def totals(rows: list[dict[str, Any]]) -> dict[str, Any]:
         "violations": sum(len(row["violations"]) for row in rows),
         "faults": sum(len(row["faults"]) for row in rows),
         "sat_out": sum(row["sat_out"] for row in rows),
+        "scored": sum(row.get("scored", 0) for row in rows),
         "flops_as_predicted": sum(row["flops_as_predicted"] for row in rows),
         "client_rounds": sum(row["worked"] for row in rows),
         "aggregation_error": _mean([row.get("aggregation_error") for row in rows]),

@@ -18,6 +18,7 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from d2ft_fl.branch_flops import fused_attention
 from d2ft_fl.branches import BranchTraits, Middle, Norm
 from d2ft_fl.errors import ConfigError
 from d2ft_fl.subnets import Architecture, Kind, Parameter
@@ -231,15 +232,6 @@ def _norm(module: Any) -> Norm:
         return lambda x, own: F.layer_norm(x, shape, own.get("weight"), own.get("bias"), epsilon)
     shape, epsilon = list(module.normalized_shape), module.eps
     return lambda x, own: F.rms_norm(x, shape, own.get("weight"), epsilon)
-
-
-def fused_attention(device: str, head_dim: int, dropout: float) -> bool:
-    """Whether torch's fused attention is taken: 5 products in its backward pass, else 4.
-
-    On a CPU it knows no dropout; on CUDA it pads other widths than multiples of 8, so that the
-    plain path is asked for there.
-    """
-    return dropout == 0 if device == "cpu" else head_dim % 8 == 0
 
 
 def _attention(attn: Attention, device: torch.device) -> Middle:

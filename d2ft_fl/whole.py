@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from d2ft_fl.local_options import LocalOptions
 from d2ft_fl.lora import merged_packed
 from d2ft_fl.meter import Meter, tensor_bytes
 from d2ft_fl.packed import PackedHeads
@@ -19,7 +20,7 @@ from d2ft_fl.partial import PartialModel
 from d2ft_fl.pieces import Observer
 from d2ft_fl.scores import MEASURES, Measure
 from d2ft_fl.subnets import Architecture, Operation, Schedule
-from d2ft_fl.training import Batches, LocalOptions, run_pass
+from d2ft_fl.training import Batches, run_pass
 
 
 @dataclass

@@ -22,6 +22,7 @@ from d2ft_fl.data import FederatedData, open_data
 from d2ft_fl.errors import Refusal
 from d2ft_fl.federation import Federation, Report
 from d2ft_fl.holdings import Store
+from d2ft_fl.local_options import LocalOptions
 from d2ft_fl.meter import Meter, free_memory, set_threads, warm_up
 from d2ft_fl.models import build_model
 from d2ft_fl.partial import PartialModel
@@ -29,7 +30,7 @@ from d2ft_fl.passes import round_cost
 from d2ft_fl.scores import TENSOR
 from d2ft_fl.subnets import Architecture, Kind, Schedule, slot_totals
 from d2ft_fl.tasks import Task
-from d2ft_fl.training import Batches, LocalOptions, train
+from d2ft_fl.training import Batches, train
 from d2ft_fl.whole import WholeModel
 
 

@@ -1,7 +1,10 @@
 """Everyone trains everything. The reference.
 
-Deviates in nothing: with every subnet FULL the engine is the unmodified model, and head-wise
-averaging is FedAvg's. It does not look at budgets; what it uses beyond them is reported.
+With every subnet FULL the engine is the unmodified model, and head-wise averaging is FedAvg's. It
+does not look at budgets; what it uses beyond them is reported.
+
+Deviates: all clients take part in every round, where the paper draws some, and train by AdamW
+unless ``optimizer = "sgd"``.
 """
 
 from d2ft_fl.rounds import Assignment, Round

@@ -8,8 +8,8 @@ import torch
 from d2ft_fl import timm_vit
 from d2ft_fl.config import RunConfig
 from d2ft_fl.costs import CostModel
+from d2ft_fl.local_options import LocalOptions
 from d2ft_fl.subnets import Kind, Operation, Schedule, slot_sizes
-from d2ft_fl.training import LocalOptions
 
 SMALL = {
     "model_name": "vit_tiny_patch16_224",

@@ -10,10 +10,11 @@ from clients.full import learning_rate
 from d2ft_fl import timm_vit
 from d2ft_fl.compensation import MeanBook, MeanSums, MeanTally, mean_spec, received, skip_sets
 from d2ft_fl.errors import ReplyError
+from d2ft_fl.local_options import LocalOptions
 from d2ft_fl.meter import Meter
 from d2ft_fl.partial import PartialModel
 from d2ft_fl.subnets import Operation, Schedule, down_spec, pack_for, up_spec
-from d2ft_fl.training import LocalOptions, train
+from d2ft_fl.training import train
 from d2ft_fl.wire import encode
 from tests.conftest import all_of, build, cost_model, images_for, random_schedule, weights_of
 

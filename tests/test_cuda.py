@@ -5,12 +5,13 @@ import torch
 import torch.nn.functional as F
 
 from clients.full import learning_rate
+from d2ft_fl.local_options import LocalOptions
 from d2ft_fl.meter import Meter, warm_up
 from d2ft_fl.packed import Numerics
 from d2ft_fl.partial import PartialModel
 from d2ft_fl.scores import MEASURED
 from d2ft_fl.subnets import pack_for
-from d2ft_fl.training import LocalOptions, Stepper, train
+from d2ft_fl.training import Stepper, train
 from d2ft_fl.whole import score_pass
 from tests.conftest import all_of, build, cost_model, images_for, random_schedule, weights_of
 

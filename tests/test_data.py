@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from d2ft_fl.data import DataSpec, class_count, open_data
+from d2ft_fl.data import class_count, open_data
 from d2ft_fl.errors import ConfigError
+from d2ft_fl.specs import DataSpec
 
 SPEC = DataSpec(
     dataset="digits",

@@ -15,8 +15,9 @@ from d2ft_fl.config import RunConfig
 from d2ft_fl.errors import ConfigError
 from d2ft_fl.export import base_model, load_tuned, save_tuned
 from d2ft_fl.lora import Lora, with_lora
-from d2ft_fl.models import ModelSpec, build_model, export
+from d2ft_fl.models import build_model, export
 from d2ft_fl.recorder import dump_toml, write_status
+from d2ft_fl.specs import ModelSpec
 from d2ft_fl.timm_vit import describe
 from tests.conftest import SMALL, images_for
 from tests.test_lora_engine import adapted

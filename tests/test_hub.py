@@ -48,7 +48,8 @@ def run(code, endpoint, home):
 
 WEIGHTS = f"""
 import json
-from d2ft_fl.models import ModelSpec, build_model
+from d2ft_fl.models import build_model
+from d2ft_fl.specs import ModelSpec
 spec = ModelSpec({MODEL!r}, (("depth", 2),), "hub", 64, 7, 0)
 model = build_model(spec)
 state = model.state_dict()
@@ -70,7 +71,8 @@ print(json.dumps([data.test_size, data.classes, sizes, list(images.shape)]))
 
 ABSENT = """
 from d2ft_fl.errors import ConfigError
-from d2ft_fl.models import ModelSpec, build_model
+from d2ft_fl.models import build_model
+from d2ft_fl.specs import ModelSpec
 from d2ft_fl.data import class_count
 for call in (
     lambda: build_model(ModelSpec("vit_tiny_patch16_224", (), "hub", 0, 10, 0)),

@@ -9,12 +9,13 @@ import torch.nn.functional as F
 from clients.lora import learning_rate
 from d2ft_fl.adapters import target_pattern
 from d2ft_fl.initial import begin
+from d2ft_fl.local_options import LocalOptions
 from d2ft_fl.lora import Lora, with_lora
 from d2ft_fl.meter import Meter
 from d2ft_fl.packed import Numerics
 from d2ft_fl.partial import PartialModel
 from d2ft_fl.subnets import Kind, pack_for
-from d2ft_fl.training import LocalOptions, train
+from d2ft_fl.training import train
 from tests.conftest import all_of, build, images_for, weights_of
 
 

@@ -5,6 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from d2ft_fl import display
 from d2ft_fl.budgets import Amount, Budget
 from d2ft_fl.costs import Cost
 from d2ft_fl.errors import ConfigError
@@ -157,3 +158,15 @@ def test_a_mean_that_is_out_of_reach_later_becomes_the_highest_there_is():
     assert [b.flops.value for b in found] == [0, 0, 1, 1]
     nobody = matched("flops", 0.6, busy[:2], [FULL] * 2, within_reach=True)
     assert [b.flops.value for b in nobody] == [0, 0]
+
+
+def test_a_run_says_that_nobody_could_measure_scores(quick, capsys):
+    """The whole model comes down for that, of which a budget of bytes leaves half."""
+    config = quick(match="bytes", match_share=0.5, strategy="pruning-gradient")
+    summary = run_local(config.check())
+    assert (summary["scores"], summary["scored"]) == (["gradient"], 0)
+    display.summary(summary)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "nobody could afford a scoring pass" in said
+    summary = run_local(quick(match="flops", match_share=0.5, strategy="pruning-gradient").check())
+    assert summary["scored"] > 0

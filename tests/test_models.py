@@ -6,7 +6,8 @@ import timm
 import torch
 
 from d2ft_fl.errors import ConfigError
-from d2ft_fl.models import GLYPH_WEIGHTS, ModelSpec, build_model, export
+from d2ft_fl.models import GLYPH_WEIGHTS, build_model, export
+from d2ft_fl.specs import ModelSpec
 from d2ft_fl.timm_vit import describe
 
 SPEC = ModelSpec("vit_glyphs", (), "bundled", 0, 10, seed=0)

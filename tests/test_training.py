@@ -7,11 +7,12 @@ import torch
 import torch.nn.functional as F
 
 from clients.full import learning_rate
+from d2ft_fl.local_options import LocalOptions
 from d2ft_fl.meter import Meter
 from d2ft_fl.partial import PartialModel
 from d2ft_fl.scores import MEASURED
 from d2ft_fl.subnets import Kind, Operation, Schedule, pack_for, up_spec
-from d2ft_fl.training import LocalOptions, Stepper, build_optimizer, train
+from d2ft_fl.training import Stepper, build_optimizer, train
 from d2ft_fl.whole import score_pass
 from tests.conftest import build, images_for, random_schedule, weights_of
 

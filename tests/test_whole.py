@@ -9,11 +9,11 @@ import torch
 
 from d2ft_fl.errors import ConfigError
 from d2ft_fl.local import run_local
+from d2ft_fl.local_options import LocalOptions
 from d2ft_fl.meter import Meter
 from d2ft_fl.partial import PartialModel
 from d2ft_fl.passes import Passes, passes_cost, with_passes
 from d2ft_fl.subnets import Operation, pack_for
-from d2ft_fl.training import LocalOptions
 from d2ft_fl.whole import WholeModel
 from d2ft_fl.worker import worker
 from tests.conftest import all_of, build, cost_model, images_for, weights_of

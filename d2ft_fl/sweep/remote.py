@@ -17,7 +17,6 @@ from typing import Any
 
 from d2ft_fl.config import RunConfig
 from d2ft_fl.errors import ConfigError, D2FTError
-from d2ft_fl.local import run_local
 
 Changes = dict[str, tuple[int, bytes]]  # by path in the run folder: from which byte on, and what
 Report = Callable[[dict[str, Any]], None]
@@ -81,6 +80,8 @@ def _is_model(name: str) -> bool:
 
 def run_trial(config: RunConfig, progress: Report) -> Outcome:
     """Check and run a configuration; what goes wrong is the outcome."""
+    from d2ft_fl.local import run_local  # whoever only reads outcomes needs no engine
+
     started = time.perf_counter()
     outcome = Outcome("finished")
     try:

@@ -5,11 +5,13 @@ import json
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from itertools import product
 from typing import Any
 
 from d2ft_fl.config import RunConfig
 from d2ft_fl.errors import ConfigError, UnkeptBudget
+from d2ft_fl.sweep.contents import contents
 from d2ft_fl.sweep.draws import uniform
 from d2ft_fl.sweep.spec import Group, Sweep, place_name
 
@@ -30,11 +32,16 @@ class Trial:
     settings: Mapping[str, Any] = field(compare=False)
     refused: str = field(default="", compare=False)
 
-    @property
+    @cached_property
     def id(self) -> str:
-        """The name of its folder: strategy, seed, and a hash of the whole configuration."""
+        """The name of its folder: strategy, seed, and a hash of the whole configuration.
+
+        The content of files and plug-ins that it names is part of that.
+        """
         strategy = re.sub(r"[^A-Za-z0-9_.-]", "_", self.config.strategy)[-40:]
-        return f"{strategy}-seed{self.config.seed}-{_hash(self.config.to_mapping())}"
+        named = contents(self.config)
+        whole = self.config.to_mapping() | ({"contents": named} if named else {})
+        return f"{strategy}-seed{self.config.seed}-{_hash(whole)}"
 
 
 def _hash(value: Any) -> str:

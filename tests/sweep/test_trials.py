@@ -9,10 +9,11 @@ from hypothesis import strategies as st
 from d2ft_fl.config import RunConfig
 from d2ft_fl.errors import ConfigError
 from d2ft_fl.lines import Locator
+from d2ft_fl.sweep import contents
 from d2ft_fl.sweep.draws import Choice, Span
 from d2ft_fl.sweep.reading import read_sweep
 from d2ft_fl.sweep.spec import Asha, Group, RunOptions, Sweep
-from d2ft_fl.sweep.trials import expand, sweep_hash, varied
+from d2ft_fl.sweep.trials import Trial, expand, sweep_hash, varied
 
 GRIDS = {
     "strategy": ("d2ft", "random", "fedavg"),
@@ -177,3 +178,49 @@ def test_a_strategy_that_cannot_keep_the_budget_is_reported_and_the_rest_runs(tm
     assert refused["caff"] == ""
     for strategy in ("fedavg", "fewer-examples"):
         assert "cannot keep a budget of memory" in refused[strategy]
+
+
+@pytest.fixture
+def unread():
+    """Contents are read once a process; a test changes them meanwhile."""
+    for read in (contents._file, contents._module, contents._listing):
+        read.cache_clear()
+    return lambda: [f.cache_clear() for f in (contents._file, contents._module, contents._listing)]
+
+
+def test_other_budgets_in_a_file_of_the_same_name_are_another_trial(tmp_path, unread):
+    path = tmp_path / "mine.toml"
+    path.write_text('mix = ["a"]\n[classes.a]\nflops = "60 %"\n')
+    config = RunConfig(budgets=str(path))
+    first = Trial(config, {}).id
+    assert Trial(config, {}).id == first
+    path.write_text(path.read_text().replace("60", "40"))
+    unread()
+    assert Trial(config, {}).id != first
+
+
+def test_another_plug_in_of_the_same_name_is_another_trial(tmp_path, monkeypatch, unread):
+    folder = tmp_path / "some_plug_in"
+    folder.mkdir()
+    (folder / "__init__.py").touch()
+    (folder / "one.py").write_text("A = 1")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    config = RunConfig(strategy="some_plug_in.one")
+    first = Trial(config, {}).id
+    (folder / "one.py").write_text("A = 2")
+    unread()
+    assert Trial(config, {}).id != first
+
+
+def test_more_data_in_a_folder_is_another_trial(tmp_path, unread):
+    config = RunConfig(dataset=str(tmp_path))
+    (tmp_path / "train.parquet").write_bytes(b"one")
+    first = Trial(config, {}).id
+    (tmp_path / "more.parquet").write_bytes(b"two")
+    unread()
+    assert Trial(config, {}).id != first
+
+
+def test_what_comes_along_or_is_not_there_has_no_content():
+    assert contents.contents(RunConfig()) == {}
+    assert contents.contents(RunConfig(budgets="none.toml", strategy="not.there")) == {}

@@ -1,0 +1,48 @@
+"""How clients train: what costs depend on, and training follows."""
+
+from dataclasses import dataclass, replace
+
+import torch
+
+from d2ft_fl.packed import Numerics
+
+PRECISIONS = ("fp32", "bf16")
+
+
+@dataclass(frozen=True)
+class LocalOptions:
+    """How a client trains what it was assigned.
+
+    Attributes:
+        precision: ``fp32``, or ``bf16``: products and activations in bfloat16, weights, gradients
+            and sums in float32, as torch's autocast does it.
+        checkpointing: Keep only the inputs of branches for the backward pass, and compute the rest
+            once more (Chen et al., arXiv 1604.06174): less memory for more FLOPs.
+        accumulate: Passes that a batch is run in, one after another, gradients added up: less
+            memory for more time. One optimiser step a batch in any case.
+        proximal: mu of FedProx (Li et al., MLSys 2020, arXiv 1812.06127, equation 2): the loss is
+            larger by mu / 2 times the squared distance of what trains from where it began. Takes a
+            copy of that; 0 for none.
+    """
+
+    batch_size: int = 16
+    epochs: int = 1
+    optimizer: str = "adamw"
+    lr: float = 2e-4
+    head_lr: float = 2e-3
+    lora_lr: float = 2e-3
+    momentum: float = 0.9
+    weight_decay: float = 0.0
+    precision: str = "fp32"
+    checkpointing: bool = False
+    accumulate: int = 1
+    proximal: float = 0.0
+
+    def plain(self) -> "LocalOptions":
+        """The same without what trades FLOPs or time for memory."""
+        return replace(self, checkpointing=False, accumulate=1)
+
+    def numerics(self) -> Numerics:
+        """The engine's part of it."""
+        dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
+        return Numerics(dtype, self.checkpointing)
