@@ -54,3 +54,8 @@ def test_what_cannot_be_shown_is_one_line(tmp_path, monkeypatch, arguments, mess
     assert done.output.startswith("d2ft: ")
     assert message in done.output
     assert done.output.count("\n") == 1
+
+
+def test_help_says_what_the_argument_is():
+    """Some pairs of Typer and Click leave that out."""
+    assert "The folder of a run, or of a sweep." in " ".join(report("--help").output.split())
