@@ -63,11 +63,11 @@ def choose(
     """
     if not models:
         raise ConfigError("name the models to choose from, like vit_tiny_patch16_224")
-    if not _absolute(config, examples or 1):
+    if config.match or not _absolute(config, examples or 1):
         raise ConfigError(
             f"budgets = {config.budgets!r} are shares of each model itself, which say nothing of "
             'which to take; name absolute ones, like memory = "512 MiB" or a deadline, or use '
-            "budgets = 'hardware'"
+            "budgets = 'hardware', and leave match empty"
         )
     found = []
     for model in models:

@@ -363,11 +363,14 @@ def report_command(
     """Write the page of a run or of a sweep, also while it goes on."""
     from d2ft_fl import picture, report
 
-    if markdown:
-        with failures():
-            typer.echo(report.sweep_table(path, across), nl=False)
-        return
     with failures():
+        if across and not markdown:
+            raise ConfigError("--across is a column of --markdown; give both")
+        if markdown and (as_json or output is not None):
+            raise ConfigError("--markdown prints a table alone; leave out --json and --output")
+        if markdown:
+            typer.echo(report.sweep_table(path, across), nl=False)
+            return
         if output is not None:
             picture.check_output(output, report.SUFFIXES)
         kind = report.kind_of(path)

@@ -28,7 +28,7 @@ from d2ft_fl.meter import DEVICES, usable_device
 from d2ft_fl.methods import load_strategy, method_of
 from d2ft_fl.planner import COUPLINGS, PLANNERS
 from d2ft_fl.plugins import load_module
-from d2ft_fl.server_optimizer import DEFAULT_RATES, SERVER_OPTIMIZERS, ServerOptimizer
+from d2ft_fl.server_optimizer import ADAPTIVE, SERVER_OPTIMIZERS, ServerOptimizer
 from d2ft_fl.specs import DIGITS, HUB, DataSpec, ModelSpec
 from d2ft_fl.subnets import Architecture
 from d2ft_fl.trackers import Factory, load_trackers
@@ -95,7 +95,7 @@ class RunConfig:
     proximal: float = 0.0
     compensation: bool = False
     server_optimizer: str = "mean"
-    server_lr: float = 0.0
+    server_lr: float = 1.0
     server_momentum: float = 0.9
     server_second_momentum: float = 0.99
     server_tau: float = 1e-3
@@ -340,7 +340,12 @@ class RunConfig:
                 raise ConfigError(f"{key} = {value} must be 0 or more, and below 1")
         if not 0 < self.server_tau < float("inf"):
             raise ConfigError(f"server-tau = {self.server_tau} must be a number above 0")
-        if self.server_optimizer == "mean" and self.server_lr:
+        if self.server_optimizer in ADAPTIVE and self.server_lr >= 1:
+            raise ConfigError(
+                f"server-lr = {self.server_lr} moves every weight by about that much in the first "
+                f"rounds of server-optimizer = {self.server_optimizer!r}; set it to 0.01 or so"
+            )
+        if self.server_optimizer == "mean" and self.server_lr != 1:
             raise ConfigError(
                 f"server-lr = {self.server_lr} belongs to an optimiser: set server-optimizer to "
                 f"one of {', '.join(SERVER_OPTIMIZERS[1:])}"
@@ -524,7 +529,7 @@ class RunConfig:
             return None
         return ServerOptimizer(
             self.server_optimizer,
-            self.server_lr or DEFAULT_RATES[self.server_optimizer],
+            self.server_lr,
             self.server_momentum,
             self.server_second_momentum,
             self.server_tau,

@@ -167,9 +167,10 @@ class Federation:
             for compensated, calibrating in product((False, True), (False, True))
         }
 
-    def planner_of(self, state: State) -> Planner:
-        """The planner of the round after ``state``."""
-        return self._planners[state.means.known is not None, self.calibrates(state.round + 1)]
+    def planner_of(self, state: State, coupled: bool = True) -> Planner:
+        """The planner of the round after ``state``; uncoupled, each client has its own optimum."""
+        planners = self._planners if coupled else self._uncoupled
+        return planners[state.means.known is not None, self.calibrates(state.round + 1)]
 
     @cached_property
     def _planners(self) -> dict[tuple[bool, bool], Planner]:
@@ -189,6 +190,12 @@ class Federation:
             )
             for key, costs in self.cost_models.items()
         }
+
+    @cached_property
+    def _uncoupled(self) -> dict[tuple[bool, bool], Planner]:
+        if self.config.coupling != "spread":
+            return self._planners
+        return {key: replace(planner, coupling="none") for key, planner in self._planners.items()}
 
     @cached_property
     def strategy(self) -> Any:

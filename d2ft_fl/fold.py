@@ -1,6 +1,6 @@
 """The other half of a round: replies in, the next state and what became of every client out."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -102,7 +102,7 @@ class Fold:
         expected = self.federation.costs.slot_totals(assignment.examples or 0)
         if slot_examples != expected:
             raise ReplyError(f"trained on {sum(slot_examples)} examples, not {sum(expected)}")
-        measured = self._measured(tensors) if assignment.passes.scored else {}
+        measured = self._measured(tensors, assignment.passes.kinds)
         schedule, means = assignment.schedule, {}
         if self.federation.calibrates(self.plan.round):
             means = {n: tensors.pop(n) for n in list(tensors) if n.startswith("d2ft.mean.")}
@@ -116,9 +116,8 @@ class Fold:
         used = Cost(flops, memory, len(blob), down)
         self._record(assignment, used, wall_seconds=wall, train_loss=loss)
 
-    def _measured(self, tensors: dict[str, Tensor]) -> dict[str, np.ndarray]:
+    def _measured(self, tensors: dict[str, Tensor], kinds: Sequence[str]) -> dict[str, np.ndarray]:
         """Take a client's scores out of its reply: kind -> float64 [blocks, heads]."""
-        kinds = self.federation.config.measured_scores()
         return {kind: self._check_scores(kind, tensors.pop(TENSOR + kind, None)) for kind in kinds}
 
     def _check_scores(self, kind: str, scores: Tensor | None) -> np.ndarray:

@@ -5,8 +5,10 @@ s_c the share of training everything that client c's budget affords (1 without o
 
     min(1, k s_c)        with k such that their mean is the configured share,
 
-so that who has more than whom stays as it was. For seconds there is one deadline for all: that
-share of the mean time that training everything takes clients by their speed and bandwidths.
+so that who has more than whom stays as it was. Where, after the first round, clients with no budget
+at all leave no mean that high, the highest there is is taken. For seconds there is one deadline for
+all: that share of the mean time that training everything takes clients by their speed and
+bandwidths.
 """
 
 from collections.abc import Sequence
@@ -42,7 +44,7 @@ def matched(
         share: The mean, as a share of training everything; 0 for the mean that they have.
         budgets: As clients report them. full: What training everything costs each.
         within_reach: Take the highest mean there is where clients with no budget at all leave none
-            as high as the configured one.
+            as high as the configured one, and the mean of the deadlines that there are.
 
     Raises:
         ConfigError: When there is no such mean.
@@ -52,7 +54,7 @@ def matched(
         for b in budgets
     ]
     if kind == "seconds":
-        deadline = _deadline(share, budgets, full)
+        deadline = _deadline(share, budgets, full, within_reach)
         return [replace(b, deadline=deadline) for b in bare]
     for resource in MATCHES[kind]:
         found = _scaled(resource, share, budgets, full, within_reach)
@@ -106,11 +108,13 @@ def _share(amount: Amount | None, full: int) -> float:
     return min(1.0, amount.value if amount.relative else amount.value / full)
 
 
-def _deadline(share: float, budgets: Sequence[Budget], full: Sequence[Cost]) -> float:
+def _deadline(
+    share: float, budgets: Sequence[Budget], full: Sequence[Cost], within_reach: bool
+) -> float:
     """One deadline in seconds."""
     if not share:
         own = [b.deadline for b in budgets if b.deadline is not None]
-        if len(own) < len(budgets):
+        if len(own) < (1 if within_reach else len(budgets)):
             raise ConfigError(
                 "match = 'seconds' without match-share needs a deadline of every client: set "
                 "match-share, or name deadlines in budgets"

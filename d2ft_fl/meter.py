@@ -87,18 +87,23 @@ class _AllocatorPeak(Flops):
     def __init__(self, device: torch.device):
         super().__init__()
         self.device, self.peak = device, 0
+        self._depth = 0  # it is entered once more for what an operation is made of
 
     def ignore(self, tensors: Iterable[Tensor]) -> None:
         """What was there before does not count anyway."""
 
     def __enter__(self) -> Self:
-        torch.cuda.reset_peak_memory_stats(self.device)
-        self._before = torch.cuda.memory_allocated(self.device)
+        if not self._depth:
+            torch.cuda.reset_peak_memory_stats(self.device)
+            self._before = torch.cuda.memory_allocated(self.device)
+        self._depth += 1
         return super().__enter__()
 
     def __exit__(self, *exc: Any) -> None:
         super().__exit__(*exc)
-        self.peak = torch.cuda.max_memory_allocated(self.device) - self._before
+        self._depth -= 1
+        if not self._depth:
+            self.peak = torch.cuda.max_memory_allocated(self.device) - self._before
 
 
 @dataclass(frozen=True)

@@ -60,7 +60,7 @@ combines with them too.
 | FedProx (Li et al., MLSys 2020, arXiv 1812.06127) | `proximal = 0.01`, with any strategy |
 | FedFT-EDS (Shi et al., 2024, arXiv 2501.00170) | `strategy = "caff"`, `data-share = 0.5`, `data-selection = "entropy"`: half of the examples, those of highest entropy under the global model, whose forward pass over all of them is charged. The paper trains a fixed upper part of the model. |
 | FedAvgM (Hsu et al., 2019, arXiv 1909.06335) | `server-optimizer = "fedavgm"`, moments per slice |
-| FedAdam, FedYogi (Reddi et al., ICLR 2021, arXiv 2003.00295) | `server-optimizer = "fedadam"` or `"fedyogi"`, `server-lr` 0.01 unless set; moments per slice, no bias correction, as in the paper |
+| FedAdam, FedYogi (Reddi et al., ICLR 2021, arXiv 2003.00295) | `server-optimizer = "fedadam"` or `"fedyogi"`, `server-lr = 0.01` or so; moments per slice, no bias correction, as in the paper |
 | FedIT (Zhang et al., ICASSP 2024, arXiv 2305.05644) | `tuning = "lora"` |
 | FeDeRA (Yan et al., 2024, arXiv 2404.18848) | `tuning = "lora"`, `lora-init = "federa"` |
 | SLoRA (Babakniya et al., 2023, arXiv 2308.06522) | `tuning = "lora"`, `slora-rounds = 3` |

@@ -118,10 +118,7 @@ class Round:
                 scores differ.
             coupled: Whether ``coupling = "spread"`` acts; else each client has its own optimum.
         """
-        planner = self.federation.planner_of(self.state)
-        if not coupled:
-            planner = replace(planner, coupling="none")
-        return planner.plan(
+        return self.federation.planner_of(self.state, coupled).plan(
             self.clients,
             backward,
             forward,

@@ -22,9 +22,8 @@ from torch import Tensor
 
 from d2ft_fl.subnets import Architecture
 
-# The first adaptive steps are about as long as the rate, whatever d is: weights are not much more.
-DEFAULT_RATES = {"fedavgm": 1.0, "fedadam": 0.01, "fedyogi": 0.01}
-SERVER_OPTIMIZERS = ("mean", *DEFAULT_RATES)
+ADAPTIVE = ("fedadam", "fedyogi")
+SERVER_OPTIMIZERS = ("mean", "fedavgm", *ADAPTIVE)
 
 
 @dataclass(frozen=True)

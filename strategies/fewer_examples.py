@@ -1,7 +1,8 @@
 """Everything FULL, on as many examples as a client's compute and deadline afford.
 
 The baseline to beat where compute is the only budget: no method, only less data. Examples are drawn
-anew each round (or selected; see ``data-selection``). It needs the whole model's memory and bytes,
+anew each round, or selected (``data-selection``) where the look at all of them leaves anything to
+train on. It needs the whole model's memory and bytes,
 so of these it keeps no budget.
 """
 
@@ -20,12 +21,14 @@ def schedule(round: Round) -> list[Assignment]:
 
 
 def _largest(round: Round, client: Participant) -> Assignment:
-    whole = _affordable(round, client, client.examples, round.passes(client))
-    if whole is not None:
-        return whole
-    # Selecting costs a look at all examples: who cannot afford that draws fewer.
-    for passes in round.passes(client, client.examples - 1).alternatives:
-        fits, over, found = 0, client.examples, None  # more examples cost more
+    most = client.examples
+    if most == client.local:  # for which nothing has to be selected
+        if (whole := _affordable(round, client, most, round.passes(client))) is not None:
+            return whole
+        most -= 1
+    # Selecting costs a look at all examples: who cannot afford that draws.
+    for passes in round.passes(client, most).alternatives:
+        fits, over, found = 0, most + 1, None  # more examples cost more
         while over - fits > 1:
             count = (fits + over) // 2
             tried = _affordable(round, client, count, passes)

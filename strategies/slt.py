@@ -2,8 +2,9 @@
 
 In each stage one layer trains whole (several, where the run has fewer rounds than the model
 layers), those below are done (FORWARD_ONLY: nothing of them is kept for the backward pass), and of
-those above every client trains as many leading heads as its budgets afford and skips the rest. A
-stage has ``stage-rounds`` rounds; by default stages divide the run evenly.
+those above every client trains as many leading heads as its budgets afford and skips the rest. Who
+cannot afford all layers of a stage trains the last of them. A stage has ``stage-rounds`` rounds; by
+default stages divide the run evenly.
 
 Deviates: the paper gives all clients the same width of the rest, and fills the layers with the next
 stage's width when they come to it; here widths are each client's own, and layers begin pretrained.

@@ -1,5 +1,7 @@
 """The same mean budget for every strategy."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -168,5 +170,5 @@ def test_a_run_says_that_nobody_could_measure_scores(quick, capsys):
     display.summary(summary)
     said = " ".join(capsys.readouterr().out.split())
     assert "nobody could afford a scoring pass" in said
-    summary = run_local(quick(match="flops", match_share=0.5, strategy="pruning-gradient").check())
-    assert summary["scored"] > 0
+    able = replace(config, match="flops", run_folder=config.run_folder + "-able")
+    assert run_local(able.check())["scored"] > 0

@@ -139,7 +139,7 @@ def test_runs_step_by_the_servers_optimiser(quick, tmp_path):
     for kind, options in (
         ("mean", {}),
         ("fedavgm", {"server_momentum": 0.0}),
-        ("fedadam", {}),
+        ("fedadam", {"server_lr": 0.01}),
     ):
         config = quick(
             server_optimizer=kind, run_folder=str(tmp_path / kind), clients=2, train_examples=40,
@@ -157,10 +157,16 @@ def test_runs_step_by_the_servers_optimiser(quick, tmp_path):
     [
         ({"server_optimizer": "adam"}, "use one of mean, fedavgm, fedadam, fedyogi"),
         ({"server_lr": 0.5}, "belongs to an optimiser"),
+        ({"server_optimizer": "fedyogi"}, "set it to 0.01 or so"),
         ({"server_optimizer": "fedadam", "server_momentum": 1.0}, "below 1"),
         ({"server_optimizer": "fedadam", "server_tau": 0.0}, "above 0"),
         (
-            {"server_optimizer": "fedadam", "tuning": "lora", "lora_aggregation": "stack"},
+            {
+                "server_optimizer": "fedadam",
+                "server_lr": 0.01,
+                "tuning": "lora",
+                "lora_aggregation": "stack",
+            },
             "use factors",
         ),
     ],

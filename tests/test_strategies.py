@@ -18,7 +18,7 @@ from d2ft_fl.errors import ConfigError, RunError
 from d2ft_fl.federation import Federation, Report, State
 from d2ft_fl.local import run_local
 from d2ft_fl.methods import STRATEGIES, load_strategy, method_of, methods
-from d2ft_fl.passes import NO_PASSES, round_cost
+from d2ft_fl.passes import NO_PASSES, Passes, round_cost
 from d2ft_fl.rounds import Participant, Round, plan_round
 from d2ft_fl.subnets import Operation
 from tests.conftest import build, weights_of
@@ -384,3 +384,26 @@ def test_baselines_of_scores_are_not_coupled(strategy):
     half = [{"flops": "50 %"}] * 4
     assert rows_of(strategy, half, coupling="spread") == rows_of(strategy, half)
     assert rows_of("d2ft", half, coupling="spread") != rows_of("d2ft", half)
+
+
+def test_drawing_tries_all_that_a_client_would_train_on():
+    """Of ten examples one is wanted: the look at all is too dear, one drawn is not."""
+    options = {"data_selection": "entropy", "data_share": 0.1}
+    plan = plan_round(*round_of("fewer-examples", [{"flops": "15 %"}], examples=10, **options))
+    assert [(a.examples, a.passes.viewed) for a in plan.assignments] == [(1, 0)]
+    rich = plan_round(*round_of("fewer-examples", [{"flops": "60 %"}], examples=10, **options))
+    assert [(a.examples, a.passes.viewed) for a in rich.assignments] == [(1, 10)]
+
+
+def test_a_strategy_may_ask_for_passes_of_its_own(quick, monkeypatch):
+    """The fold takes the scores that the task asked for, whatever is configured."""
+    module = load_strategy("fedavg")
+    passes = Passes(scored=2, kinds=("taylor",))
+
+    def schedule(round):
+        return [round.assign(c, round.everything(), passes=passes) for c in round.clients]
+
+    monkeypatch.setattr(module, "schedule", schedule)
+    summary = run_local(quick(strategy="fedavg").check())
+    assert summary["faults"] == 0
+    assert summary["scored"] == summary["client_rounds"] > 0

@@ -42,7 +42,7 @@ def sweep_html(sweep: SweepFolder) -> str:
         section("Settings", _settings(sweep, [*ranked, *rest])),
         section("Accuracy", curves(ranked).html()),
         section("Final accuracy", sweep_charts.dots(finished).html() if finished else ""),
-        *_over_keys(sweep, finished),
+        *_over_keys(sweep, [s for s in finished if not s.selected]),
         *_compared(sweep),
         section("Not finished", sweep_tables.unfinished(sweep, unfinished)) if unfinished else "",
         section("Configuration", _configuration(sweep)),

@@ -150,7 +150,8 @@ class SweepFolder:
             for key, value in values.items()
             if key != without and (key == STRATEGY or not self._usual(key, value))
         ]
-        return ", ".join(parts) or ("as most" if self.several else "all trials")
+        others = any(key != without for key in self.several)
+        return ", ".join(parts) or ("as most" if others else "all trials")
 
     def _part(self, key: str, value: Any) -> str:
         if value in ("", None):
@@ -220,8 +221,8 @@ class SweepFolder:
         """Values of a key, by the mean final accuracy of all finished trials that have it."""
 
         def mean(value: Any) -> float:
-            own = (t for t in self.trials if t.finished and t.settings.get(key) == value)
-            return Interval.of([t.run.totals["accuracy"] for t in own if t.run]).mean
+            own = (s for s in self.settings if not s.selected and s.values.get(key) == value)
+            return Interval.of([r.totals["accuracy"] for s in own for r in s.finished]).mean
 
         means = [(mean(value), value) for value in self.values[key]]
         return [v for _, v in sorted((p for p in means if p[0] == p[0]), key=lambda p: -p[0])]

@@ -5,7 +5,7 @@ from typing import Any
 from d2ft_fl.costs import RESOURCES
 from d2ft_fl.errors import ConfigError
 from d2ft_fl.report.statistics import Interval
-from d2ft_fl.report.sweep_folder import Setting, SweepFolder
+from d2ft_fl.report.sweep_folder import STOPPED, Setting, SweepFolder
 
 SHARES = ("FLOPs", "memory", "bytes up", "bytes down")  # of training everything, as RESOURCES
 
@@ -16,7 +16,8 @@ def sweep_markdown(sweep: SweepFolder, across: str = "") -> str:
     Args:
         sweep: The sweep.
         across: A key that varies: settings that differ in nothing else share a row, with a column
-            for each of its values. Without one, a row has what its setting used, too.
+            for each of its values; those with trials that were stopped early are left out. Without
+            one, a row has what its setting used, too.
 
     Raises:
         ConfigError: When no trial has finished, or the key does not vary.
@@ -38,10 +39,12 @@ def _line(setting: Setting) -> list[str]:
     out, worked = (setting.figure(name).mean for name in ("sat_out", "client_rounds"))
     rest = [f"{share:.0%}" for share in (*shares, out / (out + worked))]
     accuracy = setting.figure("accuracy")
-    return [setting.label, _accuracy(accuracy), *rest, str(accuracy.count)]
+    seeds = f"{accuracy.count}" + f", {setting.count(STOPPED)} stopped" * setting.selected
+    return [setting.label, _accuracy(accuracy), *rest, seeds]
 
 
 def _pivot(sweep: SweepFolder, ranked: list[Setting], across: str) -> str:
+    ranked = [s for s in ranked if not s.selected]
     values = sorted({s.values[across] for s in ranked}, key=sweep.values[across].index)
     rows: dict[str, dict[Any, str]] = {}
     for s in ranked:

@@ -58,5 +58,6 @@ def _module(name: str) -> str:
 def _listing(path: Path) -> str:
     if not path.is_dir():
         return ""
-    files = sorted((str(p.relative_to(path)), p.stat().st_size) for p in path.rglob("*"))
+    files = [(str(p.relative_to(path)), p.stat().st_size) for p in path.rglob("*") if p.is_file()]
+    files.sort()
     return hashlib.sha256(repr(files).encode()).hexdigest()

@@ -169,7 +169,7 @@ def settings_table(found: Sequence[Setting]) -> None:
         spread = "" if s.deviation is None else f" ± {100 * s.deviation:.1f}"
         table.add_row(
             *(escape(value_text(value)) for value in s.settings.values()),
-            f"{s.finished} of {s.trials}",
+            f"{s.finished} of {s.trials}" + f" ({s.stopped} stopped)" * (s.stopped > 0),
             f"{100 * (s.accuracy or 0):.1f}{spread}",
             f"{s.flops_share:.0%}",
             f"{s.megabytes:.4g}",

@@ -47,9 +47,31 @@ def test_what_has_no_table_is_one_line(folder, tmp_path):
         ((simple_run(tmp_path / "run"),), "is the folder of a run; only sweeps have a table"),
         ((unbegun,), "has finished yet"),
         ((tmp_path / "no",), "there is no folder"),
+        ((folder, "--json"), "prints a table alone"),
+        ((folder, "--output", tmp_path / "a.html"), "prints a table alone"),
     ):
         done = report(*arguments, "--markdown")
         assert done.exit_code == 2
         assert message in done.output
         assert done.output.startswith("d2ft: ")
         assert done.output.count("\n") == 1
+
+
+def test_a_column_needs_a_table(folder):
+    done = report(folder, "--across", "share")
+    assert done.exit_code == 2
+    assert "--across is a column of --markdown" in done.output
+
+
+def test_what_early_stopping_has_left_says_so(tmp_path):
+    stopped = {"status": "stopped", "reason": "behind"}
+    trials = [
+        ({"lr": 0.1, "seed": 0}, 0.9), ({"lr": 0.1, "seed": 1}, 0.4, stopped),
+        ({"lr": 0.2, "seed": 0}, 0.7), ({"lr": 0.2, "seed": 1}, 0.8),
+    ]  # fmt: skip
+    folder = write_sweep(tmp_path / "sweep", trials)
+    *_, whole, lucky = report(folder, "--markdown").output.splitlines()
+    assert whole.startswith("| lr 0.2 | 75.0 ± 63.5 |")
+    assert lucky.endswith("| 1, 1 stopped |")
+    (row,) = report(folder, "--markdown", "--across", "lr").output.splitlines()[2:]
+    assert row == "| all trials | 75.0 ± 63.5 |"
