@@ -84,6 +84,11 @@ class RunFolder:
         """Whether it came to its end."""
         return self.status == "finished"
 
+    @property
+    def reference(self) -> bool:
+        """Whether its strategy looks at no budget, so that it breaks what it likes."""
+        return self.summary is not None and not self.summary.get("keeps", True)
+
     @cached_property
     def totals(self) -> dict[str, Any]:
         """Over the finished rounds; see :func:`d2ft_fl.recorder.totals`."""

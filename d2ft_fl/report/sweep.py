@@ -17,6 +17,7 @@ from d2ft_fl.report.frame import (
 )
 from d2ft_fl.report.sweep_folder import FINISHED, SEED, Setting, SweepFolder
 
+MOST_NAMES = 3  # of keys, in the title
 MOST_NUMERIC = 2  # varied numbers, beyond which a chart over one of them mixes too much
 
 
@@ -35,7 +36,9 @@ def sweep_html(sweep: SweepFolder) -> str:
     finished = [s for s in ranked if s.finished]
     rest = [s for s in sweep.settings if s not in ranked]
     unfinished = [t for t in sweep.trials if t.status != FINISHED]
-    title = f"Sweep of {' and '.join(sweep.keys) or SEED}: {len(sweep.settings)} settings"
+    names = sweep.several[:MOST_NAMES] or [SEED]
+    more = ", and more" if len(sweep.several) > MOST_NAMES else ""
+    title = f"Sweep of {', '.join(names)}{more}: {len(sweep.settings)} settings"
     body = [
         _stands(sweep),
         _headline(sweep, finished),
@@ -70,8 +73,10 @@ def _headline(sweep: SweepFolder, finished: list[Setting]) -> str:
     if finished and not (best := finished[0]).selected:
         accuracy = sweep_charts.percent(best.figure("accuracy"))
         figures.append(("best final accuracy", accuracy, best.label))
-    broken = sum(t.run.totals["violations"] for t in trials if t.run)
-    figures.append(("violations", f"{broken:,}", "of budgets, all trials"))
+    bound = [t.run for t in trials if t.run and not t.run.reference]
+    broken = sum(run.totals["violations"] for run in bound)
+    some = len(bound) < sum(t.run is not None for t in trials)
+    figures.append(("violations", f"{broken:,}", "of budgets" + ", references left out" * some))
     return cards(figures)
 
 

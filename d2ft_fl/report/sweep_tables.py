@@ -11,17 +11,20 @@ from d2ft_fl.report.statistics import Interval
 from d2ft_fl.report.sweep_charts import percent, points
 from d2ft_fl.report.sweep_folder import FINISHED, SEED, Setting, SweepFolder, Trial, spelled
 
+MOST_KEYS = 3  # that have a column each
 COUNTED = {"violations": "violations", "sat out": "sat_out", "faults": "faults"}
 
 
 def settings(sweep: SweepFolder, rows: Sequence[Setting]) -> str:
     """Means over the finished runs of each setting; of accuracy with an interval."""
     others = [s for s in dict.fromkeys(t.status for t in sweep.trials) if s != FINISHED]
-    heads = [*sweep.keys, "final accuracy", "best accuracy"]
+    keys = sweep.keys if len(sweep.keys) <= MOST_KEYS else []  # else in words, which are narrower
+    heads = [*(keys or ["setting"]), "final accuracy", "best accuracy"]
     heads += [f"{LABELS[name]} share" for name in RESOURCES] + ["bytes up", "time", *COUNTED]
     lines = []
     for s in rows:
-        line = "".join(_value(sweep, key, s.values.get(key)) for key in sweep.keys)
+        line = "".join(_value(sweep, key, s.values.get(key)) for key in keys)
+        line = line or pages.words(s.label)
         for figure in ("accuracy", "best_accuracy"):
             line += pages.valued(percent(i := s.figure(figure)), i.mean)
         for name in RESOURCES:
@@ -32,7 +35,7 @@ def settings(sweep: SweepFolder, rows: Sequence[Setting]) -> str:
         line += "".join(_mean(s.figure(name)) for name in COUNTED.values())
         line += pages.cells(*(str(s.count(status)) for status in (FINISHED, *others)))
         lines.append(line)
-    return pages.table([*heads, FINISHED, *others], lines, len(sweep.keys), sortable=True)
+    return pages.table([*heads, FINISHED, *others], lines, len(keys) or 1, sortable=True)
 
 
 def _value(sweep: SweepFolder, key: str, value: Any) -> str:
