@@ -165,10 +165,11 @@ class RunConfig:
         self.torch_device()
         model = build_model(self.model_spec())
         channels, side = timm_vit.input_shape(model)
+        arch = timm_vit.describe(model)
         if self.tuning == "lora":
-            self._check_lora(timm_vit.describe(model))
+            self._check_lora(arch)
         partitions = open_data(self.data_spec(side, channels)).partitions
-        self._check_budgets(timm_vit.describe(model), [len(own) for own in partitions])
+        self._check_budgets(arch, [len(own) for own in partitions])
         return self
 
     def _check_budgets(self, arch: Architecture, examples: list[int]) -> None:

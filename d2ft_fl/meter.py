@@ -81,29 +81,19 @@ class LiveBytes(Flops):
         return out
 
 
-class _AllocatorPeak(Flops):
+class _AllocatorPeak:
     """What torch's CUDA allocator hands out at most while it is active, as ``LiveBytes`` has it."""
 
     def __init__(self, device: torch.device):
-        super().__init__()
         self.device, self.peak = device, 0
-        self._depth = 0  # it is entered once more for what an operation is made of
-
-    def ignore(self, tensors: Iterable[Tensor]) -> None:
-        """What was there before does not count anyway."""
 
     def __enter__(self) -> Self:
-        if not self._depth:
-            torch.cuda.reset_peak_memory_stats(self.device)
-            self._before = torch.cuda.memory_allocated(self.device)
-        self._depth += 1
-        return super().__enter__()
+        torch.cuda.reset_peak_memory_stats(self.device)
+        self._before = torch.cuda.memory_allocated(self.device)
+        return self
 
-    def __exit__(self, *exc: Any) -> None:
-        super().__exit__(*exc)
-        self._depth -= 1
-        if not self._depth:
-            self.peak = torch.cuda.max_memory_allocated(self.device) - self._before
+    def __exit__(self, *_: object) -> None:
+        self.peak = torch.cuda.max_memory_allocated(self.device) - self._before
 
 
 @dataclass(frozen=True)
@@ -153,11 +143,16 @@ class Meter:
         """
         reading = None if self.verify else self._known.get(key)
         if reading is None:
-            peak = LiveBytes() if self.device.type == "cpu" else _AllocatorPeak(self.device)
-            peak.ignore(known())
-            with peak:
-                result = step()
-            reading = Reading(peak.flops, peak.peak)
+            if self.device.type == "cpu":
+                live = LiveBytes()
+                live.ignore(known())
+                with live:
+                    result = step()
+                reading = Reading(live.flops, live.peak)
+            else:
+                with _AllocatorPeak(self.device) as allocated, Flops() as counter:
+                    result = step()
+                reading = Reading(counter.flops, allocated.peak)
             if len(self._known) >= self.limit:
                 self._known.clear()
             self._known[key] = reading

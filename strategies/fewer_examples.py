@@ -2,8 +2,7 @@
 
 The baseline to beat where compute is the only budget: no method, only less data. Examples are drawn
 anew each round, or selected (``data-selection``) where the look at all of them leaves anything to
-train on. It needs the whole model's memory and bytes,
-so of these it keeps no budget.
+train on. It needs the whole model's memory and bytes, so of these it keeps no budget.
 """
 
 from d2ft_fl.budgets import DEADLINE
