@@ -22,7 +22,7 @@ install: $(READY)
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv -c constraints.txt
-	VIRTUAL_ENV=$(VENV) $(BIN)/uv pip install --quiet -e '.[dev]' -c constraints.txt
+	VIRTUAL_ENV=$(VENV) $(BIN)/uv pip install --quiet --compile-bytecode -e '.[dev]' -c constraints.txt
 	touch $(READY)
 
 run: $(READY)

@@ -91,8 +91,14 @@ def run(
         Backend, typer.Option(help="Flower's simulation engine, or one plain process.")
     ] = Backend.flower,
     supernodes: Annotated[
-        int, typer.Option(help="SuperNodes that share the clients; 0: one a client, 16 at most.")
+        int, typer.Option(help="Flower's; 0: one, which has all cores of this machine.")
     ] = 0,
+    workers: Annotated[
+        int, typer.Option(help="With --backend local: processes to train in; 0: this one.")
+    ] = 0,
+    resume: Annotated[
+        Path | None, typer.Option(help="Folder of a run to go on with, under its own options.")
+    ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the summary as JSON and nothing else.")
     ] = False,
@@ -101,8 +107,9 @@ def run(
     for number in (signal.SIGTERM, signal.SIGHUP):  # so that what we started stops with us
         signal.signal(number, _interrupt)
     with failures():
-        options = gather(config or [], set_ or [])
-        _run(options, backend, supernodes, as_json)
+        if workers and backend is not Backend.local:
+            raise ConfigError("--workers belongs to --backend local; Flower starts its own")
+        _run(gather(config or [], set_ or [], resume), backend, supernodes, workers, as_json)
 
 
 @bench_app.command("step")
@@ -455,7 +462,7 @@ def _plan(
         display.say(f"{'page' if output.suffix == '.html' else 'picture'}: {output}")
 
 
-def _run(config: RunConfig, backend: Backend, supernodes: int, as_json: bool) -> None:
+def _run(config: RunConfig, backend: Backend, supernodes: int, workers: int, as_json: bool) -> None:
     from d2ft_fl.flower import run_flower
     from d2ft_fl.local import run_local
 
@@ -476,10 +483,9 @@ def _run(config: RunConfig, backend: Backend, supernodes: int, as_json: bool) ->
                 progress.update(task, completed=row["round"], description="training")
 
             if backend is Backend.local:
-                summary = run_local(config, show)
+                summary = run_local(config, show, workers=workers)
             else:
-                nodes = supernodes or min(config.clients, 16)
-                summary = run_flower(config, folder, min(nodes, config.clients), show)
+                summary = run_flower(config, folder, supernodes, show)
     except (Exception, KeyboardInterrupt) as error:
         write_status(folder, "failed", str(error) or type(error).__name__)
         raise

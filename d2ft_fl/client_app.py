@@ -1,60 +1,116 @@
-"""Flower's ClientApp: carries blobs between Flower and this process's worker.
+"""Flower's ClientApp: carries blobs between Flower and the processes that do the work.
 
 A SuperNode serves the clients p = k (mod N), where k and N are the ``partition-id`` and
-``num-partitions`` of its node configuration.
+``num-partitions`` of its node configuration; in a simulation, where every process could serve all
+clients, those that it is sent. Work is done in child processes (:mod:`d2ft_fl.crew`), which live
+from message to message as long as this process does: one for each of a simulated SuperNode's CPUs,
+one on a real device.
 """
 
 import json
+import sys
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
-from d2ft_fl.config import RunConfig
+from d2ft_fl import shelf
+from d2ft_fl.crew import Crew, Job
 from d2ft_fl.errors import D2FTError
-from d2ft_fl.meter import set_threads
-from d2ft_fl.worker import Worker, worker
+from d2ft_fl.exchange import Exchange
+from d2ft_fl.work import Fault
 
 app = ClientApp()
+ASK_SECONDS = 600.0
 
 
-def _worker(context: Context) -> Worker:
-    config = RunConfig.from_mapping(context.run_config)
-    set_threads(config.threads_per_client)  # Ray sets its own
-    return worker(config)
+def simulated() -> bool:
+    """Whether this process belongs to Flower's simulation engine."""
+    ray = sys.modules.get("ray")
+    return ray is not None and ray.is_initialized()
+
+
+def _cpus() -> float:
+    """What the simulation sets aside for this process."""
+    import ray
+
+    return float(ray.get_runtime_context().get_assigned_resources().get("CPU", 1.0))
+
+
+@lru_cache(maxsize=1)
+def _crew(options: str) -> Crew:
+    """The children of this process, under one configuration."""
+    entries = json.loads(options)
+    size = max(1, int(_cpus() / entries["threads-per-client"])) if simulated() else 1
+    return Crew(entries, size)
+
+
+def _crew_of(context: Context) -> Crew:
+    return _crew(json.dumps(dict(context.run_config), sort_keys=True))
 
 
 @app.query()
 def query(message: Message, context: Context) -> Message:
-    """What the clients of this node say of themselves."""
+    """Which clients this node serves; or, of some, what they say of themselves."""
+    asked = json.loads(str(message.content.config_records["query"]["json"]))
     node, nodes = (
         int(context.node_config["partition-id"]),
         int(context.node_config["num-partitions"]),
     )
-    answer: dict[str, object] = {"node": node, "nodes": nodes}
-    try:
-        who = _worker(context)
-        round = int(message.content.config_records["query"]["round"])  # type: ignore[arg-type]
-        reports = [who.report(client, round) for client in range(node, who.config.clients, nodes)]
-        answer["reports"] = [
-            {"client": r.client, "examples": r.examples, "budget": r.budget.to_json()}
-            for r in reports
-        ]
-    except D2FTError as error:
-        answer["error"] = str(error)
+    answer: dict[str, object] = {}
+    if asked["clients"] is None:
+        answer = {"node": node, "nodes": nodes, "cpus": _cpus() if simulated() else None}
+    else:
+        try:
+            answer["reports"] = _crew_of(context).reports(
+                asked["clients"], asked["round"], ASK_SECONDS
+            )
+        except D2FTError as error:
+            answer["error"] = str(error)
     content = RecordDict({"answer": ConfigRecord({"json": json.dumps(answer)})})
     return Message(content, reply_to=message)
 
 
 @app.train()
 def train(message: Message, context: Context) -> Message:
-    """Carry out the assignments of this node's clients, one after the other."""
-    who = _worker(context)
+    """Carry out the assignments of a message; in the order that it says, several at once."""
+    how = json.loads(str(message.content.config_records["how"]["json"]))
     assignments = message.content.array_records["assignments"]
+    model, exchange = _model(how)
+    jobs = [
+        Job(
+            client,
+            unpack_blob(assignments[str(client)]),
+            str(model) if model else None,
+            str(exchange.reply_path(how["round"], client)) if exchange else None,
+        )
+        for client in how["order"]
+    ]
     results = ArrayRecord()
-    for client, array in assignments.items():
-        results[client] = pack_blob(who.work(unpack_blob(array)))
-    return Message(RecordDict({"results": results}), reply_to=message)
+    faults: dict[str, str] = {}
+    for client, reply in _crew_of(context).work(jobs, how["seconds"], how["client-seconds"]):
+        if isinstance(reply, Fault):
+            faults[str(client)] = reply.reason
+        elif reply:
+            results[str(client)] = pack_blob(reply)
+    said = ConfigRecord({"json": json.dumps(faults)})
+    return Message(RecordDict({"results": results, "faults": said}), reply_to=message)
+
+
+def _model(how: dict[str, Any]) -> tuple[Path | None, Exchange | None]:
+    """Where the round's model is, if it did not come with messages, and where replies go then.
+
+    On another machine of a Ray cluster, the first process that is asked fetches it.
+    """
+    if how["model"] is None:
+        return None, None
+    model = Path(how["model"])
+    if model.exists():
+        return model, Exchange(model.parent)
+    return shelf.fetch(how["shelf"], how["round"]), None
 
 
 def pack_blob(blob: bytes) -> Array:

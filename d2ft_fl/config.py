@@ -35,11 +35,14 @@ from d2ft_fl.trackers import Factory, load_trackers
 
 TUNINGS = ("full", "lora")
 SELECTIONS = ("random", "entropy")
+TRANSPORTS = ("shared", "message")
+FEW_REPLIES = ("stop", "repeat")
 # Values of options with paths that are none.
 BUILTIN = {
     "dataset": (DIGITS,),
     "pretrained": ("bundled", "hub", "none"),
     "run-folder": ("",),
+    "resume": ("",),
     "lora-adapter": ("",),
 }
 
@@ -51,6 +54,7 @@ class RunConfig:
     strategy: str = "d2ft"
     rounds: int = 10
     clients: int = 10
+    sample_clients: int = 0
     seed: int = 0
 
     dataset: str = "digits"
@@ -122,7 +126,15 @@ class RunConfig:
     device: str = "cpu"
     threads_per_client: int = 1
     eval_batch_size: int = 128
+    eval_every: int = 1
+    transport: str = "shared"
     round_timeout: float = 3600.0
+    client_timeout: float = 0.0
+    min_replies: int = 1
+    few_replies: str = "stop"
+    attempts: int = 3
+    checkpoint_every: int = 1
+    resume: str = ""
     verify_costs: bool = False
     trackers: str = ""
     run_folder: str = ""
@@ -226,9 +238,11 @@ class RunConfig:
             "threads-per-client",
             "accumulate",
             "agenda-rounds",
+            "eval-batch-size",
+            "eval-every",
+            "attempts",
         ):
             self._at_least(key, 1)
-        self._at_least("eval-batch-size", 1)
         for key in (
             "train-examples",
             "test-examples",
@@ -238,8 +252,18 @@ class RunConfig:
             "least-clients",
             "stage-rounds",
             "seed",
+            "sample-clients",
+            "min-replies",
+            "checkpoint-every",
         ):
             self._at_least(key, 0)
+        self._one_of("transport", TRANSPORTS)
+        self._one_of("few-replies", FEW_REPLIES)
+        if self.sample_clients > self.clients:
+            raise ConfigError(
+                f"sample-clients = {self.sample_clients} is more than clients = {self.clients}; "
+                "0 takes all"
+            )
         self._one_of("optimizer", ("adamw", "sgd"))
         self._one_of("precision", PRECISIONS)
         self._one_of("device", DEVICES)
@@ -272,6 +296,7 @@ class RunConfig:
             "momentum",
             "weight-decay",
             "proximal",
+            "client-timeout",
             "server-lr",
             "forward-weight",
             "frozen-weight",

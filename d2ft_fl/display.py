@@ -85,8 +85,11 @@ def format_round(row: dict[str, Any]) -> str:
         allowed, worst = part["allowed_share"], part["worst"]
         limit = f"{allowed:.0%}" if allowed is not None else "any"
         cells.append(f"{used:>4.0%} /{limit:>5}" + (f" ({worst:>4.0%})" if worst else " " * 7))
+    evaluated = f"{'-':>8} {'-':>6}"
+    if row["accuracy"] is not None:
+        evaluated = f"{row['accuracy']:>8.1%} {row['loss']:>6.3f}"
     return (
-        f"{row['round']:>7} {row['accuracy']:>8.1%} {row['loss']:>6.3f} "
+        f"{row['round']:>7} {evaluated} "
         + " ".join(f"{cell:^18}" for cell in cells)
         + f" {row['coverage']:>7.0%} {row['round_seconds']:>7.1f} s"
     )

@@ -183,7 +183,7 @@ class Federation:
                 forward_weight=c.forward_weight,
                 frozen_weight=c.frozen_weight,
                 coupling=c.coupling,
-                spread_clients=c.spread_clients * c.clients,
+                spread_clients=c.spread_clients * (c.sample_clients or c.clients),
                 least_clients=c.least_clients,
                 ranks=c.offered_ranks() if self.arch.rank else (),
                 rank_exponent=c.lora_rank_exponent,

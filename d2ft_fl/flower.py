@@ -25,11 +25,12 @@ import torch
 from d2ft_fl.config import RunConfig
 from d2ft_fl.errors import RunError
 from d2ft_fl.loop import Progress
-from d2ft_fl.recorder import dump_toml
+from d2ft_fl.recorder import dump_toml, read_rows, read_status
 
 START_TIMEOUT = 60.0
 STATUS_SECONDS = 5.0
 COMMAND_TIMEOUT = 120.0
+CLUSTER_NODES = 64
 CONNECTION = "d2ft"
 
 
@@ -160,7 +161,7 @@ def run_flower(
     Args:
         config: The configuration; its paths are absolute.
         folder: The run folder.
-        supernodes: Virtual SuperNodes to spread the clients over.
+        supernodes: Virtual SuperNodes to spread the clients over; 0 for as many as are best.
         progress: Called with each round's line.
 
     Raises:
@@ -174,8 +175,7 @@ def run_flower(
             [
                 "flwr", "run", str(app), CONNECTION, "--format", "json",
                 "--run-config", str(file),
-                "--federation-config",
-                f"num-supernodes={supernodes} {_resources(config, supernodes)}",
+                "--federation-config", _simulation(config, supernodes),
             ],
             env=environment, capture_output=True, text=True, check=False, timeout=COMMAND_TIMEOUT,
         )  # fmt: skip
@@ -189,14 +189,21 @@ def run_flower(
             raise
 
 
-def _resources(config: RunConfig, supernodes: int) -> str:
-    """What Ray sets aside for a worker; it hides GPUs from those that ask for none."""
-    resources = f"client-resources-num-cpus={config.threads_per_client}"
+def _simulation(config: RunConfig, supernodes: int) -> str:
+    """How many SuperNodes, and what Ray sets aside for each; it hides GPUs from those without.
+
+    A SuperNode trains as many clients at once as it has cores for, so that one is best on one
+    machine. On a cluster, whose machines may have fewer cores than this one, each has one.
+    """
+    cores = os.cpu_count() or 1
+    cluster = os.environ.get("RAY_ADDRESS", "local") != "local"
+    nodes = supernodes or (min(config.clients, CLUSTER_NODES) if cluster else 1)
+    cpus = config.threads_per_client if cluster else max(config.threads_per_client, cores // nodes)
+    text = f"num-supernodes={nodes} client-resources-num-cpus={cpus}"
     if config.device == "cuda":
-        workers = min(supernodes, max(1, (os.cpu_count() or 1) // config.threads_per_client))
-        share = math.floor(1000 * torch.cuda.device_count() / workers) / 1000
-        resources += f" client-resources-num-gpus={min(1.0, share)}"
-    return resources
+        share = math.floor(1000 * torch.cuda.device_count() / max(1, cores // cpus)) / 1000
+        text += f" client-resources-num-gpus={min(float(torch.cuda.device_count()), share)}"
+    return text
 
 
 def _run_id(started: subprocess.CompletedProcess) -> str:
@@ -220,17 +227,18 @@ def _follow(
     """Report rounds as they are recorded, until the run ends."""
     shown, next_check = 0, time.monotonic() + STATUS_SECONDS
     while True:
-        status = _read_json(folder / "status.json")
-        shown = _show_new(folder, shown, progress)
+        status = read_status(folder)
+        if status.get("status") != "starting":  # else lines of a run that is resumed may yet go
+            shown = _show_new(folder, shown, progress)
         if status.get("status") == "finished":
-            return _read_json(folder / "summary.json")
+            return json.loads(folder.joinpath("summary.json").read_text())
         if status.get("status") == "failed":
             raise RunError(status["reason"])
         if process.poll() is not None:
             raise RunError(f"flower-superlink ended; see {folder / 'flower.log'}")
         if time.monotonic() > next_check:
             if ended := _ended(run_id, environment):
-                status = _read_json(folder / "status.json")
+                status = read_status(folder)
                 if status.get("status") not in ("finished", "failed"):
                     raise RunError(f"Flower ended the run ({ended}); see {folder / 'flower.log'}")
             next_check = time.monotonic() + STATUS_SECONDS
@@ -238,13 +246,10 @@ def _follow(
 
 
 def _show_new(folder: Path, shown: int, progress: Progress) -> int:
-    path = folder / "rounds.jsonl"
-    if not path.is_file():
-        return shown
-    lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
-    for line in lines[shown:]:
-        progress(json.loads(line))
-    return len(lines)
+    rows = read_rows(folder)
+    for row in rows[shown:]:
+        progress(row)
+    return len(rows)
 
 
 def _ended(run_id: str, environment: dict[str, str]) -> str:
@@ -259,10 +264,3 @@ def _ended(run_id: str, environment: dict[str, str]) -> str:
         return ""
     status = str(run.get("status", ""))
     return status if status.startswith("finished") else ""
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError):
-        return {}

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from torch import Tensor
@@ -19,6 +20,8 @@ from d2ft_fl.plans import Plan, held_after, last_trained
 from d2ft_fl.scores import TENSOR
 from d2ft_fl.server_optimizer import Moments
 from d2ft_fl.subnets import Kind, Operation
+
+MORE_BYTES = 1 << 16  # than planned: for what a client says when it has failed
 
 
 @dataclass(frozen=True)
@@ -70,17 +73,43 @@ class Fold:
         self.participants = {c.client: c for c in plan.clients}
         self.measured: dict[int, tuple[dict[str, np.ndarray], int]] = {}
         self.records: dict[int, ClientRecord] = {}
+        self.strays: list[str] = []  # faults of those who are not waited for
 
-    def add(self, client: int, blob: bytes) -> None:
-        """Validate one reply and add it; a reply that fails is left out and named."""
+    @property
+    def answered(self) -> int:
+        """How many clients' replies were added."""
+        return sum(record.used is not None for record in self.records.values())
+
+    @property
+    def faults(self) -> list[str]:
+        """What went wrong so far, by client."""
+        failed = [self.records[client] for client in sorted(self.records)]
+        return [f"client {r.client}: {r.fault}" for r in failed if r.fault] + self.strays
+
+    def stray(self, client: int, reason: str) -> None:
+        """Note a fault of somebody who is not waited for, or not any more."""
+        self.strays.append(f"client {client}: {reason}")
+
+    def add(self, client: int, blob: bytes | Path) -> None:
+        """Validate one reply and add it; a reply that fails is left out and named.
+
+        Args:
+            blob: As bytes, or a file of them.
+        """
+        if client not in self.pending:
+            known = client in self.participants
+            self.stray(client, "answers again" if known else "an answer nobody waits for")
+            return
         try:
             self._add(client, blob)
         except ReplyError as error:
             self.fail(client, str(error))
 
-    def _add(self, client: int, blob: bytes) -> None:
-        if client not in self.pending:
-            raise ReplyError("an answer nobody waits for")
+    def _add(self, client: int, blob: bytes | Path) -> None:
+        bytes_up = blob.stat().st_size if isinstance(blob, Path) else len(blob)
+        most = self.pending[client].cost.bytes_up + MORE_BYTES
+        if bytes_up > most:
+            raise ReplyError(f"{bytes_up} bytes, where {most} are the most that can be")
         tensors, meta = wire.decode(blob)
         if meta.get("error"):
             raise ReplyError(str(meta["error"]))
@@ -113,7 +142,7 @@ class Fold:
         del self.pending[client]
         if measured:
             self.measured[client] = (measured, assignment.passes.scored)
-        used = Cost(flops, memory, len(blob), down)
+        used = Cost(flops, memory, bytes_up, down)
         self._record(assignment, used, wall_seconds=wall, train_loss=loss)
 
     def _measured(self, tensors: dict[str, Tensor], kinds: Sequence[str]) -> dict[str, np.ndarray]:
@@ -135,6 +164,8 @@ class Fold:
         """Leave a client out of this round, with the reason."""
         if assignment := self.pending.pop(client, None):
             self._record(assignment, None, fault=reason)
+        else:
+            self.stray(client, reason)
 
     def finish(self) -> tuple[State, list[ClientRecord]]:
         """The next state, and what became of every client, in order."""

@@ -1,35 +1,102 @@
-"""The in-process back end: the same round, without Flower. What most tests and sweeps use."""
+"""Back ends without Flower: the same round in this process, or in a few of its own.
 
-from collections.abc import Callable, Iterator
+The first is what most tests and sweeps use.
+"""
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from d2ft_fl import loop
+from d2ft_fl.budgets import Budget
 from d2ft_fl.config import RunConfig
+from d2ft_fl.crew import Crew, Job
+from d2ft_fl.errors import ConfigError
+from d2ft_fl.exchange import Exchange
 from d2ft_fl.federation import Report
+from d2ft_fl.work import Fault, Work
 from d2ft_fl.worker import worker
 
 
 class LocalPool:
-    """All clients in this process, one after the other."""
+    """All clients in this process, one after the other; nobody can end one that hangs."""
 
     def __init__(self, config: RunConfig):
         self.config = config
         self.worker = worker(config)
 
-    def reports(self, round: int) -> list[Report]:
-        """What every client says of itself."""
-        return [self.worker.report(client, round) for client in range(self.config.clients)]
+    def clients(self, round: int) -> list[int]:
+        """Everyone."""
+        return list(range(self.config.clients))
 
-    def train(
-        self, clients: list[int], assignment: Callable[[int], bytes]
-    ) -> Iterator[tuple[int, bytes | loop.Fault]]:
+    def reports(self, round: int, clients: Sequence[int]) -> tuple[list[Report], dict[int, Fault]]:
+        """What clients say of themselves."""
+        return [self.worker.report(client, round) for client in clients], {}
+
+    def train(self, work: Work) -> Iterator[tuple[int, bytes]]:
         """Train client after client."""
-        for client in clients:
-            yield client, self.worker.work(assignment(client))
+        shared = self.config.transport == "shared"
+        for client in work.costs:
+            message = work.encode(client, shared)
+            yield client, self.worker.work(message, work.weights if shared else None)
+
+
+class CrewPool:
+    """All clients in child processes of this one, several at once."""
+
+    def __init__(self, config: RunConfig, crew: Crew, exchange: Exchange | None):
+        self.config, self.crew, self.exchange = config, crew, exchange
+
+    def clients(self, round: int) -> list[int]:
+        """Everyone."""
+        return list(range(self.config.clients))
+
+    def reports(self, round: int, clients: Sequence[int]) -> tuple[list[Report], dict[int, Fault]]:
+        """What clients say of themselves."""
+        rows = self.crew.reports(clients, round, self.config.round_timeout)
+        return [Report(c, n, Budget.from_mapping(b)) for c, n, b in rows], {}
+
+    def train(self, work: Work) -> Iterator[tuple[int, bytes | Path | Fault]]:
+        """Train the longest first, each where there is room next."""
+        exchange = self.exchange
+        model = str(exchange.publish(work.round, work.weights)) if exchange else None
+        jobs = [
+            Job(
+                client,
+                work.encode(client, exchange is not None),
+                model,
+                str(exchange.reply_path(work.round, client)) if exchange else None,
+            )
+            for client in work.longest_first
+        ]
+        config = self.config
+        for client, reply in self.crew.work(jobs, config.round_timeout, config.client_timeout):
+            if reply != b"":
+                yield client, reply
+            if exchange:
+                yield from exchange.arrived(work.round)
 
 
 def run_local(
-    config: RunConfig, progress: loop.Progress = lambda row: None, report: bool = True
+    config: RunConfig,
+    progress: loop.Progress = lambda row: None,
+    report: bool = True,
+    workers: int = 0,
 ) -> dict[str, Any]:
-    """Run a checked configuration in this process; returns the summary. See :func:`loop.run`."""
-    return loop.run(config, LocalPool(config), progress, report)
+    """Run a checked configuration without Flower; returns the summary. See :func:`loop.run`.
+
+    Args:
+        workers: Processes to train in; 0 for this one.
+    """
+    if workers < 0:
+        raise ConfigError(f"--workers {workers} must be 0 (this process) or more")
+    if not workers:
+        return loop.run(config, LocalPool(config), progress, report)
+    with contextlib.ExitStack() as stack:
+        exchange = None
+        if config.transport == "shared":
+            exchange = Exchange.create()
+            stack.callback(exchange.close)
+        crew = stack.enter_context(Crew(config.to_mapping(), workers))
+        return loop.run(config, CrewPool(config, crew, exchange), progress, report)

@@ -1,17 +1,18 @@
 """A whole run: ask, plan, send, train, fold, record, round after round."""
 
+import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from d2ft_fl import timm_vit
+from d2ft_fl import checkpoint, timm_vit
 from d2ft_fl.config import RunConfig
 from d2ft_fl.data import FederatedData, open_data
 from d2ft_fl.errors import RunError
@@ -19,31 +20,31 @@ from d2ft_fl.federation import Federation, Report, State
 from d2ft_fl.fold import Fold
 from d2ft_fl.meter import set_threads
 from d2ft_fl.models import build_model
-from d2ft_fl.recorder import Recorder, claim_folder, write_summary
+from d2ft_fl.plans import Plan
+from d2ft_fl.recorder import Recorder, claim_folder, only_one, write_summary
 from d2ft_fl.rounds import Assignment, Participant, plan_round
 from d2ft_fl.tasks import encode_assignment
 from d2ft_fl.trackers import tracking
+from d2ft_fl.work import Fault, Work
 
-
-@dataclass(frozen=True)
-class Fault:
-    """A client that did not answer, and why."""
-
-    reason: str
+log = logging.getLogger(__name__)
 
 
 class Pool(Protocol):
     """The clients of a federation, wherever they run."""
 
-    def reports(self, round: int) -> list[Report]:
-        """What every client says of itself before a round."""
+    def clients(self, round: int) -> Sequence[int]:
+        """Those that can be asked before a round, in order."""
 
-    def train(
-        self, clients: list[int], assignment: Callable[[int], bytes]
-    ) -> Iterable[tuple[int, bytes | Fault]]:
-        """Have these clients train; yields their replies as they arrive, in any order.
+    def reports(
+        self, round: int, clients: Sequence[int]
+    ) -> tuple[list[Report], Mapping[int, Fault]]:
+        """What these clients say of themselves before a round, and who of them does not answer."""
 
-        ``assignment`` makes a client's message when it is about to be sent.
+    def train(self, work: Work) -> Iterable[tuple[int, bytes | Path | Fault]]:
+        """Have clients train; yields their replies as they arrive, in any order.
+
+        A reply in a file may be deleted once the next is asked for.
         """
 
 
@@ -69,7 +70,7 @@ def run(
     """
     folder = claim_folder(config)
     entries = config.to_mapping() | {"run-folder": str(folder)}
-    with tracking(config.load_trackers(), entries, folder) as trackers:
+    with only_one(folder), tracking(config.load_trackers(), entries, folder) as trackers:
 
         def ended(row: dict[str, Any]) -> None:
             progress(row)
@@ -84,29 +85,91 @@ def run(
 
 def _run(config: RunConfig, pool: Pool, progress: Progress, folder: Path) -> dict[str, Any]:
     """All rounds, recorded in ``folder``; returns the summary."""
-    set_threads(config.threads_per_client)
     started = time.perf_counter()
-    model = build_model(config.model_spec())
-    arch = timm_vit.describe(model)
-    channels, side = timm_vit.input_shape(model)
-    data = open_data(config.data_spec(side, channels))
-    federation = Federation(config, arch)
-    original = {n: p.detach().clone() for n, p in model.named_parameters()}
-    state = State(0, original)
-    model.to(config.torch_device())
-    recorder = Recorder(folder, federation, config.model_spec())
-    recorder.start()
+    run = _Run(config, pool, folder)
+    run.begin()
+    while run.state.round < config.rounds:
+        progress(run.round())
+    return run.finish(time.perf_counter() - started)
 
-    budgets_vary = config.budget_source().varies
-    reports: list[Report] = []
-    for number in range(1, config.rounds + 1):
-        round_started = time.perf_counter()
-        if not reports or budgets_vary:
-            reports = pool.reports(number)
-        stage = federation.at(number)
-        state = stage.prepared(state, original)
+
+class _Run:
+    """A run between rounds: the federation's state, what clients said, and where it is recorded."""
+
+    def __init__(self, config: RunConfig, pool: Pool, folder: Path):
+        set_threads(config.threads_per_client)
+        self.config, self.pool = config, pool
+        self.model = build_model(config.model_spec())
+        channels, side = timm_vit.input_shape(self.model)
+        self.data = open_data(config.data_spec(side, channels))
+        self.federation = Federation(config, timm_vit.describe(self.model))
+        self.original = {n: p.detach().clone() for n, p in self.model.named_parameters()}
+        self.origin = checkpoint.digest_of(self.original)
+        self.state = State(0, self.original)
+        self.reports: dict[int, Report] = {}
+        self.replayed: list[Report] = []
+        self.model.to(config.torch_device())
+        self.recorder = Recorder(folder, self.federation, config.model_spec())
+        self.budgets_vary = config.budget_source().varies
+
+    def begin(self) -> None:
+        """Start the record, or take up a run where it was left."""
+        if not self.config.resume:
+            self.recorder.start()
+            return
+        found = checkpoint.load(self.recorder.folder, self.config, self.origin)
+        if found is not None:
+            self.state, self.reports = found.state, dict(found.reports)
+        self.recorder.resume(self.state.round)
+        self.replayed = self.recorder.recorded_reports(self.state.round + 1)
+
+    def round(self) -> dict[str, Any]:
+        """Run the next round, again if too few clients answer and that is asked for.
+
+        Returns:
+            Its line.
+        """
+        config, number = self.config, self.state.round + 1
+        for attempt in range(1, config.attempts + 1):
+            started = time.perf_counter()
+            stage, plan, fold = self._replies(number)
+            answered, asked = fold.answered, len(plan.working)
+            if answered >= min(config.min_replies, asked):
+                break
+            few = (
+                f"{answered} of {asked} clients answered in round {number}, "
+                f"min-replies = {config.min_replies}{_first_fault(fold)}"
+            )
+            if config.few_replies == "stop" or attempt == config.attempts:
+                raise RunError(few)
+            log.warning("%s; the round is repeated", few)
+        self.state, records = fold.finish()
+        last = number == config.rounds
+        accuracy = loss = None
+        evaluated = time.perf_counter()
+        if last or number % config.eval_every == 0:
+            weights = stage.model_weights(self.state)
+            accuracy, loss = evaluate(self.model, weights, self.data, config.eval_batch_size)
+        ended = time.perf_counter()
+        row = self.recorder.round(
+            stage, self.state, plan, records, accuracy, loss, ended - started, fold.strays
+        )
+        if config.checkpoint_every and (last or number % config.checkpoint_every == 0):
+            own = checkpoint.Checkpoint(self.state, self.reports)
+            checkpoint.save(self.recorder.folder, config, self.origin, own)
+        self.times = {"evaluate": ended - evaluated, "record": time.perf_counter() - ended}
+        return row
+
+    def _replies(self, number: int) -> tuple[Federation, Plan, Fold]:
+        """Ask, plan, send and fold in: a round up to where its state is made."""
+        config = self.config
+        stage = self.federation.at(number)
+        state = stage.prepared(self.state, self.original)
+        reports, silent = self._ask(number)
+        if not reports:
+            raise RunError(f"no client answered in round {number}{_said(silent)}")
         plan = plan_round(stage, state, reports)
-        recorder.plan(plan)
+        self.recorder.plan(plan)
         assignments = {
             a.client: (c, a)
             for c, a in zip(plan.clients, plan.assignments, strict=True)
@@ -118,26 +181,62 @@ def _run(config: RunConfig, pool: Pool, progress: Progress, folder: Path) -> dic
                 f"budgets ({config.budgets!r}) or take a smaller model or batch-size"
             )
         fold = Fold(stage, state, plan)
-
-        message = partial(_message, stage, state, assignments)
-        for client, reply in pool.train(list(assignments), message):
+        for client, fault in silent.items():
+            fold.stray(client, fault.reason)
+        work = Work(
+            number,
+            {client: a.cost.flops for client, (_, a) in assignments.items()},
+            state.weights,
+            partial(_message, stage, state, assignments),
+        )
+        for client, reply in self.pool.train(work) if assignments else ():
             if isinstance(reply, Fault):
                 fold.fail(client, reply.reason)
             else:
                 fold.add(client, reply)
-        state, records = fold.finish()
-        faults = [f"client {r.client}: {r.fault}" for r in records if r.fault]
-        if faults and all(r.used is None for r in records):
-            raise RunError(f"no client answered in round {number}; the first said: {faults[0]}")
-        weights = stage.model_weights(state)
-        accuracy, loss = evaluate(model, weights, data, config.eval_batch_size)
-        row = recorder.round(
-            stage, state, plan, records, accuracy, loss, time.perf_counter() - round_started
-        )
-        progress(row)
-    if save := getattr(stage.tuning, "save", None):
-        save(recorder.folder, state.weights, stage.arch, config, original)
-    return recorder.finish(weights, time.perf_counter() - started)
+        return stage, plan, fold
+
+    def _ask(self, number: int) -> tuple[list[Report], Mapping[int, Fault]]:
+        """Reports of the clients that take part in a round, and who does not answer."""
+        chosen = drawn(self.config, number, self.pool.clients(number))
+        known = {} if self.budgets_vary else self.reports
+        silent: Mapping[int, Fault] = {}
+        if self.replayed:  # the round was left before its end
+            found, self.replayed = self.replayed, []
+            return found, silent
+        if missing := [client for client in chosen if client not in known]:
+            fresh, silent = self.pool.reports(number, missing)
+            known = {**known, **{r.client: r for r in fresh}}
+        self.reports = known
+        found = [known[client] for client in chosen if client in known]
+        if self.budgets_vary:
+            self.recorder.reports(number, found)
+        return found, silent
+
+    def finish(self, wall_seconds: float) -> dict[str, Any]:
+        """Write what the run has come to; returns the summary."""
+        stage, state, config = self.federation.at(self.state.round), self.state, self.config
+        if save := getattr(stage.tuning, "save", None):
+            save(self.recorder.folder, state.weights, stage.arch, config, self.original)
+        return self.recorder.finish(stage.model_weights(state), wall_seconds)
+
+
+def drawn(config: RunConfig, round: int, clients: Sequence[int]) -> list[int]:
+    """Who takes part in a round: all of ``clients``, or as many as are sampled, in order."""
+    ordered = sorted(clients)
+    if not config.sample_clients or config.sample_clients >= len(ordered):
+        return ordered
+    draw = np.random.default_rng([config.seed, round, 3])
+    places = draw.choice(len(ordered), config.sample_clients, replace=False)
+    return [ordered[place] for place in sorted(places)]
+
+
+def _first_fault(fold: Fold) -> str:
+    return f"; the first said: {fold.faults[0]}" if fold.faults else ""
+
+
+def _said(silent: Mapping[int, Fault]) -> str:
+    return next((f"; client {c} said: {fault.reason}" for c, fault in silent.items()), "")
 
 
 def _message(
@@ -145,10 +244,11 @@ def _message(
     state: State,
     assignments: dict[int, tuple[Participant, Assignment]],
     client: int,
+    shared: bool,
 ) -> bytes:
     participant, assignment = assignments[client]
     budget = participant.budget if federation.config.match else None
-    return encode_assignment(federation, state, assignment, budget)
+    return encode_assignment(federation, state, assignment, budget, shared)
 
 
 @torch.no_grad()

@@ -12,22 +12,30 @@ from d2ft_fl.errors import ConfigError
 from d2ft_fl.specs import HUB
 
 
-def gather(files: list[Path], pairs: list[str]) -> RunConfig:
+def gather(files: list[Path], pairs: list[str], resume: Path | None = None) -> RunConfig:
     """The configuration of some files and ``key=value`` pairs, checked, its paths absolute.
+
+    Args:
+        resume: The folder of a run to go on with, whose options come before all others.
 
     Raises:
         ConfigError: When anything does not fit.
     """
-    return collect(files, pairs).check()
+    return collect(files, pairs, resume).check()
 
 
-def collect(files: list[Path], pairs: list[str]) -> RunConfig:
+def collect(files: list[Path], pairs: list[str], resume: Path | None = None) -> RunConfig:
     """The same, not checked yet.
 
     Raises:
         ConfigError: For a file that cannot be read, an unknown key or a wrong type.
     """
     entries: dict[str, Any] = {}
+    if resume is not None:
+        folder = resolve_path(str(resume))
+        if not folder.joinpath("config.toml").is_file():
+            raise ConfigError(f"--resume {str(resume)!r} holds no run: there is no config.toml")
+        entries |= read_toml(folder / "config.toml") | {"resume": str(folder)}
     for file in files:
         entries |= absolute(read_toml(file), file.parent)
     entries |= parse_pairs(pairs)

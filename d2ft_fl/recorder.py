@@ -3,6 +3,8 @@
 config.toml              the resolved configuration
 rounds.jsonl             one line a round
 clients.jsonl            one line a client and round
+reports.jsonl            what clients said before each round, where that varies
+checkpoints/             what the run needs to go on, see :mod:`d2ft_fl.checkpoint`
 plans/round-001.safetensors   int8 schedules [clients, slots, blocks, heads]; where clients train
                          LoRA at different ranks, int64 ranks [clients, blocks, heads]
 plan.png                 the last round's plan
@@ -14,11 +16,13 @@ report.html              the run's page, see :mod:`d2ft_fl.report`; not of a swe
 """
 
 import contextlib
+import fcntl
 import itertools
 import json
 import logging
+import os
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,35 +33,41 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from d2ft_fl.budgets import LIMITS, UNLIMITED
+from d2ft_fl.budgets import LIMITS, UNLIMITED, Budget
 from d2ft_fl.config import RunConfig, resolve_path
 from d2ft_fl.costs import RESOURCES, workload_variance
-from d2ft_fl.errors import ConfigError
-from d2ft_fl.federation import Federation, State
+from d2ft_fl.errors import ConfigError, RunError
+from d2ft_fl.federation import Federation, Report, State
 from d2ft_fl.fold import ClientRecord
 from d2ft_fl.plans import Plan
 from d2ft_fl.specs import ModelSpec
 from d2ft_fl.versions import versions
 
 log = logging.getLogger(__name__)
+LINES = ("rounds.jsonl", "clients.jsonl", "reports.jsonl")
 
 
 def claim_folder(config: RunConfig) -> Path:
-    """The absolute path of a run's folder, made and not used by another run.
+    """The absolute path of a run's folder, made and not used by another run, private to the user.
 
-    A new one under the user's data folder, unless ``run-folder`` names one.
+    A new one under the user's data folder, unless ``run-folder`` names one; of a run that is
+    resumed, its own.
 
     Raises:
-        ConfigError: When it cannot be written to, or holds a run already.
+        ConfigError: When it cannot be written to, or holds a run already, or none to resume.
     """
     try:
+        if config.resume:
+            return _folder_of(config)
         if not config.run_folder:
             return _new_folder(config)
         folder = resolve_path(config.run_folder)
-        folder.mkdir(parents=True, exist_ok=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        folder.mkdir(mode=0o700, exist_ok=True)
         if folder.joinpath("rounds.jsonl").exists():
             raise ConfigError(
-                f"run-folder = {str(folder)!r} already holds a run; name another folder"
+                f"run-folder = {str(folder)!r} already holds a run; name another folder, or go on "
+                f"with that run: d2ft run --resume {str(folder)!r}"
             )
         write_status(folder, "starting")
     except OSError as error:
@@ -67,6 +77,65 @@ def claim_folder(config: RunConfig) -> Path:
     return folder
 
 
+def _folder_of(config: RunConfig) -> Path:
+    """The folder of the run to resume."""
+    folder = resolve_path(config.resume)
+    if config.run_folder and resolve_path(config.run_folder) != folder:
+        raise ConfigError(
+            f"resume = {config.resume!r} goes on in its own folder: leave run-folder empty"
+        )
+    if not folder.joinpath("config.toml").is_file():
+        raise ConfigError(f"resume = {config.resume!r} holds no run: there is no config.toml in it")
+    rows = read_rows(folder)
+    if read_status(folder).get("status") == "finished" and len(rows) >= config.rounds:
+        raise ConfigError(
+            f"resume = {config.resume!r} has finished all of rounds = {len(rows)}; set more rounds "
+            "to go on"
+        )
+    write_status(folder, "starting")
+    return folder
+
+
+@contextlib.contextmanager
+def only_one(folder: Path) -> Iterator[None]:
+    """Hold a run's folder, as long as this process lives.
+
+    Raises:
+        RunError: When another process holds it.
+    """
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    held = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError:
+        raise RunError(f"another process is at work on {str(folder)!r}; stop it first") from None
+    finally:
+        os.close(held)
+
+
+def read_rows(folder: Path) -> list[dict[str, Any]]:
+    """The rounds' lines of a run, up to the first that is not whole."""
+    return read_lines(folder / "rounds.jsonl")
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of a file of JSON, up to the first that is not whole; none if it is not there."""
+    rows: list[dict[str, Any]] = []
+    with contextlib.suppress(OSError, ValueError):
+        for line in path.read_text().splitlines(keepends=True):
+            if line.endswith("\n"):
+                rows.append(json.loads(line))
+    return rows
+
+
+def read_status(folder: Path) -> dict[str, Any]:
+    """What :func:`write_status` wrote; empty where there is nothing."""
+    with contextlib.suppress(OSError, ValueError):
+        return json.loads(folder.joinpath("status.json").read_text())
+    return {}
+
+
 def _new_folder(config: RunConfig) -> Path:
     root = platformdirs.user_data_path("d2ft-fl", appauthor=False) / "runs"
     root.mkdir(parents=True, exist_ok=True)
@@ -74,7 +143,7 @@ def _new_folder(config: RunConfig) -> Path:
     for attempt in itertools.count(1):
         folder = root / (name if attempt == 1 else f"{name}-{attempt}")
         with contextlib.suppress(FileExistsError):
-            folder.mkdir()
+            folder.mkdir(mode=0o700)
             return folder
     raise AssertionError("unreachable")
 
@@ -101,15 +170,62 @@ class Recorder:
 
     def start(self) -> None:
         """Make the folder, write the configuration and with what the run is made."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.folder.joinpath("plans").mkdir(exist_ok=True)
-        entries = self.federation.config.to_mapping() | {"run-folder": str(self.folder)}
-        self.folder.joinpath("config.toml").write_text(dump_toml(entries))
-        made_with = versions(self.federation.config.device)
-        self.folder.joinpath("versions.json").write_text(json.dumps(made_with, indent=2) + "\n")
+        self._describe()
         for name in ("rounds.jsonl", "clients.jsonl"):
             self.folder.joinpath(name).write_text("")
         write_status(self.folder, "running")
+
+    def resume(self, rounds: int) -> None:
+        """Take up the record of a run where it was after so many rounds.
+
+        Raises:
+            RunError: When it is shorter than that.
+        """
+        self._describe()
+        self.rows = [row for row in read_rows(self.folder) if row["round"] <= rounds]
+        if len(self.rows) != rounds:
+            raise RunError(
+                f"rounds.jsonl has {len(self.rows)} whole lines, the checkpoint is of round "
+                f"{rounds}: the run in {str(self.folder)!r} cannot be resumed"
+            )
+        for name in LINES:
+            path = self.folder / name
+            # What was asked before a round counts for it; all else of it is of no use.
+            last = rounds + 1 if name == "reports.jsonl" else rounds
+            kept = [line for line in read_lines(path) if line["round"] <= last]
+            if not path.exists():
+                continue
+            part = path.with_suffix(".part")
+            part.write_text("".join(json.dumps(line) + "\n" for line in kept))
+            part.replace(path)
+        write_status(self.folder, "running")
+
+    def _describe(self) -> None:
+        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        self.folder.joinpath("plans").mkdir(exist_ok=True)
+        entries = self.federation.config.to_mapping() | {"run-folder": str(self.folder)}
+        self.folder.joinpath("config.toml").write_text(dump_toml(entries | {"resume": ""}))
+        made_with = versions(self.federation.config.device)
+        self.folder.joinpath("versions.json").write_text(json.dumps(made_with, indent=2) + "\n")
+
+    def reports(self, round: int, reports: Sequence[Report]) -> None:
+        """Keep what clients said before a round, where they say another thing in each."""
+        said = [[r.client, r.examples, r.budget.to_json()] for r in reports]
+        self._append("reports.jsonl", [{"round": round, "reports": said}])
+
+    def recorded_reports(self, round: int) -> list[Report]:
+        """What clients said before a round that was left before its end."""
+        for line in reversed(read_lines(self.folder / "reports.jsonl")):
+            if line["round"] == round:
+                return [Report(c, n, Budget.from_mapping(b)) for c, n, b in line["reports"]]
+        return []
+
+    def _append(self, name: str, lines: Iterable[Mapping[str, Any]]) -> None:
+        """Add lines to a file, so that they survive a power cut."""
+        with self.folder.joinpath(name).open("a") as file:
+            file.writelines(json.dumps(line) + "\n" for line in lines)
+            file.flush()
+            os.fsync(file.fileno())
 
     def plan(self, plan: Plan) -> None:
         """Keep a round's schedules."""
@@ -122,7 +238,10 @@ class Recorder:
         if ranks is not None:
             tensors["ranks"] = torch.from_numpy(ranks)
         safetensors.torch.save_file(tensors, path)
-        self.last_plan = plan
+        if plan.round == self.federation.config.rounds:
+            from d2ft_fl.picture import draw_plan
+
+            draw_plan(plan, self.folder / "plan.png")
 
     def round(
         self,
@@ -130,18 +249,22 @@ class Recorder:
         state: State,
         plan: Plan,
         records: list[ClientRecord],
-        accuracy: float,
-        loss: float,
+        accuracy: float | None,
+        loss: float | None,
         wall_seconds: float,
+        strays: Sequence[str] = (),
     ) -> dict[str, Any]:
-        """Append a round; returns its line."""
+        """Append a round; returns its line.
+
+        Args:
+            accuracy, loss: None where the round's model was not evaluated.
+            strays: Faults of those who had nothing to do.
+        """
         row = self._row(federation, state, plan, records, accuracy, loss, wall_seconds)
+        row["faults"] += strays
         self.rows.append(row)
-        with self.folder.joinpath("clients.jsonl").open("a") as file:
-            for record in records:
-                file.write(json.dumps(_client_row(plan.round, record)) + "\n")
-        with self.folder.joinpath("rounds.jsonl").open("a") as file:
-            file.write(json.dumps(row) + "\n")
+        self._append("clients.jsonl", (_client_row(plan.round, record) for record in records))
+        self._append("rounds.jsonl", [row])
         return row
 
     def _row(
@@ -150,8 +273,8 @@ class Recorder:
         state: State,
         plan: Plan,
         records: list[ClientRecord],
-        accuracy: float,
-        loss: float,
+        accuracy: float | None,
+        loss: float | None,
         wall_seconds: float,
     ) -> dict[str, Any]:
         worked = [r for r in records if r.used is not None]
@@ -193,12 +316,10 @@ class Recorder:
         return row
 
     def finish(self, weights: Mapping[str, Tensor], wall_seconds: float) -> dict[str, Any]:
-        """Write the model and the picture; returns the summary, for :func:`write_summary`."""
+        """Write the model; returns the summary, for :func:`write_summary`."""
         from d2ft_fl.models import export
-        from d2ft_fl.picture import draw_plan
 
         export(self.folder, weights, self.model)
-        draw_plan(self.last_plan, self.folder / "plan.png")
         return summarise(self.rows, self.federation, self.folder, wall_seconds)
 
 
@@ -335,7 +456,7 @@ def totals(rows: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         "rounds": len(rows),
         "accuracy": rows[-1]["accuracy"],
-        "best_accuracy": max(row["accuracy"] for row in rows),
+        "best_accuracy": max(row["accuracy"] for row in rows if row["accuracy"] is not None),
         "loss": rows[-1]["loss"],
         "resources": resources,
         "round_seconds": sum(row["round_seconds"] for row in rows),

@@ -3,6 +3,11 @@
 Flower's own ``Strategy.start`` collects every reply before it aggregates and wants equal keys in
 all of them; head-wise replies differ and are folded in as they arrive, so messages are pushed and
 pulled here.
+
+In a simulation every worker can serve every client. A round is one message for each worker
+process, with clients of about the same predicted cost; the model goes to workers and replies come
+back through memory (:mod:`d2ft_fl.exchange`), and messages carry what is left. On real devices, and
+where ``transport`` says so, messages carry everything.
 """
 
 import contextlib
@@ -10,8 +15,10 @@ import json
 import logging
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any
+from uuid import uuid4
 
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.serverapp import Grid, ServerApp
@@ -21,12 +28,20 @@ from d2ft_fl.budgets import Budget
 from d2ft_fl.client_app import pack_blob, unpack_blob
 from d2ft_fl.config import RunConfig
 from d2ft_fl.errors import ConfigError, D2FTError, RunError
+from d2ft_fl.exchange import Exchange
 from d2ft_fl.federation import Report
 from d2ft_fl.recorder import claim_folder, write_status
+from d2ft_fl.shelf import Shelf, machines
+from d2ft_fl.work import Fault, Work
 
 app = ServerApp()
-POLL_SECONDS = 0.05
+POLL_SECONDS = 0.02  # in memory
+NODES_POLL_SECONDS = 0.2  # over a network
 NODES_TIMEOUT = 120.0
+GRACE_SECONDS = 5.0  # for what nodes end at the deadline to be heard of
+WORKER_LOST = ("RayActorError", "ActorDiedError", "ActorUnavailableError", "WorkerCrashedError")
+
+Reply = bytes | Path | Fault
 
 
 class FlowerPool:
@@ -34,86 +49,210 @@ class FlowerPool:
 
     def __init__(self, grid: Grid, config: RunConfig):
         self.grid, self.config = grid, config
-        self.node_of: dict[int, int] = {}  # client -> Flower's node id
+        self.nodes: dict[int, range] = {}  # Flower's node id -> the clients that it serves
+        self.workers = 0  # of a simulation; 0 on real devices
+        self.exchange: Exchange | None = None
+        self.shelf: Shelf | None = None
 
-    def reports(self, round: int) -> list[Report]:
-        """Ask every node; waits until all that the nodes speak of are there.
+    def close(self) -> None:
+        """Delete what was shared."""
+        if self.exchange:
+            self.exchange.close()
+
+    # -- who is there ------------------------------------------------------------------------
+
+    def clients(self, round: int) -> list[int]:
+        """Those whose SuperNodes are there; waits for all of them before the first round.
 
         Raises:
-            ConfigError: With what a client found wrong with the configuration.
-            RunError: When nodes stay away.
+            RunError: When fewer are there after a while than are needed.
         """
-        deadline = time.monotonic() + NODES_TIMEOUT
-        while time.monotonic() < deadline:
-            answers = sorted(self._ask(round), key=lambda pair: pair[1]["node"])
-            for _, answer in answers:
-                if "error" in answer:
-                    raise ConfigError(answer["error"])
-            if answers and len({a["node"] for _, a in answers}) == answers[0][1]["nodes"]:
-                return self._read(answers)
+        deadline = time.monotonic() + min(NODES_TIMEOUT, self.config.round_timeout)
+        wanted = self.config.clients if round == 1 else max(1, self.config.min_replies)
+        while True:
+            self._meet()
+            found = sorted({c for served in self.nodes.values() for c in served})
+            if len(found) >= wanted:
+                return found
+            if time.monotonic() > deadline:
+                break
             time.sleep(0.5)
-        raise RunError(f"{len(answers)} SuperNodes answered within {NODES_TIMEOUT:.0f} s, too few")
-
-    def _ask(self, round: int) -> list[tuple[int, dict]]:
-        content = RecordDict({"query": ConfigRecord({"round": round})})
-        messages = [
-            Message(content, dst_node_id=node, message_type="query")
-            for node in sorted(self.grid.get_node_ids())
-        ]
-        replies = self.grid.send_and_receive(messages, timeout=self.config.round_timeout)
-        out = []
-        for reply in replies:
-            if reply.has_error():
-                raise RunError(f"a SuperNode failed to answer: {reply.error.reason}")
-            answer = json.loads(str(reply.content.config_records["answer"]["json"]))
-            out.append((reply.metadata.src_node_id, answer))
-        return out
-
-    def _read(self, answers: list[tuple[int, dict]]) -> list[Report]:
-        reports = []
-        for node_id, answer in answers:
-            for r in answer["reports"]:
-                self.node_of[r["client"]] = node_id
-                budget = Budget.from_mapping(r["budget"], f"client {r['client']}")
-                reports.append(Report(r["client"], r["examples"], budget))
-        return reports
-
-    def train(
-        self, clients: list[int], assignment: Callable[[int], bytes]
-    ) -> Iterator[tuple[int, bytes | loop.Fault]]:
-        """One message a node, with the assignments of its clients; replies as they arrive."""
-        by_node: dict[int, list[int]] = {}
-        for client in clients:
-            by_node.setdefault(self.node_of[client], []).append(client)
-        waiting: dict[str, list[int]] = {}
-        for node, own in by_node.items():
-            record = ArrayRecord({str(c): pack_blob(assignment(c)) for c in own})
-            message = Message(
-                RecordDict({"assignments": record}), dst_node_id=node, message_type="train"
+        if len(found) < max(1, self.config.min_replies):
+            raise RunError(
+                f"SuperNodes of {len(found)} clients are there, after {NODES_TIMEOUT:.0f} s; "
+                f"min-replies = {self.config.min_replies}"
             )
-            pushed = list(self.grid.push_messages([message]))
-            if pushed:
-                waiting[pushed[0]] = own
-            else:
-                yield from ((c, loop.Fault("its SuperNode is gone")) for c in own)
+        return found
+
+    def _meet(self) -> None:
+        """Ask nodes that are new which clients they serve, and forget those that are gone."""
+        there = set(self.grid.get_node_ids())
+        self.nodes = {node: own for node, own in self.nodes.items() if node in there}
+        fresh = there - self.nodes.keys()
+        answers, _ = self._query({node: {"clients": None} for node in fresh})
+        for node, answer in answers.items():
+            self.nodes[node] = range(answer["node"], self.config.clients, answer["nodes"])
+        cpus = [a["cpus"] for a in answers.values() if a["cpus"] is not None]
+        if cpus:
+            self._share(cpus[0])
+
+    def _share(self, cpus: float) -> None:
+        """Find out how many workers a simulation has, and share memory with them if that is asked.
+
+        Args:
+            cpus: What each is given.
+        """
+        import ray
+
+        self.workers = max(1, int(ray.cluster_resources().get("CPU", 1.0) / max(cpus, 1e-3)))
+        if self.config.transport == "shared" and self.exchange is None:
+            self.exchange = Exchange.create()
+            if machines() > 1:
+                self.shelf = Shelf(f"d2ft-{uuid4().hex}")
+
+    def _query(
+        self, questions: Mapping[int, Mapping[str, Any]]
+    ) -> tuple[dict[int, dict[str, Any]], dict[int, str]]:
+        """Ask nodes; returns answers, and reasons of those who have none.
+
+        Raises:
+            RunError: When a worker of the simulation is lost.
+        """
+        messages = [
+            Message(
+                RecordDict({"query": ConfigRecord({"json": json.dumps(questions[node])})}),
+                dst_node_id=node,
+                message_type="query",
+            )
+            for node in sorted(questions)
+        ]
+        answers: dict[int, dict[str, Any]] = {}
+        silent = dict.fromkeys(questions, "its SuperNode does not answer")
+        for reply in self.grid.send_and_receive(messages, timeout=self.config.round_timeout):
+            node = reply.metadata.src_node_id
+            if reply.has_error():
+                silent[node] = self._reason(reply)
+                continue
+            del silent[node]
+            answers[node] = json.loads(str(reply.content.config_records["answer"]["json"]))
+        return answers, silent
+
+    def _reason(self, reply: Message) -> str:
+        """Why a node failed.
+
+        Raises:
+            RunError: When it is a worker of the simulation that is lost: it goes back into Flower's
+                pool, and fails every message that it draws.
+        """
+        reason = (reply.error.reason or "").strip() or f"error {reply.error.code}"
+        if self.workers and any(name in reason for name in WORKER_LOST):
+            raise RunError("a worker process of Flower's simulation died; the run can be resumed")
+        return f"its SuperNode failed: {reason}"
+
+    def reports(self, round: int, clients: Sequence[int]) -> tuple[list[Report], dict[int, Fault]]:
+        """What clients say of themselves.
+
+        Raises:
+            ConfigError: With what a simulated client finds wrong with the configuration. A real one
+                may be the only one that does, and is left out.
+        """
+        groups = self._groups(clients, [list(part) for part in self._split(clients)])
+        questions = {node: {"round": round, "clients": own} for node, own in groups.items()}
+        answers, reasons = self._query(questions)
+        silent = {c: Fault(reasons[node]) for node in reasons for c in groups[node]}
+        found = []
+        for node, answer in answers.items():
+            if "error" in answer:
+                if self.workers:
+                    raise ConfigError(answer["error"])
+                silent |= {c: Fault(answer["error"]) for c in groups[node]}
+                continue
+            for client, examples, budget in answer["reports"]:
+                if client in groups[node]:
+                    read = Budget.from_mapping(budget, f"client {client}")
+                    found.append(Report(client, examples, read))
+        return found, silent
+
+    def _split(self, clients: Sequence[int]) -> list[Sequence[int]]:
+        """Clients in as many parts as can be asked at once."""
+        size = -(-len(clients) // max(1, min(self.workers, len(self.nodes))))
+        return [clients[start : start + size] for start in range(0, len(clients), size)]
+
+    def _groups(self, clients: Sequence[int], parts: Sequence[list[int]]) -> dict[int, list[int]]:
+        """Nodes, and of the clients those that each is sent: ``parts``, where any can serve any."""
+        if self.workers:
+            return dict(zip(sorted(self.nodes), parts, strict=False))
+        wanted = set(clients)
+        groups = {n: [c for c in own if c in wanted] for n, own in sorted(self.nodes.items())}
+        return {node: own for node, own in groups.items() if own}
+
+    # -- a round -----------------------------------------------------------------------------
+
+    def train(self, work: Work) -> Iterator[tuple[int, Reply]]:
+        """Send everything, and hand on replies as they arrive, until the deadline."""
+        model = None
+        if self.exchange:
+            model = self.exchange.publish(work.round, work.weights)
+            if self.shelf:
+                self.shelf.publish(work.round, model)
         deadline = time.monotonic() + self.config.round_timeout
-        while waiting and time.monotonic() < deadline:
-            for reply in self.grid.pull_messages(list(waiting)):
-                own = waiting.pop(reply.metadata.reply_to_message_id, [])
-                yield from _results(reply, own)
-            time.sleep(POLL_SECONDS)
-        for own in waiting.values():
-            yield from ((c, loop.Fault("no answer within round-timeout")) for c in own)
+        parts = work.shares(max(1, min(self.workers, len(self.nodes))))
+        groups = self._groups(list(work.costs), parts)
+        missing = set(work.costs)
+        waiting: dict[str, list[int]] = {}  # message -> its clients
+        for node, own in groups.items():
+            order = sorted(own, key=work.longest_first.index)
+            message = self._message(work, node, order, model)
+            if pushed := list(self.grid.push_messages([message])):
+                waiting[pushed[0]] = order
+        while waiting and time.monotonic() < deadline + GRACE_SECONDS:
+            for client, reply in self._arrived(work, waiting):
+                missing.discard(client)
+                yield client, reply
+            time.sleep(POLL_SECONDS if self.workers else NODES_POLL_SECONDS)
+        late = "no answer before the round's deadline" if waiting else "its SuperNode said nothing"
+        yield from ((client, Fault(late)) for client in sorted(missing))
+
+    def _message(self, work: Work, node: int, order: list[int], model: Path | None) -> Message:
+        how = {
+            "round": work.round,
+            "order": order,
+            "seconds": self.config.round_timeout,
+            "client-seconds": self.config.client_timeout,
+            "model": model and str(model),
+            "shelf": self.shelf and self.shelf.name,
+        }
+        blobs = {str(c): pack_blob(work.encode(c, model is not None)) for c in order}
+        content = RecordDict(
+            {"assignments": ArrayRecord(blobs), "how": ConfigRecord({"json": json.dumps(how)})}
+        )
+        return Message(content, dst_node_id=node, message_type="train")
+
+    def _arrived(self, work: Work, waiting: dict[str, list[int]]) -> Iterator[tuple[int, Reply]]:
+        """What has arrived by now, in memory and in messages."""
+        if self.exchange:
+            yield from self.exchange.arrived(work.round)
+        for reply in self.grid.pull_messages(list(waiting)):
+            own = waiting.pop(reply.metadata.reply_to_message_id, [])
+            if self.exchange:  # all that the node wrote is there now
+                yield from self.exchange.arrived(work.round)
+            if reply.has_error():
+                reason = self._reason(reply)
+                yield from ((client, Fault(reason)) for client in own)
+                continue
+            yield from _results(reply)
 
 
-def _results(reply: Message, own: list[int]) -> Iterator[tuple[int, bytes | loop.Fault]]:
-    if reply.has_error():
-        yield from ((c, loop.Fault(f"its SuperNode failed: {reply.error.reason}")) for c in own)
-        return
-    results = reply.content.array_records.get("results", ArrayRecord())
-    for client in own:
-        array = results.get(str(client))
-        yield client, unpack_blob(array) if array is not None else loop.Fault("no result")
+def _results(reply: Message) -> Iterator[tuple[int, Reply]]:
+    """What a node's clients answered, and what it says of those who did not."""
+    content = reply.content
+    for client, array in content.array_records.get("results", ArrayRecord()).items():
+        if client.isdecimal():
+            yield int(client), unpack_blob(array)
+    said = content.config_records.get("faults", ConfigRecord())
+    for client, reason in json.loads(str(said.get("json", "{}"))).items():
+        if client.isdecimal():
+            yield int(client), Fault(str(reason))
 
 
 @app.main()
@@ -126,7 +265,8 @@ def main(grid: Grid, context: Context) -> None:
         display.say(f"run folder: {folder}")
         display.header(config)
         filled = RunConfig(**{**vars(config), "run_folder": str(folder)})
-        summary = loop.run(filled, FlowerPool(grid, config), display.round_line)
+        with contextlib.closing(FlowerPool(grid, filled)) as pool:
+            summary = loop.run(filled, pool, display.round_line)
         display.summary(summary)
     except D2FTError as error:
         named = str(context.run_config.get("run-folder", ""))

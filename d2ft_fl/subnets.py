@@ -15,7 +15,7 @@ What travels up then is exactly that: of F one vector, head by head in ascending
 rows of r_h; of G what is cut off at the largest rank.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum, IntEnum
 from functools import cached_property
@@ -474,26 +474,34 @@ def _spec(
     return spec
 
 
-def pack_for(
-    arch: Architecture,
-    weights: Mapping[str, Tensor],
-    schedule: Schedule,
-    holds: np.ndarray | None = None,
-) -> dict[str, Tensor]:
-    """The tensors of :func:`down_spec`, cut out of the global ``weights``.
+def carried(
+    arch: Architecture, schedule: Schedule, holds: np.ndarray | None = None
+) -> Iterator[tuple[Parameter, tuple[int, ...]]]:
+    """Parameters that come down for a schedule, with the heads of the sliced ones, ascending.
 
     Args:
         holds: bool [blocks, heads], subnets whose fixed parameters the client has: these, and what
             blocks and the model need with any of their subnets, are left out.
     """
-    packed: dict[str, Tensor] = {}
     for name in down_spec(arch, schedule):
         p = arch.by_name[name]
         held = holds if p.fixed else None
         if p.kind is Kind.SLICED:
             wanted = schedule.resident if held is None else schedule.resident & ~held
             if heads := schedule.heads(wanted, p.block):
-                packed[name] = p.pack(weights[name], heads)
+                yield p, heads
         elif held is None or not (held if p.block < 0 else held[p.block]).any():
-            packed[name] = weights[name]
-    return packed
+            yield p, ()
+
+
+def pack_for(
+    arch: Architecture,
+    weights: Mapping[str, Tensor],
+    schedule: Schedule,
+    holds: np.ndarray | None = None,
+) -> dict[str, Tensor]:
+    """The tensors of :func:`carried`, cut out of the global ``weights``."""
+    return {
+        p.name: p.pack(weights[p.name], heads) if p.kind is Kind.SLICED else weights[p.name]
+        for p, heads in carried(arch, schedule, holds)
+    }

@@ -13,20 +13,25 @@ from d2ft_fl.costs import RANK_BYTES, RESOURCES
 from d2ft_fl.federation import Federation, State
 from d2ft_fl.passes import Passes
 from d2ft_fl.planner import Assignment
-from d2ft_fl.subnets import Operation, Schedule, pack_for
+from d2ft_fl.subnets import Architecture, Operation, Schedule, carried, pack_for
 
 
 def encode_assignment(
-    federation: Federation, state: State, a: Assignment, budget: Budget | None = None
+    federation: Federation,
+    state: State,
+    a: Assignment,
+    budget: Budget | None = None,
+    shared: bool = False,
 ) -> bytes:
     """The message that tells a client what to do, with the slices that it needs.
 
     Args:
         budget: What it is held to in this round, where that is not its own.
+        shared: Whether it finds the global model where it is, and takes the slices from there.
     """
-    carried = a.schedule
+    needed = a.schedule
     if a.passes:
-        carried = federation.costs.everything()  # they run everything
+        needed = federation.costs.everything()  # they run everything
     meta = {
         "round": state.round + 1,
         "client": a.client,
@@ -45,8 +50,10 @@ def encode_assignment(
     holds = federation.holds(state, a.client)
     if holds is not None:
         meta["holds"] = np.packbits(holds).tobytes().hex()
-        meta["digests"] = holdings.write(carried, state.digests)
-    tensors = pack_for(federation.arch, state.weights, carried, holds)
+        meta["digests"] = holdings.write(needed, state.digests)
+    tensors = {}
+    if not shared:
+        tensors = pack_for(federation.arch, state.weights, needed, holds)
     if not a.passes and state.means.known is not None:
         weights = federation.model_weights(state)
         tensors |= state.means.offsets(federation.own or federation.arch, weights, a.schedule)
@@ -66,6 +73,7 @@ class Task:
         budget: What the client is held to, where that is not its own.
         holds: bool [blocks, heads], subnets whose fixed parameters it has; None without any.
         digests: Names of what is fixed, as :mod:`d2ft_fl.holdings` reads them.
+        meta: All of this as it travels.
     """
 
     client: int
@@ -79,6 +87,7 @@ class Task:
     budget: Budget | None
     holds: np.ndarray | None
     digests: str
+    meta: Mapping[str, Any]
 
     @classmethod
     def decode(cls, blob: bytes) -> "tuple[Task, dict[str, Tensor]]":
@@ -99,8 +108,24 @@ class Task:
             budget=Budget.from_mapping(meta["budget"]) if "budget" in meta else None,
             holds=None if holds is None else _unpacked(holds, schedule.resident.shape),
             digests=meta.get("digests", ""),
+            meta=meta,
         )
         return task, tensors
+
+    def whole_size(
+        self, arch: Architecture, weights: Mapping[str, Tensor], came: Mapping[str, Tensor]
+    ) -> int:
+        """Bytes of a message that leaves nothing where it is: as if it were not ``shared``.
+
+        Args:
+            weights: The global model. came: What came with the message that is.
+        """
+        slices = [
+            (p.name, p.packed_shape(heads) if heads else p.shape, weights[p.name].dtype)
+            for p, heads in carried(arch, self.carried, self.holds)
+        ]
+        offsets = [(name, tuple(t.shape), t.dtype) for name, t in came.items()]
+        return wire.size([*slices, *offsets], self.meta)
 
     @property
     def carried(self) -> Schedule:

@@ -1,35 +1,77 @@
 """What crosses the wire: one safetensors blob per assignment and per result, metadata included.
 
-Nothing is pickled. Both back ends send the same blobs, so both count the same bytes.
+Nothing is pickled. All back ends send the same blobs, or count what they would be, so all count the
+same bytes.
 """
 
 import json
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import safetensors.torch
+import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
 from d2ft_fl.errors import ReplyError
 
+META = "d2ft"
+LENGTH_BYTES = 8  # of a header's length, before it; headers are padded to a multiple of it
+# Types in the order in which safetensors lays tensors out, and their names there.
+_TYPES = {
+    torch.int64: "I64",
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+}
+_ORDER = tuple(_TYPES)
 
-def encode(tensors: dict[str, Tensor], meta: dict[str, Any]) -> bytes:
+
+def encode(tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> bytes:
     """Tensors and JSON-able metadata as one safetensors blob."""
-    return safetensors.torch.save(tensors, metadata={"d2ft": json.dumps(meta)})
+    return safetensors.torch.save(dict(tensors), metadata={META: json.dumps(meta)})
 
 
-def decode(blob: bytes) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def size(tensors: Iterable[tuple[str, tuple[int, ...], torch.dtype]], meta: Any) -> int:
+    """The length of :func:`encode`'s blob, without making it.
+
+    Args:
+        tensors: Name, shape and type of each.
+    """
+    entries: dict[str, Any] = {"__metadata__": {META: json.dumps(meta)}}
+    end = 0
+    for name, shape, dtype in sorted(tensors, key=lambda t: (_ORDER.index(t[2]), t[0])):
+        start, end = end, end + dtype.itemsize * torch.Size(shape).numel()
+        entries[name] = {"dtype": _TYPES[dtype], "shape": shape, "data_offsets": (start, end)}
+    header = len(json.dumps(entries, separators=(",", ":")))
+    return LENGTH_BYTES + -(-header // LENGTH_BYTES) * LENGTH_BYTES + end
+
+
+def decode(blob: bytes | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors and metadata of :func:`encode`.
 
+    Args:
+        blob: As bytes, or a file of them, whose tensors are then mapped and not read.
+
     Raises:
-        ReplyError: When the blob is not one of ours.
+        ReplyError: When it is not one of ours.
     """
     try:
-        tensors = safetensors.torch.load(blob)
-        header = json.loads(blob[8 : 8 + int.from_bytes(blob[:8], "little")])
-        meta = json.loads(header["__metadata__"]["d2ft"])
+        if isinstance(blob, Path):
+            with blob.open("rb") as file:
+                length = int.from_bytes(file.read(LENGTH_BYTES), "little")
+                if length > blob.stat().st_size:
+                    raise ValueError(f"a header of {length} bytes")
+                text = file.read(length)
+            tensors = safetensors.torch.load_file(blob)
+        else:
+            text = blob[LENGTH_BYTES : LENGTH_BYTES + int.from_bytes(blob[:LENGTH_BYTES], "little")]
+            tensors = safetensors.torch.load(blob)
+        meta = json.loads(json.loads(text)["__metadata__"][META])
         if not isinstance(meta, dict):
             raise TypeError(f"metadata is a {type(meta).__name__}")
         return tensors, meta
-    except (SafetensorError, KeyError, TypeError, ValueError) as error:
+    except (SafetensorError, KeyError, TypeError, ValueError, RecursionError, OSError) as error:
         raise ReplyError(f"not a safetensors message of this project: {error}") from None

@@ -5,6 +5,7 @@ process, and resets in place for each assignment.
 """
 
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import cached_property, lru_cache, partial
 from itertools import chain
@@ -28,7 +29,7 @@ from d2ft_fl.models import build_model
 from d2ft_fl.partial import PartialModel
 from d2ft_fl.passes import round_cost
 from d2ft_fl.scores import TENSOR
-from d2ft_fl.subnets import Architecture, Kind, Schedule, slot_totals
+from d2ft_fl.subnets import Architecture, Kind, Schedule, pack_for, slot_totals
 from d2ft_fl.tasks import Task
 from d2ft_fl.training import Batches, train
 from d2ft_fl.whole import WholeModel
@@ -80,15 +81,19 @@ class Worker:
         who = ClientDescription(client, len(partitions[client]), len(partitions))
         return self.budgets(who, round)
 
-    def work(self, blob: bytes) -> bytes:
-        """Carry one assignment out. What goes wrong becomes the reply, named."""
+    def work(self, blob: bytes, weights: Mapping[str, Tensor] | None = None) -> bytes:
+        """Carry one assignment out. What goes wrong becomes the reply, named.
+
+        Args:
+            weights: The global model, where it is at hand and did not come with the message.
+        """
         try:
-            return self._work(blob)
+            return self._work(blob, weights)
         except Exception as error:  # the one boundary: a fault is an answer, not a lost worker
             reason = (str(error).strip() or "no message").splitlines()[0]
             return wire.encode({}, {"error": f"{type(error).__name__}: {reason}"})
 
-    def _work(self, blob: bytes) -> bytes:
+    def _work(self, blob: bytes, weights: Mapping[str, Tensor] | None) -> bytes:
         set_threads(self.config.threads_per_client)
         started = time.perf_counter()
         task, tensors = Task.decode(blob)
@@ -96,7 +101,11 @@ class Worker:
         offsets = received(task.schedule, tensors)
         if task.keeps:
             self._refuse_unless_it_fits(task, stage, compensated=bool(offsets))
-        if task.holds is not None:
+        bytes_down = len(blob)
+        if weights is not None:
+            bytes_down = task.whole_size(stage.arch, weights, tensors)
+            tensors |= pack_for(stage.arch, weights, task.carried)
+        elif task.holds is not None:
             names = holdings.read(task.carried, task.digests)
             tensors = self.store.complete(stage.arch, task.carried, tensors, task.holds, names)
         local = len(self._parts[1].partitions[task.client])
@@ -126,7 +135,7 @@ class Worker:
             "used": {
                 "flops": self.meter.flops,
                 "memory": self.meter.peak_bytes,
-                "bytes_down": len(blob),
+                "bytes_down": bytes_down,
                 # Of fixed width, so that the same run is the same number of bytes.
                 "seconds": f"{time.perf_counter() - started:012.3f}",
             },

@@ -8,6 +8,7 @@ import torch
 from d2ft_fl import timm_vit
 from d2ft_fl.config import RunConfig
 from d2ft_fl.costs import CostModel
+from d2ft_fl.local import LocalPool
 from d2ft_fl.local_options import LocalOptions
 from d2ft_fl.subnets import Kind, Operation, Schedule, slot_sizes
 
@@ -99,3 +100,9 @@ def quick(tmp_path):
         return RunConfig(**{**base, **changes})
 
     return make
+
+
+def reports_of(config, round=1):
+    """What all clients of a configuration say before a round."""
+    pool = LocalPool(config)
+    return pool.reports(round, pool.clients(round))[0]

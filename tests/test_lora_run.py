@@ -58,14 +58,14 @@ def test_weights_that_a_client_has_do_not_travel_again(lora):
 
 
 def test_a_client_that_lost_its_weights_says_so_and_gets_them_again(lora, tmp_path):
-    config = lora(strategy="fedavg", rounds=3, clients=2)
+    config = lora(strategy="fedavg", rounds=3, clients=2, transport="message")
     pool = LocalPool(config)
     work, full, empty, messages = pool.worker.work, pool.worker.store, Store(tmp_path / "empty"), []
 
-    def losing(blob):
+    def losing(blob, weights):
         messages.append(blob)
         pool.worker.store = empty if len(messages) == 4 else full  # client 1 in round 2
-        return work(blob)
+        return work(blob, weights)
 
     pool.worker.work = losing
     first, second, third = rows(run(config, pool)["folder"])

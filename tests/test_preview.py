@@ -15,13 +15,13 @@ from d2ft_fl.cli import app
 from d2ft_fl.config import RunConfig
 from d2ft_fl.costs import Cost
 from d2ft_fl.federation import Federation, State
-from d2ft_fl.local import LocalPool
 from d2ft_fl.models import build_model
 from d2ft_fl.planner import Assignment, Participant
 from d2ft_fl.preview import ClientPreview, RoundPreview, follow, preview
 from d2ft_fl.rounds import plan_round
 from d2ft_fl.subnets import Operation, Schedule
 from d2ft_fl.timm_vit import describe
+from tests.conftest import reports_of
 
 FULL = Cost(100, 100, 100, 100)
 
@@ -104,7 +104,7 @@ def found(config):
 def test_the_first_round_is_that_of_a_run(config, found):
     model = build_model(config.model_spec())
     state = State(0, dict(model.named_parameters()))
-    run = plan_round(Federation(config, describe(model)), state, LocalPool(config).reports(1))
+    run = plan_round(Federation(config, describe(model)), state, reports_of(config))
     first = found.rounds[0]
     assert [c.cost for c in first.clients] == [a.cost for a in run.assignments]
     assert [c.scored for c in first.clients] == [a.passes.scored for a in run.assignments]
@@ -165,7 +165,7 @@ def test_compensated_shortcuts_are_charged_once_means_are_measured(config):
     federation = Federation(config, describe(model))
     state = State(0, dict(model.named_parameters()))
     assert not federation.costs_of(state).compensated
-    state = follow(federation, state, plan_round(federation, state, LocalPool(config).reports(1)))
+    state = follow(federation, state, plan_round(federation, state, reports_of(config)))
     assert federation.costs_of(state).compensated
     assert len(preview(config, rounds=2).rounds[1].working) == 5
 

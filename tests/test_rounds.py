@@ -13,7 +13,6 @@ from d2ft_fl import wire
 from d2ft_fl.errors import RunError
 from d2ft_fl.federation import Federation, State
 from d2ft_fl.fold import Fold
-from d2ft_fl.local import LocalPool
 from d2ft_fl.models import build_model
 from d2ft_fl.rounds import Round, plan_round
 from d2ft_fl.scores import TENSOR
@@ -21,6 +20,7 @@ from d2ft_fl.subnets import Kind
 from d2ft_fl.tasks import encode_assignment
 from d2ft_fl.timm_vit import describe
 from d2ft_fl.worker import Worker
+from tests.conftest import reports_of
 
 FISHER = TENSOR + "fisher"
 
@@ -30,12 +30,9 @@ def first_round(config):
     model = build_model(config.model_spec())
     federation = Federation(config, describe(model))
     state = State(0, {n: p.detach().clone() for n, p in model.named_parameters()})
-    pool = LocalPool(config)
-    plan = plan_round(federation, state, pool.reports(1))
-    working = [a.client for a in plan.working]
-    replies = dict(
-        pool.train(working, lambda c: encode_assignment(federation, state, plan.assignments[c]))
-    )
+    plan = plan_round(federation, state, reports_of(config))
+    worker = Worker(config)
+    replies = {a.client: worker.work(encode_assignment(federation, state, a)) for a in plan.working}
     return federation, state, plan, replies
 
 
@@ -177,7 +174,7 @@ def test_a_worker_turns_its_own_fault_into_an_answer(quick):
 def test_a_strategy_must_plan_everyone_and_keep_what_it_promises(quick, monkeypatch):
     config = quick()
     federation, state, _, _ = first_round(config)
-    reports = LocalPool(config).reports(1)
+    reports = reports_of(config)
     monkeypatch.setattr(federation.strategy, "schedule", lambda r: [])
     with pytest.raises(RunError, match="must give each client one assignment"):
         plan_round(federation, state, reports)
@@ -189,7 +186,7 @@ def test_a_strategy_must_plan_everyone_and_keep_what_it_promises(quick, monkeypa
 
 def test_what_a_strategy_raises_names_it(quick, monkeypatch):
     federation, state, _, _ = first_round(quick())
-    reports = LocalPool(federation.config).reports(1)
+    reports = reports_of(federation.config)
 
     def schedule(error):
         def fail(round):

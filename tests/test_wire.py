@@ -1,9 +1,11 @@
 import pytest
 import safetensors.torch
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from d2ft_fl.errors import ReplyError
-from d2ft_fl.wire import decode, encode
+from d2ft_fl.wire import decode, encode, size
 
 
 def test_tensors_and_metadata_come_back_bit_for_bit():
@@ -29,3 +31,39 @@ def test_tensors_and_metadata_come_back_bit_for_bit():
 def test_anything_else_is_refused(blob):
     with pytest.raises(ReplyError, match="not a safetensors message"):
         decode(blob)
+
+
+def shapes_of(tensors):
+    return [(name, tuple(t.shape), t.dtype) for name, t in tensors.items()]
+
+
+@given(
+    st.dictionaries(
+        st.text("abXY.0_", min_size=1, max_size=8),
+        st.tuples(
+            st.lists(st.integers(0, 12), max_size=3),
+            st.sampled_from([torch.float32, torch.float64, torch.int64, torch.bfloat16]),
+        ),
+        max_size=12,
+    ),
+    st.dictionaries(st.text(max_size=5), st.text(max_size=5), max_size=3),
+)
+def test_a_message_is_as_long_as_was_said_without_making_it(kinds, meta):
+    tensors = {name: torch.zeros(shape, dtype=dtype) for name, (shape, dtype) in kinds.items()}
+    assert size(shapes_of(tensors), meta) == len(encode(tensors, meta))
+
+
+def test_a_file_reads_as_its_bytes_do(tmp_path):
+    path = tmp_path / "reply"
+    path.write_bytes(encode({"a": torch.arange(3.0)}, {"x": 1}))
+    tensors, meta = decode(path)
+    assert torch.equal(tensors["a"], torch.arange(3.0))
+    assert meta == {"x": 1}
+
+
+@pytest.mark.parametrize("content", [b"", b"garbage", (2**60).to_bytes(8, "little") + b"{}"])
+def test_any_other_file_is_refused(tmp_path, content):
+    path = tmp_path / "reply"
+    path.write_bytes(content)
+    with pytest.raises(ReplyError, match="not a safetensors message"):
+        decode(path)

@@ -287,7 +287,8 @@ def _scheduler(asha: Asha, ledger: Ledger) -> Any:
         if ledger.states[trial.id].status in ("finished", "stopped"):
             before: Any = SimpleNamespace(trial_id=trial.id)
             scheduler.on_trial_add(None, before)  # type: ignore[arg-type]
-            for row in ledger.folder.rows(trial.id):
+            evaluated = [r for r in ledger.folder.rows(trial.id) if r["accuracy"] is not None]
+            for row in evaluated:
                 known: Mapping[str, Any] = {ROUND: row["round"], ACCURACY: row["accuracy"]}
                 scheduler.on_trial_result(None, before, dict(known))  # type: ignore[arg-type]
     return scheduler

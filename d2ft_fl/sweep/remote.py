@@ -114,10 +114,13 @@ def trainable(settings: Mapping[str, Any]) -> None:
             os.chdir(settings["start"])
         files = Files(Path(scratch) / settings["id"], settings["models"])  # trackers show its name
         config = RunConfig.from_mapping(settings["options"])
-        config = replace(config, run_folder=str(files.folder))
+        # A trial that is left begins again: nothing of its folder comes back before its end.
+        config = replace(config, run_folder=str(files.folder), checkpoint_every=0)
         last: dict[str, Any] = {}
 
         def progress(row: dict[str, Any]) -> None:
+            if row["accuracy"] is None:
+                return
             last.update({ROUND: row["round"], ACCURACY: row["accuracy"]})
             if row["round"] < config.rounds:
                 tune.report({**last, CHANGES: files.changes()})

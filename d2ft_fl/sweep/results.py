@@ -52,13 +52,14 @@ def _summary(folder: Path) -> dict[str, Any]:
 
 
 def _so_far(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    if not rows:
+    evaluated = [row for row in rows if row["accuracy"] is not None]
+    if not evaluated:
         return {}
     return {
         "rounds": len(rows),
-        "accuracy": rows[-1]["accuracy"],
-        "best_accuracy": max(row["accuracy"] for row in rows),
-        "loss": rows[-1]["loss"],
+        "accuracy": evaluated[-1]["accuracy"],
+        "best_accuracy": max(row["accuracy"] for row in evaluated),
+        "loss": evaluated[-1]["loss"],
         "wall_seconds": sum(row["wall_seconds"] for row in rows),
     }
 

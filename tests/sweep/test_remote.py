@@ -44,7 +44,7 @@ def test_models_are_sent_at_the_end_and_only_if_wanted(files, keep):
 
 def test_what_is_sent_makes_the_folder_of_an_ordinary_run(quick, tmp_path):
     """From a folder that the sweep never sees: the rounds are those of ``d2ft run``."""
-    config = quick(run_folder="", strategy="random")
+    config = quick(run_folder="", strategy="random", checkpoint_every=0)
     reference = tmp_path / "reference"
     run_local(replace(config, run_folder=str(reference)), report=False)
 

@@ -1,0 +1,121 @@
+"""A folder in memory that the processes of one machine share: the model down, replies up.
+
+The server writes the global model once a round, and workers map it; a worker writes each client's
+reply, and the server maps it, folds it in and deletes it. Nothing else of either travels.
+"""
+
+import os
+import re
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # those who only pass its path on need no torch
+    from torch import Tensor
+
+PREFIX = "d2ft-exchange-"
+MEMORY = Path("/dev/shm")
+WAITING = 8  # replies that may wait to be folded in, before workers wait
+_REPLY = re.compile(r"(\d+)-(\d+)\.reply")
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """The folder of one run on one machine. Private to the user; gone when the run is."""
+
+    folder: Path
+
+    @classmethod
+    def create(cls) -> "Exchange":
+        """A new one, in shared memory where there is some; those of ended processes are deleted."""
+        root = MEMORY if os.access(MEMORY, os.W_OK) else Path(tempfile.gettempdir())
+        _prune(root)
+        return cls(Path(tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-", dir=root)))
+
+    def close(self) -> None:
+        """Delete it."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    # -- the model, down ---------------------------------------------------------------------
+
+    def publish(self, round: int, weights: "Mapping[str, Tensor]") -> Path:
+        """Write a round's model, in place of the one before; returns where."""
+        import safetensors.torch
+
+        path = self.model_path(round)
+        partial = path.with_suffix(".part")
+        safetensors.torch.save_file(dict(weights), partial)
+        self._put_in_place(partial, path)
+        return path
+
+    def store(self, path: Path, content: memoryview) -> None:
+        """The same of what was published on another machine."""
+        partial = path.with_suffix(f".{os.getpid()}.part")
+        partial.write_bytes(content)
+        self._put_in_place(partial, path)
+
+    def model_path(self, round: int) -> Path:
+        """Where a round's model is."""
+        return self.folder / f"{round}.model"
+
+    def _put_in_place(self, partial: Path, path: Path) -> None:
+        partial.replace(path)
+        for old in self.folder.glob("*.model"):
+            if old != path:
+                old.unlink()
+
+    # -- replies, up -------------------------------------------------------------------------
+
+    def reply_path(self, round: int, client: int) -> Path:
+        """Where a client's reply goes."""
+        return self.folder / f"{round}-{client}.reply"
+
+    def arrived(self, round: int) -> Iterator[tuple[int, Path]]:
+        """Replies that are there; each is deleted once the next is asked for."""
+        for entry in list(os.scandir(self.folder)):
+            if match := _REPLY.fullmatch(entry.name):
+                path = Path(entry.path)
+                try:
+                    if int(match[1]) == round:  # else it was too late for its own
+                        yield int(match[2]), path
+                finally:
+                    path.unlink(missing_ok=True)
+
+
+def put(path: Path, blob: bytes, until: float) -> None:
+    """Write a reply, whole or not at all; waits while many others wait to be folded in.
+
+    Args:
+        until: Of ``time.monotonic``: when not to wait any more.
+    """
+    while time.monotonic() < until and _waiting(path.parent) >= WAITING:
+        time.sleep(0.005)
+    partial = path.with_suffix(".part")
+    partial.write_bytes(blob)
+    partial.replace(path)
+
+
+def _waiting(folder: Path) -> int:
+    return sum(name.endswith(".reply") for name in os.listdir(folder))
+
+
+@lru_cache(maxsize=1)
+def read_model(path: Path) -> "dict[str, Tensor]":
+    """A published model, mapped into memory and not copied."""
+    import safetensors.torch
+
+    return safetensors.torch.load_file(path)
+
+
+def _prune(root: Path) -> None:
+    for folder in root.glob(f"{PREFIX}*"):
+        process = folder.name.removeprefix(PREFIX).partition("-")[0]
+        with suppress(OSError, ValueError):
+            if folder.stat().st_uid == os.getuid() and not Path("/proc", process).exists():
+                shutil.rmtree(folder, ignore_errors=True)
