@@ -8,13 +8,17 @@ and theta_s keeps its bits when C_s is empty. With everyone FULL this is FedAvg 
 2017). Sums are 64-bit fixed point, so that they do not depend on the order of replies.
 """
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import accumulate as accumulate_sizes
+from itertools import groupby
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from d2ft_fl.errors import ReplyError
+from d2ft_fl.kernel.sums import accumulate, outside
 from d2ft_fl.subnets import Architecture, Kind, Parameter, Schedule, up_spec
 
 FRACTION_BITS = 36  # a sum resolves 1.5e-11 and holds up to 1.3e8
@@ -47,8 +51,8 @@ class Update:
         return {-1: int(np.array(self.slot_examples)[self.schedule.active].sum())}
 
 
-def validate(arch: Architecture, weights: dict[str, Tensor], update: Update) -> None:
-    """Check a reply against its assignment: keys, shapes, types, finite values, size of change.
+def validate(arch: Architecture, weights: Mapping[str, Tensor], update: Update) -> None:
+    """Check a reply against its assignment: keys, shapes and types.
 
     Raises:
         ReplyError: With the first thing that is wrong.
@@ -64,8 +68,6 @@ def validate(arch: Architecture, weights: dict[str, Tensor], update: Update) -> 
             raise ReplyError(f"{name!r} has shape {list(tensor.shape)}, not {list(shape)}")
         if tensor.dtype != weights[name].dtype:
             raise ReplyError(f"{name!r} is {tensor.dtype}, not {weights[name].dtype}")
-        if not bool(torch.isfinite(tensor).all()):
-            raise ReplyError(f"{name!r} holds values that are not finite")
 
 
 @dataclass(frozen=True)
@@ -74,12 +76,54 @@ class Term:
 
     Attributes:
         parameter, counts: See :meth:`Update.weights`.
-        weighted: Change times examples, packed, in fixed point: int64.
+        tensor: Its new value, packed.
     """
 
     parameter: Parameter
     counts: dict[int, int]
-    weighted: Tensor
+    tensor: Tensor
+
+
+@dataclass(frozen=True)
+class _Running:
+    """The running sum of one parameter. Of a sliced one, rows lie head by head.
+
+    Attributes:
+        old: Its value before the round. total: Change times examples, in fixed point: int64.
+        starts: Head -> its first row; one more entry for the end.
+        counts: Head (-1 of a whole one) -> examples.
+    """
+
+    old: np.ndarray
+    total: np.ndarray
+    starts: tuple[int, ...]
+    counts: dict[int, int] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, p: Parameter, weight: Tensor) -> "_Running":
+        """Nothing added yet."""
+        heads = range(len(p.rows))
+        old = (p.pack(weight, heads) if heads else weight).detach().contiguous().numpy()
+        starts = (0, *accumulate_sizes(len(rows) for rows in p.rows))
+        return cls(old, np.zeros(old.shape, dtype=np.int64), starts)
+
+    def stretches(self, counts: Mapping[int, int]) -> Iterator[tuple[int, slice, slice]]:
+        """Examples, rows here, and rows of a tensor that holds only these heads, ascending.
+
+        Neighbours that count alike come together.
+        """
+        if -1 in counts:
+            yield counts[-1], slice(0, len(self.old)), slice(0, len(self.old))
+            return
+        taken = 0
+        for (count, _), run in groupby(
+            enumerate(counts.items()), key=lambda item: (item[1][1], item[1][0] - item[0])
+        ):
+            heads = [head for _, (head, _) in run]
+            here = slice(self.starts[heads[0]], self.starts[heads[-1] + 1])
+            size = here.stop - here.start
+            yield count, here, slice(taken, taken + size)
+            taken += size
 
 
 @dataclass
@@ -94,8 +138,7 @@ class Sums:
     arch: Architecture
     weights: dict[str, Tensor]
     examples: int
-    _sums: dict[str, Tensor] = field(default_factory=dict)
-    _counts: dict[str, dict[int, int]] = field(default_factory=dict)
+    _sums: dict[str, _Running] = field(default_factory=dict)
 
     def add(self, update: Update) -> None:
         """Validate one update and add it; nothing is added when anything is wrong.
@@ -106,38 +149,41 @@ class Sums:
         self.include(self.terms(update))
 
     def terms(self, update: Update) -> "list[Term]":
-        """Validate one update and weight its changes, for :meth:`include`; adds nothing.
+        """Validate one update, for :meth:`include`; adds nothing.
 
         Raises:
-            ReplyError: See :func:`validate`; also when a change is too large to be summed.
+            ReplyError: See :func:`validate`; also when values are not finite, or a change is too
+                large to be summed.
         """
         validate(self.arch, self.weights, update)
-        terms = []
+        terms, most = [], LIMIT / max(1, self.examples)
         for name, tensor in update.tensors.items():
             p = self.arch.by_name[name]
-            counts = update.weights(p)
-            heads = tuple(h for h in counts if h >= 0)
-            old = p.pack(self.weights[name], heads) if heads else self.weights[name]
-            change = tensor.double() - old.double()
-            if bool((change.abs() * max(1, self.examples) > LIMIT).any()):
-                raise ReplyError(f"{name!r} changes by more than can be summed")
-            weighted = change * _per_row(p, counts, tensor)
-            terms.append(Term(p, counts, torch.round(weighted * 2.0**FRACTION_BITS).long()))
+            term = Term(p, update.weights(p), tensor.detach().contiguous())
+            own, new = self._running(p), term.tensor.numpy()
+            for _, here, there in own.stretches(term.counts):
+                if outside(own.old[here].ravel(), new[there].ravel(), most):
+                    if not np.isfinite(new[there]).all():
+                        raise ReplyError(f"{name!r} holds values that are not finite")
+                    raise ReplyError(f"{name!r} changes by more than can be summed")
+            terms.append(term)
         return terms
 
     def include(self, terms: "list[Term]") -> None:
         """Add what :meth:`terms` returned."""
         for term in terms:
-            p = term.parameter
-            heads = tuple(h for h in term.counts if h >= 0)
-            total = self._sums.setdefault(p.name, torch.zeros(p.shape, dtype=torch.long))
-            if heads:
-                p.unpack_(total, p.pack(total, heads) + term.weighted, heads)
-            else:
-                total += term.weighted
-            known = self._counts.setdefault(p.name, {})
+            own, new = self._running(term.parameter), term.tensor.numpy()
+            for count, here, there in own.stretches(term.counts):
+                scale = count * 2.0**FRACTION_BITS
+                total, old = own.total[here].ravel(), own.old[here].ravel()
+                accumulate(total, old, new[there].ravel(), scale)
             for head, count in term.counts.items():
-                known[head] = known.get(head, 0) + count
+                own.counts[head] = own.counts.get(head, 0) + count
+
+    def _running(self, p: Parameter) -> _Running:
+        if p.name not in self._sums:
+            self._sums[p.name] = _Running.of(p, self.weights[p.name])
+        return self._sums[p.name]
 
     @property
     def trained(self) -> dict[str, tuple[int, ...]]:
@@ -147,7 +193,7 @@ class Sums:
             Name -> the heads in ascending order, none for a whole parameter.
         """
         counted = {
-            name: [head for head, n in counts.items() if n] for name, counts in self._counts.items()
+            name: [head for head, n in own.counts.items() if n] for name, own in self._sums.items()
         }
         return {
             name: tuple(sorted(h for h in heads if h >= 0))
@@ -159,25 +205,16 @@ class Sums:
         """The new global weights; what nobody trained is the old tensor's bits."""
         new = dict(self.weights)
         for name, heads in self.trained.items():
-            p, old, total = self.arch.by_name[name], self.weights[name], self._sums[name]
-            counts = self._counts[name]
-            new[name] = value = old.clone()
-            mean = p.pack(total, heads) if heads else total
-            rows = _per_row(p, {h: counts[h] for h in heads} if heads else counts, mean)
-            step = mean.double() / 2.0**FRACTION_BITS / rows
+            p, before, own = self.arch.by_name[name], self.weights[name], self._sums[name]
+            moved = own.old.copy()
+            counts = {h: own.counts[h] for h in heads or (-1,)}
+            for count, here, _ in own.stretches(counts):
+                step = own.total[here] / 2.0**FRACTION_BITS / count
+                moved[here] = own.old[here].astype(np.float64) + step
+            rows = torch.from_numpy(moved)
             if heads:
-                moved = (p.pack(old, heads).double() + step).to(old.dtype)
-                p.unpack_(value, moved, heads)
+                new[name] = before.clone()
+                p.unpack_(new[name], rows, range(len(p.rows)))
             else:
-                value.copy_((old.double() + step).to(old.dtype))
+                new[name] = rows.view(before.shape)
         return new
-
-
-def _per_row(p: Parameter, counts: dict[int, int], like: Tensor) -> Tensor | float:
-    """Examples as a factor: a number, or one per packed row, shaped to multiply ``like``."""
-    if p.kind is not Kind.SLICED:
-        return float(counts[-1])
-    rows = torch.cat(
-        [torch.full((len(p.rows[h]),), float(n), dtype=torch.float64) for h, n in counts.items()]
-    )
-    return rows.view(-1, *[1] * (like.dim() - 1))

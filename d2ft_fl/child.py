@@ -59,12 +59,12 @@ def _work(who: Any, request: dict[str, Any], blob: bytes) -> bytes:
     from d2ft_fl import exchange
 
     model = request["model"]
-    if model is None:
-        return who.work(blob)
-    reply = who.work(blob, exchange.read_model(Path(model)))
+    weights = None if model is None else exchange.read_model(Path(model))
     if request["reply"] is None:
-        return reply
-    exchange.put(Path(request["reply"]), reply, time.monotonic() + request["seconds"])
+        return who.work(blob, weights)
+    until = time.monotonic() + request["seconds"]
+    tensors, meta = who.answer(blob, weights)
+    exchange.put(Path(request["reply"]), tensors, meta, until)
     return b""
 
 

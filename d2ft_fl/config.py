@@ -29,7 +29,7 @@ from d2ft_fl.methods import load_strategy, method_of
 from d2ft_fl.planner import COUPLINGS, PLANNERS
 from d2ft_fl.plugins import load_module
 from d2ft_fl.server_optimizer import ADAPTIVE, SERVER_OPTIMIZERS, ServerOptimizer
-from d2ft_fl.specs import DIGITS, HUB, DataSpec, ModelSpec
+from d2ft_fl.specs import EMBEDDED, HUB, DataSpec, ModelSpec
 from d2ft_fl.subnets import Architecture
 from d2ft_fl.trackers import Factory, load_trackers
 
@@ -39,7 +39,7 @@ TRANSPORTS = ("shared", "message")
 FEW_REPLIES = ("stop", "repeat")
 # Values of options with paths that are none.
 BUILTIN = {
-    "dataset": (DIGITS,),
+    "dataset": EMBEDDED,
     "pretrained": ("bundled", "hub", "none"),
     "run-folder": ("",),
     "resume": ("",),

@@ -21,7 +21,7 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from d2ft_fl.errors import ConfigError
-from d2ft_fl.specs import DIGITS, HUB, DataSpec
+from d2ft_fl.specs import DIGITS, EMBEDDED, HUB, MADE_UP, DataSpec
 
 INDEX = "d2ft-index"  # the column that follows an example through partitioning
 CPU = torch.device("cpu")
@@ -131,7 +131,8 @@ def open_data(spec: DataSpec) -> FederatedData:
     Raises:
         ConfigError: When there is no such data, or it cannot be shared out as asked.
     """
-    train, test = _digits() if spec.dataset == DIGITS else _folder(spec)
+    sources = {DIGITS: lambda spec: _digits(), MADE_UP: _made_up}
+    train, test = sources.get(spec.dataset, _folder)(spec)
     data = FederatedData(spec, train, test)
     data.partitions = _partition(spec, train)
     return data
@@ -139,7 +140,7 @@ def open_data(spec: DataSpec) -> FederatedData:
 
 def class_count(dataset: str, label_column: str) -> int:
     """How many classes a data set has, without sharing it out."""
-    if dataset == DIGITS:
+    if dataset in EMBEDDED:
         return 10
     return len(_load_splits(dataset, label_column)[0].features[label_column].names)
 
@@ -162,6 +163,26 @@ def _digits() -> tuple[Split, Split]:
         return Split(columns, labels[rows], lambda index: list(pixels[rows[index]]), names)
 
     return split(np.sort(parts[0])), split(np.sort(parts[1]))
+
+
+def _made_up(spec: DataSpec) -> tuple[Split, Split]:
+    """Noise of the model's size, ten classes: to measure speed with any number of examples.
+
+    As many as are asked for; else 32 for each client, and 256 to test on.
+    """
+
+    def split(number: int, count: int) -> Split:
+        labels = np.random.default_rng([spec.seed, number]).integers(0, 10, count)
+
+        def decode(indices: np.ndarray) -> list[np.ndarray]:
+            shape = spec.image_size, spec.image_size, spec.channels
+            draws = (np.random.default_rng([spec.seed, number, 1, int(i)]) for i in indices)
+            return [draw.integers(0, 256, shape, dtype=np.uint8) for draw in draws]
+
+        columns = datasets.Dataset.from_dict({"label": labels})
+        return Split(columns, labels, decode, [str(label) for label in range(10)])
+
+    return split(0, spec.train_examples or 32 * spec.clients), split(1, spec.test_examples or 256)
 
 
 def _folder(spec: DataSpec) -> tuple[Split, Split]:
@@ -200,8 +221,8 @@ def _load(dataset: str) -> datasets.DatasetDict:
             ) from None
     if not Path(dataset).is_dir():
         raise ConfigError(
-            f"dataset = {dataset!r} is not a folder; use {DIGITS!r}, '{HUB}OWNER/NAME', or a "
-            "folder of parquet files or of images in one folder a class"
+            f"dataset = {dataset!r} is not a folder; use {DIGITS!r}, {MADE_UP!r}, "
+            f"'{HUB}OWNER/NAME', or a folder of parquet files or of images in one folder a class"
         )
     try:
         return datasets.load_dataset(dataset)
@@ -283,7 +304,7 @@ def _partition(spec: DataSpec, train: Split) -> list[np.ndarray]:
     arguments = dict(spec.partitioner_arguments)
     for key, value in (
         ("num_partitions", spec.clients),
-        ("partition_by", spec.label_column if spec.dataset != DIGITS else "label"),
+        ("partition_by", spec.label_column if spec.dataset not in EMBEDDED else "label"),
         ("seed", spec.seed),
     ):
         if key in accepted:

@@ -14,7 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:  # those who only pass its path on need no torch
     from torch import Tensor
@@ -88,16 +88,18 @@ class Exchange:
                     path.unlink(missing_ok=True)
 
 
-def put(path: Path, blob: bytes, until: float) -> None:
+def put(path: Path, tensors: "Mapping[str, Tensor]", meta: Mapping[str, Any], until: float) -> None:
     """Write a reply, whole or not at all; waits while many others wait to be folded in.
 
     Args:
         until: Of ``time.monotonic``: when not to wait any more.
     """
+    from d2ft_fl import wire
+
     while time.monotonic() < until and _waiting(path.parent) >= WAITING:
         time.sleep(0.005)
     partial = path.with_suffix(".part")
-    partial.write_bytes(blob)
+    wire.write(partial, tensors, meta)
     partial.replace(path)
 
 

@@ -62,6 +62,7 @@ class PackedHeads:
         packed: role -> rows of the same heads in ascending order, as they travel.
         specs: role -> parameter.
         gradients: Whether to hold gradients of what trains.
+        owned: Whether ``packed`` is nobody else's, and need not be copied where it is in order.
         ranks: Trained heads -> the columns of their factors that train, where it is not all. These
             are then stored as vectors, whose rows are single elements; see :meth:`fold`.
     """
@@ -74,6 +75,7 @@ class PackedHeads:
         specs: Mapping[str, Parameter],
         gradients: bool = True,
         ranks: Mapping[int, int] | None = None,
+        owned: bool = False,
     ):
         self.ranks, self.specs, self.gradients = ranks, specs, gradients
         self.order = tuple(order)
@@ -85,7 +87,9 @@ class PackedHeads:
         for role, tensor in packed.items():
             places = _places(specs[role], arrives)
             self.rows[role] = _places(specs[role], self.order)
-            self.weights[role] = _pick(tensor, places, self.order, arrives)
+            in_place = owned and self.order == arrives
+            own = tensor if in_place else _pick(tensor, places, self.order, arrives)
+            self.weights[role] = own
             if ranks is None or not specs[role].factor:
                 self._hold_gradient(role)
 

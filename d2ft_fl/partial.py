@@ -70,6 +70,7 @@ class Block:
         numerics: Numerics,
         offsets: Offsets | None,
         gradients: bool,
+        owned: bool,
     ):
         operations = schedule.effective[:, block]  # [slots, heads]
         trained = schedule.trained[block]
@@ -77,7 +78,7 @@ class Block:
         ranks = schedule.trained_ranks(block)
         order = storage_order(operations, ranks)
         packed = {r: tensors[p.name] for r, p in sliced.items()} if order else {}
-        self.store = PackedHeads(order, int(trained.sum()), packed, sliced, gradients, ranks)
+        self.store = PackedHeads(order, int(trained.sum()), packed, sliced, gradients, ranks, owned)
         self.shared = {
             role: tensors[p.name].clone().requires_grad_(bool(trained.any()) and p.trains)
             for role, p in specs.items()
@@ -185,6 +186,7 @@ class PartialModel:
         tensors: Mapping[str, Tensor],
         offsets: Mapping[int, Offsets] | None = None,
         gradients: bool = True,
+        owned: bool = False,
     ) -> None:
         """Hold what ``schedule`` needs, with the values of ``tensors`` (see ``down_spec``).
 
@@ -193,6 +195,7 @@ class PartialModel:
             tensors: Slices of resident heads, packed, heads ascending; whole tensors otherwise.
             offsets: Block -> compensation of what each slot skips.
             gradients: Whether there is room for gradients; without, an observer must take them.
+            owned: Whether packed slices are nobody else's: they may then be held, and change.
         """
         self.schedule = schedule
         self.blocks = {}  # what was held goes before anything new comes
@@ -219,6 +222,7 @@ class PartialModel:
                 self.numerics,
                 offsets.get(block),
                 gradients,
+                owned,
             )
             for block in range(self.arch.blocks)
             if schedule.resident[block].any() or block in offsets

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 DIGITS = "digits"
+MADE_UP = "made-up"
+EMBEDDED = (DIGITS, MADE_UP)  # data sets that need no file
 HUB = "hub:"
 GLYPH_NAME = "vit_glyphs"
 # The bundled model: 6 blocks x 6 heads, pretrained by experiments/pretrain_glyphs.py.

@@ -5,6 +5,7 @@ same bytes.
 """
 
 import json
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -34,19 +35,41 @@ def encode(tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> bytes:
     return safetensors.torch.save(dict(tensors), metadata={META: json.dumps(meta)})
 
 
-def size(tensors: Iterable[tuple[str, tuple[int, ...], torch.dtype]], meta: Any) -> int:
+def size(tensors: "Iterable[Described]", meta: Any) -> int:
     """The length of :func:`encode`'s blob, without making it.
 
     Args:
         tensors: Name, shape and type of each.
     """
+    header, order = _header(tensors, meta)
+    return len(header) + sum(dtype.itemsize * math.prod(shape) for _, shape, dtype in order)
+
+
+def write(path: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
+    """Write :func:`encode`'s blob into a file, without making it."""
+    held = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    header, order = _header(((n, tuple(t.shape), t.dtype) for n, t in held.items()), meta)
+    with path.open("wb", buffering=0) as file:
+        file.write(header)
+        for name, _, _ in order:
+            rest = memoryview(held[name].flatten().view(torch.uint8).numpy().data)
+            while len(rest):
+                rest = rest[file.write(rest) :]
+
+
+Described = tuple[str, tuple[int, ...], torch.dtype]
+
+
+def _header(tensors: Iterable[Described], meta: Any) -> tuple[bytes, list[Described]]:
+    """What comes before the tensors in safetensors' format, and the order in which they come."""
     entries: dict[str, Any] = {"__metadata__": {META: json.dumps(meta)}}
-    end = 0
-    for name, shape, dtype in sorted(tensors, key=lambda t: (_ORDER.index(t[2]), t[0])):
-        start, end = end, end + dtype.itemsize * torch.Size(shape).numel()
+    order, end = sorted(tensors, key=lambda t: (_ORDER.index(t[2]), t[0])), 0
+    for name, shape, dtype in order:
+        start, end = end, end + dtype.itemsize * math.prod(shape)
         entries[name] = {"dtype": _TYPES[dtype], "shape": shape, "data_offsets": (start, end)}
-    header = len(json.dumps(entries, separators=(",", ":")))
-    return LENGTH_BYTES + -(-header // LENGTH_BYTES) * LENGTH_BYTES + end
+    text = json.dumps(entries, separators=(",", ":")).encode()
+    text = text.ljust(-(-len(text) // LENGTH_BYTES) * LENGTH_BYTES)
+    return len(text).to_bytes(LENGTH_BYTES, "little") + text, order
 
 
 def decode(blob: bytes | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 from functools import cached_property, lru_cache, partial
 from itertools import chain
+from typing import Any
 
 import numpy as np
 import torch
@@ -82,18 +83,29 @@ class Worker:
         return self.budgets(who, round)
 
     def work(self, blob: bytes, weights: Mapping[str, Tensor] | None = None) -> bytes:
+        """Carry one assignment out; returns the reply. See :meth:`answer`."""
+        return wire.encode(*self.answer(blob, weights))
+
+    def answer(
+        self, blob: bytes, weights: Mapping[str, Tensor] | None = None
+    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Carry one assignment out. What goes wrong becomes the reply, named.
 
         Args:
             weights: The global model, where it is at hand and did not come with the message.
+
+        Returns:
+            Tensors and metadata of the reply. The tensors are good until the next assignment.
         """
         try:
-            return self._work(blob, weights)
+            return self._answer(blob, weights)
         except Exception as error:  # the one boundary: a fault is an answer, not a lost worker
             reason = (str(error).strip() or "no message").splitlines()[0]
-            return wire.encode({}, {"error": f"{type(error).__name__}: {reason}"})
+            return {}, {"error": f"{type(error).__name__}: {reason}"}
 
-    def _work(self, blob: bytes, weights: Mapping[str, Tensor] | None) -> bytes:
+    def _answer(
+        self, blob: bytes, weights: Mapping[str, Tensor] | None
+    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
         set_threads(self.config.threads_per_client)
         started = time.perf_counter()
         task, tensors = Task.decode(blob)
@@ -122,7 +134,8 @@ class Worker:
         model.numerics = options.numerics()
         if model.arch is not stage.arch:
             model.tune(stage.arch)
-        self.meter.count(partial(model.reset, task.schedule, tensors, offsets))
+        owned = weights is not None  # then every slice was packed anew
+        self.meter.count(partial(model.reset, task.schedule, tensors, offsets, owned=owned))
         del tensors, offsets  # the model has its own
         loss, trained = self._train(task, options, chosen)
         reply = {
@@ -140,7 +153,7 @@ class Worker:
                 "seconds": f"{time.perf_counter() - started:012.3f}",
             },
         }
-        return wire.encode(result | trained, reply)
+        return result | trained, reply
 
     def _before(
         self, task: Task, arch: Architecture, tensors: dict[str, Tensor], chosen: np.ndarray

@@ -1,3 +1,6 @@
+import tempfile
+from pathlib import Path
+
 import pytest
 import safetensors.torch
 import torch
@@ -5,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from d2ft_fl.errors import ReplyError
-from d2ft_fl.wire import decode, encode, size
+from d2ft_fl.wire import decode, encode, size, write
 
 
 def test_tensors_and_metadata_come_back_bit_for_bit():
@@ -48,9 +51,14 @@ def shapes_of(tensors):
     ),
     st.dictionaries(st.text(max_size=5), st.text(max_size=5), max_size=3),
 )
-def test_a_message_is_as_long_as_was_said_without_making_it(kinds, meta):
+def test_a_message_is_measured_and_written_without_making_it(kinds, meta):
     tensors = {name: torch.zeros(shape, dtype=dtype) for name, (shape, dtype) in kinds.items()}
-    assert size(shapes_of(tensors), meta) == len(encode(tensors, meta))
+    blob = encode(tensors, meta)
+    assert size(shapes_of(tensors), meta) == len(blob)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "reply")
+        write(path, tensors, meta)
+        assert path.read_bytes() == blob
 
 
 def test_a_file_reads_as_its_bytes_do(tmp_path):
