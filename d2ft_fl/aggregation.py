@@ -10,6 +10,7 @@ and theta_s keeps its bits when C_s is empty. With everyone FULL this is FedAvg 
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from itertools import accumulate as accumulate_sizes
 from itertools import groupby
 
@@ -42,13 +43,22 @@ class Update:
     def weights(self, p: Parameter) -> dict[int, int]:
         """Head -> examples for a sliced parameter; ``{-1: examples}`` for a whole one."""
         if p.kind is Kind.SLICED:
-            examples = self.schedule.examples_trained(self.slot_examples)[p.block]
-            return {
-                h: int(examples[h]) for h in self.schedule.heads(self.schedule.trained, p.block)
-            }
+            return self._of_heads[p.block]
         if p.kind is Kind.SHARED:
-            return {-1: int(self.schedule.block_examples_trained(self.slot_examples)[p.block])}
+            return self._of_blocks[p.block]
         return {-1: int(np.array(self.slot_examples)[self.schedule.active].sum())}
+
+    @cached_property
+    def _of_heads(self) -> list[dict[int, int]]:
+        schedule = self.schedule
+        examples = schedule.examples_trained(self.slot_examples)
+        heads = [schedule.heads(schedule.trained, block) for block in range(len(examples))]
+        return [{h: int(row[h]) for h in own} for row, own in zip(examples, heads, strict=True)]
+
+    @cached_property
+    def _of_blocks(self) -> list[dict[int, int]]:
+        examples = self.schedule.block_examples_trained(self.slot_examples)
+        return [{-1: int(count)} for count in examples]
 
 
 def validate(arch: Architecture, weights: Mapping[str, Tensor], update: Update) -> None:

@@ -22,6 +22,8 @@ from d2ft_fl.errors import ConfigError, RunError
 from d2ft_fl.work import Fault
 
 START_SECONDS = 120.0
+# Have glibc keep freed memory: a client's weights fit where those of the one before were.
+KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 25), "MALLOC_TRIM_THRESHOLD_": str(1 << 30)}
 
 
 @dataclass(frozen=True)
@@ -212,7 +214,11 @@ class Crew:
     def _start(self) -> _Child:
         ours, theirs = socket.socketpair()
         lifeline, held = os.pipe()
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+        environment = {
+            **KEEP_MEMORY,
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+        }
         if devices := os.environ.get("CUDA_VISIBLE_DEVICES", ""):
             own = devices.split(",")
             environment["CUDA_VISIBLE_DEVICES"] = own[len(self._children) % len(own)]

@@ -176,8 +176,8 @@ class Meter:
 
 def tensor_bytes(tensors: Iterable[Tensor]) -> int:
     """Bytes of the distinct storages behind some tensors."""
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
-    return sum(storages.values())
+    storages = (t.untyped_storage() for t in tensors)
+    return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())
 
 
 def set_threads(threads: int) -> None:

@@ -4,13 +4,14 @@ The order makes the heads of a piece a few runs of rows (see :mod:`d2ft_fl.group
 product reads and writes views: no weight is copied to choose heads.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, groupby
 
 import torch
 from torch import Tensor
 
-from d2ft_fl.subnets import Parameter
+from d2ft_fl.subnets import Architecture, Kind, Parameter
 
 
 @dataclass(frozen=True)
@@ -54,15 +55,73 @@ class Run:
         ]
 
 
+# Makes the rows of some heads of a parameter, in this order: nobody else's.
+Take = Callable[[Parameter, tuple[int, ...]], Tensor]
+
+
+@dataclass(frozen=True)
+class Arrived:
+    """Slices as they came: packed, heads ascending."""
+
+    tensors: Mapping[str, Tensor]
+
+    def take(self, p: Parameter, heads: tuple[int, ...]) -> Tensor:
+        """The rows of all heads that came."""
+        arrived = tuple(sorted(heads))
+        return _pick(self.tensors[p.name], _places(p, arrived), heads, arrived)
+
+
+@dataclass(frozen=True, eq=False)
+class GlobalModel:
+    """A whole model laid out for clients to take their slices from.
+
+    Attributes:
+        tensors: By name; of sliced parameters the rows of all heads, ascending.
+    """
+
+    tensors: dict[str, Tensor]
+
+    @classmethod
+    def of(cls, arch: Architecture, weights: Mapping[str, Tensor]) -> "GlobalModel":
+        """Of weights as they are."""
+        return cls(
+            {
+                p.name: p.pack(weights[p.name], range(arch.heads))
+                if p.kind is Kind.SLICED
+                else weights[p.name]
+                for p in arch.parameters
+            }
+        )
+
+    def take(self, p: Parameter, heads: tuple[int, ...]) -> Tensor:
+        """The rows of some heads."""
+        parts = list(self._parts(p, heads))
+        return parts[0].clone() if len(parts) == 1 else torch.cat(parts)
+
+    def copy_to(self, rows: Tensor, p: Parameter, heads: tuple[int, ...]) -> None:
+        """The same into rows that there are."""
+        start = 0
+        for part in self._parts(p, heads):
+            rows[start : start + len(part)].copy_(part)
+            start += len(part)
+
+    def _parts(self, p: Parameter, heads: tuple[int, ...]) -> Iterator[Tensor]:
+        """Views of the rows, those of neighbours together."""
+        starts = [0, *accumulate(len(rows) for rows in p.rows)]
+        whole = self.tensors[p.name]
+        for _, run in groupby(enumerate(heads), key=lambda pair: pair[1] - pair[0]):
+            own = [head for _, head in run]
+            yield whole[starts[own[0]] : starts[own[-1] + 1]]
+
+
 class PackedHeads:
     """Slices of some heads of one block: role -> rows grouped by head, in storage order.
 
     Args:
         order: Heads as stored. trained: How many of them, from the first, train.
-        packed: role -> rows of the same heads in ascending order, as they travel.
-        specs: role -> parameter.
+        take: Makes their rows.
+        specs: role -> parameter, of those that heads divide.
         gradients: Whether to hold gradients of what trains.
-        owned: Whether ``packed`` is nobody else's, and need not be copied where it is in order.
         ranks: Trained heads -> the columns of their factors that train, where it is not all. These
             are then stored as vectors, whose rows are single elements; see :meth:`fold`.
     """
@@ -71,11 +130,10 @@ class PackedHeads:
         self,
         order: Sequence[int],
         trained: int,
-        packed: Mapping[str, Tensor],
+        take: Take,
         specs: Mapping[str, Parameter],
         gradients: bool = True,
         ranks: Mapping[int, int] | None = None,
-        owned: bool = False,
     ):
         self.ranks, self.specs, self.gradients = ranks, specs, gradients
         self.order = tuple(order)
@@ -83,14 +141,10 @@ class PackedHeads:
         self.rows: dict[str, dict[int, range]] = {}
         self.weights: dict[str, Tensor] = {}
         self.grads: dict[str, Tensor] = {}
-        arrives = tuple(sorted(self.order))
-        for role, tensor in packed.items():
-            places = _places(specs[role], arrives)
-            self.rows[role] = _places(specs[role], self.order)
-            in_place = owned and self.order == arrives
-            own = tensor if in_place else _pick(tensor, places, self.order, arrives)
-            self.weights[role] = own
-            if ranks is None or not specs[role].factor:
+        for role, spec in specs.items() if self.order else ():
+            self.rows[role] = _places(spec, self.order)
+            self.weights[role] = take(spec, self.order)
+            if ranks is None or not spec.factor:
                 self._hold_gradient(role)
 
     def _hold_gradient(self, role: str) -> None:
@@ -172,7 +226,9 @@ class PackedHeads:
         return sum(len(self.rows[role][head]) for head in self.trained)
 
     def ascending(self, role: str) -> Tensor:
-        """The trained rows as they travel: heads in ascending order."""
+        """The trained rows as they travel: heads in ascending order; a view, where they lie so."""
+        if self.trained == tuple(sorted(self.trained)):
+            return self.weights[role][: self.count(role)]
         return _pick(self.weights[role], self.rows[role], sorted(self.trained), self.trained)
 
     def runs(self, role: str, heads: Iterable[int]) -> list[Run]:

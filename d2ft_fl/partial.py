@@ -14,13 +14,14 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from d2ft_fl import timm_vit
 from d2ft_fl.branches import Branch
 from d2ft_fl.grouping import storage_order
-from d2ft_fl.packed import Numerics, PackedHeads
+from d2ft_fl.packed import Arrived, GlobalModel, Numerics, PackedHeads, Take
 from d2ft_fl.pieces import Lora, branch_loras
 from d2ft_fl.segments import segments
 from d2ft_fl.subnets import (
@@ -67,18 +68,17 @@ class Block:
         run: BranchOperations,
         block: int,
         tensors: Mapping[str, Tensor],
+        take: Take,
         numerics: Numerics,
         offsets: Offsets | None,
         gradients: bool,
-        owned: bool,
     ):
         operations = schedule.effective[:, block]  # [slots, heads]
         trained = schedule.trained[block]
         sliced = {r: p for r, p in specs.items() if p.kind is Kind.SLICED}
         ranks = schedule.trained_ranks(block)
         order = storage_order(operations, ranks)
-        packed = {r: tensors[p.name] for r, p in sliced.items()} if order else {}
-        self.store = PackedHeads(order, int(trained.sum()), packed, sliced, gradients, ranks, owned)
+        self.store = PackedHeads(order, int(trained.sum()), take, sliced, gradients, ranks)
         self.shared = {
             role: tensors[p.name].clone().requires_grad_(bool(trained.any()) and p.trains)
             for role, p in specs.items()
@@ -89,7 +89,9 @@ class Block:
         self.branches = []
         for index, t in enumerate((traits.attention, traits.feed_forward)):
             trains = arch.trains[index]
-            targets = [target for target in arch.targets if f"{target}.weight" in packed]
+            targets = [
+                target for target in arch.targets if f"{target}.weight" in self.store.weights
+            ]
             args = targets, arch.scaling, arch.lora_dropout
             loras = branch_loras(BRANCHES[index], trains, *args)
             self._fold(loras.values(), ranks, keeps=bool(trained.any()))
@@ -123,6 +125,18 @@ class Block:
                 spec, whole = self.specs[lora.far], self.shared[lora.far]
                 part = spec.cut(whole.detach(), max(ranks.values())).clone()
                 self.shared[lora.far] = part.requires_grad_(whole.requires_grad)
+
+    @torch.no_grad()
+    def refill(self, whole: GlobalModel, tensors: Mapping[str, Tensor]) -> None:
+        """Hold the values of a model's weights in place of those that are held.
+
+        Gradients of slices stay as they are: a step overwrites them, or finds them zeroed.
+        """
+        for role, rows in self.store.weights.items():
+            whole.copy_to(rows, self.specs[role], self.store.order)
+        for role, tensor in self.shared.items():
+            tensor.copy_(tensors[self.specs[role].name])
+            tensor.grad = None
 
     def together(self, every_slot: bool) -> list[tuple[int, ...]]:
         """Trained heads, those that always step together in one tuple.
@@ -183,24 +197,34 @@ class PartialModel:
     def reset(
         self,
         schedule: Schedule,
-        tensors: Mapping[str, Tensor],
+        tensors: Mapping[str, Tensor] | GlobalModel,
         offsets: Mapping[int, Offsets] | None = None,
         gradients: bool = True,
-        owned: bool = False,
     ) -> None:
         """Hold what ``schedule`` needs, with the values of ``tensors`` (see ``down_spec``).
 
         Args:
             schedule: What is to run.
-            tensors: Slices of resident heads, packed, heads ascending; whole tensors otherwise.
+            tensors: Slices of resident heads, packed, heads ascending, and whole tensors otherwise;
+                or the whole model.
             offsets: Block -> compensation of what each slot skips.
             gradients: Whether there is room for gradients; without, an observer must take them.
-            owned: Whether packed slices are nobody else's: they may then be held, and change.
         """
-        self.schedule = schedule
-        self.blocks = {}  # what was held goes before anything new comes
-        wanted = down_spec(self.arch, schedule)
-        tensors = {name: tensors[name].to(self.device) for name in wanted}
+        whole = tensors if isinstance(tensors, GlobalModel) else None
+        again = whole is not None and not offsets and self._fits_again(schedule, gradients)
+        self.schedule, self._gradients = schedule, gradients
+        if not again:
+            self.blocks = {}  # what was held goes before anything new comes
+        named = whole.tensors if whole else tensors
+        assert isinstance(named, Mapping)
+        tensors = {
+            name: named[name].to(self.device)
+            for name in down_spec(self.arch, schedule)
+            if not (whole and self.arch.by_name[name].kind is Kind.SLICED)
+        }
+        take = Arrived(tensors).take
+        if whole:
+            take = lambda p, heads: whole.take(p, heads).to(self.device)  # noqa: E731
         offsets = {
             block: [None if o is None else o.to(self.device) for o in own]
             for block, own in (offsets or {}).items()
@@ -209,7 +233,14 @@ class PartialModel:
             for name, parameter in self.outer.named_parameters():
                 parameter.copy_(tensors[name])
                 parameter.grad = None
+        if again:
+            assert whole is not None
+            for block in self.blocks.values():
+                block.refill(whole, tensors)
+            self.train(self.training)
+            return
         run = BranchOperations.of(schedule.operations, self.arch.trains)
+        self._held_numerics = self.numerics
         self.blocks = {
             block: Block(
                 self.arch,
@@ -219,15 +250,26 @@ class PartialModel:
                 run,
                 block,
                 tensors,
+                take,
                 self.numerics,
                 offsets.get(block),
                 gradients,
-                owned,
             )
             for block in range(self.arch.blocks)
             if schedule.resident[block].any() or block in offsets
         }
         self.train(self.training)
+
+    def _fits_again(self, schedule: Schedule, gradients: bool) -> bool:
+        """Whether what is held needs nothing but the values of another client's weights."""
+        return (
+            bool(self.blocks)
+            and not self.arch.rank  # factors fold into weights
+            and gradients == self._gradients
+            and self.numerics == self._held_numerics
+            and np.array_equal(schedule.operations, self.schedule.operations)
+            and not any(True for _ in self.compensated())
+        )
 
     def train(self, training: bool) -> None:
         """Draw dropout and stochastic depth, or not."""

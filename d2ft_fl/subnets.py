@@ -101,8 +101,18 @@ class Parameter:
     factor: str = ""
 
     def index(self, heads: Iterable[int]) -> Tensor:
-        """Indices along ``axis`` of the given heads, in their order: int64 [rows]."""
-        return torch.tensor([row for head in heads for row in self.rows[head]], dtype=torch.long)
+        """Indices along ``axis`` of the given heads, in their order: int64 [rows], read only."""
+        key = tuple(heads)
+        if key not in self._indices:
+            if len(self._indices) >= 256:
+                self._indices.clear()
+            rows = [row for head in key for row in self.rows[head]]
+            self._indices[key] = torch.tensor(rows, dtype=torch.long)
+        return self._indices[key]
+
+    @cached_property
+    def _indices(self) -> dict[tuple[int, ...], Tensor]:
+        return {}
 
     def pack(self, tensor: Tensor, heads: Iterable[int]) -> Tensor:
         """The slices of ``heads``, sliced axis first, contiguous: [rows, ...]."""
@@ -371,7 +381,7 @@ class Schedule:
 
     def heads(self, what: np.ndarray, block: int) -> tuple[int, ...]:
         """Heads of ``block`` that are set in ``what`` [blocks, heads], ascending."""
-        return tuple(int(head) for head in np.flatnonzero(what[block]))
+        return tuple(what[block].nonzero()[0].tolist())
 
     def trained_ranks(self, block: int) -> dict[int, int] | None:
         """Trained heads of ``block``, ascending -> their ranks; None where all have the same."""

@@ -46,15 +46,16 @@ def size(tensors: "Iterable[Described]", meta: Any) -> int:
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
-    """Write :func:`encode`'s blob into a file, without making it."""
+    """Write :func:`encode`'s blob into a file, new or in place of what it holds."""
     held = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
     header, order = _header(((n, tuple(t.shape), t.dtype) for n, t in held.items()), meta)
-    with path.open("wb", buffering=0) as file:
+    with path.open("r+b" if path.exists() else "wb", buffering=0) as file:
         file.write(header)
         for name, _, _ in order:
             rest = memoryview(held[name].flatten().view(torch.uint8).numpy().data)
             while len(rest):
                 rest = rest[file.write(rest) :]
+        file.truncate()
 
 
 Described = tuple[str, tuple[int, ...], torch.dtype]

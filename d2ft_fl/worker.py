@@ -27,6 +27,7 @@ from d2ft_fl.holdings import Store
 from d2ft_fl.local_options import LocalOptions
 from d2ft_fl.meter import Meter, free_memory, set_threads, warm_up
 from d2ft_fl.models import build_model
+from d2ft_fl.packed import GlobalModel
 from d2ft_fl.partial import PartialModel
 from d2ft_fl.passes import round_cost
 from d2ft_fl.scores import TENSOR
@@ -54,6 +55,7 @@ class Worker:
         self.budgets = config.budget_source()
         self.store = Store.default()
         self.store.prune()
+        self._whole: tuple[Architecture, Mapping[str, Tensor], GlobalModel] | None = None
 
     @cached_property
     def _template(self) -> timm_vit.VisionTransformer:
@@ -116,7 +118,8 @@ class Worker:
         bytes_down = len(blob)
         if weights is not None:
             bytes_down = task.whole_size(stage.arch, weights, tensors)
-            tensors |= pack_for(stage.arch, weights, task.carried)
+            if task.passes:
+                tensors |= pack_for(stage.arch, weights, task.carried)
         elif task.holds is not None:
             names = holdings.read(task.carried, task.digests)
             tensors = self.store.complete(stage.arch, task.carried, tensors, task.holds, names)
@@ -134,9 +137,11 @@ class Worker:
         model.numerics = options.numerics()
         if model.arch is not stage.arch:
             model.tune(stage.arch)
-        owned = weights is not None  # then every slice was packed anew
-        self.meter.count(partial(model.reset, task.schedule, tensors, offsets, owned=owned))
-        del tensors, offsets  # the model has its own
+        source: dict[str, Tensor] | GlobalModel = tensors
+        if weights is not None and not task.passes:
+            source = self._laid_out(stage.arch, weights)
+        self.meter.count(partial(model.reset, task.schedule, source, offsets))
+        del tensors, source, offsets  # the model has its own
         loss, trained = self._train(task, options, chosen)
         reply = {
             "round": task.round,
@@ -154,6 +159,13 @@ class Worker:
             },
         }
         return result | trained, reply
+
+    def _laid_out(self, arch: Architecture, weights: Mapping[str, Tensor]) -> GlobalModel:
+        """The global model, laid out once a round."""
+        if self._whole is None or self._whole[0] is not arch or self._whole[1] is not weights:
+            self._whole = None  # the old one goes before a new one comes
+            self._whole = arch, weights, GlobalModel.of(arch, weights)
+        return self._whole[2]
 
     def _before(
         self, task: Task, arch: Architecture, tensors: dict[str, Tensor], chosen: np.ndarray

@@ -1,0 +1,23 @@
+"""The two loops of folding updates in, in one pass over memory each."""
+
+import numpy as np
+
+from d2ft_fl.kernel.compiled import entry
+
+
+@entry
+def outside(old: np.ndarray, new: np.ndarray, most: float) -> int:
+    """How many elements changed by more than ``most``, or to something that is no number."""
+    count = 0
+    for i in range(old.size):
+        if not abs(np.float64(new[i]) - np.float64(old[i])) <= most:
+            count += 1
+    return count
+
+
+@entry
+def accumulate(total: np.ndarray, old: np.ndarray, new: np.ndarray, scale: float) -> None:
+    """Add ``scale`` times the change to int64 ``total``, each element rounded to the nearest."""
+    for i in range(total.size):
+        change = np.float64(new[i]) - np.float64(old[i])
+        total[i] += np.int64(np.rint(change * scale))
