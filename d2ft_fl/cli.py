@@ -17,6 +17,7 @@ from d2ft_fl.config import RunConfig
 from d2ft_fl.errors import ConfigError, D2FTError
 from d2ft_fl.options import collect, gather
 from d2ft_fl.recorder import claim_folder, write_status
+from d2ft_fl.specs import GLYPH_NAME
 
 app = typer.Typer(
     help="Federated fine-tuning of transformers under hard per-client budgets.",
@@ -184,6 +185,45 @@ def bench_planner_command(
         typer.echo(json.dumps([asdict(row) for row in rows]))
     else:
         display.planner_table(rows)
+
+
+@bench_app.command("scale")
+def bench_scale_command(
+    clients: Annotated[int, typer.Option(help="How many take part in a round.")] = 100,
+    examples: Annotated[int, typer.Option(help="Of each client, made up.")] = 32,
+    model: Annotated[str, typer.Option(help="As model=...")] = "vit_tiny_patch16_224",
+    image_size: Annotated[
+        int, typer.Option(help="Pixels; 0 keeps the model's own, -1 is 64, or that of vit_glyphs.")
+    ] = -1,
+    batch_size: Annotated[int, typer.Option(help="Examples of a step.")] = 32,
+    rounds: Annotated[int, typer.Option(help="Of a run, besides one before them.")] = 3,
+    repeats: Annotated[int, typer.Option(help="Runs of each side, in turns.")] = 2,
+    side: Annotated[
+        list[str] | None,
+        typer.Option(help="floor, flower, full or d2ft; may be repeated. By default all."),
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print figures as JSON only.")] = False,
+) -> None:
+    """Time whole rounds beside two plain processes, and beside Flower's own FedAvg."""
+    from d2ft_fl import bench_scale
+
+    with failures(), _progress(hidden=as_json) as progress:
+        if image_size < 0:
+            image_size = 0 if model == GLYPH_NAME else 64
+        bench = bench_scale.ScaleBench(
+            clients, examples, model, image_size, batch_size, rounds, repeats,
+            tuple(side or bench_scale.SIDES),
+        ).check()  # fmt: skip
+        task = progress.add_task("measuring", total=repeats * len(bench.sides))
+
+        def done(name: str) -> None:
+            progress.update(task, advance=1, description=name)
+
+        found = bench_scale.bench_scale(bench, done)
+    if as_json:
+        typer.echo(json.dumps(found))
+    else:
+        display.scale_table(found)
 
 
 @app.command("plan")

@@ -47,26 +47,29 @@ class _Child:
     connection: Connection
     lifeline: int
     ready: bool = False
-    job: Job | None = None
+    jobs: deque[Job] = field(default_factory=deque)  # the one it is at, and what it does next
     started: float = field(default_factory=time.monotonic)
 
     def send(self, request: Mapping[str, Any], blob: bytes = b"") -> None:
         self.connection.send_bytes(json.dumps(request).encode())
         self.connection.send_bytes(blob)
 
-    def end(self, seconds: float = 0.0) -> str:
-        """Kill it; says how it ended before, if it did within so many seconds."""
+    def how_it_ended(self) -> str:
+        """Of a child whose connection is closed."""
         with suppress(subprocess.TimeoutExpired):
-            self.process.wait(seconds)
+            self.process.wait(1.0)
         code = self.process.poll()
-        self.process.kill()
-        self.process.wait()
-        self.connection.close()
-        os.close(self.lifeline)
         if code is not None and code < 0:
             with suppress(ValueError):
                 return f"signal {signal.Signals(-code).name}"
         return f"exit code {code}"
+
+    def end(self) -> None:
+        """Kill it."""
+        self.process.kill()
+        self.process.wait()
+        self.connection.close()
+        os.close(self.lifeline)
 
 
 class Crew:
@@ -115,7 +118,9 @@ class Crew:
             self._await(child, deadline)
             answer = json.loads(child.connection.recv_bytes())
         except (EOFError, OSError):
-            raise RunError(f"a worker process ended ({self._drop(child, 1.0)})") from None
+            how = child.how_it_ended()
+            self._drop(child)
+            raise RunError(f"a worker process ended ({how})") from None
         if "error" in answer:
             raise ConfigError(answer["error"])
         return answer["reports"]
@@ -147,15 +152,17 @@ class Crew:
                 ends = [deadline]
                 if client_seconds:
                     ends += [child.started + client_seconds for child in self._busy]
-                waiting = [c.connection for c in self._children if c.job or not c.ready]
+                waiting = [c.connection for c in self._children if c.jobs or not c.ready]
                 ready = wait(waiting, timeout=max(0.0, min(ends) - time.monotonic()))
                 for child in [c for c in self._children if c.connection in ready]:
-                    yield from self._hear(child)
+                    yield from self._hear(child, pending)
                 now = time.monotonic()
                 for child in self._busy if client_seconds else []:
-                    if child.job and now >= child.started + client_seconds:
-                        self._drop(child)
-                        yield child.job.client, Fault(f"took longer than {client_seconds:g} s")
+                    if now >= child.started + client_seconds:
+                        yield (
+                            self._left(child, pending),
+                            Fault(f"took longer than {client_seconds:g} s"),
+                        )
                 if now >= deadline:
                     yield from self._give_up(pending)
                     return
@@ -165,11 +172,14 @@ class Crew:
 
     @property
     def _busy(self) -> list[_Child]:
-        return [child for child in self._children if child.job]
+        return [child for child in self._children if child.jobs]
 
     def _hand_out(self, pending: deque[Job], deadline: float) -> None:
         for child in self._children:
-            if pending and child.ready and not child.job:
+            if pending and child.ready and not child.jobs:
+                self._give(child, pending.popleft(), deadline)
+        for child in self._busy:  # so that no child waits for its next job, but at the end
+            if len(pending) > self.size and len(child.jobs) == 1:
                 self._give(child, pending.popleft(), deadline)
         starting = sum(not child.ready for child in self._children)
         while starting < len(pending) and len(self._children) < self.size:
@@ -177,35 +187,44 @@ class Crew:
             starting += 1
 
     def _give(self, child: _Child, job: Job, deadline: float) -> None:
-        child.job, child.started = job, time.monotonic()
-        seconds = deadline - child.started
+        if not child.jobs:
+            child.started = time.monotonic()
+        child.jobs.append(job)
+        seconds = deadline - time.monotonic()
         with suppress(OSError):  # it is gone, and heard of when it is waited for
             child.send(
                 {"do": "work", "model": job.model, "reply": job.reply, "seconds": seconds},
                 job.blob,
             )
 
-    def _hear(self, child: _Child) -> Iterator[tuple[int, bytes | Fault]]:
+    def _hear(self, child: _Child, pending: deque[Job]) -> Iterator[tuple[int, bytes | Fault]]:
         try:
             if not child.ready:
                 self._greet(child)
                 return
             reply = child.connection.recv_bytes()
         except (EOFError, OSError):
-            job, how = child.job, self._drop(child, 1.0)
-            if job is None:
+            if not child.jobs:
+                how = child.how_it_ended()
+                self._drop(child)
                 raise RunError(f"a worker process ended while it started ({how})") from None
-            yield job.client, Fault(f"its process ended ({how})")
+            how = child.how_it_ended()
+            yield self._left(child, pending), Fault(f"its process ended ({how})")
             return
-        assert child.job is not None
-        client, child.job = child.job.client, None
-        yield client, reply
+        job, child.started = child.jobs.popleft(), time.monotonic()
+        yield job.client, reply
+
+    def _left(self, child: _Child, pending: deque[Job]) -> int:
+        """End a child; returns whose work it was at. What it had not begun goes to another."""
+        at, *rest = child.jobs
+        pending.extendleft(reversed(rest))
+        self._drop(child)
+        return at.client
 
     def _give_up(self, pending: deque[Job]) -> Iterator[tuple[int, Fault]]:
         for child in self._busy:
-            assert child.job is not None
-            self._drop(child)
-            yield child.job.client, Fault("did not end before the round's deadline")
+            client = self._left(child, pending)
+            yield client, Fault("did not end before the round's deadline")
         while pending:
             yield pending.popleft().client, Fault("not begun before the round's deadline")
 
@@ -246,8 +265,8 @@ class Crew:
             raise ConfigError(answer["error"])
         child.ready = True
 
-    def _drop(self, child: _Child, seconds: float = 0.0) -> str:
-        """End a child, and say how it did; another is started when one is needed."""
+    def _drop(self, child: _Child) -> None:
+        """End a child; another is started when one is needed."""
         if child in self._children:
             self._children.remove(child)
-        return child.end(seconds)
+        child.end()

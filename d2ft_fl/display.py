@@ -257,6 +257,47 @@ def planner_table(rows: list["PlannerRow"]) -> None:
     console.print(table)
 
 
+SIDE_NAMES = {
+    "floor": "floor: plain processes that train and average",
+    "flower": "Flower's FedAvg, quickstart client",
+    "full": "this project, everything FULL",
+    "d2ft": "this project, d2ft at 60 % compute, 50 % bytes",
+}
+
+
+def scale_table(found: dict[str, Any]) -> None:
+    """Rounds of each side: seconds, what they were spent on, memory."""
+    table = Table(
+        title=f"{found['clients']} clients x {found['examples']} examples, {found['model']}, "
+        f"{found['workers']} workers: seconds of a round",
+        title_justify="left",
+    )
+    parts = ("plan", "broadcast", "train", "evaluate", "idle", "fold")
+    heads = ("round", *parts, "server", "worker")
+    table.add_column("side", no_wrap=True)
+    for head in heads:
+        table.add_column(head, justify="right")
+    for name, side in found["measured"].items():
+        split = [f"{side['parts'][p]:.2f}" if p in side["parts"] else "" for p in parts]
+        sizes = [side.get(f"{role}_peak_bytes") for role in ("server", "worker")]
+        table.add_row(
+            SIDE_NAMES[name], f"{side['seconds']:.2f}", *split,
+            *("" if size is None else quantity(size, "B") for size in sizes),
+        )  # fmt: skip
+    console.print(table)
+    say("folding goes on while others train; the last columns are peaks of resident memory")
+    for key, label in (
+        ("floor_ratio", "everything FULL over the floor"),
+        ("full_flower_ratio", "everything FULL over Flower's FedAvg"),
+        ("flower_fedavg_ratio", "d2ft over Flower's FedAvg"),
+        ("overhead_ratio", "share of a FULL round beyond training"),
+    ):
+        if found[key] is not None:
+            say(f"{label}: {found[key]:.3f}")
+    if found["milliseconds_beyond_training"] is not None:
+        say(f"a FULL client beyond its training: {found['milliseconds_beyond_training']:.1f} ms")
+
+
 def candidates_table(found: list["Candidate"]) -> None:
     """Models to choose from, one a row."""
     table = Table(title="Layers that clients can train", title_justify="left")

@@ -28,9 +28,10 @@ from d2ft_fl.loop import Progress
 from d2ft_fl.recorder import dump_toml, read_rows, read_status
 
 START_TIMEOUT = 60.0
-STATUS_SECONDS = 5.0
+STATUS_SECONDS = 30.0  # asking Flower takes a second of a core; the run's folder tells most
 COMMAND_TIMEOUT = 120.0
 CLUSTER_NODES = 64
+NICENESS = "RAY_worker_niceness"
 CONNECTION = "d2ft"
 
 
@@ -58,7 +59,7 @@ def free_ports(count: int) -> list[int]:
         return [int(s.getsockname()[1]) for s in sockets]
 
 
-def _environment(home: Path) -> dict[str, str]:
+def flower_environment(home: Path) -> dict[str, str]:
     """Our environment, with Flower kept to itself and off the network."""
     tools = str(Path(sys.executable).parent)
     paths = [*filter(None, [os.environ.get("PYTHONPATH")]), os.getcwd()]
@@ -71,6 +72,7 @@ def _environment(home: Path) -> dict[str, str]:
         "FLWR_DISABLE_UPDATE_CHECK": "1",
         "FLWR_TELEMETRY_ENABLED": "0",
         "RAY_USAGE_STATS_ENABLED": "0",
+        NICENESS: os.environ.get(NICENESS, "0"),  # Ray's own is 15
         # Else Ray joins any cluster that was started on this machine, and dies with that.
         "RAY_ADDRESS": os.environ.get("RAY_ADDRESS", "local"),
         "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
@@ -111,7 +113,7 @@ def superlink() -> Iterator[tuple[dict[str, str], Path, subprocess.Popen]]:
         f'[superlink]\ndefault = "{CONNECTION}"\n\n'
         f'[superlink.{CONNECTION}]\naddress = "127.0.0.1:{port}"\ninsecure = true\n'
     )
-    environment, log = _environment(home), home / "superlink.log"
+    variables, log = flower_environment(home), home / "superlink.log"
     command = [
         "flower-superlink", "--insecure", "--simulation", "--isolation", "subprocess",
         "--disable-runtime-dependency-installation",
@@ -121,7 +123,7 @@ def superlink() -> Iterator[tuple[dict[str, str], Path, subprocess.Popen]]:
     with log.open("w") as output:
         process = subprocess.Popen(
             command,
-            env=environment,
+            env=variables,
             stdout=output,
             stderr=subprocess.STDOUT,
             cwd=home,
@@ -129,7 +131,7 @@ def superlink() -> Iterator[tuple[dict[str, str], Path, subprocess.Popen]]:
         )
     try:
         _wait_healthy(process, port, log)
-        yield environment, log, process
+        yield variables, log, process
     finally:
         stop_family(home)
         process.wait()

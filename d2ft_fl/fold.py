@@ -38,6 +38,7 @@ class ClientRecord:
     seconds: float  # simulated
     deadline: float | None  # of these
     wall_seconds: float
+    training_seconds: float  # of these
     train_loss: float | None
     scored: int
     viewed: int
@@ -117,12 +118,13 @@ class Fold:
             round, sender = int(meta["round"]), int(meta["client"])
             slot_examples = [int(n) for n in meta["slot_examples"]]
             flops, memory, down = (int(meta["used"][k]) for k in ("flops", "memory", "bytes_down"))
-            wall, loss = float(meta["used"]["seconds"]), float(meta["loss"])
+            wall, training = (float(meta["used"][k]) for k in ("seconds", "training"))
+            loss = float(meta["loss"])
         except (KeyError, TypeError, ValueError, OverflowError) as error:
             raise ReplyError(f"the report is incomplete or malformed: {error}") from None
         if (
             not all(0 <= n < 2**62 for n in (flops, memory, down))
-            or not np.isfinite([wall, loss]).all()
+            or not np.isfinite([wall, training, loss]).all()
         ):
             raise ReplyError("the report holds numbers that cannot be")
         if (round, sender) != (self.plan.round, client):
@@ -143,7 +145,7 @@ class Fold:
         if measured:
             self.measured[client] = (measured, assignment.passes.scored)
         used = Cost(flops, memory, bytes_up, down)
-        self._record(assignment, used, wall_seconds=wall, train_loss=loss)
+        self._record(assignment, used, wall, training, loss)
 
     def _measured(self, tensors: dict[str, Tensor], kinds: Sequence[str]) -> dict[str, np.ndarray]:
         """Take a client's scores out of its reply: kind -> float64 [blocks, heads]."""
@@ -220,6 +222,7 @@ class Fold:
         assignment: Assignment,
         used: Cost | None,
         wall_seconds: float = 0.0,
+        training_seconds: float = 0.0,
         train_loss: float | None = None,
         fault: str | None = None,
     ) -> None:
@@ -239,6 +242,7 @@ class Fold:
             seconds=participant.budget.seconds(used) if used else 0.0,
             deadline=participant.budget.deadline,
             wall_seconds=wall_seconds,
+            training_seconds=training_seconds,
             train_loss=train_loss,
             scored=assignment.passes.scored,
             viewed=assignment.passes.viewed,

@@ -60,8 +60,19 @@ class CrewPool:
     def train(self, work: Work) -> Iterator[tuple[int, bytes | Path | Fault]]:
         """Train the longest first, each where there is room next."""
         exchange = self.exchange
+        with work.clock.of("broadcast"):
+            jobs = self._jobs(work)
+        config = self.config
+        for client, reply in self.crew.work(jobs, config.round_timeout, config.client_timeout):
+            if reply != b"":
+                yield client, reply
+            if exchange:
+                yield from exchange.arrived(work.round)
+
+    def _jobs(self, work: Work) -> list[Job]:
+        exchange = self.exchange
         model = str(exchange.publish(work.round, work.weights)) if exchange else None
-        jobs = [
+        return [
             Job(
                 client,
                 work.encode(client, exchange is not None),
@@ -70,12 +81,6 @@ class CrewPool:
             )
             for client in work.longest_first
         ]
-        config = self.config
-        for client, reply in self.crew.work(jobs, config.round_timeout, config.client_timeout):
-            if reply != b"":
-                yield client, reply
-            if exchange:
-                yield from exchange.arrived(work.round)
 
 
 def run_local(

@@ -25,7 +25,7 @@ from d2ft_fl.recorder import Recorder, claim_folder, only_one, write_summary
 from d2ft_fl.rounds import Assignment, Participant, plan_round
 from d2ft_fl.tasks import encode_assignment
 from d2ft_fl.trackers import tracking
-from d2ft_fl.work import Fault, Work
+from d2ft_fl.work import Clock, Fault, Work
 
 log = logging.getLogger(__name__)
 
@@ -131,8 +131,8 @@ class _Run:
         """
         config, number = self.config, self.state.round + 1
         for attempt in range(1, config.attempts + 1):
-            started = time.perf_counter()
-            stage, plan, fold = self._replies(number)
+            started, clock = time.perf_counter(), Clock()
+            stage, plan, fold = self._replies(number, clock)
             answered, asked = fold.answered, len(plan.working)
             if answered >= min(config.min_replies, asked):
                 break
@@ -143,33 +143,35 @@ class _Run:
             if config.few_replies == "stop" or attempt == config.attempts:
                 raise RunError(few)
             log.warning("%s; the round is repeated", few)
-        self.state, records = fold.finish()
+        with clock.of("fold"):
+            self.state, records = fold.finish()
         last = number == config.rounds
         accuracy = loss = None
-        evaluated = time.perf_counter()
         if last or number % config.eval_every == 0:
-            weights = stage.model_weights(self.state)
-            accuracy, loss = evaluate(self.model, weights, self.data, config.eval_batch_size)
-        ended = time.perf_counter()
+            with clock.of("evaluate"):
+                weights = stage.model_weights(self.state)
+                accuracy, loss = evaluate(self.model, weights, self.data, config.eval_batch_size)
+        wall = time.perf_counter() - started
         row = self.recorder.round(
-            stage, self.state, plan, records, accuracy, loss, ended - started, fold.strays
+            stage, self.state, plan, records, accuracy, loss, wall, fold.strays, clock.seconds
         )
         if config.checkpoint_every and (last or number % config.checkpoint_every == 0):
             own = checkpoint.Checkpoint(self.state, self.reports)
             checkpoint.save(self.recorder.folder, config, self.origin, own)
-        self.times = {"evaluate": ended - evaluated, "record": time.perf_counter() - ended}
         return row
 
-    def _replies(self, number: int) -> tuple[Federation, Plan, Fold]:
+    def _replies(self, number: int, clock: Clock) -> tuple[Federation, Plan, Fold]:
         """Ask, plan, send and fold in: a round up to where its state is made."""
         config = self.config
         stage = self.federation.at(number)
         state = stage.prepared(self.state, self.original)
-        reports, silent = self._ask(number)
+        with clock.of("ask"):
+            reports, silent = self._ask(number)
         if not reports:
             raise RunError(f"no client answered in round {number}{_said(silent)}")
-        plan = plan_round(stage, state, reports)
-        self.recorder.plan(plan)
+        with clock.of("plan"):
+            plan = plan_round(stage, state, reports)
+            self.recorder.plan(plan)
         assignments = {
             a.client: (c, a)
             for c, a in zip(plan.clients, plan.assignments, strict=True)
@@ -188,12 +190,14 @@ class _Run:
             {client: a.cost.flops for client, (_, a) in assignments.items()},
             state.weights,
             partial(_message, stage, state, assignments),
+            clock,
         )
         for client, reply in self.pool.train(work) if assignments else ():
             if isinstance(reply, Fault):
                 fold.fail(client, reply.reason)
             else:
-                fold.add(client, reply)
+                with clock.of("fold"):
+                    fold.add(client, reply)
         return stage, plan, fold
 
     def _ask(self, number: int) -> tuple[list[Report], Mapping[int, Fault]]:

@@ -253,15 +253,19 @@ class Recorder:
         loss: float | None,
         wall_seconds: float,
         strays: Sequence[str] = (),
+        clock: Mapping[str, float] | None = None,
     ) -> dict[str, Any]:
         """Append a round; returns its line.
 
         Args:
             accuracy, loss: None where the round's model was not evaluated.
             strays: Faults of those who had nothing to do.
+            clock: Seconds of the round by what the server did in them.
         """
         row = self._row(federation, state, plan, records, accuracy, loss, wall_seconds)
         row["faults"] += strays
+        training = sum(record.training_seconds for record in records)
+        row["clock"] = {**(clock or {}), "training": training}
         self.rows.append(row)
         self._append("clients.jsonl", (_client_row(plan.round, record) for record in records))
         self._append("rounds.jsonl", [row])

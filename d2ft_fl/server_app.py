@@ -190,21 +190,10 @@ class FlowerPool:
 
     def train(self, work: Work) -> Iterator[tuple[int, Reply]]:
         """Send everything, and hand on replies as they arrive, until the deadline."""
-        model = None
-        if self.exchange:
-            model = self.exchange.publish(work.round, work.weights)
-            if self.shelf:
-                self.shelf.publish(work.round, model)
         deadline = time.monotonic() + self.config.round_timeout
-        parts = work.shares(max(1, min(self.workers, len(self.nodes))))
-        groups = self._groups(list(work.costs), parts)
+        with work.clock.of("broadcast"):
+            waiting = self._send(work)
         missing = set(work.costs)
-        waiting: dict[str, list[int]] = {}  # message -> its clients
-        for node, own in groups.items():
-            order = sorted(own, key=work.longest_first.index)
-            message = self._message(work, node, order, model)
-            if pushed := list(self.grid.push_messages([message])):
-                waiting[pushed[0]] = order
         while waiting and time.monotonic() < deadline + GRACE_SECONDS:
             for client, reply in self._arrived(work, waiting):
                 missing.discard(client)
@@ -212,6 +201,22 @@ class FlowerPool:
             time.sleep(POLL_SECONDS if self.workers else NODES_POLL_SECONDS)
         late = "no answer before the round's deadline" if waiting else "its SuperNode said nothing"
         yield from ((client, Fault(late)) for client in sorted(missing))
+
+    def _send(self, work: Work) -> dict[str, list[int]]:
+        """Push a round's messages: message -> its clients."""
+        model = None
+        if self.exchange:
+            model = self.exchange.publish(work.round, work.weights)
+            if self.shelf:
+                self.shelf.publish(work.round, model)
+        parts = work.shares(max(1, min(self.workers, len(self.nodes))))
+        waiting = {}
+        for node, own in self._groups(list(work.costs), parts).items():
+            order = sorted(own, key=work.longest_first.index)
+            message = self._message(work, node, order, model)
+            if pushed := list(self.grid.push_messages([message])):
+                waiting[pushed[0]] = order
+        return waiting
 
     def _message(self, work: Work, node: int, order: list[int], model: Path | None) -> Message:
         how = {
@@ -268,12 +273,15 @@ def main(grid: Grid, context: Context) -> None:
         with contextlib.closing(FlowerPool(grid, filled)) as pool:
             summary = loop.run(filled, pool, display.round_line)
         display.summary(summary)
-    except D2FTError as error:
+    except BaseException as error:
+        known = isinstance(error, D2FTError)
+        reason = str(error) if known else f"{type(error).__name__}: {error}"
         named = str(context.run_config.get("run-folder", ""))
         if folder or named:
             with contextlib.suppress(OSError):
-                write_status(folder or Path(named), "failed", str(error))
-        _last_word(f"d2ft: {error}")
+                write_status(folder or Path(named), "failed", reason)
+        if known:
+            _last_word(f"d2ft: {error}")
         raise  # so that Flower calls the run failed
 
 

@@ -1,7 +1,9 @@
 """What a round wants done, and what comes back when it is not."""
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:  # those who only carry blobs need no torch
@@ -15,6 +17,26 @@ class Fault:
     reason: str
 
 
+class Clock:
+    """Seconds by what they were spent on."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+
+    @contextmanager
+    def of(self, what: str) -> Iterator[None]:
+        """Count the time of a block."""
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.add(what, time.perf_counter() - started)
+
+    def add(self, what: str, seconds: float) -> None:
+        """Count some seconds."""
+        self.seconds[what] = self.seconds.get(what, 0.0) + seconds
+
+
 @dataclass(frozen=True, eq=False)
 class Work:
     """One round's assignments, for a pool of clients to carry out.
@@ -24,12 +46,14 @@ class Work:
         costs: Client -> predicted FLOPs of what it has to do.
         weights: The global model, for those that share memory with the server.
         encode: (client, shared) -> its message, without the model where that is shared.
+        clock: Seconds that the server spent, by what it did.
     """
 
     round: int
     costs: Mapping[int, int]
     weights: "Mapping[str, Tensor]"
     encode: Callable[[int, bool], bytes]
+    clock: "Clock" = field(default_factory=Clock)
 
     @property
     def longest_first(self) -> list[int]:

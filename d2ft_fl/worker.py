@@ -142,6 +142,7 @@ class Worker:
             source = self._laid_out(stage.arch, weights)
         self.meter.count(partial(model.reset, task.schedule, source, offsets))
         del tensors, source, offsets  # the model has its own
+        began = time.perf_counter()
         loss, trained = self._train(task, options, chosen)
         reply = {
             "round": task.round,
@@ -154,8 +155,8 @@ class Worker:
                 "flops": self.meter.flops,
                 "memory": self.meter.peak_bytes,
                 "bytes_down": bytes_down,
-                # Of fixed width, so that the same run is the same number of bytes.
-                "seconds": f"{time.perf_counter() - started:012.3f}",
+                "seconds": _seconds_since(started),
+                "training": _seconds_since(began),
             },
         }
         return result | trained, reply
@@ -269,3 +270,8 @@ class Worker:
             rows = [r for h in heads for r in range(bounds[h], bounds[h + 1])]
             out[name] = tensor[torch.tensor(rows, dtype=torch.long)]
         return out
+
+
+def _seconds_since(started: float) -> str:
+    """Of fixed width, so that the same run is the same number of bytes."""
+    return f"{time.perf_counter() - started:012.3f}"

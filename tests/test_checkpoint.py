@@ -22,7 +22,7 @@ from d2ft_fl.recorder import Recorder, only_one
 from d2ft_fl.scores import ScoreBook
 from d2ft_fl.server_optimizer import Moments
 
-CLOCKS = ("wall_seconds", "plan_seconds")
+CLOCKS = ("wall_seconds", "plan_seconds", "clock")
 
 
 def some_state(round=3):

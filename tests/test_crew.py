@@ -44,7 +44,7 @@ def test_processes_give_the_result_of_one(quick, tmp_path, transport):
     reference = replace(config, run_folder=str(tmp_path / "one"), transport="message")
     run_local(reference)
     assert same_weights(config.run_folder, reference.run_folder)
-    clocks = ("wall_seconds", "plan_seconds")
+    clocks = ("wall_seconds", "plan_seconds", "clock")
     ours, theirs = (
         [{k: v for k, v in row.items() if k not in clocks} for row in rows(c.run_folder)]
         for c in (config, reference)

@@ -28,7 +28,7 @@ OPTIONS = {
     "slots": 2,
     "score-every": 1,
 }
-CLOCKS = ("wall_seconds", "plan_seconds")
+CLOCKS = ("wall_seconds", "plan_seconds", "clock")
 
 
 def environment(tmp_path, **more):
