@@ -4,6 +4,7 @@ import dataclasses
 import json
 import os
 import signal
+import time
 from pathlib import Path
 
 import numpy as np
@@ -253,3 +254,42 @@ def test_one_process_at_a_time(tmp_path):
     another = only_one(tmp_path)
     with only_one(tmp_path), pytest.raises(RunError, match="another process is at work"):
         another.__enter__()
+
+
+@pytest.mark.slow
+def test_twenty_runs_killed_at_random_moments_end_as_one_that_was_not(quick, tmp_path):
+    options = {"rounds": 4, "clients": 3, "score_every": 2, "server_optimizer": "fedyogi",
+               "server_lr": 0.01}  # fmt: skip
+    reference = quick(**options, run_folder=str(tmp_path / "whole"))
+    run_local(reference)  # which also loads what every run needs
+    started = time.monotonic()
+    again = quick(**options, run_folder=str(tmp_path / "again"))
+    run_local(again)
+    length = time.monotonic() - started
+    same_run(again.run_folder, reference.run_folder)
+    draw = np.random.default_rng(0)
+    resumed = 0
+    for number in range(20):
+        config = quick(**options, run_folder=str(tmp_path / str(number)))
+        killed = _run_and_kill(config, float(draw.uniform(0, length)))
+        if not Path(config.run_folder, "config.toml").exists():
+            assert killed  # before it had begun: there is nothing to resume
+            run_local(config)
+        elif killed:
+            run_local(dataclasses.replace(config, resume=config.run_folder))
+            resumed += 1
+        same_run(config.run_folder, reference.run_folder)
+    print(f"resumed {resumed} of 20")
+    assert resumed >= 10
+
+
+def _run_and_kill(config, seconds):
+    """Run in a process of its own; whether it had to be killed after so many seconds."""
+    if not (child := os.fork()):
+        try:
+            run_local(config)
+        finally:
+            os._exit(0)
+    time.sleep(seconds)
+    os.kill(child, signal.SIGKILL)
+    return os.waitpid(child, 0)[1] == signal.SIGKILL

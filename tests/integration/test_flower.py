@@ -1,10 +1,12 @@
 """Real processes: the app as a user starts it, on Flower's simulation engine and Ray."""
 
+import contextlib
 import json
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -134,6 +136,62 @@ def test_a_stopped_run_stops_what_it_started(tmp_path):
     assert process.returncode == 130
     assert errors.strip() == "d2ft: stopped"
     assert left_behind(tmp_path) == []
+
+
+OTHER_MACHINE = """
+mount -t tmpfs none /dev/shm && mount -t tmpfs none "$TMPDIR" && exec ray start --block \\
+    --address "$ADDRESS" --num-cpus 1 --disable-usage-stats
+"""
+
+
+@pytest.fixture
+def two_machines(tmp_path):
+    """The address of two Ray nodes, of which the second has memory and a folder of its own."""
+    if subprocess.run(["unshare", "--mount", "true"], check=False).returncode:
+        pytest.skip("needs leave to make a mount namespace")
+    own = tmp_path / "own"
+    own.mkdir()
+    port = free_ports(1)[0]
+    with tempfile.TemporaryDirectory() as short:
+        env = environment(tmp_path, RAY_USAGE_STATS_ENABLED="0", RAY_TMPDIR=short)
+        first = subprocess.Popen(
+            ["ray", "start", "--block", "--head", "--port", str(port), "--num-cpus", "1",
+             "--include-dashboard=false", "--temp-dir", short],
+            env=env, stdout=subprocess.DEVNULL, start_new_session=True,
+        )  # fmt: skip
+        address = f"127.0.0.1:{port}"
+        there = {"TMPDIR": str(own), "ADDRESS": address, "D2FT_WEIGHTS": str(own / "weights")}
+        time.sleep(8)
+        second = subprocess.Popen(
+            ["unshare", "--mount", "sh", "-c", OTHER_MACHINE], env={**env, **there},
+            stdout=subprocess.DEVNULL, start_new_session=True,
+        )  # fmt: skip
+        time.sleep(5)
+        yield address
+        for process in (second, first):
+            family = psutil.Process(process.pid).children(recursive=True)
+            process.terminate()
+            process.wait(30)
+            for member in family:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    member.kill()
+
+
+@pytest.mark.slow
+def test_a_cluster_whose_machines_share_no_files_gives_the_same_result(tmp_path, two_machines):
+    """The plug-in names a client's machine by its mount namespace, as a device."""
+    folder, local = tmp_path / "run", tmp_path / "local"
+    changes = ["budgets=tests.machines:budget", "clients=6", "slots=1"]
+    run_local(gather([], [*pairs(local), *changes]))
+    options = [x for pair in [*pairs(folder), *changes] for x in ("--set", pair)]
+    ended = subprocess.run(
+        [BIN / "d2ft", "run", *options], cwd=ROOT, check=False, capture_output=True, text=True,
+        timeout=300, env=environment(tmp_path, RAY_ADDRESS=two_machines),
+    )  # fmt: skip
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    same_run(folder, local)
+    lines = folder.joinpath("clients.jsonl").read_text().splitlines()
+    assert len({json.loads(line)["device"] for line in lines}) == 2
 
 
 @pytest.fixture
