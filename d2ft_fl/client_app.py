@@ -2,9 +2,11 @@
 
 A SuperNode serves the clients p = k (mod N), where k and N are the ``partition-id`` and
 ``num-partitions`` of its node configuration; in a simulation, where every process could serve all
-clients, those that it is sent. Work is done in child processes (:mod:`d2ft_fl.crew`), which live
-from message to message as long as this process does: one for each of a simulated SuperNode's CPUs,
-one on a real device.
+clients, those that it is sent. What else stands there of :data:`OWN` is the node's own and comes
+before the run's: its data, how they are shared out, its budgets.
+
+Work is done in child processes (:mod:`d2ft_fl.crew`), which live from message to message as long as
+this process does: one for each of a simulated SuperNode's CPUs, one on a real device.
 """
 
 import json
@@ -19,12 +21,24 @@ from flwr.clientapp import ClientApp
 
 from d2ft_fl import shelf
 from d2ft_fl.crew import Crew, Job
-from d2ft_fl.errors import D2FTError
+from d2ft_fl.errors import ConfigError, D2FTError
 from d2ft_fl.exchange import Exchange
 from d2ft_fl.work import Fault
 
 app = ClientApp()
 ASK_SECONDS = 600.0
+# Options of a run that a node may set for itself, in its node configuration.
+OWN = (
+    "dataset",
+    "label-column",
+    "partitioner",
+    "partitioner-args",
+    "train-examples",
+    "budgets",
+    "device",
+    "threads-per-client",
+)
+PLACE = ("partition-id", "num-partitions")
 
 
 def simulated() -> bool:
@@ -49,27 +63,44 @@ def _crew(options: str) -> Crew:
 
 
 def _crew_of(context: Context) -> Crew:
-    return _crew(json.dumps(dict(context.run_config), sort_keys=True))
+    own = {key: context.node_config[key] for key in OWN if key in context.node_config}
+    return _crew(json.dumps({**context.run_config, **own}, sort_keys=True))
+
+
+def _place(context: Context) -> tuple[int, int]:
+    """The number of this node, and of how many.
+
+    Raises:
+        ConfigError: When its configuration says nothing of it, or what cannot be.
+    """
+    found = context.node_config
+    if unknown := sorted(found.keys() - {*OWN, *PLACE}):
+        allowed = ", ".join((*PLACE, *OWN))
+        raise ConfigError(f"node-config: {unknown[0]!r} is unknown; allowed are {allowed}")
+    node, nodes = (found.get(key) for key in PLACE)
+    if type(node) is not int or type(nodes) is not int or not 0 <= node < nodes:
+        raise ConfigError(
+            f"node-config has partition-id = {node!r} and num-partitions = {nodes!r}: of N nodes, "
+            "the k-th has partition-id=k, counted from 0, and num-partitions=N"
+        )
+    return node, nodes
 
 
 @app.query()
 def query(message: Message, context: Context) -> Message:
     """Which clients this node serves; or, of some, what they say of themselves."""
     asked = json.loads(str(message.content.config_records["query"]["json"]))
-    node, nodes = (
-        int(context.node_config["partition-id"]),
-        int(context.node_config["num-partitions"]),
-    )
     answer: dict[str, object] = {}
-    if asked["clients"] is None:
-        answer = {"node": node, "nodes": nodes, "cpus": _cpus() if simulated() else None}
-    else:
-        try:
+    try:
+        node, nodes = _place(context)
+        if asked["clients"] is None:
+            answer = {"node": node, "nodes": nodes, "cpus": _cpus() if simulated() else None}
+        else:
             answer["reports"] = _crew_of(context).reports(
                 asked["clients"], asked["round"], ASK_SECONDS
             )
-        except D2FTError as error:
-            answer["error"] = str(error)
+    except D2FTError as error:
+        answer["error"] = str(error)
     content = RecordDict({"answer": ConfigRecord({"json": json.dumps(answer)})})
     return Message(content, reply_to=message)
 

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -35,6 +36,7 @@ from d2ft_fl.trackers import Factory, load_trackers
 
 TUNINGS = ("full", "lora")
 SELECTIONS = ("random", "entropy")
+AGGREGATIONS = ("mean", "trimmed-mean", "median")
 TRANSPORTS = ("shared", "message")
 FEW_REPLIES = ("stop", "repeat")
 # Values of options with paths that are none.
@@ -98,6 +100,11 @@ class RunConfig:
     accumulate: int = 1
     proximal: float = 0.0
     compensation: bool = False
+    aggregation: str = "mean"
+    trim_share: float = 0.2
+    clip_norm: float = 0.0
+    hostile_share: float = 0.0
+    hostile_scale: float = -10.0
     server_optimizer: str = "mean"
     server_lr: float = 1.0
     server_momentum: float = 0.9
@@ -297,6 +304,7 @@ class RunConfig:
             "weight-decay",
             "proximal",
             "client-timeout",
+            "clip-norm",
             "server-lr",
             "forward-weight",
             "frozen-weight",
@@ -324,6 +332,7 @@ class RunConfig:
         self._check_match()
         self._check_tuning()
         self._check_server()
+        self._check_robust()
         self.budget_source()
         self.load_trackers()
         return self
@@ -383,6 +392,30 @@ class RunConfig:
                 f"lora-aggregation = {self.lora_aggregation!r} does not take: use factors, "
                 "freeze-a, alternate or freeze-common"
             )
+
+    def _check_robust(self) -> None:
+        """Raises ConfigError unless updates can be folded as configured."""
+        self._one_of("aggregation", AGGREGATIONS)
+        if not 0 <= self.trim_share < 0.5:
+            raise ConfigError(f"trim-share = {self.trim_share} must be 0 or more, and below 0.5")
+        if not 0 <= self.hostile_share <= 1:
+            raise ConfigError(f"hostile-share = {self.hostile_share} must lie between 0 and 1")
+        if not abs(self.hostile_scale) < float("inf"):
+            raise ConfigError(f"hostile-scale = {self.hostile_scale} must be a finite number")
+        asked = "clip-norm" if self.clip_norm else "aggregation"
+        if (self.clip_norm or self.aggregation != "mean") and (
+            self.tuning == "lora" and self.lora_aggregation in MIXED
+        ):
+            raise ConfigError(
+                f"{asked} acts on factors, which lora-aggregation = {self.lora_aggregation!r} does "
+                "not fold: use factors, freeze-a, alternate or freeze-common"
+            )
+
+    def hostile(self, client: int) -> bool:
+        """Whether a client is one of those that attack, for experiments."""
+        count = round(self.hostile_share * self.clients)
+        order = np.random.default_rng([self.seed, 4]).permutation(self.clients)
+        return client in order[:count]
 
     def _check_tuning(self) -> None:
         """Raises ConfigError unless the options of tuning fit together."""

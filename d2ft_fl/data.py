@@ -23,6 +23,7 @@ from torchvision.transforms import v2
 from d2ft_fl.errors import ConfigError
 from d2ft_fl.specs import DIGITS, EMBEDDED, HUB, MADE_UP, DataSpec
 
+ALL = "all"  # in place of a partitioner: every client has everything, as where data are its own
 INDEX = "d2ft-index"  # the column that follows an example through partitioning
 CPU = torch.device("cpu")
 SPLIT_SEED = 2504  # one test split for all seeds of a comparison
@@ -294,11 +295,13 @@ def _partition(spec: DataSpec, train: Split) -> list[np.ndarray]:
     chosen = np.random.default_rng([spec.seed, 2]).permutation(
         train.subset(spec.train_examples, spec.seed)
     )
-    if spec.clients > len(chosen):
+    if spec.clients > len(chosen) and spec.partitioner.lower() != ALL:
         raise ConfigError(
             f"clients = {spec.clients} is more than the {len(chosen)} training examples; "
             f"ask for at most {len(chosen)}"
         )
+    if spec.partitioner.lower() == ALL:
+        return [np.sort(chosen)] * spec.clients
     kind = partitioner_class(spec.partitioner)
     accepted = inspect.signature(kind).parameters
     arguments = dict(spec.partitioner_arguments)

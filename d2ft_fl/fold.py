@@ -8,7 +8,7 @@ import numpy as np
 from torch import Tensor
 
 from d2ft_fl import wire
-from d2ft_fl.aggregation import Sums, Update
+from d2ft_fl.aggregation import Sums, Update, validate
 from d2ft_fl.compensation import MeanSums
 from d2ft_fl.costs import Cost
 from d2ft_fl.errors import ReplyError
@@ -17,6 +17,7 @@ from d2ft_fl.federation import Federation, State
 from d2ft_fl.holdings import digests
 from d2ft_fl.planner import Assignment
 from d2ft_fl.plans import Plan, held_after, last_trained
+from d2ft_fl.robust import ROBUST, RobustSums, clipped
 from d2ft_fl.scores import TENSOR
 from d2ft_fl.server_optimizer import Moments
 from d2ft_fl.subnets import Kind, Operation
@@ -58,23 +59,22 @@ class Fold:
     def __init__(self, federation: Federation, state: State, plan: Plan):
         self.federation, self.state, self.plan = federation, state, plan
         examples = sum(sum(federation.costs.slot_totals(a.examples or 0)) for a in plan.assignments)
-        self.sums: Sums | FactorSums = (
-            FactorSums(
-                federation.arch,
-                state.weights,
-                examples,
-                federation.config.lora_aggregation,
-                federation.config.lora_error,
-            )
-            if federation.arch.rank
-            else Sums(federation.arch, state.weights, examples)
-        )
+        self.sums = self._make_sums(examples)
         self.mean_sums = MeanSums(federation.arch, examples)
         self.pending = {a.client: a for a in plan.working}
         self.participants = {c.client: c for c in plan.clients}
         self.measured: dict[int, tuple[dict[str, np.ndarray], int]] = {}
         self.records: dict[int, ClientRecord] = {}
         self.strays: list[str] = []  # faults of those who are not waited for
+
+    def _make_sums(self, examples: int) -> Sums | FactorSums | RobustSums:
+        config, arch, weights = self.federation.config, self.federation.arch, self.state.weights
+        if config.aggregation in ROBUST:
+            return RobustSums(arch, weights, examples, config.aggregation, config.trim_share)
+        if arch.rank:
+            mode = config.lora_aggregation
+            return FactorSums(arch, weights, examples, mode, config.lora_error)
+        return Sums(arch, weights, examples)
 
     @property
     def answered(self) -> int:
@@ -138,7 +138,11 @@ class Fold:
         if self.federation.calibrates(self.plan.round):
             means = {n: tensors.pop(n) for n in list(tensors) if n.startswith("d2ft.mean.")}
             self.mean_sums.check(schedule, means)
-        self.sums.add(Update(schedule, slot_examples, tensors))
+        update = Update(schedule, slot_examples, tensors)
+        if norm := self.federation.config.clip_norm:
+            validate(self.federation.arch, self.state.weights, update)
+            update = clipped(self.federation.arch, self.state.weights, update, norm)
+        self.sums.add(update)
         if means:
             self.mean_sums.add(schedule, slot_examples, means)
         del self.pending[client]
@@ -205,6 +209,8 @@ class Fold:
         return optimizer.step(arch, old, mean, self.sums.trained, self.state.moments)
 
     def _figures(self) -> dict[str, float | None]:
+        if isinstance(self.sums, RobustSums):
+            return {"too_few_trainers": self.sums.left}
         return {"aggregation_error": self.sums.error} if isinstance(self.sums, FactorSums) else {}
 
     def _changed(self, weights: dict[str, Tensor]) -> np.ndarray:

@@ -26,9 +26,9 @@ class LocalPool:
         self.config = config
         self.worker = worker(config)
 
-    def clients(self, round: int) -> list[int]:
-        """Everyone."""
-        return list(range(self.config.clients))
+    def clients(self, round: int) -> dict[int, int]:
+        """Everyone, always."""
+        return dict.fromkeys(range(self.config.clients), 0)
 
     def reports(self, round: int, clients: Sequence[int]) -> tuple[list[Report], dict[int, Fault]]:
         """What clients say of themselves."""
@@ -48,9 +48,9 @@ class CrewPool:
     def __init__(self, config: RunConfig, crew: Crew, exchange: Exchange | None):
         self.config, self.crew, self.exchange = config, crew, exchange
 
-    def clients(self, round: int) -> list[int]:
-        """Everyone."""
-        return list(range(self.config.clients))
+    def clients(self, round: int) -> dict[int, int]:
+        """Everyone, always."""
+        return dict.fromkeys(range(self.config.clients), 0)
 
     def reports(self, round: int, clients: Sequence[int]) -> tuple[list[Report], dict[int, Fault]]:
         """What clients say of themselves."""

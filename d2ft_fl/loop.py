@@ -33,8 +33,12 @@ log = logging.getLogger(__name__)
 class Pool(Protocol):
     """The clients of a federation, wherever they run."""
 
-    def clients(self, round: int) -> Sequence[int]:
-        """Those that can be asked before a round, in order."""
+    def clients(self, round: int) -> Mapping[int, int]:
+        """Those that can be asked before a round.
+
+        Returns:
+            Client -> a number that is another one when it may have changed meanwhile.
+        """
 
     def reports(
         self, round: int, clients: Sequence[int]
@@ -108,6 +112,7 @@ class _Run:
         self.state = State(0, self.original)
         self.reports: dict[int, Report] = {}
         self.replayed: list[Report] = []
+        self.there: Mapping[int, int] = {}
         self.model.to(config.torch_device())
         self.recorder = Recorder(folder, self.federation, config.model_spec())
         self.budgets_vary = config.budget_source().varies
@@ -202,8 +207,12 @@ class _Run:
 
     def _ask(self, number: int) -> tuple[list[Report], Mapping[int, Fault]]:
         """Reports of the clients that take part in a round, and who does not answer."""
-        chosen = drawn(self.config, number, self.pool.clients(number))
+        there = self.pool.clients(number)
+        chosen = drawn(self.config, number, there)
         known = {} if self.budgets_vary else self.reports
+        if self.there:  # else they are as the checkpoint has them
+            known = {c: r for c, r in known.items() if there.get(c) == self.there.get(c)}
+        self.there = there
         silent: Mapping[int, Fault] = {}
         if self.replayed:  # the round was left before its end
             found, self.replayed = self.replayed, []
@@ -225,7 +234,7 @@ class _Run:
         return self.recorder.finish(stage.model_weights(state), wall_seconds)
 
 
-def drawn(config: RunConfig, round: int, clients: Sequence[int]) -> list[int]:
+def drawn(config: RunConfig, round: int, clients: Iterable[int]) -> list[int]:
     """Who takes part in a round: all of ``clients``, or as many as are sampled, in order."""
     ordered = sorted(clients)
     if not config.sample_clients or config.sample_clients >= len(ordered):

@@ -34,6 +34,7 @@ from d2ft_fl.recorder import claim_folder, write_status
 from d2ft_fl.shelf import Shelf, machines
 from d2ft_fl.work import Fault, Work
 
+log = logging.getLogger(__name__)
 app = ServerApp()
 POLL_SECONDS = 0.02  # in memory
 NODES_POLL_SECONDS = 0.2  # over a network
@@ -50,6 +51,8 @@ class FlowerPool:
     def __init__(self, grid: Grid, config: RunConfig):
         self.grid, self.config = grid, config
         self.nodes: dict[int, range] = {}  # Flower's node id -> the clients that it serves
+        self.refused: dict[int, str] = {}  # nodes that cannot serve any, and why
+        self.joined: dict[int, int] = {}  # node -> how many had come before it did, last
         self.workers = 0  # of a simulation; 0 on real devices
         self.exchange: Exchange | None = None
         self.shelf: Shelf | None = None
@@ -61,8 +64,11 @@ class FlowerPool:
 
     # -- who is there ------------------------------------------------------------------------
 
-    def clients(self, round: int) -> list[int]:
+    def clients(self, round: int) -> dict[int, int]:
         """Those whose SuperNodes are there; waits for all of them before the first round.
+
+        Returns:
+            Client -> a number that is another one when its SuperNode was gone in between.
 
         Raises:
             RunError: When fewer are there after a while than are needed.
@@ -71,16 +77,17 @@ class FlowerPool:
         wanted = self.config.clients if round == 1 else max(1, self.config.min_replies)
         while True:
             self._meet()
-            found = sorted({c for served in self.nodes.values() for c in served})
+            found = {c: self.joined[node] for node, own in self.nodes.items() for c in own}
             if len(found) >= wanted:
                 return found
             if time.monotonic() > deadline:
                 break
             time.sleep(0.5)
         if len(found) < max(1, self.config.min_replies):
+            why = next((f"; one says: {reason}" for reason in self.refused.values()), "")
             raise RunError(
                 f"SuperNodes of {len(found)} clients are there, after {NODES_TIMEOUT:.0f} s; "
-                f"min-replies = {self.config.min_replies}"
+                f"min-replies = {self.config.min_replies}{why}"
             )
         return found
 
@@ -88,11 +95,17 @@ class FlowerPool:
         """Ask nodes that are new which clients they serve, and forget those that are gone."""
         there = set(self.grid.get_node_ids())
         self.nodes = {node: own for node, own in self.nodes.items() if node in there}
-        fresh = there - self.nodes.keys()
+        self.refused = {node: why for node, why in self.refused.items() if node in there}
+        fresh = there - self.nodes.keys() - self.refused.keys()
         answers, _ = self._query({node: {"clients": None} for node in fresh})
         for node, answer in answers.items():
+            if "error" in answer:
+                self.refused[node] = answer["error"]
+                log.warning("SuperNode %s is left out: %s", node, answer["error"])
+                continue
             self.nodes[node] = range(answer["node"], self.config.clients, answer["nodes"])
-        cpus = [a["cpus"] for a in answers.values() if a["cpus"] is not None]
+            self.joined[node] = max(self.joined.values(), default=0) + 1
+        cpus = [a["cpus"] for a in answers.values() if a.get("cpus") is not None]
         if cpus:
             self._share(cpus[0])
 
@@ -123,6 +136,7 @@ class FlowerPool:
                 RecordDict({"query": ConfigRecord({"json": json.dumps(questions[node])})}),
                 dst_node_id=node,
                 message_type="query",
+                ttl=self._ttl,
             )
             for node in sorted(questions)
         ]
@@ -231,7 +245,12 @@ class FlowerPool:
         content = RecordDict(
             {"assignments": ArrayRecord(blobs), "how": ConfigRecord({"json": json.dumps(how)})}
         )
-        return Message(content, dst_node_id=node, message_type="train")
+        return Message(content, dst_node_id=node, message_type="train", ttl=self._ttl)
+
+    @property
+    def _ttl(self) -> float:
+        """Seconds after which nobody waits for a message's reply any more."""
+        return self.config.round_timeout + 2 * GRACE_SECONDS
 
     def _arrived(self, work: Work, waiting: dict[str, list[int]]) -> Iterator[tuple[int, Reply]]:
         """What has arrived by now, in memory and in messages."""

@@ -142,8 +142,11 @@ class Worker:
             source = self._laid_out(stage.arch, weights)
         self.meter.count(partial(model.reset, task.schedule, source, offsets))
         del tensors, source, offsets  # the model has its own
+        before = self._attacked(task)
         began = time.perf_counter()
         loss, trained = self._train(task, options, chosen)
+        for name, old in before.items():
+            trained[name] = old + (trained[name] - old) * self.config.hostile_scale
         reply = {
             "round": task.round,
             "client": task.client,
@@ -194,6 +197,12 @@ class Worker:
             for kind, values in measured.items():
                 result[TENSOR + kind] = torch.from_numpy(values).float()
         return chosen, result
+
+    def _attacked(self, task: Task) -> dict[str, Tensor]:
+        """Of a client that is hostile, for experiments: the values whose changes it will send."""
+        if not self.config.hostile(task.client):
+            return {}
+        return {name: tensor.cpu().clone() for name, tensor in self._parts[0].update().items()}
 
     def _train(
         self, task: Task, options: LocalOptions, chosen: np.ndarray

@@ -105,4 +105,4 @@ def quick(tmp_path):
 def reports_of(config, round=1):
     """What all clients of a configuration say before a round."""
     pool = LocalPool(config)
-    return pool.reports(round, pool.clients(round))[0]
+    return pool.reports(round, list(pool.clients(round)))[0]

@@ -1,0 +1,162 @@
+"""Folding that a few hostile or broken clients cannot lead anywhere.
+
+With the values x_1 .. x_n that n clients give one coordinate of a slice, sorted,
+
+    trimmed-mean   the mean of x_(k+1) .. x_(n-k), k = floor(n trim-share), 1 at least
+    median         the middle one, or the mean of the middle two
+
+(Yin et al., ICML 2018, arXiv 1803.01498). Every client counts the same, whatever number of examples
+it says. A slice that fewer than three clients trained keeps its value: of two, nobody can say which
+is wrong. Updates wait on disk, and are read a slice at a time.
+
+Norm clipping (Sun et al., arXiv 1911.07963) goes before any way of folding: a client's whole change
+is made shorter where it is longer than ``clip-norm``,
+
+    change <- change min(1, clip-norm / |change|_2)
+"""
+
+import math
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from d2ft_fl import wire
+from d2ft_fl.aggregation import Sums, Update
+from d2ft_fl.subnets import Architecture, Kind, Parameter
+
+ROBUST = ("trimmed-mean", "median")
+LEAST = 3  # clients of a slice
+
+
+@dataclass
+class RobustSums:
+    """One round's updates, kept on disk until :meth:`apply`; the interface is that of ``Sums``.
+
+    Attributes:
+        arch, weights: The model, and its values before the round.
+        examples: Examples that all updates together can count; what may be added follows.
+        kind: One of :data:`ROBUST`.
+        trim: Share of the clients that is cut at either end.
+        left: After :meth:`apply`, the share of the trained slices that too few clients trained.
+    """
+
+    arch: Architecture
+    weights: dict[str, Tensor]
+    examples: int
+    kind: str
+    trim: float
+    left: float | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="d2ft-updates-")
+        self._checks = Sums(self.arch, self.weights, self.examples)
+        self._files: list[Path] = []
+        self._trainers: dict[tuple[str, int], list[int]] = {}  # (parameter, head) -> files
+        self._starts: list[dict[str, dict[int, int]]] = []  # of each file: heads' first rows
+
+    def add(self, update: Update) -> None:
+        """Validate one update and keep it.
+
+        Raises:
+            ReplyError: See :meth:`Sums.terms`.
+        """
+        terms = self._checks.terms(update)
+        number = len(self._files)
+        starts: dict[str, dict[int, int]] = {}
+        path = Path(self._folder.name, f"{number}.update")
+        wire.write(path, {term.parameter.name: term.tensor for term in terms}, {})
+        for term in terms:
+            p, first = term.parameter, 0
+            starts[p.name] = own = {}
+            for head, count in term.counts.items():
+                own[head] = first
+                first += len(p.rows[head]) if head >= 0 else 0
+                if count:
+                    self._trainers.setdefault((p.name, head), []).append(number)
+        self._files.append(path)
+        self._starts.append(starts)
+
+    @property
+    def trained(self) -> dict[str, tuple[int, ...]]:
+        """Parameters of which enough clients trained anything; see :attr:`Sums.trained`."""
+        found: dict[str, list[int]] = {}
+        for (name, head), files in self._trainers.items():
+            if len(files) >= LEAST:
+                found.setdefault(name, []).extend([head] if head >= 0 else [])
+        return {name: tuple(sorted(heads)) for name, heads in found.items()}
+
+    def apply(self) -> dict[str, Tensor]:
+        """The new global weights; what too few trained is the old tensor's bits."""
+        new = dict(self.weights)
+        with_many = 0
+        for (name, head), files in self._trainers.items():
+            if len(files) < LEAST:
+                continue
+            with_many += 1
+            p, values = self.arch.by_name[name], self._values(name, head, files)
+            middle = self._middle(values).to(self.weights[name].dtype)
+            if head < 0:
+                new[name] = middle
+                continue
+            if new[name] is self.weights[name]:
+                new[name] = self.weights[name].clone()
+            p.unpack_(new[name], middle, [head])
+        if self._trainers:
+            self.left = 1 - with_many / len(self._trainers)
+        self._folder.cleanup()
+        return new
+
+    def _values(self, name: str, head: int, files: list[int]) -> Tensor:
+        """What clients give a slice, sorted: float64 [clients, rows, ...]."""
+        p, found = self.arch.by_name[name], []
+        for number in files:
+            with safe_open(self._files[number], framework="pt") as file:
+                part = file.get_slice(name)
+                start = self._starts[number][name][head]
+                stop = start + len(p.rows[head]) if head >= 0 else None
+                found.append(part[start:stop].double())
+        return torch.stack(found).sort(dim=0).values
+
+    def _middle(self, ordered: Tensor) -> Tensor:
+        count = len(ordered)
+        cut = (count - 1) // 2
+        if self.kind == "trimmed-mean":
+            cut = min(cut, max(1, math.floor(count * self.trim)))
+        return ordered[cut : count - cut].mean(dim=0)
+
+
+def clipped(
+    arch: Architecture, weights: Mapping[str, Tensor], update: Update, norm: float
+) -> Update:
+    """An update whose change is no longer than ``norm``; the same one where it is not.
+
+    The update must be valid.
+    """
+    changes = {
+        name: tensor.double() - old for name, tensor, old in _with_old(arch, weights, update)
+    }
+    length = math.sqrt(sum(float(change.square().sum()) for change in changes.values()))
+    if length <= norm:
+        return update
+    tensors = {
+        name: (old + changes[name] * (norm / length)).to(tensor.dtype)
+        for name, tensor, old in _with_old(arch, weights, update)
+    }
+    return replace(update, tensors=tensors)
+
+
+def _with_old(
+    arch: Architecture, weights: Mapping[str, Tensor], update: Update
+) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """Name, new value and old value (float64) of all that an update holds."""
+    for name, tensor in update.tensors.items():
+        p: Parameter = arch.by_name[name]
+        old = weights[name]
+        if p.kind is Kind.SLICED:
+            old = p.pack(old, update.weights(p))
+        yield name, tensor, old.double()
