@@ -1,0 +1,148 @@
+"""Robust folding against hand arithmetic, and against numpy coordinate by coordinate."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from d2ft_fl.aggregation import Sums, Update
+from d2ft_fl.errors import ConfigError, ReplyError
+from d2ft_fl.local import run_local
+from d2ft_fl.robust import RobustSums, clipped
+from d2ft_fl.subnets import Kind, Operation, pack_for, up_spec
+from tests.conftest import all_of, build, random_schedule, weights_of
+
+MODEL, ARCH = build()
+WEIGHTS = weights_of(MODEL)
+
+
+def update(schedule, shift):
+    """What a client sends whose every value has moved by ``shift``."""
+    packed = pack_for(ARCH, WEIGHTS, schedule)
+    tensors = {}
+    for name, shape in up_spec(ARCH, schedule).items():
+        p = ARCH.by_name[name]
+        heads = schedule.heads(schedule.trained, p.block)
+        old = p.pack(WEIGHTS[name], heads) if p.kind is Kind.SLICED else packed[name]
+        tensors[name] = (old.double() + shift).to(old.dtype)
+        assert tuple(tensors[name].shape) == shape
+    return Update(schedule, [4] * schedule.slots, tensors)
+
+
+def fold(kind, shifts, trim=0.2):
+    sums = RobustSums(ARCH, WEIGHTS, 1000, kind, trim)
+    for shift in shifts:
+        sums.add(update(all_of(ARCH), shift))
+    new = sums.apply()
+    return {n: (new[n].double() - WEIGHTS[n].double()) for n in sums.trained}, sums
+
+
+@pytest.mark.parametrize(
+    "kind,trim,shifts,wanted",
+    [
+        ("trimmed-mean", 0.2, [1, 2, 3, 4, 1000], 3),  # of 2, 3, 4
+        ("trimmed-mean", 0.4, [-900, 1, 2, 4, 1000], 2),
+        ("trimmed-mean", 0.1, [1, 2, 9], 2),  # one at least
+        ("median", 0.2, [1, 2, 5, 1000], 3.5),
+        ("median", 0.2, [-7, 2, 5], 2),
+    ],
+)
+def test_by_hand(kind, trim, shifts, wanted):
+    changes, sums = fold(kind, [s * 1e-2 for s in shifts], trim)
+    assert len(changes) > 30
+    assert sums.left == 0
+    for change in changes.values():
+        assert torch.allclose(change, torch.full_like(change, wanted * 1e-2), atol=1e-6)
+
+
+def test_what_fewer_than_three_trained_keeps_its_bits():
+    changes, sums = fold("median", [0.1, 0.2])
+    assert changes == {}
+    assert sums.left == 1
+    one = RobustSums(ARCH, WEIGHTS, 1000, "median", 0.2)
+    for shift in (0.1, 0.2):
+        one.add(update(all_of(ARCH), shift))
+    new = one.apply()
+    assert all(new[name] is tensor for name, tensor in WEIGHTS.items())
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.integers(0, 10_000), st.sampled_from(["trimmed-mean", "median"]))
+def test_slices_of_those_who_trained_them_in_any_order(seed, kind):
+    draw = np.random.default_rng(seed)
+    updates = [
+        update(random_schedule(ARCH, 2, seed + number), float(draw.normal(0, 0.1)))
+        for number in range(6)
+    ]
+    found = []
+    for order in (updates, updates[::-1]):
+        sums = RobustSums(ARCH, WEIGHTS, 1000, kind, 0.3)
+        for one in order:
+            sums.add(one)
+        found.append(sums.apply())
+    assert all(torch.equal(found[0][name], found[1][name]) for name in WEIGHTS)
+    p = next(p for p in ARCH.of_kind(Kind.SLICED) if p.role == "fc2.weight")
+    for head in range(ARCH.heads):
+        own = [u for u in updates if head in u.weights(p)]
+        got = p.pack(found[0][p.name], [head])
+        if len(own) < 3:
+            assert torch.equal(got, p.pack(WEIGHTS[p.name], [head]))
+            continue
+        packs = []
+        for u in own:
+            first = sum(len(p.rows[h]) for h in u.weights(p) if h < head)
+            packs.append(u.tensors[p.name][first : first + len(p.rows[head])].numpy())
+        stack = np.sort(np.stack(packs).astype(np.float64), axis=0)
+        cut = (len(own) - 1) // 2 if kind == "median" else max(1, int(0.3 * len(own)))
+        cut = min(cut, (len(own) - 1) // 2)
+        wanted = stack[cut : len(own) - cut].mean(axis=0)
+        assert np.allclose(got.numpy(), wanted, atol=1e-7)
+
+
+def test_a_bad_update_is_refused_before_it_is_kept():
+    sums = RobustSums(ARCH, WEIGHTS, 1000, "median", 0.2)
+    bad = update(all_of(ARCH), 0.1)
+    bad.tensors["head.bias"][0] = float("nan")
+    with pytest.raises(ReplyError, match="not finite"):
+        sums.add(bad)
+    assert sums.trained == {}
+
+
+def test_clipping_shortens_a_change_to_its_norm_and_no_other():
+    long = update(all_of(ARCH, Operation.FULL), 0.1)
+    short = clipped(ARCH, WEIGHTS, long, 0.5)
+    length = 0.0
+    for name, tensor in short.tensors.items():
+        p = ARCH.by_name[name]
+        old = WEIGHTS[name]
+        old = p.pack(old, range(ARCH.heads)) if p.kind is Kind.SLICED else old
+        change = tensor.double() - old.double()
+        length += float(change.square().sum())
+        assert float(change.min()) > 0  # the direction is the same
+    assert length**0.5 == pytest.approx(0.5, rel=1e-4)
+    assert clipped(ARCH, WEIGHTS, long, 1e6) is long
+    Sums(ARCH, WEIGHTS, 1000).add(short)
+
+
+def test_hostile_clients_lead_the_mean_away_and_the_trimmed_mean_nowhere(quick, tmp_path):
+    def loss(**changes):
+        config = quick(
+            strategy="fedavg", clients=5, rounds=3, hostile_share=0.2,
+            run_folder=str(tmp_path / str(len(list(tmp_path.iterdir())))), **changes,
+        )  # fmt: skip
+        run_local(config)
+        return json.loads(Path(config.run_folder, "summary.json").read_text())["loss"]
+
+    mean, trimmed = loss(), loss(aggregation="trimmed-mean")
+    assert trimmed < 2.0 < mean
+
+
+def test_robust_folding_does_not_go_with_products_of_factors(quick):
+    with pytest.raises(ConfigError, match="clip-norm acts on factors"):
+        quick(tuning="lora", lora_aggregation="product", clip_norm=1.0).check_options()
+    with pytest.raises(ConfigError, match="aggregation acts on factors"):
+        quick(tuning="lora", lora_aggregation="stack", aggregation="median").check_options()
