@@ -364,7 +364,10 @@ class PartialModel:
         return found
 
     def update(self) -> dict[str, Tensor]:
-        """Everything that trained, by name and as it travels up (see ``up_spec``)."""
+        """Everything that trained, by name and as it travels up (see ``up_spec``).
+
+        These are no copies, where what trained lies as it travels.
+        """
         found = {name: tensor.detach() for name, tensor in self.whole().items()}
         for index, block in self.blocks.items():
             for role in block.store.grads:
