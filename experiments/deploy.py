@@ -16,6 +16,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from d2ft_fl import certificates
@@ -135,7 +136,7 @@ class Deployment:
                 stdin=subprocess.DEVNULL, start_new_session=True,
             )  # fmt: skip
 
-    def _until(self, name: str, ready) -> None:
+    def _until(self, name: str, ready: Callable[[], bool]) -> None:
         deadline = time.monotonic() + START_SECONDS
         while not ready():
             ended = self.processes[name].poll() is not None

@@ -4,6 +4,7 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from d2ft_fl.data import class_count, open_data
@@ -229,3 +230,20 @@ def test_cifar10():
     assert data.classes == 10
     assert data.client_batch(0, np.arange(3))[0].shape == (3, 3, 32, 32)
     assert data.test_size == 20
+
+
+def test_made_up_images_are_the_same_everywhere_and_of_any_number():
+    spec = DataSpec("made-up", "label", 8, 3, 5, "Iid", (), 0, 0, 3)
+    data, again = open_data(spec), open_data.__wrapped__(spec)
+    assert [len(part) for part in data.partitions] == [32] * 5
+    assert data.test_size == 256
+    images, labels = data.client_batch(4, np.arange(32))
+    assert images.shape == (32, 3, 8, 8)
+    assert torch.equal(images, again.client_batch(4, np.arange(32))[0])
+    assert len(labels.unique()) > 3
+
+
+def test_all_gives_everyone_everything():
+    data = open_data(DataSpec("made-up", "label", 8, 1, 3, "all", (), 20, 10, 0))
+    assert [len(part) for part in data.partitions] == [20, 20, 20]
+    assert np.array_equal(data.partitions[0], data.partitions[2])
