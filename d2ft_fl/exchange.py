@@ -35,9 +35,8 @@ class Exchange:
     @classmethod
     def create(cls) -> "Exchange":
         """A new one, in shared memory where there is some; those of ended processes are deleted."""
-        root = MEMORY if os.access(MEMORY, os.W_OK) else Path(tempfile.gettempdir())
-        _prune(root)
-        return cls(Path(tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-", dir=root)))
+        prune()
+        return cls(Path(tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-", dir=_root())))
 
     def close(self) -> None:
         """Delete it."""
@@ -124,9 +123,16 @@ def read_model(path: Path) -> "dict[str, Tensor]":
     return safetensors.torch.load_file(path)
 
 
-def _prune(root: Path) -> None:
-    for folder in root.glob(f"{PREFIX}*"):
+def _root() -> Path:
+    return MEMORY if os.access(MEMORY, os.W_OK) else Path(tempfile.gettempdir())
+
+
+def prune() -> None:
+    """Delete the folders of processes that have ended without doing so."""
+    if not Path("/proc/self").exists():  # nobody can tell which have
+        return
+    for folder in _root().glob(f"{PREFIX}*"):
         process = folder.name.removeprefix(PREFIX).partition("-")[0]
-        with suppress(OSError, ValueError):
+        with suppress(OSError):
             if folder.stat().st_uid == os.getuid() and not Path("/proc", process).exists():
                 shutil.rmtree(folder, ignore_errors=True)

@@ -22,6 +22,7 @@ import httpx
 import psutil
 import torch
 
+from d2ft_fl import exchange
 from d2ft_fl.config import RunConfig
 from d2ft_fl.errors import RunError
 from d2ft_fl.loop import Progress
@@ -136,6 +137,7 @@ def superlink() -> Iterator[tuple[dict[str, str], Path, subprocess.Popen]]:
         stop_family(home)
         process.wait()
         shutil.rmtree(home, ignore_errors=True)
+        exchange.prune()
 
 
 def _wait_healthy(process: subprocess.Popen, port: int, log: Path) -> None:
