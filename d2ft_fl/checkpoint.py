@@ -10,7 +10,6 @@ whole or not there. Nothing in it is code.
 import hashlib
 import json
 import logging
-import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, fields
@@ -26,9 +25,10 @@ from d2ft_fl.compensation import MeanBook
 from d2ft_fl.config import RunConfig
 from d2ft_fl.errors import ConfigError, ReplyError
 from d2ft_fl.federation import Report, State
+from d2ft_fl.files import put_in_place
 from d2ft_fl.scores import ScoreBook
 from d2ft_fl.server_optimizer import Moments
-from d2ft_fl.wire import decode, encode
+from d2ft_fl.wire import decode, write
 
 log = logging.getLogger(__name__)
 FOLDER = "checkpoints"
@@ -78,14 +78,10 @@ def save(folder: Path, config: RunConfig, origin: str, checkpoint: Checkpoint) -
     path = own / f"round-{checkpoint.state.round:04d}.safetensors"
     tensors, meta = _pack(checkpoint)
     meta |= {"format": FORMAT, "origin": origin, "config": config.to_mapping()}
-    blob = encode(tensors, meta | {"digest": _digest(tensors, meta)})
     part = path.with_suffix(".part")
-    with open(part, "wb", opener=_private) as file:
-        file.write(blob)
-        file.flush()
-        os.fsync(file.fileno())
-    part.replace(path)
-    _sync(own)
+    write(part, tensors, meta | {"digest": _digest(tensors, meta)})
+    part.chmod(0o600)
+    put_in_place(part, path)
     for _, old in list(_found(folder))[KEEP:]:
         old.unlink()
     return path
@@ -228,16 +224,3 @@ def _holds(
     count = len(clients) * int(np.prod(shape))
     bits = np.unpackbits(parts["holds"]["all"].numpy(), count=count).astype(bool)
     return dict(zip(clients, bits.reshape(-1, *shape), strict=True))
-
-
-def _private(path: str, flags: int) -> int:
-    return os.open(path, flags, 0o600)
-
-
-def _sync(folder: Path) -> None:
-    """Have the folder's entries survive a power cut."""
-    entry = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(entry)
-    finally:
-        os.close(entry)

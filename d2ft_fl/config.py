@@ -414,6 +414,8 @@ class RunConfig:
     def hostile(self, client: int) -> bool:
         """Whether a client is one of those that attack, for experiments."""
         count = round(self.hostile_share * self.clients)
+        if not count:
+            return False
         order = np.random.default_rng([self.seed, 4]).permutation(self.clients)
         return client in order[:count]
 

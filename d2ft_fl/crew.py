@@ -22,6 +22,9 @@ from d2ft_fl.errors import ConfigError, RunError
 from d2ft_fl.work import Fault
 
 START_SECONDS = 120.0
+# The most that a busy child is sent ahead: it fits into the connection's buffer. A parent that
+# waited for a child to read could not end one that hangs, nor read the reply that it sends.
+AHEAD_BYTES = 1 << 15
 # Have glibc keep freed memory: a client's weights fit where those of the one before were.
 KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 25), "MALLOC_TRIM_THRESHOLD_": str(1 << 30)}
 
@@ -175,11 +178,15 @@ class Crew:
         return [child for child in self._children if child.jobs]
 
     def _hand_out(self, pending: deque[Job], deadline: float) -> None:
+        for child in list(self._children):
+            if child.ready and not child.jobs and child.process.poll() is not None:
+                self._drop(child)  # it died while it had nothing to do: nobody's fault
         for child in self._children:
             if pending and child.ready and not child.jobs:
                 self._give(child, pending.popleft(), deadline)
         for child in self._busy:  # so that no child waits for its next job, but at the end
-            if len(pending) > self.size and len(child.jobs) == 1:
+            ahead = len(pending) > self.size and len(pending[0].blob) <= AHEAD_BYTES
+            if ahead and len(child.jobs) == 1:
                 self._give(child, pending.popleft(), deadline)
         starting = sum(not child.ready for child in self._children)
         while starting < len(pending) and len(self._children) < self.size:
@@ -204,11 +211,10 @@ class Crew:
                 return
             reply = child.connection.recv_bytes()
         except (EOFError, OSError):
+            how = child.how_it_ended()
             if not child.jobs:
-                how = child.how_it_ended()
                 self._drop(child)
                 raise RunError(f"a worker process ended while it started ({how})") from None
-            how = child.how_it_ended()
             yield self._left(child, pending), Fault(f"its process ended ({how})")
             return
         job, child.started = child.jobs.popleft(), time.monotonic()

@@ -1,7 +1,8 @@
 """A folder in memory that the processes of one machine share: the model down, replies up.
 
 The server writes the global model once a round, and workers map it; a worker writes each client's
-reply, and the server maps it, folds it in and deletes it. Nothing else of either travels.
+reply, and the server maps it and folds it in, and its file is used again. Nothing else of either
+travels.
 """
 
 import os

@@ -19,16 +19,22 @@ from d2ft_fl.work import Fault, Work
 from d2ft_fl.worker import worker
 
 
-class LocalPool:
+class _Everyone:
+    """A pool whose clients are always there."""
+
+    config: RunConfig
+
+    def clients(self, round: int) -> dict[int, int]:
+        """All of them."""
+        return dict.fromkeys(range(self.config.clients), 0)
+
+
+class LocalPool(_Everyone):
     """All clients in this process, one after the other; nobody can end one that hangs."""
 
     def __init__(self, config: RunConfig):
         self.config = config
         self.worker = worker(config)
-
-    def clients(self, round: int) -> dict[int, int]:
-        """Everyone, always."""
-        return dict.fromkeys(range(self.config.clients), 0)
 
     def reports(self, round: int, clients: Sequence[int]) -> tuple[list[Report], dict[int, Fault]]:
         """What clients say of themselves."""
@@ -42,15 +48,11 @@ class LocalPool:
             yield client, self.worker.work(message, work.weights if shared else None)
 
 
-class CrewPool:
+class CrewPool(_Everyone):
     """All clients in child processes of this one, several at once."""
 
     def __init__(self, config: RunConfig, crew: Crew, exchange: Exchange | None):
         self.config, self.crew, self.exchange = config, crew, exchange
-
-    def clients(self, round: int) -> dict[int, int]:
-        """Everyone, always."""
-        return dict.fromkeys(range(self.config.clients), 0)
 
     def reports(self, round: int, clients: Sequence[int]) -> tuple[list[Report], dict[int, Fault]]:
         """What clients say of themselves."""

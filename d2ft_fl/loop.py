@@ -3,7 +3,7 @@
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from functools import partial
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -108,7 +108,6 @@ class _Run:
         self.data = open_data(config.data_spec(side, channels))
         self.federation = Federation(config, timm_vit.describe(self.model))
         self.original = {n: p.detach().clone() for n, p in self.model.named_parameters()}
-        self.origin = checkpoint.digest_of(self.original)
         self.state = State(0, self.original)
         self.reports: dict[int, Report] = {}
         self.replayed: list[Report] = []
@@ -116,6 +115,11 @@ class _Run:
         self.model.to(config.torch_device())
         self.recorder = Recorder(folder, self.federation, config.model_spec())
         self.budgets_vary = config.budget_source().varies
+
+    @cached_property
+    def origin(self) -> str:
+        """From which weights the run began, for its checkpoints."""
+        return checkpoint.digest_of(self.original)
 
     def begin(self) -> None:
         """Start the record, or take up a run where it was left."""

@@ -106,10 +106,12 @@ def only_one(folder: Path) -> Iterator[None]:
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     held = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            where = str(folder)
+            raise RunError(f"another process is at work on {where!r}; stop it first") from None
         yield
-    except BlockingIOError:
-        raise RunError(f"another process is at work on {str(folder)!r}; stop it first") from None
     finally:
         os.close(held)
 
@@ -190,11 +192,11 @@ class Recorder:
             )
         for name in LINES:
             path = self.folder / name
+            if not path.exists():
+                continue
             # What was asked before a round counts for it; all else of it is of no use.
             last = rounds + 1 if name == "reports.jsonl" else rounds
             kept = [line for line in read_lines(path) if line["round"] <= last]
-            if not path.exists():
-                continue
             part = path.with_suffix(".part")
             part.write_text("".join(json.dumps(line) + "\n" for line in kept))
             part.replace(path)
@@ -238,10 +240,6 @@ class Recorder:
         if ranks is not None:
             tensors["ranks"] = torch.from_numpy(ranks)
         safetensors.torch.save_file(tensors, path)
-        if plan.round == self.federation.config.rounds:
-            from d2ft_fl.picture import draw_plan
-
-            draw_plan(plan, self.folder / "plan.png")
 
     def round(
         self,
@@ -269,6 +267,10 @@ class Recorder:
         self.rows.append(row)
         self._append("clients.jsonl", (_client_row(plan.round, record) for record in records))
         self._append("rounds.jsonl", [row])
+        if plan.round == self.federation.config.rounds:
+            from d2ft_fl.picture import draw_plan
+
+            draw_plan(plan, self.folder / "plan.png")
         return row
 
     def _row(

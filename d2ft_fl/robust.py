@@ -7,7 +7,7 @@ With the values x_1 .. x_n that n clients give one coordinate of a slice, sorted
 
 (Yin et al., ICML 2018, arXiv 1803.01498). Every client counts the same, whatever number of examples
 it says. A slice that fewer than three clients trained keeps its value: of two, nobody can say which
-is wrong. Updates wait on disk, and are read a slice at a time.
+is wrong. Updates wait on disk, and are mapped, not read, until they are folded.
 
 Norm clipping (Sun et al., arXiv 1911.07963) goes before any way of folding: a client's whole change
 is made shorter where it is longer than ``clip-norm``,
@@ -22,7 +22,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
 from torch import Tensor
 
 from d2ft_fl import wire
@@ -94,12 +93,16 @@ class RobustSums:
         """The new global weights; what too few trained is the old tensor's bits."""
         new = dict(self.weights)
         with_many = 0
+        mapped = [wire.decode(path)[0] for path in self._files]
         for (name, head), files in self._trainers.items():
             if len(files) < LEAST:
                 continue
             with_many += 1
-            p, values = self.arch.by_name[name], self._values(name, head, files)
-            middle = self._middle(values).to(self.weights[name].dtype)
+            p = self.arch.by_name[name]
+            given = [_rows(mapped[n][name], p, head, self._starts[n]) for n in files]
+            middle = self._middle(torch.stack(given).sort(dim=0).values).to(
+                self.weights[name].dtype
+            )
             if head < 0:
                 new[name] = middle
                 continue
@@ -111,23 +114,22 @@ class RobustSums:
         self._folder.cleanup()
         return new
 
-    def _values(self, name: str, head: int, files: list[int]) -> Tensor:
-        """What clients give a slice, sorted: float64 [clients, rows, ...]."""
-        p, found = self.arch.by_name[name], []
-        for number in files:
-            with safe_open(self._files[number], framework="pt") as file:
-                part = file.get_slice(name)
-                start = self._starts[number][name][head]
-                stop = start + len(p.rows[head]) if head >= 0 else None
-                found.append(part[start:stop].double())
-        return torch.stack(found).sort(dim=0).values
-
     def _middle(self, ordered: Tensor) -> Tensor:
         count = len(ordered)
         cut = (count - 1) // 2
         if self.kind == "trimmed-mean":
             cut = min(cut, max(1, math.floor(count * self.trim)))
         return ordered[cut : count - cut].mean(dim=0)
+
+
+def _rows(
+    tensor: Tensor, p: Parameter, head: int, starts: Mapping[str, Mapping[int, int]]
+) -> Tensor:
+    """What a client gives a slice, out of what it sent: float64 [rows, ...]."""
+    if head < 0:
+        return tensor.double()
+    start = starts[p.name][head]
+    return tensor[start : start + len(p.rows[head])].double()
 
 
 def clipped(
@@ -137,26 +139,22 @@ def clipped(
 
     The update must be valid.
     """
-    changes = {
-        name: tensor.double() - old for name, tensor, old in _with_old(arch, weights, update)
-    }
+    old = dict(_old(arch, weights, update))
+    changes = {name: tensor.double() - old[name] for name, tensor in update.tensors.items()}
     length = math.sqrt(sum(float(change.square().sum()) for change in changes.values()))
     if length <= norm:
         return update
     tensors = {
-        name: (old + changes[name] * (norm / length)).to(tensor.dtype)
-        for name, tensor, old in _with_old(arch, weights, update)
+        name: (old[name] + change * (norm / length)).to(update.tensors[name].dtype)
+        for name, change in changes.items()
     }
     return replace(update, tensors=tensors)
 
 
-def _with_old(
+def _old(
     arch: Architecture, weights: Mapping[str, Tensor], update: Update
-) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Name, new value and old value (float64) of all that an update holds."""
-    for name, tensor in update.tensors.items():
-        p: Parameter = arch.by_name[name]
-        old = weights[name]
-        if p.kind is Kind.SLICED:
-            old = p.pack(old, update.weights(p))
-        yield name, tensor, old.double()
+) -> Iterator[tuple[str, Tensor]]:
+    """What an update holds as it was before, packed alike: float64."""
+    for name in update.tensors:
+        p, old = arch.by_name[name], weights[name]
+        yield name, (p.pack(old, update.weights(p)) if p.kind is Kind.SLICED else old).double()

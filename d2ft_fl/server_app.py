@@ -25,7 +25,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from d2ft_fl import display, loop
 from d2ft_fl.budgets import Budget
-from d2ft_fl.client_app import pack_blob, unpack_blob
+from d2ft_fl.client_app import pack_blob, simulated, unpack_blob
 from d2ft_fl.config import RunConfig
 from d2ft_fl.errors import ConfigError, D2FTError, RunError
 from d2ft_fl.exchange import Exchange
@@ -41,6 +41,9 @@ NODES_POLL_SECONDS = 0.2  # over a network
 NODES_TIMEOUT = 120.0
 GRACE_SECONDS = 5.0  # for what nodes end at the deadline to be heard of
 WORKER_LOST = ("RayActorError", "ActorDiedError", "ActorUnavailableError", "WorkerCrashedError")
+
+MALFORMED = (KeyError, TypeError, ValueError, AttributeError, OverflowError, RecursionError)
+MOST_EXAMPLES = 10**9  # of a client
 
 Reply = bytes | Path | Fault
 
@@ -99,15 +102,20 @@ class FlowerPool:
         fresh = there - self.nodes.keys() - self.refused.keys()
         answers, _ = self._query({node: {"clients": None} for node in fresh})
         for node, answer in answers.items():
-            if "error" in answer:
-                self.refused[node] = answer["error"]
-                log.warning("SuperNode %s is left out: %s", node, answer["error"])
+            try:
+                if "error" in answer:
+                    raise ConfigError(str(answer["error"]))
+                served = range(int(answer["node"]), self.config.clients, int(answer["nodes"]))
+                if served.step < 1 or served.start < 0:
+                    raise ValueError(f"node {answer['node']} of {answer['nodes']}")
+            except (ConfigError, *MALFORMED) as error:
+                self.refused[node] = str(error)
+                log.warning("SuperNode %s is left out: %s", node, error)
                 continue
-            self.nodes[node] = range(answer["node"], self.config.clients, answer["nodes"])
+            self.nodes[node] = served
             self.joined[node] = max(self.joined.values(), default=0) + 1
-        cpus = [a["cpus"] for a in answers.values() if a.get("cpus") is not None]
-        if cpus:
-            self._share(cpus[0])
+            if simulated() and answer["cpus"] is not None:
+                self._share(answer["cpus"])
 
     def _share(self, cpus: float) -> None:
         """Find out how many workers a simulation has, and share memory with them if that is asked.
@@ -144,11 +152,18 @@ class FlowerPool:
         silent = dict.fromkeys(questions, "its SuperNode does not answer")
         for reply in self.grid.send_and_receive(messages, timeout=self.config.round_timeout):
             node = reply.metadata.src_node_id
+            if node not in silent:  # that a node is gone, Flower says in its own name
+                continue
             if reply.has_error():
                 silent[node] = self._reason(reply)
                 continue
+            try:
+                answer = json.loads(str(reply.content.config_records["answer"]["json"]))
+                answers[node] = dict(answer)
+            except MALFORMED as error:
+                silent[node] = f"its SuperNode's answer is malformed: {error}"
+                continue
             del silent[node]
-            answers[node] = json.loads(str(reply.content.config_records["answer"]["json"]))
         return answers, silent
 
     def _reason(self, reply: Message) -> str:
@@ -181,10 +196,11 @@ class FlowerPool:
                     raise ConfigError(answer["error"])
                 silent |= {c: Fault(answer["error"]) for c in groups[node]}
                 continue
-            for client, examples, budget in answer["reports"]:
-                if client in groups[node]:
-                    read = Budget.from_mapping(budget, f"client {client}")
-                    found.append(Report(client, examples, read))
+            try:
+                found += _reports(answer, groups[node])
+            except (ConfigError, *MALFORMED) as error:
+                reason = f"its SuperNode's report is malformed: {error}"
+                silent |= {c: Fault(reason) for c in groups[node]}
         return found, silent
 
     def _split(self, clients: Sequence[int]) -> list[Sequence[int]]:
@@ -224,9 +240,10 @@ class FlowerPool:
             if self.shelf:
                 self.shelf.publish(work.round, model)
         parts = work.shares(max(1, min(self.workers, len(self.nodes))))
+        place = {client: place for place, client in enumerate(work.longest_first)}
         waiting = {}
         for node, own in self._groups(list(work.costs), parts).items():
-            order = sorted(own, key=work.longest_first.index)
+            order = sorted(own, key=place.__getitem__)
             message = self._message(work, node, order, model)
             if pushed := list(self.grid.push_messages([message])):
                 waiting[pushed[0]] = order
@@ -264,19 +281,43 @@ class FlowerPool:
                 reason = self._reason(reply)
                 yield from ((client, Fault(reason)) for client in own)
                 continue
-            yield from _results(reply)
+            yield from _results(reply, own)
 
 
-def _results(reply: Message) -> Iterator[tuple[int, Reply]]:
-    """What a node's clients answered, and what it says of those who did not."""
-    content = reply.content
-    for client, array in content.array_records.get("results", ArrayRecord()).items():
-        if client.isdecimal():
-            yield int(client), unpack_blob(array)
-    said = content.config_records.get("faults", ConfigRecord())
-    for client, reason in json.loads(str(said.get("json", "{}"))).items():
-        if client.isdecimal():
-            yield int(client), Fault(str(reason))
+def _reports(answer: Mapping[str, Any], own: Sequence[int]) -> list[Report]:
+    """What a node says of its clients, once it can be true."""
+    found = []
+    for client, examples, budget in answer["reports"]:
+        if type(examples) is not int or not 0 < examples <= MOST_EXAMPLES:
+            raise ValueError(f"client {client} has {examples!r} examples")
+        if client in own:
+            found.append(Report(client, examples, Budget.from_mapping(budget, f"client {client}")))
+    return found
+
+
+def _results(reply: Message, own: Sequence[int]) -> Iterator[tuple[int, Reply]]:
+    """What a node's own clients answered, and what it says of those who did not.
+
+    What it says of others nobody heeds.
+    """
+    try:
+        records = reply.content
+        results = records.array_records.get("results", ArrayRecord())
+        said = records.config_records.get("faults", ConfigRecord())
+        faults = dict(json.loads(str(said.get("json", "{}"))))
+        if others := (results.keys() | faults.keys()) - {str(client) for client in own}:
+            log.warning("a SuperNode answers for %s, which is not its own", sorted(others)[0])
+    except MALFORMED as error:
+        yield from ((c, Fault(f"its SuperNode's answer is malformed: {error}")) for c in own)
+        return
+    for client in own:
+        if (array := results.get(str(client))) is not None:
+            try:
+                yield client, unpack_blob(array)
+            except MALFORMED as error:
+                yield client, Fault(f"its answer cannot be read: {error}")
+        if (reason := faults.get(str(client))) is not None:
+            yield client, Fault(str(reason))
 
 
 @app.main()

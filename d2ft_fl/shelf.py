@@ -1,4 +1,7 @@
-"""The model on other machines of a Ray cluster: through Ray's object store, once a machine.
+"""The model on other machines of a Ray cluster: through Ray's object store.
+
+It travels to a machine once a round; each of Flower's processes there then writes it for its
+workers.
 
 A message could only name an object of the store by a pickle. So the server keeps its reference in a
 named actor, whom workers ask.

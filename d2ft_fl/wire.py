@@ -26,6 +26,7 @@ _TYPES = {
     torch.float32: "F32",
     torch.bfloat16: "BF16",
     torch.float16: "F16",
+    torch.uint8: "U8",
 }
 _ORDER = tuple(_TYPES)
 

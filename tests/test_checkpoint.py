@@ -143,7 +143,7 @@ MOMENTS = {
     "while it plans": (Recorder, "plan"),
     "while it folds": (loop, "evaluate"),
     "before a checkpoint": (checkpoint, "save"),
-    "while a checkpoint is written": (checkpoint, "_sync"),
+    "while a checkpoint is written": (checkpoint, "put_in_place"),
 }
 
 

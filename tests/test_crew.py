@@ -72,6 +72,13 @@ def test_who_raises_hangs_or_dies_is_left_out_and_the_rest_go_on(faulty, monkeyp
     assert set(psutil.Process().children(recursive=True)) == before
 
 
+def test_messages_larger_than_a_connection_holds_do_not_lock(quick):
+    """Models and replies of 2.7 MB, and more clients than can be sent ahead."""
+    config = quick(transport="message", clients=8, rounds=1, strategy="fedavg", round_timeout=60.0)
+    summary = run_local(config, workers=2)
+    assert (summary["faults"], summary["client_rounds"]) == (0, 8)
+
+
 @pytest.mark.slow
 def test_a_round_ends_at_its_deadline(faulty, monkeypatch):
     monkeypatch.setenv("D2FT_TEST_1_1", "hang")

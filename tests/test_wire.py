@@ -36,6 +36,9 @@ def test_anything_else_is_refused(blob):
         decode(blob)
 
 
+TYPES = [torch.float32, torch.float64, torch.int64, torch.bfloat16, torch.uint8]
+
+
 def shapes_of(tensors):
     return [(name, tuple(t.shape), t.dtype) for name, t in tensors.items()]
 
@@ -45,7 +48,9 @@ def shapes_of(tensors):
         st.text("abXY.0_", min_size=1, max_size=8),
         st.tuples(
             st.lists(st.integers(0, 12), max_size=3),
-            st.sampled_from([torch.float32, torch.float64, torch.int64, torch.bfloat16]),
+            st.sampled_from(
+                [torch.float32, torch.float64, torch.int64, torch.bfloat16, torch.uint8]
+            ),
         ),
         max_size=12,
     ),

@@ -16,7 +16,6 @@ outlives its sweep can spoil nothing, and no worker needs to see this folder.
 
 import fcntl
 import json
-import os
 import shutil
 import tempfile
 import time
@@ -27,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from d2ft_fl.errors import ConfigError
+from d2ft_fl.files import put_in_place, sync
 from d2ft_fl.recorder import dump_toml
 from d2ft_fl.sweep.remote import Changes, Outcome
 from d2ft_fl.sweep.trials import Trial
@@ -155,7 +155,7 @@ class SweepFolder:
         if outcome.traceback:
             folder.joinpath("error.txt").write_text(outcome.traceback)
         for path in (folder.parent, *folder.rglob("*")):
-            _sync(path)
+            sync(path)
         state = {"status": outcome.status, "reason": outcome.reason}
         _write_json(folder / "status.json", state)
 
@@ -177,14 +177,4 @@ def _write_json(path: Path, value: Any) -> None:
     """Write a file so that it is the old one or the new one whenever the machine stops."""
     part = path.with_name(path.name + ".part")
     part.write_text(json.dumps(value, indent=1) + "\n")
-    _sync(part)
-    part.replace(path)
-    _sync(path.parent)
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    put_in_place(part, path)

@@ -10,6 +10,7 @@ from fake_trials import events
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from d2ft_fl import files
 from d2ft_fl.sweep import folder as folder_module
 from d2ft_fl.sweep.folder import State, SweepFolder
 from d2ft_fl.sweep.ledger import Ledger, Nobody
@@ -70,7 +71,8 @@ def test_no_trial_is_lost_and_none_that_ended_runs_again(cuts, at_once, tmp_path
             return called
 
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(folder_module, "_sync", lambda path: None)
+            for module in (folder_module, files):
+            patch.setattr(module, "sync", lambda path: None)
             patch.setattr(folder_module, "_write_json", counted(write_json))
             patch.setattr(SweepFolder, "write", counted(write))
             ledger = Ledger(folder, trials)

@@ -1,0 +1,20 @@
+"""Files that are the old one or the new one, whenever the machine stops."""
+
+import os
+from pathlib import Path
+
+
+def sync(path: Path) -> None:
+    """Have a file, or a folder's entries, survive a power cut."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def put_in_place(part: Path, path: Path) -> None:
+    """Have a file that is written take another's place, once it is on the disk."""
+    sync(part)
+    part.replace(path)
+    sync(path.parent)
