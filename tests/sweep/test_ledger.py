@@ -72,7 +72,7 @@ def test_no_trial_is_lost_and_none_that_ended_runs_again(cuts, at_once, tmp_path
 
         with pytest.MonkeyPatch.context() as patch:
             for module in (folder_module, files):
-            patch.setattr(module, "sync", lambda path: None)
+                patch.setattr(module, "sync", lambda path: None)
             patch.setattr(folder_module, "_write_json", counted(write_json))
             patch.setattr(SweepFolder, "write", counted(write))
             ledger = Ledger(folder, trials)
