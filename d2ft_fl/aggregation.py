@@ -8,6 +8,8 @@ and theta_s keeps its bits when C_s is empty. With everyone FULL this is FedAvg 
 2017). Sums are 64-bit fixed point, so that they do not depend on the order of replies.
 """
 
+import hashlib
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -19,7 +21,7 @@ import torch
 from torch import Tensor
 
 from d2ft_fl.errors import ReplyError
-from d2ft_fl.kernel.sums import accumulate, outside
+from d2ft_fl.kernel.sums import accumulate, outside, squares
 from d2ft_fl.subnets import Architecture, Kind, Parameter, Schedule, up_spec
 
 FRACTION_BITS = 36  # a sum resolves 1.5e-11 and holds up to 1.3e8
@@ -101,13 +103,13 @@ class _Running:
     Attributes:
         old: Its value before the round. total: Change times examples, in fixed point: int64.
         starts: Head -> its first row; one more entry for the end.
-        counts: Head (-1 of a whole one) -> examples.
+        counts: Head (-1 of a whole one) -> examples, or what else is divided by.
     """
 
     old: np.ndarray
     total: np.ndarray
     starts: tuple[int, ...]
-    counts: dict[int, int] = field(default_factory=dict)
+    counts: dict[int, float] = field(default_factory=dict)
 
     @classmethod
     def of(cls, p: Parameter, weight: Tensor) -> "_Running":
@@ -117,7 +119,7 @@ class _Running:
         starts = (0, *accumulate_sizes(len(rows) for rows in p.rows))
         return cls(old, np.zeros(old.shape, dtype=np.int64), starts)
 
-    def stretches(self, counts: Mapping[int, int]) -> Iterator[tuple[int, slice, slice]]:
+    def stretches(self, counts: Mapping[int, float]) -> Iterator[tuple[float, slice, slice]]:
         """Examples, rows here, and rows of a tensor that holds only these heads, ascending.
 
         Neighbours that count alike come together.
@@ -179,12 +181,21 @@ class Sums:
             terms.append(term)
         return terms
 
-    def include(self, terms: "list[Term]") -> None:
-        """Add what :meth:`terms` returned."""
+    def length(self, terms: "list[Term]") -> float:
+        """How long a whole change is (L2)."""
+        total = 0.0
+        for term in terms:
+            own, new = self._running(term.parameter), term.tensor.numpy()
+            for _, here, there in own.stretches(term.counts):
+                total += squares(own.old[here].ravel(), new[there].ravel())
+        return math.sqrt(total)
+
+    def include(self, terms: "list[Term]", factor: float = 1.0) -> None:
+        """Add what :meth:`terms` returned, each change times ``factor``."""
         for term in terms:
             own, new = self._running(term.parameter), term.tensor.numpy()
             for count, here, there in own.stretches(term.counts):
-                scale = count * 2.0**FRACTION_BITS
+                scale = factor * count * 2.0**FRACTION_BITS
                 total, old = own.total[here].ravel(), own.old[here].ravel()
                 accumulate(total, old, new[there].ravel(), scale)
             for head, count in term.counts.items():
@@ -210,6 +221,25 @@ class Sums:
             for name, heads in counted.items()
             if heads
         }
+
+    def digest(self) -> str:
+        """A name for what was added."""
+        total = hashlib.blake2b(digest_size=16)
+        for name in sorted(self._sums):
+            total.update(name.encode())
+            total.update(self._sums[name].total.data)
+        return total.hexdigest()
+
+    def divide_by(self, p: Parameter, counts: Mapping[int, float]) -> list[np.ndarray]:
+        """Have :meth:`apply` divide by these counts, and not by the examples that were added.
+
+        Returns:
+            The sums that they concern, int64 with :data:`FRACTION_BITS`, to be changed in place.
+        """
+        own = self._running(p)
+        own.counts.clear()
+        own.counts.update(counts)
+        return [own.total[here] for _, here, _ in own.stretches(own.counts)]
 
     def apply(self) -> dict[str, Tensor]:
         """The new global weights; what nobody trained is the old tensor's bits."""

@@ -29,6 +29,7 @@ from d2ft_fl.meter import DEVICES, usable_device
 from d2ft_fl.methods import load_strategy, method_of
 from d2ft_fl.planner import COUPLINGS, PLANNERS
 from d2ft_fl.plugins import load_module
+from d2ft_fl.privacy import Privacy
 from d2ft_fl.server_optimizer import ADAPTIVE, SERVER_OPTIMIZERS, ServerOptimizer
 from d2ft_fl.specs import EMBEDDED, HUB, DataSpec, ModelSpec
 from d2ft_fl.subnets import Architecture
@@ -103,6 +104,10 @@ class RunConfig:
     aggregation: str = "mean"
     trim_share: float = 0.2
     clip_norm: float = 0.0
+    noise_multiplier: float = 0.0
+    epsilon: float = 0.0
+    delta: float = 1e-5
+    noise_seed: int = -1
     hostile_share: float = 0.0
     hostile_scale: float = -10.0
     server_optimizer: str = "mean"
@@ -305,6 +310,8 @@ class RunConfig:
             "proximal",
             "client-timeout",
             "clip-norm",
+            "noise-multiplier",
+            "epsilon",
             "server-lr",
             "forward-weight",
             "frozen-weight",
@@ -333,6 +340,7 @@ class RunConfig:
         self._check_tuning()
         self._check_server()
         self._check_robust()
+        self.privacy()
         self.budget_source()
         self.load_trackers()
         return self
@@ -402,6 +410,7 @@ class RunConfig:
             raise ConfigError(f"hostile-share = {self.hostile_share} must lie between 0 and 1")
         if not abs(self.hostile_scale) < float("inf"):
             raise ConfigError(f"hostile-scale = {self.hostile_scale} must be a finite number")
+        self._at_least("noise-seed", -1)
         asked = "clip-norm" if self.clip_norm else "aggregation"
         if (self.clip_norm or self.aggregation != "mean") and (
             self.tuning == "lora" and self.lora_aggregation in MIXED
@@ -522,6 +531,10 @@ class RunConfig:
         """What LoRA tunes, and how."""
         targets = tuple(t.strip() for t in self.lora_targets.split(",") if t.strip())
         return Lora(self.lora_rank, self.lora_alpha, targets, self.lora_rslora, self.lora_dropout)
+
+    def privacy(self) -> Privacy | None:
+        """What clients are promised of their data; None for nothing."""
+        return Privacy.of(self)
 
     def budget_source(self) -> BudgetSource:
         """Where clients get their budgets."""

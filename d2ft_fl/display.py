@@ -126,6 +126,13 @@ def summary(result: dict[str, Any]) -> None:
             f"folding factors in was off by {result['aggregation_error']:.2g} of the exact change, "
             "mean over rounds"
         )
+    if private := result["privacy"]:
+        say(
+            f"differential privacy: epsilon {private['epsilon']:.3g} at delta "
+            f"{private['delta']:.1g}, noise {private['noise_multiplier']:.3g} times clip-norm "
+            f"{private['clip_norm']:g}"
+            + ("" if private["secret"] else "; noise-seed tells the noise: keep it to yourself")
+        )
     broken = f"{result['violations']} budget violations"
     if not result["keeps_budgets"]:
         kept = ", ".join(result["keeps"]) or "none"

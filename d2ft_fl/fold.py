@@ -1,10 +1,11 @@
 """The other half of a round: replies in, the next state and what became of every client out."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from d2ft_fl import wire
@@ -15,6 +16,7 @@ from d2ft_fl.errors import ReplyError
 from d2ft_fl.factors import FactorSums
 from d2ft_fl.federation import Federation, State
 from d2ft_fl.holdings import digests
+from d2ft_fl.noisy import NoisySums, PrivateRound
 from d2ft_fl.planner import Assignment
 from d2ft_fl.plans import Plan, held_after, last_trained
 from d2ft_fl.robust import ROBUST, RobustSums, clipped
@@ -56,8 +58,15 @@ class ClientRecord:
 class Fold:
     """Folds the replies of one round in, one at a time, in any order."""
 
-    def __init__(self, federation: Federation, state: State, plan: Plan):
+    def __init__(
+        self,
+        federation: Federation,
+        state: State,
+        plan: Plan,
+        private: PrivateRound | None = None,
+    ):
         self.federation, self.state, self.plan = federation, state, plan
+        self.private = private
         examples = sum(sum(federation.costs.slot_totals(a.examples or 0)) for a in plan.assignments)
         self.sums = self._make_sums(examples)
         self.mean_sums = MeanSums(federation.arch, examples)
@@ -67,8 +76,10 @@ class Fold:
         self.records: dict[int, ClientRecord] = {}
         self.strays: list[str] = []  # faults of those who are not waited for
 
-    def _make_sums(self, examples: int) -> Sums | FactorSums | RobustSums:
+    def _make_sums(self, examples: int) -> Sums | FactorSums | RobustSums | NoisySums:
         config, arch, weights = self.federation.config, self.federation.arch, self.state.weights
+        if self.private:
+            return NoisySums(arch, weights, examples, self.private)
         if config.aggregation in ROBUST:
             return RobustSums(arch, weights, examples, config.aggregation, config.trim_share)
         if arch.rank:
@@ -139,7 +150,7 @@ class Fold:
             means = {n: tensors.pop(n) for n in list(tensors) if n.startswith("d2ft.mean.")}
             self.mean_sums.check(schedule, means)
         update = Update(schedule, slot_examples, tensors)
-        if norm := self.federation.config.clip_norm:
+        if (norm := self.federation.config.clip_norm) and not self.private:  # which clips itself
             validate(self.federation.arch, self.state.weights, update)
             update = clipped(self.federation.arch, self.state.weights, update, norm)
         self.sums.add(update)
@@ -159,6 +170,8 @@ class Fold:
         arch = self.federation.arch
         if scores is None:
             raise ReplyError(f"the {kind} scores are missing")
+        if scores.dtype != torch.float32:
+            raise ReplyError(f"the {kind} scores are {scores.dtype}, not {torch.float32}")
         values = scores.double().numpy()
         if values.shape != (arch.blocks, arch.heads) or not np.isfinite(values).all():
             raise ReplyError(f"the {kind} scores are not a finite [blocks, heads]")
@@ -192,7 +205,7 @@ class Fold:
             weights,
             self.state.scores.updated(self.measured, self.federation.config.score_momentum),
             self.mean_sums.apply(self.state.means),
-            last_trained(self.state, self.plan, answered),
+            self._last_trained(answered),
             holds,
             names,
             {**self.state.figures, **self._figures()},
@@ -208,7 +221,15 @@ class Fold:
         arch, old = self.federation.arch, self.state.weights
         return optimizer.step(arch, old, mean, self.sums.trained, self.state.moments)
 
+    def _last_trained(self, answered: Container[int]) -> np.ndarray:
+        if self.private:  # as far as anybody may know
+            planned = self.private.trainers.heads > 0
+            return np.where(planned, self.plan.round, self.state.last_trained)
+        return last_trained(self.state, self.plan, answered)
+
     def _figures(self) -> dict[str, float | None]:
+        if self.private:
+            return {"epsilon": self.private.privacy.epsilon(self.plan.round)}
         if isinstance(self.sums, RobustSums):
             return {"too_few_trainers": self.sums.left}
         return {"aggregation_error": self.sums.error} if isinstance(self.sums, FactorSums) else {}

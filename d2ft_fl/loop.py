@@ -3,6 +3,7 @@
 import logging
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from d2ft_fl import checkpoint, timm_vit
+from d2ft_fl import checkpoint, privacy, timm_vit
 from d2ft_fl.config import RunConfig
 from d2ft_fl.data import FederatedData, open_data
 from d2ft_fl.errors import RunError
@@ -20,6 +21,8 @@ from d2ft_fl.federation import Federation, Report, State
 from d2ft_fl.fold import Fold
 from d2ft_fl.meter import set_threads
 from d2ft_fl.models import build_model
+from d2ft_fl.noise import noise_key
+from d2ft_fl.noisy import PrivateRound, Trainers
 from d2ft_fl.plans import Plan
 from d2ft_fl.recorder import Recorder, claim_folder, only_one, write_summary
 from d2ft_fl.rounds import Assignment, Participant, plan_round
@@ -115,11 +118,17 @@ class _Run:
         self.model.to(config.torch_device())
         self.recorder = Recorder(folder, self.federation, config.model_spec())
         self.budgets_vary = config.budget_source().varies
+        self.privacy = config.privacy()
 
     @cached_property
     def origin(self) -> str:
         """From which weights the run began, for its checkpoints."""
         return checkpoint.digest_of(self.original)
+
+    @cached_property
+    def key(self) -> bytes:
+        """Of private rounds' noise and draws."""
+        return noise_key(self.config, self.recorder.folder)
 
     def begin(self) -> None:
         """Start the record, or take up a run where it was left."""
@@ -174,24 +183,28 @@ class _Run:
         config = self.config
         stage = self.federation.at(number)
         state = stage.prepared(self.state, self.original)
+        if self.privacy:  # what clients hold tells who was drawn
+            state = replace(state, holds={})
         with clock.of("ask"):
             reports, silent = self._ask(number)
         if not reports:
             raise RunError(f"no client answered in round {number}{_said(silent)}")
         with clock.of("plan"):
             plan = plan_round(stage, state, reports)
+            nobody = not plan.working
+            plan, private = self._drawn(plan) if self.privacy else (plan, None)
             self.recorder.plan(plan)
         assignments = {
             a.client: (c, a)
             for c, a in zip(plan.clients, plan.assignments, strict=True)
             if not a.schedule.sits_out
         }
-        if not assignments and number == 1:  # later, budgets may come back
+        if nobody and number == 1:  # later, budgets may come back
             raise RunError(
                 f"every client sits out round {number}: no budget affords one subnet; raise the "
                 f"budgets ({config.budgets!r}) or take a smaller model or batch-size"
             )
-        fold = Fold(stage, state, plan)
+        fold = Fold(stage, state, plan, private)
         for client, fault in silent.items():
             fold.stray(client, fault.reason)
         work = Work(
@@ -209,10 +222,18 @@ class _Run:
                     fold.add(client, reply)
         return stage, plan, fold
 
+    def _drawn(self, plan: Plan) -> tuple[Plan, PrivateRound]:
+        """Of a plan for all clients, that of those who take part, and what of it may be known."""
+        assert self.privacy is not None
+        trainers = Trainers.of(plan.assignments, self.privacy.rate)
+        chosen = privacy.drawn(self.privacy, self.key, plan.round, [c.client for c in plan.clients])
+        return plan.only(chosen), PrivateRound(self.privacy, self.key, plan.round, trainers)
+
     def _ask(self, number: int) -> tuple[list[Report], Mapping[int, Fault]]:
         """Reports of the clients that take part in a round, and who does not answer."""
         there = self.pool.clients(number)
-        chosen = drawn(self.config, number, there)
+        # Plans of private rounds are for all, so that none tells who else was drawn.
+        chosen = sorted(there) if self.privacy else drawn(self.config, number, there)
         known = {} if self.budgets_vary else self.reports
         if self.there:  # else they are as the checkpoint has them
             known = {c: r for c, r in known.items() if there.get(c) == self.there.get(c)}

@@ -1,15 +1,16 @@
 """One round's plan: all clients' assignments, and what it leaves behind."""
 
-from collections.abc import Container
-from dataclasses import dataclass
+from collections.abc import Collection, Container
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
 
+from d2ft_fl.costs import Cost
 from d2ft_fl.federation import State
 from d2ft_fl.holdings import has_fixed
 from d2ft_fl.planner import Assignment, Participant
-from d2ft_fl.subnets import Architecture
+from d2ft_fl.subnets import Architecture, Operation, Schedule
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,16 @@ class Plan:
     def working(self) -> list[Assignment]:
         """Assignments of those who do not sit out."""
         return [a for a in self.assignments if not a.schedule.sits_out]
+
+    def only(self, clients: Collection[int]) -> "Plan":
+        """The same of some of the clients; of none it is one that does nothing."""
+        pairs = list(zip(self.clients, self.assignments, strict=True))
+        kept = [(c, a) for c, a in pairs if c.client in clients]
+        if not kept:
+            c, a = pairs[0]
+            still = Schedule.filled(Operation.SHORTCUT, *a.schedule.operations.shape)
+            kept = [(c, Assignment(c.client, still, Cost(0, 0, 0, 0), examples=a.examples))]
+        return replace(self, clients=[c for c, _ in kept], assignments=[a for _, a in kept])
 
     @cached_property
     def trained(self) -> np.ndarray:

@@ -435,12 +435,30 @@ def summarise(
         **totals(rows),
         "wall_seconds": wall_seconds,
         "verified": federation.config.verify_costs,
+        "privacy": _privacy(federation.config, rows),
         "folder": str(folder),
+    }
+
+
+def _privacy(config: RunConfig, rows: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """What clients were promised of their data; None for nothing."""
+    own = config.privacy()
+    if own is None:
+        return None
+    return {
+        "epsilon": rows[-1]["epsilon"],
+        "delta": own.delta,
+        "noise_multiplier": own.noise,
+        "clip_norm": own.clip,
+        "sampling_rate": own.rate,
+        "secret": config.noise_seed < 0,
     }
 
 
 def totals(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Totals over rounds, beside what full fine-tuning of the same clients would have cost.
+
+    Accuracy and loss are those of the last round that was evaluated, None where none was.
 
     Args:
         rows: The lines of ``rounds.jsonl``, one at least.
@@ -459,11 +477,14 @@ def totals(rows: list[dict[str, Any]]) -> dict[str, Any]:
             "share": spent / whole,
             "worst": max(worst, default=None),
         }
+    accuracies, losses = (
+        [row[key] for row in rows if row[key] is not None] for key in ("accuracy", "loss")
+    )
     return {
         "rounds": len(rows),
-        "accuracy": rows[-1]["accuracy"],
-        "best_accuracy": max(row["accuracy"] for row in rows if row["accuracy"] is not None),
-        "loss": rows[-1]["loss"],
+        "accuracy": accuracies[-1] if accuracies else None,
+        "best_accuracy": max(accuracies, default=None),
+        "loss": losses[-1] if losses else None,
         "resources": resources,
         "round_seconds": sum(row["round_seconds"] for row in rows),
         "coverage": rows[-1]["covered_so_far"],

@@ -100,6 +100,7 @@ def set_nan(tensors, meta):
         (lambda t, m: t.pop(FISHER), "fisher scores are missing"),
         (lambda t, m: t.update({FISHER: torch.full((6, 6), torch.inf)}), "not a finite"),
         (lambda t, m: t.update({FISHER: torch.ones(6, 5)}), "not a finite"),
+        (lambda t, m: t.update({FISHER: torch.ones(6, 6).double()}), "not torch.float32"),
         (lambda t, m: t.update({FISHER: -torch.ones(6, 6)}), "fisher scores are negative"),
         (lambda t, m: t.update({TENSOR + "taylor": torch.ones(6, 6)}), "was not assigned"),
     ],
@@ -143,8 +144,10 @@ def _change(draw, tensors, how):
 
 
 def _poke(draw, tensors, values):
-    flat = tensors[pick(draw, list(tensors))].view(-1)
-    flat[int(draw.integers(len(flat)))] = pick(draw, values)
+    name = pick(draw, list(tensors))
+    flat = tensors[name].view(-1)
+    value = pick(draw, values)  # scores may be large
+    flat[int(draw.integers(len(flat)))] = np.nan if name.startswith(TENSOR) else value
 
 
 def malformed(draw, blob):

@@ -1,4 +1,4 @@
-"""The two loops of folding updates in, in one pass over memory each."""
+"""The loops of folding updates in, in one pass over memory each."""
 
 import numpy as np
 
@@ -13,6 +13,16 @@ def outside(old: np.ndarray, new: np.ndarray, most: float) -> int:
         if not abs(np.float64(new[i]) - np.float64(old[i])) <= most:
             count += 1
     return count
+
+
+@entry
+def squares(old: np.ndarray, new: np.ndarray) -> float:
+    """The sum of the squares of all changes."""
+    total = 0.0
+    for i in range(old.size):
+        change = np.float64(new[i]) - np.float64(old[i])
+        total += change * change
+    return total
 
 
 @entry

@@ -189,7 +189,9 @@ def _trained_by(plan: PlanFile, rows: list[Row]) -> np.ndarray:
     """Share of a row's clients that train each subnet: float64 [rows, blocks * heads]."""
     at = {client: index for index, client in enumerate(plan.clients.tolist())}
     trained = plan.trained.reshape(len(plan.clients), -1)
-    return np.stack([trained[[at[c] for c in row.clients if c in at]].mean(axis=0) for row in rows])
+    nothing = np.full(trained.shape[1], np.nan)
+    own = [[at[c] for c in row.clients if c in at] for row in rows]
+    return np.stack([trained[places].mean(axis=0) if places else nothing for places in own])
 
 
 def _map(rows: list[Row], options: list[Option], axis: str) -> go.Figure:

@@ -1,5 +1,7 @@
 """A run's page."""
 
+import math
+
 from d2ft_fl.config import RunConfig
 from d2ft_fl.costs import RESOURCES
 from d2ft_fl.preview_tables import seconds
@@ -68,11 +70,14 @@ def _rounds(run: RunFolder) -> str:
 
 def _headline(run: RunFolder) -> str:
     t = run.totals
-    best = run.rounds.loc[run.rounds["accuracy"].idxmax(), "round"]
-    figures = [
-        ("accuracy", f"{t['accuracy']:.1%}", f"after round {run.rounds['round'].iloc[-1]}"),
-        ("best accuracy", f"{t['best_accuracy']:.1%}", f"after round {best}"),
-    ]
+    known = run.rounds[run.rounds["accuracy"].notna()]
+    figures = [("accuracy", "-", "not evaluated yet")]
+    if len(known):
+        best = known.loc[known["accuracy"].idxmax(), "round"]
+        figures = [
+            ("accuracy", f"{t['accuracy']:.1%}", f"after round {known['round'].iloc[-1]}"),
+            ("best accuracy", f"{t['best_accuracy']:.1%}", f"after round {best}"),
+        ]
     for name in RESOURCES:
         share = t["resources"][name]["share"]
         figures.append((NAMES[name], f"{share:.0%}", "of training everything"))
@@ -86,6 +91,9 @@ def _headline(run: RunFolder) -> str:
     ]
     if t["aggregation_error"] is not None:
         figures.append(("aggregation error", f"{t['aggregation_error']:.2g}", "mean over rounds"))
+    epsilon = run.rounds["epsilon"].iloc[-1]
+    if not math.isnan(epsilon):
+        figures.append(("epsilon", f"{epsilon:.3g}", f"delta {run.config['delta']:.1g}, to here"))
     return cards(figures)
 
 

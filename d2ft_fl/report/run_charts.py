@@ -38,8 +38,8 @@ MEANINGS = {
 def progress(run: RunFolder) -> Chart:
     """Accuracy, losses and what folding was off by, over rounds or over what was spent."""
     frame = run.rounds
-    has_error = bool(frame["aggregation_error"].notna().any())
-    columns = ["accuracy", "loss", "train_loss", *["aggregation_error"] * has_error]
+    further = [n for n in ("aggregation_error", "epsilon") if frame[n].notna().any()]
+    columns = ["accuracy", "loss", "train_loss", *further]
     figure = blank(340, xaxis_title_text="round")
     for name in columns:
         percent, client = name == "accuracy", int(name == "train_loss")
@@ -71,17 +71,25 @@ def progress(run: RunFolder) -> Chart:
             note="How far folding factors in was from the exact mean of what clients made of the "
             "weights, relative to that change.",
         ),
+        shows(
+            "epsilon", "epsilon", form="",
+            note="Differential privacy: what all rounds up to here promise every client together.",
+        ),
     ]  # fmt: skip
     figure.update_layout(quantities[0].layout)
     over = x_choice(lambda column: [frame[column].to_numpy(dtype=float)] * len(columns))
     figure.update_layout(over.options[0].layout)
-    last = frame.iloc[-1]
+    offered = [q for q in quantities if any(q.data["visible"])]
+    known = frame[frame["accuracy"].notna()]
+    so_far = ""
+    if len(known):
+        last = known.iloc[-1]
+        so_far = f" After round {last['round']} accuracy is {last['accuracy']:.1%}."
     return Chart(
         "progress",
-        f"Line chart of accuracy and loss. After round {last['round']} accuracy is "
-        f"{last['accuracy']:.1%}.",
+        f"Line chart of accuracy and loss.{so_far}",
         figure,
-        choices=[Choice("show", quantities[: 2 + has_error]), over],
+        choices=[Choice("show", offered), over],
     )
 
 

@@ -198,7 +198,8 @@ def _round(line: dict[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
     if not line["worked"]:  # nobody trained, so there was no loss
         out["train_loss"] = np.nan
-    out["aggregation_error"] = _number(line.get("aggregation_error"))
+    for name in ("aggregation_error", "epsilon"):
+        out[name] = _number(line.get(name))
     out |= {"faults": len(line["faults"]), "violations": len(line["violations"])}
     out["sum_seconds"] = line["round_seconds"]
     for name in RESOURCES:

@@ -109,15 +109,18 @@ def rounds(run: RunFolder) -> str:
     """Every round in a line."""
     frame = run.rounds
     error = bool(frame["aggregation_error"].notna().any())
+    private = bool(frame["epsilon"].notna().any())
     heads = ["round", "accuracy", "loss", "train loss", *(LABELS[name] for name in RESOURCES)]
-    heads += ["covered", "time", *["aggregation error"] * error, "sat out", "faults", "violations"]
+    heads += ["covered", "time", *["aggregation error"] * error]
+    heads += [*["epsilon"] * private, "sat out", "faults", "violations"]
     rows = [
         pages.cells(
-            str(r["round"]), f"{r['accuracy']:.1%}", f"{r['loss']:.3f}",
+            str(r["round"]), _known(r["accuracy"], ".1%"), _known(r["loss"], ".3f"),
             _known(r["train_loss"], ".3f"),
             *(f"{r[f'{name}_share']:.0%}" for name in RESOURCES),
             f"{r['coverage']:.0%}", seconds(r["sum_seconds"]),
             *[_known(r["aggregation_error"], ".2g")] * error,
+            *[_known(r["epsilon"], ".3g")] * private,
             str(r["sat_out"]), str(r["faults"]), str(r["violations"]),
         )
         for r in frame[-MOST_ROWS:].to_dict("records")
