@@ -24,8 +24,9 @@ from d2ft_fl.errors import ReplyError
 from d2ft_fl.kernel.sums import accumulate, outside, squares
 from d2ft_fl.subnets import Architecture, Kind, Parameter, Schedule, up_spec
 
-FRACTION_BITS = 36  # a sum resolves 1.5e-11 and holds up to 1.3e8
-LIMIT = 2.0 ** (62 - FRACTION_BITS)  # of all examples times the largest change
+SUM_BITS = 62  # what a sum may hold
+FRACTION_BITS = 36  # at most, of these: it resolves 1.5e-11
+CHANGE_BITS = 6  # at least: any change up to 64 can be summed, whatever examples there are
 
 
 @dataclass(frozen=True)
@@ -144,13 +145,19 @@ class Sums:
 
     Attributes:
         arch, weights: The model, and its values before the round.
-        examples: Examples that all updates together can count; what may be added follows.
+        examples: Examples that all updates together can count. The more, the coarser a sum is, and
+            the less does one example weigh in it.
     """
 
     arch: Architecture
     weights: dict[str, Tensor]
     examples: int
     _sums: dict[str, _Running] = field(default_factory=dict)
+
+    @property
+    def fraction_bits(self) -> int:
+        """How many bits of the sums are fractions."""
+        return min(FRACTION_BITS, SUM_BITS - CHANGE_BITS - max(1, self.examples).bit_length())
 
     def add(self, update: Update) -> None:
         """Validate one update and add it; nothing is added when anything is wrong.
@@ -168,7 +175,7 @@ class Sums:
                 large to be summed.
         """
         validate(self.arch, self.weights, update)
-        terms, most = [], LIMIT / max(1, self.examples)
+        terms, most = [], 2.0 ** (SUM_BITS - self.fraction_bits) / max(1, self.examples)
         for name, tensor in update.tensors.items():
             p = self.arch.by_name[name]
             term = Term(p, update.weights(p), tensor.detach().contiguous())
@@ -192,10 +199,11 @@ class Sums:
 
     def include(self, terms: "list[Term]", factor: float = 1.0) -> None:
         """Add what :meth:`terms` returned, each change times ``factor``."""
+        unit = 2.0**self.fraction_bits
         for term in terms:
             own, new = self._running(term.parameter), term.tensor.numpy()
             for count, here, there in own.stretches(term.counts):
-                scale = factor * count * 2.0**FRACTION_BITS
+                scale = factor * count * unit
                 total, old = own.total[here].ravel(), own.old[here].ravel()
                 accumulate(total, old, new[there].ravel(), scale)
             for head, count in term.counts.items():
@@ -234,7 +242,7 @@ class Sums:
         """Have :meth:`apply` divide by these counts, and not by the examples that were added.
 
         Returns:
-            The sums that they concern, int64 with :data:`FRACTION_BITS`, to be changed in place.
+            The sums that they concern, int64 with :attr:`fraction_bits`, to be changed in place.
         """
         own = self._running(p)
         own.counts.clear()
@@ -249,7 +257,7 @@ class Sums:
             moved = own.old.copy()
             counts = {h: own.counts[h] for h in heads or (-1,)}
             for count, here, _ in own.stretches(counts):
-                step = own.total[here] / 2.0**FRACTION_BITS / count
+                step = own.total[here] / 2.0**self.fraction_bits / count
                 moved[here] = own.old[here].astype(np.float64) + step
             rows = torch.from_numpy(moved)
             if heads:

@@ -64,7 +64,8 @@ class Amount:
 
     def resolve(self, full: int) -> int:
         """In FLOPs or bytes, rounded down; ``full`` is what 100 % means."""
-        return int(self.value * full) if self.relative else int(self.value)
+        wanted = self.value * full if self.relative else self.value
+        return int(min(float(UNLIMITED), wanted))
 
 
 @dataclass(frozen=True)

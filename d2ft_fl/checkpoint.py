@@ -12,7 +12,7 @@ import json
 import logging
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from d2ft_fl.compensation import MeanBook
 from d2ft_fl.config import RunConfig
 from d2ft_fl.errors import ConfigError, ReplyError
 from d2ft_fl.federation import Report, State
-from d2ft_fl.files import put_in_place
+from d2ft_fl.files import put_in_place, sync
 from d2ft_fl.scores import ScoreBook
 from d2ft_fl.server_optimizer import Moments
 from d2ft_fl.wire import decode, write
@@ -74,7 +74,9 @@ def save(folder: Path, config: RunConfig, origin: str, checkpoint: Checkpoint) -
         origin: Says from which weights the run began, see :func:`digest_of`.
     """
     own = folder / FOLDER
-    own.mkdir(mode=0o700, exist_ok=True)
+    if not own.exists():
+        own.mkdir(mode=0o700)
+        sync(folder)
     path = own / f"round-{checkpoint.state.round:04d}.safetensors"
     tensors, meta = _pack(checkpoint)
     meta |= {"format": FORMAT, "origin": origin, "config": config.to_mapping()}
@@ -149,7 +151,10 @@ def _read(path: Path, config: RunConfig, origin: str) -> Checkpoint:
             )
     if meta["origin"] != origin:
         raise _Unusable("it is of a run that began with other weights")
-    return _unpack(tensors, meta)
+    found = _unpack(tensors, meta)
+    if meta["config"]["transport"] != config.transport:  # what came through memory nobody kept
+        found = replace(found, state=replace(found.state, holds={}))
+    return found
 
 
 # -- state and reports as tensors and JSON -------------------------------------------------------

@@ -16,7 +16,7 @@ from d2ft_fl import devices, display
 from d2ft_fl.config import RunConfig
 from d2ft_fl.errors import ConfigError, D2FTError
 from d2ft_fl.options import collect, gather
-from d2ft_fl.recorder import claim_folder, write_status
+from d2ft_fl.recorder import claim_folder, note_failure
 from d2ft_fl.specs import GLYPH_NAME
 
 app = typer.Typer(
@@ -545,7 +545,7 @@ def _run(config: RunConfig, backend: Backend, supernodes: int, workers: int, as_
             else:
                 summary = run_flower(config, folder, supernodes, show)
     except (Exception, KeyboardInterrupt) as error:
-        write_status(folder, "failed", str(error) or type(error).__name__)
+        note_failure(folder, str(error) or type(error).__name__)
         raise
     if as_json:
         typer.echo(json.dumps(summary))

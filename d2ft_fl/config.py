@@ -276,6 +276,12 @@ class RunConfig:
                 f"sample-clients = {self.sample_clients} is more than clients = {self.clients}; "
                 "0 takes all"
             )
+        there = self.sample_clients or self.clients
+        if self.min_replies > there:
+            raise ConfigError(
+                f"min-replies = {self.min_replies} is more than the {there} clients that take part "
+                "in a round"
+            )
         self._one_of("optimizer", ("adamw", "sgd"))
         self._one_of("precision", PRECISIONS)
         self._one_of("device", DEVICES)
@@ -411,6 +417,12 @@ class RunConfig:
         if not abs(self.hostile_scale) < float("inf"):
             raise ConfigError(f"hostile-scale = {self.hostile_scale} must be a finite number")
         self._at_least("noise-seed", -1)
+        there = self.sample_clients or self.clients
+        if self.aggregation != "mean" and there < 3:
+            raise ConfigError(
+                f"aggregation = {self.aggregation!r} needs three clients a round, and there are "
+                f"{there}: of two, nobody can say which is wrong"
+            )
         asked = "clip-norm" if self.clip_norm else "aggregation"
         if (self.clip_norm or self.aggregation != "mean") and (
             self.tuning == "lora" and self.lora_aggregation in MIXED

@@ -3,6 +3,7 @@
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import torch
@@ -23,7 +24,9 @@ from d2ft_fl.robust import ROBUST, RobustSums, clipped
 from d2ft_fl.scores import TENSOR
 from d2ft_fl.server_optimizer import Moments
 from d2ft_fl.subnets import Kind, Operation
+from d2ft_fl.work import Fault
 
+MOST_SAID = 300  # letters of a reason
 MORE_BYTES = 1 << 16  # than planned: for what a client says when it has failed
 
 
@@ -55,6 +58,25 @@ class ClientRecord:
         return self.used is None and self.fault is None
 
 
+@dataclass(frozen=True)
+class _Reply:
+    """One client's answer, read."""
+
+    update: Update
+    means: dict[str, Tensor]
+    measured: dict[str, np.ndarray]
+    used: Cost
+    wall: float
+    training: float
+    loss: float
+
+
+def _short(reason: str) -> str:
+    """One line, of a length that can be looked at; it may be a stranger's."""
+    line = next(iter(reason.strip().splitlines()), "no reason is known")
+    return line if len(line) <= MOST_SAID else line[: MOST_SAID - 3] + "..."
+
+
 class Fold:
     """Folds the replies of one round in, one at a time, in any order."""
 
@@ -63,6 +85,7 @@ class Fold:
         federation: Federation,
         state: State,
         plan: Plan,
+        silent: Mapping[int, Fault] = MappingProxyType({}),
         private: PrivateRound | None = None,
     ):
         self.federation, self.state, self.plan = federation, state, plan
@@ -75,17 +98,22 @@ class Fold:
         self.measured: dict[int, tuple[dict[str, np.ndarray], int]] = {}
         self.records: dict[int, ClientRecord] = {}
         self.strays: list[str] = []  # faults of those who are not waited for
+        for client, fault in silent.items():
+            self.stray(client, fault.reason)
+        self.asked = len(plan.working) + len(silent)
 
     def _make_sums(self, examples: int) -> Sums | FactorSums | RobustSums | NoisySums:
         config, arch, weights = self.federation.config, self.federation.arch, self.state.weights
         if self.private:
             return NoisySums(arch, weights, examples, self.private)
         if config.aggregation in ROBUST:
-            return RobustSums(arch, weights, examples, config.aggregation, config.trim_share)
+            return RobustSums(arch, weights, config.aggregation, config.trim_share)
         if arch.rank:
             mode = config.lora_aggregation
             return FactorSums(arch, weights, examples, mode, config.lora_error)
         return Sums(arch, weights, examples)
+
+    # Who does not answer before the plan is made is in none, and missing all the same.
 
     @property
     def answered(self) -> int:
@@ -100,7 +128,7 @@ class Fold:
 
     def stray(self, client: int, reason: str) -> None:
         """Note a fault of somebody who is not waited for, or not any more."""
-        self.strays.append(f"client {client}: {reason}")
+        self.strays.append(f"client {client}: {_short(reason)}")
 
     def add(self, client: int, blob: bytes | Path) -> None:
         """Validate one reply and add it; a reply that fails is left out and named.
@@ -113,11 +141,27 @@ class Fold:
             self.stray(client, "answers again" if known else "an answer nobody waits for")
             return
         try:
-            self._add(client, blob)
+            reply = self._read(client, blob)
+            self.sums.add(reply.update)
         except ReplyError as error:
             self.fail(client, str(error))
+            return
+        except Exception as error:  # whatever a reply can do to those who read it costs itself
+            self.fail(client, f"its answer cannot be read: {type(error).__name__}: {error}")
+            return
+        if reply.means:
+            self.mean_sums.add(reply.update.schedule, reply.update.slot_examples, reply.means)
+        assignment = self.pending.pop(client)
+        if reply.measured:
+            self.measured[client] = (reply.measured, assignment.passes.scored)
+        self._record(assignment, reply.used, reply.wall, reply.training, reply.loss)
 
-    def _add(self, client: int, blob: bytes | Path) -> None:
+    def _read(self, client: int, blob: bytes | Path) -> "_Reply":
+        """A reply once it is known to be whole, and an answer to what its client was assigned.
+
+        Raises:
+            ReplyError: With what is wrong.
+        """
         bytes_up = blob.stat().st_size if isinstance(blob, Path) else len(blob)
         most = self.pending[client].cost.bytes_up + MORE_BYTES
         if bytes_up > most:
@@ -153,14 +197,8 @@ class Fold:
         if (norm := self.federation.config.clip_norm) and not self.private:  # which clips itself
             validate(self.federation.arch, self.state.weights, update)
             update = clipped(self.federation.arch, self.state.weights, update, norm)
-        self.sums.add(update)
-        if means:
-            self.mean_sums.add(schedule, slot_examples, means)
-        del self.pending[client]
-        if measured:
-            self.measured[client] = (measured, assignment.passes.scored)
         used = Cost(flops, memory, bytes_up, down)
-        self._record(assignment, used, wall, training, loss)
+        return _Reply(update, means, measured, used, wall, training, loss)
 
     def _measured(self, tensors: dict[str, Tensor], kinds: Sequence[str]) -> dict[str, np.ndarray]:
         """Take a client's scores out of its reply: kind -> float64 [blocks, heads]."""
@@ -172,8 +210,10 @@ class Fold:
             raise ReplyError(f"the {kind} scores are missing")
         if scores.dtype != torch.float32:
             raise ReplyError(f"the {kind} scores are {scores.dtype}, not {torch.float32}")
-        values = scores.double().numpy()
-        if values.shape != (arch.blocks, arch.heads) or not np.isfinite(values).all():
+        values = None
+        if tuple(scores.shape) == (arch.blocks, arch.heads):
+            values = scores.double().numpy()
+        if values is None or not np.isfinite(values).all():
             raise ReplyError(f"the {kind} scores are not a finite [blocks, heads]")
         if (values < 0).any():
             raise ReplyError(f"the {kind} scores are negative")
@@ -182,7 +222,7 @@ class Fold:
     def fail(self, client: int, reason: str) -> None:
         """Leave a client out of this round, with the reason."""
         if assignment := self.pending.pop(client, None):
-            self._record(assignment, None, fault=reason)
+            self._record(assignment, None, fault=_short(reason))
         else:
             self.stray(client, reason)
 
@@ -225,6 +265,9 @@ class Fold:
         if self.private:  # as far as anybody may know
             planned = self.private.trainers.heads > 0
             return np.where(planned, self.plan.round, self.state.last_trained)
+        if isinstance(self.sums, RobustSums):  # not what too few trained to tell
+            moved = self.sums.subnets_trained
+            return np.where(moved, self.plan.round, self.state.last_trained)
         return last_trained(self.state, self.plan, answered)
 
     def _figures(self) -> dict[str, float | None]:

@@ -16,7 +16,7 @@ from torch import Tensor
 from d2ft_fl import checkpoint, privacy, timm_vit
 from d2ft_fl.config import RunConfig
 from d2ft_fl.data import FederatedData, open_data
-from d2ft_fl.errors import RunError
+from d2ft_fl.errors import ConfigError, RunError
 from d2ft_fl.federation import Federation, Report, State
 from d2ft_fl.fold import Fold
 from d2ft_fl.meter import set_threads
@@ -24,7 +24,7 @@ from d2ft_fl.models import build_model
 from d2ft_fl.noise import noise_key
 from d2ft_fl.noisy import PrivateRound, Trainers
 from d2ft_fl.plans import Plan
-from d2ft_fl.recorder import Recorder, claim_folder, only_one, write_summary
+from d2ft_fl.recorder import Recorder, claim_folder, only_one, read_rows, write_summary
 from d2ft_fl.rounds import Assignment, Participant, plan_round
 from d2ft_fl.tasks import encode_assignment
 from d2ft_fl.trackers import tracking
@@ -113,11 +113,14 @@ class _Run:
         self.original = {n: p.detach().clone() for n, p in self.model.named_parameters()}
         self.state = State(0, self.original)
         self.reports: dict[int, Report] = {}
-        self.replayed: list[Report] = []
+        self.replays = False  # whether rounds may have been begun before
         self.there: Mapping[int, int] = {}
+        self.seconds_before = 0.0  # that a resumed run took so far
         self.model.to(config.torch_device())
         self.recorder = Recorder(folder, self.federation, config.model_spec())
         self.budgets_vary = config.budget_source().varies
+        # To hold clients to the budgets that a plan was made for, whatever they say by then.
+        self.tells_budgets = bool(config.match) or self.budgets_vary
         self.privacy = config.privacy()
 
     @cached_property
@@ -136,10 +139,17 @@ class _Run:
             self.recorder.start()
             return
         found = checkpoint.load(self.recorder.folder, self.config, self.origin)
+        rows = read_rows(self.recorder.folder)
         if found is not None:
             self.state, self.reports = found.state, dict(found.reports)
+        elif len(rows) > self.config.checkpoint_every:
+            raise ConfigError(
+                f"resume = {self.config.resume!r} has {len(rows)} rounds and no checkpoint to go "
+                "on from: start another run, with checkpoint-every = 1"
+            )
         self.recorder.resume(self.state.round)
-        self.replayed = self.recorder.recorded_reports(self.state.round + 1)
+        self.replays = True
+        self.seconds_before = sum(row["wall_seconds"] for row in self.recorder.rows)
 
     def round(self) -> dict[str, Any]:
         """Run the next round, again if too few clients answer and that is asked for.
@@ -148,19 +158,20 @@ class _Run:
             Its line.
         """
         config, number = self.config, self.state.round + 1
+        started, clock, faults = time.perf_counter(), Clock(), []
         for attempt in range(1, config.attempts + 1):
-            started, clock = time.perf_counter(), Clock()
             stage, plan, fold = self._replies(number, clock)
-            answered, asked = fold.answered, len(plan.working)
-            if answered >= min(config.min_replies, asked):
+            if fold.answered >= min(config.min_replies, fold.asked):
                 break
             few = (
-                f"{answered} of {asked} clients answered in round {number}, "
+                f"{fold.answered} of {fold.asked} clients answered in round {number}, "
                 f"min-replies = {config.min_replies}{_first_fault(fold)}"
             )
+            self._mistrust(fold)
             if config.few_replies == "stop" or attempt == config.attempts:
                 raise RunError(few)
             log.warning("%s; the round is repeated", few)
+            faults += [f"attempt {attempt}: {fault}" for fault in fold.faults]
         with clock.of("fold"):
             self.state, records = fold.finish()
         last = number == config.rounds
@@ -171,12 +182,25 @@ class _Run:
                 accuracy, loss = evaluate(self.model, weights, self.data, config.eval_batch_size)
         wall = time.perf_counter() - started
         row = self.recorder.round(
-            stage, self.state, plan, records, accuracy, loss, wall, fold.strays, clock.seconds
-        )
+            stage, self.state, plan, records, accuracy, loss, wall, faults + fold.strays,
+            clock.seconds,
+        )  # fmt: skip
         if config.checkpoint_every and (last or number % config.checkpoint_every == 0):
-            own = checkpoint.Checkpoint(self.state, self.reports)
-            checkpoint.save(self.recorder.folder, config, self.origin, own)
+            self._save()
         return row
+
+    def _mistrust(self, fold: Fold) -> None:
+        """Take nothing for sure of what those hold who failed a round: it may be what they miss."""
+        failed = {client for client, record in fold.records.items() if record.fault}
+        holds = {c: held for c, held in self.state.holds.items() if c not in failed}
+        if len(holds) < len(self.state.holds):
+            self.state = replace(self.state, holds=holds)
+            if self.config.checkpoint_every:  # the next process should not believe it either
+                self._save()
+
+    def _save(self) -> None:
+        own = checkpoint.Checkpoint(self.state, self.reports)
+        checkpoint.save(self.recorder.folder, self.config, self.origin, own)
 
     def _replies(self, number: int, clock: Clock) -> tuple[Federation, Plan, Fold]:
         """Ask, plan, send and fold in: a round up to where its state is made."""
@@ -204,14 +228,12 @@ class _Run:
                 f"every client sits out round {number}: no budget affords one subnet; raise the "
                 f"budgets ({config.budgets!r}) or take a smaller model or batch-size"
             )
-        fold = Fold(stage, state, plan, private)
-        for client, fault in silent.items():
-            fold.stray(client, fault.reason)
+        fold = Fold(stage, state, plan, silent, private)
         work = Work(
             number,
             {client: a.cost.flops for client, (_, a) in assignments.items()},
             state.weights,
-            partial(_message, stage, state, assignments),
+            partial(_message, stage, state, assignments, self.tells_budgets),
             clock,
         )
         for client, reply in self.pool.train(work) if assignments else ():
@@ -239,8 +261,7 @@ class _Run:
             known = {c: r for c, r in known.items() if there.get(c) == self.there.get(c)}
         self.there = there
         silent: Mapping[int, Fault] = {}
-        if self.replayed:  # the round was left before its end
-            found, self.replayed = self.replayed, []
+        if self.replays and (found := self.recorder.recorded_reports(number)):
             return found, silent
         if missing := [client for client in chosen if client not in known]:
             fresh, silent = self.pool.reports(number, missing)
@@ -256,7 +277,11 @@ class _Run:
         stage, state, config = self.federation.at(self.state.round), self.state, self.config
         if save := getattr(stage.tuning, "save", None):
             save(self.recorder.folder, state.weights, stage.arch, config, self.original)
-        return self.recorder.finish(stage.model_weights(state), wall_seconds)
+        weights, last = stage.model_weights(state), self.recorder.rows[-1]
+        if last["accuracy"] is None:  # of a run that ends before it was meant to
+            size = config.eval_batch_size
+            last["accuracy"], last["loss"] = evaluate(self.model, weights, self.data, size)
+        return self.recorder.finish(weights, self.seconds_before + wall_seconds)
 
 
 def drawn(config: RunConfig, round: int, clients: Iterable[int]) -> list[int]:
@@ -281,11 +306,12 @@ def _message(
     federation: Federation,
     state: State,
     assignments: dict[int, tuple[Participant, Assignment]],
+    tells_budget: bool,
     client: int,
     shared: bool,
 ) -> bytes:
     participant, assignment = assignments[client]
-    budget = participant.budget if federation.config.match else None
+    budget = participant.budget if tells_budget else None
     return encode_assignment(federation, state, assignment, budget, shared)
 
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 from torch import Tensor
 
-from d2ft_fl.aggregation import FRACTION_BITS, Sums, Update
+from d2ft_fl.aggregation import Sums, Update
 from d2ft_fl.noise import Noise
 from d2ft_fl.planner import Assignment
 from d2ft_fl.privacy import Privacy
@@ -100,9 +100,8 @@ class NoisySums:
         ]
         size = sum(term.tensor.numel() for term in terms)
         # Exactly: what rounding to the grid can add to the length is taken off before.
-        room = self.private.privacy.clip * (1 - 2.0**-40) - math.sqrt(size) * 2.0 ** -(
-            FRACTION_BITS + 1
-        )
+        grid = 2.0**-self._sums.fraction_bits
+        room = self.private.privacy.clip * (1 - 2.0**-40) - math.sqrt(size) * grid / 2
         length = self._sums.length(terms)
         self._sums.include(terms, min(1.0, max(0.0, room) / length) if length else 1.0)
 
@@ -117,7 +116,7 @@ class NoisySums:
     def apply(self) -> dict[str, Tensor]:
         """The new global weights; what no plan trains is the old tensor's bits."""
         sums, private = self._sums, self.private
-        deviation = private.privacy.noise * private.privacy.clip * 2.0**FRACTION_BITS
+        deviation = private.privacy.noise * private.privacy.clip * 2.0**sums.fraction_bits
         # Of the same sums it is the same noise, for a round that is run again; of others another.
         noise = Noise(private.key, "noise", private.round, sums.digest())
         for name in self.trained:

@@ -35,7 +35,7 @@ def collect(files: list[Path], pairs: list[str], resume: Path | None = None) -> 
         folder = resolve_path(str(resume))
         if not folder.joinpath("config.toml").is_file():
             raise ConfigError(f"--resume {str(resume)!r} holds no run: there is no config.toml")
-        entries |= read_toml(folder / "config.toml") | {"resume": str(folder)}
+        entries |= read_toml(folder / "config.toml") | {"resume": str(folder), "run-folder": ""}
     for file in files:
         entries |= absolute(read_toml(file), file.parent)
     entries |= parse_pairs(pairs)

@@ -38,6 +38,7 @@ from d2ft_fl.config import RunConfig, resolve_path
 from d2ft_fl.costs import RESOURCES, workload_variance
 from d2ft_fl.errors import ConfigError, RunError
 from d2ft_fl.federation import Federation, Report, State
+from d2ft_fl.files import put_in_place
 from d2ft_fl.fold import ClientRecord
 from d2ft_fl.plans import Plan
 from d2ft_fl.specs import ModelSpec
@@ -51,25 +52,29 @@ def claim_folder(config: RunConfig) -> Path:
     """The absolute path of a run's folder, made and not used by another run, private to the user.
 
     A new one under the user's data folder, unless ``run-folder`` names one; of a run that is
-    resumed, its own.
+    resumed, its own. Its status is then that it starts.
 
     Raises:
         ConfigError: When it cannot be written to, or holds a run already, or none to resume.
+        RunError: When another process is at work on it.
     """
     try:
         if config.resume:
-            return _folder_of(config)
-        if not config.run_folder:
-            return _new_folder(config)
-        folder = resolve_path(config.run_folder)
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        folder.mkdir(mode=0o700, exist_ok=True)
-        if folder.joinpath("rounds.jsonl").exists():
-            raise ConfigError(
-                f"run-folder = {str(folder)!r} already holds a run; name another folder, or go on "
-                f"with that run: d2ft run --resume {str(folder)!r}"
-            )
-        write_status(folder, "starting")
+            folder = _folder_of(config)
+        elif not config.run_folder:
+            folder = _new_folder(config)
+        else:
+            folder = resolve_path(config.run_folder)
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(mode=0o700, exist_ok=True)
+            if folder.joinpath("rounds.jsonl").exists():
+                raise ConfigError(
+                    f"run-folder = {str(folder)!r} already holds a run; name another folder, or go "
+                    f"on with that run: d2ft run --resume {str(folder)!r}"
+                )
+        with only_one(folder):
+            before = read_status(folder)
+            write_status(folder, "starting", before=before.get("before") or before.get("status"))
     except OSError as error:
         raise ConfigError(
             f"run-folder = {config.run_folder!r} cannot be written to: {error.strerror}"
@@ -87,13 +92,20 @@ def _folder_of(config: RunConfig) -> Path:
     if not folder.joinpath("config.toml").is_file():
         raise ConfigError(f"resume = {config.resume!r} holds no run: there is no config.toml in it")
     rows = read_rows(folder)
-    if read_status(folder).get("status") == "finished" and len(rows) >= config.rounds:
+    if stands(read_status(folder)) == "finished" and len(rows) >= config.rounds:
         raise ConfigError(
             f"resume = {config.resume!r} has finished all of rounds = {len(rows)}; set more rounds "
             "to go on"
         )
-    write_status(folder, "starting")
     return folder
+
+
+def note_failure(folder: Path, reason: str) -> None:
+    """Say that a run failed, unless another process is at work on it or has finished it."""
+    with contextlib.suppress(OSError, RunError), only_one(folder):
+        said = read_status(folder)
+        if said.get("status") in ("starting", "running", None):
+            write_status(folder, "failed", reason, said.get("before"))
 
 
 @contextlib.contextmanager
@@ -136,6 +148,12 @@ def read_status(folder: Path) -> dict[str, Any]:
     with contextlib.suppress(OSError, ValueError):
         return json.loads(folder.joinpath("status.json").read_text())
     return {}
+
+
+def stands(said: Mapping[str, Any]) -> str:
+    """How a run stands, by its status; that it could not be resumed leaves it as it was."""
+    before = said.get("before")
+    return str(before if said.get("status") == "failed" and before else said.get("status"))
 
 
 def _new_folder(config: RunConfig) -> Path:
@@ -192,21 +210,18 @@ class Recorder:
             )
         for name in LINES:
             path = self.folder / name
-            if not path.exists():
+            if not path.exists() or name == "reports.jsonl":  # what was asked is not asked again
                 continue
-            # What was asked before a round counts for it; all else of it is of no use.
-            last = rounds + 1 if name == "reports.jsonl" else rounds
-            kept = [line for line in read_lines(path) if line["round"] <= last]
-            part = path.with_suffix(".part")
-            part.write_text("".join(json.dumps(line) + "\n" for line in kept))
-            part.replace(path)
+            kept = [line for line in read_lines(path) if line["round"] <= rounds]
+            _write(path, "".join(json.dumps(line) + "\n" for line in kept))
+        self.folder.joinpath("summary.json").unlink(missing_ok=True)
         write_status(self.folder, "running")
 
     def _describe(self) -> None:
         self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self.folder.joinpath("plans").mkdir(exist_ok=True)
         entries = self.federation.config.to_mapping() | {"run-folder": str(self.folder)}
-        self.folder.joinpath("config.toml").write_text(dump_toml(entries | {"resume": ""}))
+        _write(self.folder / "config.toml", dump_toml(entries | {"resume": ""}))
         made_with = versions(self.federation.config.device)
         self.folder.joinpath("versions.json").write_text(json.dumps(made_with, indent=2) + "\n")
 
@@ -216,7 +231,7 @@ class Recorder:
         self._append("reports.jsonl", [{"round": round, "reports": said}])
 
     def recorded_reports(self, round: int) -> list[Report]:
-        """What clients said before a round that was left before its end."""
+        """What clients said before a round that was left before its end; none for others."""
         for line in reversed(read_lines(self.folder / "reports.jsonl")):
             if line["round"] == round:
                 return [Report(c, n, Budget.from_mapping(b)) for c, n, b in line["reports"]]
@@ -351,12 +366,24 @@ def _write_report(folder: Path) -> None:
         log.warning("report.html was not written: %s: %s", type(error).__name__, error)
 
 
-def write_status(folder: Path, status: str, reason: str = "") -> None:
-    """Say how a run stands: ``running``, ``finished`` or ``failed``."""
+def write_status(folder: Path, status: str, reason: str = "", before: str | None = None) -> None:
+    """Say how a run stands: ``starting``, ``running``, ``finished`` or ``failed``.
+
+    Args:
+        before: How it stood before it was started again, until its rounds go on.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     partial = folder / "status.json.part"
-    partial.write_text(json.dumps({"status": status, "reason": reason}) + "\n")
+    said = {"status": status, "reason": reason} | ({"before": before} if before else {})
+    partial.write_text(json.dumps(said) + "\n")
     partial.replace(folder / "status.json")
+
+
+def _write(path: Path, text: str) -> None:
+    """Write a file, whole or not at all."""
+    part = path.with_suffix(path.suffix + ".part")
+    part.write_text(text)
+    put_in_place(part, path)
 
 
 def _resource(index: int, name: str, worked: list[ClientRecord]) -> dict[str, Any]:

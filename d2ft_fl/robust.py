@@ -21,6 +21,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -38,7 +39,6 @@ class RobustSums:
 
     Attributes:
         arch, weights: The model, and its values before the round.
-        examples: Examples that all updates together can count; what may be added follows.
         kind: One of :data:`ROBUST`.
         trim: Share of the clients that is cut at either end.
         left: After :meth:`apply`, the share of the trained slices that too few clients trained.
@@ -46,14 +46,13 @@ class RobustSums:
 
     arch: Architecture
     weights: dict[str, Tensor]
-    examples: int
     kind: str
     trim: float
     left: float | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
         self._folder = tempfile.TemporaryDirectory(prefix="d2ft-updates-")
-        self._checks = Sums(self.arch, self.weights, self.examples)
+        self._checks = Sums(self.arch, self.weights, 1)  # which sum nothing
         self._files: list[Path] = []
         self._trainers: dict[tuple[str, int], list[int]] = {}  # (parameter, head) -> files
         self._starts: list[dict[str, dict[int, int]]] = []  # of each file: heads' first rows
@@ -88,6 +87,15 @@ class RobustSums:
             if len(files) >= LEAST:
                 found.setdefault(name, []).extend([head] if head >= 0 else [])
         return {name: tuple(sorted(heads)) for name, heads in found.items()}
+
+    @property
+    def subnets_trained(self) -> np.ndarray:
+        """Subnets of which enough clients trained anything: bool [blocks, heads]."""
+        found = np.zeros((self.arch.blocks, self.arch.heads), dtype=bool)
+        for name, heads in self.trained.items():
+            if heads:
+                found[self.arch.by_name[name].block, list(heads)] = True
+        return found
 
     def apply(self) -> dict[str, Tensor]:
         """The new global weights; what too few trained is the old tensor's bits."""

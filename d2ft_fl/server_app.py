@@ -30,7 +30,7 @@ from d2ft_fl.config import RunConfig
 from d2ft_fl.errors import ConfigError, D2FTError, RunError
 from d2ft_fl.exchange import Exchange
 from d2ft_fl.federation import Report
-from d2ft_fl.recorder import claim_folder, write_status
+from d2ft_fl.recorder import claim_folder, note_failure, read_status
 from d2ft_fl.shelf import Shelf, machines
 from d2ft_fl.work import Fault, Work
 
@@ -338,11 +338,16 @@ def main(grid: Grid, context: Context) -> None:
         reason = str(error) if known else f"{type(error).__name__}: {error}"
         named = str(context.run_config.get("run-folder", ""))
         if folder or named:
-            with contextlib.suppress(OSError):
-                write_status(folder or Path(named), "failed", reason)
+            _note(folder, named, reason)
         if known:
             _last_word(f"d2ft: {error}")
         raise  # so that Flower calls the run failed
+
+
+def _note(folder: Path | None, named: str, reason: str) -> None:
+    """Say in the run's folder why it failed; where it could not be claimed, to who waits for it."""
+    if folder or read_status(Path(named)).get("status") == "starting":
+        note_failure(folder or Path(named), reason)
 
 
 def _last_word(line: str) -> None:

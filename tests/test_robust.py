@@ -34,7 +34,7 @@ def update(schedule, shift):
 
 
 def fold(kind, shifts, trim=0.2):
-    sums = RobustSums(ARCH, WEIGHTS, 1000, kind, trim)
+    sums = RobustSums(ARCH, WEIGHTS, kind, trim)
     for shift in shifts:
         sums.add(update(all_of(ARCH), shift))
     new = sums.apply()
@@ -63,7 +63,7 @@ def test_what_fewer_than_three_trained_keeps_its_bits():
     changes, sums = fold("median", [0.1, 0.2])
     assert changes == {}
     assert sums.left == 1
-    one = RobustSums(ARCH, WEIGHTS, 1000, "median", 0.2)
+    one = RobustSums(ARCH, WEIGHTS, "median", 0.2)
     for shift in (0.1, 0.2):
         one.add(update(all_of(ARCH), shift))
     new = one.apply()
@@ -80,7 +80,7 @@ def test_slices_of_those_who_trained_them_in_any_order(seed, kind):
     ]
     found = []
     for order in (updates, updates[::-1]):
-        sums = RobustSums(ARCH, WEIGHTS, 1000, kind, 0.3)
+        sums = RobustSums(ARCH, WEIGHTS, kind, 0.3)
         for one in order:
             sums.add(one)
         found.append(sums.apply())
@@ -104,7 +104,7 @@ def test_slices_of_those_who_trained_them_in_any_order(seed, kind):
 
 
 def test_a_bad_update_is_refused_before_it_is_kept():
-    sums = RobustSums(ARCH, WEIGHTS, 1000, "median", 0.2)
+    sums = RobustSums(ARCH, WEIGHTS, "median", 0.2)
     bad = update(all_of(ARCH), 0.1)
     bad.tensors["head.bias"][0] = float("nan")
     with pytest.raises(ReplyError, match="not finite"):

@@ -14,7 +14,7 @@ from d2ft_fl.config import read_toml
 from d2ft_fl.costs import RESOURCES
 from d2ft_fl.errors import ConfigError
 from d2ft_fl.preview import DEADLINE, LIMITS, UNNAMED
-from d2ft_fl.recorder import totals
+from d2ft_fl.recorder import stands, totals
 from d2ft_fl.report.reading import damaged, read_json, read_lines
 from d2ft_fl.subnets import Operation
 
@@ -184,7 +184,7 @@ class PlanFile:
 
 def _status(entries: dict[str, Any], has_summary: bool) -> str:
     """How a run stands; it writes its page when it has a summary, just before it says so."""
-    said = str(entries.get("status", "unknown"))
+    said = stands(entries) if entries.get("status") else "unknown"
     return "finished" if has_summary and said == "running" else said
 
 
