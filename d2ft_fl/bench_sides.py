@@ -127,7 +127,10 @@ def floor(job: Job) -> None:
     for pipe in pipes:
         pipe.recv()
     shared = [pipe.recv() for pipe in pipes]  # each one's sums, in shared memory
-    weights = {n: p.detach().clone() for n, p in Trainer(job).model.named_parameters()}
+    named = Trainer(job).model.named_parameters()
+    weights = {n: p.detach().clone().share_memory_() for n, p in named}
+    for pipe in pipes:
+        pipe.send(weights)
     total = job.clients * job.examples
     for _ in range(job.rounds + 1):
         started = time.perf_counter()
@@ -149,10 +152,11 @@ def _floor_worker(job: Job, rank: int, pipe: Any) -> None:
     own = range(rank, job.clients, job.workers)
     for client in own:  # decoded before anything is timed
         next(trainer.batches(data, client))
-    weights = {n: p.detach().clone() for n, p in trainer.model.named_parameters()}
-    sums = {n: torch.zeros_like(t).share_memory_() for n, t in weights.items()}
+    named = trainer.model.named_parameters()
+    sums = {n: torch.zeros_like(p, requires_grad=False).share_memory_() for n, p in named}
     pipe.send(True)
     pipe.send(sums)
+    weights = pipe.recv()
     while pipe.recv():
         for tensor in sums.values():
             tensor.zero_()

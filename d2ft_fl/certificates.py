@@ -11,6 +11,7 @@ key is thrown away: to add a host, make everything anew; nodes can be added at a
 import datetime
 import ipaddress
 import os
+import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -29,6 +30,8 @@ from d2ft_fl.errors import ConfigError
 
 DAYS = 825
 PRIVATE, PUBLIC = 0o600, 0o644
+_LABEL = "[A-Za-z0-9]([-A-Za-z0-9]*[A-Za-z0-9])?"
+_NAME = re.compile(rf"{_LABEL}(\.{_LABEL})*")
 
 
 def make(folder: Path, hosts: Sequence[str], nodes: int) -> list[Path]:
@@ -138,7 +141,17 @@ def _host(text: str) -> x509.GeneralName:
     try:
         return x509.IPAddress(ipaddress.ip_address(text))
     except ValueError:
-        return x509.DNSName(text)
+        pass
+    try:
+        name = text.encode("idna").decode()
+    except UnicodeError:
+        name = ""
+    if not _NAME.fullmatch(name):
+        raise ConfigError(
+            f"host {text!r} is no name or address of a machine: write it without a scheme or port, "
+            "like superlink.example or 10.0.0.5"
+        )
+    return x509.DNSName(name)
 
 
 def _write(path: Path, content: bytes, mode: int) -> Path:

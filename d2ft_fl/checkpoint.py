@@ -143,7 +143,7 @@ def _read(path: Path, config: RunConfig, origin: str) -> Checkpoint:
     if meta["format"] != FORMAT:
         raise _Unusable(f"it has format {meta['format']}, this version writes {FORMAT}")
     now = config.to_mapping()
-    free = FREE - {"rounds"} if config.epsilon else FREE  # which decide the noise together
+    free = FREE - {"rounds"} if config.depends_on_rounds() else FREE
     for key, value in now.items():
         if key not in free and meta["config"].get(key) != value:
             raise _Unusable(

@@ -50,13 +50,15 @@ def _reports(who: Any, request: dict[str, Any]) -> bytes:
         reports = [who.report(client, request["round"]) for client in request["clients"]]
     except D2FTError as error:
         return json.dumps({"error": str(error)}).encode()
+    except Exception as error:  # of a budget that is anybody's code
+        return json.dumps({"failed": f"{type(error).__name__}: {error}"}).encode()
     rows = [[r.client, r.examples, r.budget.to_json()] for r in reports]
     return json.dumps({"reports": rows}).encode()
 
 
 def _work(who: Any, request: dict[str, Any], blob: bytes) -> bytes:
     """A client's reply; empty where it went to the exchange."""
-    from d2ft_fl import exchange
+    from d2ft_fl import exchange, wire
 
     model = request["model"]
     weights = None if model is None else exchange.read_model(Path(model))
@@ -64,7 +66,10 @@ def _work(who: Any, request: dict[str, Any], blob: bytes) -> bytes:
         return who.work(blob, weights)
     until = time.monotonic() + request["seconds"]
     tensors, meta = who.answer(blob, weights)
-    exchange.put(Path(request["reply"]), tensors, meta, until)
+    try:
+        exchange.put(Path(request["reply"]), tensors, meta, until)
+    except OSError as error:  # there is no room, say
+        return wire.encode({}, {"error": f"its answer cannot be written: {error.strerror}"})
     return b""
 
 

@@ -15,13 +15,12 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Message, RecordDict
 from flwr.clientapp import ClientApp
 
 from d2ft_fl import shelf
 from d2ft_fl.crew import Crew, Job
-from d2ft_fl.errors import ConfigError, D2FTError
+from d2ft_fl.errors import ConfigError, D2FTError, RunError
 from d2ft_fl.exchange import Exchange
 from d2ft_fl.work import Fault
 
@@ -38,6 +37,7 @@ OWN = (
     "device",
     "threads-per-client",
 )
+BLOB = "d2ft.blob"  # in place of the name of a way to serialise arrays
 PLACE = ("partition-id", "num-partitions")
 
 
@@ -99,6 +99,8 @@ def query(message: Message, context: Context) -> Message:
             answer["reports"] = _crew_of(context).reports(
                 asked["clients"], asked["round"], ASK_SECONDS
             )
+    except RunError as error:  # not of the configuration: others may answer
+        answer["failed"] = str(error)
     except D2FTError as error:
         answer["error"] = str(error)
     content = RecordDict({"answer": ConfigRecord({"json": json.dumps(answer)})})
@@ -134,7 +136,7 @@ def train(message: Message, context: Context) -> Message:
 def _model(how: dict[str, Any]) -> tuple[Path | None, Exchange | None]:
     """Where the round's model is, if it did not come with messages, and where replies go then.
 
-    On another machine of a Ray cluster, the first process that is asked fetches it.
+    On another machine of a Ray cluster, each of its processes fetches it once a round.
     """
     if how["model"] is None:
         return None, None
@@ -145,10 +147,16 @@ def _model(how: dict[str, Any]) -> tuple[Path | None, Exchange | None]:
 
 
 def pack_blob(blob: bytes) -> Array:
-    """A blob as Flower carries it: one array of bytes."""
-    return Array(np.frombuffer(blob, dtype=np.uint8))
+    """A blob as Flower carries it: the data of an array, which nothing but this reads."""
+    return Array(dtype="uint8", shape=(len(blob),), stype=BLOB, data=blob)
 
 
 def unpack_blob(array: Array) -> bytes:
-    """The blob of :func:`pack_blob`."""
-    return array.numpy().tobytes()
+    """The blob of :func:`pack_blob`.
+
+    Raises:
+        ValueError: When it is none.
+    """
+    if array.stype != BLOB or type(array.data) is not bytes:
+        raise ValueError(f"an array of {array.stype!r}, not {BLOB!r}")
+    return array.data

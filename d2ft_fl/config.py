@@ -544,6 +544,11 @@ class RunConfig:
         targets = tuple(t.strip() for t in self.lora_targets.split(",") if t.strip())
         return Lora(self.lora_rank, self.lora_alpha, targets, self.lora_rslora, self.lora_dropout)
 
+    def depends_on_rounds(self) -> bool:
+        """Whether what a round does depends on how many there are to be."""
+        staged = method_of(self.load_strategy(), self.strategy).staged and not self.stage_rounds
+        return staged or self.epsilon > 0
+
     def privacy(self) -> Privacy | None:
         """What clients are promised of their data; None for nothing."""
         return Privacy.of(self)

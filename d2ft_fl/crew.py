@@ -49,6 +49,7 @@ class _Child:
     process: subprocess.Popen
     connection: Connection
     lifeline: int
+    slot: int  # of the crew: no other child has it at the same time
     ready: bool = False
     jobs: deque[Job] = field(default_factory=deque)  # the one it is at, and what it does next
     started: float = field(default_factory=time.monotonic)
@@ -109,24 +110,36 @@ class Crew:
             RunError: When there is no answer in time.
         """
         deadline = time.monotonic() + seconds
+        request = {"do": "report", "clients": list(clients), "round": round}
+        answer = self._ask(request, deadline) or self._ask(request, deadline, again=True)
+        if "error" in answer:
+            raise ConfigError(answer["error"])
+        if "failed" in answer:
+            raise RunError(answer["failed"])
+        return answer["reports"]
+
+    def _ask(self, request: dict[str, Any], deadline: float, again: bool = False) -> dict[str, Any]:
+        """A child's answer; of one that ends meanwhile nothing, the first time.
+
+        Raises:
+            RunError: When there is none in time, or it ends again.
+        """
         if not self._children:
             self._children.append(self._start())
         child = self._children[0]
-        request = {"do": "report", "clients": list(clients), "round": round}
         try:
             if not child.ready:
-                self._await(child, min(deadline, time.monotonic() + START_SECONDS))
+                self._await(child, min(deadline, child.started + START_SECONDS))
                 self._greet(child)
             child.send(request)
             self._await(child, deadline)
-            answer = json.loads(child.connection.recv_bytes())
+            return json.loads(child.connection.recv_bytes())
         except (EOFError, OSError):
             how = child.how_it_ended()
             self._drop(child)
-            raise RunError(f"a worker process ended ({how})") from None
-        if "error" in answer:
-            raise ConfigError(answer["error"])
-        return answer["reports"]
+            if again:
+                raise RunError(f"a worker process ended ({how})") from None
+            return {}
 
     def _await(self, child: _Child, deadline: float) -> None:
         if not child.connection.poll(max(0.0, deadline - time.monotonic())):
@@ -155,17 +168,21 @@ class Crew:
                 ends = [deadline]
                 if client_seconds:
                     ends += [child.started + client_seconds for child in self._busy]
+                ends += [c.started + START_SECONDS for c in self._children if not c.ready]
                 waiting = [c.connection for c in self._children if c.jobs or not c.ready]
                 ready = wait(waiting, timeout=max(0.0, min(ends) - time.monotonic()))
                 for child in [c for c in self._children if c.connection in ready]:
                     yield from self._hear(child, pending)
                 now = time.monotonic()
                 for child in self._busy if client_seconds else []:
-                    if now >= child.started + client_seconds:
+                    if now >= child.started + client_seconds and not child.connection.poll():
                         yield (
                             self._left(child, pending),
                             Fault(f"took longer than {client_seconds:g} s"),
                         )
+                for child in [c for c in self._children if not c.ready]:
+                    if now >= child.started + START_SECONDS:
+                        self._drop(child)  # and another is started
                 if now >= deadline:
                     yield from self._give_up(pending)
                     return
@@ -227,7 +244,10 @@ class Crew:
         self._drop(child)
         return at.client
 
-    def _give_up(self, pending: deque[Job]) -> Iterator[tuple[int, Fault]]:
+    def _give_up(self, pending: deque[Job]) -> Iterator[tuple[int, bytes | Fault]]:
+        for child in self._busy:
+            if child.connection.poll():  # it was in time; who listens was not
+                yield from self._hear(child, pending)
         for child in self._busy:
             client = self._left(child, pending)
             yield client, Fault("did not end before the round's deadline")
@@ -244,9 +264,10 @@ class Crew:
             **os.environ,
             "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
         }
+        slot = min(set(range(len(self._children) + 1)) - {c.slot for c in self._children})
         if devices := os.environ.get("CUDA_VISIBLE_DEVICES", ""):
             own = devices.split(",")
-            environment["CUDA_VISIBLE_DEVICES"] = own[len(self._children) % len(own)]
+            environment["CUDA_VISIBLE_DEVICES"] = own[slot % len(own)]
         process = subprocess.Popen(
             [sys.executable, "-m", "d2ft_fl.child", str(theirs.fileno()), str(lifeline)],
             pass_fds=(theirs.fileno(), lifeline),
@@ -255,7 +276,7 @@ class Crew:
         )
         theirs.close()
         os.close(lifeline)
-        child = _Child(process, Connection(ours.detach()), held)
+        child = _Child(process, Connection(ours.detach()), held, slot)
         child.connection.send_bytes(json.dumps(self.options).encode())
         return child
 

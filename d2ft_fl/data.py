@@ -61,7 +61,7 @@ class FederatedData:
     train: Split
     test: Split
     partitions: list[np.ndarray] = field(default_factory=list)  # indices into train
-    _kept: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)  # by client
+    _kept: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)  # by partition
 
     @property
     def classes(self) -> int:
@@ -89,11 +89,12 @@ class FederatedData:
             ) from None
 
     def _decoded(self, client: int) -> tuple[Tensor, Tensor]:
-        if client not in self._kept:  # not functools.cache, which would never let this object go
-            indices = self.partitions[client]
+        indices = self.partitions[client]
+        key = id(indices)  # clients that have the same share it
+        if key not in self._kept:  # not functools.cache, which would never let this object go
             labels = torch.from_numpy(self.train.labels[indices])
-            self._kept[client] = self._pixels(self.train, indices), labels
-        return self._kept[client]
+            self._kept[key] = self._pixels(self.train, indices), labels
+        return self._kept[key]
 
     @lru_cache(maxsize=1)  # noqa: B019 - keeps one object at most
     def _client(self, client: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -283,7 +284,7 @@ def partitioner_class(name: str) -> type:
     known.pop("", None)
     key = name.removesuffix("Partitioner").replace("-", "").replace("_", "").lower()
     if key not in known:
-        names = ", ".join(sorted(n.removesuffix("Partitioner") for n in known.values()))
+        names = ", ".join([ALL, *sorted(n.removesuffix("Partitioner") for n in known.values())])
         raise ConfigError(f"partitioner = {name!r} is unknown; use one of {names}")
     return getattr(partitioners, known[key])
 

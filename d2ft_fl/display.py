@@ -71,7 +71,7 @@ def round_line(row: dict[str, Any]) -> None:
     """One finished round."""
     say(format_round(row))
     for fault in row["faults"]:
-        say(f"        left out: {fault}")
+        say(f"        fault: {fault}")
     if out := row["sat_out"]:
         say(f"        {out} of {row['clients']} clients sat out: their budgets afford nothing")
 

@@ -5,6 +5,7 @@ reply, and the server maps it and folds it in, and its file is used again. Nothi
 travels.
 """
 
+import fcntl
 import os
 import re
 import shutil
@@ -16,6 +17,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from d2ft_fl.errors import RunError
 
 if TYPE_CHECKING:  # those who only pass its path on need no torch
     from torch import Tensor
@@ -29,29 +32,63 @@ _REPLY = re.compile(r"(\d+)-(\d+)\.reply")
 
 @dataclass(frozen=True)
 class Exchange:
-    """The folder of one run on one machine. Private to the user; gone when the run is."""
+    """The folder of one run on one machine. Private to the user; gone when the run is.
+
+    Attributes:
+        held: The open folder, locked by who made it: whoever can lock it may delete it.
+    """
 
     folder: Path
+    held: int | None = None
 
     @classmethod
-    def create(cls) -> "Exchange":
-        """A new one, in shared memory where there is some; those of ended processes are deleted."""
+    def create(cls, model_bytes: int = 0, workers: int = 1) -> "Exchange":
+        """A new one; those of ended processes are deleted.
+
+        It is in shared memory, if there is enough, and else on disk.
+
+        Args:
+            model_bytes: Of the global model; no reply is longer.
+            workers: How many write replies at once.
+        """
         prune()
-        return cls(Path(tempfile.mkdtemp(prefix=f"{PREFIX}{os.getpid()}-", dir=_root())))
+        root, needed = _memory(), (2 + WAITING + workers) * model_bytes
+        if root is None or shutil.disk_usage(root).free < needed:
+            root = Path(tempfile.gettempdir())
+        new = Path(tempfile.mkdtemp(prefix=".d2ft-", dir=root))
+        held = os.open(new, os.O_RDONLY)
+        fcntl.flock(held, fcntl.LOCK_EX)  # before anybody could take it for one that is not held
+        name = new.name.removeprefix(".d2ft-")
+        return cls(new.rename(root / f"{PREFIX}{os.getpid()}-{name}"), held)
 
     def close(self) -> None:
         """Delete it."""
         shutil.rmtree(self.folder, ignore_errors=True)
+        if self.held is not None:
+            os.close(self.held)
 
     # -- the model, down ---------------------------------------------------------------------
 
     def publish(self, round: int, weights: "Mapping[str, Tensor]") -> Path:
-        """Write a round's model, in place of the one before; returns where."""
+        """Write a round's model, in place of the one before; returns where.
+
+        Raises:
+            RunError: When there is no room for it.
+        """
         import safetensors.torch
 
         path = self.model_path(round)
+        for left in self.folder.glob("*.part"):  # by who was ended in the round before
+            left.unlink(missing_ok=True)
         partial = path.with_suffix(".part")
-        safetensors.torch.save_file(dict(weights), partial)
+        try:
+            safetensors.torch.save_file(dict(weights), partial)
+        except (OSError, safetensors.SafetensorError) as error:
+            partial.unlink(missing_ok=True)
+            raise RunError(
+                f"the model cannot be shared with workers in {str(self.folder)!r}: {error}; use "
+                'transport = "message", or make room'
+            ) from None
         self._put_in_place(partial, path)
         return path
 
@@ -98,6 +135,9 @@ def put(path: Path, tensors: "Mapping[str, Tensor]", meta: Mapping[str, Any], un
 
     Args:
         until: Of ``time.monotonic``: when not to wait any more.
+
+    Raises:
+        OSError: When it cannot be written.
     """
     from d2ft_fl import wire
 
@@ -108,7 +148,11 @@ def put(path: Path, tensors: "Mapping[str, Tensor]", meta: Mapping[str, Any], un
         with suppress(FileNotFoundError):  # another worker was faster
             spare.replace(partial)
             break
-    wire.write(partial, tensors, meta)
+    try:
+        wire.write(partial, tensors, meta)
+    except OSError:
+        partial.unlink(missing_ok=True)
+        raise
     partial.replace(path)
 
 
@@ -124,16 +168,29 @@ def read_model(path: Path) -> "dict[str, Tensor]":
     return safetensors.torch.load_file(path)
 
 
-def _root() -> Path:
-    return MEMORY if os.access(MEMORY, os.W_OK) else Path(tempfile.gettempdir())
+def _memory() -> Path | None:
+    """A folder in memory that others of this machine see too, if there is one."""
+    return MEMORY if os.access(MEMORY, os.W_OK) else None
 
 
 def prune() -> None:
-    """Delete the folders of processes that have ended without doing so."""
-    if not Path("/proc/self").exists():  # nobody can tell which have
-        return
-    for folder in _root().glob(f"{PREFIX}*"):
-        process = folder.name.removeprefix(PREFIX).partition("-")[0]
-        with suppress(OSError):
-            if folder.stat().st_uid == os.getuid() and not Path("/proc", process).exists():
-                shutil.rmtree(folder, ignore_errors=True)
+    """Delete the folders of processes that have ended without doing so, wherever these ran."""
+    for root in filter(None, {_memory(), Path(tempfile.gettempdir())}):
+        for folder in root.glob(f"{PREFIX}*"):
+            with suppress(OSError):
+                if folder.stat().st_uid == os.getuid():
+                    _delete_unless_held(folder)
+
+
+def _delete_unless_held(folder: Path) -> None:
+    """Delete a folder, if it is not another's at the moment.
+
+    Raises:
+        OSError: When it is.
+    """
+    held = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        shutil.rmtree(folder, ignore_errors=True)
+    finally:
+        os.close(held)

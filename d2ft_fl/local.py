@@ -12,7 +12,7 @@ from d2ft_fl import loop
 from d2ft_fl.budgets import Budget
 from d2ft_fl.config import RunConfig
 from d2ft_fl.crew import Crew, Job
-from d2ft_fl.errors import ConfigError
+from d2ft_fl.errors import ConfigError, RunError
 from d2ft_fl.exchange import Exchange
 from d2ft_fl.federation import Report
 from d2ft_fl.work import Fault, Work
@@ -51,20 +51,31 @@ class LocalPool(_Everyone):
 class CrewPool(_Everyone):
     """All clients in child processes of this one, several at once."""
 
-    def __init__(self, config: RunConfig, crew: Crew, exchange: Exchange | None):
-        self.config, self.crew, self.exchange = config, crew, exchange
+    def __init__(self, config: RunConfig, crew: Crew):
+        self.config, self.crew = config, crew
+        self.exchange: Exchange | None = None  # from the first round on, if that is asked for
+
+    def close(self) -> None:
+        """Delete what was shared."""
+        if self.exchange:
+            self.exchange.close()
 
     def reports(self, round: int, clients: Sequence[int]) -> tuple[list[Report], dict[int, Fault]]:
         """What clients say of themselves."""
-        rows = self.crew.reports(clients, round, self.config.round_timeout)
+        try:
+            rows = self.crew.reports(clients, round, self.config.round_timeout)
+        except RunError as error:
+            return [], dict.fromkeys(clients, Fault(str(error)))
         return [Report(c, n, Budget.from_mapping(b)) for c, n, b in rows], {}
 
     def train(self, work: Work) -> Iterator[tuple[int, bytes | Path | Fault]]:
         """Train the longest first, each where there is room next."""
+        config = self.config
+        if config.transport == "shared" and self.exchange is None:
+            self.exchange = Exchange.create(work.model_bytes, self.crew.size)
         exchange = self.exchange
         with work.clock.of("broadcast"):
             jobs = self._jobs(work)
-        config = self.config
         for client, reply in self.crew.work(jobs, config.round_timeout, config.client_timeout):
             if reply != b"":
                 yield client, reply
@@ -98,12 +109,14 @@ def run_local(
     """
     if workers < 0:
         raise ConfigError(f"--workers {workers} must be 0 (this process) or more")
+    if not workers and config.client_timeout:
+        raise ConfigError(
+            f"client-timeout = {config.client_timeout:g} needs processes that can be ended: add "
+            "--workers 1 or more, or leave it at 0"
+        )
     if not workers:
         return loop.run(config, LocalPool(config), progress, report)
-    with contextlib.ExitStack() as stack:
-        exchange = None
-        if config.transport == "shared":
-            exchange = Exchange.create()
-            stack.callback(exchange.close)
-        crew = stack.enter_context(Crew(config.to_mapping(), workers))
-        return loop.run(config, CrewPool(config, crew, exchange), progress, report)
+    with Crew(config.to_mapping(), workers) as crew:
+        pool = CrewPool(config, crew)
+        with contextlib.closing(pool):
+            return loop.run(config, pool, progress, report)

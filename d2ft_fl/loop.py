@@ -113,14 +113,13 @@ class _Run:
         self.original = {n: p.detach().clone() for n, p in self.model.named_parameters()}
         self.state = State(0, self.original)
         self.reports: dict[int, Report] = {}
-        self.replays = False  # whether rounds may have been begun before
+        self.resumed = False
+        self.replays = False  # whether this round was begun before
         self.there: Mapping[int, int] = {}
         self.seconds_before = 0.0  # that a resumed run took so far
         self.model.to(config.torch_device())
         self.recorder = Recorder(folder, self.federation, config.model_spec())
         self.budgets_vary = config.budget_source().varies
-        # To hold clients to the budgets that a plan was made for, whatever they say by then.
-        self.tells_budgets = bool(config.match) or self.budgets_vary
         self.privacy = config.privacy()
 
     @cached_property
@@ -148,7 +147,7 @@ class _Run:
                 "on from: start another run, with checkpoint-every = 1"
             )
         self.recorder.resume(self.state.round)
-        self.replays = True
+        self.resumed = True
         self.seconds_before = sum(row["wall_seconds"] for row in self.recorder.rows)
 
     def round(self) -> dict[str, Any]:
@@ -233,7 +232,7 @@ class _Run:
             number,
             {client: a.cost.flops for client, (_, a) in assignments.items()},
             state.weights,
-            partial(_message, stage, state, assignments, self.tells_budgets),
+            partial(self._message, stage, state, assignments),
             clock,
         )
         for client, reply in self.pool.train(work) if assignments else ():
@@ -243,6 +242,21 @@ class _Run:
                 with clock.of("fold"):
                     fold.add(client, reply)
         return stage, plan, fold
+
+    def _message(
+        self,
+        stage: Federation,
+        state: State,
+        assignments: dict[int, tuple[Participant, Assignment]],
+        client: int,
+        shared: bool,
+    ) -> bytes:
+        participant, assignment = assignments[client]
+        matched = bool(self.config.match)
+        # A round that is begun again keeps to what clients said then, whatever they would say now;
+        # its messages are as long as they were.
+        budget = participant.budget if matched or self.budgets_vary else None
+        return encode_assignment(stage, state, assignment, budget, matched or self.replays, shared)
 
     def _drawn(self, plan: Plan) -> tuple[Plan, PrivateRound]:
         """Of a plan for all clients, that of those who take part, and what of it may be known."""
@@ -261,7 +275,9 @@ class _Run:
             known = {c: r for c, r in known.items() if there.get(c) == self.there.get(c)}
         self.there = there
         silent: Mapping[int, Fault] = {}
-        if self.replays and (found := self.recorder.recorded_reports(number)):
+        found = self.recorder.recorded_reports(number) if self.resumed else []
+        self.replays = bool(found)
+        if found:
             return found, silent
         if missing := [client for client in chosen if client not in known]:
             fresh, silent = self.pool.reports(number, missing)
@@ -300,19 +316,6 @@ def _first_fault(fold: Fold) -> str:
 
 def _said(silent: Mapping[int, Fault]) -> str:
     return next((f"; client {c} said: {fault.reason}" for c, fault in silent.items()), "")
-
-
-def _message(
-    federation: Federation,
-    state: State,
-    assignments: dict[int, tuple[Participant, Assignment]],
-    tells_budget: bool,
-    client: int,
-    shared: bool,
-) -> bytes:
-    participant, assignment = assignments[client]
-    budget = participant.budget if tells_budget else None
-    return encode_assignment(federation, state, assignment, budget, shared)
 
 
 @torch.no_grad()

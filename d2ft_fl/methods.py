@@ -5,6 +5,7 @@ A strategy is a module with ``schedule(round)``. It may also say
     PAPER    "Authors, Title, venue and year, address" of what it follows
     KEEPS    the budgets that it promises to keep, of ``budgets.LIMITS``; all, if it says nothing
     SCORES   the kinds of scores that it looks at; those that are configured, if it says nothing
+    STAGED   whether it divides a run into stages, with ``round.stage``
 """
 
 from collections.abc import Mapping
@@ -79,6 +80,7 @@ class Method:
         name: As it is configured. paper: What it follows; empty if nothing.
         keeps: Budgets that it promises to keep, of ``LIMITS``.
         scores: Kinds of scores that it looks at; None for those that are configured.
+        staged: Whether its rounds depend on how many there are, unless ``stage-rounds`` says it.
         text: What it does, and where it deviates: its docstring.
     """
 
@@ -87,6 +89,7 @@ class Method:
     keeps: tuple[str, ...]
     scores: tuple[str, ...] | None
     text: str
+    staged: bool = False
 
     @property
     def summary(self) -> str:
@@ -149,6 +152,7 @@ def method_of(module: Any, name: str) -> Method:
         tuple(limit for limit in LIMITS if limit in keeps),
         None if scores is None else tuple(scores),
         (module.__doc__ or "").strip(),
+        bool(getattr(module, "STAGED", False)),
     )
 
 

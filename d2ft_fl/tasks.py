@@ -21,12 +21,14 @@ def encode_assignment(
     state: State,
     a: Assignment,
     budget: Budget | None = None,
+    holds_to_it: bool = True,
     shared: bool = False,
 ) -> bytes:
     """The message that tells a client what to do, with the slices that it needs.
 
     Args:
-        budget: What it is held to in this round, where that is not its own.
+        budget: What the plan was made for, where the client may have another by now.
+        holds_to_it: Whether that counts, and not its own.
         shared: Whether it finds the global model where it is, and takes the slices from there.
     """
     needed = a.schedule
@@ -44,7 +46,7 @@ def encode_assignment(
         "keeps": [r for r in RESOURCES if r in federation.keeps],
     }
     if budget is not None:
-        meta["budget"] = budget.to_json()
+        meta |= {"budget": budget.to_json(), "held": int(holds_to_it)}
     if a.schedule.ranks is not None:
         meta["ranks"] = a.schedule.ranks.astype(f"<u{RANK_BYTES}").tobytes().hex()
     holds = federation.holds(state, a.client)
@@ -105,7 +107,7 @@ class Task:
             accumulate=meta["accumulate"],
             calibrates=bool(meta["calibrate"]),
             keeps=tuple(meta["keeps"]),
-            budget=Budget.from_mapping(meta["budget"]) if "budget" in meta else None,
+            budget=Budget.from_mapping(meta["budget"]) if meta.get("held") else None,
             holds=None if holds is None else _unpacked(holds, schedule.resident.shape),
             digests=meta.get("digests", ""),
             meta=meta,

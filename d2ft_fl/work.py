@@ -56,6 +56,11 @@ class Work:
     clock: "Clock" = field(default_factory=Clock)
 
     @property
+    def model_bytes(self) -> int:
+        """How large the global model is."""
+        return sum(tensor.nbytes for tensor in self.weights.values())
+
+    @property
     def longest_first(self) -> list[int]:
         """Clients in the order in which few workers end at about the same time (Graham 1969)."""
         return sorted(self.costs, key=lambda client: (-self.costs[client], client))

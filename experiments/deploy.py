@@ -84,10 +84,12 @@ class Deployment:
         key = self.keys / "nodes" / name
         if not key.exists():
             certificates.make_node(self.keys, name)
-            if register:
-                said = self.flwr("supernode", "register", str(key) + ".pub", CONNECTION)
-                if said.returncode:
-                    raise RunError(f"{name} cannot be registered: {_last(said.stdout)}")
+        known = self.folder / f"{name}.registered"
+        if register and not known.exists():
+            said = self.flwr("supernode", "register", str(key) + ".pub", CONNECTION)
+            if said.returncode and "already in use" not in said.stdout + said.stderr:
+                raise RunError(f"{name} cannot be registered: {_last(said.stdout)}")
+            known.touch()
         self._start(name, self.supernode_command(name, port, config))
         log = self.folder / f"{name}.log"
         self._until(name, lambda: "SuperNode ID:" in log.read_text(errors="replace"))
@@ -103,10 +105,15 @@ class Deployment:
 
     def flwr(self, *arguments: str) -> subprocess.CompletedProcess:
         """Run Flower's command against this SuperLink."""
-        return subprocess.run(
-            ["flwr", *arguments], env=self.environment("flwr"), capture_output=True, text=True,
-            check=False,
-        )  # fmt: skip
+        command = ["flwr", *arguments]
+        try:
+            return subprocess.run(
+                command, env=self.environment("flwr"), capture_output=True, text=True,
+                check=False, timeout=START_SECONDS,
+            )  # fmt: skip
+        except subprocess.TimeoutExpired:
+            said = f"flwr {arguments[0]} took more than {START_SECONDS:.0f} s"
+            return subprocess.CompletedProcess(command, 1, said, "")
 
     def stop(self, name: str, how: int = signal.SIGTERM) -> None:
         """Stop one process, with what it has started."""
@@ -162,7 +169,10 @@ def main() -> None:
     arguments = parser.parse_args()
     for number in (signal.SIGINT, signal.SIGTERM):  # also where a shell has it ignored
         signal.signal(number, signal.default_int_handler)
-    deployment = Deployment(arguments.folder, arguments.port, arguments.host)
+    try:
+        deployment = Deployment(arguments.folder, arguments.port, arguments.host)
+    except D2FTError as error:
+        sys.exit(f"deploy: {error}")
     try:
         deployment.superlink()
         for k in range(arguments.nodes):

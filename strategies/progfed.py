@@ -16,6 +16,7 @@ from strategies.depthfl import first_layers
 PAPER = """Wang et al., ProgFed: Effective, Communication, and Computation Efficient Federated
 Learning by Progressive Training, ICML 2022, arXiv 2110.05323"""
 SCORES = ()
+STAGED = True
 STAGES = 4  # the paper's
 
 

@@ -19,6 +19,7 @@ from d2ft_fl.subnets import Operation, Schedule
 PAPER = """Pfeiffer et al., Aggregating Capacity in FL through Successive Layer Training for
 Computationally-Constrained Devices, NeurIPS 2023, arXiv 2305.17005"""
 SCORES = ()
+STAGED = True
 
 
 def schedule(round: Round) -> list[Assignment]:

@@ -19,7 +19,15 @@ from d2ft_fl.compensation import MeanBook
 from d2ft_fl.errors import ConfigError, RunError
 from d2ft_fl.federation import Report, State
 from d2ft_fl.local import run_local
-from d2ft_fl.recorder import Recorder, only_one
+from d2ft_fl.recorder import (
+    Recorder,
+    claim_folder,
+    note_failure,
+    only_one,
+    read_rows,
+    read_status,
+    stands,
+)
 from d2ft_fl.scores import ScoreBook
 from d2ft_fl.server_optimizer import Moments
 
@@ -228,6 +236,78 @@ def test_a_round_that_was_left_has_the_budgets_that_it_was_planned_with(quick, m
     assert allowed[3, 0] > allowed[2, 0]
     asked = Path(config.run_folder, "reports.jsonl").read_text().splitlines()
     assert [json.loads(line)["round"] for line in asked] == [1, 2, 3]
+
+
+def test_rounds_that_were_left_keep_budgets_whatever_is_there_by_now(quick, monkeypatch):
+    """All that were recorded beyond the checkpoint, and though clients would refuse them today."""
+    config = quick(budgets="tests.test_checkpoint:measured", rounds=4, checkpoint_every=2)
+    monkeypatch.setenv("D2FT_TEST_FLOPS", "95 %")
+    evaluations = iter([loop.evaluate] * 3 + [leave])
+    whole = loop.evaluate
+    monkeypatch.setattr(loop, "evaluate", lambda *a: next(evaluations)(*a))
+    with pytest.raises(Left):
+        run_local(config)  # in round 4
+    monkeypatch.setattr(loop, "evaluate", whole)
+    monkeypatch.setenv("D2FT_TEST_FLOPS", "60 %")
+    run_local(dataclasses.replace(config, resume=config.run_folder))
+    lines = Path(config.run_folder, "clients.jsonl").read_text().splitlines()
+    found = [json.loads(line) for line in lines]
+    assert all(r["fault"] is None for r in found)
+    allowed = {(r["round"], r["client"]): r["allowed"]["flops"] for r in found}
+    assert allowed[1, 0] == allowed[3, 0] == allowed[4, 0]
+
+
+def test_what_was_shared_in_memory_is_not_taken_for_held(quick):
+    """Clients that came to their weights through memory have kept none of them."""
+    config = quick(tuning="lora", strategy="fedavg", backward_score="magnitude",
+                   forward_score="magnitude", rounds=1)  # fmt: skip
+    run_local(config)
+    more = dataclasses.replace(config, rounds=2, resume=config.run_folder, transport="message")
+    assert run_local(more)["faults"] == 0
+
+
+def test_a_refused_resumption_leaves_a_run_as_it_was(quick):
+    config = quick(rounds=1)
+    run_local(config)
+    folder = Path(config.run_folder)
+    other = dataclasses.replace(config, resume=config.run_folder, rounds=2, lr=0.1)
+    with pytest.raises(ConfigError, match="it is of a run with lr"):
+        run_local(other)
+    note_failure(folder, "no checkpoint can be used")  # as the command does
+    assert stands(read_status(folder)) == "finished"
+    with pytest.raises(ConfigError, match="has finished all of rounds = 1"):
+        run_local(dataclasses.replace(other, rounds=1, lr=config.lr))
+    with only_one(folder), pytest.raises(RunError, match="another process is at work"):
+        claim_folder(other)
+    with only_one(folder):
+        before = read_status(folder)
+        note_failure(folder, "not mine")
+        assert read_status(folder) == before
+
+
+def test_a_run_without_checkpoints_keeps_its_record(quick):
+    config = quick(rounds=2, checkpoint_every=0)
+    run_local(config)
+    with pytest.raises(ConfigError, match="has 2 rounds and no checkpoint"):
+        run_local(dataclasses.replace(config, rounds=3, resume=config.run_folder))
+    assert len(rows(config.run_folder)) == 2
+
+
+def test_stages_are_those_of_the_run_that_began(quick):
+    config = quick(strategy="slt", rounds=1)
+    run_local(config)
+    with pytest.raises(ConfigError, match="it is of a run with rounds = 1, not 2"):
+        run_local(dataclasses.replace(config, rounds=2, resume=config.run_folder))
+
+
+def test_a_resumed_run_tells_all_its_time_and_its_last_accuracy(quick):
+    config = quick(rounds=2, eval_every=5)
+    summary = run_local(config)
+    assert summary["accuracy"] is not None
+    config = dataclasses.replace(config, rounds=3, resume=config.run_folder)
+    again = run_local(config)
+    before = read_rows(Path(config.run_folder))[:2]
+    assert again["wall_seconds"] > sum(row["wall_seconds"] for row in before)
 
 
 def test_a_finished_run_is_not_resumed_but_with_more_rounds(quick, tmp_path):

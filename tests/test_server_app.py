@@ -6,13 +6,14 @@ from types import SimpleNamespace
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
+from d2ft_fl import flower_pool
 from d2ft_fl.client_app import pack_blob
 from d2ft_fl.errors import ConfigError
-from d2ft_fl.server_app import MALFORMED, FlowerPool, _reports, _results
+from d2ft_fl.flower_pool import FlowerPool, _reports, _results
 from d2ft_fl.work import Fault
 
 
-def reply(results=None, faults="{}", node=7, error=None, answer=None):
+def reply(results=None, faults="{}", error=None, answer=None):
     records = {"results": ArrayRecord(results or {}), "faults": ConfigRecord({"json": faults})}
     if answer is not None:
         records["answer"] = ConfigRecord({"json": answer})
@@ -20,21 +21,43 @@ def reply(results=None, faults="{}", node=7, error=None, answer=None):
         content=RecordDict(records),
         has_error=lambda: error is not None,
         error=SimpleNamespace(reason=error, code=5),
-        metadata=SimpleNamespace(src_node_id=node, reply_to_message_id="m"),
+        metadata=SimpleNamespace(reply_to_message_id=None),
     )
 
 
-class Grid:
-    """Answers every message with what it was told."""
+@pytest.fixture
+def grid(monkeypatch):
+    """A grid whose nodes answer as they are told: node -> a reply, or what pulling it raises."""
 
-    def __init__(self, *replies):
-        self.replies = replies
+    def sent(content, dst_node_id, message_type, ttl):
+        return dst_node_id
 
-    def get_node_ids(self):
-        return [7, 8]
+    monkeypatch.setattr(flower_pool, "Message", sent)
 
-    def send_and_receive(self, messages, timeout=None):
-        return self.replies
+    class Nodes:
+        def __init__(self, **replies):
+            self.replies = {int(name.removeprefix("node_")): r for name, r in replies.items()}
+            self.asked = []
+
+        def get_node_ids(self):
+            return list(self.replies)
+
+        def push_messages(self, messages):
+            self.asked += messages
+            return [f"message {node}" for node in messages]
+
+        def pull_messages(self, ids):
+            found = []
+            for own in ids:
+                given = self.replies.get(int(own.split()[1]))
+                if isinstance(given, Exception):
+                    raise given
+                if given is not None:
+                    given.metadata.reply_to_message_id = own
+                    found.append(given)
+            return found
+
+    return Nodes
 
 
 def test_a_node_answers_for_its_own_clients_only():
@@ -50,8 +73,11 @@ def test_a_malformed_answer_is_a_fault_of_all_its_clients(faults):
     assert all("malformed" in fault.reason for _, fault in found)
 
 
-def test_an_array_that_is_none_is_a_fault():
-    array = Array(dtype="uint8", shape=(3,), stype="numpy.ndarray", data=b"garbage")
+@pytest.mark.parametrize(
+    "stype,data", [("numpy.ndarray", b"PK\x03\x04"), ("numpy.ndarray", b""), ("else", b"x")]
+)
+def test_an_array_that_is_no_blob_is_a_fault_and_not_parsed(stype, data):
+    array = Array(dtype="uint8", shape=(3,), stype=stype, data=data)
     ((client, fault),) = _results(reply({"1": array}), [1])
     assert client == 1
     assert "cannot be read" in fault.reason
@@ -62,35 +88,67 @@ def test_an_array_that_is_none_is_a_fault():
     [[[0, -1, {}]], [[0, 10**12, {}]], [[0, "many", {}]], [[0, 5, {"flops": "lots"}]], [[0]], 3],
 )
 def test_reports_that_cannot_be_true_are_refused(rows):
-    with pytest.raises((ConfigError, *MALFORMED)):
+    with pytest.raises((ConfigError, ValueError, TypeError)):
         _reports({"reports": rows}, [0])
 
 
-def test_a_node_that_dies_while_it_is_asked_is_silent(quick, monkeypatch):
-    """Flower says so in its own name, not the node's."""
-    from d2ft_fl import server_app
+def place(node, nodes):
+    return reply(answer=json.dumps({"node": node, "nodes": nodes, "cpus": None}))
 
-    monkeypatch.setattr(server_app, "Message", lambda *a, **k: None)
-    there = {"reports": [[1, 5, {}]]}
-    grid = Grid(
-        reply(node=1, error="Node Unavailable"),
-        reply(node=8, answer=json.dumps(there)),
+
+def test_reports_of_nodes_that_fail_answer_nonsense_or_leave_some_out(grid, quick):
+    there = {"reports": [[1, 5, {}], [True, 5, {}], [4.0, 5, {}]]}
+    own = grid(
+        node_6=reply(error="Node Unavailable"),
+        node_7=ValueError("no protobuf"),
+        node_8=reply(answer=json.dumps(there)),
+        node_9=reply(answer="{"),
     )
-    pool = FlowerPool(grid, quick())
-    pool.nodes = {7: range(0, 4, 2), 8: range(1, 4, 2)}
-    found, silent = pool.reports(1, [0, 1])
+    pool = FlowerPool(own, quick(clients=16))
+    pool.nodes = {6: range(0, 1), 7: range(2, 3), 8: range(1, 5, 3), 9: range(5, 6)}
+    found, silent = pool.reports(1, [0, 1, 2, 4, 5])
     assert [(r.client, r.examples) for r in found] == [(1, 5)]
-    assert silent == {0: Fault("its SuperNode does not answer")}
+    assert {c: fault.reason for c, fault in silent.items()} == {
+        0: "its SuperNode failed: Node Unavailable",
+        2: "its SuperNode's answer cannot be read: ValueError: no protobuf",
+        4: "its SuperNode says nothing of it",
+        5: silent[5].reason,
+    }
+    assert "malformed" in silent[5].reason
 
 
-def test_a_node_whose_place_cannot_be_is_left_out(quick, monkeypatch):
-    from d2ft_fl import server_app
+def test_a_silent_node_is_not_waited_for_longer_than_a_round(grid, quick):
+    pool = FlowerPool(grid(node_7=None), quick(round_timeout=0.3))
+    pool.nodes = {7: range(0, 4)}
+    found, silent = pool.reports(1, [0])
+    assert (found, silent) == ([], {0: Fault("its SuperNode does not answer")})
 
-    monkeypatch.setattr(server_app, "Message", lambda *a, **k: None)
-    place = {"node": 0, "nodes": 0, "cpus": None}
-    right = {"node": 1, "nodes": 2, "cpus": None}
-    grid = Grid(reply(node=7, answer=json.dumps(place)), reply(node=8, answer=json.dumps(right)))
-    pool = FlowerPool(grid, quick(min_replies=1))
-    pool._meet()
+
+def test_a_node_whose_place_cannot_be_is_left_out(grid, quick):
+    pool = FlowerPool(grid(node_7=place(0, 0), node_8=place(1, 2)), quick())
+    for _ in range(2):
+        pool._meet()
     assert list(pool.nodes) == [8]
     assert list(pool.refused) == [7]
+
+
+def test_a_newcomer_that_says_nothing_holds_nobody_up(grid, quick):
+    own = grid(node_7=place(0, 1))
+    pool = FlowerPool(own, quick())
+    assert pool.clients(1) == dict.fromkeys(range(4), 1)
+    own.replies[8] = None
+    assert pool.clients(2) == dict.fromkeys(range(4), 1)
+    assert own.asked == [7, 8]
+
+
+def test_of_two_nodes_with_the_same_clients_one_waits_until_the_other_is_gone(grid, quick):
+    own = grid(node_9=place(0, 2), node_8=place(1, 2))
+    pool = FlowerPool(own, quick())
+    assert len(pool.clients(1)) == 4
+    own.replies[3] = place(0, 2)  # in place of 9, which has died and is not yet given up
+    for _ in range(2):
+        pool.clients(2)
+    assert pool.nodes == {9: range(0, 4, 2), 8: range(1, 4, 2)}
+    del own.replies[9]
+    assert pool.clients(3) == {0: 3, 2: 3, 1: pool.joined[8], 3: pool.joined[8]}
+    assert pool.nodes == {3: range(0, 4, 2), 8: range(1, 4, 2)}

@@ -46,7 +46,7 @@ def run_html(run: RunFolder) -> str:
         section("Use of budgets", _budgets(run, rounds)),
         section("Resources", run_tables.resources(run)),
         section("Clients", _clients(run)),
-        section("Left out", listed(faults) if faults else ""),
+        section("Faults", listed(faults) if faults else ""),
         section("Budgets broken", _reference(run), listed(broken)) if broken else "",
         section("Configuration", configuration(run.config)),
         section("Made with", versions([run.versions])),
@@ -81,10 +81,10 @@ def _headline(run: RunFolder) -> str:
     for name in RESOURCES:
         share = t["resources"][name]["share"]
         figures.append((NAMES[name], f"{share:.0%}", "of training everything"))
-    times = t["client_rounds"] + t["sat_out"] + t["faults"]
+    times = sum(line["clients"] for line in run.lines)
     figures += [
         ("violations", f"{t['violations']:,}", "of budgets"),
-        ("faults", f"{t['faults']:,}", "clients left out"),
+        ("faults", f"{t['faults']:,}", "of clients, each named below"),
         ("sat out", f"{t['sat_out']:,}", f"of {times:,} times"),
         ("subnets trained", f"{t['coverage']:.0%}", "by anyone so far"),
         ("simulated time", seconds(t["round_seconds"]), f"{_wall(run)} here"),
