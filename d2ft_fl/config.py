@@ -37,7 +37,7 @@ from d2ft_fl.trackers import Factory, load_trackers
 
 TUNINGS = ("full", "lora")
 SELECTIONS = ("random", "entropy")
-AGGREGATIONS = ("mean", "trimmed-mean", "median")
+AGGREGATIONS = ("mean", "trimmed-mean", "median", "mean-around-median")
 TRANSPORTS = ("shared", "message")
 FEW_REPLIES = ("stop", "repeat")
 # Values of options with paths that are none.
@@ -418,10 +418,12 @@ class RunConfig:
             raise ConfigError(f"hostile-scale = {self.hostile_scale} must be a finite number")
         self._at_least("noise-seed", -1)
         there = self.sample_clients or self.clients
-        if self.aggregation != "mean" and there < 3:
+        hostile = self.suspects(there)
+        if self.aggregation != "mean" and there <= 2 * hostile:
             raise ConfigError(
-                f"aggregation = {self.aggregation!r} needs three clients a round, and there are "
-                f"{there}: of two, nobody can say which is wrong"
+                f"aggregation = {self.aggregation!r} needs {2 * hostile + 1} clients a round to "
+                f"bear {hostile} hostile ones, and there are {there}: have more clients, or lower "
+                f"trim-share = {self.trim_share}"
             )
         asked = "clip-norm" if self.clip_norm else "aggregation"
         if (self.clip_norm or self.aggregation != "mean") and (
@@ -431,6 +433,10 @@ class RunConfig:
                 f"{asked} acts on factors, which lora-aggregation = {self.lora_aggregation!r} does "
                 "not fold: use factors, freeze-a, alternate or freeze-common"
             )
+
+    def suspects(self, clients: int) -> int:
+        """How many of so many clients may be hostile, for robust folding: one at least."""
+        return max(1, round(self.trim_share * clients))
 
     def hostile(self, client: int) -> bool:
         """Whether a client is one of those that attack, for experiments."""

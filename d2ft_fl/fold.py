@@ -107,7 +107,8 @@ class Fold:
         if self.private:
             return NoisySums(arch, weights, examples, self.private)
         if config.aggregation in ROBUST:
-            return RobustSums(arch, weights, config.aggregation, config.trim_share)
+            hostile = config.suspects(len(self.plan.working))
+            return RobustSums(arch, weights, config.aggregation, hostile)
         if arch.rank:
             mode = config.lora_aggregation
             return FactorSums(arch, weights, examples, mode, config.lora_error)

@@ -1,13 +1,17 @@
 """Folding that a few hostile or broken clients cannot lead anywhere.
 
-With the values x_1 .. x_n that n clients give one coordinate of a slice, sorted,
+Of the clients of a round, k may be hostile (``trim-share``, one at least). With the values
+x_1 .. x_n that n clients give one coordinate of a slice, sorted,
 
-    trimmed-mean   the mean of x_(k+1) .. x_(n-k), k = floor(n trim-share), 1 at least
-    median         the middle one, or the mean of the middle two
+    trimmed-mean         the mean of x_(k+1) .. x_(n-k)
+    median               the middle one, or the mean of the middle two
+    mean-around-median   the mean of the n - k that are nearest to the median
 
-(Yin et al., ICML 2018, arXiv 1803.01498). Every client counts the same, whatever number of examples
-it says. A slice that fewer than three clients trained keeps its value: of two, nobody can say which
-is wrong. Updates wait on disk, and are mapped, not read, until they are folded.
+(the first two of Yin et al., ICML 2018, arXiv 1803.01498, the last of Xie et al., 2018, arXiv
+1802.10116). k is of the whole round, and not a share of n: under budgets few clients train a slice,
+and those who are hostile may be the larger part of them. So a slice that fewer than 2k + 1 clients
+trained keeps its value. Every client counts the same, whatever number of examples it says. Updates
+wait on disk, and are mapped, not read, until they are folded.
 
 Norm clipping (Sun et al., arXiv 1911.07963) goes before any way of folding: a client's whole change
 is made shorter where it is longer than ``clip-norm``,
@@ -29,8 +33,7 @@ from d2ft_fl import wire
 from d2ft_fl.aggregation import Sums, Update
 from d2ft_fl.subnets import Architecture, Kind, Parameter
 
-ROBUST = ("trimmed-mean", "median")
-LEAST = 3  # clients of a slice
+ROBUST = ("trimmed-mean", "median", "mean-around-median")
 
 
 @dataclass
@@ -40,14 +43,14 @@ class RobustSums:
     Attributes:
         arch, weights: The model, and its values before the round.
         kind: One of :data:`ROBUST`.
-        trim: Share of the clients that is cut at either end.
+        suspects: How many clients of the round may be hostile.
         left: After :meth:`apply`, the share of the trained slices that too few clients trained.
     """
 
     arch: Architecture
     weights: dict[str, Tensor]
     kind: str
-    trim: float
+    suspects: int
     left: float | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
@@ -80,11 +83,16 @@ class RobustSums:
         self._starts.append(starts)
 
     @property
+    def _least(self) -> int:
+        """How many clients a slice needs, so that who may be hostile is outnumbered."""
+        return 2 * self.suspects + 1
+
+    @property
     def trained(self) -> dict[str, tuple[int, ...]]:
         """Parameters of which enough clients trained anything; see :attr:`Sums.trained`."""
         found: dict[str, list[int]] = {}
         for (name, head), files in self._trainers.items():
-            if len(files) >= LEAST:
+            if len(files) >= self._least:
                 found.setdefault(name, []).extend([head] if head >= 0 else [])
         return {name: tuple(sorted(heads)) for name, heads in found.items()}
 
@@ -103,7 +111,7 @@ class RobustSums:
         with_many = 0
         mapped = [wire.decode(path)[0] for path in self._files]
         for (name, head), files in self._trainers.items():
-            if len(files) < LEAST:
+            if len(files) < self._least:
                 continue
             with_many += 1
             p = self.arch.by_name[name]
@@ -123,11 +131,19 @@ class RobustSums:
         return new
 
     def _middle(self, ordered: Tensor) -> Tensor:
+        """Of one slice.
+
+        Args:
+            ordered: What clients give each coordinate, ascending: float64 [clients, ...].
+        """
         count = len(ordered)
-        cut = (count - 1) // 2
         if self.kind == "trimmed-mean":
-            cut = min(cut, max(1, math.floor(count * self.trim)))
-        return ordered[cut : count - cut].mean(dim=0)
+            return ordered[self.suspects : count - self.suspects].mean(dim=0)
+        median = ordered[(count - 1) // 2 : count // 2 + 1].mean(dim=0)
+        if self.kind == "median":
+            return median
+        nearest = (ordered - median).abs().argsort(dim=0, stable=True)
+        return ordered.gather(0, nearest[: count - self.suspects]).mean(dim=0)
 
 
 def _rows(

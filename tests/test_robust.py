@@ -10,9 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from d2ft_fl.aggregation import Sums, Update
+from d2ft_fl.config import AGGREGATIONS
 from d2ft_fl.errors import ConfigError, ReplyError
 from d2ft_fl.local import run_local
-from d2ft_fl.robust import RobustSums, clipped
+from d2ft_fl.robust import ROBUST, RobustSums, clipped
 from d2ft_fl.subnets import Kind, Operation, pack_for, up_spec
 from tests.conftest import all_of, build, random_schedule, weights_of
 
@@ -33,8 +34,8 @@ def update(schedule, shift):
     return Update(schedule, [4] * schedule.slots, tensors)
 
 
-def fold(kind, shifts, trim=0.2):
-    sums = RobustSums(ARCH, WEIGHTS, kind, trim)
+def fold(kind, shifts, suspects=1):
+    sums = RobustSums(ARCH, WEIGHTS, kind, suspects)
     for shift in shifts:
         sums.add(update(all_of(ARCH), shift))
     new = sums.apply()
@@ -42,32 +43,53 @@ def fold(kind, shifts, trim=0.2):
 
 
 @pytest.mark.parametrize(
-    "kind,trim,shifts,wanted",
+    "kind,suspects,shifts,wanted",
     [
-        ("trimmed-mean", 0.2, [1, 2, 3, 4, 1000], 3),  # of 2, 3, 4
-        ("trimmed-mean", 0.4, [-900, 1, 2, 4, 1000], 2),
-        ("trimmed-mean", 0.1, [1, 2, 9], 2),  # one at least
-        ("median", 0.2, [1, 2, 5, 1000], 3.5),
-        ("median", 0.2, [-7, 2, 5], 2),
+        ("trimmed-mean", 1, [1, 2, 3, 4, 1000], 3),  # of 2, 3, 4
+        ("trimmed-mean", 2, [-900, 1, 2, 4, 1000], 2),
+        ("trimmed-mean", 1, [1, 2, 9], 2),
+        ("median", 1, [1, 2, 5, 1000], 3.5),
+        ("median", 1, [-7, 2, 5], 2),
+        ("mean-around-median", 1, [1, 2, 3, 1000], 2),  # median 2.5: of 1, 2, 3
+        ("mean-around-median", 2, [-900, -800, 1, 2, 6], 3),  # median 1
+        ("mean-around-median", 2, [1, 2, 3, 4, 5, 900, 1000], 3),  # median 4
     ],
 )
-def test_by_hand(kind, trim, shifts, wanted):
-    changes, sums = fold(kind, [s * 1e-2 for s in shifts], trim)
+def test_by_hand(kind, suspects, shifts, wanted):
+    changes, sums = fold(kind, [s * 1e-2 for s in shifts], suspects)
     assert len(changes) > 30
     assert sums.left == 0
     for change in changes.values():
         assert torch.allclose(change, torch.full_like(change, wanted * 1e-2), atol=1e-6)
 
 
-def test_what_fewer_than_three_trained_keeps_its_bits():
-    changes, sums = fold("median", [0.1, 0.2])
-    assert changes == {}
+@pytest.mark.parametrize("kind", ROBUST)
+@pytest.mark.parametrize("suspects,enough", [(1, 3), (2, 5)])
+def test_a_slice_that_too_few_trained_keeps_its_bits(kind, suspects, enough):
+    sums = RobustSums(ARCH, WEIGHTS, kind, suspects)
+    for _ in range(enough - 1):
+        sums.add(update(all_of(ARCH), 0.1))
+    new = sums.apply()
+    assert sums.trained == {}
     assert sums.left == 1
-    one = RobustSums(ARCH, WEIGHTS, "median", 0.2)
-    for shift in (0.1, 0.2):
-        one.add(update(all_of(ARCH), shift))
-    new = one.apply()
+    assert not sums.subnets_trained.any()
     assert all(new[name] is tensor for name, tensor in WEIGHTS.items())
+    many, sums = fold(kind, [0.1] * enough, suspects)
+    assert len(many) > 30
+    assert sums.subnets_trained.all()
+
+
+@pytest.mark.parametrize("kind", ROBUST)
+@settings(max_examples=15, deadline=None)
+@given(st.integers(0, 10_000))
+def test_no_minority_leads_a_slice_out_of_what_the_rest_say(kind, seed):
+    draw = np.random.default_rng(seed)
+    honest, hostile = draw.normal(0, 1e-2, 3), draw.normal(0, 10, 2)
+    changes, _ = fold(kind, draw.permutation([*honest, *hostile]), suspects=2)
+    reach = np.ptp(honest) + 1e-6
+    for change in changes.values():
+        assert change.min() > honest.min() - reach
+        assert change.max() < honest.max() + reach
 
 
 @settings(max_examples=15, deadline=None)
@@ -80,7 +102,7 @@ def test_slices_of_those_who_trained_them_in_any_order(seed, kind):
     ]
     found = []
     for order in (updates, updates[::-1]):
-        sums = RobustSums(ARCH, WEIGHTS, kind, 0.3)
+        sums = RobustSums(ARCH, WEIGHTS, kind, 1)
         for one in order:
             sums.add(one)
         found.append(sums.apply())
@@ -97,14 +119,13 @@ def test_slices_of_those_who_trained_them_in_any_order(seed, kind):
             first = sum(len(p.rows[h]) for h in u.weights(p) if h < head)
             packs.append(u.tensors[p.name][first : first + len(p.rows[head])].numpy())
         stack = np.sort(np.stack(packs).astype(np.float64), axis=0)
-        cut = (len(own) - 1) // 2 if kind == "median" else max(1, int(0.3 * len(own)))
-        cut = min(cut, (len(own) - 1) // 2)
+        cut = (len(own) - 1) // 2 if kind == "median" else 1
         wanted = stack[cut : len(own) - cut].mean(axis=0)
         assert np.allclose(got.numpy(), wanted, atol=1e-7)
 
 
 def test_a_bad_update_is_refused_before_it_is_kept():
-    sums = RobustSums(ARCH, WEIGHTS, "median", 0.2)
+    sums = RobustSums(ARCH, WEIGHTS, "median", 1)
     bad = update(all_of(ARCH), 0.1)
     bad.tensors["head.bias"][0] = float("nan")
     with pytest.raises(ReplyError, match="not finite"):
@@ -139,6 +160,15 @@ def test_hostile_clients_lead_the_mean_away_and_the_trimmed_mean_nowhere(quick, 
 
     mean, trimmed = loss(), loss(aggregation="trimmed-mean")
     assert trimmed < 2.0 < mean
+
+
+def test_the_ways_are_those_that_are_configured():
+    assert ("mean", *ROBUST) == AGGREGATIONS
+
+
+def test_more_hostile_clients_than_the_rest_can_bear_are_refused(quick):
+    with pytest.raises(ConfigError, match="needs 5 clients a round to bear 2 hostile ones"):
+        quick(clients=4, aggregation="median", trim_share=0.4).check_options()
 
 
 def test_robust_folding_does_not_go_with_products_of_factors(quick):
