@@ -194,6 +194,33 @@ def test_a_cluster_whose_machines_share_no_files_gives_the_same_result(tmp_path,
     assert len({json.loads(line)["device"] for line in lines}) == 2
 
 
+@pytest.mark.slow
+def test_a_run_whose_worker_is_lost_ends_with_a_line_and_can_be_resumed(tmp_path):
+    folder, reference = tmp_path / "run", tmp_path / "whole"
+    options = [x for pair in [*pairs(folder), "rounds=12"] for x in ("--set", pair)]
+    process = subprocess.Popen(
+        [BIN / "d2ft", "run", *options], env=environment(tmp_path), cwd=tmp_path, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    )  # fmt: skip
+    deadline = time.monotonic() + 200
+    while not list(folder.glob("checkpoints/*.safetensors")):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    family = psutil.Process(process.pid).children(recursive=True)
+    (worker,) = [p for p in family if "ClientAppActor" in " ".join(p.cmdline())]
+    worker.kill()
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 1
+    assert errors.strip() == (
+        "d2ft: a worker process of Flower's simulation died; the run can be resumed"
+    )
+    assert left_behind(tmp_path) == []
+    run_local(gather([], [f"run-folder={folder}"], folder))
+    run_local(gather([], [*pairs(reference), "rounds=12"]))
+    same_run(folder, reference)
+
+
 @pytest.fixture
 def bare(tmp_path):
     """Plain `flwr run . --stream` from the checkout, with a SuperLink that is stopped after."""
@@ -205,26 +232,52 @@ def bare(tmp_path):
         FLWR_LOCAL_CONTROL_API_PORT=str(control),
     )
 
-    def run(config):
+    def run(config, **more):
         return subprocess.run(
             [BIN / "flwr", "run", str(ROOT), "--stream", "--run-config", config],
-            env=env, cwd=ROOT, capture_output=True, text=True, timeout=300, check=False,
+            env={k: v for k, v in (env | more).items() if v is not None}, cwd=ROOT,
+            capture_output=True, text=True, timeout=600, check=False,
         )  # fmt: skip
 
     yield run
     stop_family(tmp_path / "home")
 
 
-def test_bare_flwr_run_is_the_same_job(tmp_path, bare):
-    local, folder = tmp_path / "local", tmp_path / "run"
-    run_local(gather([], pairs(local)))
-    config = " ".join(
+def flower_pairs(folder):
+    return " ".join(
         f'{k}="{v}"' if isinstance(v, str) else f"{k}={v}"
         for k, v in {**OPTIONS, "run-folder": str(folder)}.items()
     )
-    ended = bare(config)
+
+
+def test_bare_flwr_run_is_the_same_job(tmp_path, bare):
+    local, folder = tmp_path / "local", tmp_path / "run"
+    run_local(gather([], pairs(local)))
+    ended = bare(flower_pairs(folder))
     assert f"run folder: {folder}" in ended.stdout, ended.stdout + ended.stderr
     same_run(folder, local)
+
+
+@pytest.mark.slow
+def test_bare_flwr_run_beside_a_superlink_of_another_run_is_the_same_job(tmp_path, bare):
+    """Which then carries out both: Flower's ports are the same."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    bare(flower_pairs(first))
+    other = {"FLWR_HOME": str(tmp_path / "other"), "XDG_DATA_HOME": str(tmp_path / "elsewhere")}
+    ended = bare(flower_pairs(second), **other)
+    assert f"run folder: {second}" in ended.stdout, ended.stdout + ended.stderr
+    same_run(second, first)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("D2FT_TEST_REGISTRY" not in os.environ, reason="installs gigabytes")
+def test_bare_flwr_run_with_packages_that_flower_installs_is_the_same_job(tmp_path, bare):
+    """D2FT_TEST_REGISTRY=1 where a package registry can be reached."""
+    folder = tmp_path / "run"
+    ended = bare(flower_pairs(folder), FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION=None)
+    assert "uv sync took" in ended.stdout, ended.stdout + ended.stderr
+    assert f"run folder: {folder}" in ended.stdout, ended.stdout + ended.stderr
+    assert len(rows(folder)) == 2
 
 
 @pytest.mark.slow
