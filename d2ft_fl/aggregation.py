@@ -10,7 +10,7 @@ and theta_s keeps its bits when C_s is empty. With everyone FULL this is FedAvg 
 
 import hashlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate as accumulate_sizes
@@ -159,13 +159,25 @@ class Sums:
         """How many bits of the sums are fractions."""
         return min(FRACTION_BITS, SUM_BITS - CHANGE_BITS - max(1, self.examples).bit_length())
 
+    @property
+    def _most(self) -> float:
+        """The largest change that can be summed."""
+        return 2.0 ** (SUM_BITS - self.fraction_bits) / max(1, self.examples)
+
     def add(self, update: Update) -> None:
         """Validate one update and add it; nothing is added when anything is wrong.
 
         Raises:
             ReplyError: See :meth:`terms`.
         """
-        self.include(self.terms(update))
+        validate(self.arch, self.weights, update)
+        terms = list(self._terms(update))
+        for number, term in enumerate(terms, 1):
+            if self._accumulate(term, 1.0):
+                for added in terms[:number]:  # whole numbers: what was there before is there again
+                    self._accumulate(added, -1.0)
+                raise self._wrong(term)
+        self._count(terms)
 
     def terms(self, update: Update) -> "list[Term]":
         """Validate one update, for :meth:`include`; adds nothing.
@@ -175,18 +187,25 @@ class Sums:
                 large to be summed.
         """
         validate(self.arch, self.weights, update)
-        terms, most = [], 2.0 ** (SUM_BITS - self.fraction_bits) / max(1, self.examples)
+        terms = list(self._terms(update))
+        for term in terms:
+            own, new = self._running(term.parameter), term.tensor.numpy()
+            for _, here, there in own.stretches(term.counts):
+                if outside(own.old[here].ravel(), new[there].ravel(), self._most):
+                    raise self._wrong(term)
+        return terms
+
+    def _terms(self, update: Update) -> "Iterator[Term]":
         for name, tensor in update.tensors.items():
             p = self.arch.by_name[name]
-            term = Term(p, update.weights(p), tensor.detach().contiguous())
-            own, new = self._running(p), term.tensor.numpy()
-            for _, here, there in own.stretches(term.counts):
-                if outside(own.old[here].ravel(), new[there].ravel(), most):
-                    if not np.isfinite(new[there]).all():
-                        raise ReplyError(f"{name!r} holds values that are not finite")
-                    raise ReplyError(f"{name!r} changes by more than can be summed")
-            terms.append(term)
-        return terms
+            yield Term(p, update.weights(p), tensor.detach().contiguous())
+
+    @staticmethod
+    def _wrong(term: "Term") -> ReplyError:
+        """What is wrong with a term that cannot be summed."""
+        if not bool(term.tensor.isfinite().all()):
+            return ReplyError(f"{term.parameter.name!r} holds values that are not finite")
+        return ReplyError(f"{term.parameter.name!r} changes by more than can be summed")
 
     def length(self, terms: "list[Term]") -> float:
         """How long a whole change is (L2)."""
@@ -199,15 +218,25 @@ class Sums:
 
     def include(self, terms: "list[Term]", factor: float = 1.0) -> None:
         """Add what :meth:`terms` returned, each change times ``factor``."""
-        unit = 2.0**self.fraction_bits
         for term in terms:
-            own, new = self._running(term.parameter), term.tensor.numpy()
-            for count, here, there in own.stretches(term.counts):
-                scale = factor * count * unit
-                total, old = own.total[here].ravel(), own.old[here].ravel()
-                accumulate(total, old, new[there].ravel(), scale)
+            self._accumulate(term, factor)
+        self._count(terms)
+
+    def _accumulate(self, term: "Term", factor: float) -> int:
+        """Add a term times ``factor``; how many of its elements cannot be, and are not."""
+        own, new = self._running(term.parameter), term.tensor.numpy()
+        wrong = 0
+        for count, here, there in own.stretches(term.counts):
+            scale = factor * count * 2.0**self.fraction_bits
+            total, old = own.total[here].ravel(), own.old[here].ravel()
+            wrong += accumulate(total, old, new[there].ravel(), scale, self._most)
+        return wrong
+
+    def _count(self, terms: "Iterable[Term]") -> None:
+        for term in terms:
+            counts = self._running(term.parameter).counts
             for head, count in term.counts.items():
-                own.counts[head] = own.counts.get(head, 0) + count
+                counts[head] = counts.get(head, 0) + count
 
     def _running(self, p: Parameter) -> _Running:
         if p.name not in self._sums:

@@ -26,8 +26,18 @@ def squares(old: np.ndarray, new: np.ndarray) -> float:
 
 
 @entry
-def accumulate(total: np.ndarray, old: np.ndarray, new: np.ndarray, scale: float) -> None:
-    """Add ``scale`` times the change to int64 ``total``, each element rounded to the nearest."""
+def accumulate(
+    total: np.ndarray, old: np.ndarray, new: np.ndarray, scale: float, most: float
+) -> int:
+    """Add ``scale`` times the change to int64 ``total``, each element rounded to the nearest.
+
+    Returns:
+        What :func:`outside` would; nothing is added of elements that it counts.
+    """
+    count = 0
     for i in range(total.size):
         change = np.float64(new[i]) - np.float64(old[i])
-        total[i] += np.int64(np.rint(change * scale))
+        fits = abs(change) <= most
+        count += not fits
+        total[i] += np.int64(np.rint((change if fits else 0.0) * scale))
+    return count
