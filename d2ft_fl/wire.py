@@ -6,6 +6,7 @@ same bytes.
 
 import json
 import math
+import mmap
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ _TYPES = {
     torch.uint8: "U8",
 }
 _ORDER = tuple(_TYPES)
+_DTYPES = {name: dtype for dtype, name in _TYPES.items()}
 
 
 def encode(tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> bytes:
@@ -85,18 +87,50 @@ def decode(blob: bytes | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """
     try:
         if isinstance(blob, Path):
-            with blob.open("rb") as file:
-                length = int.from_bytes(file.read(LENGTH_BYTES), "little")
-                if length > blob.stat().st_size:
-                    raise ValueError(f"a header of {length} bytes")
-                text = file.read(length)
-            tensors = safetensors.torch.load_file(blob)
+            header, tensors = mapped(blob)
         else:
-            text = blob[LENGTH_BYTES : LENGTH_BYTES + int.from_bytes(blob[:LENGTH_BYTES], "little")]
-            tensors = safetensors.torch.load(blob)
-        meta = json.loads(json.loads(text)["__metadata__"][META])
+            end = LENGTH_BYTES + int.from_bytes(blob[:LENGTH_BYTES], "little")
+            header, tensors = json.loads(blob[LENGTH_BYTES:end]), safetensors.torch.load(blob)
+        meta = json.loads(header["__metadata__"][META])
         if not isinstance(meta, dict):
             raise TypeError(f"metadata is a {type(meta).__name__}")
         return tensors, meta
     except (SafetensorError, KeyError, TypeError, ValueError, RecursionError, OSError) as error:
         raise ReplyError(f"not a safetensors message of this project: {error}") from None
+
+
+def mapped(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """A safetensors file's header, and its tensors: mapped into memory, copied if written to.
+
+    safetensors' own ``load_file`` (0.8.0) loses 4 kB of memory for each file of 150 tensors, which
+    replies by the thousand are.
+
+    Raises:
+        KeyError, TypeError, ValueError, OSError: When it is no such file, or lies about itself.
+    """
+    with path.open("rb") as file:
+        content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+    start = LENGTH_BYTES + int.from_bytes(content[:LENGTH_BYTES], "little")
+    if start > len(content):
+        raise ValueError(f"a header of {start - LENGTH_BYTES} bytes")
+    header, tensors, used = json.loads(content[LENGTH_BYTES:start]), {}, start
+    if not isinstance(header, dict):
+        raise TypeError(f"a header that is a {type(header).__name__}")
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        dtype, shape, places = _DTYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
+        if not all(type(n) is int and 0 <= n < 2**62 for n in (*shape, *places)):
+            raise ValueError(f"{name!r} has shape {shape} at {places}")
+        first, last = (start + place for place in places)
+        count = math.prod(shape)
+        if not start <= first <= last <= len(content) or last - first != count * dtype.itemsize:
+            raise ValueError(f"{name!r} does not lie where it should")
+        used += last - first
+        own = torch.empty(0, dtype=dtype)
+        if count:
+            own = torch.frombuffer(content, dtype=dtype, count=count, offset=first)
+        tensors[name] = own.view(shape)
+    if used != len(content):
+        raise ValueError(f"{used} bytes of {len(content)} are accounted for")
+    return header, tensors

@@ -1,10 +1,13 @@
+import gc
+import json
 import tempfile
+import tracemalloc
 from pathlib import Path
 
 import pytest
 import safetensors.torch
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from d2ft_fl.errors import ReplyError
@@ -80,3 +83,44 @@ def test_any_other_file_is_refused(tmp_path, content):
     path.write_bytes(content)
     with pytest.raises(ReplyError, match="not a safetensors message"):
         decode(path)
+
+
+ODD = st.recursive(
+    st.none() | st.booleans() | st.floats() | st.text(max_size=4) | st.integers(-(2**70), 2**70),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.sampled_from(["header", "entry", "dtype", "shape", "data_offsets"]), ODD)
+def test_a_file_that_lies_about_itself_is_refused(where, odd):
+    blob = encode({"a": torch.arange(6.0).view(2, 3), "b": torch.arange(3)}, {"x": 1})
+    end = 8 + int.from_bytes(blob[:8], "little")
+    header = json.loads(blob[8:end])
+    if where == "header":
+        header = odd
+    elif where == "entry":
+        header["a"] = odd
+    else:
+        header["a"][where] = odd
+    text = json.dumps(header).encode()
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "reply")
+        path.write_bytes(len(text).to_bytes(8, "little") + text + blob[end:])
+        with pytest.raises(ReplyError, match="not a safetensors message"):
+            decode(path)
+
+
+def test_reading_files_costs_no_memory(tmp_path):
+    path = tmp_path / "reply"
+    path.write_bytes(encode({f"tensor {n}": torch.zeros(4) for n in range(150)}, {}))
+    decode(path)
+    tracemalloc.start()
+    before = tracemalloc.get_traced_memory()[0]
+    for _ in range(50):
+        decode(path)
+    gc.collect()
+    lost = tracemalloc.get_traced_memory()[0] - before
+    tracemalloc.stop()
+    assert lost < 50 * 500  # safetensors' own way: 8,400 bytes each time
