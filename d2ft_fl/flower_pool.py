@@ -20,11 +20,11 @@ from typing import Any
 from uuid import uuid4
 
 import httpx
-from flwr.app import ArrayRecord, ConfigRecord, Message, RecordDict
+from flwr.app import ConfigRecord, Message, RecordDict
 from flwr.serverapp import Grid
 
 from d2ft_fl.budgets import Budget
-from d2ft_fl.client_app import pack_blob, simulated, unpack_blob
+from d2ft_fl.client_app import pack_blobs, simulated, unpack_blobs
 from d2ft_fl.config import RunConfig
 from d2ft_fl.errors import ConfigError, RunError
 from d2ft_fl.exchange import Exchange
@@ -308,18 +308,16 @@ class FlowerPool:
         return waiting
 
     def _content(self, work: Work, order: list[int], model: Path | None) -> RecordDict:
+        arrays, index = pack_blobs({c: work.encode(c, model is not None) for c in order})
         how = {
             "round": work.round,
-            "order": order,
+            "index": index,
             "seconds": self.config.round_timeout,
             "client-seconds": self.config.client_timeout,
             "model": model and str(model),
             "shelf": self.shelf and self.shelf.name,
         }
-        blobs = {str(c): pack_blob(work.encode(c, model is not None)) for c in order}
-        return RecordDict(
-            {"assignments": ArrayRecord(blobs), "how": ConfigRecord({"json": json.dumps(how)})}
-        )
+        return RecordDict({"assignments": arrays, "how": ConfigRecord({"json": json.dumps(how)})})
 
     @property
     def _grace(self) -> float:
@@ -366,20 +364,16 @@ def _results(reply: Message, own: Sequence[int]) -> Iterator[tuple[int, Reply]]:
     What it says of others nobody heeds.
     """
     try:
-        records = reply.content
-        results = records.array_records.get("results", ArrayRecord())
-        said = records.config_records.get("faults", ConfigRecord())
-        faults = dict(json.loads(str(said.get("json", "{}"))))
-        if others := (results.keys() | faults.keys()) - {str(client) for client in own}:
-            log.warning("a SuperNode answers for %s, which is not its own", sorted(others)[0])
+        said = json.loads(str(reply.content.config_records["said"]["json"]))
+        results = dict(unpack_blobs(reply.content.array_records["results"], said["index"]))
+        faults = {int(client): str(reason) for client, reason in said["faults"].items()}
+        if others := (results.keys() | faults.keys()) - set(own):
+            log.warning("a SuperNode answers for %r, which is not its own", min(others))
     except Exception as error:
         yield from ((c, Fault(f"its SuperNode's answer is malformed: {error}")) for c in own)
         return
     for client in own:
-        if (array := results.get(str(client))) is not None:
-            try:
-                yield client, unpack_blob(array)
-            except Exception as error:
-                yield client, Fault(f"its answer cannot be read: {error}")
-        if (reason := faults.get(str(client))) is not None:
-            yield client, Fault(str(reason))
+        if (blob := results.get(client)) is not None:
+            yield client, blob
+        if (reason := faults.get(client)) is not None:
+            yield client, Fault(reason)

@@ -5,16 +5,20 @@ from types import SimpleNamespace
 
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from d2ft_fl import flower_pool
-from d2ft_fl.client_app import pack_blob
+from d2ft_fl.client_app import BUNDLE_BYTES, pack_blobs, unpack_blobs
 from d2ft_fl.errors import ConfigError
 from d2ft_fl.flower_pool import FlowerPool, _reports, _results
 from d2ft_fl.work import Fault
 
 
-def reply(results=None, faults="{}", error=None, answer=None):
-    records = {"results": ArrayRecord(results or {}), "faults": ConfigRecord({"json": faults})}
+def reply(results=None, faults=None, error=None, answer=None, said=None):
+    arrays, index = pack_blobs(results or {})
+    own = {"index": index, "faults": faults or {}} if said is None else said
+    records = {"results": arrays, "said": ConfigRecord({"json": json.dumps(own)})}
     if answer is not None:
         records["answer"] = ConfigRecord({"json": answer})
     return SimpleNamespace(
@@ -60,15 +64,32 @@ def grid(monkeypatch):
     return Nodes
 
 
+@given(st.dictionaries(st.integers(0, 2**40), st.integers(0, 3 << 19), max_size=12))
+@settings(max_examples=30, deadline=None)
+def test_blobs_come_back_and_small_ones_share_an_array(sizes):
+    blobs = {client: bytes([client % 256]) * size for client, size in sizes.items()}
+    arrays, index = pack_blobs(blobs)
+    assert dict(unpack_blobs(arrays, json.loads(json.dumps(index)))) == blobs
+    assert all(len(own) == 1 or sum(s for _, s in own) <= BUNDLE_BYTES for own in index)
+    assert len(arrays) <= 1 + 2 * sum(sizes.values()) / BUNDLE_BYTES
+
+
 def test_a_node_answers_for_its_own_clients_only():
-    given = {"1": pack_blob(b"one"), "2": pack_blob(b"two")}
-    found = list(_results(reply(given, json.dumps({"3": "hung", "9": "no"})), [1, 3]))
-    assert found == [(1, b"one"), (3, Fault("hung"))]
+    given = reply({1: b"one", 2: b"two"}, {"3": "hung", "9": "no"})
+    assert list(_results(given, [1, 3])) == [(1, b"one"), (3, Fault("hung"))]
 
 
-@pytest.mark.parametrize("faults", ["{", "[1]", "3"])
-def test_a_malformed_answer_is_a_fault_of_all_its_clients(faults):
-    found = list(_results(reply({}, faults), [1, 3]))
+@pytest.mark.parametrize(
+    "said",
+    [
+        3, [1], {}, {"index": [], "faults": 3}, {"index": [], "faults": {"x": "y"}},
+        {"index": [[[1, 2]]], "faults": {}}, {"index": [[[1, -1], [3, 4]]], "faults": {}},
+        {"index": [[[1]]], "faults": {}}, {"index": [[[[], 3]]], "faults": {}},
+        {"index": [[], [[1, 3]]], "faults": {}},
+    ],
+)  # fmt: skip
+def test_a_malformed_answer_is_a_fault_of_all_its_clients(said):
+    found = list(_results(reply({1: b"one"}, said=said), [1, 3]))
     assert [client for client, _ in found] == [1, 3]
     assert all("malformed" in fault.reason for _, fault in found)
 
@@ -76,11 +97,13 @@ def test_a_malformed_answer_is_a_fault_of_all_its_clients(faults):
 @pytest.mark.parametrize(
     "stype,data", [("numpy.ndarray", b"PK\x03\x04"), ("numpy.ndarray", b""), ("else", b"x")]
 )
-def test_an_array_that_is_no_blob_is_a_fault_and_not_parsed(stype, data):
+def test_an_array_that_holds_no_blobs_is_a_fault_and_not_parsed(stype, data):
+    odd = reply({1: b"one"})
     array = Array(dtype="uint8", shape=(3,), stype=stype, data=data)
-    ((client, fault),) = _results(reply({"1": array}), [1])
+    odd.content["results"] = ArrayRecord({"0": array})
+    ((client, fault),) = _results(odd, [1])
     assert client == 1
-    assert "cannot be read" in fault.reason
+    assert "malformed" in fault.reason
 
 
 @pytest.mark.parametrize(

@@ -15,7 +15,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from d2ft_fl.client_app import pack_blob, unpack_blob
+from d2ft_fl.client_app import pack_blobs, unpack_blobs
 from d2ft_fl.flower import free_ports, stop_family
 from d2ft_fl.local import run_local
 from d2ft_fl.options import gather
@@ -289,8 +289,8 @@ def test_bare_flwr_run_ends_a_bad_job_with_its_line(bare):
 
 
 @pytest.mark.parametrize("size", [0, 1, 1000, 300_000])
-def test_flower_adds_a_small_constant_to_a_blob(size):
+def test_flower_adds_nothing_to_blobs(size):
     blob = bytes(range(256)) * (size // 256) + bytes(size % 256)
-    array = pack_blob(blob)
-    assert unpack_blob(array) == blob
-    assert len(array.data) - size <= 256
+    arrays, index = pack_blobs({5: blob, 7: blob})
+    assert dict(unpack_blobs(arrays, index)) == {5: blob, 7: blob}
+    assert sum(len(array.data) for array in arrays.values()) == 2 * size
