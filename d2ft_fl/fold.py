@@ -100,7 +100,7 @@ class Fold:
         self.strays: list[str] = []  # faults of those who are not waited for
         for client, fault in silent.items():
             self.stray(client, fault.reason)
-        self.asked = len(plan.working) + len(silent)
+        self.asked = len(plan.working) + len(silent)  # who said nothing is in no plan
 
     def _make_sums(self, examples: int) -> Sums | FactorSums | RobustSums | NoisySums:
         config, arch, weights = self.federation.config, self.federation.arch, self.state.weights
@@ -113,8 +113,6 @@ class Fold:
             mode = config.lora_aggregation
             return FactorSums(arch, weights, examples, mode, config.lora_error)
         return Sums(arch, weights, examples)
-
-    # Who does not answer before the plan is made is in none, and missing all the same.
 
     @property
     def answered(self) -> int:

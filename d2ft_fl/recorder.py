@@ -73,8 +73,8 @@ def claim_folder(config: RunConfig) -> Path:
                     f"on with that run: d2ft run --resume {str(folder)!r}"
                 )
         with only_one(folder):
-            before = read_status(folder)
-            write_status(folder, "starting", before=before.get("before") or before.get("status"))
+            done = stands(read_status(folder)) == "finished"
+            write_status(folder, "starting", before="finished" if done else None)
     except OSError as error:
         raise ConfigError(
             f"run-folder = {config.run_folder!r} cannot be written to: {error.strerror}"
@@ -153,7 +153,8 @@ def read_status(folder: Path) -> dict[str, Any]:
 def stands(said: Mapping[str, Any]) -> str:
     """How a run stands, by its status; that it could not be resumed leaves it as it was."""
     before = said.get("before")
-    return str(before if said.get("status") == "failed" and before else said.get("status"))
+    begins = said.get("status") in ("starting", "failed")
+    return str(before if begins and before else said.get("status"))
 
 
 def _new_folder(config: RunConfig) -> Path:
@@ -370,7 +371,7 @@ def write_status(folder: Path, status: str, reason: str = "", before: str | None
     """Say how a run stands: ``starting``, ``running``, ``finished`` or ``failed``.
 
     Args:
-        before: How it stood before it was started again, until its rounds go on.
+        before: ``finished``, of a run that was and is started again, until its rounds go on.
     """
     folder.mkdir(parents=True, exist_ok=True)
     partial = folder / "status.json.part"

@@ -28,6 +28,7 @@ from d2ft_fl.recorder import (
     read_status,
     stands,
 )
+from d2ft_fl.report.run_folder import RunFolder
 from d2ft_fl.scores import ScoreBook
 from d2ft_fl.server_optimizer import Moments
 
@@ -275,6 +276,7 @@ def test_a_refused_resumption_leaves_a_run_as_it_was(quick):
         run_local(other)
     note_failure(folder, "no checkpoint can be used")  # as the command does
     assert stands(read_status(folder)) == "finished"
+    assert RunFolder.begun(folder).status == "finished"
     with pytest.raises(ConfigError, match="has finished all of rounds = 1"):
         run_local(dataclasses.replace(other, rounds=1, lr=config.lr))
     with only_one(folder), pytest.raises(RunError, match="another process is at work"):
@@ -283,6 +285,15 @@ def test_a_refused_resumption_leaves_a_run_as_it_was(quick):
         before = read_status(folder)
         note_failure(folder, "not mine")
         assert read_status(folder) == before
+
+
+def test_a_run_that_never_began_has_failed(quick):
+    config = quick()
+    for _ in range(2):  # by the command, and by the process that carries it out
+        folder = claim_folder(config)
+    note_failure(folder, "no budget")
+    assert stands(read_status(folder)) == "failed"
+    assert read_status(folder)["reason"] == "no budget"
 
 
 def test_a_run_without_checkpoints_keeps_its_record(quick):
