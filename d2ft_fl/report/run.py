@@ -84,7 +84,7 @@ def _headline(run: RunFolder) -> str:
     times = sum(line["clients"] for line in run.lines)
     figures += [
         ("violations", f"{t['violations']:,}", "of budgets"),
-        ("faults", f"{t['faults']:,}", "of clients, each named below"),
+        ("faults", f"{t['faults']:,}", "of clients"),
         ("sat out", f"{t['sat_out']:,}", f"of {times:,} times"),
         ("subnets trained", f"{t['coverage']:.0%}", "by anyone so far"),
         ("simulated time", seconds(t["round_seconds"]), f"{_wall(run)} here"),
