@@ -34,17 +34,18 @@ def main(grid: Grid, context: Context) -> None:
         known = isinstance(error, D2FTError)
         reason = str(error) if known else f"{type(error).__name__}: {error}"
         named = str(context.run_config.get("run-folder", ""))
-        if folder or named:
-            _note(folder, named, reason)
+        # Where it could not be claimed: for who made it and waits, not over a run that is in it.
+        if folder is None and named and not _holds_a_run(Path(named)):
+            folder = Path(named)
+        if folder:
+            note_failure(folder, reason)
         if known:
             _last_word(f"d2ft: {error}")
         raise  # so that Flower calls the run failed
 
 
-def _note(folder: Path | None, named: str, reason: str) -> None:
-    """Say in the run's folder why it failed; where it could not be claimed, to who waits for it."""
-    if folder or read_status(Path(named)).get("status") == "starting":
-        note_failure(folder or Path(named), reason)
+def _holds_a_run(folder: Path) -> bool:
+    return read_status(folder).get("status", "starting") != "starting"
 
 
 def _last_word(line: str) -> None:
