@@ -6,6 +6,7 @@ twice: with everything FULL, and with ``d2ft`` at 60 % of the compute and half o
 """
 
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -160,15 +161,15 @@ def _is_number(line: str) -> bool:
 
 def _ours(strategy: str, budgets: str) -> Callable[[ScaleBench, Side], None]:
     def run(bench: ScaleBench, side: Side) -> None:
-        with tempfile.TemporaryDirectory() as scratch:
-            file = Path(scratch, "budgets.toml")
-            file.write_text(budgets)
-            folder = Path(scratch, "run")
-            config: RunConfig = replace(
-                bench.job.config(), strategy=strategy, budgets=str(file), run_folder=str(folder)
-            )
-            rows: list[dict[str, Any]] = []
-            run_flower(config.check(), folder, 0, rows.append)
+        scratch = tempfile.mkdtemp(prefix="d2ft-bench-")
+        file, folder = Path(scratch, "budgets.toml"), Path(scratch, "run")
+        file.write_text(budgets)
+        config: RunConfig = replace(
+            bench.job.config(), strategy=strategy, budgets=str(file), run_folder=str(folder)
+        )
+        rows: list[dict[str, Any]] = []
+        run_flower(config.check(), folder, 0, rows.append)
+        shutil.rmtree(scratch)  # of one that failed, the log is there to be looked at
         for row in rows[1:]:
             if row["faults"]:
                 raise RunError(f"round {row['round']}: {row['faults'][0]}")
