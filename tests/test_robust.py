@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from d2ft_fl.aggregation import Sums, Update
-from d2ft_fl.config import AGGREGATIONS
+from d2ft_fl.config_checks import AGGREGATIONS
 from d2ft_fl.errors import ConfigError, ReplyError
 from d2ft_fl.local import run_local
 from d2ft_fl.robust import ROBUST, RobustSums, clipped

@@ -1,0 +1,336 @@
+"""What a configuration needs to run: a refusal is one line that says what to write instead."""
+
+from typing import TYPE_CHECKING
+
+from d2ft_fl import scores
+from d2ft_fl.budgets import ClientDescription
+from d2ft_fl.errors import ConfigError, UnkeptBudget
+from d2ft_fl.factors import MIXED, MODES
+from d2ft_fl.initial import INITS
+from d2ft_fl.local_options import PRECISIONS
+from d2ft_fl.match import MATCHES
+from d2ft_fl.meter import DEVICES
+from d2ft_fl.methods import method_of
+from d2ft_fl.planner import COUPLINGS, PLANNERS
+from d2ft_fl.server_optimizer import ADAPTIVE, SERVER_OPTIMIZERS
+from d2ft_fl.subnets import Architecture
+
+if TYPE_CHECKING:
+    from d2ft_fl.config import RunConfig
+
+SELECTIONS = ("random", "entropy")
+AGGREGATIONS = ("mean", "trimmed-mean", "median", "mean-around-median")
+TRANSPORTS = ("shared", "message")
+FEW_REPLIES = ("stop", "repeat")
+
+
+def check(config: "RunConfig") -> None:
+    """Check a configuration, with all that it names.
+
+    Raises:
+        ConfigError: In one line, what to write instead.
+    """
+    # They take seconds to import, and options need none of them.
+    from d2ft_fl import timm_vit
+    from d2ft_fl.data import open_data
+    from d2ft_fl.models import build_model
+
+    check_options(config)
+    config.torch_device()
+    model = build_model(config.model_spec())
+    channels, side = timm_vit.input_shape(model)
+    arch = timm_vit.describe(model)
+    if config.tuning == "lora":
+        config.lora().check(arch)
+        if config.lora_adapter:
+            config.adapter(arch)
+    partitions = open_data(config.data_spec(side, channels)).partitions
+    _check_budgets(config, arch, [len(own) for own in partitions])
+
+
+def _check_budgets(config: "RunConfig", arch: Architecture, examples: list[int]) -> None:
+    """Raises ConfigError unless clients' first budgets are there, and can be matched."""
+    from d2ft_fl.federation import Federation, Report, State  # which know the configuration
+
+    source = config.budget_source()
+    asked = examples if config.match else examples[:1]
+    reports = [
+        Report(client, count, source(ClientDescription(client, count, len(examples)), 1))
+        for client, count in enumerate(asked)
+    ]
+    Federation(config, arch).at(1).participants(reports, State(0, {}))
+
+
+def check_options(config: "RunConfig") -> None:
+    """Check all but a configuration's model, data and machine.
+
+    Raises:
+        ConfigError: In one line, what to write instead.
+    """
+    for key in (
+        "rounds",
+        "clients",
+        "batch-size",
+        "epochs",
+        "slots",
+        "threads-per-client",
+        "accumulate",
+        "agenda-rounds",
+        "eval-batch-size",
+        "eval-every",
+        "attempts",
+    ):
+        _at_least(config, key, 1)
+    for key in (
+        "train-examples",
+        "test-examples",
+        "image-size",
+        "score-every",
+        "score-examples",
+        "least-clients",
+        "stage-rounds",
+        "seed",
+        "sample-clients",
+        "min-replies",
+        "checkpoint-every",
+    ):
+        _at_least(config, key, 0)
+    _one_of(config, "transport", TRANSPORTS)
+    _one_of(config, "few-replies", FEW_REPLIES)
+    if config.sample_clients > config.clients:
+        raise ConfigError(
+            f"sample-clients = {config.sample_clients} is more than clients = {config.clients}; "
+            "0 takes all"
+        )
+    there = config.sample_clients or config.clients
+    if config.min_replies > there:
+        raise ConfigError(
+            f"min-replies = {config.min_replies} is more than the {there} clients that take part "
+            "in a round"
+        )
+    _one_of(config, "optimizer", ("adamw", "sgd"))
+    _one_of(config, "precision", PRECISIONS)
+    _one_of(config, "device", DEVICES)
+    _one_of(config, "planner", PLANNERS)
+    _one_of(config, "coupling", COUPLINGS)
+    _one_of(config, "backward-score", scores.KINDS)
+    _one_of(config, "forward-score", scores.KINDS)
+    if not 0 <= config.exploration <= 1:
+        raise ConfigError(f"exploration = {config.exploration} must lie between 0 and 1")
+    if not 0 <= config.score_momentum < 1:
+        raise ConfigError(
+            f"score-momentum = {config.score_momentum} must be 0 or more, and below 1"
+        )
+    if not 0 < config.round_timeout < float("inf"):
+        raise ConfigError(f"round-timeout = {config.round_timeout} must be above 0 seconds")
+    if config.seed >= 2**63:
+        raise ConfigError(f"seed = {config.seed} must be below 2**63")
+    if not 0 < config.spread_clients < float("inf"):
+        raise ConfigError(f"spread-clients = {config.spread_clients} must be a share above 0")
+    if config.planner == "two-stage" and (config.frozen_weight or config.coupling == "spread"):
+        raise ConfigError(
+            "planner = 'two-stage' has D2FT's three operations and no coupling: leave "
+            "frozen-weight at 0 and coupling at 'none' or 'agenda', or use planner = 'joint'"
+        )
+    for key in (
+        "lr",
+        "head-lr",
+        "lora-lr",
+        "lora-rank-exponent",
+        "momentum",
+        "weight-decay",
+        "proximal",
+        "client-timeout",
+        "clip-norm",
+        "noise-multiplier",
+        "epsilon",
+        "server-lr",
+        "forward-weight",
+        "frozen-weight",
+    ):
+        value = config.to_mapping()[key]
+        if not 0 <= value < float("inf"):
+            raise ConfigError(f"{key} = {value} must be a finite number, 0 or more")
+    if config.slots > config.batch_size:
+        raise ConfigError(
+            f"slots = {config.slots} is more than batch-size = {config.batch_size}; a slot "
+            f"needs an example, so ask for at most {config.batch_size} slots"
+        )
+    if config.compensation and config.score_every == 0:
+        raise ConfigError(
+            "compensation needs rounds in which clients measure: set score-every to 1 or more"
+        )
+    no_pass = config.score_every == 0 or config.score_examples == 0
+    if no_pass and (measured := config.measured_scores()):
+        raise ConfigError(
+            f"{' and '.join(measured)} scores need a scoring pass: set score-every and "
+            "score-examples to 1 or more, or use magnitude or uniform scores"
+        )
+    config.load_strategy()
+    _check_data(config)
+    _check_match(config)
+    _check_tuning(config)
+    _check_server(config)
+    _check_robust(config)
+    config.privacy()
+    config.budget_source()
+    config.load_trackers()
+
+
+def _check_data(config: "RunConfig") -> None:
+    """Raises ConfigError unless clients can choose their examples as configured."""
+    _one_of(config, "data-selection", SELECTIONS)
+    if not 0 < config.data_share <= 1:
+        raise ConfigError(f"data-share = {config.data_share} must be above 0, and 1 at most")
+    if not 0 < config.selection_temperature < float("inf"):
+        raise ConfigError(
+            f"selection-temperature = {config.selection_temperature} must be a number above 0"
+        )
+
+
+def _check_match(config: "RunConfig") -> None:
+    """Raises ConfigError unless the strategy keeps the budget that is matched."""
+    if config.match:
+        _one_of(config, "match", tuple(MATCHES))
+    if not 0 <= config.match_share <= 1:
+        raise ConfigError(f"match-share = {config.match_share} must lie between 0 and 1")
+    if config.match_share and not config.match:
+        raise ConfigError(
+            f"match-share = {config.match_share} belongs to match: set that to one of "
+            f"{', '.join(MATCHES)}"
+        )
+    keeps = method_of(config.load_strategy(), config.strategy).keeps
+    if lost := [r for r in MATCHES.get(config.match, ()) if r not in keeps]:
+        raise UnkeptBudget(
+            f"strategy = {config.strategy!r} cannot keep a budget of {' and '.join(lost)}, which "
+            f"match = {config.match!r} gives every client: leave match empty to run it as a "
+            "reference, or take another strategy"
+        )
+
+
+def _check_server(config: "RunConfig") -> None:
+    """Raises ConfigError unless the server's optimiser fits the rest."""
+    _one_of(config, "server-optimizer", SERVER_OPTIMIZERS)
+    for key in ("server-momentum", "server-second-momentum"):
+        value = config.to_mapping()[key]
+        if not 0 <= value < 1:
+            raise ConfigError(f"{key} = {value} must be 0 or more, and below 1")
+    if not 0 < config.server_tau < float("inf"):
+        raise ConfigError(f"server-tau = {config.server_tau} must be a number above 0")
+    if config.server_optimizer in ADAPTIVE and config.server_lr >= 1:
+        raise ConfigError(
+            f"server-lr = {config.server_lr} moves every weight by about that much in the first "
+            f"rounds of server-optimizer = {config.server_optimizer!r}; set it to 0.01 or so"
+        )
+    if config.server_optimizer == "mean" and config.server_lr != 1:
+        raise ConfigError(
+            f"server-lr = {config.server_lr} belongs to an optimiser: set server-optimizer to "
+            f"one of {', '.join(SERVER_OPTIMIZERS[1:])}"
+        )
+    exact = config.lora_aggregation in MIXED
+    if config.tuning == "lora" and exact and config.server_optimizer != "mean":
+        raise ConfigError(
+            f"server-optimizer = {config.server_optimizer!r} steps factors by their means, which "
+            f"lora-aggregation = {config.lora_aggregation!r} does not take: use factors, "
+            "freeze-a, alternate or freeze-common"
+        )
+
+
+def _check_robust(config: "RunConfig") -> None:
+    """Raises ConfigError unless updates can be folded as configured."""
+    _one_of(config, "aggregation", AGGREGATIONS)
+    if not 0 <= config.trim_share < 0.5:
+        raise ConfigError(f"trim-share = {config.trim_share} must be 0 or more, and below 0.5")
+    if not 0 <= config.hostile_share <= 1:
+        raise ConfigError(f"hostile-share = {config.hostile_share} must lie between 0 and 1")
+    if not abs(config.hostile_scale) < float("inf"):
+        raise ConfigError(f"hostile-scale = {config.hostile_scale} must be a finite number")
+    _at_least(config, "noise-seed", -1)
+    there = config.sample_clients or config.clients
+    hostile = config.suspects(there)
+    if config.aggregation != "mean" and there <= 2 * hostile:
+        raise ConfigError(
+            f"aggregation = {config.aggregation!r} needs {2 * hostile + 1} clients a round to "
+            f"bear {hostile} hostile ones, and there are {there}: have more clients, or lower "
+            f"trim-share = {config.trim_share}"
+        )
+    asked = "clip-norm" if config.clip_norm else "aggregation"
+    if (config.clip_norm or config.aggregation != "mean") and (
+        config.tuning == "lora" and config.lora_aggregation in MIXED
+    ):
+        raise ConfigError(
+            f"{asked} acts on factors, which lora-aggregation = {config.lora_aggregation!r} does "
+            "not fold: use factors, freeze-a, alternate or freeze-common"
+        )
+
+
+def _check_tuning(config: "RunConfig") -> None:
+    """Raises ConfigError unless the options of tuning fit together."""
+    config.load_tuning()
+    _at_least(config, "slora-rounds", 0)
+    _at_least(config, "lora-rank", 1)
+    _one_of(config, "lora-init", INITS)
+    _one_of(config, "lora-aggregation", MODES)
+    if not 0 < config.lora_alpha < float("inf"):
+        raise ConfigError(f"lora-alpha = {config.lora_alpha} must be a finite number above 0")
+    if not 0 <= config.lora_dropout < 1:
+        raise ConfigError(f"lora-dropout = {config.lora_dropout} must be 0 or more, and below 1")
+    _check_ranks(config)
+    if config.tuning != "lora":
+        if config.slora_rounds or config.lora_adapter:
+            key = "slora-rounds" if config.slora_rounds else "lora-adapter"
+            raise ConfigError(f"{key} belongs to tuning = 'lora', not {config.tuning!r}")
+        return
+    config.lora().check_targets()
+    if config.slora_rounds >= config.rounds:
+        raise ConfigError(
+            f"slora-rounds = {config.slora_rounds} must be below rounds = {config.rounds}, so that "
+            "rounds of LoRA follow"
+        )
+    begins = [config.lora_init != "lora", bool(config.lora_adapter), config.slora_rounds > 0]
+    if sum(begins) > 1:
+        raise ConfigError(
+            "lora-init = 'federa', lora-adapter and slora-rounds each say how factors begin: "
+            "choose one"
+        )
+    if config.lora_aggregation == "freeze-common" and any(begins):
+        raise ConfigError(
+            "lora-aggregation = 'freeze-common' draws the factors that it freezes: leave "
+            "lora-init at 'lora', lora-adapter empty and slora-rounds at 0"
+        )
+
+
+def _check_ranks(config: "RunConfig") -> None:
+    """Raises ConfigError unless smaller ranks can be offered as configured."""
+    if not config.lora_ranks.strip():
+        return
+    if config.tuning != "lora":
+        raise ConfigError(f"lora-ranks belongs to tuning = 'lora', not {config.tuning!r}")
+    most = config.lora_rank
+    for text in config.lora_ranks.split(","):
+        if not text.strip().isdecimal() or not 1 <= int(text) <= most:
+            raise ConfigError(
+                f"lora-ranks = {config.lora_ranks!r}: {text.strip()!r} is no whole number from 1 "
+                f"to lora-rank = {most}; write ranks like '2, 4'"
+            )
+    if config.lora_aggregation not in MIXED:
+        raise ConfigError(
+            f"lora-aggregation = {config.lora_aggregation!r} cannot fold different ranks: use "
+            f"{' or '.join(MIXED)}, or leave lora-ranks empty"
+        )
+    if config.planner == "two-stage":
+        raise ConfigError(
+            "planner = 'two-stage' knows one rank: use planner = 'joint', or leave lora-ranks empty"
+        )
+
+
+def _at_least(config: "RunConfig", key: str, least: int) -> None:
+    value = config.to_mapping()[key]
+    if value < least:
+        raise ConfigError(f"{key} = {value} must be {least} or more")
+
+
+def _one_of(config: "RunConfig", key: str, allowed: tuple[str, ...]) -> None:
+    value = config.to_mapping()[key]
+    if value not in allowed:
+        raise ConfigError(f"{key} = {value!r} is unknown; use one of {', '.join(allowed)}")
