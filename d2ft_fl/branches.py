@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from timm.layers import drop_path
 from torch import Tensor
 
+from d2ft_fl import one_piece
 from d2ft_fl.branch_pass import Pass, Sum
 from d2ft_fl.grouping import Status
 from d2ft_fl.packed import Numerics, PackedHeads
@@ -92,6 +93,9 @@ class Branch:
     observer: Observer | None = None
     tally: Tally | None = None
 
+    def __post_init__(self) -> None:
+        self._only = one_piece.only_piece(self)
+
     def __call__(self, x: Tensor, bounds: Sequence[int]) -> Tensor:
         """x [examples, tokens, dim] plus what the branch adds.
 
@@ -103,7 +107,10 @@ class Branch:
         ):
             return x
         work = Pass(self, present, tuple(bounds), x.shape[1])
-        if torch.is_grad_enabled() and any(s.alive for s in present):
+        graph = torch.is_grad_enabled() and any(s.alive for s in present)
+        if graph and self._only and self.observer is None and self.tally is None:
+            out = one_piece.run(self, self._only, x)
+        elif graph:
             roles = tuple(role for role in self._roles if role in self.shared)
             anchor = x.new_empty(0, requires_grad=True)
             out = Sum.apply(work, roles, anchor, x, *(self.shared[role] for role in roles))

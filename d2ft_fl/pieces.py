@@ -131,6 +131,11 @@ class Taken(NamedTuple):
 Sink = Callable[[str, Tensor], None]
 
 
+def no_sink(role: str, gradient: Tensor) -> None:
+    """Of a piece that has no factors in common with others."""
+    raise AssertionError(role)
+
+
 class Piece:
     """Heads that do the same in some neighbouring slots, in one branch: one narrower branch.
 
