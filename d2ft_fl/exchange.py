@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from d2ft_fl.errors import RunError
+from d2ft_fl.files import unlock
 
 if TYPE_CHECKING:  # those who only pass its path on need no torch
     from torch import Tensor
@@ -65,6 +66,7 @@ class Exchange:
         """Delete it."""
         shutil.rmtree(self.folder, ignore_errors=True)
         if self.held is not None:
+            unlock(self.held)
             os.close(self.held)
 
     # -- the model, down ---------------------------------------------------------------------

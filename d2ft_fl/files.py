@@ -1,5 +1,6 @@
 """Files that are the old one or the new one, whenever the machine stops."""
 
+import fcntl
 import os
 from pathlib import Path
 
@@ -18,3 +19,12 @@ def put_in_place(part: Path, path: Path) -> None:
     sync(part)
     part.replace(path)
     sync(path.parent)
+
+
+def unlock(handle: int) -> None:
+    """Give a lock (``flock``) back, whoever has a copy of the handle.
+
+    A process that was forked meanwhile has one until it runs its program; closing ours alone would
+    leave the lock to it for so long.
+    """
+    fcntl.flock(handle, fcntl.LOCK_UN)

@@ -29,11 +29,12 @@ from d2ft_fl.loop import Progress
 from d2ft_fl.recorder import dump_toml, read_rows, read_status
 
 START_TIMEOUT = 60.0
-STATUS_SECONDS = 30.0  # asking Flower takes a second of a core; the run's folder tells most
+STATUS_SECONDS = 5.0
 COMMAND_TIMEOUT = 120.0
 CLUSTER_NODES = 64
 NICENESS = "RAY_worker_niceness"
 CONNECTION = "d2ft"
+SIMULATION = "flwr-simulation"  # Flower's program
 
 
 def app_folder() -> Path:
@@ -187,10 +188,23 @@ def run_flower(
         try:
             return _follow(folder, run_id, environment, process, progress)
         except RunError:
-            keep = folder / "flower.log"
             folder.mkdir(parents=True, exist_ok=True)
-            shutil.copy(log, keep)
+            said = log.read_text(errors="replace")
+            if process.poll() is None:
+                said += _said(run_id, environment)
+            folder.joinpath("flower.log").write_text(said)
             raise
+
+
+def _said(run_id: str, environment: dict[str, str]) -> str:
+    """What the run's own processes printed: Flower keeps it apart."""
+    try:
+        return subprocess.run(
+            ["flwr", "log", run_id, CONNECTION, "--show"],
+            env=environment, capture_output=True, text=True, check=False, timeout=COMMAND_TIMEOUT,
+        ).stdout  # fmt: skip
+    except subprocess.TimeoutExpired:
+        return ""
 
 
 def _simulation(config: RunConfig, supernodes: int) -> str:
@@ -241,7 +255,8 @@ def _follow(
         if process.poll() is not None:
             raise RunError(f"flower-superlink ended; see {folder / 'flower.log'}")
         if time.monotonic() > next_check:
-            if ended := _ended(run_id, environment):
+            # Asking Flower takes a second of a core.
+            if not _simulates(process) and (ended := _ended(run_id, environment)):
                 status = read_status(folder)
                 if status.get("status") not in ("finished", "failed"):
                     raise RunError(f"Flower ended the run ({ended}); see {folder / 'flower.log'}")
@@ -254,6 +269,16 @@ def _show_new(folder: Path, shown: int, progress: Progress) -> int:
     for row in rows[shown:]:
         progress(row)
     return len(rows)
+
+
+def _simulates(process: subprocess.Popen) -> bool:
+    """Whether a SuperLink has a simulation's process going."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        for child in psutil.Process(process.pid).children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                if SIMULATION in " ".join(child.cmdline()):
+                    return True
+    return False
 
 
 def _ended(run_id: str, environment: dict[str, str]) -> str:

@@ -38,7 +38,7 @@ from d2ft_fl.config import RunConfig, resolve_path
 from d2ft_fl.costs import RESOURCES, workload_variance
 from d2ft_fl.errors import ConfigError, RunError
 from d2ft_fl.federation import Federation, Report, State
-from d2ft_fl.files import put_in_place
+from d2ft_fl.files import put_in_place, unlock
 from d2ft_fl.fold import ClientRecord
 from d2ft_fl.plans import Plan
 from d2ft_fl.specs import ModelSpec
@@ -123,7 +123,10 @@ def only_one(folder: Path) -> Iterator[None]:
         except BlockingIOError:
             where = str(folder)
             raise RunError(f"another process is at work on {where!r}; stop it first") from None
-        yield
+        try:
+            yield
+        finally:
+            unlock(held)
     finally:
         os.close(held)
 

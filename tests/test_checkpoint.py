@@ -347,6 +347,19 @@ def test_one_process_at_a_time(tmp_path):
         another.__enter__()
 
 
+def test_a_forked_process_keeps_no_lock(tmp_path):
+    # As one does that another thread has just started, before it runs its program.
+    with only_one(tmp_path):
+        if not (child := os.fork()):
+            signal.pause()
+    try:
+        with only_one(tmp_path):
+            pass
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
 @pytest.mark.slow
 def test_twenty_runs_killed_at_random_moments_end_as_one_that_was_not(quick, tmp_path):
     options = {"rounds": 4, "clients": 3, "score_every": 2, "server_optimizer": "fedyogi",

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from d2ft_fl.errors import ConfigError
-from d2ft_fl.files import put_in_place, sync
+from d2ft_fl.files import put_in_place, sync, unlock
 from d2ft_fl.recorder import dump_toml
 from d2ft_fl.sweep.remote import Changes, Outcome
 from d2ft_fl.sweep.trials import Trial
@@ -93,6 +93,7 @@ class SweepFolder:
                 yield Path(scratch)
             finally:
                 shutil.rmtree(scratch, ignore_errors=True)
+                unlock(lock.fileno())
                 lock.truncate(0)
 
     # -- what is there -----------------------------------------------------------------------
