@@ -121,6 +121,7 @@ class Meter:
     flops: int = 0
     peak_bytes: int = 0
     _known: dict[Hashable, Reading] = field(default_factory=dict)
+    _sizes: dict[Hashable, int] = field(default_factory=dict)
 
     def start(self) -> None:
         """Begin a round."""
@@ -161,6 +162,14 @@ class Meter:
         self.flops += reading.flops
         self.peak_bytes = max(self.peak_bytes, base + reading.peak_bytes)
         return result
+
+    def bytes_of(self, tensors: Callable[[], Iterable[Tensor]], key: Hashable) -> int:
+        """Bytes of tensors, of which ``key`` decides how large they are."""
+        if self.verify or key not in self._sizes:
+            if len(self._sizes) >= self.limit:
+                self._sizes.clear()
+            self._sizes[key] = tensor_bytes(tensors())
+        return self._sizes[key]
 
     def count(self, step: Callable[[], Any]) -> Any:
         """Run what no pass is part of, and add its FLOPs."""

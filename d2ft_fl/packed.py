@@ -95,18 +95,11 @@ class GlobalModel:
 
     def take(self, p: Parameter, heads: tuple[int, ...]) -> Tensor:
         """The rows of some heads."""
-        parts = list(self._parts(p, heads))
+        parts = list(self.parts(p, heads))
         return parts[0].clone() if len(parts) == 1 else torch.cat(parts)
 
-    def copy_to(self, rows: Tensor, p: Parameter, heads: tuple[int, ...]) -> None:
-        """The same into rows that there are."""
-        start = 0
-        for part in self._parts(p, heads):
-            rows[start : start + len(part)].copy_(part)
-            start += len(part)
-
-    def _parts(self, p: Parameter, heads: tuple[int, ...]) -> Iterator[Tensor]:
-        """Views of the rows, those of neighbours together."""
+    def parts(self, p: Parameter, heads: tuple[int, ...]) -> Iterator[Tensor]:
+        """Views of these rows, those of neighbours together."""
         starts = [0, *accumulate(len(rows) for rows in p.rows)]
         whole = self.tensors[p.name]
         for _, run in groupby(enumerate(heads), key=lambda pair: pair[1] - pair[0]):

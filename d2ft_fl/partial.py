@@ -126,17 +126,13 @@ class Block:
                 part = spec.cut(whole.detach(), max(ranks.values())).clone()
                 self.shared[lora.far] = part.requires_grad_(whole.requires_grad)
 
-    @torch.no_grad()
-    def refill(self, whole: GlobalModel, tensors: Mapping[str, Tensor]) -> None:
-        """Hold the values of a model's weights in place of those that are held.
-
-        Gradients of slices stay as they are: a step overwrites them, or finds them zeroed.
-        """
+    def values_of(self, whole: GlobalModel) -> Iterator[tuple[Tensor, Tensor]]:
+        """What is held, in parts, and the same of a model."""
         for role, rows in self.store.weights.items():
-            whole.copy_to(rows, self.specs[role], self.store.order)
+            parts = list(whole.parts(self.specs[role], self.store.order))
+            yield from zip(rows.split([len(part) for part in parts]), parts, strict=True)
         for role, tensor in self.shared.items():
-            tensor.copy_(tensors[self.specs[role].name])
-            tensor.grad = None
+            yield tensor, whole.tensors[self.specs[role].name]
 
     def together(self, every_slot: bool) -> list[tuple[int, ...]]:
         """Trained heads, those that always step together in one tuple.
@@ -178,14 +174,13 @@ class PartialModel:
         self.device = torch.device(device)
         self.traits = timm_vit.block_traits(model, self.device)
         self.outer = timm_vit.without_blocks(model).to(self.device)  # embedding and classifier
-        self.blocks: dict[int, Block] = {}
         self.tune(arch)
         self.train(False)
 
     def tune(self, arch: Architecture) -> None:
         """From now on, train what trains in ``arch``; nothing is held until the next reset."""
         self.arch = arch
-        self.blocks = {}
+        self._hold({})
         self.specs: list[dict[str, Parameter]] = [{} for _ in range(arch.blocks)]
         for p in arch.parameters:
             if p.block >= 0:
@@ -211,10 +206,11 @@ class PartialModel:
             gradients: Whether there is room for gradients; without, an observer must take them.
         """
         whole = tensors if isinstance(tensors, GlobalModel) else None
-        again = whole is not None and not offsets and self._fits_again(schedule, gradients)
+        if whole and not offsets and self._fits_again(schedule, gradients):
+            self._refill(whole)
+            return
         self.schedule, self._gradients = schedule, gradients
-        if not again:
-            self.blocks = {}  # what was held goes before anything new comes
+        self._hold({})  # what was held goes before anything new comes
         named = whole.tensors if whole else tensors
         assert isinstance(named, Mapping)
         tensors = {
@@ -233,15 +229,9 @@ class PartialModel:
             for name, parameter in self.outer.named_parameters():
                 parameter.copy_(tensors[name])
                 parameter.grad = None
-        if again:
-            assert whole is not None
-            for block in self.blocks.values():
-                block.refill(whole, tensors)
-            self.train(self.training)
-            return
         run = BranchOperations.of(schedule.operations, self.arch.trains)
         self._held_numerics = self.numerics
-        self.blocks = {
+        blocks = {
             block: Block(
                 self.arch,
                 self.traits[block],
@@ -258,7 +248,28 @@ class PartialModel:
             for block in range(self.arch.blocks)
             if schedule.resident[block].any() or block in offsets
         }
+        self._hold(blocks)
         self.train(self.training)
+
+    def _hold(self, blocks: dict[int, Block]) -> None:
+        """Hold these blocks; what is known of those before goes with them."""
+        self.blocks = blocks
+        self._entries: dict[bool, list[Entry]] = {}
+        self._values: tuple[GlobalModel | None, list[Tensor], list[Tensor]] = (None, [], [])
+
+    @torch.no_grad()
+    def _refill(self, whole: GlobalModel) -> None:
+        """Hold a model's values in place of those that are held.
+
+        Gradients stay as they are: a step overwrites them, or finds them zeroed.
+        """
+        if self._values[0] is not whole:
+            outer = self.outer.named_parameters()
+            pairs: list[tuple[Tensor, Tensor]] = [(p, whole.tensors[name]) for name, p in outer]
+            for block in self.blocks.values():
+                pairs += block.values_of(whole)
+            self._values = whole, [own for own, _ in pairs], [new for _, new in pairs]
+        torch._foreach_copy_(*self._values[1:])
 
     def _fits_again(self, schedule: Schedule, gradients: bool) -> bool:
         """Whether what is held needs nothing but the values of another client's weights."""
@@ -346,8 +357,10 @@ class PartialModel:
 
     def entries(self, every_slot: bool = False) -> list[Entry]:
         """What an optimiser steps: views of exactly what trains; see ``Block.together``."""
+        if every_slot in self._entries:
+            return self._entries[every_slot]
         self.gradients()
-        found = []
+        found = self._entries[every_slot] = []
         for name, tensor in self.whole().items():
             p = self.arch.by_name[name]
             assert tensor.grad is not None

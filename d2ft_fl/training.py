@@ -87,7 +87,6 @@ class Stepper:
     every_slot: bool = False
     _overwrite: bool | None = None
     _zeroed: list[Tensor] = field(default_factory=list)
-    _moment_bytes: tuple[int, int] = (0, 0)  # of how many states, how much
 
     @cached_property
     def entries(self) -> list[Entry]:
@@ -109,10 +108,6 @@ class Stepper:
         """What is held all along: weights, gradients, and where the proximal term pulls to."""
         held = (t for _, t in self.model.held())
         return [*held, *self.model.gradients(), *self._began, *self.beside]
-
-    @cached_property
-    def _fixed_bytes(self) -> int:
-        return tensor_bytes(self._fixed)
 
     def step(self, images: Tensor, labels: Tensor) -> tuple[Tensor | float, int]:
         """One batch: its summed loss, and the examples that ran."""
@@ -180,10 +175,8 @@ class Stepper:
 
     def _held_bytes(self) -> int:
         """Bytes of weights, gradients and optimiser state."""
-        states = len(self.optimizer.state)
-        if states != self._moment_bytes[0]:
-            self._moment_bytes = (states, tensor_bytes(optimizer_state(self.optimizer)))
-        return self._fixed_bytes + self._moment_bytes[1]
+        key = len(self.optimizer.state), len(self.beside), _pattern(self.model, [])
+        return self.meter.bytes_of(lambda: [*self._fixed, *optimizer_state(self.optimizer)], key)
 
 
 def _running(tensor: Tensor, sizes: list[int], schedule: Schedule) -> Tensor:
@@ -199,6 +192,7 @@ def _pattern(model: PartialModel, sizes: list[int]) -> Hashable:
     schedule = model.schedule
     return (
         id(model),
+        id(model.arch),  # which other rounds may tune otherwise
         model.training,
         schedule.operations.tobytes(),
         b"" if schedule.ranks is None else schedule.ranks.tobytes(),
