@@ -87,6 +87,12 @@ def test_slora_begins_factors_from_what_sparse_tuning_changed(lora):
     assert summary["violations"] == 0
 
 
+def test_costs_are_measured_anew_when_something_else_trains(lora):
+    summary = run_local(lora(rounds=2, slora_rounds=1, strategy="fedavg"))  # the same schedules
+    for row in rows(summary["folder"]):
+        assert row["flops_as_predicted"] == row["worked"]
+
+
 def test_an_adapter_begins_a_run(lora, quick, tmp_path):
     from d2ft_fl.export import export_run
 
