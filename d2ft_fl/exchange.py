@@ -1,11 +1,19 @@
 """A folder in memory that the processes of one machine share: the model down, replies up.
 
 The server writes the global model once a round, and workers map it; a worker writes each client's
-reply, and the server maps it and folds it in, and its file is used again. Nothing else of either
-travels.
+reply, and the server folds it in where it lies. Files of replies are used again and stay mapped on
+both sides: pages that are there already are written and read several times as fast as new ones.
+Nothing else of either travels.
+
+A file of replies has a number of its own, and is called
+
+    NUMBER.spare                        while nobody needs it
+    NUMBER.part                         while a worker writes it
+    NUMBER.ROUND-CLIENT-LENGTH.reply    with a reply of so many bytes at its beginning
 """
 
 import fcntl
+import mmap
 import os
 import re
 import shutil
@@ -14,9 +22,10 @@ import time
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from uuid import uuid4
 
 from d2ft_fl.errors import RunError
 from d2ft_fl.files import unlock
@@ -27,8 +36,8 @@ if TYPE_CHECKING:  # those who only pass its path on need no torch
 PREFIX = "d2ft-exchange-"
 MEMORY = Path("/dev/shm")
 WAITING = 8  # replies that may wait to be folded in, before workers wait
-SPARE = ".spare"
-_REPLY = re.compile(r"(\d+)-(\d+)\.reply")
+_REPLY = re.compile(r"(?P<number>\w+)\.(?P<round>\d+)-(?P<client>\d+)-(?P<length>\d+)\.reply")
+_mapped: dict[Path, dict[str, mmap.mmap]] = {}  # folder -> files of replies, by number
 
 
 @dataclass(frozen=True)
@@ -64,6 +73,7 @@ class Exchange:
 
     def close(self) -> None:
         """Delete it."""
+        _mapped.pop(self.folder, None)
         shutil.rmtree(self.folder, ignore_errors=True)
         if self.held is not None:
             unlock(self.held)
@@ -81,31 +91,32 @@ class Exchange:
 
         path = self.model_path(round)
         for left in self.folder.glob("*.part"):  # by who was ended in the round before
+            _mapped.get(self.folder, {}).pop(left.stem, None)
             left.unlink(missing_ok=True)
-        partial = path.with_suffix(".part")
+        part = path.with_suffix(".part")
         try:
-            safetensors.torch.save_file(dict(weights), partial)
+            safetensors.torch.save_file(dict(weights), part)
         except (OSError, safetensors.SafetensorError) as error:
-            partial.unlink(missing_ok=True)
+            part.unlink(missing_ok=True)
             raise RunError(
                 f"the model cannot be shared with workers in {str(self.folder)!r}: {error}; use "
                 'transport = "message", or make room'
             ) from None
-        self._put_in_place(partial, path)
+        self._put_in_place(part, path)
         return path
 
     def store(self, path: Path, content: memoryview) -> None:
         """The same of what was published on another machine."""
-        partial = path.with_suffix(f".{os.getpid()}.part")
-        partial.write_bytes(content)
-        self._put_in_place(partial, path)
+        part = path.with_suffix(f".{os.getpid()}.part")
+        part.write_bytes(content)
+        self._put_in_place(part, path)
 
     def model_path(self, round: int) -> Path:
         """Where a round's model is."""
         return self.folder / f"{round}.model"
 
-    def _put_in_place(self, partial: Path, path: Path) -> None:
-        partial.replace(path)
+    def _put_in_place(self, part: Path, path: Path) -> None:
+        part.replace(path)
         for old in self.folder.glob("*.model"):
             if old != path:
                 old.unlink()
@@ -113,29 +124,28 @@ class Exchange:
     # -- replies, up -------------------------------------------------------------------------
 
     def reply_path(self, round: int, client: int) -> Path:
-        """Where a client's reply goes."""
-        return self.folder / f"{round}-{client}.reply"
+        """Where a client's reply goes: what :func:`put` is told."""
+        return self.folder / f"{round}-{client}"
 
-    def arrived(self, round: int) -> Iterator[tuple[int, Path]]:
-        """Replies that are there; the file of each is free for another once the next is asked for.
-
-        Pages that are there already are written several times as fast as new ones.
-        """
+    def arrived(self, round: int) -> Iterator[tuple[int, memoryview]]:
+        """Replies that are there; each is gone once the next is asked for."""
         for entry in list(os.scandir(self.folder)):
             if match := _REPLY.fullmatch(entry.name):
-                path = Path(entry.path)
+                path, length = Path(entry.path), int(match["length"])
                 try:
-                    if int(match[1]) == round:  # else it was too late for its own
-                        yield int(match[2]), path
+                    if int(match["round"]) == round:  # else it was too late for its own
+                        pages = _pages(path, match["number"], length)
+                        yield int(match["client"]), memoryview(pages)[:length]
                 finally:
                     with suppress(FileNotFoundError):
-                        path.replace(path.with_suffix(SPARE))
+                        path.replace(self.folder / f"{match['number']}.spare")
 
 
 def put(path: Path, tensors: "Mapping[str, Tensor]", meta: Mapping[str, Any], until: float) -> None:
     """Write a reply, whole or not at all; waits while many others wait to be folded in.
 
     Args:
+        path: Of :meth:`Exchange.reply_path`.
         until: Of ``time.monotonic``: when not to wait any more.
 
     Raises:
@@ -143,19 +153,44 @@ def put(path: Path, tensors: "Mapping[str, Tensor]", meta: Mapping[str, Any], un
     """
     from d2ft_fl import wire
 
-    while time.monotonic() < until and _waiting(path.parent) >= WAITING:
+    folder = path.parent
+    while time.monotonic() < until and _waiting(folder) >= WAITING:
         time.sleep(0.005)
-    partial = path.with_suffix(".part")
-    for spare in path.parent.glob(f"*{SPARE}"):
-        with suppress(FileNotFoundError):  # another worker was faster
-            spare.replace(partial)
-            break
+    number = _taken(folder)
+    part = folder / f"{number}.part"
     try:
-        wire.write(partial, tensors, meta)
+        length = wire.fill(partial(_pages, part, number), tensors, meta)
     except OSError:
-        partial.unlink(missing_ok=True)
+        part.unlink(missing_ok=True)
         raise
-    partial.replace(path)
+    part.replace(folder / f"{number}.{path.name}-{length}.reply")
+
+
+def _taken(folder: Path) -> str:
+    """The number of a file for a reply, which is nobody else's now."""
+    for spare in folder.glob("*.spare"):
+        with suppress(FileNotFoundError):  # another worker was faster
+            spare.replace(spare.with_suffix(".part"))
+            return spare.stem
+    number = uuid4().hex
+    folder.joinpath(f"{number}.part").touch(mode=0o600)
+    return number
+
+
+def _pages(path: Path, number: str, length: int) -> mmap.mmap:
+    """A file of replies in memory, so many bytes of it at least.
+
+    Raises:
+        OSError: When there is no room for them. Nothing is left to find that out by writing, which
+            would end this process.
+    """
+    own = _mapped.setdefault(path.parent, {})
+    if number not in own or len(own[number]) < length:
+        with path.open("r+b") as file:
+            if os.fstat(file.fileno()).st_size < length:
+                os.posix_fallocate(file.fileno(), 0, length)
+            own[number] = mmap.mmap(file.fileno(), 0)
+    return own[number]
 
 
 def _waiting(folder: Path) -> int:

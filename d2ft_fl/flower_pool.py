@@ -42,7 +42,7 @@ NODES_GRACE_SECONDS = 30.0  # where messages are fetched every few seconds, and 
 WORKER_LOST = ("RayActorError", "ActorDiedError", "ActorUnavailableError", "WorkerCrashedError")
 MOST_EXAMPLES = 10**7  # of a client
 
-Reply = bytes | Path | Fault
+Reply = bytes | memoryview | Fault
 
 
 class FlowerPool:

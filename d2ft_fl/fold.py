@@ -2,7 +2,6 @@
 
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from types import MappingProxyType
 
 import numpy as np
@@ -129,11 +128,11 @@ class Fold:
         """Note a fault of somebody who is not waited for, or not any more."""
         self.strays.append(f"client {client}: {_short(reason)}")
 
-    def add(self, client: int, blob: bytes | Path) -> None:
+    def add(self, client: int, blob: bytes | memoryview) -> None:
         """Validate one reply and add it; a reply that fails is left out and named.
 
         Args:
-            blob: As bytes, or a file of them.
+            blob: As bytes, or memory that is good until this returns.
         """
         if client not in self.pending:
             known = client in self.participants
@@ -155,13 +154,13 @@ class Fold:
             self.measured[client] = (reply.measured, assignment.passes.scored)
         self._record(assignment, reply.used, reply.wall, reply.training, reply.loss)
 
-    def _read(self, client: int, blob: bytes | Path) -> "_Reply":
+    def _read(self, client: int, blob: bytes | memoryview) -> "_Reply":
         """A reply once it is known to be whole, and an answer to what its client was assigned.
 
         Raises:
             ReplyError: With what is wrong.
         """
-        bytes_up = blob.stat().st_size if isinstance(blob, Path) else len(blob)
+        bytes_up = len(blob)
         most = self.pending[client].cost.bytes_up + MORE_BYTES
         if bytes_up > most:
             raise ReplyError(f"{bytes_up} bytes, where {most} are the most that can be")

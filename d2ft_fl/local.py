@@ -5,7 +5,6 @@ The first is what most tests and sweeps use.
 
 import contextlib
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 from d2ft_fl import loop
@@ -68,7 +67,7 @@ class CrewPool(_Everyone):
             return [], dict.fromkeys(clients, Fault(str(error)))
         return [Report(c, n, Budget.from_mapping(b)) for c, n, b in rows], {}
 
-    def train(self, work: Work) -> Iterator[tuple[int, bytes | Path | Fault]]:
+    def train(self, work: Work) -> Iterator[tuple[int, bytes | memoryview | Fault]]:
         """Train the longest first, each where there is room next."""
         config = self.config
         if config.transport == "shared" and self.exchange is None:

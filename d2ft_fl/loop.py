@@ -48,7 +48,7 @@ class Pool(Protocol):
     ) -> tuple[list[Report], Mapping[int, Fault]]:
         """What these clients say of themselves before a round, and who of them does not answer."""
 
-    def train(self, work: Work) -> Iterable[tuple[int, bytes | Path | Fault]]:
+    def train(self, work: Work) -> Iterable[tuple[int, bytes | memoryview | Fault]]:
         """Have clients train; yields their replies as they arrive, in any order.
 
         A reply in a file may be deleted once the next is asked for.

@@ -7,10 +7,11 @@ same bytes.
 import json
 import math
 import mmap
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import safetensors.torch
 import torch
 from safetensors import SafetensorError
@@ -50,15 +51,37 @@ def size(tensors: "Iterable[Described]", meta: Any) -> int:
 
 def write(path: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
     """Write :func:`encode`'s blob into a file, new or in place of what it holds."""
-    held = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-    header, order = _header(((n, tuple(t.shape), t.dtype) for n, t in held.items()), meta)
     with path.open("r+b" if path.exists() else "wb", buffering=0) as file:
-        file.write(header)
-        for name, _, _ in order:
-            rest = memoryview(held[name].flatten().view(torch.uint8).numpy().data)
+        for part in _laid_out(tensors, meta):
+            rest = part.data
             while len(rest):
                 rest = rest[file.write(rest) :]
         file.truncate()
+
+
+def fill(
+    room: Callable[[int], mmap.mmap], tensors: Mapping[str, Tensor], meta: Mapping[str, Any]
+) -> int:
+    """Put :func:`encode`'s blob at the beginning of memory; returns its length.
+
+    Args:
+        room: Gives memory of so many bytes at least.
+    """
+    parts = _laid_out(tensors, meta)
+    length, start = sum(map(len, parts)), 0
+    memory = np.frombuffer(room(length), dtype=np.uint8)
+    for part in parts:
+        memory[start : start + len(part)] = part
+        start += len(part)
+    return length
+
+
+def _laid_out(tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> list[np.ndarray]:
+    """The parts of :func:`encode`'s blob, as bytes."""
+    held = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    header, order = _header(((n, tuple(t.shape), t.dtype) for n, t in held.items()), meta)
+    bodies = (held[name].flatten().view(torch.uint8).numpy() for name, _, _ in order)
+    return [np.frombuffer(header, dtype=np.uint8), *bodies]
 
 
 Described = tuple[str, tuple[int, ...], torch.dtype]
@@ -76,11 +99,11 @@ def _header(tensors: Iterable[Described], meta: Any) -> tuple[bytes, list[Descri
     return len(text).to_bytes(LENGTH_BYTES, "little") + text, order
 
 
-def decode(blob: bytes | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def decode(blob: bytes | memoryview | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """The tensors and metadata of :func:`encode`.
 
     Args:
-        blob: As bytes, or a file of them, whose tensors are then mapped and not read.
+        blob: As bytes; or memory, or a file, where the tensors then stay.
 
     Raises:
         ReplyError: When it is not one of ours.
@@ -88,6 +111,8 @@ def decode(blob: bytes | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     try:
         if isinstance(blob, Path):
             header, tensors = mapped(blob)
+        elif isinstance(blob, memoryview):
+            header, tensors = _parsed(blob)
         else:
             end = LENGTH_BYTES + int.from_bytes(blob[:LENGTH_BYTES], "little")
             header, tensors = json.loads(blob[LENGTH_BYTES:end]), safetensors.torch.load(blob)
@@ -109,11 +134,15 @@ def mapped(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         KeyError, TypeError, ValueError, OSError: When it is no such file, or lies about itself.
     """
     with path.open("rb") as file:
-        content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+        return _parsed(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
+
+
+def _parsed(content: mmap.mmap | memoryview) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """The same of what a file holds."""
     start = LENGTH_BYTES + int.from_bytes(content[:LENGTH_BYTES], "little")
     if start > len(content):
         raise ValueError(f"a header of {start - LENGTH_BYTES} bytes")
-    header, tensors, used = json.loads(content[LENGTH_BYTES:start]), {}, start
+    header, tensors, used = json.loads(bytes(content[LENGTH_BYTES:start])), {}, start
     if not isinstance(header, dict):
         raise TypeError(f"a header that is a {type(header).__name__}")
     for name, entry in header.items():

@@ -1,10 +1,12 @@
 """The folder that processes of one machine share."""
 
+import errno
 import os
 import subprocess
 import time
 from pathlib import Path
 
+import pytest
 import torch
 
 from d2ft_fl import exchange, wire
@@ -21,13 +23,13 @@ def test_a_model_goes_down_and_replies_come_up_through_files_that_are_used_again
         second = own.publish(2, weights)
         assert not first.exists()
         assert torch.equal(read["a"], weights["a"])  # what was mapped stays
-        for client in (4, 7, 4):
+        for client, size in ((4, 3), (7, 5000), (4, 10)):  # longer, shorter than the one before
             path = own.reply_path(2, client)
-            exchange.put(path, {"x": torch.full((3,), float(client))}, {"n": client}, 0.0)
-            found = [(c, *wire.decode(p)) for c, p in own.arrived(2)]
-            assert [(c, t["x"].tolist(), m) for c, t, m in found] == [
-                (client, [client] * 3, {"n": client})
-            ]
+            exchange.put(path, {"x": torch.full((size,), float(client))}, {"n": client}, 0.0)
+            found = [(c, *wire.decode(blob), len(blob)) for c, blob in own.arrived(2)]
+            (reply,) = [(c, t["x"].tolist(), m) for c, t, m, _ in found]
+            assert reply == (client, [client] * size, {"n": client})
+            assert found[0][3] == len(wire.encode(found[0][1], {"n": client}))
         assert len(list(own.folder.iterdir())) == 2  # the model, and one file for all replies
         assert second.exists()
     finally:
@@ -71,3 +73,18 @@ def test_what_a_killed_process_left_is_deleted():
     assert own.exists()
     assert str(os.getpid()) in own.name
     root.close()
+
+
+def test_a_reply_that_there_is_no_room_for_is_an_error_and_no_crash(monkeypatch):
+    own = Exchange.create()
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    try:
+        with pytest.raises(OSError, match="No space left"):
+            exchange.put(own.reply_path(1, 0), {"x": torch.zeros(3)}, {}, 0.0)
+        assert not list(own.folder.iterdir())
+    finally:
+        own.close()
