@@ -34,7 +34,9 @@ class Flops(TorchDispatchMode):
         self.flops = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+        return self._counted(func, args, kwargs or {})
+
+    def _counted(self, func: Any, args: Any, kwargs: Any) -> Any:
         formula = flop_registry.get(func._overloadpacket)
         if formula is None and func not in _WHOLE:
             with self:
@@ -44,11 +46,28 @@ class Flops(TorchDispatchMode):
             _WHOLE.add(func)
         out = func(*args, **kwargs)
         if formula is not None:
-            self.flops += formula(*args, **kwargs, out_val=out)
+            self.flops += _evaluate(formula, args, kwargs, out)
         return out
 
 
 _WHOLE: set[Any] = set()  # operations without a formula that no others are behind
+MOST_EVALUATED = 1 << 16
+_evaluated: dict[Any, int] = {}  # formula, shapes and what else it was given -> FLOPs
+
+
+def _evaluate(formula: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> int:
+    """A formula's FLOPs. They follow from shapes, and finding these takes torch its time."""
+    given = [*args, *kwargs.values()]
+    shapes = (tuple(a.shape) if isinstance(a, Tensor) else a for a in given)
+    key = formula, *kwargs, *shapes
+    try:
+        if key not in _evaluated:
+            if len(_evaluated) >= MOST_EVALUATED:
+                _evaluated.clear()
+            _evaluated[key] = formula(*args, **kwargs, out_val=out)
+        return _evaluated[key]
+    except TypeError:  # lists, which have no hash
+        return formula(*args, **kwargs, out_val=out)
 
 
 class LiveBytes(Flops):
@@ -68,7 +87,7 @@ class LiveBytes(Flops):
         self._seen.update(t.untyped_storage()._cdata for t in tensors)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = super().__torch_dispatch__(func, types, args, kwargs)
+        out = self._counted(func, args, kwargs or {})
         for leaf in (out,) if isinstance(out, Tensor) else tree_leaves(out):
             if isinstance(leaf, Tensor):
                 storage = leaf.untyped_storage()

@@ -140,7 +140,11 @@ class Worker:
         source: dict[str, Tensor] | GlobalModel = tensors
         if weights is not None and not task.passes:
             source = self._laid_out(stage.arch, weights)
-        self.meter.count(partial(model.reset, task.schedule, source, offsets))
+        reset = partial(model.reset, task.schedule, source, offsets)
+        if stage.arch.rank:  # factors are multiplied out
+            self.meter.count(reset)
+        else:
+            reset()
         del tensors, source, offsets  # the model has its own
         before = self._attacked(task)
         began = time.perf_counter()
