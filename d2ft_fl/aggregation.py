@@ -13,7 +13,6 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from itertools import accumulate as accumulate_sizes
 from itertools import groupby
 
 import numpy as np
@@ -117,8 +116,7 @@ class _Running:
         """Nothing added yet."""
         heads = range(len(p.rows))
         old = (p.pack(weight, heads) if heads else weight).detach().contiguous().numpy()
-        starts = (0, *accumulate_sizes(len(rows) for rows in p.rows))
-        return cls(old, np.zeros(old.shape, dtype=np.int64), starts)
+        return cls(old, np.zeros(old.shape, dtype=np.int64), p.starts)
 
     def stretches(self, counts: Mapping[int, float]) -> Iterator[tuple[float, slice, slice]]:
         """Examples, rows here, and rows of a tensor that holds only these heads, ascending.

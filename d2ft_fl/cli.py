@@ -33,7 +33,11 @@ app.add_typer(bench_app, name="bench")
 
 @contextmanager
 def failures() -> Iterator[None]:
-    """Errors of ours end a command in one line: exit code 2 for what was asked, 1 for a run."""
+    """Errors of ours end a command in one line: exit code 2 for what was asked, 1 for a run.
+
+    To be told to end is to be interrupted, so that what we started stops with us.
+    """
+    handlers = {n: signal.signal(n, _interrupt) for n in (signal.SIGTERM, signal.SIGHUP)}
     try:
         yield
     except D2FTError as error:
@@ -46,6 +50,9 @@ def failures() -> Iterator[None]:
     except KeyboardInterrupt:
         typer.echo("d2ft: stopped", err=True)
         raise typer.Exit(130) from None
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 class Precision(StrEnum):
@@ -105,8 +112,6 @@ def run(
     ] = False,
 ) -> None:
     """Run a federation and show it round by round."""
-    for number in (signal.SIGTERM, signal.SIGHUP):  # so that what we started stops with us
-        signal.signal(number, _interrupt)
     with failures():
         if workers and backend is not Backend.local:
             raise ConfigError("--workers belongs to --backend local; Flower starts its own")
@@ -292,8 +297,6 @@ def sweep_command(
     """
     from d2ft_fl.sweep.command import sweep
 
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _interrupt)
     with failures():
         code = sweep(
             file, set_ or [], output, at_once, address, retry_failed, dry_run, as_json,

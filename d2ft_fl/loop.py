@@ -113,7 +113,6 @@ class _Run:
         self.original = {n: p.detach().clone() for n, p in self.model.named_parameters()}
         self.state = State(0, self.original)
         self.reports: dict[int, Report] = {}
-        self.resumed = False
         self.replays = False  # whether this round was begun before
         self.there: Mapping[int, int] = {}
         self.seconds_before = 0.0  # that a resumed run took so far
@@ -147,7 +146,6 @@ class _Run:
                 "on from: start another run, with checkpoint-every = 1"
             )
         self.recorder.resume(self.state.round)
-        self.resumed = True
         self.seconds_before = sum(row["wall_seconds"] for row in self.recorder.rows)
 
     def round(self) -> dict[str, Any]:
@@ -275,10 +273,10 @@ class _Run:
             known = {c: r for c, r in known.items() if there.get(c) == self.there.get(c)}
         self.there = there
         silent: Mapping[int, Fault] = {}
-        found = self.recorder.recorded_reports(number) if self.resumed else []
-        self.replays = bool(found)
-        if found:
-            return found, silent
+        replayed = self.recorder.next_reports(number)
+        self.replays = replayed is not None
+        if replayed is not None:
+            return replayed, silent
         if missing := [client for client in chosen if client not in known]:
             fresh, silent = self.pool.reports(number, missing)
             known = {**known, **{r.client: r for r in fresh}}

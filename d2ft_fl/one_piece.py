@@ -11,20 +11,18 @@ import torch
 from torch import Tensor
 
 from d2ft_fl.grouping import Status
-from d2ft_fl.packed import Numerics
 from d2ft_fl.pieces import Piece, Taken, no_sink
 
 if TYPE_CHECKING:
     from d2ft_fl.branches import Branch
-
-NUMERICS = Numerics()
+    from d2ft_fl.packed import Numerics
 
 
 def only_piece(branch: "Branch") -> Piece | None:
     """The piece that is all of a branch, if there is one that :func:`run` can do."""
-    if branch.numerics != NUMERICS or branch.loras or any(o is not None for o in branch.offsets):
+    if branch.numerics.mixed or branch.numerics.recompute or branch.loras:
         return None
-    if len(branch.segments) != 1:
+    if len(branch.segments) != 1 or any(offset is not None for offset in branch.offsets):
         return None
     (segment,) = branch.segments
     if segment.status is not Status.TRAINS or not segment.through or not branch.trains.norm:
@@ -40,8 +38,8 @@ def run(branch: "Branch", piece: Piece, x: Tensor) -> Tensor:
     """What the branch adds to x [examples, tokens, dim]."""
     shared = branch.shared
     y = branch.normed(x, shared).flatten(0, 1)
-    z = branch.middle([_In.apply(y, piece)], x.shape[1], shared)
-    out = _Out.apply(z, shared.get(branch.bias_role), piece).view(x.shape)
+    z = branch.middle([_In.apply(y, piece, branch.numerics)], x.shape[1], shared)
+    out = _Out.apply(z, shared.get(branch.bias_role), piece, branch.numerics).view(x.shape)
     scale = shared.get(branch.traits.scale_role)
     return out if scale is None else out * scale
 
@@ -50,35 +48,37 @@ class _In(torch.autograd.Function):
     """y [rows, dim] times the weights of the product in."""
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, piece: Piece) -> Tensor:
-        ctx.piece = piece
+    def forward(ctx: Any, y: Tensor, piece: Piece, numerics: "Numerics") -> Tensor:
+        ctx.piece, ctx.numerics = piece, numerics
         ctx.save_for_backward(y if piece.inward[0].views[0].weight_grad is not None else None)
-        return piece.products_in(y, {}, NUMERICS, drop=False)[0][0]
+        return piece.products_in(y, {}, numerics, drop=False)[0][0]
 
     @staticmethod
-    def backward(ctx: Any, dh: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, dh: Tensor) -> tuple[Tensor, None, None]:
         (y,) = ctx.saved_tensors
         ctx.piece.gradients_in(Taken(), y, [dh], None, no_sink, None)
         dy = dh.new_empty(len(dh), ctx.piece.inward[0].views[0].weight.shape[1])
-        ctx.piece.through_in([dh], None, None, dy, {}, NUMERICS, add=False)
-        return dy, None
+        ctx.piece.through_in([dh], None, None, dy, {}, ctx.numerics, add=False)
+        return dy, None, None
 
 
 class _Out(torch.autograd.Function):
     """z [rows, depth] times the weights of the product out, plus its bias [dim]."""
 
     @staticmethod
-    def forward(ctx: Any, z: Tensor, bias: Tensor | None, piece: Piece) -> Tensor:
+    def forward(
+        ctx: Any, z: Tensor, bias: Tensor | None, piece: Piece, numerics: "Numerics"
+    ) -> Tensor:
         view = piece.outward.views[0]
-        ctx.piece = piece
+        ctx.piece, ctx.numerics = piece, numerics
         ctx.save_for_backward(z if view.weight_grad is not None else None)
         total = z.new_empty(len(z), view.weight.shape[1])
-        piece.product_out(z, total, {}, NUMERICS, bias, drop=False)
+        piece.product_out(z, total, {}, numerics, bias, drop=False)
         return total
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor | None, None]:
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
         (z,) = ctx.saved_tensors
         ctx.piece.gradients_out(Taken(z=z), g, None, no_sink, None)
-        dz = ctx.piece.through_out(g, None, None, NUMERICS)
-        return dz, g.sum(0) if ctx.needs_input_grad[1] else None, None
+        dz = ctx.piece.through_out(g, None, None, ctx.numerics)
+        return dz, g.sum(0) if ctx.needs_input_grad[1] else None, None, None

@@ -6,7 +6,7 @@ product reads and writes views: no weight is copied to choose heads.
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, groupby
+from itertools import groupby
 
 import torch
 from torch import Tensor
@@ -100,11 +100,10 @@ class GlobalModel:
 
     def parts(self, p: Parameter, heads: tuple[int, ...]) -> Iterator[Tensor]:
         """Views of these rows, those of neighbours together."""
-        starts = [0, *accumulate(len(rows) for rows in p.rows)]
         whole = self.tensors[p.name]
         for _, run in groupby(enumerate(heads), key=lambda pair: pair[1] - pair[0]):
             own = [head for _, head in run]
-            yield whole[starts[own[0]] : starts[own[-1] + 1]]
+            yield whole[p.starts[own[0]] : p.starts[own[-1] + 1]]
 
 
 class PackedHeads:

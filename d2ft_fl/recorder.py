@@ -191,6 +191,7 @@ class Recorder:
     federation: Federation
     model: ModelSpec
     rows: list[dict[str, Any]] = field(default_factory=list)
+    _said: dict[int, list[Any]] = field(default_factory=dict)
 
     def start(self) -> None:
         """Make the folder, write the configuration and with what the run is made."""
@@ -218,6 +219,8 @@ class Recorder:
                 continue
             kept = [line for line in read_lines(path) if line["round"] <= rounds]
             _write(path, "".join(json.dumps(line) + "\n" for line in kept))
+        for line in read_lines(self.folder / "reports.jsonl"):
+            self._said.setdefault(line["round"], []).append(line["reports"])
         self.folder.joinpath("summary.json").unlink(missing_ok=True)
         write_status(self.folder, "running")
 
@@ -234,12 +237,14 @@ class Recorder:
         said = [[r.client, r.examples, r.budget.to_json()] for r in reports]
         self._append("reports.jsonl", [{"round": round, "reports": said}])
 
-    def recorded_reports(self, round: int) -> list[Report]:
-        """What clients said before a round that was left before its end; none for others."""
-        for line in reversed(read_lines(self.folder / "reports.jsonl")):
-            if line["round"] == round:
-                return [Report(c, n, Budget.from_mapping(b)) for c, n, b in line["reports"]]
-        return []
+    def next_reports(self, round: int) -> list[Report] | None:
+        """What clients said when a round was begun before this run was resumed: at its first
+        attempt, then at its second; None where they are to be asked.
+        """
+        attempts = self._said.get(round)
+        if not attempts:
+            return None
+        return [Report(c, n, Budget.from_mapping(b)) for c, n, b in attempts.pop(0)]
 
     def _append(self, name: str, lines: Iterable[Mapping[str, Any]]) -> None:
         """Add lines to a file, so that they survive a power cut."""

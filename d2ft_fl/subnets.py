@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum, IntEnum
 from functools import cached_property
-from itertools import pairwise
+from itertools import accumulate, pairwise
 
 import numpy as np
 import torch
@@ -121,6 +121,11 @@ class Parameter:
     def unpack_(self, tensor: Tensor, packed: Tensor, heads: Iterable[int]) -> None:
         """Write packed slices back into the full ``tensor``, in place."""
         tensor.index_copy_(self.axis, self.index(heads), packed.movedim(0, self.axis))
+
+    @cached_property
+    def starts(self) -> tuple[int, ...]:
+        """Where each head's rows begin among those of all heads, and after the last where they end."""
+        return (0, *accumulate(len(rows) for rows in self.rows))
 
     def packed_shape(self, heads: Sequence[int]) -> tuple[int, ...]:
         """Shape of :meth:`pack` for these heads."""

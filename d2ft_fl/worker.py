@@ -279,8 +279,7 @@ class Worker:
                 out[name] = tensor
                 continue
             heads = schedule.heads(schedule.resident, p.block)
-            bounds = np.cumsum([0, *(len(rows) for rows in p.rows)])
-            rows = [r for h in heads for r in range(bounds[h], bounds[h + 1])]
+            rows = [r for h in heads for r in range(p.starts[h], p.starts[h + 1])]
             out[name] = tensor[torch.tensor(rows, dtype=torch.long)]
         return out
 
