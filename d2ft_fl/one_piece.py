@@ -12,10 +12,10 @@ from torch import Tensor
 
 from d2ft_fl.grouping import Status
 from d2ft_fl.pieces import Piece, Taken, no_sink
+from d2ft_fl.products import times
 
 if TYPE_CHECKING:
     from d2ft_fl.branches import Branch
-    from d2ft_fl.packed import Numerics
 
 
 def only_piece(branch: "Branch") -> Piece | None:
@@ -38,47 +38,42 @@ def run(branch: "Branch", piece: Piece, x: Tensor) -> Tensor:
     """What the branch adds to x [examples, tokens, dim]."""
     shared = branch.shared
     y = branch.normed(x, shared).flatten(0, 1)
-    z = branch.middle([_In.apply(y, piece, branch.numerics)], x.shape[1], shared)
-    out = _Out.apply(z, shared.get(branch.bias_role), piece, branch.numerics).view(x.shape)
+    z = branch.middle([_In.apply(y, piece)], x.shape[1], shared)
+    out = _Out.apply(z, shared.get(branch.bias_role), piece).view(x.shape)
     scale = shared.get(branch.traits.scale_role)
     return out if scale is None else out * scale
 
 
 class _In(torch.autograd.Function):
-    """y [rows, dim] times the weights of the product in."""
+    """y [rows, dim] times the weights of the product in, plus their biases."""
 
     @staticmethod
-    def forward(ctx: Any, y: Tensor, piece: Piece, numerics: "Numerics") -> Tensor:
-        ctx.piece, ctx.numerics = piece, numerics
-        ctx.save_for_backward(y if piece.inward[0].views[0].weight_grad is not None else None)
-        return piece.products_in(y, {}, numerics, drop=False)[0][0]
+    def forward(ctx: Any, y: Tensor, piece: Piece) -> Tensor:
+        view = piece.inward[0].views[0]
+        ctx.piece = piece
+        ctx.save_for_backward(y if view.weight_grad is not None else None)
+        return times(y, view.weight.t(), view.bias)
 
     @staticmethod
-    def backward(ctx: Any, dh: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, dh: Tensor) -> tuple[Tensor, None]:
         (y,) = ctx.saved_tensors
         ctx.piece.gradients_in(Taken(), y, [dh], None, no_sink, None)
-        dy = dh.new_empty(len(dh), ctx.piece.inward[0].views[0].weight.shape[1])
-        ctx.piece.through_in([dh], None, None, dy, {}, ctx.numerics, add=False)
-        return dy, None, None
+        return times(dh, ctx.piece.inward[0].views[0].weight), None
 
 
 class _Out(torch.autograd.Function):
     """z [rows, depth] times the weights of the product out, plus its bias [dim]."""
 
     @staticmethod
-    def forward(
-        ctx: Any, z: Tensor, bias: Tensor | None, piece: Piece, numerics: "Numerics"
-    ) -> Tensor:
+    def forward(ctx: Any, z: Tensor, bias: Tensor | None, piece: Piece) -> Tensor:
         view = piece.outward.views[0]
-        ctx.piece, ctx.numerics = piece, numerics
+        ctx.piece = piece
         ctx.save_for_backward(z if view.weight_grad is not None else None)
-        total = z.new_empty(len(z), view.weight.shape[1])
-        piece.product_out(z, total, {}, numerics, bias, drop=False)
-        return total
+        return times(z, view.weight, bias)
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor | None, None, None]:
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, Tensor | None, None]:
         (z,) = ctx.saved_tensors
         ctx.piece.gradients_out(Taken(z=z), g, None, no_sink, None)
-        dz = ctx.piece.through_out(g, None, None, ctx.numerics)
-        return dz, g.sum(0) if ctx.needs_input_grad[1] else None, None, None
+        dz = times(g, ctx.piece.outward.views[0].weight.t())
+        return dz, g.sum(0) if ctx.needs_input_grad[1] else None, None

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from d2ft_fl.packed import Numerics, PackedHeads, Run
+from d2ft_fl.products import is_faster, times
 from d2ft_fl.subnets import BranchRoles, Trains
 
 # Told (role, first row, gradient of a run of rows) instead of adding it up; see
@@ -203,14 +204,17 @@ class Piece:
         """
         out, taken = [], Taken()
         for product in self.inward:
-            h = y.new_empty(len(y), product.width)
-            for view in product.views:
-                into = _part(h, view, product.views)
-                if view.bias is None:
-                    torch.mm(y, numerics.cast(view.weight).t(), out=into)
-                else:
-                    bias, weight = numerics.cast(view.bias), numerics.cast(view.weight)
-                    torch.addmm(bias, y, weight.t(), out=into)
+            h = _beside_each_other(
+                y,
+                [
+                    (
+                        view.columns,
+                        numerics.cast(view.weight).t(),
+                        None if view.bias is None else numerics.cast(view.bias),
+                    )
+                    for view in product.views
+                ],
+            )
             if product.lora and product.factored:
                 lora, dropped, mask = product.lora, y, None
                 if drop and self.full and lora.dropout:
@@ -302,12 +306,13 @@ class Piece:
             error: Of :meth:`error_out`. mask: Of :class:`Taken`.
         """
         product = self.outward
-        dz = g.new_empty(len(g), self.depth)
-        for view in product.views:
-            into, weight = _part(dz, view, product.views), numerics.cast(view.weight)
-            torch.mm(g, weight.t(), out=into)
-            if view.near is not None and error is not None and mask is None:
-                _add_product(into, _first(error, view.near), numerics.cast(view.near).t())
+        weights = [(view.columns, numerics.cast(view.weight).t(), None) for view in product.views]
+        dz = _beside_each_other(g, weights)
+        for view in product.factored if error is not None and mask is None else ():
+            assert view.near is not None
+            assert error is not None
+            into = _part(dz, view, product.views)
+            _add_product(into, _first(error, view.near), numerics.cast(view.near).t())
         if mask is not None and error is not None:
             assert product.lora is not None
             for view in product.factored:
@@ -438,11 +443,13 @@ class Piece:
     ) -> None:
         """Left transposed times right (for a bias: summed rows) is the gradient of some rows."""
         kind = view.weight.dtype
-        if observer is None and right is not None and kind is left.dtype:
+        # What oneDNN makes has room where gradients of as many rows will be, or were.
+        new = right is not None and len(right) >= right.shape[1] and is_faster(left.t(), right)
+        if observer is None and right is not None and kind is left.dtype and not new:
             assert grad is not None
             torch.addmm(grad, left.t(), right, beta=0 if self.overwrites else 1, out=grad)
             return
-        value = left.sum(0, dtype=kind) if right is None else torch.mm(left.t(), right)
+        value = left.sum(0, dtype=kind) if right is None else times(left.t(), right)
         if observer is not None:
             observer(name, view.first_row, value.to(kind))
             return
@@ -451,6 +458,21 @@ class Piece:
             grad.copy_(value)
         else:
             grad.add_(value)
+
+
+def _beside_each_other(
+    left: Tensor, rights: Sequence[tuple[slice, Tensor, Tensor | None]]
+) -> Tensor:
+    """``left`` times several matrices, plus a bias each, in the columns that they say."""
+    if len(rights) == 1:
+        return times(left, *rights[0][1:])
+    wide = left.new_empty(len(left), rights[-1][0].stop)
+    for columns, right, bias in rights:
+        if bias is None:
+            torch.mm(left, right, out=wide[:, columns])
+        else:
+            torch.addmm(bias, left, right, out=wide[:, columns])
+    return wide
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> Tensor:

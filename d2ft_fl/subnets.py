@@ -124,7 +124,7 @@ class Parameter:
 
     @cached_property
     def starts(self) -> tuple[int, ...]:
-        """Where each head's rows begin among those of all heads, and after the last where they end."""
+        """Where each head's rows begin among those of all heads; after the last, where they end."""
         return (0, *accumulate(len(rows) for rows in self.rows))
 
     def packed_shape(self, heads: Sequence[int]) -> tuple[int, ...]:
