@@ -56,6 +56,7 @@ from d2ft_fl.subnets import (
 
 RESOURCES = ("flops", "memory", "bytes_up", "bytes_down")
 RANK_BYTES = 2  # of a subnet's rank, in binary
+CHUNK = 256  # clients whose costs are worked out at once: more take memory, and not less time
 MESSAGE_HEADER = 2048  # bytes a message takes beside tensors and schedule, at most
 MEMORY_MARGIN = 32  # 1/32 on top for the small tensors that the formula passes over
 MOMENTS = {"adamw": 2, "sgd": 1}  # tensors of optimiser state per trained tensor
@@ -420,6 +421,20 @@ class CostModel:
             holds: bool [clients, blocks, heads]; None for nothing.
             ranks: See :meth:`ranks`.
         """
+        found = np.zeros((len(operations), len(RESOURCES)), dtype=np.int64)
+        for start in range(0, len(operations), CHUNK):
+            part = slice(start, start + CHUNK)
+            cut = [None if table is None else table[part] for table in (holds, ranks)]
+            found[part] = self._costs(operations[part], examples[part], *cut)
+        return found
+
+    def _costs(
+        self,
+        operations: np.ndarray,
+        examples: np.ndarray,
+        holds: np.ndarray | None,
+        ranks: np.ndarray | None,
+    ) -> np.ndarray:
         own = self.ranks(operations, ranks)
         parts = (
             self._flops(operations, examples, own),
