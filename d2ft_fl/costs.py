@@ -35,6 +35,7 @@ tensors, and of headers at most.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
+from typing import Any
 
 import numpy as np
 
@@ -57,6 +58,7 @@ from d2ft_fl.subnets import (
 RESOURCES = ("flops", "memory", "bytes_up", "bytes_down")
 RANK_BYTES = 2  # of a subnet's rank, in binary
 CHUNK = 256  # clients whose costs are worked out at once: more take memory, and not less time
+MOST_KNOWN = 4096  # costs that are kept
 MESSAGE_HEADER = 2048  # bytes a message takes beside tensors and schedule, at most
 MEMORY_MARGIN = 32  # 1/32 on top for the small tensors that the formula passes over
 MOMENTS = {"adamw": 2, "sgd": 1}  # tensors of optimiser state per trained tensor
@@ -404,8 +406,18 @@ class CostModel:
             holds: bool [blocks, heads], subnets whose fixed parameters the client has.
         """
         operations, ranks = schedule.operations[None], _one(schedule.ranks)
-        found = self.costs(operations, np.array([examples]), _one(holds), ranks)
-        return Cost(*found[0].tolist())
+        tables = [None if t is None else t.tobytes() for t in (operations, ranks, holds)]
+        key = operations.shape, examples, *tables
+        if key not in self._known:  # many clients do the same where a strategy has all do all
+            if len(self._known) >= MOST_KNOWN:
+                self._known.clear()
+            found = self.costs(operations, np.array([examples]), _one(holds), ranks)
+            self._known[key] = Cost(*found[0].tolist())
+        return self._known[key]
+
+    @cached_property
+    def _known(self) -> dict[Any, Cost]:
+        return {}
 
     def costs(
         self,
