@@ -34,7 +34,7 @@ ROLES = {
     "server": ("flwr-simulation", "d2ft_fl.bench_sides"),
 }
 SIDE = "from d2ft_fl.bench_sides import main; main()"
-SAMPLE_SECONDS = 2.0
+SAMPLE_SECONDS = 0.5
 
 
 @dataclass(frozen=True)

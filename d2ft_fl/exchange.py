@@ -35,7 +35,7 @@ if TYPE_CHECKING:  # those who only pass its path on need no torch
 
 PREFIX = "d2ft-exchange-"
 MEMORY = Path("/dev/shm")
-WAITING = 8  # replies that may wait to be folded in, before workers wait
+WAITING = 4  # replies that may wait to be folded in, before workers wait
 _REPLY = re.compile(r"(?P<number>\w+)\.(?P<round>\d+)-(?P<client>\d+)-(?P<length>\d+)\.reply")
 _mapped: dict[Path, dict[str, mmap.mmap]] = {}  # folder -> files of replies, by number
 
