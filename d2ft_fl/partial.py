@@ -257,6 +257,10 @@ class PartialModel:
         self._entries: dict[bool, list[Entry]] = {}
         self._values: tuple[GlobalModel | None, list[Tensor], list[Tensor]] = (None, [], [])
 
+    def let_go(self) -> None:
+        """Keep no view of the model that values were taken from last."""
+        self._values = (None, [], [])
+
     @torch.no_grad()
     def _refill(self, whole: GlobalModel) -> None:
         """Hold a model's values in place of those that are held.

@@ -172,6 +172,7 @@ class Worker:
         """The global model, laid out once a round."""
         if self._whole is None or self._whole[0] is not arch or self._whole[1] is not weights:
             self._whole = None  # the old one goes before a new one comes
+            self._parts[0].let_go()
             self._whole = arch, weights, GlobalModel.of(arch, weights)
         return self._whole[2]
 
