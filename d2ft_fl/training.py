@@ -175,7 +175,7 @@ class Stepper:
 
     def _held_bytes(self) -> int:
         """Bytes of weights, gradients and optimiser state."""
-        key = len(self.optimizer.state), len(self.beside), _pattern(self.model, [])
+        key = len(self.optimizer.state), len(self.beside), self.options, _pattern(self.model, [])
         return self.meter.bytes_of(lambda: [*self._fixed, *optimizer_state(self.optimizer)], key)
 
 

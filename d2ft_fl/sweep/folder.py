@@ -93,8 +93,8 @@ class SweepFolder:
                 yield Path(scratch)
             finally:
                 shutil.rmtree(scratch, ignore_errors=True)
-                unlock(lock.fileno())
                 lock.truncate(0)
+                unlock(lock.fileno())
 
     # -- what is there -----------------------------------------------------------------------
 
