@@ -51,7 +51,7 @@ class Pool(Protocol):
     def train(self, work: Work) -> Iterable[tuple[int, bytes | memoryview | Fault]]:
         """Have clients train; yields their replies as they arrive, in any order.
 
-        A reply in a file may be deleted once the next is asked for.
+        A reply in memory is good until the next is asked for.
         """
 
 

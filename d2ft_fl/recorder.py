@@ -220,7 +220,8 @@ class Recorder:
             kept = [line for line in read_lines(path) if line["round"] <= rounds]
             _write(path, "".join(json.dumps(line) + "\n" for line in kept))
         for line in read_lines(self.folder / "reports.jsonl"):
-            self._said.setdefault(line["round"], []).append(line["reports"])
+            if line["round"] > rounds and line["reports"]:  # where nobody answered, all are asked
+                self._said.setdefault(line["round"], []).append(line["reports"])
         self.folder.joinpath("summary.json").unlink(missing_ok=True)
         write_status(self.folder, "running")
 

@@ -12,13 +12,14 @@ import pytest
 import safetensors.torch
 import torch
 
-from d2ft_fl import checkpoint, loop
+from d2ft_fl import checkpoint, loop, timm_vit
 from d2ft_fl.budgets import Budget
 from d2ft_fl.checkpoint import Checkpoint
 from d2ft_fl.compensation import MeanBook
 from d2ft_fl.errors import ConfigError, RunError
-from d2ft_fl.federation import Report, State
+from d2ft_fl.federation import Federation, Report, State
 from d2ft_fl.local import run_local
+from d2ft_fl.models import build_model
 from d2ft_fl.recorder import (
     Recorder,
     claim_folder,
@@ -345,6 +346,22 @@ def test_one_process_at_a_time(tmp_path):
     another = only_one(tmp_path)
     with only_one(tmp_path), pytest.raises(RunError, match="another process is at work"):
         another.__enter__()
+
+
+def test_what_was_said_before_is_replayed_attempt_by_attempt(quick):
+    config = quick(rounds=1)
+    run_local(config)
+    folder = Path(config.run_folder)
+    said = [[[0, 30, {"flops": n}]] for n in (1, 2, 3)]
+    lines = [(1, said[0]), (2, said[1]), (2, []), (2, said[2])]  # once nobody answered
+    text = "".join(json.dumps({"round": r, "reports": own}) + "\n" for r, own in lines)
+    folder.joinpath("reports.jsonl").write_text(text)
+    federation = Federation(config, timm_vit.describe(build_model(config.model_spec())))
+    recorder = Recorder(folder, federation, config.model_spec())
+    recorder.resume(1)
+    assert recorder.next_reports(1) is None  # it is over
+    found = [recorder.next_reports(2) for _ in range(3)]
+    assert [own and own[0].budget.flops.value for own in found] == [2, 3, None]
 
 
 def test_a_forked_process_keeps_no_lock(tmp_path):

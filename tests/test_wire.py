@@ -105,11 +105,13 @@ def test_a_file_that_lies_about_itself_is_refused(where, odd):
     else:
         header["a"][where] = odd
     text = json.dumps(header).encode()
+    content = len(text).to_bytes(8, "little") + text + blob[end:]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder, "reply")
-        path.write_bytes(len(text).to_bytes(8, "little") + text + blob[end:])
-        with pytest.raises(ReplyError, match="not a safetensors message"):
-            decode(path)
+        path.write_bytes(content)
+        for own in (path, memoryview(bytearray(content))):
+            with pytest.raises(ReplyError, match="not a safetensors message"):
+                decode(own)
 
 
 def test_reading_files_costs_no_memory(tmp_path):
