@@ -1,5 +1,6 @@
 """What a configuration needs to run: a refusal is one line that says what to write instead."""
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from d2ft_fl import scores
@@ -22,6 +23,93 @@ SELECTIONS = ("random", "entropy")
 AGGREGATIONS = ("mean", "trimmed-mean", "median", "mean-around-median")
 TRANSPORTS = ("shared", "message")
 FEW_REPLIES = ("stop", "repeat")
+
+
+# What numbers must be: whether one is, and of which options.
+RANGES: dict[str, tuple[Callable[[float], bool], tuple[str, ...]]] = {
+    "1 or more": (
+        lambda v: v >= 1,
+        (
+            "rounds",
+            "clients",
+            "batch-size",
+            "epochs",
+            "slots",
+            "threads-per-client",
+            "accumulate",
+            "agenda-rounds",
+            "eval-batch-size",
+            "eval-every",
+            "attempts",
+            "lora-rank",
+        ),
+    ),
+    "0 or more": (
+        lambda v: v >= 0,
+        (
+            "train-examples",
+            "test-examples",
+            "image-size",
+            "score-every",
+            "score-examples",
+            "least-clients",
+            "stage-rounds",
+            "seed",
+            "sample-clients",
+            "min-replies",
+            "checkpoint-every",
+            "slora-rounds",
+        ),
+    ),
+    "-1 or more": (lambda v: v >= -1, ("noise-seed",)),
+    "a finite number, 0 or more": (
+        lambda v: 0 <= v < float("inf"),
+        (
+            "lr",
+            "head-lr",
+            "lora-lr",
+            "lora-rank-exponent",
+            "momentum",
+            "weight-decay",
+            "proximal",
+            "client-timeout",
+            "clip-norm",
+            "noise-multiplier",
+            "epsilon",
+            "server-lr",
+            "forward-weight",
+            "frozen-weight",
+        ),
+    ),
+    "a finite number": (lambda v: abs(v) < float("inf"), ("hostile-scale",)),
+    "a finite number above 0": (
+        lambda v: 0 < v < float("inf"),
+        ("round-timeout", "spread-clients", "selection-temperature", "server-tau", "lora-alpha"),
+    ),
+    "between 0 and 1": (lambda v: 0 <= v <= 1, ("exploration", "match-share", "hostile-share")),
+    "above 0, and 1 at most": (lambda v: 0 < v <= 1, ("data-share",)),
+    "0 or more, and below 1": (
+        lambda v: 0 <= v < 1,
+        ("score-momentum", "server-momentum", "server-second-momentum", "lora-dropout"),
+    ),
+    "0 or more, and below 0.5": (lambda v: 0 <= v < 0.5, ("trim-share",)),
+}
+CHOICES = {
+    "transport": TRANSPORTS,
+    "few-replies": FEW_REPLIES,
+    "optimizer": ("adamw", "sgd"),
+    "precision": PRECISIONS,
+    "device": DEVICES,
+    "planner": PLANNERS,
+    "coupling": COUPLINGS,
+    "backward-score": scores.KINDS,
+    "forward-score": scores.KINDS,
+    "data-selection": SELECTIONS,
+    "server-optimizer": SERVER_OPTIMIZERS,
+    "aggregation": AGGREGATIONS,
+    "lora-init": INITS,
+    "lora-aggregation": MODES,
+}
 
 
 def check(config: "RunConfig") -> None:
@@ -67,36 +155,13 @@ def check_options(config: "RunConfig") -> None:
     Raises:
         ConfigError: In one line, what to write instead.
     """
-    for key in (
-        "rounds",
-        "clients",
-        "batch-size",
-        "epochs",
-        "slots",
-        "threads-per-client",
-        "accumulate",
-        "agenda-rounds",
-        "eval-batch-size",
-        "eval-every",
-        "attempts",
-    ):
-        _at_least(config, key, 1)
-    for key in (
-        "train-examples",
-        "test-examples",
-        "image-size",
-        "score-every",
-        "score-examples",
-        "least-clients",
-        "stage-rounds",
-        "seed",
-        "sample-clients",
-        "min-replies",
-        "checkpoint-every",
-    ):
-        _at_least(config, key, 0)
-    _one_of(config, "transport", TRANSPORTS)
-    _one_of(config, "few-replies", FEW_REPLIES)
+    entries = config.to_mapping()
+    for what, (holds, keys) in RANGES.items():
+        for key in keys:
+            if not holds(value := entries[key]):
+                raise ConfigError(f"{key} = {value} must be {what}")
+    for key, allowed in CHOICES.items():
+        _one_of(key, entries[key], allowed)
     if config.sample_clients > config.clients:
         raise ConfigError(
             f"sample-clients = {config.sample_clients} is more than clients = {config.clients}; "
@@ -108,49 +173,13 @@ def check_options(config: "RunConfig") -> None:
             f"min-replies = {config.min_replies} is more than the {there} clients that take part "
             "in a round"
         )
-    _one_of(config, "optimizer", ("adamw", "sgd"))
-    _one_of(config, "precision", PRECISIONS)
-    _one_of(config, "device", DEVICES)
-    _one_of(config, "planner", PLANNERS)
-    _one_of(config, "coupling", COUPLINGS)
-    _one_of(config, "backward-score", scores.KINDS)
-    _one_of(config, "forward-score", scores.KINDS)
-    if not 0 <= config.exploration <= 1:
-        raise ConfigError(f"exploration = {config.exploration} must lie between 0 and 1")
-    if not 0 <= config.score_momentum < 1:
-        raise ConfigError(
-            f"score-momentum = {config.score_momentum} must be 0 or more, and below 1"
-        )
-    if not 0 < config.round_timeout < float("inf"):
-        raise ConfigError(f"round-timeout = {config.round_timeout} must be above 0 seconds")
     if config.seed >= 2**63:
         raise ConfigError(f"seed = {config.seed} must be below 2**63")
-    if not 0 < config.spread_clients < float("inf"):
-        raise ConfigError(f"spread-clients = {config.spread_clients} must be a share above 0")
     if config.planner == "two-stage" and (config.frozen_weight or config.coupling == "spread"):
         raise ConfigError(
             "planner = 'two-stage' has D2FT's three operations and no coupling: leave "
             "frozen-weight at 0 and coupling at 'none' or 'agenda', or use planner = 'joint'"
         )
-    for key in (
-        "lr",
-        "head-lr",
-        "lora-lr",
-        "lora-rank-exponent",
-        "momentum",
-        "weight-decay",
-        "proximal",
-        "client-timeout",
-        "clip-norm",
-        "noise-multiplier",
-        "epsilon",
-        "server-lr",
-        "forward-weight",
-        "frozen-weight",
-    ):
-        value = config.to_mapping()[key]
-        if not 0 <= value < float("inf"):
-            raise ConfigError(f"{key} = {value} must be a finite number, 0 or more")
     if config.slots > config.batch_size:
         raise ConfigError(
             f"slots = {config.slots} is more than batch-size = {config.batch_size}; a slot "
@@ -167,7 +196,6 @@ def check_options(config: "RunConfig") -> None:
             "score-examples to 1 or more, or use magnitude or uniform scores"
         )
     config.load_strategy()
-    _check_data(config)
     _check_match(config)
     _check_tuning(config)
     _check_server(config)
@@ -177,23 +205,10 @@ def check_options(config: "RunConfig") -> None:
     config.load_trackers()
 
 
-def _check_data(config: "RunConfig") -> None:
-    """Raises ConfigError unless clients can choose their examples as configured."""
-    _one_of(config, "data-selection", SELECTIONS)
-    if not 0 < config.data_share <= 1:
-        raise ConfigError(f"data-share = {config.data_share} must be above 0, and 1 at most")
-    if not 0 < config.selection_temperature < float("inf"):
-        raise ConfigError(
-            f"selection-temperature = {config.selection_temperature} must be a number above 0"
-        )
-
-
 def _check_match(config: "RunConfig") -> None:
     """Raises ConfigError unless the strategy keeps the budget that is matched."""
     if config.match:
-        _one_of(config, "match", tuple(MATCHES))
-    if not 0 <= config.match_share <= 1:
-        raise ConfigError(f"match-share = {config.match_share} must lie between 0 and 1")
+        _one_of("match", config.match, tuple(MATCHES))
     if config.match_share and not config.match:
         raise ConfigError(
             f"match-share = {config.match_share} belongs to match: set that to one of "
@@ -210,13 +225,6 @@ def _check_match(config: "RunConfig") -> None:
 
 def _check_server(config: "RunConfig") -> None:
     """Raises ConfigError unless the server's optimiser fits the rest."""
-    _one_of(config, "server-optimizer", SERVER_OPTIMIZERS)
-    for key in ("server-momentum", "server-second-momentum"):
-        value = config.to_mapping()[key]
-        if not 0 <= value < 1:
-            raise ConfigError(f"{key} = {value} must be 0 or more, and below 1")
-    if not 0 < config.server_tau < float("inf"):
-        raise ConfigError(f"server-tau = {config.server_tau} must be a number above 0")
     if config.server_optimizer in ADAPTIVE and config.server_lr >= 1:
         raise ConfigError(
             f"server-lr = {config.server_lr} moves every weight by about that much in the first "
@@ -238,14 +246,6 @@ def _check_server(config: "RunConfig") -> None:
 
 def _check_robust(config: "RunConfig") -> None:
     """Raises ConfigError unless updates can be folded as configured."""
-    _one_of(config, "aggregation", AGGREGATIONS)
-    if not 0 <= config.trim_share < 0.5:
-        raise ConfigError(f"trim-share = {config.trim_share} must be 0 or more, and below 0.5")
-    if not 0 <= config.hostile_share <= 1:
-        raise ConfigError(f"hostile-share = {config.hostile_share} must lie between 0 and 1")
-    if not abs(config.hostile_scale) < float("inf"):
-        raise ConfigError(f"hostile-scale = {config.hostile_scale} must be a finite number")
-    _at_least(config, "noise-seed", -1)
     there = config.sample_clients or config.clients
     hostile = config.suspects(there)
     if config.aggregation != "mean" and there <= 2 * hostile:
@@ -267,14 +267,6 @@ def _check_robust(config: "RunConfig") -> None:
 def _check_tuning(config: "RunConfig") -> None:
     """Raises ConfigError unless the options of tuning fit together."""
     config.load_tuning()
-    _at_least(config, "slora-rounds", 0)
-    _at_least(config, "lora-rank", 1)
-    _one_of(config, "lora-init", INITS)
-    _one_of(config, "lora-aggregation", MODES)
-    if not 0 < config.lora_alpha < float("inf"):
-        raise ConfigError(f"lora-alpha = {config.lora_alpha} must be a finite number above 0")
-    if not 0 <= config.lora_dropout < 1:
-        raise ConfigError(f"lora-dropout = {config.lora_dropout} must be 0 or more, and below 1")
     _check_ranks(config)
     if config.tuning != "lora":
         if config.slora_rounds or config.lora_adapter:
@@ -324,13 +316,6 @@ def _check_ranks(config: "RunConfig") -> None:
         )
 
 
-def _at_least(config: "RunConfig", key: str, least: int) -> None:
-    value = config.to_mapping()[key]
-    if value < least:
-        raise ConfigError(f"{key} = {value} must be {least} or more")
-
-
-def _one_of(config: "RunConfig", key: str, allowed: tuple[str, ...]) -> None:
-    value = config.to_mapping()[key]
+def _one_of(key: str, value: str, allowed: tuple[str, ...]) -> None:
     if value not in allowed:
         raise ConfigError(f"{key} = {value!r} is unknown; use one of {', '.join(allowed)}")

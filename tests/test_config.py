@@ -6,6 +6,7 @@ from typer.testing import CliRunner
 
 from d2ft_fl.cli import app
 from d2ft_fl.config import RunConfig
+from d2ft_fl.config_checks import RANGES
 from d2ft_fl.errors import ConfigError
 
 ROOT = Path(__file__).parent.parent
@@ -25,6 +26,16 @@ def test_every_option_is_documented_where_it_is_declared():
     options = [line for line in section.splitlines() if " = " in line and line[0] != "#"]
     assert len(options) == len(APP)
     assert all("  # " in line for line in options)
+
+
+def test_every_number_has_its_range():
+    numbers = {
+        key for key, value in RunConfig().to_mapping().items() if type(value) in (int, float)
+    }
+    held = [key for _, keys in RANGES.values() for key in keys]
+    assert len(held) == len(set(held))
+    # A chance of privacy's failure: its range depends on the number of clients.
+    assert numbers - set(held) == {"delta"}
 
 
 def test_the_default_configuration_checks():
@@ -65,7 +76,7 @@ def test_the_default_configuration_checks():
         ({"model": "vit_tiny_patch16_224"}, "'bundled' belongs to model 'vit_glyphs'"),
         ({"pretrained": "/nowhere.safetensors"}, "does not exist"),
         ({"budgets": "rich"}, "budgets = 'rich'"),
-        ({"exploration": 1.5}, "exploration = 1.5 must lie between 0 and 1"),
+        ({"exploration": 1.5}, "exploration = 1.5 must be between 0 and 1"),
         ({"precision": "fp16"}, "use one of fp32, bf16"),
         ({"device": "tpu"}, "device = 'tpu' is unknown; use one of cpu, cuda"),
         ({"accumulate": 0}, "accumulate = 0 must be 1 or more"),
@@ -80,7 +91,7 @@ def test_the_default_configuration_checks():
             "compensation needs rounds in which clients measure",
         ),
         ({"clients": 5000}, "clients = 5000 is more than the 1078 training examples"),
-        ({"round-timeout": 0.0}, "round-timeout = 0.0 must be above 0"),
+        ({"round-timeout": 0.0}, "round-timeout = 0.0 must be a finite number above 0"),
     ],
 )
 def test_what_cannot_run_is_refused_in_one_line(entries, message):
