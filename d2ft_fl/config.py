@@ -96,6 +96,7 @@ class RunConfig:
     compensation: bool = False
     aggregation: str = "mean"
     trim_share: float = 0.2
+    neighbor_mixing: bool = True
     clip_norm: float = 0.0
     noise_multiplier: float = 0.0
     epsilon: float = 0.0

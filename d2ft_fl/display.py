@@ -126,6 +126,12 @@ def summary(result: dict[str, Any]) -> None:
             f"folding factors in was off by {result['aggregation_error']:.2g} of the exact change, "
             "mean over rounds"
         )
+    if left := result["too_few_trainers"]:
+        say(
+            f"{left:.0%} of the slices that clients trained stayed as they were, mean over rounds: "
+            "too few trained them to tell who is hostile (coupling = 'spread' and least-clients "
+            "have more train each)"
+        )
     if private := result["privacy"]:
         say(
             f"differential privacy: epsilon {private['epsilon']:.3g} at delta "

@@ -107,7 +107,7 @@ class Fold:
             return NoisySums(arch, weights, examples, self.private)
         if config.aggregation in ROBUST:
             hostile = config.suspects(len(self.plan.working))
-            return RobustSums(arch, weights, config.aggregation, hostile)
+            return RobustSums(arch, weights, config.aggregation, hostile, config.neighbor_mixing)
         if arch.rank:
             mode = config.lora_aggregation
             return FactorSums(arch, weights, examples, mode, config.lora_error)

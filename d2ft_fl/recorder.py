@@ -534,6 +534,7 @@ def totals(rows: list[dict[str, Any]]) -> dict[str, Any]:
         "flops_as_predicted": sum(row["flops_as_predicted"] for row in rows),
         "client_rounds": sum(row["worked"] for row in rows),
         "aggregation_error": _mean([row.get("aggregation_error") for row in rows]),
+        "too_few_trainers": _mean([row.get("too_few_trainers") for row in rows]),
     }
 
 

@@ -11,9 +11,11 @@ from hypothesis import strategies as st
 
 from d2ft_fl.aggregation import Sums, Update
 from d2ft_fl.config_checks import AGGREGATIONS
+from d2ft_fl.display import summary
 from d2ft_fl.errors import ConfigError, ReplyError
 from d2ft_fl.local import run_local
-from d2ft_fl.robust import ROBUST, RobustSums, clipped
+from d2ft_fl.recorder import read_rows
+from d2ft_fl.robust import ROBUST, RobustSums, clipped, mixed
 from d2ft_fl.subnets import Kind, Operation, pack_for, up_spec
 from tests.conftest import all_of, build, random_schedule, weights_of
 
@@ -34,8 +36,8 @@ def update(schedule, shift):
     return Update(schedule, [4] * schedule.slots, tensors)
 
 
-def fold(kind, shifts, suspects=1):
-    sums = RobustSums(ARCH, WEIGHTS, kind, suspects)
+def fold(kind, shifts, suspects=1, mixing=False):
+    sums = RobustSums(ARCH, WEIGHTS, kind, suspects, mixing)
     for shift in shifts:
         sums.add(update(all_of(ARCH), shift))
     new = sums.apply()
@@ -61,6 +63,36 @@ def test_by_hand(kind, suspects, shifts, wanted):
     assert sums.left == 0
     for change in changes.values():
         assert torch.allclose(change, torch.full_like(change, wanted * 1e-2), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "shifts,suspects,wanted",
+    [
+        ([0, 1, 2, 1000], 1, [1, 1, 1, (1000 + 2 + 1) / 3]),
+        ([0, 4, 5, 6, 7], 2, [3, 5, 5, 6, 6]),  # of 4 and 6, at 1 from 5, both are near enough
+        ([3, 3, 3], 1, [3, 3, 3]),
+    ],
+)
+def test_mixing_by_hand(shifts, suspects, wanted):
+    # Distances are of whole slices: a second coordinate that all have in common changes none.
+    values = torch.tensor([[float(s), 7.0] for s in shifts], dtype=torch.float64)
+    found = mixed(values, suspects)
+    assert torch.allclose(found[:, 0], torch.tensor(wanted, dtype=torch.float64))
+    assert torch.equal(found[:, 1], values[:, 1])
+
+
+def test_mixing_goes_by_the_distance_of_slices_not_of_coordinates():
+    # In its first coordinate the third is nearest to the first, as a whole the second is.
+    slices = torch.tensor([[0, 0], [2, 0], [0, 10], [9, 5]], dtype=torch.float64)
+    assert mixed(slices, 2).tolist() == [[1, 0], [1, 0], [0, 5], [5.5, 2.5]]
+
+
+def test_two_of_five_that_are_far_away_leave_no_trace_after_mixing():
+    honest, hostile = [1, 2, 6], [-900, -1000]
+    for kind in ROBUST:
+        changes, _ = fold(kind, [s * 1e-2 for s in (*honest, *hostile)], 2, mixing=True)
+        for change in changes.values():  # the mean of those who are honest
+            assert torch.allclose(change, torch.full_like(change, 3e-2), atol=1e-6)
 
 
 @pytest.mark.parametrize("kind", ROBUST)
@@ -101,12 +133,14 @@ def test_slices_of_those_who_trained_them_in_any_order(seed, kind):
         for number in range(6)
     ]
     found = []
-    for order in (updates, updates[::-1]):
-        sums = RobustSums(ARCH, WEIGHTS, kind, 1)
-        for one in order:
-            sums.add(one)
-        found.append(sums.apply())
-    assert all(torch.equal(found[0][name], found[1][name]) for name in WEIGHTS)
+    for mixing in (True, False):
+        found.clear()
+        for order in (updates, updates[::-1]):
+            sums = RobustSums(ARCH, WEIGHTS, kind, 1, mixing)
+            for one in order:
+                sums.add(one)
+            found.append(sums.apply())
+        assert all(torch.equal(found[0][name], found[1][name]) for name in WEIGHTS)
     p = next(p for p in ARCH.of_kind(Kind.SLICED) if p.role == "fc2.weight")
     for head in range(ARCH.heads):
         own = [u for u in updates if head in u.weights(p)]
@@ -150,16 +184,29 @@ def test_clipping_shortens_a_change_to_its_norm_and_no_other():
 
 
 def test_hostile_clients_lead_the_mean_away_and_the_trimmed_mean_nowhere(quick, tmp_path):
-    def loss(**changes):
+    def ended(**changes):
         config = quick(
             strategy="fedavg", clients=5, rounds=3, hostile_share=0.2,
             run_folder=str(tmp_path / str(len(list(tmp_path.iterdir())))), **changes,
         )  # fmt: skip
         run_local(config)
-        return json.loads(Path(config.run_folder, "summary.json").read_text())["loss"]
+        return json.loads(Path(config.run_folder, "summary.json").read_text())
 
-    mean, trimmed = loss(), loss(aggregation="trimmed-mean")
-    assert trimmed < 2.0 < mean
+    mean, trimmed = ended(), ended(aggregation="trimmed-mean")
+    assert trimmed["loss"] < 2.0 < mean["loss"]
+    assert mean["too_few_trainers"] is None
+    assert trimmed["too_few_trainers"] == 0
+
+
+def test_a_run_says_which_share_of_its_slices_too_few_trained(quick, tmp_path, capsys):
+    config = quick(clients=5, rounds=2, aggregation="median", trim_share=0.4)
+    run_local(config)
+    rows = read_rows(Path(config.run_folder))
+    left = [row["too_few_trainers"] for row in rows]
+    assert 0 < min(left) <= max(left) < 1
+    summary(json.loads(Path(config.run_folder, "summary.json").read_text()))
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"{sum(left) / 2:.0%} of the slices that clients trained stayed as they were" in said
 
 
 def test_the_ways_are_those_that_are_configured():

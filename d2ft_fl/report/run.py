@@ -91,6 +91,8 @@ def _headline(run: RunFolder) -> str:
     ]
     if t["aggregation_error"] is not None:
         figures.append(("aggregation error", f"{t['aggregation_error']:.2g}", "mean over rounds"))
+    if (left := t["too_few_trainers"]) is not None:
+        figures.append(("slices left", f"{left:.0%}", "too few trained them to tell"))
     epsilon = run.rounds["epsilon"].iloc[-1]
     if not math.isnan(epsilon):
         figures.append(("epsilon", f"{epsilon:.3g}", f"delta {run.config['delta']:.1g}, to here"))

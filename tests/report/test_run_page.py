@@ -111,6 +111,12 @@ def test_lora_has_ranks_and_an_aggregation_error(tmp_path):
     assert '<td data-value="3">3</td>' in text
 
 
+def test_robust_folding_says_how_many_slices_stayed_as_they_were(tmp_path):
+    rows = [client_row(1, client) for client in range(2)]
+    text = html(write_run(tmp_path, [(round_row(1, 0.5, rows, too_few_trainers=0.4), rows)]))
+    assert card(text, "slices left") == "40%"
+
+
 @pytest.mark.parametrize(
     "status,reason,said",
     [
