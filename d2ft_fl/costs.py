@@ -57,7 +57,7 @@ from d2ft_fl.subnets import (
 
 RESOURCES = ("flops", "memory", "bytes_up", "bytes_down")
 RANK_BYTES = 2  # of a subnet's rank, in binary
-CHUNK = 256  # clients whose costs are worked out at once: more take memory, and not less time
+CHUNK = 128  # clients whose costs are worked out at once: more take memory, and not less time
 MOST_KNOWN = 4096  # costs that are kept
 MESSAGE_HEADER = 2048  # bytes a message takes beside tensors and schedule, at most
 MEMORY_MARGIN = 32  # 1/32 on top for the small tensors that the formula passes over

@@ -35,28 +35,30 @@ pre { overflow-x: auto; font-size: .8rem; padding: .75rem; border: 1px solid var
 """
 
 
-def document(title: str, body: str, style: str = "", head: str = "") -> str:
-    """A whole page.
+def document(title: str, body: Iterable[str], style: str = "", head: str = "") -> list[str]:
+    """A whole page, in pieces: some are megabytes, which are not copied into one.
 
     Args:
         title: Plain text. body: HTML. style: CSS, beside ``STYLE``. head: HTML of the head.
     """
-    return (
+    begin = (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"{head}<title>{escape(title)}</title><style>{STYLE}{style}</style></head>\n"
-        f"<body>{body}</body></html>\n"
+        "<body>"
     )
+    return [begin, *body, "</body></html>\n"]
 
 
-def write(text: str, path: Path) -> None:
+def write(pieces: Iterable[str], path: Path) -> None:
     """Write a page.
 
     Raises:
         ConfigError: When the file cannot be written.
     """
     try:
-        path.write_text(text, encoding="utf-8")
+        with path.open("wb") as file:
+            file.writelines(piece.encode() for piece in pieces)
     except OSError as error:
         raise cannot_write(path, error) from None
 

@@ -23,7 +23,7 @@ LABELS = {
     Operation.FORWARD_ONLY: "FORWARD_ONLY: no gradient",
     Operation.SHORTCUT: "SHORTCUT: skipped",
 }
-MOST_CLIENTS = 40
+MOST_CLIENTS, DPI = 24, 110
 
 
 def check_output(path: Path, suffixes: tuple[str, ...]) -> None:
@@ -44,7 +44,8 @@ def draw_plan(plan: Plan, path: Path) -> None:
     shares = [(schedules == op).mean(axis=1)[..., None] * c for op, c in COLOURS.items()]
     colours = np.sum(shares, axis=0).reshape(clients, blocks * heads, 3)
 
-    figure = Figure(figsize=(max(6.0, 0.24 * blocks * heads + 2.4), 0.34 * clients + 2.0))
+    size = max(6.0, 0.24 * blocks * heads + 2.4), 0.24 * clients + 2.0
+    figure = Figure(size, dpi=DPI)  # of another than it is saved at there would be pixels twice
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     edges = [np.arange(count + 1) - 0.5 for count in (blocks * heads, clients)]
@@ -63,16 +64,13 @@ def draw_plan(plan: Plan, path: Path) -> None:
         ]
     )
     axes.set_title(f"Round {plan.round}: who runs which of {heads} heads a block", fontsize=11)
-    figure.legend(
-        handles=[
-            Patch(facecolor=tuple(COLOURS[op]), label=text)
-            for op, text in LABELS.items()
-            if op is not Operation.FROZEN or (schedules == op).any()
-        ],
-        loc="lower center",
-        ncols=4,
-        frameon=False,
-        fontsize=9,
-    )
-    figure.tight_layout(rect=(0, 0.06 + 0.15 / clients, 1, 1))
-    figure.savefig(path, dpi=130)
+    handles = [
+        Patch(facecolor=tuple(COLOURS[op]), label=text)
+        for op, text in LABELS.items()
+        if op is not Operation.FROZEN or (schedules == op).any()
+    ]
+    columns = len(handles) if size[0] >= 2.6 * len(handles) else 2
+    below = 0.2 + 0.2 * -(-len(handles) // columns)  # inches
+    figure.legend(handles=handles, loc="lower center", ncols=columns, frameon=False, fontsize=9)
+    figure.tight_layout(rect=(0, below / size[1], 1, 1))
+    figure.savefig(path, dpi="figure")

@@ -60,7 +60,7 @@ PLANNERS = ("joint", "two-stage")
 COUPLINGS = ("none", "spread", "agenda")
 TRIES = 24  # of shrinking what is shown to the solver
 OPTIMISTIC_TRIES = 6  # of them with more FLOPs than the budget has
-CHUNK = 256  # clients that are solved for at once: more take memory, and not less time
+CHUNK = 128  # clients that are solved for at once: more take memory, and not less time
 TABLES = 1024  # kept, of those that clients differ in
 
 

@@ -161,7 +161,7 @@ figure svg { display: block; width: 100%; height: auto; max-width: 46rem; margin
 """
 
 
-def page(found: Preview) -> str:
+def page(found: Preview) -> list[str]:
     """A page with the figure, every client of the last round, and the configuration."""
     config, last = found.config, found.rounds[-1]
     title = f"{config.clients} clients of {config.model}, planned by {config.strategy}"
@@ -174,7 +174,7 @@ def page(found: Preview) -> str:
         f"<h2>Clients in round {last.round}</h2>{_clients(last)}"
         f"<h2>Configuration</h2>{pages.configuration(config.to_mapping())}"
     )
-    return pages.document(title, body, STYLE)
+    return pages.document(title, [body], STYLE)
 
 
 def _clients(r: RoundPreview) -> str:

@@ -202,7 +202,7 @@ def test_the_map_fits_and_says_its_numbers_without_colour(most, width):
 
 def test_the_page_holds_everything_and_needs_nothing():
     found = preview(RunConfig(clients=23), examples=8)
-    text = preview_page.page(found)
+    text = "".join(preview_page.page(found))
     assert "http" not in text
     assert "<script" not in text
     assert "<svg" in text

@@ -62,6 +62,6 @@ def kind_of(folder: Path) -> str:
     )
 
 
-def _write(text: str, path: Path) -> Path:
-    pages.write(text, path)
+def _write(pieces: list[str], path: Path) -> Path:
+    pages.write(pieces, path)
     return path

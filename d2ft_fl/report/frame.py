@@ -22,19 +22,21 @@ POLICY = (
 )
 
 
-def page(title: str, body: str) -> str:
-    """A page with Plotly inside.
+def page(title: str, body: str) -> list[str]:
+    """A page with Plotly inside, in pieces.
 
     Args:
         title: Plain text. body: HTML, with :meth:`d2ft_fl.report.charts.Chart.html` in it.
     """
-    scripts = (
-        "<noscript><p>The charts need JavaScript; the tables hold the same numbers.</p></noscript>"
-        f"{json_script(templates(), 'templates')}"
-        f"<script>{get_plotlyjs()}</script><script>{SCRIPT}</script>"
-    )
-    main = f"<main><h1>{escape(title)}</h1>{body}</main>"
-    return pages.document(title, main + scripts, STYLE, POLICY)
+    parts = [
+        f"<main><h1>{escape(title)}</h1>",
+        body,
+        "</main><noscript><p>The charts need JavaScript; the tables hold the same numbers.</p>"
+        f"</noscript>{json_script(templates(), 'templates')}<script>",
+        get_plotlyjs(),
+        f"</script><script>{SCRIPT}</script>",
+    ]
+    return pages.document(title, parts, STYLE, POLICY)
 
 
 def section(heading: str, *parts: str) -> str:

@@ -1,6 +1,7 @@
 """Reading what runs and sweeps leave behind; what is damaged is named in one line."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -33,25 +34,29 @@ def read_json(path: Path, kind: type) -> Any:
     return value
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
+def read_lines(path: Path) -> Iterator[dict[str, Any]]:
     """The objects of a file of JSON lines, without a last one that is still being written.
+
+    One after the other: of many clients and rounds they are far larger than what is made of them.
 
     Raises:
         ConfigError: When it cannot be read, with the line.
     """
     try:
-        text = path.read_text(encoding="utf-8")
+        with path.open(encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                if not line.endswith("\n"):
+                    break
+                yield _object(path, line, number)
     except (OSError, UnicodeDecodeError) as error:
         raise damaged(path, f"cannot be read ({error})") from None
-    rows = []
-    for number, line in enumerate(text.splitlines(keepends=True), 1):
-        if not line.endswith("\n"):
-            break
-        try:
-            row = json.loads(line)
-        except ValueError:
-            raise damaged(path, f"is not JSON in line {number}") from None
-        if not isinstance(row, dict):
-            raise damaged(path, f"holds no object in line {number}")
-        rows.append(row)
-    return rows
+
+
+def _object(path: Path, line: str, number: int) -> dict[str, Any]:
+    try:
+        found = json.loads(line)
+    except ValueError:
+        raise damaged(path, f"is not JSON in line {number}") from None
+    if not isinstance(found, dict):
+        raise damaged(path, f"holds no object in line {number}")
+    return found

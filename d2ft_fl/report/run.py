@@ -21,8 +21,8 @@ from d2ft_fl.report.run_folder import RunFolder, limits_of
 from d2ft_fl.report.run_tables import BY_CLASS, BY_CLIENT
 
 
-def run_html(run: RunFolder) -> str:
-    """The page of a run, or of what there is of it so far.
+def run_html(run: RunFolder) -> list[str]:
+    """The page of a run, or of what there is of it so far, in pieces.
 
     Raises:
         ConfigError: When its folder is damaged.

@@ -63,7 +63,7 @@ class RunFolder:
         """The same, of a run that may have no finished round."""
         status = read_json(folder / STATUS, dict) or {}
         summary = read_json(folder / "summary.json", dict)
-        lines = read_lines(folder / ROUNDS) if folder.joinpath(ROUNDS).exists() else []
+        lines = list(read_lines(folder / ROUNDS)) if folder.joinpath(ROUNDS).exists() else []
         found = cls(
             folder=folder,
             config=read_toml(folder / "config.toml") if lines else {},
@@ -121,12 +121,16 @@ class RunFolder:
         """
         path = self.folder / "clients.jsonl"
         last = int(self.rounds["round"].iloc[-1])
+        columns: dict[str, list[Any]] = {}
         try:
-            rows = [_client(row) for row in read_lines(path) if row["round"] <= last]
+            for row in read_lines(path):
+                if row["round"] <= last:
+                    for key, value in _client(row).items():
+                        columns.setdefault(key, []).append(value)
         except (KeyError, TypeError) as error:
             raise damaged(path, f"lacks something a client has ({error})") from None
-        frame = pd.DataFrame(rows)
-        if rows:  # a function of budgets may name another device in another round
+        frame = pd.DataFrame(columns)
+        if columns:  # a function of budgets may name another device in another round
             frame["device"] = frame.groupby("client")["device"].transform("first")
         missing = set(self.rounds["round"]) - set(frame["round"] if len(frame) else [])
         if missing:

@@ -21,8 +21,8 @@ MOST_NAMES = 3  # of keys, in the title
 MOST_NUMERIC = 2  # varied numbers, beyond which a chart over one of them mixes too much
 
 
-def sweep_html(sweep: SweepFolder) -> str:
-    """The page of a sweep, or of what there is of it so far.
+def sweep_html(sweep: SweepFolder) -> list[str]:
+    """The page of a sweep, or of what there is of it so far, in pieces.
 
     Raises:
         ConfigError: When no trial has a finished round.

@@ -28,7 +28,7 @@ LIMIT = 8_000_000  # bytes of a page
 
 def html(folder):
     """A page without its scripts, and with its entities read."""
-    text = run_html(RunFolder.read(folder))
+    text = "".join(run_html(RunFolder.read(folder)))
     return re.sub(r"<script.*?</script>", "", text, flags=re.DOTALL)
 
 
@@ -133,7 +133,7 @@ def test_what_broke_off_says_so_at_its_top(tmp_path, status, reason, said):
 
 def test_names_of_others_are_text(tmp_path):
     rows = [client_row(1, 0, device="<img src=x>")]
-    text = run_html(RunFolder.read(write_run(tmp_path, [(round_row(1, 0.5, rows), rows)])))
+    text = "".join(run_html(RunFolder.read(write_run(tmp_path, [(round_row(1, 0.5, rows), rows)]))))
     assert "<img" not in text.replace(text[text.index("<script>") :], "")
 
 

@@ -90,7 +90,7 @@ def test_what_stopping_early_has_left_is_not_compared(tmp_path):
     assert [s.values["strategy"] for s in sweep.ranked()] == ["whole", "other", "lucky"]
     found = sweep.paired("strategy", "whole")
     assert (found["lucky"].pairs, found["other"].pairs) == (0, 2)
-    html = sweep_html(sweep)
+    html = "".join(sweep_html(sweep))
     assert "stopped early come after the others" in html
 
 

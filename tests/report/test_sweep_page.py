@@ -29,7 +29,7 @@ def grid():
 
 
 def html(folder):
-    text = sweep_html(SweepFolder.read(folder))
+    text = "".join(sweep_html(SweepFolder.read(folder)))
     return re.sub(r"<script.*?</script>", "", text, flags=re.DOTALL)
 
 
@@ -62,7 +62,7 @@ def test_one_seed_has_no_interval(tmp_path):
 
 def test_strategies_are_compared_in_pairs(tmp_path):
     """random is 0.2 behind fedavg in each of four pairs, d2ft 0.1."""
-    text = sweep_html(SweepFolder.read(write_sweep(tmp_path, grid())))
+    text = "".join(sweep_html(SweepFolder.read(write_sweep(tmp_path, grid()))))
     options = spec(text, "compared-strategy")["choices"][0]
     assert [option["label"] for option in options] == ["fedavg", "d2ft", "random"]
     assert options[0]["data"]["x"] == [[-10.0, -20.0]]
@@ -72,7 +72,7 @@ def test_strategies_are_compared_in_pairs(tmp_path):
 
 
 def test_numbers_have_a_chart_over_them(tmp_path):
-    text = sweep_html(SweepFolder.read(write_sweep(tmp_path, grid())))
+    text = "".join(sweep_html(SweepFolder.read(write_sweep(tmp_path, grid()))))
     lines = spec(text, "over-lr")["data"]
     assert len(lines) == 3
     assert lines[0]["y"] == [0.81, 0.91]
