@@ -111,14 +111,16 @@ def test_a_slice_that_too_few_trained_keeps_its_bits(kind, suspects, enough):
     assert sums.subnets_trained.all()
 
 
+@pytest.mark.parametrize("mixing,spans", [(False, 1), (True, 2)])
 @pytest.mark.parametrize("kind", ROBUST)
 @settings(max_examples=15, deadline=None)
 @given(st.integers(0, 10_000))
-def test_no_minority_leads_a_slice_out_of_what_the_rest_say(kind, seed):
+def test_no_minority_leads_a_slice_out_of_what_the_rest_say(kind, mixing, spans, seed):
+    # Who is honest is mixed with hostile ones only where these are nearer than who is honest.
     draw = np.random.default_rng(seed)
-    honest, hostile = draw.normal(0, 1e-2, 3), draw.normal(0, 10, 2)
-    changes, _ = fold(kind, draw.permutation([*honest, *hostile]), suspects=2)
-    reach = np.ptp(honest) + 1e-6
+    honest, hostile = draw.normal(0, 1e-2, 3), draw.normal(0, draw.choice([2e-2, 10.0]), 2)
+    changes, _ = fold(kind, draw.permutation([*honest, *hostile]), 2, mixing)
+    reach = spans * np.ptp(honest) + 1e-6
     for change in changes.values():
         assert change.min() > honest.min() - reach
         assert change.max() < honest.max() + reach
