@@ -124,7 +124,7 @@ def test_drawn_examples_are_others_every_round(quick, monkeypatch):
         ({"data_share": 0.0}, "data-share = 0.0 must be above 0"),
         ({"data_share": 1.5}, "data-share = 1.5 must be above 0, and 1 at most"),
         ({"data_selection": "loss"}, "use one of random, entropy"),
-        ({"selection_temperature": 0.0}, "must be a number above 0"),
+        ({"selection_temperature": 0.0}, "must be a finite number above 0"),
     ],
 )
 def test_options_that_do_not_fit_are_refused(quick, changes, reason):
