@@ -75,6 +75,8 @@ class Saved:
         scaled: Whether a layer scale keeps the sum.
         rms: Whether norms are by root mean square, which torch puts together from simple steps.
         mask: Of dropout on the sum, where there is one.
+        regraded: Gradients of the sum beside the one that arrives, where it is dropped in parts or
+            whole; less the mask, which is gone by then.
     """
 
     stream: int
@@ -98,6 +100,7 @@ class Saved:
     scaled: bool
     rms: bool
     mask: int
+    regraded: int
 
     @classmethod
     def of(cls, a: Architecture, options: LocalOptions, fused: bool, device: str) -> "Saved":
@@ -151,6 +154,7 @@ class Saved:
             scaled=a.layer_scale and a.trains[0].scale,
             rms=a.rms,
             mask=mask * t * a.dim * bool(a.output_dropout),
+            regraded=t * a.dim * ((c - mask) * bool(a.output_dropout) + c * bool(a.drop_path)),
         )
 
     def spared_at_the_bottom(self, frozen: bool, checkpointing: bool) -> int:
@@ -299,7 +303,7 @@ class PassMemory:
         if checkpointing:
             middle = middle + (s.statistics + s.narrow + s.normed) * n_live
             middle = middle + factors + (n_full * s.dropped).sum(axis=3)
-        arriving = total * (s.stream * (1 + s.scaled) + s.narrow * cast)
+        arriving = total * (s.stream * (1 + s.scaled) + s.narrow * cast + s.regraded)
         own = (s.narrow + s.stream * 3 * s.rms) * n_through + near * n_live
         after = 2 * total * s.stream * (n_through > 0)
         backward = (n_live > 0) * (arriving + own + np.maximum(middle + casts, after))

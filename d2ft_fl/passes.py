@@ -64,7 +64,7 @@ def _passes_cost(costs: CostModel, passes: Passes) -> Cost:
         return Cost()
     # Gradients of the likelihood, so without dropout; of the weights themselves, factors folded in.
     a = without_lora(costs.arch)
-    still = replace(a, attention_dropout=0.0, hidden_dropout=0.0, output_dropout=0.0)
+    still = replace(a, attention_dropout=0.0, hidden_dropout=0.0, output_dropout=0.0, drop_path=0.0)
     one = replace(costs.plain(), arch=still)
     held = sum(p.numel for p in a.parameters)
     folded = bool(passes.scored) + bool(passes.viewed)

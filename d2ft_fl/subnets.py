@@ -164,6 +164,7 @@ class Architecture:
         rms: Whether blocks are normed by root mean square, instead of LayerNorm.
         gated: Whether attention outputs are gated. head_norms: Of queries and keys, how many.
         attention_dropout, hidden_dropout, output_dropout: Probabilities in training.
+        drop_path: Of stochastic depth, in the block where it is most.
         embed_flops: FLOPs of embedding one example (frozen: forward only).
         input_elements: Elements of one input image.
         norm_pooled: True when the final norm sees pooled tokens, False when it sees all of them.
@@ -186,6 +187,7 @@ class Architecture:
     attention_dropout: float
     hidden_dropout: float
     output_dropout: float
+    drop_path: float
     embed_flops: int
     input_elements: int
     norm_pooled: bool

@@ -153,11 +153,12 @@ def describe(model: VisionTransformer) -> Architecture:
             parameters.append(Parameter(name, shape, Kind.FINAL))
         else:
             parameters.append(Parameter(name, shape, Kind.EMBEDDING, trains=False))
-    block: Any = model.blocks[0]
+    blocks: Any = model.blocks
+    block = blocks[0]
     attn, mlp = block.attn, block.mlp
     patches = model.patch_embed.num_patches
     return Architecture(
-        blocks=len(model.blocks),
+        blocks=len(blocks),
         heads=attn.num_heads,
         dim=model.embed_dim,
         head_dim=attn.head_dim,
@@ -171,6 +172,7 @@ def describe(model: VisionTransformer) -> Architecture:
         attention_dropout=float(attn.attn_drop.p),
         hidden_dropout=float(mlp.drop1.p),
         output_dropout=float(attn.proj_drop.p),
+        drop_path=max(_drop_path(b.drop_path1) for b in blocks),
         # A convolution is one product of [patches, kernel] by [kernel, dim].
         embed_flops=2 * patches * model.patch_embed.proj.weight.numel(),
         input_elements=input_shape(model)[0] * input_shape(model)[1] ** 2,
