@@ -9,8 +9,8 @@ FROZEN), n_t training in it (something FULL), with elements of c bytes (4, or 2 
     a FULL one besides             c T f                            activated hidden
 
 which is 4 + 12 = 16 units of T D for a usual block with everything FULL, 4 of them with the first
-FULL subnet: that is why opening a block is a charge of its own. Head norms, gates
-and dropout add what ``Saved`` says.
+FULL subnet: that is why opening a block is a charge of its own. Head norms, gates, dropout, and
+attention that is not fused and has matrices [T, T], add what ``Saved`` says.
 Checkpointed, only x stays.
 
 Under LoRA a product with factors keeps c n_t T r for the gradient of the factor on the far side of
@@ -69,6 +69,8 @@ class Saved:
         keeps_y: Whether y is kept where something is FULL: bool [2 branches].
         trains: What trains of each branch.
         hidden: What goes into a piece's middle, and what comes out: int64 [2, 2, heads].
+        within: What plain attention, which is not fused, has besides for a moment: run without a
+            graph, with one, and on the way back: int64 [3, 2, heads].
         weights: Of a product in, in the type of products: int64 [2, heads]; not per example.
         outer: Of final norm, classifier and loss.
         classifier: Of the classifier's weight, once a pass, where it is cast.
@@ -94,6 +96,7 @@ class Saved:
     keeps_y: np.ndarray
     trains: tuple[Trains, ...]
     hidden: np.ndarray
+    within: np.ndarray
     weights: np.ndarray
     outer: int
     classifier: int
@@ -109,9 +112,16 @@ class Saved:
         t, d, hidden = a.tokens, a.head_dim, np.array(a.hidden, dtype=np.int64)
         one = np.ones(a.heads, dtype=np.int64)
         attention = c * 4 * t * d + ELEMENT * t
-        if not fused:  # scaled q and k, attention weights; with dropout their mask and product
-            weights = (3 if a.attention_dropout else 1) * c * t * t
-            attention = c * 6 * t * d + weights
+        within = np.zeros((3, 2, a.heads), dtype=np.int64)
+        if not fused:  # in float32: scaled q and k; weights, with dropout their mask and product
+            drops, square, wide = bool(a.attention_dropout), ELEMENT * t * t, ELEMENT * t * d
+            cast = c < ELEMENT
+            attention = c * 4 * t * d + (2 + cast) * wide + (1 + 2 * drops) * square
+            # Before the weights there is what they are the softmax of; on the way back there are
+            # gradients of both.
+            within[0, 0] = max(2 * wide + square, (2 + drops) * square) + cast * 4 * wide
+            within[1, 0] = (1 - drops) * square
+            within[2, 0] = (2 - drops) * square + cast * 4 * wide
         attention += a.head_norms * (c * t * d + 2 * ELEMENT * t)  # what was normed
         attention += 2 * c * t * d * a.gated  # before and behind the sigmoid
         mask = 1 if device == "cuda" else c  # bytes that dropout keeps of an element
@@ -148,6 +158,7 @@ class Saved:
             keeps_y=np.array([own.keeps_y for own in lora]),
             trains=a.trains,
             hidden=np.stack([np.stack(inward), np.stack(outward)], axis=1),
+            within=within,
             weights=c * a.dim * np.stack([3 * d * one, hidden]),
             outer=norm + ELEMENT * (2 * a.classes + 2),
             classifier=c * a.dim * a.classes * (c < ELEMENT),
@@ -280,10 +291,12 @@ class PassMemory:
             return _largest(run, operations, operation, n, per_head, together)
 
         inward, outward = s.hidden[:, 0], s.hidden[:, 1]  # [2, heads]
-        ahead = largest(Operation.FORWARD_ONLY, inward + outward)
-        if checkpointing:
+        bare, live_too, returning = s.within
+        ahead = largest(Operation.FORWARD_ONLY, inward + outward + bare)
+        kept_apart = inward + outward + bare if checkpointing else live_too
+        if kept_apart.any():
             for operation in (Operation.FULL, Operation.FROZEN):
-                ahead = np.maximum(ahead, largest(operation, inward + outward))
+                ahead = np.maximum(ahead, largest(operation, kept_apart))
         # The weights of a product are cast for as long as it takes.
         casts = resident @ s.weights.T if cast else np.int64(0)
         # What is not kept; and for a moment, before it is cast, once more as it was.
@@ -300,6 +313,9 @@ class PassMemory:
             largest(Operation.FULL, again, together=True),
             largest(Operation.FROZEN, again, together=True),
         )
+        if returning.any():  # one piece after the other
+            alone = [largest(o, returning) for o in (Operation.FULL, Operation.FROZEN)]
+            middle = middle + np.maximum(*alone)
         if checkpointing:
             middle = middle + (s.statistics + s.narrow + s.normed) * n_live
             middle = middle + factors + (n_full * s.dropped).sum(axis=3)

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clients.full import learning_rate
+from d2ft_fl import costs, timm_vit
 from d2ft_fl.bench import saved_bytes
 from d2ft_fl.costs import MESSAGE_HEADER, TENSOR_HEADER, Cost
 from d2ft_fl.meter import Meter
@@ -31,12 +32,12 @@ MODEL, ARCH = build(embed_dim=48, depth=3, num_heads=4)
 WEIGHTS = weights_of(MODEL)
 
 
-def measure(arch, weights, model, schedule, examples, **options):
+def measure(arch, weights, model, schedule, examples, side=16, **options):
     """FLOPs and peak bytes of a round of training, counted."""
     costs, meter = cost_model(arch, schedule.slots, **options), Meter(verify=True)
     partial = PartialModel(model, arch, costs.options.numerics())
     partial.reset(schedule, pack_for(arch, weights, schedule))
-    images, labels = images_for(arch, examples)
+    images, labels = images_for(arch, examples, side=side)
     size = options["batch_size"]
     data = ((images[i : i + size].clone(), labels[i : i + size]) for i in range(0, examples, size))
     train(partial, data, costs.options, learning_rate, meter)
@@ -107,6 +108,34 @@ def test_costs_hold_for_other_plain_vits(kind, seed, checkpointing):
     )
     assert meter.flops == predicted.flops
     assert meter.peak_bytes <= predicted.memory <= 1.15 * meter.peak_bytes
+
+
+ROWS = {
+    "all full": [Operation.FULL] * 3,
+    "forward alone": [Operation.FORWARD_ONLY] * 3,
+    "forward above": [Operation.FULL, Operation.FORWARD_ONLY, Operation.FORWARD_ONLY],
+    "frozen above": [Operation.FULL, Operation.FROZEN, Operation.FROZEN],
+    "full above": [Operation.FORWARD_ONLY, Operation.FORWARD_ONLY, Operation.FULL],
+}
+
+
+@pytest.mark.parametrize("way", ["plain", "checkpointing", "bfloat16"])
+@pytest.mark.parametrize("row", ROWS)
+@pytest.mark.parametrize("dropout,side", [(0.1, 16), (0.1, 48), (0.0, 16), (0.0, 48)])
+def test_memory_of_attention_that_is_not_fused(dropout, side, row, way, monkeypatch):
+    # Then there are matrices of tokens by tokens: 145 of them at 48 pixels, beside 12 of a head.
+    monkeypatch.setattr(timm_vit, "fused_attention", lambda *_: False)
+    monkeypatch.setattr(costs, "fused_attention", lambda *_: False)
+    model, arch = build(embed_dim=48, depth=3, num_heads=4, img_size=side, attn_drop_rate=dropout)
+    for heads in (1, 4):
+        operations = np.zeros((1, 3, 4), dtype=np.int8)
+        operations[0, :, :heads] = np.array(ROWS[row])[:, None]
+        schedule = Schedule(operations)
+        predicted, meter = measure(
+            arch, weights_of(model), model, schedule, 8, side, batch_size=4, **WAYS[way]
+        )
+        assert meter.flops == predicted.flops
+        assert meter.peak_bytes <= predicted.memory <= 1.35 * meter.peak_bytes
 
 
 @pytest.mark.parametrize("way", ["plain", "checkpointing", "bfloat16"])
