@@ -26,7 +26,7 @@ from flwr.serverapp import Grid
 from d2ft_fl.budgets import Budget
 from d2ft_fl.client_app import pack_blobs, simulated, unpack_blobs
 from d2ft_fl.config import RunConfig
-from d2ft_fl.errors import ConfigError, RunError
+from d2ft_fl.errors import ConfigError, D2FTError, RunError
 from d2ft_fl.exchange import Exchange
 from d2ft_fl.federation import Report
 from d2ft_fl.shelf import Shelf, machines
@@ -77,19 +77,26 @@ class FlowerPool:
             Client -> a number that is another one when its SuperNode was gone in between.
 
         Raises:
-            RunError: When fewer are there after a while than are needed.
+            RunError: When fewer are there after a while than are needed; of a simulation's, which
+                are no strangers, all of them are. Or when one of these fails.
         """
         started = time.monotonic()
-        seconds = min(NODES_TIMEOUT, self.config.round_timeout)
         wanted = max(1, self.config.min_replies) if self.joined else self.config.clients
         while True:
             self._meet()
             found = {c: self.joined[node] for node, own in self.nodes.items() for c in own}
             if len(found) >= wanted:
                 return found
+            longest = max if simulated() else min
+            seconds = longest(NODES_TIMEOUT, self.config.round_timeout)
             if time.monotonic() > started + seconds:
                 break
             time.sleep(NODES_POLL_SECONDS)
+        if simulated():
+            raise RunError(
+                f"the simulation's SuperNodes of {len(found)} of {wanted} clients answer, after "
+                f"{seconds:.0f} s"
+            )
         if len(found) < max(1, self.config.min_replies):
             why = next((f"; one says: {reason}" for reason, _ in self.refused.values()), "")
             raise RunError(
@@ -105,10 +112,15 @@ class FlowerPool:
         self.refused = {n: r for n, r in self.refused.items() if n in there and r[1] > now}
         for own, reply in self._pulled(self._asked):
             self._place(self._asked.pop(own)[0], _answer(reply))
-        self._asked = {own: asked for own, asked in self._asked.items() if asked[1] > now}
+        self._asked = {
+            own: (node, until)
+            for own, (node, until) in self._asked.items()
+            if node in there and until > now
+        }
         known = self._places.keys() | self.refused.keys() | {n for n, _ in self._asked.values()}
         for node in sorted(there - known):
-            if own := self._ask(node, {"clients": None}, PLACE_SECONDS):
+            # Good for longer than it is waited for: then it is asked anew, and nothing has failed.
+            if own := self._ask(node, {"clients": None}, 2 * PLACE_SECONDS):
                 self._asked[own] = node, now + PLACE_SECONDS
         self._serve()
 
@@ -124,6 +136,8 @@ class FlowerPool:
                 raise ValueError(f"node {answer['node']} of {answer['nodes']}")
             cpus = answer["cpus"]
         except Exception as error:
+            if simulated():
+                raise error if isinstance(error, D2FTError) else RunError(str(error)) from error
             again = time.monotonic() + PLACE_SECONDS if isinstance(error, RunError) else math.inf
             self.refused[node] = str(error), again
             log.warning("SuperNode %s is left out: %s", node, error)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from d2ft_fl import flower_pool
 from d2ft_fl.client_app import BUNDLE_BYTES, pack_blobs, unpack_blobs
-from d2ft_fl.errors import ConfigError
+from d2ft_fl.errors import ConfigError, RunError
 from d2ft_fl.flower_pool import FlowerPool, _reports, _results
 from d2ft_fl.work import Fault
 
@@ -162,6 +162,31 @@ def test_a_newcomer_that_says_nothing_holds_nobody_up(grid, quick):
     own.replies[8] = None
     assert pool.clients(2) == dict.fromkeys(range(4), 1)
     assert own.asked == [7, 8]
+
+
+def test_a_simulation_goes_on_with_all_of_its_nodes_or_not_at_all(grid, quick, monkeypatch):
+    monkeypatch.setattr(flower_pool, "simulated", lambda: True)
+    monkeypatch.setattr(flower_pool, "NODES_TIMEOUT", 0.5)
+    own = grid(node_7=place(0, 2), node_8=None)
+    with pytest.raises(RunError, match="SuperNodes of 2 of 4 clients answer, after 0 s"):
+        FlowerPool(own, quick(round_timeout=0.4)).clients(1)
+    own.replies[8] = reply(error="it broke")
+    with pytest.raises(RunError, match="its SuperNode failed: it broke"):
+        FlowerPool(own, quick()).clients(1)
+    own.replies[8] = reply(answer=json.dumps({"error": "a bad option"}))
+    with pytest.raises(ConfigError, match="a bad option"):
+        FlowerPool(own, quick()).clients(1)
+
+
+def test_a_node_that_was_slow_to_say_its_place_is_asked_again(grid, quick, monkeypatch):
+    monkeypatch.setattr(flower_pool, "PLACE_SECONDS", 0.3)
+    own = grid(node_7=place(0, 2), node_8=None)
+    pool = FlowerPool(own, quick(round_timeout=0.5, min_replies=2))
+    assert sorted(pool.clients(1)) == [0, 2]
+    assert own.asked.count(8) >= 2
+    assert pool.refused == {}
+    own.replies[8] = place(1, 2)
+    assert len(pool.clients(2)) == 4
 
 
 def test_of_two_nodes_with_the_same_clients_one_waits_until_the_other_is_gone(grid, quick):
