@@ -291,12 +291,12 @@ class PassMemory:
             return _largest(run, operations, operation, n, per_head, together)
 
         inward, outward = s.hidden[:, 0], s.hidden[:, 1]  # [2, heads]
-        bare, live_too, returning = s.within
+        bare, graphed, returning = s.within
         ahead = largest(Operation.FORWARD_ONLY, inward + outward + bare)
-        kept_apart = inward + outward + bare if checkpointing else live_too
-        if kept_apart.any():
+        live_ahead = inward + outward + bare if checkpointing else graphed
+        if live_ahead.any():
             for operation in (Operation.FULL, Operation.FROZEN):
-                ahead = np.maximum(ahead, largest(operation, kept_apart))
+                ahead = np.maximum(ahead, largest(operation, live_ahead))
         # The weights of a product are cast for as long as it takes.
         casts = resident @ s.weights.T if cast else np.int64(0)
         # What is not kept; and for a moment, before it is cast, once more as it was.
