@@ -47,8 +47,9 @@ Index = list[list[tuple[int, int]]]  # of each array, the clients whose blobs ar
 
 def simulated() -> bool:
     """Whether this process belongs to Flower's simulation engine."""
-    ray = sys.modules.get("ray")
-    return ray is not None and ray.is_initialized()
+    # Flower imports it beside a running ServerApp: it may be there and not have that yet.
+    is_initialized = getattr(sys.modules.get("ray"), "is_initialized", None)
+    return is_initialized is not None and is_initialized()
 
 
 def _cpus() -> float:

@@ -1,7 +1,8 @@
 """What nodes say is not believed: malformed, of others' clients, or in Flower's own name."""
 
 import json
-from types import SimpleNamespace
+import sys
+from types import ModuleType, SimpleNamespace
 
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
@@ -9,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from d2ft_fl import flower_pool
-from d2ft_fl.client_app import BUNDLE_BYTES, pack_blobs, unpack_blobs
+from d2ft_fl.client_app import BUNDLE_BYTES, pack_blobs, simulated, unpack_blobs
 from d2ft_fl.errors import ConfigError, RunError
 from d2ft_fl.flower_pool import FlowerPool, _reports, _results
 from d2ft_fl.work import Fault
@@ -176,6 +177,16 @@ def test_a_simulation_goes_on_with_all_of_its_nodes_or_not_at_all(grid, quick, m
     own.replies[8] = reply(answer=json.dumps({"error": "a bad option"}))
     with pytest.raises(ConfigError, match="a bad option"):
         FlowerPool(own, quick()).clients(1)
+
+
+def test_ray_that_is_still_being_imported_is_no_simulation_yet(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", ModuleType("ray"))
+    assert not simulated()
+    monkeypatch.delitem(sys.modules, "ray")
+    assert not simulated()
+    there = SimpleNamespace(is_initialized=lambda: True)
+    monkeypatch.setitem(sys.modules, "ray", there)
+    assert simulated()
 
 
 def test_a_node_that_was_slow_to_say_its_place_is_asked_again(grid, quick, monkeypatch):
