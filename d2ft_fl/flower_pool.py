@@ -87,8 +87,9 @@ class FlowerPool:
             found = {c: self.joined[node] for node, own in self.nodes.items() for c in own}
             if len(found) >= wanted:
                 return found
-            longest = max if simulated() else min
-            seconds = longest(NODES_TIMEOUT, self.config.round_timeout)
+            seconds = self._patience
+            if not simulated():  # to start is no part of a round
+                seconds = min(NODES_TIMEOUT, seconds) if self.joined else NODES_TIMEOUT
             if time.monotonic() > started + seconds:
                 break
             time.sleep(NODES_POLL_SECONDS)
@@ -104,6 +105,12 @@ class FlowerPool:
                 f"min-replies = {self.config.min_replies}{why}"
             )
         return found
+
+    @property
+    def _patience(self) -> float:
+        """For how many seconds nodes are asked; those of a simulation may be starting still."""
+        own = self.config.round_timeout
+        return max(NODES_TIMEOUT, own) if simulated() else own
 
     def _meet(self) -> None:
         """Ask nodes that are new which clients they serve, and forget those that are gone."""
@@ -250,7 +257,7 @@ class FlowerPool:
         questions = {node: {"round": round, "clients": own} for node, own in groups.items()}
         found: list[Report] = []
         silent: dict[int, Fault] = {}
-        for node, answer in self._query(questions, self.config.round_timeout):
+        for node, answer in self._query(questions, self._patience):
             own = groups[node]
             if isinstance(answer, Fault):
                 fault = answer

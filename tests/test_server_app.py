@@ -191,12 +191,15 @@ def test_ray_that_is_still_being_imported_is_no_simulation_yet(monkeypatch):
 
 def test_a_node_that_was_slow_to_say_its_place_is_asked_again(grid, quick, monkeypatch):
     monkeypatch.setattr(flower_pool, "PLACE_SECONDS", 0.3)
+    monkeypatch.setattr(flower_pool, "NODES_TIMEOUT", 0.5)
     own = grid(node_7=place(0, 2), node_8=None)
-    pool = FlowerPool(own, quick(round_timeout=0.5, min_replies=2))
+    pool = FlowerPool(own, quick(round_timeout=0.1, min_replies=2))
     assert sorted(pool.clients(1)) == [0, 2]
     assert own.asked.count(8) >= 2
     assert pool.refused == {}
     own.replies[8] = place(1, 2)
+    for _ in range(2):
+        pool._meet()
     assert len(pool.clients(2)) == 4
 
 
