@@ -80,8 +80,8 @@ class FlowerPool:
             RunError: When fewer are there after a while than are needed; of a simulation's, which
                 are no strangers, all of them are. Or when one of these fails.
         """
-        started = time.monotonic()
-        wanted = max(1, self.config.min_replies) if self.joined else self.config.clients
+        started, first = time.monotonic(), not self.joined
+        wanted = self.config.clients if first else max(1, self.config.min_replies)
         while True:
             self._meet()
             found = {c: self.joined[node] for node, own in self.nodes.items() for c in own}
@@ -89,7 +89,7 @@ class FlowerPool:
                 return found
             seconds = self._patience
             if not simulated():  # to start is no part of a round
-                seconds = min(NODES_TIMEOUT, seconds) if self.joined else NODES_TIMEOUT
+                seconds = NODES_TIMEOUT if first else min(NODES_TIMEOUT, seconds)
             if time.monotonic() > started + seconds:
                 break
             time.sleep(NODES_POLL_SECONDS)
