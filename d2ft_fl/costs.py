@@ -44,7 +44,7 @@ from d2ft_fl.branch_flops import BranchFlops, fused_attention
 from d2ft_fl.compensation import mean_spec, skip_spec
 from d2ft_fl.errors import ConfigError
 from d2ft_fl.holdings import has_fixed
-from d2ft_fl.local_options import LocalOptions
+from d2ft_fl.local_options import AS_CONFIGURED, LocalOptions, Way
 from d2ft_fl.memory import ELEMENT, PassMemory, Saved
 from d2ft_fl.subnets import (
     Architecture,
@@ -88,6 +88,7 @@ class CostModel:
             block and distinct set of heads that a slot skips.
         calibrating: Whether clients measure means in this round: up, and held, T (d + f) elements
             a resident subnet.
+        tokens: T, of an example, that blocks see in training; 0 for all.
     """
 
     arch: Architecture
@@ -96,13 +97,39 @@ class CostModel:
     device: str = "cpu"
     compensated: bool = False
     calibrating: bool = False
+    tokens: int = 0
+
+    def along(self, way: Way) -> "CostModel":
+        """The costs of going about it in some way; compensation is for tokens in their places.
+
+        Raises:
+            ConfigError: When fewer tokens are to be compensated, or there are not so many.
+        """
+        if way == AS_CONFIGURED:
+            return self
+        tokens, most = way.tokens or 0, self.arch.tokens
+        if tokens and not self.arch.prefix < tokens <= most:
+            raise ConfigError(
+                f"tokens = {tokens} of an example must be {self.arch.prefix + 1} to {most}"
+            )
+        if 0 < tokens < most and (self.compensated or self.calibrating):
+            raise ConfigError(
+                f"compensation adds a mean to each of {most} tokens, and cannot go with "
+                f"tokens = {tokens}"
+            )
+        return replace(self, options=self.options.along(way), tokens=tokens)
+
+    @cached_property
+    def seen(self) -> Architecture:
+        """The architecture with as many tokens as blocks see."""
+        return replace(self.arch, tokens=self.tokens) if self.tokens else self.arch
 
     # -- FLOPs -------------------------------------------------------------------------------
 
     @cached_property
     def branch_flops(self) -> "BranchFlops":
         """FLOPs of operations, by branch."""
-        return BranchFlops.of(self.arch, self.fused, self.options.checkpointing)
+        return BranchFlops.of(self.seen, self.fused, self.options.checkpointing)
 
     @cached_property
     def operation_flops(self) -> np.ndarray:
@@ -230,7 +257,7 @@ class CostModel:
     @cached_property
     def saved(self) -> "Saved":
         """Bytes saved for backward, by what they belong to."""
-        return Saved.of(self.arch, self.options, self.fused, self.device)
+        return Saved.of(self.seen, self.options, self.fused, self.device, self.arch.tokens)
 
     def saved_bytes(self, schedule: Schedule, sizes: Sequence[int]) -> int:
         """Bytes saved for backward by one pass when its forward pass is over.
@@ -462,9 +489,10 @@ class CostModel:
         return Schedule.filled(Operation.FULL, self.slots, self.arch.blocks, self.arch.heads)
 
     def plain(self) -> "CostModel":
-        """The costs of whole batches, without what trades FLOPs or time for memory."""
+        """The costs of whole batches and examples, without what trades FLOPs or time for memory."""
         options = self.options.plain()
-        return replace(self, slots=1, options=options, compensated=False, calibrating=False)
+        one = replace(self, slots=1, options=options, tokens=0)
+        return replace(one, compensated=False, calibrating=False)
 
     @lru_cache(maxsize=4096)  # noqa: B019 - lives as long as the run's one cost model
     def full_cost(self, examples: int) -> Cost:

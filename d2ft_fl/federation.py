@@ -14,6 +14,7 @@ from d2ft_fl.compensation import MeanBook
 from d2ft_fl.config import RunConfig
 from d2ft_fl.costs import CostModel
 from d2ft_fl.holdings import Digests, digests, has_fixed
+from d2ft_fl.local_options import AS_CONFIGURED, Way
 from d2ft_fl.lora import merged
 from d2ft_fl.match import matched
 from d2ft_fl.methods import method_of
@@ -131,30 +132,22 @@ class Federation:
         """Whether clients measure what subnets add on average in this round."""
         return self.config.compensation and (round - 1) % max(1, self.config.score_every) == 0
 
-    def costs_of(self, state: State, accumulate: int | None = None) -> CostModel:
-        """The cost model of the round after ``state``.
-
-        Args:
-            accumulate: Passes that a batch is run in, if not as many as are configured.
-        """
+    def costs_of(self, state: State, way: Way = AS_CONFIGURED) -> CostModel:
+        """The cost model of the round after ``state``, gone about in some way."""
         compensated = state.means.known is not None
-        return self.costs_when(compensated, self.calibrates(state.round + 1), accumulate)
+        return self.costs_when(compensated, self.calibrates(state.round + 1), way)
 
     def costs_when(
-        self, compensated: bool, calibrating: bool, accumulate: int | None = None
+        self, compensated: bool, calibrating: bool, way: Way = AS_CONFIGURED
     ) -> CostModel:
         """The cost model of rounds in which this is so; see :meth:`costs_of`."""
-        costs = self.cost_models[compensated, calibrating]
-        if accumulate is None or accumulate == costs.options.accumulate:
-            return costs
-        key = compensated, calibrating, accumulate
-        if key not in self._accumulating:
-            options = replace(costs.options, accumulate=accumulate)
-            self._accumulating[key] = replace(costs, options=options)
-        return self._accumulating[key]
+        key = compensated, calibrating, way
+        if key not in self._along:
+            self._along[key] = self.cost_models[compensated, calibrating].along(way)
+        return self._along[key]
 
     @cached_property
-    def _accumulating(self) -> dict[tuple[bool, bool, int], CostModel]:
+    def _along(self) -> dict[tuple[bool, bool, Way], CostModel]:
         return {}
 
     @cached_property

@@ -38,6 +38,14 @@ class LocalOptions:
     accumulate: int = 1
     proximal: float = 0.0
 
+    def along(self, way: "Way") -> "LocalOptions":
+        """These options, but for what a way says."""
+        return replace(
+            self,
+            accumulate=self.accumulate if way.accumulate is None else way.accumulate,
+            checkpointing=(self.checkpointing if way.checkpointing is None else way.checkpointing),
+        )
+
     def plain(self) -> "LocalOptions":
         """The same without what trades FLOPs or time for memory."""
         return replace(self, checkpointing=False, accumulate=1)
@@ -46,3 +54,23 @@ class LocalOptions:
         """The engine's part of it."""
         dtype = torch.bfloat16 if self.precision == "bf16" else torch.float32
         return Numerics(dtype, self.checkpointing)
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a client runs its schedule, where that is not as configured; None is as configured.
+
+    Attributes:
+        accumulate: Passes that a batch is run in.
+        checkpointing: Whether activations are computed again.
+        tokens: Of an example, that blocks see in training, prefix tokens included. Which patches
+            those are is drawn anew for every example and batch (PatchDropout, Liu et al., WACV
+            2023, arXiv 2208.07220). None for all.
+    """
+
+    accumulate: int | None = None
+    checkpointing: bool | None = None
+    tokens: int | None = None
+
+
+AS_CONFIGURED = Way()

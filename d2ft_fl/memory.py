@@ -56,6 +56,7 @@ class Saved:
 
     Attributes:
         stream: One [tokens, dim] tensor in float32: the residual stream.
+        embedded: The same of all tokens, before any are left out.
         narrow: The same in the type of products.
         statistics: Of one norm, per live example.
         normed: What a root mean square norm keeps besides, to train its weight.
@@ -82,6 +83,7 @@ class Saved:
     """
 
     stream: int
+    embedded: int
     narrow: int
     statistics: int
     normed: int
@@ -106,8 +108,14 @@ class Saved:
     regraded: int
 
     @classmethod
-    def of(cls, a: Architecture, options: LocalOptions, fused: bool, device: str) -> "Saved":
-        """By architecture and precision; see the module's docstring."""
+    def of(
+        cls, a: Architecture, options: LocalOptions, fused: bool, device: str, embedded: int
+    ) -> "Saved":
+        """By architecture and precision; see the module's docstring.
+
+        Args:
+            embedded: Tokens of an example before any are left out.
+        """
         c = 2 if options.precision == "bf16" else ELEMENT
         t, d, hidden = a.tokens, a.head_dim, np.array(a.hidden, dtype=np.int64)
         one = np.ones(a.heads, dtype=np.int64)
@@ -144,6 +152,7 @@ class Saved:
         norm += c * a.dim * (1 if a.norm_pooled or c < ELEMENT else t)
         return cls(
             stream=ELEMENT * t * a.dim,
+            embedded=ELEMENT * embedded * a.dim,
             narrow=c * t * a.dim,
             statistics=2 * ELEMENT * t,
             normed=a.rms * ELEMENT * t * a.dim * a.trains[0].norm,
@@ -330,7 +339,7 @@ class PassMemory:
             forward.reshape(passes, -1),
             backward.reshape(passes, -1),
             ends * (s.outer + s.stream * (1 + 3 * s.rms)) + s.classifier,
-            3 * ends * s.stream,
+            3 * ends * s.embedded,
         )
 
     def peak(self) -> np.ndarray:

@@ -156,6 +156,8 @@ class Block:
 class PartialModel:
     """A client's part of the model. Build once a process, :meth:`reset` once a round.
 
+    In training, blocks see ``tokens`` tokens of each example; None is all.
+
     Args:
         model: The whole timm model, used as a template: its blocks' weights are dropped.
         arch: Its architecture.
@@ -171,6 +173,7 @@ class PartialModel:
         device: torch.device | str = "cpu",
     ):
         self.numerics = numerics or Numerics()
+        self.tokens: int | None = None
         self.device = torch.device(device)
         self.traits = timm_vit.block_traits(model, self.device)
         self.outer = timm_vit.without_blocks(model).to(self.device)  # embedding and classifier
@@ -316,7 +319,8 @@ class PartialModel:
         dtype, mixed = self.numerics.dtype, self.numerics.mixed
         autocast = torch.autocast(self.device.type, dtype, enabled=mixed)
         with autocast, torch.no_grad():
-            x = timm_vit.embed(self.outer, images)  # [examples, tokens, dim]
+            kept = self.tokens if self.training else None
+            x = timm_vit.embed(self.outer, images, kept)  # [examples, tokens, dim]
         for branch in self.branches():
             x = branch(x, bounds)
         if torch.is_grad_enabled() and not x.requires_grad:

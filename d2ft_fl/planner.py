@@ -41,6 +41,7 @@ from d2ft_fl.knapsack import (
     solve_two_stages,
     used,
 )
+from d2ft_fl.local_options import AS_CONFIGURED, Way
 from d2ft_fl.passes import NO_PASSES, Passes, passes_cost, with_passes
 from d2ft_fl.subnets import Operation, Schedule, effective
 from d2ft_fl.tables import (
@@ -107,7 +108,7 @@ class Assignment:
         cost: Predicted cost, passes before training included.
         passes: What it does with the whole model before training.
         examples: On how many examples it trains; None for all of the participant's.
-        accumulate: Passes that it runs a batch in; None for as many as are configured.
+        way: How it runs the schedule.
         gap: The schedule's value is within this share of a bound that no schedule of the joint
             problem with these slots exceeds; ``None`` where there is none, and for sitting out.
     """
@@ -118,7 +119,7 @@ class Assignment:
     passes: Passes = NO_PASSES
     gap: float | None = None
     examples: int | None = None
-    accumulate: int | None = None
+    way: Way = AS_CONFIGURED
 
 
 @dataclass(frozen=True)

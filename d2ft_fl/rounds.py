@@ -14,13 +14,14 @@ from d2ft_fl.budgets import DEADLINE
 from d2ft_fl.costs import RESOURCES, Cost
 from d2ft_fl.errors import ConfigError, RunError
 from d2ft_fl.federation import Federation, Report, State
+from d2ft_fl.local_options import AS_CONFIGURED, Way
 from d2ft_fl.passes import NO_PASSES, Passes, passes_cost, round_cost, with_passes
 from d2ft_fl.planner import Assignment, Participant
 from d2ft_fl.plans import Plan
 from d2ft_fl.scores import KINDS, MEASURED, subnet_scores
 from d2ft_fl.subnets import Operation, Schedule
 
-__all__ = ["Assignment", "Participant", "Round", "plan_round"]
+__all__ = ["Assignment", "Participant", "Round", "Way", "plan_round"]
 
 
 @dataclass(frozen=True)
@@ -135,24 +136,22 @@ class Round:
         client: Participant,
         schedule: Schedule,
         examples: int | None = None,
-        accumulate: int | None = None,
+        way: Way = AS_CONFIGURED,
         passes: Passes | None = None,
     ) -> Assignment:
         """A schedule of your own, with its predicted cost; budgets are not looked at.
 
         Args:
             examples: On how many examples it trains; None for ``client.examples``.
-            accumulate: Passes that it runs a batch in; None for as many as are configured.
+            way: How it runs the schedule: in more passes, with checkpointing, on fewer tokens.
             passes: What it does before; None for what is wanted in this round, if it trains.
         """
         count = client.examples if examples is None else examples
         if passes is None:
             passes = NO_PASSES if schedule.sits_out else self.passes(client, count)
-        costs = self.federation.costs_of(self.state, accumulate)
+        costs = self.federation.costs_of(self.state, way)
         cost = round_cost(costs, schedule, count, passes, client.holds)
-        return Assignment(
-            client.client, schedule, cost, passes, examples=count, accumulate=accumulate
-        )
+        return Assignment(client.client, schedule, cost, passes, examples=count, way=way)
 
     def largest(self, client: Participant, schedules: Sequence[Schedule]) -> Assignment:
         """The last of some schedules, cheapest first, that every budget of a client affords.

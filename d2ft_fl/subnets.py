@@ -159,6 +159,7 @@ class Architecture:
         head_dim: Width of one attention head.
         hidden: Width of each head's feed-forward slice, ``[heads]``.
         tokens: Tokens of one example, prefix tokens included.
+        prefix: How many of them are no patches.
         classes: Outputs of the classifier.
         layer_scale: Whether branches are scaled before they are added.
         rms: Whether blocks are normed by root mean square, instead of LayerNorm.
@@ -179,6 +180,7 @@ class Architecture:
     head_dim: int
     hidden: tuple[int, ...]
     tokens: int
+    prefix: int
     classes: int
     layer_scale: bool
     rms: bool
@@ -199,6 +201,10 @@ class Architecture:
     def __hash__(self) -> int:
         # Enough to tell models apart, and quick beside thousands of rows.
         return hash((self.blocks, self.heads, self.dim, self.hidden, self.tokens, self.rank))
+
+    def tokens_of(self, share: float) -> int:
+        """Tokens of an example of which so many patches are kept, one at least."""
+        return self.prefix + max(1, round(share * (self.tokens - self.prefix)))
 
     @cached_property
     def by_name(self) -> dict[str, Parameter]:

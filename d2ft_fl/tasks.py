@@ -11,6 +11,7 @@ from d2ft_fl import holdings, wire
 from d2ft_fl.budgets import Budget
 from d2ft_fl.costs import RANK_BYTES, RESOURCES
 from d2ft_fl.federation import Federation, State
+from d2ft_fl.local_options import Way
 from d2ft_fl.passes import Passes
 from d2ft_fl.planner import Assignment
 from d2ft_fl.subnets import Architecture, Operation, Schedule, carried, pack_for
@@ -41,7 +42,7 @@ def encode_assignment(
         "shape": list(a.schedule.operations.shape),
         "passes": [a.passes.scored, a.passes.viewed, *a.passes.kinds],
         "examples": a.examples,
-        "accumulate": a.accumulate,
+        "way": [a.way.accumulate, a.way.checkpointing, a.way.tokens],
         "calibrate": federation.calibrates(state.round + 1),
         "keeps": [r for r in RESOURCES if r in federation.keeps],
     }
@@ -69,7 +70,7 @@ class Task:
     Attributes:
         client, round: Whose, and when.
         schedule: Its operations. passes: What comes before. examples: On how many it trains.
-        accumulate: Passes that a batch is run in; None for as many as are configured.
+        way: How it runs the schedule.
         calibrates: Whether to measure what subnets add on average.
         keeps: The budgets, of ``RESOURCES``, that the plan promises to keep.
         budget: What the client is held to, where that is not its own.
@@ -83,7 +84,7 @@ class Task:
     schedule: Schedule
     passes: Passes
     examples: int
-    accumulate: int | None
+    way: Way
     calibrates: bool
     keeps: tuple[str, ...]
     budget: Budget | None
@@ -104,7 +105,7 @@ class Task:
             schedule=schedule,
             passes=Passes(scored, viewed, tuple(kinds)),
             examples=int(meta["examples"]),
-            accumulate=meta["accumulate"],
+            way=Way(*meta["way"]),
             calibrates=bool(meta["calibrate"]),
             keeps=tuple(meta["keeps"]),
             budget=Budget.from_mapping(meta["budget"]) if meta.get("held") else None,

@@ -13,7 +13,15 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from timm.layers import Attention, DropPath, LayerScale, Mlp, PatchEmbed, RmsNorm
+from timm.layers import (
+    Attention,
+    DropPath,
+    LayerScale,
+    Mlp,
+    PatchDropout,
+    PatchEmbed,
+    RmsNorm,
+)
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -164,6 +172,7 @@ def describe(model: VisionTransformer) -> Architecture:
         head_dim=attn.head_dim,
         hidden=tuple(len(run) for run in _split(mlp.fc1.out_features, attn.num_heads)),
         tokens=patches + model.num_prefix_tokens,
+        prefix=model.num_prefix_tokens,
         classes=model.num_classes,
         layer_scale=isinstance(block.ls1, LayerScale),
         rms=isinstance(block.norm1, RmsNorm),
@@ -292,9 +301,20 @@ def input_shape(model: VisionTransformer) -> tuple[int, int]:
     return model.patch_embed.proj.in_channels, int(model.patch_embed.img_size[0])
 
 
-def embed(model: VisionTransformer, images: Tensor) -> Tensor:
-    """Images [batch, channels, height, width] to tokens [batch, tokens, dim]."""
-    return model.norm_pre(model.patch_drop(model._pos_embed(model.patch_embed(images))))
+def embed(model: VisionTransformer, images: Tensor, tokens: int | None = None) -> Tensor:
+    """Images [batch, channels, height, width] to tokens [batch, tokens, dim].
+
+    Args:
+        tokens: How many to keep of each image, prefix tokens included, the rest drawn; None for
+            all.
+    """
+    x = model._pos_embed(model.patch_embed(images))
+    patches, prefix = x.shape[1] - model.num_prefix_tokens, model.num_prefix_tokens
+    if tokens is not None and tokens < x.shape[1]:
+        # It keeps int(patches * (1 - prob)): half a patch more does away with rounding.
+        drop = PatchDropout(1 - (tokens - prefix + 0.5) / patches, prefix, ordered=True)
+        x = drop.train()(x)
+    return model.norm_pre(x)
 
 
 def classify(model: VisionTransformer, x: Tensor) -> Tensor:

@@ -193,6 +193,7 @@ def _pattern(model: PartialModel, sizes: list[int]) -> Hashable:
     return (
         id(model),
         id(model.arch),  # which other rounds may tune otherwise
+        model.tokens,
         model.training,
         schedule.operations.tobytes(),
         b"" if schedule.ranks is None else schedule.ranks.tobytes(),

@@ -130,11 +130,9 @@ class Worker:
         if task.passes:
             chosen, result = self._before(task, stage.arch, tensors, chosen)
             tensors = self._narrow(stage.arch, tensors, task.schedule)
-        options = self.options
-        if task.accumulate is not None:
-            options = replace(options, accumulate=task.accumulate)
+        options = self.options.along(task.way)
         model = self._parts[0]
-        model.numerics = options.numerics()
+        model.numerics, model.tokens = options.numerics(), task.way.tokens
         if model.arch is not stage.arch:
             model.tune(stage.arch)
         source: dict[str, Tensor] | GlobalModel = tensors
@@ -238,7 +236,7 @@ class Worker:
         Raises:
             Refusal: Before anything has started.
         """
-        costs = stage.costs_when(compensated, task.calibrates, task.accumulate)
+        costs = stage.costs_when(compensated, task.calibrates, task.way)
         cost = round_cost(costs, task.schedule, task.examples, task.passes, task.holds)
         local = len(self._parts[1].partitions[task.client])
         budget = task.budget or self._budget(task.client, task.round)

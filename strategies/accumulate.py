@@ -7,7 +7,7 @@ of these it keeps no budget.
 """
 
 from d2ft_fl.planner import Assignment, Participant
-from d2ft_fl.rounds import Round
+from d2ft_fl.rounds import Round, Way
 
 KEEPS = ("memory",)
 SCORES = ()
@@ -22,7 +22,7 @@ def _fewest_passes(round: Round, client: Participant) -> Assignment:
     batch = round.federation.config.batch_size
     counts = {-(-batch // size) for size in range(1, batch + 1)}  # that differ in the largest pass
     for passes in sorted(counts):
-        found = round.assign(client, round.everything(), accumulate=passes)
+        found = round.assign(client, round.everything(), way=Way(accumulate=passes))
         if found.cost.memory <= client.capacity[1]:
             return found
     return round.sit_out(client)

@@ -11,6 +11,7 @@ from clients.full import learning_rate
 from d2ft_fl import costs, timm_vit
 from d2ft_fl.bench import saved_bytes
 from d2ft_fl.costs import MESSAGE_HEADER, TENSOR_HEADER, Cost
+from d2ft_fl.local_options import Way
 from d2ft_fl.meter import Meter
 from d2ft_fl.partial import PartialModel
 from d2ft_fl.passes import Passes, passes_cost, round_cost
@@ -32,10 +33,12 @@ MODEL, ARCH = build(embed_dim=48, depth=3, num_heads=4)
 WEIGHTS = weights_of(MODEL)
 
 
-def measure(arch, weights, model, schedule, examples, side=16, **options):
+def measure(arch, weights, model, schedule, examples, side=16, tokens=None, **options):
     """FLOPs and peak bytes of a round of training, counted."""
     costs, meter = cost_model(arch, schedule.slots, **options), Meter(verify=True)
+    costs = costs.along(Way(tokens=tokens))
     partial = PartialModel(model, arch, costs.options.numerics())
+    partial.tokens = tokens
     partial.reset(schedule, pack_for(arch, weights, schedule))
     images, labels = images_for(arch, examples, side=side)
     size = options["batch_size"]
@@ -54,6 +57,7 @@ def measure(arch, weights, model, schedule, examples, side=16, **options):
     precision=st.sampled_from(["fp32", "bf16"]),
     checkpointing=st.booleans(),
     accumulate=st.integers(1, 4),
+    tokens=st.integers(2, ARCH.tokens),
 )
 def test_counted_equals_predicted(seed, slots, batch, examples, **options):
     """FLOPs exactly; peak memory never above the prediction."""
@@ -72,14 +76,15 @@ WAYS = {
     "bfloat16": {"precision": "bf16"},
     "all of it": {"precision": "bf16", "checkpointing": True, "accumulate": 2},
 }
+FEWER = {"fewer tokens": {"tokens": 9}, "most left out": {"tokens": 3, "accumulate": 2}}
 
 
-@pytest.mark.parametrize("way", WAYS)
+@pytest.mark.parametrize("way", [*WAYS, *FEWER])
 @pytest.mark.parametrize("slots", [1, 4])
 @pytest.mark.parametrize("seed", range(6))
 def test_peak_memory_is_predicted_within_ten_percent(seed, slots, way):
-    schedule = random_schedule(ARCH, slots, seed)
-    predicted, meter = measure(ARCH, WEIGHTS, MODEL, schedule, 24, batch_size=8, **WAYS[way])
+    schedule, own = random_schedule(ARCH, slots, seed), (WAYS | FEWER)[way]
+    predicted, meter = measure(ARCH, WEIGHTS, MODEL, schedule, 24, batch_size=8, **own)
     assert meter.peak_bytes <= predicted.memory <= 1.1 * meter.peak_bytes
 
 

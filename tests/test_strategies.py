@@ -19,7 +19,7 @@ from d2ft_fl.federation import Federation, Report, State
 from d2ft_fl.local import run_local
 from d2ft_fl.methods import STRATEGIES, load_strategy, method_of, methods
 from d2ft_fl.passes import NO_PASSES, Passes, round_cost
-from d2ft_fl.rounds import Participant, Round, plan_round
+from d2ft_fl.rounds import Participant, Round, Way, plan_round
 from d2ft_fl.subnets import Operation
 from tests.conftest import build, weights_of
 
@@ -88,7 +88,7 @@ def test_every_strategy_keeps_the_budgets_that_it_promises(strategy, budgets, nu
     plan = plan_round(federation, state, reports)  # raises where one is broken
     for client, assignment in zip(plan.clients, plan.assignments, strict=True):
         found = round_cost(
-            federation.costs_of(state, assignment.accumulate),
+            federation.costs_of(state, assignment.way),
             assignment.schedule,
             assignment.examples,
             assignment.passes,
@@ -227,11 +227,11 @@ def test_accumulation_takes_the_fewest_passes_that_fit():
     federation, state, reports = round_of("accumulate", [{}, {"memory": "60 %"}, {"memory": "5 %"}])
     plan = plan_round(federation, state, reports)
     whole, parts, nothing = plan.assignments
-    assert whole.accumulate == 1
-    assert parts.accumulate > 1
+    assert whole.way.accumulate == 1
+    assert parts.way.accumulate > 1
     assert nothing.schedule.sits_out
     fewer = Round(federation, state, plan.clients).assign(
-        plan.clients[1], parts.schedule, accumulate=parts.accumulate // 2
+        plan.clients[1], parts.schedule, way=Way(accumulate=parts.way.accumulate // 2)
     )
     assert fewer.cost.memory > plan.clients[1].capacity[1] >= parts.cost.memory
     assert parts.cost.flops == whole.cost.flops
