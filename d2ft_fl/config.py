@@ -21,7 +21,7 @@ from d2ft_fl.adapters import read_adapter
 from d2ft_fl.budgets import BudgetSource, budget_source
 from d2ft_fl.config_checks import check, check_options
 from d2ft_fl.errors import ConfigError
-from d2ft_fl.local_options import LocalOptions
+from d2ft_fl.local_options import SCHEDULES, LocalOptions
 from d2ft_fl.lora import Lora
 from d2ft_fl.meter import usable_device
 from d2ft_fl.methods import load_strategy, method_of
@@ -87,6 +87,8 @@ class RunConfig:
     optimizer: str = "adamw"
     lr: float = 5e-4
     head_lr: float = 2e-3
+    lr_schedule: str = "constant"
+    logit_adjustment: float = 0.0
     momentum: float = 0.9
     weight_decay: float = 0.0
     precision: str = "fp32"
@@ -104,6 +106,7 @@ class RunConfig:
     noise_seed: int = -1
     hostile_share: float = 0.0
     hostile_scale: float = -10.0
+    upload_bits: int = 32
     server_optimizer: str = "mean"
     server_lr: float = 1.0
     server_momentum: float = 0.9
@@ -257,7 +260,7 @@ class RunConfig:
     def depends_on_rounds(self) -> bool:
         """Whether what a round does depends on how many there are to be."""
         staged = method_of(self.load_strategy(), self.strategy).staged and not self.stage_rounds
-        return staged or self.epsilon > 0
+        return staged or self.epsilon > 0 or self.lr_schedule != "constant"
 
     def privacy(self) -> Privacy | None:
         """What clients are promised of their data; None for nothing."""
@@ -318,7 +321,12 @@ class RunConfig:
             checkpointing=self.checkpointing,
             accumulate=self.accumulate,
             proximal=self.proximal,
+            logit_adjustment=self.logit_adjustment,
         )
+
+    def rate_factor(self, round: int) -> float:
+        """What learning rates are multiplied by in a round, counted from 1."""
+        return SCHEDULES[self.lr_schedule]((round - 1) / self.rounds)
 
     def examples_of(self, local: int) -> int:
         """Of so many examples of a client, on how many it trains in a round."""

@@ -5,10 +5,11 @@ from typing import TYPE_CHECKING
 
 from d2ft_fl import scores
 from d2ft_fl.budgets import ClientDescription
+from d2ft_fl.coding import BITS
 from d2ft_fl.errors import ConfigError, UnkeptBudget
 from d2ft_fl.factors import MIXED, MODES
 from d2ft_fl.initial import INITS
-from d2ft_fl.local_options import PRECISIONS
+from d2ft_fl.local_options import PRECISIONS, SCHEDULES
 from d2ft_fl.match import MATCHES
 from d2ft_fl.meter import DEVICES
 from d2ft_fl.methods import method_of
@@ -62,11 +63,13 @@ RANGES: dict[str, tuple[Callable[[float], bool], tuple[str, ...]]] = {
         ),
     ),
     "-1 or more": (lambda v: v >= -1, ("noise-seed",)),
+    " or ".join(map(str, BITS)): (lambda v: v in BITS, ("upload-bits",)),
     "a finite number, 0 or more": (
         lambda v: 0 <= v < float("inf"),
         (
             "lr",
             "head-lr",
+            "logit-adjustment",
             "lora-lr",
             "lora-rank-exponent",
             "momentum",
@@ -99,6 +102,7 @@ CHOICES = {
     "few-replies": FEW_REPLIES,
     "optimizer": ("adamw", "sgd"),
     "precision": PRECISIONS,
+    "lr-schedule": tuple(SCHEDULES),
     "device": DEVICES,
     "planner": PLANNERS,
     "coupling": COUPLINGS,

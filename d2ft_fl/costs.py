@@ -41,6 +41,7 @@ import numpy as np
 
 from d2ft_fl.amounts import TENSOR_HEADER, Amounts
 from d2ft_fl.branch_flops import BranchFlops, fused_attention
+from d2ft_fl.coding import BITS, is_coded, row_bytes
 from d2ft_fl.compensation import mean_spec, skip_spec
 from d2ft_fl.errors import ConfigError
 from d2ft_fl.holdings import has_fixed
@@ -48,6 +49,7 @@ from d2ft_fl.local_options import AS_CONFIGURED, LocalOptions, Way
 from d2ft_fl.memory import ELEMENT, PassMemory, Saved
 from d2ft_fl.subnets import (
     Architecture,
+    Kind,
     Operation,
     Schedule,
     passes,
@@ -89,6 +91,7 @@ class CostModel:
         calibrating: Whether clients measure means in this round: up, and held, T (d + f) elements
             a resident subnet.
         tokens: T, of an example, that blocks see in training; 0 for all.
+        bits: Of numbers that travel up; below 32 the client keeps what it began with.
     """
 
     arch: Architecture
@@ -98,6 +101,7 @@ class CostModel:
     compensated: bool = False
     calibrating: bool = False
     tokens: int = 0
+    bits: int = BITS[0]
 
     def along(self, way: Way) -> "CostModel":
         """The costs of going about it in some way; compensation is for tokens in their places.
@@ -108,6 +112,10 @@ class CostModel:
         if way == AS_CONFIGURED:
             return self
         tokens, most = way.tokens or 0, self.arch.tokens
+        if way.bits not in (None, *BITS):
+            raise ConfigError(
+                f"bits = {way.bits} of a number must be {' or '.join(map(str, BITS))}"
+            )
         if tokens and not self.arch.prefix < tokens <= most:
             raise ConfigError(
                 f"tokens = {tokens} of an example must be {self.arch.prefix + 1} to {most}"
@@ -117,7 +125,8 @@ class CostModel:
                 f"compensation adds a mean to each of {most} tokens, and cannot go with "
                 f"tokens = {tokens}"
             )
-        return replace(self, options=self.options.along(way), tokens=tokens)
+        options, bits = self.options.along(way), way.bits or self.bits
+        return replace(self, options=options, tokens=tokens, bits=bits)
 
     @cached_property
     def seen(self) -> Architecture:
@@ -298,7 +307,8 @@ class CostModel:
             moments: Whether there is optimiser state, as after the first step.
         """
         state = MOMENTS[self.options.optimizer] if moments else 0
-        return 1 + state + (self.options.proximal > 0)
+        began = (self.options.proximal > 0) + (self.bits < BITS[0])
+        return 1 + state + began
 
     def _extra(self, schedule: Schedule) -> dict[str, tuple[int, ...]]:
         """What is held for compensation, by name."""
@@ -416,13 +426,24 @@ class CostModel:
         total += (blocks * ELEMENT * self.fixed.shared).sum(axis=1)
         return total + ~holds.any(axis=(1, 2)) * self.fixed.outer_bytes
 
+    @cached_property
+    def coded(self) -> np.ndarray:
+        """Bytes that a subnet that trains saves on its way up: int64 [blocks, heads]."""
+        saved = np.zeros((self.arch.blocks, self.arch.heads), dtype=np.int64)
+        for p in self.arch.of_kind(Kind.SLICED):
+            if p.trains and is_coded(p, self.bits):
+                each = row_bytes(p, BITS[0]) - row_bytes(p, self.bits)
+                saved[p.block] += [each * len(rows) for rows in p.rows]
+        return saved
+
     def _up(self, operations: np.ndarray, ranks: np.ndarray) -> np.ndarray:
         fixed = self.trained.outer_bytes + MESSAGE_HEADER
         means = self._each(operations, lambda s: _wire(self._means(s)))
         trained = _trained(operations)
         elements = self.whole.elements(trained) + self.ranked.elements(ranks)
         headers = (trained.any(axis=2) * TENSOR_HEADER * self.trained.tensors).sum(axis=1)
-        return fixed + ELEMENT * elements + headers + means
+        coded = (trained * self.coded).sum(axis=(1, 2))
+        return fixed + ELEMENT * elements + headers + means - coded
 
     # -- together ----------------------------------------------------------------------------
 
@@ -491,7 +512,7 @@ class CostModel:
     def plain(self) -> "CostModel":
         """The costs of whole batches and examples, without what trades FLOPs or time for memory."""
         options = self.options.plain()
-        one = replace(self, slots=1, options=options, tokens=0)
+        one = replace(self, slots=1, options=options, tokens=0, bits=BITS[0])
         return replace(one, compensated=False, calibrating=False)
 
     @lru_cache(maxsize=4096)  # noqa: B019 - lives as long as the run's one cost model

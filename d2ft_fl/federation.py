@@ -126,7 +126,8 @@ class Federation:
     def costs(self) -> CostModel:
         """The cost model, of a round that neither compensates nor calibrates."""
         config = self.config
-        return CostModel(self.arch, config.local_options(), config.slots, config.device)
+        costs = CostModel(self.arch, config.local_options(), config.slots, config.device)
+        return replace(costs, bits=config.upload_bits)
 
     def calibrates(self, round: int) -> bool:
         """Whether clients measure what subnets add on average in this round."""

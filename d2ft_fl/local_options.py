@@ -1,5 +1,7 @@
 """How clients train: what costs depend on, and training follows."""
 
+import math
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -7,6 +9,12 @@ import torch
 from d2ft_fl.packed import Numerics
 
 PRECISIONS = ("fp32", "bf16")
+# What learning rates are multiplied by after this share of the rounds.
+SCHEDULES: dict[str, Callable[[float], float]] = {
+    "constant": lambda done: 1.0,
+    "linear": lambda done: 1 - done,
+    "cosine": lambda done: (1 + math.cos(math.pi * done)) / 2,
+}
 
 
 @dataclass(frozen=True)
@@ -23,6 +31,10 @@ class LocalOptions:
         proximal: mu of FedProx (Li et al., MLSys 2020, arXiv 1812.06127, equation 2): the loss is
             larger by mu / 2 times the squared distance of what trains from where it began. Takes a
             copy of that; 0 for none.
+        logit_adjustment: How much of the log of its label's share of the client's examples is added
+            to each logit in the loss (Menon et al., ICLR 2021, arXiv 2007.07314, equation 10; for
+            federations FedLC, Zhang et al., ICML 2022, arXiv 2209.00189): at 1 the model need not
+            learn which labels a client happens to have. 0 for none.
     """
 
     batch_size: int = 16
@@ -37,6 +49,16 @@ class LocalOptions:
     checkpointing: bool = False
     accumulate: int = 1
     proximal: float = 0.0
+    logit_adjustment: float = 0.0
+
+    def at(self, factor: float) -> "LocalOptions":
+        """The same with learning rates times a factor."""
+        return replace(
+            self,
+            lr=self.lr * factor,
+            head_lr=self.head_lr * factor,
+            lora_lr=self.lora_lr * factor,
+        )
 
     def along(self, way: "Way") -> "LocalOptions":
         """These options, but for what a way says."""
@@ -66,11 +88,13 @@ class Way:
         tokens: Of an example, that blocks see in training, prefix tokens included. Which patches
             those are is drawn anew for every example and batch (PatchDropout, Liu et al., WACV
             2023, arXiv 2208.07220). None for all.
+        bits: Of each number that travels up; see :mod:`d2ft_fl.coding`.
     """
 
     accumulate: int | None = None
     checkpointing: bool | None = None
     tokens: int | None = None
+    bits: int | None = None
 
 
 AS_CONFIGURED = Way()

@@ -42,7 +42,7 @@ def encode_assignment(
         "shape": list(a.schedule.operations.shape),
         "passes": [a.passes.scored, a.passes.viewed, *a.passes.kinds],
         "examples": a.examples,
-        "way": [a.way.accumulate, a.way.checkpointing, a.way.tokens],
+        "way": [a.way.accumulate, a.way.checkpointing, a.way.tokens, a.way.bits],
         "calibrate": federation.calibrates(state.round + 1),
         "keeps": [r for r in RESOURCES if r in federation.keeps],
     }

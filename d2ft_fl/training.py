@@ -42,6 +42,7 @@ def train(
     meter: Meter,
     beside: Sequence[Tensor] = (),
     every_slot: bool = False,
+    prior: Tensor | None = None,
 ) -> float:
     """Follow the model's schedule over the batches; its tensors end as the client's update.
 
@@ -50,13 +51,13 @@ def train(
     stepped.
 
     Args:
-        beside, every_slot: See :class:`Stepper`.
+        beside, every_slot, prior: See :class:`Stepper`.
 
     Returns:
         The mean training loss over the examples that ran.
     """
     model.train(True)
-    stepper = Stepper(model, options, rate, meter, beside, every_slot)
+    stepper = Stepper(model, options, rate, meter, beside, every_slot, prior)
     total_loss: Tensor | float = 0.0
     total_examples = 0
     try:
@@ -77,6 +78,7 @@ class Stepper:
         beside: What else is held meanwhile.
         every_slot: Whether each batch will have examples in every slot: then all trained heads of
             a tensor step together, which is faster.
+        prior: What is added to logits in the loss, [classes]; None for nothing.
     """
 
     model: PartialModel
@@ -85,6 +87,7 @@ class Stepper:
     meter: Meter
     beside: Sequence[Tensor] = ()
     every_slot: bool = False
+    prior: Tensor | None = None
     _overwrite: bool | None = None
     _zeroed: list[Tensor] = field(default_factory=list)
 
@@ -128,7 +131,13 @@ class Stepper:
             stop = start + sum(part)
             loss += self.meter.run(
                 partial(
-                    run_pass, self.model, images[start:stop], labels[start:stop], part, examples
+                    run_pass,
+                    self.model,
+                    images[start:stop],
+                    labels[start:stop],
+                    part,
+                    examples,
+                    self.prior,
                 ),
                 key=_pattern(self.model, part),
                 base=base,
@@ -203,12 +212,19 @@ def _pattern(model: PartialModel, sizes: list[int]) -> Hashable:
 
 
 def run_pass(
-    model: PartialModel, images: Tensor, labels: Tensor, sizes: list[int], examples: int
+    model: PartialModel,
+    images: Tensor,
+    labels: Tensor,
+    sizes: list[int],
+    examples: int,
+    prior: Tensor | None = None,
 ) -> Tensor:
     """Forward and backward of one pass of a batch of ``examples``; its summed loss."""
     logits = model(images, sizes)
     if model.numerics.mixed:
         logits = logits.float()
+    if prior is not None:
+        logits = logits.add_(prior)
     loss = F.cross_entropy(logits, labels, reduction="sum")
     (loss / examples).backward()
     return loss.detach()

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from d2ft_fl import holdings, timm_vit, wire
 from d2ft_fl.budgets import Budget, ClientDescription
+from d2ft_fl.coding import BITS, encoded
 from d2ft_fl.compensation import MeanTally, received
 from d2ft_fl.config import RunConfig
 from d2ft_fl.costs import RESOURCES
@@ -130,7 +131,7 @@ class Worker:
         if task.passes:
             chosen, result = self._before(task, stage.arch, tensors, chosen)
             tensors = self._narrow(stage.arch, tensors, task.schedule)
-        options = self.options.along(task.way)
+        options = self.options.along(task.way).at(self.config.rate_factor(task.round))
         model = self._parts[0]
         model.numerics, model.tokens = options.numerics(), task.way.tokens
         if model.arch is not stage.arch:
@@ -144,11 +145,18 @@ class Worker:
         else:
             reset()
         del tensors, source, offsets  # the model has its own
-        before = self._attacked(task)
+        hostile, bits = self.config.hostile(task.client), task.way.bits or self.config.upload_bits
+        before = self._values() if hostile or bits < BITS[0] else {}
         began = time.perf_counter()
-        loss, trained = self._train(task, options, chosen)
-        for name, old in before.items():
-            trained[name] = old + (trained[name] - old) * self.config.hostile_scale
+        kept = list(before.values()) if bits < BITS[0] else []
+        loss, trained = self._train(task, options, chosen, kept)
+        if hostile:
+            for name, old in before.items():
+                trained[name] = old + (trained[name] - old) * self.config.hostile_scale
+        if bits < BITS[0]:
+            draw = np.random.default_rng([*self._seed(task.client, task.round), 2])
+            generator = torch.Generator().manual_seed(int(draw.integers(2**62)))
+            trained |= encoded(stage.arch, before, trained, bits, generator)
         reply = {
             "round": task.round,
             "client": task.client,
@@ -201,16 +209,18 @@ class Worker:
                 result[TENSOR + kind] = torch.from_numpy(values).float()
         return chosen, result
 
-    def _attacked(self, task: Task) -> dict[str, Tensor]:
-        """Of a client that is hostile, for experiments: the values whose changes it will send."""
-        if not self.config.hostile(task.client):
-            return {}
+    def _values(self) -> dict[str, Tensor]:
+        """What will train, as it is before."""
         return {name: tensor.cpu().clone() for name, tensor in self._parts[0].update().items()}
 
     def _train(
-        self, task: Task, options: LocalOptions, chosen: np.ndarray
+        self, task: Task, options: LocalOptions, chosen: np.ndarray, beside: list[Tensor]
     ) -> tuple[float, dict[str, Tensor]]:
-        """Follow the schedule over the chosen examples: the loss, and tensors as they travel."""
+        """Follow the schedule over the chosen examples: the loss, and tensors as they travel.
+
+        Args:
+            beside: What else is held meanwhile.
+        """
         model = self._parts[0]
         means = MeanTally(model) if task.calibrates else None
         epochs = self._epochs(task.client, task.round, chosen)
@@ -224,11 +234,24 @@ class Worker:
                 options,
                 self.rate,
                 self.meter,
-                means.held() if means else (),
+                [*beside, *(means.held() if means else ())],
                 every_slot=smallest >= task.schedule.slots,
+                prior=self._prior(task.client),
             )
         result = {name: tensor.cpu() for name, tensor in model.update().items()}
         return loss, result | (means.finish() if means else {})
+
+    def _prior(self, client: int) -> Tensor | None:
+        """What is added to a client's logits in its loss: float32 [classes].
+
+        Each label counts once more than the client has it, so that none is impossible.
+        """
+        if not (weight := self.options.logit_adjustment):
+            return None
+        data = self._parts[1]
+        own = data.train.labels[data.partitions[client]]
+        counts = np.bincount(own, minlength=data.classes) + 1.0
+        return torch.from_numpy(weight * np.log(counts / counts.sum())).float().to(self.device)
 
     def _refuse_unless_it_fits(self, task: Task, stage: Federation, compensated: bool) -> None:
         """Hold a plan against this client's budget, and the memory that is there.
