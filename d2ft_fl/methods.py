@@ -20,6 +20,7 @@ from d2ft_fl.scores import KINDS
 
 STRATEGIES = (
     "d2ft",
+    "d2ft-paper",
     "random",
     "fedavg",
     "fewer-examples",

@@ -347,6 +347,13 @@ class Planner:
         offers = self.frozen_weight > 0 and self.method == "joint"
         return Patterns.of(self.costs.slots, active, offers, self.offered)
 
+    def rank_share(self, schedule: Schedule) -> np.ndarray:
+        """How far training at its rank counts, of each subnet: float64 [blocks, heads]."""
+        most = self.offered[-1]
+        if schedule.ranks is None or not most:
+            return np.ones(schedule.operations.shape[1:])
+        return (schedule.ranks / most) ** self.rank_exponent
+
     def rank_worth(self, patterns: Patterns) -> np.ndarray:
         """What training is worth at the ranks of options, as a share: float64 [options]."""
         most = self.offered[-1]

@@ -110,7 +110,11 @@ class Round:
         return Passes(scored, client.local if selects else 0, kinds)
 
     def plan(
-        self, backward: np.ndarray, forward: np.ndarray, coupled: bool = True
+        self,
+        backward: np.ndarray,
+        forward: np.ndarray,
+        coupled: bool = True,
+        method: str | None = None,
     ) -> list[Assignment]:
         """Good schedules for these scores that keep every budget of every client.
 
@@ -118,8 +122,12 @@ class Round:
             backward, forward: float64 [blocks, heads], or [clients, blocks, heads] where clients'
                 scores differ.
             coupled: Whether ``coupling = "spread"`` acts; else each client has its own optimum.
+            method: ``joint`` or ``two-stage``, where not as configured.
         """
-        return self.federation.planner_of(self.state, coupled).plan(
+        planner = self.federation.planner_of(self.state, coupled)
+        if method is not None:
+            planner = replace(planner, method=method, frozen_weight=0.0, coupling="none")
+        return planner.plan(
             self.clients,
             backward,
             forward,
@@ -143,7 +151,7 @@ class Round:
 
         Args:
             examples: On how many examples it trains; None for ``client.examples``.
-            way: How it runs the schedule: in more passes, with checkpointing, on fewer tokens.
+            way: How it runs the schedule, where that is not as configured.
             passes: What it does before; None for what is wanted in this round, if it trains.
         """
         count = client.examples if examples is None else examples

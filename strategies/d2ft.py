@@ -1,34 +1,37 @@
-"""D2FT: a knapsack per client over common scores.
+"""A knapsack per client over common scores, on as much data as its budgets afford.
 
-Every client trains the subnets of highest backward score and runs those of highest forward score
-that its budgets afford. Scores are common, so clients with like budgets would choose alike, round
-after round. With ``exploration`` above 0 a client's scores are weighed by a draw of its own each
-round: a subnet is chosen by its score in proportion, none is left untrained for long, and no gap in
-what runs is shared by everyone.
+Every client trains the subnets of highest backward score that its budgets afford, and runs the
+rest, so that gradients pass: all clients with like budgets choose alike, which coordinates them.
+Where a budget binds, it may do so on fewer examples or fewer tokens of each, in more passes, with
+activations computed again, or send its changes in fewer bits: of all these ways the one is taken
+that is worth most (`d2ft_fl.worth`).
 
-Deviates from the paper, which distributes one model's training over devices and knows one budget:
-clients are federated and have up to four budgets and a deadline; scores are Fisher information for
-both directions instead of magnitude and Fisher; one solver weighs all operations at once. The
-paper's choices are ``backward-score = "magnitude"``, ``exploration = 0``, ``planner = "two-stage"``
-and ``slots = 5``.
+Deviates from the paper, which distributes one model's training over devices, knows one budget,
+three operations and no other ways; `d2ft-paper` is as published. With ``exploration`` above 0 the
+common scores are weighed by a draw each round, the same for all clients; ``coupling = "agenda"``
+puts first what was trained longest ago; ``coupling = "spread"`` plans all clients together, the one
+way that is configured.
 """
 
 import numpy as np
 
 from d2ft_fl.rounds import Assignment, Round
+from d2ft_fl.ways import Search
 
 PAPER = """Ding et al., You Don't Need All Attentions: Distributed Dynamic Fine-Tuning for
 Foundation Models, 2025, arXiv 2504.12471"""
 
 
 def schedule(round: Round) -> list[Assignment]:
-    """Each client's best schedule under its budgets."""
+    """Each client's best round under its budgets."""
     config = round.federation.config
     backward, forward = round.backward_scores(), round.forward_scores()
     if config.coupling == "agenda":
         backward = round.agenda(backward)
-    if config.coupling != "none" or not config.exploration:
+    elif config.exploration:
+        draws = np.random.default_rng([config.seed, round.number]).random((2, *round.shape))
+        weights = 1 + config.exploration * (2 * draws - 1)  # mean 1
+        backward, forward = backward * weights[0], forward * weights[1]
+    if config.coupling == "spread" or config.planner == "two-stage":
         return round.plan(backward, forward)
-    draws = np.stack([round.generator(c).random((2, *round.shape)) for c in round.clients], axis=1)
-    weights = 1 + config.exploration * (2 * draws - 1)  # mean 1
-    return round.plan(backward * weights[0], forward * weights[1])
+    return Search(round, backward, forward).best()

@@ -136,7 +136,7 @@ def test_scoring_is_charged_when_it_is_due_and_said_to_be_unknown(found):
 def test_an_agenda_goes_round(tmp_path):
     """One client that affords half: every third is trained in its turn, none in the same round."""
     path = tmp_path / "half.toml"
-    path.write_text('[classes.half]\nflops = "50 %"\n')
+    path.write_text('[classes.half]\nbytes-up = "12 %"\n')
     config = RunConfig(
         clients=1, budgets=str(path), coupling="agenda", agenda_rounds=3,
         backward_score="uniform", forward_score="uniform",

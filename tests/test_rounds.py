@@ -12,6 +12,7 @@ from flwr.supercore.task_identity import TaskIdentity
 
 from clients.full import learning_rate
 from d2ft_fl import wire
+from d2ft_fl.coding import SCALE_BYTES
 from d2ft_fl.errors import RunError
 from d2ft_fl.federation import Federation, State
 from d2ft_fl.fold import Fold
@@ -145,6 +146,9 @@ def _change(draw, tensors, how):
 
 def _poke(draw, tensors, values):
     name = pick(draw, list(tensors))
+    if tensors[name].dtype is torch.uint8:  # coded: a row's scale becomes no number
+        tensors[name][int(draw.integers(len(tensors[name]))), :SCALE_BYTES] = 255
+        return
     flat = tensors[name].view(-1)
     value = pick(draw, values)  # scores may be large
     flat[int(draw.integers(len(flat)))] = np.nan if name.startswith(TENSOR) else value

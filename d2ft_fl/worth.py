@@ -1,0 +1,64 @@
+"""What a client's round is worth: a prediction of how far it brings the model, 1 for everything.
+
+The planner maximises sums over subnets, which do not see that what is trained must reach the loss,
+nor that fewer examples are worth less. This judges whole rounds, so that plans made in different
+ways compare:
+
+    worth = examples^a  tokens^b  bits(w)  learned^c  kept
+
+with the shares of the examples and of the patches; w the bits in which changes travel; and over
+blocks l and heads h, with backward scores u and forward scores v,
+
+    learned = sum_lh u_lh full_lh path_l / sum_lh u_lh     what trains, as far as the loss sees it
+    path_l  = prod_{m > l} (1 - k cut_m)                   cut_m: share of block m cutting gradients
+    kept    = prod_l (1 - s sum_h v_lh skipped_lh / sum_h v_lh)
+
+full and skipped are shares of the slots. The classifier always trains, which counts as ``BASE`` of
+everything learned. The constants were fitted to measured accuracies; `docs/accuracy.md` shows how
+well the prediction orders them.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from d2ft_fl.subnets import Operation
+
+EXAMPLES, TOKENS, LEARNED = 0.5, 1.0, 0.35  # a, b, c
+CUT, SKIPPED = 0.25, 0.25  # k, s
+BASE = 0.02
+BITS = {32: 1.0, 8: 0.999, 4: 0.99}
+
+
+@dataclass(frozen=True)
+class Worth:
+    """Judges rounds by these scores, float64 [blocks, heads]."""
+
+    backward: np.ndarray
+    forward: np.ndarray
+
+    def of(
+        self,
+        operations: np.ndarray,
+        ranks: np.ndarray,
+        examples: np.ndarray,
+        tokens: float,
+        bits: int,
+    ) -> np.ndarray:
+        """The worth of many clients' rounds: float64 [clients].
+
+        Args:
+            operations: int8 [clients, slots, blocks, heads].
+            ranks: How far training at its rank counts: float64 [clients, blocks, heads].
+            examples: Shares of a client's own, float64 [clients]. tokens: Share of the patches.
+        """
+        full = (operations == Operation.FULL).mean(axis=1) * ranks  # [clients, blocks, heads]
+        cut = (operations <= Operation.FORWARD_ONLY).mean(axis=(1, 3))  # [clients, blocks]
+        passes = np.cumprod(1 - CUT * cut[:, ::-1], axis=1)[:, ::-1]
+        path = np.concatenate([passes[:, 1:], np.ones((len(cut), 1))], axis=1)
+        learned = (self.backward * full * path[..., None]).sum(axis=(1, 2)) / self.backward.sum()
+        skipped = (operations == Operation.SHORTCUT).mean(axis=1)
+        lost = (self.forward * skipped).sum(axis=2) / self.forward.sum(axis=1)  # [clients, blocks]
+        kept = np.prod(1 - SKIPPED * lost, axis=1)
+        whole = (BASE + (1 - BASE) * learned) ** LEARNED
+        return examples**EXAMPLES * tokens**TOKENS * BITS[bits] * whole * kept

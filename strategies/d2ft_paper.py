@@ -1,0 +1,20 @@
+"""D2FT as published: training by magnitude, running by Fisher information, in two stages.
+
+Every client trains the subnets of largest weights that its budgets afford, and in what is left runs
+those of highest Fisher information; nothing of the rest is computed. The paper has five
+micro-batches of operations of their own: set ``slots = 5``.
+
+Deviates: the paper distributes one model's training over devices and knows one budget; here clients
+are federated and have up to four budgets and a deadline.
+"""
+
+from d2ft_fl.rounds import Assignment, Round
+
+PAPER = """Ding et al., You Don't Need All Attentions: Distributed Dynamic Fine-Tuning for
+Foundation Models, 2025, arXiv 2504.12471"""
+SCORES = ("fisher",)
+
+
+def schedule(round: Round) -> list[Assignment]:
+    """Each client's schedule in two stages."""
+    return round.plan(round.scores("magnitude"), round.scores("fisher"), method="two-stage")
