@@ -89,12 +89,16 @@ class Way:
             those are is drawn anew for every example and batch (PatchDropout, Liu et al., WACV
             2023, arXiv 2208.07220). None for all.
         bits: Of each number that travels up; see :mod:`d2ft_fl.coding`.
+        in_turn: Whether fewer examples than a client has are taken in turn, those of a round after
+            those of the one before, in an order of the run: each is seen as often as any other.
+            Otherwise every round draws its own.
     """
 
     accumulate: int | None = None
     checkpointing: bool | None = None
     tokens: int | None = None
     bits: int | None = None
+    in_turn: bool = False
 
 
 AS_CONFIGURED = Way()

@@ -1,7 +1,7 @@
 """What a client is told to do, as it travels: an assignment with the slices that it needs."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from typing import Any
 
 import numpy as np
@@ -42,7 +42,7 @@ def encode_assignment(
         "shape": list(a.schedule.operations.shape),
         "passes": [a.passes.scored, a.passes.viewed, *a.passes.kinds],
         "examples": a.examples,
-        "way": [a.way.accumulate, a.way.checkpointing, a.way.tokens, a.way.bits],
+        "way": list(astuple(a.way)),
         "calibrate": federation.calibrates(state.round + 1),
         "keeps": [r for r in RESOURCES if r in federation.keeps],
     }

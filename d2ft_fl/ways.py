@@ -1,23 +1,24 @@
-"""Which way each client goes: on how many examples and tokens, in how many passes, at which price.
+"""Which way each client goes: on how many examples, in how many passes, in how many bits.
 
 For a given way, the knapsack finds each client's schedule. Ways are tried where a budget binds that
 they relieve, and of what comes out the client's :mod:`worth <d2ft_fl.worth>` decides:
 
-* FLOPs or a deadline: fewer examples, fewer tokens of each;
+* FLOPs or a deadline: fewer examples, in turn;
 * memory: passes of single examples to begin with, as few as still fit in the end, for they cost
-  nothing but time; activations computed again; fewer tokens;
-* bytes up: changes in fewer bits.
+  nothing but time; activations computed again;
+* bytes up: changes in the most bits in which everything could travel.
 
-Besides, the knapsack is asked for schedules in which gradients pass everywhere, and for such of
-D2FT's three operations.
+The knapsack is asked for schedules in which gradients pass everywhere, and besides for such of
+D2FT's three operations. Fewer tokens are not tried: fewer examples were better (docs/accuracy.md).
 """
 
+from collections import defaultdict
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 import numpy as np
 
-from d2ft_fl.budgets import UNLIMITED
 from d2ft_fl.coding import BITS
 from d2ft_fl.costs import RESOURCES
 from d2ft_fl.local_options import Way
@@ -28,15 +29,28 @@ from d2ft_fl.worth import Worth
 
 FLOPS, MEMORY, UP = (RESOURCES.index(r) for r in ("flops", "memory", "bytes_up"))
 COARSE = (1.0, 0.5, 0.25, 0.125)  # shares of the examples that are tried first
-FINE = 2  # times that the neighbourhood of the best one is halved
-TOKENS = (1.0, 0.75, 0.5)  # shares of the patches
+FINE = (2**-0.5, 2**0.5, 2**-0.25, 2**0.25)  # times the best one so far, one after the other
 # What running a subnet is worth beside training it, and what leaving its gradient uncut is.
 PASSING, CUTTING = (8.0, 8.0), (1.0, 0.0)
 
 
+@dataclass(frozen=True)
+class Bound:
+    """What binds a client.
+
+    Attributes:
+        short: Whether compute or time does. narrow: Whether memory does.
+        bits: In how many its changes travel.
+    """
+
+    short: bool
+    narrow: bool
+    bits: int
+
+
 @dataclass
 class _Best:
-    """The best found so far of one client."""
+    """The best found so far of one client, on which share of its examples."""
 
     worth: float = 0.0
     share: float = 1.0
@@ -54,163 +68,140 @@ class Search:
     round: Round
     backward: np.ndarray
     forward: np.ndarray
-    found: dict[int, _Best] = field(default_factory=dict)
+    _found: defaultdict[int, _Best] = field(default_factory=lambda: defaultdict(_Best))
 
     def best(self) -> list[Assignment]:
         """The best round of each client, in order."""
-        groups: dict[tuple[bool, bool, int], list[Participant]] = {}
+        groups: defaultdict[Bound, list[Participant]] = defaultdict(list)
         for client in self.round.clients:
-            groups.setdefault(self._bound(client), []).append(client)
-        for (short, narrow, bits), clients in groups.items():
-            self._search(clients, short, narrow, bits)
+            groups[self._bound(client)].append(client)
+        for bound, clients in groups.items():
+            self._search(clients, bound)
         return [self._finished(client) for client in self.round.clients]
 
-    def _bound(self, client: Participant) -> tuple[bool, bool, int]:
-        """Whether compute or time binds, whether memory does, and in how many bits changes go."""
-        costs, everything = (
-            self.round.federation.costs_of(self.round.state),
-            self.round.everything(),
-        )
+    def _bound(self, client: Participant) -> Bound:
+        """What would keep a client from training everything as configured."""
+        costs = self.round.federation.costs_of(self.round.state)
         passes = self.round.passes(client)
-        whole = round_cost(costs, everything, client.examples, passes, client.holds)
-        over = whole.vector() > client.capacity
-        late = not client.on_time(whole)
+        whole = round_cost(costs, self.round.everything(), client.examples, passes, client.holds)
+        over, late = whole.vector() > client.capacity, not client.on_time(whole)
         bits = costs.bits
         if over[UP] or late:
-            beside = whole.bytes_up - costs.bytes_up(everything)
-            room = -1 if late else int(client.capacity[UP]) - beside
-            fit = (b for b, up in self._bytes_up.items() if up <= room)
+            room = int(client.capacity[UP]) - (whole.bytes_up - self._bytes_up[costs.bits])
+            fit = (b for b, up in self._bytes_up.items() if up <= room and not late)
             bits = next(fit, min(self._bytes_up))
-        return bool(over[FLOPS]) or late, bool(over[MEMORY]), bits
+        return Bound(bool(over[FLOPS]) or late, bool(over[MEMORY]), bits)
 
     @cached_property
     def _bytes_up(self) -> dict[int, int]:
         """Bytes up of everything, by the bits in which changes can travel, descending."""
-        costs, everything = (
-            self.round.federation.costs_of(self.round.state),
-            self.round.everything(),
-        )
+        costs = self.round.federation.costs_of(self.round.state)
         coded = {bits: costs.along(Way(bits=bits)) for bits in BITS if bits <= costs.bits}
         return {
-            bits: model.bytes_up(everything)
+            bits: model.bytes_up(self.round.everything())
             for bits, model in coded.items()
             if bits == costs.bits or model.coded.any()
         }
 
-    def _search(self, clients: list[Participant], short: bool, narrow: bool, bits: int) -> None:
+    def _search(self, clients: list[Participant], bound: Bound) -> None:
         """Try what may help these clients, who are bound alike."""
-        federation, state = self.round.federation, self.round.state
-        costs = federation.costs_of(state)
-        tokens = (
-            TOKENS if (short or narrow) and not (costs.compensated or costs.calibrating) else (1.0,)
+        costs = self.round.federation.costs_of(self.round.state)
+        way = Way(
+            accumulate=costs.options.batch_size if bound.narrow else None,
+            bits=None if bound.bits == costs.bits else bound.bits,
+            in_turn=True,
         )
-        for share in tokens:
-            for again in (False, True) if narrow and not costs.options.checkpointing else (None,):
-                way = Way(
-                    accumulate=costs.options.batch_size if narrow else None,
-                    checkpointing=again,
-                    tokens=None if share == 1 else federation.arch.tokens_of(share),
-                    bits=None if bits == costs.bits else bits,
-                )
-                for weights in (PASSING, CUTTING):
-                    self._try(clients, way, share, bits, weights, short)
+        self._try(clients, way, PASSING, COARSE if bound.short else COARSE[:1])
+        self._refine(clients, way, PASSING, FINE if bound.short else ())
+        others = [(way, CUTTING)]
+        if bound.narrow and not costs.options.checkpointing:
+            again = replace(way, checkpointing=True)
+            others = [(again, PASSING), (again, CUTTING), *others]
+        for other, weights in others:
+            self._refine(clients, other, weights, (1.0, *FINE[:2]) if bound.short else (1.0,))
 
     def _try(
         self,
         clients: list[Participant],
         way: Way,
-        tokens: float,
-        bits: int,
         weights: tuple[float, float],
-        short: bool,
+        shares: Iterable[float],
     ) -> None:
-        """Try a way with shares of the examples."""
-        own = [_Best() for _ in clients]
+        """Try a way on shares of the examples."""
+        for share in shares:
+            self._attempt(clients, way, weights, np.full(len(clients), share))
 
-        def attempt(shares: np.ndarray) -> None:
-            for index, (worth, a) in enumerate(
-                self._planned(clients, shares, way, tokens, bits, weights)
-            ):
-                if worth > own[index].worth:
-                    own[index] = _Best(worth, float(shares[index]), a)
-
-        ones = np.ones(len(clients))
-        for share in COARSE if short else (1.0,):
-            attempt(ones * share)
-        for step in range(1, 1 + FINE if short else 1):
-            centre = np.array([best.share for best in own])
-            for factor in (2 ** (-(0.5**step)), 2 ** (0.5**step)):
-                attempt(np.minimum(1.0, centre * factor))
-        for client, best in zip(clients, own, strict=True):
-            if best.worth > self.found.setdefault(client.client, _Best()).worth:
-                self.found[client.client] = best
-
-    def _planned(
+    def _refine(
         self,
         clients: list[Participant],
-        shares: np.ndarray,
         way: Way,
-        tokens: float,
-        bits: int,
         weights: tuple[float, float],
-    ) -> list[tuple[float, Assignment]]:
-        """Each client's schedule for a way and a share of its examples, and its worth."""
+        factors: Iterable[float],
+    ) -> None:
+        """Try a way on the best shares so far times some factors."""
+        for factor in factors:
+            shares = np.array([self._found[c.client].share for c in clients])
+            self._attempt(clients, way, weights, np.minimum(1.0, shares * factor))
+
+    def _attempt(
+        self,
+        clients: list[Participant],
+        way: Way,
+        weights: tuple[float, float],
+        shares: np.ndarray,
+    ) -> None:
+        """Plan each client's schedule for a way and a share of its examples; keep what is best."""
         federation, state = self.round.federation, self.round.state
         some = [
             replace(c, examples=max(1, round(share * c.examples)))
-            for c, share in zip(clients, shares, strict=True)
+            for c, share in zip(clients, shares.tolist(), strict=True)
         ]
         planner = federation.planner_along(state, way, *weights)
         passes = [self.round.passes(c) for c in some]
         planned = planner.plan(some, self.backward, self.forward, self.round.number, passes)
-        operations = np.stack([a.schedule.operations for a in planned])
         worth = self._worth.of(
-            operations,
+            np.stack([a.schedule.operations for a in planned]),
             np.stack([planner.rank_share(a.schedule) for a in planned]),
             np.array([s.examples / c.examples for s, c in zip(some, clients, strict=True)]),
-            tokens,
-            bits,
+            planner.costs.bits,
         )
-        worth = worth * operations.any(axis=(1, 2, 3))
-        return [
-            (float(value), replace(a, way=way, examples=s.examples))
-            for value, a, s in zip(worth, planned, some, strict=True)
-        ]
+        for value, share, own, a in zip(
+            worth.tolist(), shares.tolist(), some, planned, strict=True
+        ):
+            if value > self._found[own.client].worth and not a.schedule.sits_out:
+                a = replace(a, way=way, examples=own.examples)
+                self._found[own.client] = _Best(value, share, a)
 
     @cached_property
     def _worth(self) -> Worth:
         return Worth(self.backward, self.forward)
 
     def _finished(self, client: Participant) -> Assignment:
-        """A client's best, with what its budgets leave spent: fewer passes, more examples."""
-        best = self.found[client.client].assignment
-        if best is None or best.schedule.sits_out:
+        """A client's best, with what its budgets leave spent: more examples, fewer passes."""
+        best = self._found[client.client].assignment
+        if best is None:
             return self.round.sit_out(client)
-        best = self._more_examples(client, best)
-        return self._fewer_passes(client, best)
+        return self._fewer_passes(client, self._more_examples(client, best))
 
     def _more_examples(self, client: Participant, a: Assignment) -> Assignment:
-        """As many more examples as compute affords."""
-        count = a.examples or 0
-        if not 0 < count < client.examples:
-            return a
-        left = min(client.capacity[FLOPS], UNLIMITED) / max(1, a.cost.flops)
-        fits, over, found = count, min(client.examples, int(count * left) + 1) + 1, a
+        """On as many more examples as compute affords, which is less than half as many again."""
+        fits = a.examples or 0
+        over = min(client.examples, fits + fits // 2) + 1
         while over - fits > 1:
-            tried = self.round.assign(client, a.schedule, (fits + over) // 2, a.way, a.passes)
+            count = (fits + over) // 2
+            tried = self.round.assign(client, a.schedule, count, a.way, a.passes)
             if client.affords(tried.cost):
-                fits, found = (fits + over) // 2, replace(tried, gap=a.gap)
+                fits, a = count, replace(tried, gap=a.gap)
             else:
-                over = (fits + over) // 2
-        return found
+                over = count
+        return a
 
     def _fewer_passes(self, client: Participant, a: Assignment) -> Assignment:
-        """The fewest passes in which memory still suffices."""
-        batch = self.round.federation.config.batch_size
+        """In the fewest passes in which memory still suffices."""
         if a.way.accumulate is None:
             return a
-        counts = {-(-batch // size) for size in range(1, batch + 1)}
-        for passes in sorted(counts):
+        batch = self.round.federation.config.batch_size
+        for passes in sorted({-(-batch // size) for size in range(1, batch + 1)}):
             way = replace(a.way, accumulate=passes)
             tried = self.round.assign(client, a.schedule, a.examples, way, a.passes)
             if client.affords(tried.cost):

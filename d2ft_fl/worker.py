@@ -125,7 +125,10 @@ class Worker:
             names = holdings.read(task.carried, task.digests)
             tensors = self.store.complete(stage.arch, task.carried, tensors, task.holds, names)
         local = len(self._parts[1].partitions[task.client])
-        chosen = self._order(task.client, task.round, local)[0][: task.examples]
+        if task.way.in_turn:
+            chosen = self._in_turn(task, local)
+        else:
+            chosen = self._order(task.client, task.round, local)[0][: task.examples]
         self.meter.start()
         result: dict[str, Tensor] = {}
         if task.passes:
@@ -277,6 +280,12 @@ class Worker:
         """Each epoch's order of so many examples: a function of seed, round and client."""
         draw = np.random.default_rng([*self._seed(client, round), 1])
         return [draw.permutation(examples) for _ in range(self.options.epochs)]
+
+    def _in_turn(self, task: Task, local: int) -> np.ndarray:
+        """The examples whose turn it is in a round, if all rounds take as many."""
+        order = np.random.default_rng([self.config.seed, task.client, 3]).permutation(local)
+        start = (task.round - 1) * task.examples
+        return order[np.arange(start, start + task.examples) % local]
 
     def _epochs(self, client: int, round: int, chosen: np.ndarray) -> list[np.ndarray]:
         """Each epoch's order of the chosen examples, which are numbers among the client's."""

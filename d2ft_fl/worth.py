@@ -4,10 +4,10 @@ The planner maximises sums over subnets, which do not see that what is trained m
 nor that fewer examples are worth less. This judges whole rounds, so that plans made in different
 ways compare:
 
-    worth = examples^a  tokens^b  bits(w)  learned^c  kept
+    worth = examples^a  bits(w)  learned^c  kept
 
-with the shares of the examples and of the patches; w the bits in which changes travel; and over
-blocks l and heads h, with backward scores u and forward scores v,
+with the share of the examples; w the bits in which changes travel; and over blocks l and heads h,
+with backward scores u and forward scores v,
 
     learned = sum_lh u_lh full_lh path_l / sum_lh u_lh     what trains, as far as the loss sees it
     path_l  = prod_{m > l} (1 - k cut_m)                   cut_m: share of block m cutting gradients
@@ -24,7 +24,7 @@ import numpy as np
 
 from d2ft_fl.subnets import Operation
 
-EXAMPLES, TOKENS, LEARNED = 0.5, 1.0, 0.35  # a, b, c
+EXAMPLES, LEARNED = 0.5, 0.6  # a, c
 CUT, SKIPPED = 0.25, 0.25  # k, s
 BASE = 0.02
 BITS = {32: 1.0, 8: 0.999, 4: 0.99}
@@ -42,7 +42,6 @@ class Worth:
         operations: np.ndarray,
         ranks: np.ndarray,
         examples: np.ndarray,
-        tokens: float,
         bits: int,
     ) -> np.ndarray:
         """The worth of many clients' rounds: float64 [clients].
@@ -50,7 +49,7 @@ class Worth:
         Args:
             operations: int8 [clients, slots, blocks, heads].
             ranks: How far training at its rank counts: float64 [clients, blocks, heads].
-            examples: Shares of a client's own, float64 [clients]. tokens: Share of the patches.
+            examples: Shares of a client's own, float64 [clients]. bits: Of changes.
         """
         full = (operations == Operation.FULL).mean(axis=1) * ranks  # [clients, blocks, heads]
         cut = (operations <= Operation.FORWARD_ONLY).mean(axis=(1, 3))  # [clients, blocks]
@@ -61,4 +60,4 @@ class Worth:
         lost = (self.forward * skipped).sum(axis=2) / self.forward.sum(axis=1)  # [clients, blocks]
         kept = np.prod(1 - SKIPPED * lost, axis=1)
         whole = (BASE + (1 - BASE) * learned) ** LEARNED
-        return examples**EXAMPLES * tokens**TOKENS * BITS[bits] * whole * kept
+        return examples**EXAMPLES * BITS[bits] * whole * kept
