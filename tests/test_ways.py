@@ -1,0 +1,133 @@
+"""Which way clients go under budgets, against what each budget leaves to choose."""
+
+from collections import Counter
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from d2ft_fl.costs import RESOURCES
+from d2ft_fl.local_options import AS_CONFIGURED
+from d2ft_fl.rounds import Round, plan_round
+from d2ft_fl.ways import CUTTING, PASSING, Search
+from d2ft_fl.worker import Worker
+from d2ft_fl.worth import Worth
+from tests.test_strategies import ARCH, FORWARD, FULL, SKIP, round_of
+
+QUIET = {"backward_score": "uniform", "forward_score": "uniform", "exploration": 0.0}
+
+
+def planned(budget, **options):
+    """The one client's assignment, and the plan that it is of."""
+    found = plan_round(*round_of("d2ft", [budget], **{**QUIET, **options}))
+    return found.assignments[0], found
+
+
+def test_without_budgets_everything_trains_as_configured():
+    a, _ = planned({})
+    assert (a.schedule.operations == FULL).all()
+    assert a.examples == 20
+    assert (a.way.accumulate, a.way.checkpointing, a.way.bits) == (None, None, None)
+
+
+def test_memory_that_suffices_in_smaller_passes_changes_nothing_else():
+    """The fewest passes: what the baseline `accumulate` does."""
+    (other,) = plan_round(*round_of("accumulate", [{"memory": "60 %"}])).assignments
+    a, _ = planned({"memory": "60 %"})
+    assert (a.schedule.operations == FULL).all()
+    assert a.examples == 20
+    assert a.way.accumulate == other.way.accumulate > 1
+    assert a.cost.memory == other.cost.memory
+
+
+@pytest.mark.parametrize("share,bits", [("100 %", None), ("40 %", 8), ("28 %", 4)])
+def test_bytes_up_are_saved_by_bits_first(share, bits):
+    a, _ = planned({"bytes-up": share})
+    assert a.way.bits == bits
+    assert (a.schedule.operations == FULL).all()
+
+
+def test_compute_is_spent_on_examples_to_the_last():
+    a, plan = planned({"flops": "50 %"}, examples=200)
+    assert 0 < a.examples < 200
+    assert not (a.schedule.operations <= FORWARD).any()
+    federation, state, _ = round_of("d2ft", [{"flops": "50 %"}], examples=200, **QUIET)
+    (client,) = plan.clients
+    more = Round(federation, state, [client]).assign(
+        client, a.schedule, a.examples + 1, a.way, a.passes
+    )
+    assert not client.affords(more.cost)
+
+
+def test_a_deadline_is_kept_by_fewer_examples_and_bits():
+    a, plan = planned(
+        {"speed": "1 GFLOP/s", "bandwidth-up": "1 Mbit/s", "deadline": "1 s"}, examples=200
+    )
+    assert not a.schedule.sits_out
+    assert a.way.bits == 4
+    assert plan.clients[0].on_time(a.cost)
+
+
+def test_a_budget_that_affords_nothing_sits_out():
+    a, _ = planned({"memory": "1 KiB"})
+    assert a.schedule.sits_out
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    st.fixed_dictionaries(
+        {},
+        optional={
+            "flops": st.integers(3, 100).map("{} %".format),
+            "memory": st.integers(10, 100).map("{} %".format),
+            "bytes-up": st.integers(1, 100).map("{} %".format),
+        },
+    ),
+    st.integers(0, 1000),
+)
+def test_no_plain_plan_is_worth_more(budget, seed):
+    """What the knapsack finds for the configured way is among what is searched."""
+    federation, state, reports = round_of("d2ft", [budget], **QUIET)
+    round = Round(federation, state, federation.participants(reports, state))
+    scores = np.random.default_rng(seed).random((ARCH.blocks, ARCH.heads)) + 0.1
+    judge = Worth(scores, scores)
+    (found,) = Search(round, scores, scores).best()
+    best = worth_of(judge, found, round)
+    for weights in (PASSING, CUTTING):
+        planner = federation.planner_along(state, AS_CONFIGURED, *weights)
+        (plain,) = planner.plan(round.clients, scores, scores, round.number)
+        plain_worth = worth_of(judge, plain, round)
+        # Smaller passes and fewer bits are not worth quite the same as more memory and bytes.
+        assert best >= plain_worth * 0.99 - 1e-9
+    over = found.cost.vector() > round.clients[0].capacity
+    assert not over.any(), [r for r, o in zip(RESOURCES, over, strict=True) if o]
+
+
+def worth_of(judge, a, round):
+    if a.schedule.sits_out:
+        return 0.0
+    count = round.clients[0].examples if a.examples is None else a.examples
+    operations = a.schedule.operations[None]
+    ranks = np.ones((1, ARCH.blocks, ARCH.heads))
+    bits = a.way.bits or 32
+    return float(judge.of(operations, ranks, np.array([count / 20]), bits)[0])
+
+
+@pytest.mark.parametrize("local,each", [(10, 3), (7, 7), (12, 4)])
+def test_in_turn_all_are_seen_as_often(local, each, quick):
+    worker = Worker(quick())
+    rounds = 2 * local
+    seen = Counter()
+    for number in range(1, rounds + 1):
+        task = SimpleNamespace(client=1, round=number, examples=each)
+        own = worker._in_turn(task, local).tolist()
+        assert len(set(own)) == each
+        seen.update(own)
+    assert set(seen.values()) == {rounds * each // local}
+
+
+def test_with_three_operations_skipping_is_left_to_tight_budgets():
+    a, _ = planned({"flops": "60 %"})
+    assert not (a.schedule.operations == SKIP).any()
