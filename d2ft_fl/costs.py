@@ -372,6 +372,8 @@ class CostModel:
         cuts = np.cumsum(np.pad(_sizes(total, parts), [(0, 0), (1, 0)]), axis=1)
         within = np.clip(ends[:, None], cuts[:, :-1, None], cuts[:, 1:, None])
         sizes = np.diff(within, axis=2)  # [clients, parts, slots], as of `subnets.passes`
+        if self.slots == 1:
+            sizes = sizes[:, :1]  # the first is no smaller than any other
         peaks = [
             np.where(one.any(axis=1), self._passes(operations, one, ranks).peak(), 0)
             for one in sizes.swapaxes(0, 1)

@@ -13,7 +13,7 @@ D2FT's three operations. Fewer tokens are not tried: fewer examples were better 
 """
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
@@ -48,6 +48,12 @@ class Bound:
     bits: int
 
 
+def _problem(c: Participant) -> Hashable:
+    """What a client's best round depends on, beside the scores."""
+    holds = None if c.holds is None else c.holds.tobytes()
+    return c.examples, c.local, c.budget, c.capacity.tobytes(), holds
+
+
 @dataclass
 class _Best:
     """The best found so far of one client, on which share of its examples."""
@@ -72,12 +78,16 @@ class Search:
 
     def best(self) -> list[Assignment]:
         """The best round of each client, in order."""
-        groups: defaultdict[Bound, list[Participant]] = defaultdict(list)
+        alike: dict[Hashable, Participant] = {}  # who stands for whom
         for client in self.round.clients:
+            alike.setdefault(_problem(client), client)
+        groups: defaultdict[Bound, list[Participant]] = defaultdict(list)
+        for client in alike.values():
             groups[self._bound(client)].append(client)
         for bound, clients in groups.items():
             self._search(clients, bound)
-        return [self._finished(client) for client in self.round.clients]
+        found = {problem: self._finished(client) for problem, client in alike.items()}
+        return [replace(found[_problem(c)], client=c.client) for c in self.round.clients]
 
     def _bound(self, client: Participant) -> Bound:
         """What would keep a client from training everything as configured."""
@@ -187,11 +197,14 @@ class Search:
         """On as many more examples as compute affords, which is less than half as many again."""
         fits = a.examples or 0
         over = min(client.examples, fits + fits // 2) + 1
+        # FLOPs are all but linear: what is left is spent at once, or it is time that binds.
+        share = int(client.capacity[FLOPS]) / max(1, a.cost.flops)
+        count = min(over - 1, int(fits * min(share, 2.0)))
         while over - fits > 1:
-            count = (fits + over) // 2
+            count = count if fits < count < over else (fits + over) // 2
             tried = self.round.assign(client, a.schedule, count, a.way, a.passes)
             if client.affords(tried.cost):
-                fits, a = count, replace(tried, gap=a.gap)
+                fits, count, a = count, count + 1, replace(tried, gap=a.gap)
             else:
                 over = count
         return a
