@@ -64,6 +64,8 @@ class LocalOptions:
         """These options, but for what a way says."""
         return replace(
             self,
+            lr=self.lr * way.rate,
+            lora_lr=self.lora_lr * way.rate,
             accumulate=self.accumulate if way.accumulate is None else way.accumulate,
             checkpointing=(self.checkpointing if way.checkpointing is None else way.checkpointing),
         )
@@ -92,6 +94,7 @@ class Way:
         in_turn: Whether fewer examples than a client has are taken in turn, those of a round after
             those of the one before, in an order of the run: each is seen as often as any other.
             Otherwise every round draws its own.
+        rate: What the learning rates of all but the classifier are multiplied by.
     """
 
     accumulate: int | None = None
@@ -99,6 +102,7 @@ class Way:
     tokens: int | None = None
     bits: int | None = None
     in_turn: bool = False
+    rate: float = 1.0
 
 
 AS_CONFIGURED = Way()

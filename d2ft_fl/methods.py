@@ -24,6 +24,7 @@ STRATEGIES = (
     "random",
     "fedavg",
     "fewer-examples",
+    "fewer-tokens",
     "accumulate",
     "linear-probe",
     "caff",

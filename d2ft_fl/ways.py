@@ -30,6 +30,7 @@ from d2ft_fl.worth import Worth
 FLOPS, MEMORY, UP = (RESOURCES.index(r) for r in ("flops", "memory", "bytes_up"))
 COARSE = (1.0, 0.5, 0.25, 0.125)  # shares of the examples that are tried first
 FINE = (2**-0.5, 2**0.5, 2**-0.25, 2**0.25)  # times the best one so far, one after the other
+RATE, MOST_RATE = 0.5, 2.0  # learning rates grow with the learned share to the power of -RATE
 # What running a subnet is worth beside training it, and what leaving its gradient uncut is.
 PASSING, CUTTING = (8.0, 8.0), (1.0, 0.0)
 
@@ -191,7 +192,14 @@ class Search:
         best = self._found[client.client].assignment
         if best is None:
             return self.round.sit_out(client)
-        return self._fewer_passes(client, self._more_examples(client, best))
+        best = self._fewer_passes(client, self._more_examples(client, best))
+        return replace(best, way=replace(best.way, rate=self._rate(best)))
+
+    def _rate(self, a: Assignment) -> float:
+        """Who trains less of the model takes larger steps, or it learns less from each."""
+        ranks = np.ones((1, *self.round.shape))
+        learned = float(self._worth.learned(a.schedule.operations[None], ranks)[0])
+        return min(MOST_RATE, learned**-RATE)
 
     def _more_examples(self, client: Participant, a: Assignment) -> Assignment:
         """On as many more examples as compute affords, which is less than half as many again."""

@@ -9,13 +9,13 @@ ways compare:
 with the share of the examples; w the bits in which changes travel; and over blocks l and heads h,
 with backward scores u and forward scores v,
 
-    learned = sum_lh u_lh full_lh path_l / sum_lh u_lh     what trains, as far as the loss sees it
+    learned = B + (1 - B) sum_lh u_lh full_lh path_l / sum_lh u_lh     as far as the loss sees it
     path_l  = prod_{m > l} (1 - k cut_m)                   cut_m: share of block m cutting gradients
     kept    = prod_l (1 - s sum_h v_lh skipped_lh / sum_h v_lh)
 
-full and skipped are shares of the slots. The classifier always trains, which counts as ``BASE`` of
-everything learned. The constants were fitted to measured accuracies; `docs/accuracy.md` shows how
-well the prediction orders them.
+full and skipped are shares of the slots; B is for the classifier, which always trains. The
+constants were fitted to measured accuracies; `docs/accuracy.md` shows how well the prediction
+orders them.
 """
 
 from dataclasses import dataclass
@@ -51,13 +51,17 @@ class Worth:
             ranks: How far training at its rank counts: float64 [clients, blocks, heads].
             examples: Shares of a client's own, float64 [clients]. bits: Of changes.
         """
+        learned = self.learned(operations, ranks)
+        skipped = (operations == Operation.SHORTCUT).mean(axis=1)
+        lost = (self.forward * skipped).sum(axis=2) / self.forward.sum(axis=1)  # [clients, blocks]
+        kept = np.prod(1 - SKIPPED * lost, axis=1)
+        return examples**EXAMPLES * BITS[bits] * learned**LEARNED * kept
+
+    def learned(self, operations: np.ndarray, ranks: np.ndarray) -> np.ndarray:
+        """What trains, as far as the loss sees it, as a share of everything: float64 [clients]."""
         full = (operations == Operation.FULL).mean(axis=1) * ranks  # [clients, blocks, heads]
         cut = (operations <= Operation.FORWARD_ONLY).mean(axis=(1, 3))  # [clients, blocks]
         passes = np.cumprod(1 - CUT * cut[:, ::-1], axis=1)[:, ::-1]
         path = np.concatenate([passes[:, 1:], np.ones((len(cut), 1))], axis=1)
-        learned = (self.backward * full * path[..., None]).sum(axis=(1, 2)) / self.backward.sum()
-        skipped = (operations == Operation.SHORTCUT).mean(axis=1)
-        lost = (self.forward * skipped).sum(axis=2) / self.forward.sum(axis=1)  # [clients, blocks]
-        kept = np.prod(1 - SKIPPED * lost, axis=1)
-        whole = (BASE + (1 - BASE) * learned) ** LEARNED
-        return examples**EXAMPLES * BITS[bits] * whole * kept
+        trained = (self.backward * full * path[..., None]).sum(axis=(1, 2)) / self.backward.sum()
+        return BASE + (1 - BASE) * trained

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from d2ft_fl.scores import KINDS, MEASURED, ScoreBook, magnitude, normalised, subnet_scores
+from d2ft_fl.scores import MEASURED, ScoreBook, magnitude, normalised, subnet_scores
 from d2ft_fl.subnets import Kind
 from tests.conftest import build, weights_of
 
@@ -31,10 +31,12 @@ def test_what_nobody_knows_of_stays_unknown_when_normalised():
     np.testing.assert_array_equal(normalised(np.array([[0.0, np.nan]])), [[1, np.nan]])
 
 
-def test_before_anyone_scored_all_subnets_are_alike():
-    for kind in KINDS:
-        if kind != "magnitude":
-            assert (subnet_scores(kind, ARCH, {}, ScoreBook()) == 1).all()
+def test_before_anyone_scored_low_blocks_come_first():
+    """1.5 in the lowest of two blocks, 0.5 in the other, whatever is done to measurements."""
+    for kind in MEASURED:
+        found = subnet_scores(kind, ARCH, {}, ScoreBook())
+        assert found == pytest.approx(np.repeat([[1.5], [0.5]], ARCH.heads, axis=1))
+    assert (subnet_scores("uniform", ARCH, {}, ScoreBook()) == 1).all()
     assert ScoreBook().updated({}, 0.5) == ScoreBook()
 
 
