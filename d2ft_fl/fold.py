@@ -17,6 +17,7 @@ from d2ft_fl.errors import ReplyError
 from d2ft_fl.factors import FactorSums
 from d2ft_fl.federation import Federation, State
 from d2ft_fl.holdings import digests
+from d2ft_fl.local_options import Way
 from d2ft_fl.noisy import NoisySums, PrivateRound
 from d2ft_fl.planner import Assignment
 from d2ft_fl.plans import Plan, held_after, last_trained
@@ -38,6 +39,7 @@ class ClientRecord:
     device: str
     examples: int
     operations: dict[str, float]  # shares over slots and subnets
+    way: Way
     predicted: Cost
     allowed: np.ndarray
     used: Cost | None  # None: sat out or failed
@@ -307,6 +309,7 @@ class Fold:
                 operation.name.lower(): float((operations == operation).mean())
                 for operation in Operation
             },
+            way=assignment.way,
             predicted=assignment.cost,
             allowed=participant.capacity,
             used=used,

@@ -51,21 +51,19 @@ class LocalOptions:
     proximal: float = 0.0
     logit_adjustment: float = 0.0
 
-    def at(self, factor: float) -> "LocalOptions":
-        """The same with learning rates times a factor."""
+    def at(self, factor: float, rate: float = 1.0) -> "LocalOptions":
+        """The same with learning rates times a factor; all but the classifier's by a rate, too."""
         return replace(
             self,
-            lr=self.lr * factor,
+            lr=self.lr * factor * rate,
             head_lr=self.head_lr * factor,
-            lora_lr=self.lora_lr * factor,
+            lora_lr=self.lora_lr * factor * rate,
         )
 
     def along(self, way: "Way") -> "LocalOptions":
-        """These options, but for what a way says."""
+        """These options, but for what a way says that costs depend on."""
         return replace(
             self,
-            lr=self.lr * way.rate,
-            lora_lr=self.lora_lr * way.rate,
             accumulate=self.accumulate if way.accumulate is None else way.accumulate,
             checkpointing=(self.checkpointing if way.checkpointing is None else way.checkpointing),
         )

@@ -41,8 +41,10 @@ from d2ft_fl.federation import Federation, Report, State
 from d2ft_fl.files import put_in_place, unlock
 from d2ft_fl.fold import ClientRecord
 from d2ft_fl.plans import Plan
+from d2ft_fl.scores import subnet_scores
 from d2ft_fl.specs import ModelSpec
 from d2ft_fl.versions import versions
+from d2ft_fl.worth import Worth
 
 log = logging.getLogger(__name__)
 LINES = ("rounds.jsonl", "clients.jsonl", "reports.jsonl")
@@ -335,6 +337,7 @@ class Recorder:
             "round_seconds": max((r.seconds for r in records), default=0.0),
             "wall_seconds": wall_seconds,
             "plan_seconds": plan.seconds,
+            "worth": _worth(federation, state, plan),
             "clients": len(records),
             "worked": len(worked),
             "sat_out": sum(r.sat_out for r in records),
@@ -396,6 +399,12 @@ def _write(path: Path, text: str) -> None:
     put_in_place(part, path)
 
 
+def _worth(federation: Federation, state: State, plan: Plan) -> float:
+    """What the round was worth, by what is known of its subnets."""
+    known = subnet_scores("fisher", federation.own or federation.arch, {}, state.scores)
+    return Worth(known, known).mean(plan, federation.config.upload_bits)
+
+
 def _resource(index: int, name: str, worked: list[ClientRecord]) -> dict[str, Any]:
     """Means over the clients that worked, and the worst share of its allowance."""
     used = [getattr(r.used, name) for r in worked]
@@ -443,6 +452,7 @@ def _client_row(round: int, r: ClientRecord) -> dict[str, Any]:
         "device": r.device,
         "examples": r.examples,
         "operations": r.operations,
+        "way": asdict(r.way),
         "used": asdict(r.used) if r.used else None,
         "predicted": asdict(r.predicted),
         "allowed": allowed,

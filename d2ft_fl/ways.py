@@ -30,7 +30,7 @@ from d2ft_fl.worth import Worth
 FLOPS, MEMORY, UP = (RESOURCES.index(r) for r in ("flops", "memory", "bytes_up"))
 COARSE = (1.0, 0.5, 0.25, 0.125)  # shares of the examples that are tried first
 FINE = (2**-0.5, 2**0.5, 2**-0.25, 2**0.25)  # times the best one so far, one after the other
-RATE, MOST_RATE = 0.5, 2.0  # learning rates grow with the learned share to the power of -RATE
+RATE, MOST_RATE = 0.5, 3.0  # learning rates grow with the learned share to the power of -RATE
 # What running a subnet is worth beside training it, and what leaving its gradient uncut is.
 PASSING, CUTTING = (8.0, 8.0), (1.0, 0.0)
 

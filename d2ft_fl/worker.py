@@ -134,7 +134,8 @@ class Worker:
         if task.passes:
             chosen, result = self._before(task, stage.arch, tensors, chosen)
             tensors = self._narrow(stage.arch, tensors, task.schedule)
-        options = self.options.along(task.way).at(self.config.rate_factor(task.round))
+        factor = self.config.rate_factor(task.round)
+        options = self.options.along(task.way).at(factor, task.way.rate)
         model = self._parts[0]
         model.numerics, model.tokens = options.numerics(), task.way.tokens
         if model.arch is not stage.arch:

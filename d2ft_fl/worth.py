@@ -22,6 +22,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from d2ft_fl.plans import Plan
 from d2ft_fl.subnets import Operation
 
 EXAMPLES, LEARNED = 0.5, 0.6  # a, c
@@ -65,3 +66,18 @@ class Worth:
         path = np.concatenate([passes[:, 1:], np.ones((len(cut), 1))], axis=1)
         trained = (self.backward * full * path[..., None]).sum(axis=(1, 2)) / self.backward.sum()
         return BASE + (1 - BASE) * trained
+
+    def mean(self, plan: Plan, bits: int) -> float:
+        """Of a round's clients, weighted by their examples; who sits out brings nothing.
+
+        Args:
+            bits: Of changes, where a way does not say. Ranks are not looked at.
+        """
+        operations = plan.schedules()
+        local = np.array([c.local for c in plan.clients], dtype=np.float64)
+        own = np.array([a.examples or 0 for a in plan.assignments], dtype=np.float64)
+        coded = np.array([BITS[a.way.bits or bits] for a in plan.assignments])
+        ranks = np.ones((len(local), *operations.shape[2:]))
+        each = self.of(operations, ranks, own / np.maximum(1.0, local), 32) * coded
+        each = each * operations.any(axis=(1, 2, 3))
+        return float((each * local).sum() / max(1.0, local.sum()))
