@@ -1,0 +1,160 @@
+"""What each budget costs each strategy: tables, a picture, and how good the prediction was.
+
+    python experiments/accuracy/compare.py FOLDER [--picture FILE.png]
+
+reads the folder of a finished or running sweep of this directory. Differences are in points of
+accuracy, paired by seed, with 95 % intervals (Student's t).
+"""
+
+import argparse
+import itertools
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+from scipy.stats import spearmanr
+
+from d2ft_fl.report.run_folder import RunFolder
+from d2ft_fl.report.statistics import Interval, differences
+from d2ft_fl.report.sweep_folder import SweepFolder
+
+REFERENCE = "fedavg"  # without limits
+OURS = "d2ft"
+RESOURCES = ("flops", "memory", "bytes_up")
+
+
+class Setting:
+    """Runs that differ in nothing but their seed."""
+
+    def __init__(self, values: dict[str, object], runs: dict[int, RunFolder]):
+        self.runs = runs
+        self.strategy = str(values.get("strategy", ""))
+        self.budgets = Path(str(values.get("budgets", ""))).stem
+        rest = {k: v for k, v in values.items() if k not in ("strategy", "budgets") and v != ""}
+        self.tuning = str(rest.get("lora-init") or "") if rest.get("tuning") == "lora" else ""
+        rank = f" {rest['lora-rank']}" if self.tuning and "lora-rank" in rest else ""
+        bits = f", {rest['upload-bits']} bits" if rest.get("upload-bits") not in (None, 32) else ""
+        self.label = self.strategy + (f", {self.tuning}{rank}" if self.tuning else "") + bits
+
+    @property
+    def accuracy(self) -> dict[str, float]:
+        """Seed -> per cent."""
+        return {str(s): 100 * run.totals["accuracy"] for s, run in self.runs.items()}
+
+    def share(self, resource: str) -> float:
+        """What was used of training everything, on average."""
+        shares = [run.totals["resources"][resource]["share"] for run in self.runs.values()]
+        return float(np.mean(shares))
+
+    def seconds(self) -> float:
+        """Simulated, on average."""
+        return float(np.mean([run.totals["simulated_seconds"] for run in self.runs.values()]))
+
+    def worth(self) -> float:
+        """Predicted: the mean over rounds."""
+        lines = itertools.chain.from_iterable(run.lines for run in self.runs.values())
+        return float(np.mean([line["worth"] for line in lines]))
+
+
+def settings(folder: Path) -> list[Setting]:
+    """The settings of a sweep that finished with at least one seed."""
+    sweep = SweepFolder.read(folder)
+    found: defaultdict[str, dict[int, RunFolder]] = defaultdict(dict)
+    values: dict[str, dict[str, object]] = {}
+    for trial in sweep.trials:
+        if trial.finished and trial.run:
+            found[trial.setting][int(trial.settings.get("seed", 0))] = trial.run
+            values[trial.setting] = trial.settings
+    return [Setting(values[key], runs) for key, runs in found.items()]
+
+
+def spelled(i: Interval) -> str:
+    """A difference and its interval."""
+    if np.isnan(i.mean):
+        return ""
+    return f"{i.mean:+.1f}" + ("" if i.half is None else f" ± {i.half:.1f}")
+
+
+def table(budget: str, own: list[Setting], reference: Setting) -> str:
+    """One budget's settings, the best first, beside the reference and d2ft."""
+    ours = next((s for s in own if s.label == OURS), None)
+    lines = [
+        f"### {budget}",
+        "",
+        "| setting | accuracy | to full tuning | d2ft ahead by | FLOPs | memory | bytes up | "
+        "simulated | seeds |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for s in sorted(own, key=lambda s: -np.mean(list(s.accuracy.values()))):
+        ahead = ""
+        if ours is not None and s is not ours:
+            ahead = spelled(Interval.of(differences(ours.accuracy, s.accuracy)))
+        shares = " | ".join(f"{s.share(r):.0%}" for r in RESOURCES)
+        lines.append(
+            f"| {s.label} | {np.mean(list(s.accuracy.values())):.1f} | "
+            f"{spelled(Interval.of(differences(s.accuracy, reference.accuracy)))} | {ahead} | "
+            f"{shares} | {s.seconds():.0f} s | {len(s.runs)} |"
+        )
+    return "\n".join(lines)
+
+
+def correlation(found: list[Setting]) -> tuple[float, int]:
+    """Spearman's, between predicted worth and measured accuracy, of full tuning; and of how many."""
+    full = [s for s in found if not s.tuning]
+    worth, accuracy = zip(*((s.worth(), np.mean(list(s.accuracy.values()))) for s in full))
+    return float(spearmanr(worth, accuracy).statistic), len(full)
+
+
+def draw(found: list[Setting], reference: Setting, path: Path) -> None:
+    """Predicted worth and measured accuracy; and what each budget costs, with intervals."""
+    import matplotlib.pyplot as plt
+
+    groups: defaultdict[str, list[Setting]] = defaultdict(list)
+    for s in found:
+        if s is not reference:
+            groups[s.budgets].append(s)
+    rows = [(b, s) for b, own in groups.items() for s in sorted(own, key=lambda s: s.label)]
+    figure, (left, right) = plt.subplots(
+        1, 2, figsize=(11, 0.26 * len(rows) + 1.5), width_ratios=[3, 2], layout="constrained"
+    )
+    colors = dict(zip(groups, plt.get_cmap("tab10").colors, strict=False))
+    for y, (budget, s) in enumerate(reversed(rows)):
+        i = Interval.of(differences(s.accuracy, reference.accuracy))
+        marker = "D" if s.label == OURS else "o"
+        left.errorbar(i.mean, y, xerr=i.half, fmt=marker, color=colors[budget], capsize=2)
+        right.plot(s.worth(), np.mean(list(s.accuracy.values())), marker, color=colors[budget])
+    left.set_yticks(range(len(rows)), [f"{b}: {s.label}" for b, s in reversed(rows)], fontsize=8)
+    left.axvline(0, color="0.5", linewidth=1)
+    left.set_xlabel("points of accuracy to full tuning without limits")
+    left.set_xlim(left=max(-40, left.get_xlim()[0]))
+    right.set_xlabel("predicted worth")
+    right.set_ylabel("accuracy, %")
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    """Print the tables of a sweep, and draw it."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--picture", type=Path)
+    given = parser.parse_args()
+    found = settings(given.folder)
+    reference = next((s for s in found if s.label == REFERENCE and s.budgets in ("none", "")), None)
+    if reference is None:
+        parser.error(f"the sweep in {given.folder} has no finished trial of {REFERENCE} yet")
+    groups: defaultdict[str, list[Setting]] = defaultdict(list)
+    for s in found:
+        groups[s.budgets].append(s)
+    for budget, own in groups.items():
+        print(table(budget, own, reference), end="\n\n")
+    if len(found) > 2:
+        rho, count = correlation(found)
+        print(
+            f"Spearman's correlation of predicted worth and accuracy: {rho:.2f}, {count} settings"
+        )
+    if given.picture:
+        draw(found, reference, given.picture)
+
+
+if __name__ == "__main__":
+    main()
