@@ -1,19 +1,24 @@
 """The files of experiments/ are sweeps and configurations that can run."""
 
+import importlib.util
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from d2ft_fl.config import RunConfig, read_toml
 from d2ft_fl.devices import read_devices
+from d2ft_fl.local import run_local
 from d2ft_fl.methods import STRATEGIES
+from d2ft_fl.sweep import command
 from d2ft_fl.sweep.reading import read_sweep
+from d2ft_fl.sweep.remote import Outcome
 from d2ft_fl.sweep.trials import expand
 
 FOLDER = Path(__file__).parents[1] / "experiments"
 FILES = sorted(FOLDER.rglob("*.toml"))
 PAPERS = [f for f in FILES if f.parent.name == "papers" and not f.stem.endswith("_budgets")]
-BUDGETS = [f for f in FILES if f.stem.endswith("_budgets")]
+BUDGETS = [f for f in FILES if f.stem.endswith("_budgets") or f.parent.name == "budgets"]
 CONFIGS = [FOLDER / "default.toml", FOLDER / "cifar10_vit_tiny.toml"]
 SWEEPS = [f for f in FILES if f not in BUDGETS + CONFIGS]
 
@@ -55,3 +60,43 @@ def test_all_strategies_that_keep_a_budget_of_compute_are_compared():
     compared = {t.config.strategy for t in trials}
     assert compared == set(STRATEGIES) - {"accumulate"}
     assert {t.config.match_share for t in trials if t.config.match} == {0.6, 0.4, 0.25}
+
+
+def in_this_process(todo, ledger, scratch):
+    """An engine of sweeps without Ray."""
+    for trial in todo:
+        ledger.started(trial.id)
+        folder = scratch / trial.id
+        summary = run_local(replace(trial.config, run_folder=str(folder)), report=False)
+        left = [p for p in folder.rglob("*") if p.suffix in (".json", ".jsonl", ".toml")]
+        changes = {str(p.relative_to(folder)): (0, p.read_bytes()) for p in left}
+        ledger.ended(trial.id, Outcome("finished"), summary["accuracy"], changes)
+
+
+def test_a_comparison_under_budgets_can_be_read_off(tmp_path, monkeypatch, capsys):
+    """Two seeds of three settings on digits: differences by hand from the trials' summaries."""
+    sweep = tmp_path / "small.toml"
+    budgets = FOLDER / "accuracy" / "budgets"
+    sweep.write_text(
+        "seeds = 2\n[base]\nrounds = 2\nclients = 4\ntrain-examples = 120\ntest-examples = 60\n"
+        f'[[group]]\nbase.strategy = "fedavg"\nbase.budgets = "{budgets / "none.toml"}"\n'
+        f'[[group]]\nbase.budgets = "{budgets / "compute_60.toml"}"\n'
+        'grid.strategy = ["d2ft", "fewer-examples"]\n'
+    )
+    folder = tmp_path / "out"
+    assert command.sweep(sweep, output=folder, engine=in_this_process) == 0
+    capsys.readouterr()
+    spec = importlib.util.spec_from_file_location("compare", FOLDER / "accuracy" / "compare.py")
+    compare = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(compare)
+    monkeypatch.setattr("sys.argv", ["compare", str(folder), "--picture", str(tmp_path / "p.png")])
+    compare.main()
+    said = capsys.readouterr().out
+    found = {s.label: s for s in compare.settings(folder)}
+    ours, theirs = found["d2ft"].accuracy, found["fewer-examples"].accuracy
+    mean = sum(ours[seed] - theirs[seed] for seed in "01") / 2
+    (line,) = (line for line in said.splitlines() if line.startswith("| fewer-examples"))
+    assert f"{mean:+.1f} ±" in line
+    assert "### compute_60" in said
+    assert "Spearman's correlation" in said
+    assert tmp_path.joinpath("p.png").stat().st_size > 5000

@@ -48,7 +48,7 @@ class Setting:
 
     def seconds(self) -> float:
         """Simulated, on average."""
-        return float(np.mean([run.totals["simulated_seconds"] for run in self.runs.values()]))
+        return float(np.mean([run.totals["round_seconds"] for run in self.runs.values()]))
 
     def worth(self) -> float:
         """Predicted: the mean over rounds."""
@@ -99,10 +99,10 @@ def table(budget: str, own: list[Setting], reference: Setting) -> str:
 
 
 def correlation(found: list[Setting]) -> tuple[float, int]:
-    """Spearman's, between predicted worth and measured accuracy, of full tuning; and of how many."""
+    """Spearman's, between predicted worth and accuracy, and of how many settings; without LoRA."""
     full = [s for s in found if not s.tuning]
-    worth, accuracy = zip(*((s.worth(), np.mean(list(s.accuracy.values()))) for s in full))
-    return float(spearmanr(worth, accuracy).statistic), len(full)
+    accuracy = [np.mean(list(s.accuracy.values())) for s in full]
+    return float(spearmanr([s.worth() for s in full], accuracy).statistic), len(full)
 
 
 def draw(found: list[Setting], reference: Setting, path: Path) -> None:
@@ -149,9 +149,7 @@ def main() -> None:
         print(table(budget, own, reference), end="\n\n")
     if len(found) > 2:
         rho, count = correlation(found)
-        print(
-            f"Spearman's correlation of predicted worth and accuracy: {rho:.2f}, {count} settings"
-        )
+        print(f"Spearman's correlation of predicted worth and accuracy: {rho:.2f} ({count})")
     if given.picture:
         draw(found, reference, given.picture)
 
