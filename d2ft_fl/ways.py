@@ -8,8 +8,9 @@ they relieve, and of what comes out the client's :mod:`worth <d2ft_fl.worth>` de
   nothing but time; activations computed again;
 * bytes up: changes in the most bits in which everything could travel.
 
-The knapsack is asked for schedules in which gradients pass everywhere, and besides for such of
-D2FT's three operations. Fewer tokens are not tried: fewer examples were better (docs/accuracy.md).
+The knapsack is asked for schedules in which gradients pass everywhere, and besides for such as
+``forward-weight`` and ``frozen-weight`` say, which are of D2FT's three operations unless told
+otherwise. Fewer tokens are not tried: fewer examples were better (docs/accuracy.md).
 """
 
 from collections import defaultdict
@@ -31,8 +32,9 @@ FLOPS, MEMORY, UP = (RESOURCES.index(r) for r in ("flops", "memory", "bytes_up")
 COARSE = (1.0, 0.5, 0.25, 0.125)  # shares of the examples that are tried first
 FINE = (2**-0.5, 2**0.5, 2**-0.25, 2**0.25)  # times the best one so far, one after the other
 RATE, MOST_RATE = 0.5, 3.0  # learning rates grow with the learned share to the power of -RATE
-# What running a subnet is worth beside training it, and what leaving its gradient uncut is.
-PASSING, CUTTING = (8.0, 8.0), (1.0, 0.0)
+# What running a subnet is worth beside training it, and what leaving its gradient uncut is: so much
+# that a gradient is cut, or a subnet skipped, where there is no other way.
+PASSING = (8.0, 8.0)
 
 
 @dataclass(frozen=True)
@@ -124,10 +126,12 @@ class Search:
         )
         self._try(clients, way, PASSING, COARSE if bound.short else COARSE[:1])
         self._refine(clients, way, PASSING, FINE if bound.short else ())
-        others = [(way, CUTTING)]
+        config = self.round.federation.config
+        cutting = config.forward_weight, config.frozen_weight
+        others = [(way, cutting)]
         if bound.narrow and not costs.options.checkpointing:
             again = replace(way, checkpointing=True)
-            others = [(again, PASSING), (again, CUTTING), *others]
+            others = [(again, PASSING), (again, cutting), *others]
         for other, weights in others:
             self._refine(clients, other, weights, (1.0, *FINE[:2]) if bound.short else (1.0,))
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from d2ft_fl.costs import RESOURCES
 from d2ft_fl.local_options import AS_CONFIGURED
 from d2ft_fl.rounds import Round, plan_round
-from d2ft_fl.ways import CUTTING, PASSING, Search
+from d2ft_fl.ways import PASSING, Search
 from d2ft_fl.worker import Worker
 from d2ft_fl.worth import Worth
 from tests.test_strategies import ARCH, FORWARD, FULL, SKIP, round_of
@@ -95,7 +95,7 @@ def test_no_plain_plan_is_worth_more(budget, seed):
     judge = Worth(scores, scores)
     (found,) = Search(round, scores, scores).best()
     best = worth_of(judge, found, round)
-    for weights in (PASSING, CUTTING):
+    for weights in (PASSING, (1.0, 0.0)):
         planner = federation.planner_along(state, AS_CONFIGURED, *weights)
         (plain,) = planner.plan(round.clients, scores, scores, round.number)
         plain_worth = worth_of(judge, plain, round)
