@@ -25,7 +25,7 @@ import numpy as np
 from d2ft_fl.plans import Plan
 from d2ft_fl.subnets import Operation
 
-EXAMPLES, LEARNED = 0.5, 0.6  # a, c
+EXAMPLES, LEARNED = 0.5, 0.4  # a, c
 CUT, SKIPPED = 0.25, 0.25  # k, s
 BASE = 0.02
 BITS = {32: 1.0, 8: 0.999, 4: 0.99}
