@@ -57,7 +57,7 @@ def test_the_default_configuration_checks():
         ({"optimizer": "adam"}, "use one of adamw, sgd"),
         ({"planner": "magic"}, "use one of joint, two-stage"),
         ({"backward-score": "size"}, "use one of magnitude, fisher, gradient, taylor, uniform"),
-        ({"strategy": "best"}, "use one of d2ft, random, fedavg, .*, or the dotted path"),
+        ({"strategy": "best"}, "use one of d2ft, d2ft-paper, .*, or the dotted path"),
         ({"strategy": "no.such"}, "cannot import 'no.such'"),
         ({"strategy": "d2ft_fl.wire"}, "has no function schedule"),
         ({"tuning": "half"}, "use one of full"),

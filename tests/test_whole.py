@@ -80,9 +80,12 @@ def test_a_run_selects_what_it_is_least_sure_of(quick, strategy, monkeypatch):
     assert summary["flops_as_predicted"] == summary["client_rounds"]
     told = [row for row in rows(config.run_folder, "clients.jsonl") if row["used"]]
     assert {row["viewed"] for row in told} == {30}
-    assert {row["examples"] for row in told} == {15}
+    counts = [row["examples"] for row in told]
+    assert max(counts) == 15
+    if strategy == "caff":  # d2ft takes fewer where compute binds
+        assert min(counts) == 15
     assert all(row["scored"] == (4 if strategy == "d2ft" else 0) for row in told)
-    assert all(len(chosen) == len(set(chosen.tolist())) == 15 for _, _, chosen in seen)
+    assert [len(set(chosen.tolist())) for _, _, chosen in seen] == counts
 
 
 def test_who_cannot_afford_to_select_draws(quick):
