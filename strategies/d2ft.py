@@ -8,7 +8,7 @@ that is worth most (`d2ft_fl.worth`).
 
 Deviates from the paper, which distributes one model's training over devices, knows one budget,
 three operations and no other ways; `d2ft-paper` is as published. With ``exploration`` above 0 the
-common scores are weighed by a draw each round, the same for all clients; ``coupling = "agenda"``
+backward scores are weighed by a draw each round, the same for all clients; ``coupling = "agenda"``
 puts first what was trained longest ago; ``coupling = "spread"`` plans all clients together, the one
 way that is configured.
 """
@@ -29,9 +29,8 @@ def schedule(round: Round) -> list[Assignment]:
     if config.coupling == "agenda":
         backward = round.agenda(backward)
     elif config.exploration:
-        draws = np.random.default_rng([config.seed, round.number]).random((2, *round.shape))
-        weights = 1 + config.exploration * (2 * draws - 1)  # mean 1
-        backward, forward = backward * weights[0], forward * weights[1]
+        draws = np.random.default_rng([config.seed, round.number]).random(round.shape)
+        backward = backward * (1 + config.exploration * (2 * draws - 1))  # mean 1
     if config.coupling == "spread" or config.planner == "two-stage":
         return round.plan(backward, forward)
     return Search(round, backward, forward).best()
