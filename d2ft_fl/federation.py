@@ -142,9 +142,9 @@ class Federation:
         self, compensated: bool, calibrating: bool, way: Way = AS_CONFIGURED
     ) -> CostModel:
         """The cost model of rounds in which this is so; see :meth:`costs_of`."""
-        key = compensated, calibrating, way
+        key = compensated, calibrating, way.priced
         if key not in self._along:
-            self._along[key] = self.cost_models[compensated, calibrating].along(way)
+            self._along[key] = self.cost_models[compensated, calibrating].along(way.priced)
         return self._along[key]
 
     @cached_property
@@ -172,7 +172,7 @@ class Federation:
         """The planner of a way, each client for itself, with other weights than configured."""
         costs = self.costs_of(state, way)
         kind = costs.compensated, costs.calibrating
-        key = *kind, way, forward_weight, frozen_weight
+        key = *kind, way.priced, forward_weight, frozen_weight
         if key not in self._weighted:
             base = self._planners[kind]
             changed = replace(base, costs=costs, method="joint", coupling="none")

@@ -102,5 +102,10 @@ class Way:
     in_turn: bool = False
     rate: float = 1.0
 
+    @property
+    def priced(self) -> "Way":
+        """What of it costs depend on."""
+        return replace(self, in_turn=False, rate=1.0)
+
 
 AS_CONFIGURED = Way()

@@ -4,18 +4,19 @@ The planner maximises sums over subnets, which do not see that what is trained m
 nor that fewer examples are worth less. This judges whole rounds, so that plans made in different
 ways compare:
 
-    worth = examples^a  bits(w)  learned^c  kept
+    worth = exp(-a ln(examples)^2 - c ln(learned)^2)  bits(w)  kept
 
 with the share of the examples; w the bits in which changes travel; and over blocks l and heads h,
 with backward scores u and forward scores v,
 
     learned = B + (1 - B) sum_lh u_lh full_lh path_l / sum_lh u_lh     as far as the loss sees it
     path_l  = prod_{m > l} (1 - k cut_m)                   cut_m: share of block m cutting gradients
-    kept    = prod_l (1 - s sum_h v_lh skipped_lh / sum_h v_lh)
+    kept    = prod_l (1 - s mean_h v_lh skipped_lh / mean v)
 
-full and skipped are shares of the slots; B is for the classifier, which always trains. The
-constants were fitted to measured accuracies; `docs/accuracy.md` shows how well the prediction
-orders them.
+full and skipped are shares of the slots; B is for the classifier, which always trains. A little
+less of anything costs next to nothing, hence the squares: so budgets are best spread over what can
+be saved on. The constants are about what was measured, in accuracy: a point of it is 0.01. See
+`docs/accuracy.md`, also for how well the prediction orders plans.
 """
 
 from dataclasses import dataclass
@@ -25,10 +26,10 @@ import numpy as np
 from d2ft_fl.plans import Plan
 from d2ft_fl.subnets import Operation
 
-EXAMPLES, LEARNED = 0.5, 0.4  # a, c
-CUT, SKIPPED = 0.25, 0.25  # k, s
+EXAMPLES, LEARNED = 0.05, 0.033  # a, c
+CUT, SKIPPED = 0.5, 0.3  # k, s
 BASE = 0.02
-BITS = {32: 1.0, 8: 0.999, 4: 0.99}
+BITS = {32: 1.0, 8: 0.999, 4: 0.993}
 
 
 @dataclass(frozen=True)
@@ -54,9 +55,10 @@ class Worth:
         """
         learned = self.learned(operations, ranks)
         skipped = (operations == Operation.SHORTCUT).mean(axis=1)
-        lost = (self.forward * skipped).sum(axis=2) / self.forward.sum(axis=1)  # [clients, blocks]
-        kept = np.prod(1 - SKIPPED * lost, axis=1)
-        return examples**EXAMPLES * BITS[bits] * learned**LEARNED * kept
+        missing = (self.forward * skipped).mean(axis=2) / self.forward.mean()  # [clients, blocks]
+        kept = np.prod(np.clip(1 - SKIPPED * missing, 0.0, 1.0), axis=1)
+        lost = EXAMPLES * np.log(examples) ** 2 + LEARNED * np.log(learned) ** 2
+        return np.exp(-lost) * BITS[bits] * kept
 
     def learned(self, operations: np.ndarray, ranks: np.ndarray) -> np.ndarray:
         """What trains, as far as the loss sees it, as a share of everything: float64 [clients]."""
@@ -78,6 +80,7 @@ class Worth:
         own = np.array([a.examples or 0 for a in plan.assignments], dtype=np.float64)
         coded = np.array([BITS[a.way.bits or bits] for a in plan.assignments])
         ranks = np.ones((len(local), *operations.shape[2:]))
-        each = self.of(operations, ranks, own / np.maximum(1.0, local), 32) * coded
-        each = each * operations.any(axis=(1, 2, 3))
+        works = operations.any(axis=(1, 2, 3)) & (own > 0)
+        shares = np.where(works, own / np.maximum(1.0, local), 1.0)
+        each = self.of(operations, ranks, shares, 32) * coded * works
         return float((each * local).sum() / max(1.0, local.sum()))

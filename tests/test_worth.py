@@ -1,5 +1,7 @@
 """What a round is worth, against its formula by hand and its laws."""
 
+import math
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -36,8 +38,8 @@ def test_by_hand():
     operations[0, 3, 0] = SKIP
     path = (1 - worth.CUT) ** 2
     learned = worth.BASE + (1 - worth.BASE) * 0.5 * path
-    expected = 0.4**worth.EXAMPLES * worth.BITS[8] * learned**worth.LEARNED
-    expected *= 1 - worth.SKIPPED / 3
+    lost = worth.EXAMPLES * math.log(0.4) ** 2 + worth.LEARNED * math.log(learned) ** 2
+    expected = math.exp(-lost) * worth.BITS[8] * (1 - worth.SKIPPED / 3)
     assert of(operations, examples=0.4, bits=8) == pytest.approx(expected)
 
 
