@@ -2,7 +2,7 @@
 
 Everything that decides a plan is built as a run builds it: model, weights, budgets, scores. Rounds
 follow each other as if every client answered. Nothing is trained, so weights stay, and scores that
-clients would measure stay at their prior, the same for every subnet.
+clients would measure stay at their prior, which falls with depth.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,6 +20,7 @@ from d2ft_fl.costs import RESOURCES, Cost, workload_variance
 from d2ft_fl.data import open_data
 from d2ft_fl.errors import ConfigError
 from d2ft_fl.federation import Federation, Report, State
+from d2ft_fl.local_options import Way
 from d2ft_fl.models import build_model
 from d2ft_fl.planner import Assignment, Participant
 from d2ft_fl.plans import Plan, held_after, last_trained
@@ -35,7 +36,9 @@ class ClientPreview:
     """One client in one round.
 
     Attributes:
-        client: Its number. device: The name of its budget. examples: Its training examples.
+        client: Its number. device: The name of its budget.
+        examples: That it trains on. local: That it has.
+        way: How it runs the schedule.
         operations: Subnets by operation, the mean over slots; adds up to all subnets.
         trained_layers: Layers of which every subnet is FULL in some slot.
         rank: Mean over the trained subnets of the ranks they train at; ``None`` where only one rank
@@ -54,6 +57,8 @@ class ClientPreview:
     client: int
     device: str
     examples: int
+    local: int
+    way: Way
     operations: dict[str, float]
     trained_layers: int
     rank: float | None
@@ -79,6 +84,8 @@ class ClientPreview:
             client=who.client,
             device=who.budget.device or UNNAMED,
             examples=who.examples if a.examples is None else a.examples,
+            local=who.local,
+            way=a.way,
             operations={op.name.lower(): float(counts[op]) for op in Operation},
             trained_layers=int(a.schedule.trained.all(axis=1).sum()),
             rank=a.schedule.mean_rank(),

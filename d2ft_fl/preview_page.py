@@ -28,6 +28,7 @@ from d2ft_fl.preview_tables import (
     shown_operations,
     totals,
     used,
+    way,
 )
 
 SUFFIXES = (".png", ".svg", ".pdf", ".html")
@@ -189,10 +190,10 @@ def _clients(r: RoundPreview) -> str:
         + pages.cells(str(c.examples), *(f"{c.operations[op]:.4g}" for op in operations))
         + pages.cells(*[rank(c)] * ranks)
         + "".join(_used(c, name) for name in limits)
-        + pages.cells(*outcome(c))
+        + pages.cells(*outcome(c), way(c))
         for c in r.clients
     ]
-    return pages.table([*heads, *OUTCOME], rows, 2)
+    return pages.table([*heads, *OUTCOME, "way"], rows, 2)
 
 
 def _used(c: ClientPreview, name: str) -> str:

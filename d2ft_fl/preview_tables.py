@@ -155,14 +155,31 @@ def used(c: ClientPreview, name: str, wide: bool = True) -> tuple[str, str]:
     )
 
 
+def way(c: ClientPreview) -> str:
+    """How a client runs its schedule, where that is not as it is configured, in few words."""
+    if c.sits_out:
+        return ""
+    said = [
+        f"{c.examples / max(1, c.local):.0%} data" * (c.examples < c.local),
+        f"{c.way.tokens} tokens" * (c.way.tokens is not None),
+        f"{c.way.accumulate} passes" * ((c.way.accumulate or 1) > 1),
+        "again" * bool(c.way.checkpointing),
+        f"{c.way.bits} bits" * (c.way.bits is not None),
+    ]
+    return ", ".join(filter(None, said))
+
+
 def _clients(clients: list[ClientPreview], width: int) -> Table:
     operations, limits = shown_operations(clients), shown_limits(clients)
     ranks = has_ranks(clients)
     heads = ["client", "device", *(OPERATIONS[op] for op in operations), *["rank"] * ranks]
-    table = _table([*heads, *(LABELS[n] for n in limits), *OUTCOME], 2)
+    ways = ["way"] * any(way(c) for c in clients)
+    table = _table([*heads, *(LABELS[n] for n in limits), *OUTCOME, *ways], 2)
+
+    longest = max(len(way(c)) for c in clients) + 1
 
     def cell(c: ClientPreview, name: str) -> str:
-        amount, share = used(c, name, wide=width >= WIDE)
+        amount, share = used(c, name, wide=width >= WIDE + (longest if ways else 0))
         return f"{amount} {share or '-':>4}" if amount else share or "-"
 
     for c in clients:
@@ -173,6 +190,7 @@ def _clients(clients: list[ClientPreview], width: int) -> Table:
             *[rank(c)] * ranks,
             *(cell(c, name) for name in limits),
             *outcome(c),
+            *([way(c)] if ways else []),
         )
     return table
 

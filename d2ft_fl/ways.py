@@ -132,6 +132,8 @@ class Search:
         if bound.narrow and not costs.options.checkpointing:
             again = replace(way, checkpointing=True)
             others = [(again, PASSING), (again, cutting), *others]
+        if way.bits is not None:  # which takes a copy of what trains
+            others.append((replace(way, bits=None), PASSING))
         for other, weights in others:
             self._refine(clients, other, weights, (1.0, *FINE[:2]) if bound.short else (1.0,))
 
