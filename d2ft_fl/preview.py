@@ -321,7 +321,7 @@ def _notes(federation: Federation, rounds: list[RoundPreview]) -> list[str]:
     if measured := config.measured_scores():
         out.append(
             f"{' and '.join(measured)} scores are measured in a run; here they stay at their "
-            "prior, the same for every subnet"
+            "prior, which falls with depth"
         )
     if lost := [limit for limit in LIMITS if limit not in federation.keeps]:
         out.append(f"strategy {config.strategy!r} does not look at budgets of {', '.join(lost)}")
