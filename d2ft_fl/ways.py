@@ -72,11 +72,14 @@ class Search:
 
     Attributes:
         backward, forward: Scores common to all clients: float64 [blocks, heads].
+        preferred: Backward scores that schedules are made for, where others come first in this
+            round than what matters most: what a round is worth goes by ``backward``.
     """
 
     round: Round
     backward: np.ndarray
     forward: np.ndarray
+    preferred: np.ndarray
     _found: defaultdict[int, _Best] = field(default_factory=lambda: defaultdict(_Best))
 
     def best(self) -> list[Assignment]:
@@ -175,7 +178,7 @@ class Search:
         ]
         planner = federation.planner_along(state, way, *weights)
         passes = [self.round.passes(c) for c in some]
-        planned = planner.plan(some, self.backward, self.forward, self.round.number, passes)
+        planned = planner.plan(some, self.preferred, self.forward, self.round.number, passes)
         worth = self._worth.of(
             np.stack([a.schedule.operations for a in planned]),
             np.stack([planner.rank_share(a.schedule) for a in planned]),

@@ -26,11 +26,12 @@ def schedule(round: Round) -> list[Assignment]:
     """Each client's best round under its budgets."""
     config = round.federation.config
     backward, forward = round.backward_scores(), round.forward_scores()
+    preferred = backward
     if config.coupling == "agenda":
-        backward = round.agenda(backward)
+        preferred = round.agenda(backward)
     elif config.exploration:
         draws = np.random.default_rng([config.seed, round.number]).random(round.shape)
-        backward = backward * (1 + config.exploration * (2 * draws - 1))  # mean 1
+        preferred = backward * (1 + config.exploration * (2 * draws - 1))  # mean 1
     if config.coupling == "spread" or config.planner == "two-stage":
-        return round.plan(backward, forward)
-    return Search(round, backward, forward).best()
+        return round.plan(preferred, forward)
+    return Search(round, backward, forward, preferred).best()

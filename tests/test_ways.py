@@ -95,7 +95,7 @@ def test_no_plain_plan_is_worth_more(budget, seed):
     round = Round(federation, state, federation.participants(reports, state))
     scores = np.random.default_rng(seed).random((ARCH.blocks, ARCH.heads)) + 0.1
     judge = Worth(scores, scores)
-    (found,) = Search(round, scores, scores).best()
+    (found,) = Search(round, scores, scores, scores).best()
     best = worth_of(judge, found, round)
     for weights in (PASSING, (1.0, 0.0)):
         planner = federation.planner_along(state, AS_CONFIGURED, *weights)
