@@ -26,7 +26,7 @@ import numpy as np
 from d2ft_fl.plans import Plan
 from d2ft_fl.subnets import Operation
 
-EXAMPLES, LEARNED = 0.05, 0.1  # a, c
+EXAMPLES, LEARNED = 0.05, 0.033  # a, c
 CUT, SKIPPED = 0.5, 0.3  # k, s
 BASE = 0.02
 BITS = {32: 1.0, 8: 0.999, 4: 0.993}
