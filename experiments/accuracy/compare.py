@@ -126,7 +126,7 @@ def draw(found: list[Setting], reference: Setting, path: Path) -> None:
     left.set_yticks(range(len(rows)), [f"{b}: {s.label}" for b, s in reversed(rows)], fontsize=8)
     left.axvline(0, color="0.5", linewidth=1)
     left.set_xlabel("points of accuracy to full tuning without limits")
-    left.set_xlim(left=max(-40, left.get_xlim()[0]))
+    left.set_xlim(left=max(-65, left.get_xlim()[0]))
     right.set_xlabel("predicted worth")
     right.set_ylabel("accuracy, %")
     figure.savefig(path, dpi=110)
