@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 from d2ft_fl.errors import ReplyError
+from d2ft_fl.memory import ELEMENT
+from d2ft_fl.packed import GlobalModel
 from d2ft_fl.subnets import Architecture, Kind, Parameter, Schedule
 
 BITS = (32, 8, 4)  # 32: nothing is coded
@@ -30,7 +32,7 @@ def is_coded(p: Parameter, bits: int) -> bool:
 def row_bytes(p: Parameter, bits: int) -> int:
     """Bytes of one row of a parameter's slices on the wire."""
     width = p.numel // p.shape[p.axis]
-    return 4 * width if not is_coded(p, bits) else SCALE_BYTES + -(-width * bits // 8)
+    return SCALE_BYTES + -(-width * bits // 8) if is_coded(p, bits) else ELEMENT * width
 
 
 def encode(new: Tensor, old: Tensor, bits: int, generator: torch.Generator) -> Tensor:
@@ -73,12 +75,12 @@ def encoded(
 
 def decoded(
     arch: Architecture,
-    weights: Mapping[str, Tensor],
+    whole: GlobalModel,
     schedule: Schedule,
     tensors: Mapping[str, Tensor],
     bits: int,
 ) -> dict[str, Tensor]:
-    """What a client made of ``weights``, from what it sent; what is not coded stays as it is.
+    """What a client made of a model, from what it sent; what is not coded stays as it is.
 
     Raises:
         ReplyError: For codes of another type or shape than they must have.
@@ -94,5 +96,5 @@ def decoded(
             raise ReplyError(
                 f"{name!r} is {coded.dtype} {list(coded.shape)}, not {torch.uint8} {list(shape)}"
             )
-        found[name] = decode(coded, p.pack(weights[name], heads), bits)
+        found[name] = decode(coded, whole.take(p, heads), bits)
     return found

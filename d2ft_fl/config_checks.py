@@ -272,6 +272,11 @@ def _check_tuning(config: "RunConfig") -> None:
     """Raises ConfigError unless the options of tuning fit together."""
     config.load_tuning()
     _check_ranks(config)
+    if config.tuning == "lora" and config.upload_bits < BITS[0]:
+        raise ConfigError(
+            f"upload-bits = {config.upload_bits} codes the weights of heads, which LoRA does not "
+            f"train: leave it at {BITS[0]}, or set tuning to 'full'"
+        )
     if config.tuning != "lora":
         if config.slora_rounds or config.lora_adapter:
             key = "slora-rounds" if config.slora_rounds else "lora-adapter"

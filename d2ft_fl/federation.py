@@ -167,22 +167,27 @@ class Federation:
         return planners[state.means.known is not None, self.calibrates(state.round + 1)]
 
     def planner_along(
-        self, state: State, way: Way, forward_weight: float, frozen_weight: float
+        self,
+        state: State,
+        way: Way,
+        forward_weight: float,
+        frozen_weight: float,
+        method: str = "joint",
     ) -> Planner:
         """The planner of a way, each client for itself, with other weights than configured."""
         costs = self.costs_of(state, way)
         kind = costs.compensated, costs.calibrating
-        key = *kind, way.priced, forward_weight, frozen_weight
+        key = *kind, way.priced, forward_weight, frozen_weight, method
         if key not in self._weighted:
             base = self._planners[kind]
-            changed = replace(base, costs=costs, method="joint", coupling="none")
+            changed = replace(base, costs=costs, method=method, coupling="none")
             self._weighted[key] = replace(
                 changed, forward_weight=forward_weight, frozen_weight=frozen_weight
             )
         return self._weighted[key]
 
     @cached_property
-    def _weighted(self) -> dict[tuple[bool, bool, Way, float, float], Planner]:
+    def _weighted(self) -> dict[tuple[bool, bool, Way, float, float, str], Planner]:
         return {}
 
     @cached_property

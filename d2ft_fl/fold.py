@@ -2,6 +2,7 @@
 
 from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from types import MappingProxyType
 
 import numpy as np
@@ -10,7 +11,7 @@ from torch import Tensor
 
 from d2ft_fl import wire
 from d2ft_fl.aggregation import Sums, Update, validate
-from d2ft_fl.coding import decoded
+from d2ft_fl.coding import BITS, decoded
 from d2ft_fl.compensation import MeanSums
 from d2ft_fl.costs import Cost
 from d2ft_fl.errors import ReplyError
@@ -19,6 +20,7 @@ from d2ft_fl.federation import Federation, State
 from d2ft_fl.holdings import digests
 from d2ft_fl.local_options import Way
 from d2ft_fl.noisy import NoisySums, PrivateRound
+from d2ft_fl.packed import GlobalModel
 from d2ft_fl.planner import Assignment
 from d2ft_fl.plans import Plan, held_after, last_trained
 from d2ft_fl.robust import ROBUST, RobustSums, clipped
@@ -116,6 +118,11 @@ class Fold:
             return FactorSums(arch, weights, examples, mode, config.lora_error)
         return Sums(arch, weights, examples)
 
+    @cached_property
+    def _laid_out(self) -> GlobalModel:
+        """The model as clients' slices of it lie, which coded changes are added to."""
+        return GlobalModel.of(self.federation.arch, self.state.weights)
+
     @property
     def answered(self) -> int:
         """How many clients' replies were added."""
@@ -195,7 +202,8 @@ class Fold:
             means = {n: tensors.pop(n) for n in list(tensors) if n.startswith("d2ft.mean.")}
             self.mean_sums.check(schedule, means)
         bits = assignment.way.bits or self.federation.config.upload_bits
-        tensors = decoded(self.federation.arch, self.state.weights, schedule, tensors, bits)
+        if bits < BITS[0]:
+            tensors = decoded(self.federation.arch, self._laid_out, schedule, tensors, bits)
         update = Update(schedule, slot_examples, tensors)
         if (norm := self.federation.config.clip_norm) and not self.private:  # which clips itself
             validate(self.federation.arch, self.state.weights, update)

@@ -5,7 +5,7 @@ functions, and give the same result for the same seed.
 """
 
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -21,7 +21,7 @@ from d2ft_fl.plans import Plan
 from d2ft_fl.scores import KINDS, MEASURED, subnet_scores
 from d2ft_fl.subnets import Operation, Schedule
 
-__all__ = ["Assignment", "Participant", "Round", "Way", "plan_round"]
+__all__ = ["Assignment", "Participant", "Round", "Way", "most", "plan_round"]
 
 
 @dataclass(frozen=True)
@@ -122,11 +122,14 @@ class Round:
             backward, forward: float64 [blocks, heads], or [clients, blocks, heads] where clients'
                 scores differ.
             coupled: Whether ``coupling = "spread"`` acts; else each client has its own optimum.
-            method: ``joint`` or ``two-stage``, where not as configured.
+            method: ``joint`` or ``two-stage`` with D2FT's three operations, each client for itself;
+                None for what is configured.
         """
-        planner = self.federation.planner_of(self.state, coupled)
+        federation = self.federation
+        planner = federation.planner_of(self.state, coupled)
         if method is not None:
-            planner = replace(planner, method=method, frozen_weight=0.0, coupling="none")
+            weight = federation.config.forward_weight
+            planner = federation.planner_along(self.state, AS_CONFIGURED, weight, 0.0, method)
         return planner.plan(
             self.clients,
             backward,
@@ -160,6 +163,12 @@ class Round:
         costs = self.federation.costs_of(self.state, way)
         cost = round_cost(costs, schedule, count, passes, client.holds)
         return Assignment(client.client, schedule, cost, passes, examples=count, way=way)
+
+    @property
+    def pass_counts(self) -> list[int]:
+        """In how many passes a batch can be run, where the largest pass differs: ascending."""
+        batch = self.federation.config.batch_size
+        return sorted({-(-batch // size) for size in range(1, batch + 1)})
 
     def largest(self, client: Participant, schedules: Sequence[Schedule]) -> Assignment:
         """The last of some schedules, cheapest first, that every budget of a client affords.
@@ -211,6 +220,26 @@ class Round:
         """A schedule that is the same in every slot, from operations int8 [blocks, heads]."""
         slots = self.federation.config.slots
         return Schedule(np.broadcast_to(operations, (slots, *self.shape)).astype(np.int8))
+
+
+def most(
+    fits: int, over: int, attempt: Callable[[int], Assignment | None], first: int = 0
+) -> Assignment | None:
+    """What the largest number for which there is anything gives, found by bisection.
+
+    Args:
+        fits, over: Only numbers between these are tried; more cost more.
+        attempt: What a number gives; None where budgets do not afford it.
+        first: To try before others.
+    """
+    found, count = None, first
+    while over - fits > 1:
+        count = count if fits < count < over else (fits + over) // 2
+        if (tried := attempt(count)) is None:
+            over = count
+        else:
+            fits, count, found = count, count + 1 if count == first else 0, tried
+    return found
 
 
 def plan_round(federation: Federation, state: State, reports: Iterable[Report]) -> Plan:

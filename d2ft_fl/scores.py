@@ -104,13 +104,11 @@ class ScoreBook:
 
     means: Mapping[str, np.ndarray] = field(default_factory=dict)
 
-    def scores(self, kind: str, arch: Architecture) -> np.ndarray:
+    def scores(self, kind: str) -> np.ndarray:
         """Measurements of one kind, float64 [blocks, heads].
 
-        A subnet never seen gets the mean of those seen; before any was, all get their prior.
+        Of a kind that was measured; a subnet never seen gets the mean of those seen.
         """
-        if kind not in self.means:
-            return prior(arch) ** (2 if kind == "fisher" else 1)
         known = self.means[kind]
         return np.where(np.isnan(known), np.nanmean(known), known)
 
@@ -159,5 +157,7 @@ def subnet_scores(
         return normalised(magnitude(arch, weights))
     if kind == "uniform":
         return np.ones((arch.blocks, arch.heads))
-    found = book.scores(kind, arch)
+    if kind not in book.means:
+        return normalised(prior(arch))
+    found = book.scores(kind)
     return normalised(np.sqrt(found) if kind == "fisher" else found)

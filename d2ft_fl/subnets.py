@@ -202,10 +202,6 @@ class Architecture:
         # Enough to tell models apart, and quick beside thousands of rows.
         return hash((self.blocks, self.heads, self.dim, self.hidden, self.tokens, self.rank))
 
-    def tokens_of(self, share: float) -> int:
-        """Tokens of an example of which so many patches are kept, one at least."""
-        return self.prefix + max(1, round(share * (self.tokens - self.prefix)))
-
     @cached_property
     def by_name(self) -> dict[str, Parameter]:
         """Parameters by state-dict name."""

@@ -18,9 +18,9 @@ from timm.layers import (
     DropPath,
     LayerScale,
     Mlp,
-    PatchDropout,
     PatchEmbed,
     RmsNorm,
+    patch_dropout_forward,
 )
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
@@ -312,8 +312,8 @@ def embed(model: VisionTransformer, images: Tensor, tokens: int | None = None) -
     patches, prefix = x.shape[1] - model.num_prefix_tokens, model.num_prefix_tokens
     if tokens is not None and tokens < x.shape[1]:
         # It keeps int(patches * (1 - prob)): half a patch more does away with rounding.
-        drop = PatchDropout(1 - (tokens - prefix + 0.5) / patches, prefix, ordered=True)
-        x = drop.train()(x)
+        prob = 1 - (tokens - prefix + 0.5) / patches
+        x, _ = patch_dropout_forward(x, prob, prefix, ordered=True, training=True)
     return model.norm_pre(x)
 
 

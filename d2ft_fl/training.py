@@ -102,6 +102,10 @@ class Stepper:
         return build_optimizer(self.entries, self.options, self.rate)
 
     @cached_property
+    def _beside_bytes(self) -> int:
+        return tensor_bytes(self.beside)
+
+    @cached_property
     def _began(self) -> list[Tensor]:
         """Where the entries began, for the proximal term."""
         return [e.value.clone() for e in self.entries] if self.options.proximal else []
@@ -184,7 +188,8 @@ class Stepper:
 
     def _held_bytes(self) -> int:
         """Bytes of weights, gradients and optimiser state."""
-        key = len(self.optimizer.state), len(self.beside), self.options, _pattern(self.model, [])
+        options = self.options.optimizer, self.options.proximal > 0
+        key = len(self.optimizer.state), self._beside_bytes, options, _pattern(self.model, [])
         return self.meter.bytes_of(lambda: [*self._fixed, *optimizer_state(self.optimizer)], key)
 
 

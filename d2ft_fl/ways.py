@@ -25,7 +25,7 @@ from d2ft_fl.costs import RESOURCES
 from d2ft_fl.local_options import Way
 from d2ft_fl.passes import round_cost
 from d2ft_fl.planner import Assignment, Participant
-from d2ft_fl.rounds import Round
+from d2ft_fl.rounds import Round, most
 from d2ft_fl.worth import Worth
 
 FLOPS, MEMORY, UP = (RESOURCES.index(r) for r in ("flops", "memory", "bytes_up"))
@@ -127,7 +127,8 @@ class Search:
             bits=None if bound.bits == costs.bits else bound.bits,
             in_turn=True,
         )
-        self._try(clients, way, PASSING, COARSE if bound.short else COARSE[:1])
+        for share in COARSE if bound.short else COARSE[:1]:
+            self._attempt(clients, way, PASSING, np.full(len(clients), share))
         self._refine(clients, way, PASSING, FINE if bound.short else ())
         config = self.round.federation.config
         cutting = config.forward_weight, config.frozen_weight
@@ -139,17 +140,6 @@ class Search:
             others.append((replace(way, bits=None), PASSING))
         for other, weights in others:
             self._refine(clients, other, weights, (1.0, *FINE[:2]) if bound.short else (1.0,))
-
-    def _try(
-        self,
-        clients: list[Participant],
-        way: Way,
-        weights: tuple[float, float],
-        shares: Iterable[float],
-    ) -> None:
-        """Try a way on shares of the examples."""
-        for share in shares:
-            self._attempt(clients, way, weights, np.full(len(clients), share))
 
     def _refine(
         self,
@@ -183,7 +173,7 @@ class Search:
             np.stack([a.schedule.operations for a in planned]),
             np.stack([planner.rank_share(a.schedule) for a in planned]),
             np.array([s.examples / c.examples for s, c in zip(some, clients, strict=True)]),
-            planner.costs.bits,
+            [planner.costs.bits] * len(some),
         )
         for value, share, own, a in zip(
             worth.tolist(), shares.tolist(), some, planned, strict=True
@@ -213,27 +203,23 @@ class Search:
     def _more_examples(self, client: Participant, a: Assignment) -> Assignment:
         """On as many more examples as compute affords, which is less than half as many again."""
         fits = a.examples or 0
-        over = min(client.examples, fits + fits // 2) + 1
         # FLOPs are all but linear: what is left is spent at once, or it is time that binds.
-        share = int(client.capacity[FLOPS]) / max(1, a.cost.flops)
-        count = min(over - 1, int(fits * min(share, 2.0)))
-        while over - fits > 1:
-            count = count if fits < count < over else (fits + over) // 2
-            tried = self.round.assign(client, a.schedule, count, a.way, a.passes)
-            if client.affords(tried.cost):
-                fits, count, a = count, count + 1, replace(tried, gap=a.gap)
-            else:
-                over = count
-        return a
+        share = min(2.0, int(client.capacity[FLOPS]) / max(1, a.cost.flops))
+        over = min(client.examples, fits + fits // 2) + 1
+        first = min(over - 1, int(fits * share))
+        return (
+            most(fits, over, lambda n: self._affordable(client, replace(a, examples=n)), first) or a
+        )
 
     def _fewer_passes(self, client: Participant, a: Assignment) -> Assignment:
         """In the fewest passes in which memory still suffices."""
         if a.way.accumulate is None:
             return a
-        batch = self.round.federation.config.batch_size
-        for passes in sorted({-(-batch // size) for size in range(1, batch + 1)}):
-            way = replace(a.way, accumulate=passes)
-            tried = self.round.assign(client, a.schedule, a.examples, way, a.passes)
-            if client.affords(tried.cost):
-                return replace(tried, gap=a.gap)
-        return a
+        ways = (replace(a.way, accumulate=passes) for passes in self.round.pass_counts)
+        tried = (self._affordable(client, replace(a, way=way)) for way in ways)
+        return next(filter(None, tried), a)
+
+    def _affordable(self, client: Participant, a: Assignment) -> Assignment | None:
+        """An assignment at its cost, if that is within every budget."""
+        found = self.round.assign(client, a.schedule, a.examples, a.way, a.passes)
+        return replace(a, cost=found.cost) if client.affords(found.cost) else None

@@ -152,8 +152,9 @@ class Worker:
         hostile, bits = self.config.hostile(task.client), task.way.bits or self.config.upload_bits
         before = self._values() if hostile or bits < BITS[0] else {}
         began = time.perf_counter()
-        kept = list(before.values()) if bits < BITS[0] else []
-        loss, trained = self._train(task, options, chosen, kept)
+        loss, trained = self._train(
+            task, options, chosen, list(before.values()) if bits < BITS[0] else []
+        )
         if hostile:
             for name, old in before.items():
                 trained[name] = old + (trained[name] - old) * self.config.hostile_scale

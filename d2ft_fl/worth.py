@@ -15,10 +15,12 @@ with backward scores u and forward scores v,
 
 full and skipped are shares of the slots; B is for the classifier, which always trains. A little
 less of anything costs next to nothing, hence the squares: so budgets are best spread over what can
-be saved on. The constants are about what was measured, in accuracy: a point of it is 0.01. See
-`docs/accuracy.md`, also for how well the prediction orders plans.
+be saved on. Of the constants a, c, s and those of the bits are about what was measured, a point of
+accuracy being 0.01; k and B are guesses. See `docs/accuracy.md`, also for how well the prediction
+orders plans.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -44,21 +46,21 @@ class Worth:
         operations: np.ndarray,
         ranks: np.ndarray,
         examples: np.ndarray,
-        bits: int,
+        bits: Sequence[int],
     ) -> np.ndarray:
         """The worth of many clients' rounds: float64 [clients].
 
         Args:
             operations: int8 [clients, slots, blocks, heads].
             ranks: How far training at its rank counts: float64 [clients, blocks, heads].
-            examples: Shares of a client's own, float64 [clients]. bits: Of changes.
+            examples: Shares of a client's own, float64 [clients]. bits: Of its changes, [clients].
         """
         learned = self.learned(operations, ranks)
         skipped = (operations == Operation.SHORTCUT).mean(axis=1)
         missing = (self.forward * skipped).mean(axis=2) / self.forward.mean()  # [clients, blocks]
         kept = np.prod(np.clip(1 - SKIPPED * missing, 0.0, 1.0), axis=1)
         lost = EXAMPLES * np.log(examples) ** 2 + LEARNED * np.log(learned) ** 2
-        return np.exp(-lost) * BITS[bits] * kept
+        return np.exp(-lost) * np.array([BITS[b] for b in bits]) * kept
 
     def learned(self, operations: np.ndarray, ranks: np.ndarray) -> np.ndarray:
         """What trains, as far as the loss sees it, as a share of everything: float64 [clients]."""
@@ -78,9 +80,9 @@ class Worth:
         operations = plan.schedules()
         local = np.array([c.local for c in plan.clients], dtype=np.float64)
         own = np.array([a.examples or 0 for a in plan.assignments], dtype=np.float64)
-        coded = np.array([BITS[a.way.bits or bits] for a in plan.assignments])
+        each_bits = [a.way.bits or bits for a in plan.assignments]
         ranks = np.ones((len(local), *operations.shape[2:]))
         works = operations.any(axis=(1, 2, 3)) & (own > 0)
         shares = np.where(works, own / np.maximum(1.0, local), 1.0)
-        each = self.of(operations, ranks, shares, 32) * coded * works
+        each = self.of(operations, ranks, shares, each_bits) * works
         return float((each * local).sum() / max(1.0, local.sum()))

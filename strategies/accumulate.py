@@ -19,9 +19,7 @@ def schedule(round: Round) -> list[Assignment]:
 
 
 def _fewest_passes(round: Round, client: Participant) -> Assignment:
-    batch = round.federation.config.batch_size
-    counts = {-(-batch // size) for size in range(1, batch + 1)}  # that differ in the largest pass
-    for passes in sorted(counts):
+    for passes in round.pass_counts:
         found = round.assign(client, round.everything(), way=Way(accumulate=passes))
         if found.cost.memory <= client.capacity[1]:
             return found

@@ -5,9 +5,11 @@ compute is the only budget: no method, only less of the data. It needs the whole
 of memory what weights and the tokens take, so of these it keeps no budget.
 """
 
+from functools import partial
+
 from d2ft_fl.budgets import DEADLINE
 from d2ft_fl.planner import Assignment, Participant
-from d2ft_fl.rounds import Round, Way
+from d2ft_fl.rounds import Round, Way, most
 
 PAPER = "Liu et al., PatchDropout, WACV 2023, arXiv 2208.07220"
 KEEPS = ("flops", DEADLINE)
@@ -21,12 +23,12 @@ def schedule(round: Round) -> list[Assignment]:
 
 def _most_tokens(round: Round, client: Participant) -> Assignment:
     arch = round.federation.arch
-    fits, over, found = arch.prefix, arch.tokens + 1, round.sit_out(client)  # more cost more
-    while over - fits > 1:
-        tokens = (fits + over) // 2
-        tried = round.assign(client, round.everything(), way=Way(tokens=tokens))
-        if tried.cost.flops <= client.capacity[0] and client.on_time(tried.cost):
-            fits, found = tokens, tried
-        else:
-            over = tokens
-    return found
+    found = most(arch.prefix, arch.tokens + 1, partial(_affordable, round, client))
+    return found or round.sit_out(client)
+
+
+def _affordable(round: Round, client: Participant, tokens: int) -> Assignment | None:
+    """Everything on so many tokens, if compute and deadline allow it."""
+    tried = round.assign(client, round.everything(), way=Way(tokens=tokens))
+    fits = tried.cost.flops <= client.capacity[0] and client.on_time(tried.cost)
+    return tried if fits else None

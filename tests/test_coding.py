@@ -10,6 +10,8 @@ from hypothesis import strategies as st
 
 from d2ft_fl.coding import BITS, decode, decoded, encode, encoded, is_coded, row_bytes
 from d2ft_fl.errors import ReplyError
+from d2ft_fl.local import run_local
+from d2ft_fl.packed import GlobalModel
 from d2ft_fl.subnets import Kind, pack_for
 from tests.conftest import build, random_schedule, weights_of
 
@@ -77,7 +79,7 @@ def test_an_update_comes_back_and_takes_the_bytes_that_are_said(bits):
         p = ARCH.by_name[name]
         assert is_coded(p, bits) == (len(p.shape) == 2) == (tensor.dtype is torch.uint8)
         assert tensor.nbytes == len(tensor) * row_bytes(p, bits)
-    back = decoded(ARCH, WEIGHTS, schedule, sent, bits)
+    back = decoded(ARCH, GlobalModel.of(ARCH, WEIGHTS), schedule, sent, bits)
     for name, tensor in new.items():
         assert back[name].shape == tensor.shape
         torch.testing.assert_close(back[name], tensor, rtol=0, atol=0.05 / (2 ** (bits - 1) - 1))
@@ -88,13 +90,11 @@ def test_codes_that_cannot_be_are_refused():
     name = next(n for n in pack_for(ARCH, WEIGHTS, schedule) if n.endswith("qkv.weight"))
     for wrong in (torch.zeros(1, 2, dtype=torch.uint8), torch.zeros(48, 52)):
         with pytest.raises(ReplyError, match="is torch"):
-            decoded(ARCH, WEIGHTS, schedule, {name: wrong}, 8)
+            decoded(ARCH, GlobalModel.of(ARCH, WEIGHTS), schedule, {name: wrong}, 8)
 
 
 @pytest.mark.parametrize("bits", FEW)
 def test_a_run_sends_what_was_planned(quick, tmp_path, bits):
-    from d2ft_fl.local import run_local
-
     config = quick(rounds=2, upload_bits=bits, run_folder=str(tmp_path), verify_costs=True)
     run_local(config)
     rows = [json.loads(line) for line in (tmp_path / "clients.jsonl").read_text().splitlines()]

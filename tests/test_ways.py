@@ -114,7 +114,7 @@ def worth_of(judge, a, round):
     operations = a.schedule.operations[None]
     ranks = np.ones((1, ARCH.blocks, ARCH.heads))
     bits = a.way.bits or 32
-    return float(judge.of(operations, ranks, np.array([count / 20]), bits)[0])
+    return float(judge.of(operations, ranks, np.array([count / 20]), [bits])[0])
 
 
 @pytest.mark.parametrize("local,each", [(10, 3), (7, 7), (12, 4)])

@@ -20,7 +20,7 @@ EVEN = Worth(np.ones((4, 3)), np.ones((4, 3)))
 def of(operations, examples=1.0, bits=32, judge=EVEN):
     operations = np.asarray(operations, dtype=np.int8)[None]  # one client
     ranks = np.ones(operations.shape[:1] + operations.shape[2:])
-    return float(judge.of(operations, ranks, np.array([examples]), bits)[0])
+    return float(judge.of(operations, ranks, np.array([examples]), [bits])[0])
 
 
 def rows(*operations):
