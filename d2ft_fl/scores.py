@@ -78,13 +78,13 @@ def magnitude(arch: Architecture, weights: Mapping[str, Tensor]) -> np.ndarray:
     return total / arch.subnet_sizes
 
 
-def prior(arch: Architecture) -> np.ndarray:
+def prior(blocks: int, heads: int) -> np.ndarray:
     """Of what nobody has measured yet: falls with depth from 1.5 to 0.5, float64 [blocks, heads].
 
     As Fisher information does in a pretrained vision transformer on new images, about.
     """
-    falling = 1.5 - np.arange(arch.blocks) / max(1, arch.blocks - 1)
-    return np.repeat(falling[:, None], arch.heads, axis=1)
+    falling = 1.5 - np.arange(blocks) / max(1, blocks - 1)
+    return np.repeat(falling[:, None], heads, axis=1)
 
 
 def normalised(scores: np.ndarray) -> np.ndarray:
@@ -158,6 +158,6 @@ def subnet_scores(
     if kind == "uniform":
         return np.ones((arch.blocks, arch.heads))
     if kind not in book.means:
-        return normalised(prior(arch))
+        return normalised(prior(arch.blocks, arch.heads))
     found = book.scores(kind)
     return normalised(np.sqrt(found) if kind == "fisher" else found)

@@ -4,8 +4,10 @@ import importlib.util
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from d2ft_fl.budgets import ASSETS
 from d2ft_fl.config import RunConfig, read_toml
 from d2ft_fl.devices import read_devices
 from d2ft_fl.local import run_local
@@ -68,7 +70,7 @@ def in_this_process(todo, ledger, scratch):
         ledger.started(trial.id)
         folder = scratch / trial.id
         summary = run_local(replace(trial.config, run_folder=str(folder)), report=False)
-        left = [p for p in folder.rglob("*") if p.suffix in (".json", ".jsonl", ".toml")]
+        left = [p for p in folder.rglob("*") if p.is_file() and p.parent.name != "checkpoints"]
         changes = {str(p.relative_to(folder)): (0, p.read_bytes()) for p in left}
         ledger.ended(trial.id, Outcome("finished"), summary["accuracy"], changes)
 
@@ -86,9 +88,7 @@ def test_a_comparison_under_budgets_can_be_read_off(tmp_path, monkeypatch, capsy
     folder = tmp_path / "out"
     assert command.sweep(sweep, output=folder, engine=in_this_process) == 0
     capsys.readouterr()
-    spec = importlib.util.spec_from_file_location("compare", FOLDER / "accuracy" / "compare.py")
-    compare = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(compare)
+    compare = script("compare")
     monkeypatch.setattr("sys.argv", ["compare", str(folder), "--picture", str(tmp_path / "p.png")])
     compare.main()
     said = capsys.readouterr().out
@@ -100,3 +100,35 @@ def test_a_comparison_under_budgets_can_be_read_off(tmp_path, monkeypatch, capsy
     assert "### compute_60" in said
     assert "Spearman's correlation" in said
     assert tmp_path.joinpath("p.png").stat().st_size > 5000
+
+
+def script(name):
+    """A script of experiments/accuracy, as a module."""
+    spec = importlib.util.spec_from_file_location(name, FOLDER / "accuracy" / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_an_ablation_costs_nothing_without_what_is_skipped(quick, capsys, monkeypatch):
+    config = quick(strategy="fedavg", rounds=3)
+    summary = run_local(config, report=False)
+    ablate = script("ablate")
+    found = ablate.Ablation(Path(config.run_folder), 60)
+    assert found.whole == pytest.approx(100 * summary["accuracy"])
+    grid = found.arch.blocks, found.arch.heads
+    assert found.lost(np.zeros(grid, dtype=bool)) == 0
+    assert found.lost(np.ones(grid, dtype=bool)) > 10
+    monkeypatch.setattr("sys.argv", ["ablate", config.run_folder, "--examples", "60"])
+    ablate.main()
+    assert capsys.readouterr().out.count("\n") == 1 + 2 + grid[0] + 3
+
+
+def test_a_class_of_devices_alone_has_the_budgets_that_it_has_among_others():
+    among = read_devices(ASSETS / "devices.toml")
+    for name, own in among.classes.items():
+        alone = read_devices(FOLDER / "accuracy" / "budgets" / f"alone_{name}.toml")
+        assert alone.mix == among.mix
+        assert alone.classes[name] == own
+        others = [c for other, c in alone.classes.items() if other != name]
+        assert all(c.budget.flops.value == 0 for c in others)

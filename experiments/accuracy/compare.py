@@ -7,16 +7,21 @@ accuracy, paired by seed, with 95 % intervals (Student's t).
 """
 
 import argparse
-import itertools
+import json
 from collections import defaultdict
+from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import safetensors.numpy
 from scipy.stats import spearmanr
 
 from d2ft_fl.report.run_folder import RunFolder
 from d2ft_fl.report.statistics import Interval, differences
 from d2ft_fl.report.sweep_folder import SweepFolder
+from d2ft_fl.scores import prior
+from d2ft_fl.worth import Worth
 
 REFERENCE = "fedavg"  # without limits
 OURS = "d2ft"
@@ -50,10 +55,50 @@ class Setting:
         """Simulated, on average."""
         return float(np.mean([run.totals["round_seconds"] for run in self.runs.values()]))
 
-    def worth(self) -> float:
-        """Predicted: the mean over rounds."""
-        lines = itertools.chain.from_iterable(run.lines for run in self.runs.values())
-        return float(np.mean([line["worth"] for line in lines]))
+    def worth(self, local: dict[int, np.ndarray]) -> float:
+        """Predicted from the plans that runs left, the mean over rounds, with the prior for scores.
+
+        Args:
+            local: Seed -> how many examples clients have.
+        """
+        rounds = [
+            _worth(run, file, local[seed])
+            for seed, run in self.runs.items()
+            for file in sorted(run.folder.joinpath("plans").iterdir())
+        ]
+        return float(np.mean(rounds))
+
+
+def _worth(run: RunFolder, file: Path, local: np.ndarray) -> float:
+    """Of one round, clients weighted by their examples."""
+    plan = safetensors.numpy.load_file(file)
+    operations, clients = plan["schedules"], plan["clients"]
+    number = int(file.stem.split("-")[-1])
+    told = {row["client"]: row for row in _clients(run.folder) if row["round"] == number}
+    rows = [told[client] for client in clients.tolist()]
+    own = np.array([row["examples"] for row in rows])
+    bits = [row["way"]["bits"] or run.config["upload-bits"] for row in rows]
+    works = operations.any(axis=(1, 2, 3)) & (own > 0)
+    scores = prior(*operations.shape[2:])
+    shares = np.where(works, own / local[clients], 1.0)
+    ranks = np.ones((len(clients), *operations.shape[2:]))
+    worth = Worth(scores, scores).of(operations, ranks, shares, bits) * works
+    return float((worth * local[clients]).sum() / local[clients].sum())
+
+
+@lru_cache
+def _clients(folder: Path) -> list[dict[str, Any]]:
+    """The lines of clients.jsonl."""
+    return [json.loads(line) for line in folder.joinpath("clients.jsonl").open()]
+
+
+def examples(reference: Setting) -> dict[int, np.ndarray]:
+    """Seed -> how many examples clients have: the reference trains on all."""
+    found = {}
+    for seed, run in reference.runs.items():
+        told = {row["client"]: row["examples"] for row in _clients(run.folder)}
+        found[seed] = np.array([told[client] for client in sorted(told)])
+    return found
 
 
 def settings(folder: Path) -> list[Setting]:
@@ -98,14 +143,19 @@ def table(budget: str, own: list[Setting], reference: Setting) -> str:
     return "\n".join(lines)
 
 
-def correlation(found: list[Setting]) -> tuple[float, int]:
-    """Spearman's, between predicted worth and accuracy, and of how many settings; without LoRA."""
-    full = [s for s in found if not s.tuning]
-    accuracy = [np.mean(list(s.accuracy.values())) for s in full]
-    return float(spearmanr([s.worth() for s in full], accuracy).statistic), len(full)
+def predicted(found: list[Setting], reference: Setting) -> list[tuple[Setting, float]]:
+    """Settings of full tuning with seeds that the reference has, and their predicted worth."""
+    local = examples(reference)
+    able = [s for s in found if not s.tuning and s.runs.keys() <= local.keys()]
+    return [(s, s.worth(local)) for s in able]
 
 
-def draw(found: list[Setting], reference: Setting, path: Path) -> None:
+def draw(
+    found: list[Setting],
+    reference: Setting,
+    worths: list[tuple[Setting, float]],
+    path: Path,
+) -> None:
     """Predicted worth and measured accuracy; and what each budget costs, with intervals."""
     import matplotlib.pyplot as plt
 
@@ -122,7 +172,10 @@ def draw(found: list[Setting], reference: Setting, path: Path) -> None:
         i = Interval.of(differences(s.accuracy, reference.accuracy))
         marker = "D" if s.label == OURS else "o"
         left.errorbar(i.mean, y, xerr=i.half, fmt=marker, color=colors[budget], capsize=2)
-        right.plot(s.worth(), np.mean(list(s.accuracy.values())), marker, color=colors[budget])
+    for s, worth in worths:
+        marker = "D" if s.label == OURS else "o"
+        color = colors.get(s.budgets, "0.5")
+        right.plot(worth, np.mean(list(s.accuracy.values())), marker, color=color)
     left.set_yticks(range(len(rows)), [f"{b}: {s.label}" for b, s in reversed(rows)], fontsize=8)
     left.axvline(0, color="0.5", linewidth=1)
     left.set_xlabel("points of accuracy to full tuning without limits")
@@ -147,11 +200,13 @@ def main() -> None:
         groups[s.budgets].append(s)
     for budget, own in groups.items():
         print(table(budget, own, reference), end="\n\n")
-    if len(found) > 2:
-        rho, count = correlation(found)
-        print(f"Spearman's correlation of predicted worth and accuracy: {rho:.2f} ({count})")
+    worths = predicted(found, reference)
+    if len(worths) > 2:
+        accuracy = [np.mean(list(s.accuracy.values())) for s, _ in worths]
+        rho = float(spearmanr([worth for _, worth in worths], accuracy).statistic)
+        print(f"Spearman's correlation of predicted worth and accuracy: {rho:.2f} ({len(worths)})")
     if given.picture:
-        draw(found, reference, given.picture)
+        draw(found, reference, worths, given.picture)
 
 
 if __name__ == "__main__":
