@@ -1,13 +1,18 @@
-"""What a client changed, on its way up in few bits a number.
+"""Slices on their way in few bits a number.
 
-A row d of the change of a slice becomes whole numbers q of b bits, and one scale s for them:
+A row d becomes whole numbers q of b bits, and one scale s for them:
 
-    s = max |d| / (2^(b-1) - 1)        q = floor(d / s + u),  u drawn from [0, 1)
+    s = max |d| / (2^(b-1) - 1)        q = floor(d / s + u)
 
-so that s q is d on average: stochastic rounding, by row (QSGD, Alistarh et al., NeurIPS 2017, arXiv
-1610.02132, whose norm is that of the whole gradient). The server, which has what the row was
-before, adds s q to it. Coded are the weights of subnets' products; biases, what a block shares,
-LoRA's factors and the classifier travel as they are.
+**Up**, d is what a client changed of a row, and u is drawn from [0, 1), so that s q is d on
+average: stochastic rounding (QSGD, Alistarh et al., NeurIPS 2017, arXiv 1610.02132, whose norm is
+that of the whole gradient). The server adds s q to what the row is.
+
+**Down**, d is the row, and u = 1/2: all clients begin with the same weights, next to the server's,
+which stay as exact as they are. So what comes back must be a change: down needs few bits up.
+
+Coded are the weights of subnets' products; biases, what a block shares, LoRA's factors, what never
+changes and the classifier travel as they are.
 """
 
 from collections.abc import Mapping
@@ -15,18 +20,40 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-from d2ft_fl.errors import ReplyError
+from d2ft_fl.errors import ConfigError, ReplyError
 from d2ft_fl.memory import ELEMENT
 from d2ft_fl.packed import GlobalModel
 from d2ft_fl.subnets import Architecture, Kind, Parameter, Schedule
 
-BITS = (32, 8, 4)  # 32: nothing is coded
+BITS_UP = (32, 8, 4)  # 32: nothing is coded
+BITS_DOWN = (32, 8)
+PLAIN = BITS_UP[0]
 SCALE_BYTES = 4
 
 
+def check_bits(up: int, down: int) -> None:
+    """Whether numbers can travel in so many bits.
+
+    Raises:
+        ConfigError: If not.
+    """
+    for way, bits, allowed in (("up", up, BITS_UP), ("down", down, BITS_DOWN)):
+        if bits not in allowed:
+            raise ConfigError(
+                f"{bits} bits of a number that travels {way} must be "
+                f"{' or '.join(map(str, allowed))}"
+            )
+    if down < PLAIN <= up:
+        raise ConfigError(
+            f"{down} bits of a number that travels down need changes to come back, coded: have "
+            f"{' or '.join(map(str, BITS_UP[1:]))} bits up, not {up}"
+        )
+
+
 def is_coded(p: Parameter, bits: int) -> bool:
-    """Whether a parameter's slices travel up coded."""
-    return bits < BITS[0] and p.kind is Kind.SLICED and len(p.shape) == 2 and not p.factor
+    """Whether a parameter's slices travel coded."""
+    products = p.kind is Kind.SLICED and len(p.shape) == 2 and not p.factor
+    return bits < PLAIN and products and not p.fixed
 
 
 def row_bytes(p: Parameter, bits: int) -> int:
@@ -35,30 +62,33 @@ def row_bytes(p: Parameter, bits: int) -> int:
     return SCALE_BYTES + -(-width * bits // 8) if is_coded(p, bits) else ELEMENT * width
 
 
-def encode(new: Tensor, old: Tensor, bits: int, generator: torch.Generator) -> Tensor:
-    """The change from ``old`` to ``new`` [rows, width], coded: uint8 [rows, bytes]."""
-    change = new - old
+def encode(rows: Tensor, bits: int, generator: torch.Generator | None = None) -> Tensor:
+    """Numbers [rows, width], coded: uint8 [rows, bytes].
+
+    Args:
+        generator: Draws what is rounded up; None to round to what is nearest.
+    """
     most = 2 ** (bits - 1) - 1
-    scale = change.abs().amax(dim=1, keepdim=True) / most  # [rows, 1]
-    steps = change / torch.where(scale > 0, scale, 1.0)
-    drawn = torch.rand(steps.shape, generator=generator, dtype=steps.dtype)
-    codes = ((steps + drawn).floor_().clamp_(-most, most) + most).to(torch.uint8)
+    scale = rows.abs().amax(dim=1, keepdim=True) / most  # [rows, 1]
+    steps = rows / torch.where(scale > 0, scale, 1.0)
+    up = 0.5 if generator is None else torch.rand(steps.shape, generator=generator)
+    codes = ((steps + up).floor_().clamp_(-most, most) + most).to(torch.uint8)
     if bits == 4:
         codes = torch.nn.functional.pad(codes, (0, codes.shape[1] % 2))
         codes = codes[:, ::2] | codes[:, 1::2] << 4
     return torch.cat([scale.view(torch.uint8), codes], dim=1)
 
 
-def decode(coded: Tensor, old: Tensor, bits: int) -> Tensor:
-    """What :func:`encode` made of ``old`` [rows, width], to its rounding: float32."""
+def decode(coded: Tensor, width: int, bits: int) -> Tensor:
+    """What :func:`encode` was given, to its rounding: float32 [rows, width]."""
     scale = coded[:, :SCALE_BYTES].flatten().view(torch.float32)[:, None]  # [rows, 1]
     codes = coded[:, SCALE_BYTES:]
     if bits == 4:
-        codes = torch.stack([codes & 15, codes >> 4], dim=2).flatten(1)[:, : old.shape[1]]
-    return old + scale * (codes.float() - (2 ** (bits - 1) - 1))
+        codes = torch.stack([codes & 15, codes >> 4], dim=2).flatten(1)[:, :width]
+    return scale * (codes.float() - (2 ** (bits - 1) - 1))
 
 
-def encoded(
+def encoded_changes(
     arch: Architecture,
     old: Mapping[str, Tensor],
     new: Mapping[str, Tensor],
@@ -67,13 +97,13 @@ def encoded(
 ) -> dict[str, Tensor]:
     """Of what became of some packed slices, by name, those that travel coded: as they travel."""
     return {
-        name: encode(new[name], tensor, bits, generator)
+        name: encode(new[name] - tensor, bits, generator)
         for name, tensor in old.items()
         if is_coded(arch.by_name[name], bits)
     }
 
 
-def decoded(
+def with_changes(
     arch: Architecture,
     whole: GlobalModel,
     schedule: Schedule,
@@ -96,5 +126,24 @@ def decoded(
             raise ReplyError(
                 f"{name!r} is {coded.dtype} {list(coded.shape)}, not {torch.uint8} {list(shape)}"
             )
-        found[name] = decode(coded, whole.take(p, heads), bits)
+        old = whole.take(p, heads)
+        found[name] = old + decode(coded, old.shape[1], bits)
+    return found
+
+
+def encoded(arch: Architecture, tensors: Mapping[str, Tensor], bits: int) -> dict[str, Tensor]:
+    """Packed slices as they travel down, by name."""
+    return {
+        name: encode(tensor, bits) if is_coded(arch.by_name[name], bits) else tensor
+        for name, tensor in tensors.items()
+    }
+
+
+def decoded(arch: Architecture, tensors: Mapping[str, Tensor], bits: int) -> dict[str, Tensor]:
+    """The same as a client takes them."""
+    found = dict(tensors)
+    for name, tensor in tensors.items():
+        p = arch.by_name.get(name)  # compensation is no parameter
+        if p is not None and is_coded(p, bits):
+            found[name] = decode(tensor, p.numel // p.shape[p.axis], bits)
     return found

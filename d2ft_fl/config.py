@@ -107,6 +107,7 @@ class RunConfig:
     hostile_share: float = 0.0
     hostile_scale: float = -10.0
     upload_bits: int = 32
+    download_bits: int = 32
     server_optimizer: str = "mean"
     server_lr: float = 1.0
     server_momentum: float = 0.9

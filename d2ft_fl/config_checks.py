@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from d2ft_fl import scores
 from d2ft_fl.budgets import ClientDescription
-from d2ft_fl.coding import BITS
+from d2ft_fl.coding import BITS_DOWN, BITS_UP, PLAIN
 from d2ft_fl.errors import ConfigError, UnkeptBudget
 from d2ft_fl.factors import MIXED, MODES
 from d2ft_fl.initial import INITS
@@ -63,7 +63,8 @@ RANGES: dict[str, tuple[Callable[[float], bool], tuple[str, ...]]] = {
         ),
     ),
     "-1 or more": (lambda v: v >= -1, ("noise-seed",)),
-    " or ".join(map(str, BITS)): (lambda v: v in BITS, ("upload-bits",)),
+    " or ".join(map(str, BITS_UP)): (lambda v: v in BITS_UP, ("upload-bits",)),
+    " or ".join(map(str, BITS_DOWN)): (lambda v: v in BITS_DOWN, ("download-bits",)),
     "a finite number, 0 or more": (
         lambda v: 0 <= v < float("inf"),
         (
@@ -272,10 +273,15 @@ def _check_tuning(config: "RunConfig") -> None:
     """Raises ConfigError unless the options of tuning fit together."""
     config.load_tuning()
     _check_ranks(config)
-    if config.tuning == "lora" and config.upload_bits < BITS[0]:
+    if config.tuning == "lora" and config.upload_bits < PLAIN:
         raise ConfigError(
             f"upload-bits = {config.upload_bits} codes the weights of heads, which LoRA does not "
-            f"train: leave it at {BITS[0]}, or set tuning to 'full'"
+            f"train: leave it at {PLAIN}, or set tuning to 'full'"
+        )
+    if config.download_bits < PLAIN <= config.upload_bits:
+        raise ConfigError(
+            f"download-bits = {config.download_bits} needs changes to come back, coded: set "
+            f"upload-bits to {' or '.join(map(str, BITS_UP[1:]))}"
         )
     if config.tuning != "lora":
         if config.slora_rounds or config.lora_adapter:

@@ -39,9 +39,9 @@ from typing import Any
 
 import numpy as np
 
-from d2ft_fl.amounts import TENSOR_HEADER, Amounts
+from d2ft_fl.amounts import TENSOR_HEADER, Amounts, Which
 from d2ft_fl.branch_flops import BranchFlops, fused_attention
-from d2ft_fl.coding import BITS, is_coded, row_bytes
+from d2ft_fl.coding import PLAIN, check_bits, is_coded, row_bytes
 from d2ft_fl.compensation import mean_spec, skip_spec
 from d2ft_fl.errors import ConfigError
 from d2ft_fl.holdings import has_fixed
@@ -91,7 +91,8 @@ class CostModel:
         calibrating: Whether clients measure means in this round: up, and held, T (d + f) elements
             a resident subnet.
         tokens: T, of an example, that blocks see in training; 0 for all.
-        bits: Of numbers that travel up; below 32 the client keeps what it began with.
+        bits_up, bits_down: Of numbers that travel; see :mod:`d2ft_fl.coding`. With fewer up than 32
+            the client keeps what it began with.
     """
 
     arch: Architecture
@@ -101,21 +102,21 @@ class CostModel:
     compensated: bool = False
     calibrating: bool = False
     tokens: int = 0
-    bits: int = BITS[0]
+    bits_up: int = PLAIN
+    bits_down: int = PLAIN
 
     def along(self, way: Way) -> "CostModel":
         """The costs of going about it in some way; compensation is for tokens in their places.
 
         Raises:
-            ConfigError: When fewer tokens are to be compensated, or there are not so many.
+            ConfigError: When fewer tokens are to be compensated, or there are not so many; for bits
+                in which nothing can travel.
         """
         if way == AS_CONFIGURED:
             return self
         tokens, most = way.tokens or 0, self.arch.tokens
-        if way.bits not in (None, *BITS):
-            raise ConfigError(
-                f"bits = {way.bits} of a number must be {' or '.join(map(str, BITS))}"
-            )
+        up, down = way.bits_up or self.bits_up, way.bits_down or self.bits_down
+        check_bits(up, down)
         if tokens and not self.arch.prefix < tokens <= most:
             raise ConfigError(
                 f"tokens = {tokens} of an example must be {self.arch.prefix + 1} to {most}"
@@ -125,8 +126,8 @@ class CostModel:
                 f"compensation adds a mean to each of {most} tokens, and cannot go with "
                 f"tokens = {tokens}"
             )
-        options, bits = self.options.along(way), way.bits or self.bits
-        return replace(self, options=options, tokens=tokens, bits=bits)
+        options = self.options.along(way)
+        return replace(self, options=options, tokens=tokens, bits_up=up, bits_down=down)
 
     @cached_property
     def seen(self) -> Architecture:
@@ -307,7 +308,7 @@ class CostModel:
             moments: Whether there is optimiser state, as after the first step.
         """
         state = MOMENTS[self.options.optimizer] if moments else 0
-        began = (self.options.proximal > 0) + (self.bits < BITS[0])
+        began = (self.options.proximal > 0) + (self.bits_up < PLAIN)
         return 1 + state + began
 
     def _extra(self, schedule: Schedule) -> dict[str, tuple[int, ...]]:
@@ -419,6 +420,7 @@ class CostModel:
         total = _slices(self.loose, resident) + self.loose.outer_bytes + self.message_bytes
         total += self.rank_bytes * (ranks is not None)
         total += self._each(operations, lambda s: _wire(self._skips(s)))
+        total -= (resident * self.coded_down).sum(axis=(1, 2))
         if holds is None:
             return total + _slices(self.fixed, resident) + self.fixed.outer_bytes
         new = resident & ~holds
@@ -429,12 +431,20 @@ class CostModel:
         return total + ~holds.any(axis=(1, 2)) * self.fixed.outer_bytes
 
     @cached_property
-    def coded(self) -> np.ndarray:
+    def coded_up(self) -> np.ndarray:
         """Bytes that a subnet that trains saves on its way up: int64 [blocks, heads]."""
+        return self._coded(self.bits_up, lambda p: p.trains)
+
+    @cached_property
+    def coded_down(self) -> np.ndarray:
+        """Bytes that a subnet saves on its way down: int64 [blocks, heads]."""
+        return self._coded(self.bits_down, lambda p: True)
+
+    def _coded(self, bits: int, which: Which) -> np.ndarray:
         saved = np.zeros((self.arch.blocks, self.arch.heads), dtype=np.int64)
         for p in self.arch.of_kind(Kind.SLICED):
-            if p.trains and is_coded(p, self.bits):
-                each = row_bytes(p, BITS[0]) - row_bytes(p, self.bits)
+            if which(p) and is_coded(p, bits):
+                each = row_bytes(p, PLAIN) - row_bytes(p, bits)
                 saved[p.block] += [each * len(rows) for rows in p.rows]
         return saved
 
@@ -444,7 +454,7 @@ class CostModel:
         trained = _trained(operations)
         elements = self.whole.elements(trained) + self.ranked.elements(ranks)
         headers = (trained.any(axis=2) * TENSOR_HEADER * self.trained.tensors).sum(axis=1)
-        coded = (trained * self.coded).sum(axis=(1, 2))
+        coded = (trained * self.coded_up).sum(axis=(1, 2))
         return fixed + ELEMENT * elements + headers + means - coded
 
     # -- together ----------------------------------------------------------------------------
@@ -514,8 +524,12 @@ class CostModel:
     def plain(self) -> "CostModel":
         """The costs of whole batches and examples, without what trades FLOPs or time for memory."""
         options = self.options.plain()
-        one = replace(self, slots=1, options=options, tokens=0, bits=BITS[0])
+        one = replace(self.uncoded(), slots=1, options=options, tokens=0)
         return replace(one, compensated=False, calibrating=False)
+
+    def uncoded(self) -> "CostModel":
+        """The costs where numbers travel as they are."""
+        return replace(self, bits_up=PLAIN, bits_down=PLAIN)
 
     @lru_cache(maxsize=4096)  # noqa: B019 - lives as long as the run's one cost model
     def full_cost(self, examples: int) -> Cost:
@@ -525,7 +539,8 @@ class CostModel:
         """
         plain = self.plain()
         cost = plain.cost(plain.everything(), examples)
-        return replace(cost, bytes_down=self.bytes_down(self.everything())) if examples else cost
+        down = self.uncoded().bytes_down(self.everything())
+        return replace(cost, bytes_down=down) if examples else cost
 
 
 def _resident(operations: np.ndarray) -> np.ndarray:

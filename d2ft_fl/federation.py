@@ -127,7 +127,7 @@ class Federation:
         """The cost model, of a round that neither compensates nor calibrates."""
         config = self.config
         costs = CostModel(self.arch, config.local_options(), config.slots, config.device)
-        return replace(costs, bits=config.upload_bits)
+        return replace(costs, bits_up=config.upload_bits, bits_down=config.download_bits)
 
     def calibrates(self, round: int) -> bool:
         """Whether clients measure what subnets add on average in this round."""

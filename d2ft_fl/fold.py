@@ -11,7 +11,7 @@ from torch import Tensor
 
 from d2ft_fl import wire
 from d2ft_fl.aggregation import Sums, Update, validate
-from d2ft_fl.coding import BITS, decoded
+from d2ft_fl.coding import PLAIN, with_changes
 from d2ft_fl.compensation import MeanSums
 from d2ft_fl.costs import Cost
 from d2ft_fl.errors import ReplyError
@@ -201,9 +201,9 @@ class Fold:
         if self.federation.calibrates(self.plan.round):
             means = {n: tensors.pop(n) for n in list(tensors) if n.startswith("d2ft.mean.")}
             self.mean_sums.check(schedule, means)
-        bits = assignment.way.bits or self.federation.config.upload_bits
-        if bits < BITS[0]:
-            tensors = decoded(self.federation.arch, self._laid_out, schedule, tensors, bits)
+        bits = assignment.way.bits_up or self.federation.config.upload_bits
+        if bits < PLAIN:
+            tensors = with_changes(self.federation.arch, self._laid_out, schedule, tensors, bits)
         update = Update(schedule, slot_examples, tensors)
         if (norm := self.federation.config.clip_norm) and not self.private:  # which clips itself
             validate(self.federation.arch, self.state.weights, update)

@@ -88,7 +88,8 @@ class Way:
         tokens: Of an example, that blocks see in training, prefix tokens included. Which patches
             those are is drawn anew for every example and batch (PatchDropout, Liu et al., WACV
             2023, arXiv 2208.07220). None for all.
-        bits: Of each number that travels up; see :mod:`d2ft_fl.coding`.
+        bits_up: Of each number that travels up; see :mod:`d2ft_fl.coding`.
+        bits_down: Of each that travels down; fewer than 32 only with fewer up.
         in_turn: Whether fewer examples than a client has are taken in turn, those of a round after
             those of the one before, in an order of the run: each is seen as often as any other.
             Otherwise every round draws its own.
@@ -98,7 +99,8 @@ class Way:
     accumulate: int | None = None
     checkpointing: bool | None = None
     tokens: int | None = None
-    bits: int | None = None
+    bits_up: int | None = None
+    bits_down: int | None = None
     in_turn: bool = False
     rate: float = 1.0
 

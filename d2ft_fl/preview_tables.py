@@ -164,7 +164,8 @@ def way(c: ClientPreview) -> str:
         f"{c.way.tokens} tokens" * (c.way.tokens is not None),
         f"{c.way.accumulate} passes" * ((c.way.accumulate or 1) > 1),
         "again" * bool(c.way.checkpointing),
-        f"{c.way.bits} bits" * (c.way.bits is not None),
+        f"{c.way.bits_up} bits up" * (c.way.bits_up is not None),
+        f"{c.way.bits_down} down" * (c.way.bits_down is not None),
     ]
     return ", ".join(filter(None, said))
 

@@ -402,7 +402,8 @@ def _write(path: Path, text: str) -> None:
 def _worth(federation: Federation, state: State, plan: Plan) -> float:
     """What the round was worth, by what is known of its subnets."""
     known = subnet_scores("fisher", federation.own or federation.arch, {}, state.scores)
-    return Worth(known, known).mean(plan, federation.config.upload_bits)
+    config = federation.config
+    return Worth(known, known).mean(plan, config.upload_bits, config.download_bits)
 
 
 def _resource(index: int, name: str, worked: list[ClientRecord]) -> dict[str, Any]:

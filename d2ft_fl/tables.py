@@ -184,9 +184,9 @@ def table_of(
                 each = each + (near + c.block_flops[operation]) * p.rank
         items[..., FLOPS] += count(operation, totals) * each
     items[..., FLOPS] += c.fold_flops.reshape(-1, 1) * (resident * (arch.rank - p.rank))
-    down = ELEMENT * (c.loose.sliced + c.fixed.sliced * ~holds)
+    down = ELEMENT * (c.loose.sliced + c.fixed.sliced * ~holds) - c.coded_down
     items[..., UP] = ELEMENT * _of_rank(c.whole.sliced, c.ranked.sliced, p)
-    items[..., UP] -= c.coded.reshape(-1, 1) * (p.full > 0)
+    items[..., UP] -= c.coded_up.reshape(-1, 1) * (p.full > 0)
     items[..., DOWN] = down.reshape(-1, 1) * resident
     # Resident, live, trained at the lowest rank, and what each higher one adds.
     steps = np.diff(p.ranks, prepend=0)

@@ -5,10 +5,12 @@ from dataclasses import astuple, dataclass
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from d2ft_fl import holdings, wire
 from d2ft_fl.budgets import Budget
+from d2ft_fl.coding import encoded, is_coded, row_bytes
 from d2ft_fl.costs import RANK_BYTES, RESOURCES
 from d2ft_fl.federation import Federation, State
 from d2ft_fl.local_options import Way
@@ -56,7 +58,9 @@ def encode_assignment(
         meta["digests"] = holdings.write(needed, state.digests)
     tensors = {}
     if not shared:
-        tensors = pack_for(federation.arch, state.weights, needed, holds)
+        bits = a.way.bits_down or federation.config.download_bits
+        packed = pack_for(federation.arch, state.weights, needed, holds)
+        tensors = encoded(federation.arch, packed, bits)
     if not a.passes and state.means.known is not None:
         weights = federation.model_weights(state)
         tensors |= state.means.offsets(federation.own or federation.arch, weights, a.schedule)
@@ -116,15 +120,22 @@ class Task:
         return task, tensors
 
     def whole_size(
-        self, arch: Architecture, weights: Mapping[str, Tensor], came: Mapping[str, Tensor]
+        self,
+        arch: Architecture,
+        weights: Mapping[str, Tensor],
+        came: Mapping[str, Tensor],
+        bits: int,
     ) -> int:
         """Bytes of a message that leaves nothing where it is: as if it were not ``shared``.
 
         Args:
             weights: The global model. came: What came with the message that is.
+            bits: In which numbers travel down.
         """
         slices = [
-            (p.name, p.packed_shape(heads) if heads else p.shape, weights[p.name].dtype)
+            (p.name, (p.packed_shape(heads)[0], row_bytes(p, bits)), torch.uint8)
+            if is_coded(p, bits)
+            else (p.name, p.packed_shape(heads) if heads else p.shape, weights[p.name].dtype)
             for p, heads in carried(arch, self.carried, self.holds)
         ]
         offsets = [(name, tuple(t.shape), t.dtype) for name, t in came.items()]

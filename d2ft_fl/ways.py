@@ -6,7 +6,8 @@ they relieve, and of what comes out the client's :mod:`worth <d2ft_fl.worth>` de
 * FLOPs or a deadline: fewer examples, in turn;
 * memory: passes of single examples to begin with, as few as still fit in the end, for they cost
   nothing but time; activations computed again;
-* bytes up: changes in the most bits in which everything could travel.
+* bytes up: changes in the most bits in which everything could travel;
+* bytes down: weights in fewer bits, which takes changes in fewer bits.
 
 The knapsack is asked for schedules in which gradients pass everywhere, and besides for such as
 ``forward-weight`` and ``frozen-weight`` say, which are of D2FT's three operations unless told
@@ -20,7 +21,7 @@ from functools import cached_property
 
 import numpy as np
 
-from d2ft_fl.coding import BITS
+from d2ft_fl.coding import BITS_DOWN, BITS_UP, PLAIN
 from d2ft_fl.costs import RESOURCES
 from d2ft_fl.local_options import Way
 from d2ft_fl.passes import round_cost
@@ -28,7 +29,7 @@ from d2ft_fl.planner import Assignment, Participant
 from d2ft_fl.rounds import Round, most
 from d2ft_fl.worth import Worth
 
-FLOPS, MEMORY, UP = (RESOURCES.index(r) for r in ("flops", "memory", "bytes_up"))
+FLOPS, MEMORY, UP, DOWN = map(RESOURCES.index, ("flops", "memory", "bytes_up", "bytes_down"))
 COARSE = (1.0, 0.5, 0.25, 0.125)  # shares of the examples that are tried first
 FINE = (2**-0.5, 2**0.5, 2**-0.25, 2**0.25)  # times the best one so far, one after the other
 RATE, MOST_RATE = 0.5, 3.0  # learning rates grow with the learned share to the power of -RATE
@@ -43,12 +44,13 @@ class Bound:
 
     Attributes:
         short: Whether compute or time does. narrow: Whether memory does.
-        bits: In how many its changes travel.
+        up, down: In how many bits numbers travel; None for as many as configured.
     """
 
     short: bool
     narrow: bool
-    bits: int
+    up: int | None
+    down: int | None
 
 
 def _problem(c: Participant) -> Hashable:
@@ -101,30 +103,46 @@ class Search:
         passes = self.round.passes(client)
         whole = round_cost(costs, self.round.everything(), client.examples, passes, client.holds)
         over, late = whole.vector() > client.capacity, not client.on_time(whole)
-        bits = costs.bits
-        if over[UP] or late:
-            room = int(client.capacity[UP]) - (whole.bytes_up - self._bytes_up[costs.bits])
-            fit = (b for b, up in self._bytes_up.items() if up <= room and not late)
-            bits = next(fit, min(self._bytes_up))
-        return Bound(bool(over[FLOPS]) or late, bool(over[MEMORY]), bits)
+        down = min(self._bits_down) if over[DOWN] or late else costs.bits_down
+        up = costs.bits_up
+        if over[UP] or late or down < costs.bits_down:
+            room = int(client.capacity[UP]) - (whole.bytes_up - self._bytes_up[up])
+            able = [b for b in self._bytes_up if down == costs.bits_down or b < PLAIN]
+            fit = (b for b in able if self._bytes_up[b] <= room and not late)
+            up = next(fit, min(able))
+        return Bound(
+            short=bool(over[FLOPS]) or late,
+            narrow=bool(over[MEMORY]),
+            up=None if up == costs.bits_up else up,
+            down=None if down == costs.bits_down else down,
+        )
 
     @cached_property
     def _bytes_up(self) -> dict[int, int]:
         """Bytes up of everything, by the bits in which changes can travel, descending."""
         costs = self.round.federation.costs_of(self.round.state)
-        coded = {bits: costs.along(Way(bits=bits)) for bits in BITS if bits <= costs.bits}
+        coded = {bits: costs.along(Way(bits_up=bits)) for bits in BITS_UP if bits <= costs.bits_up}
         return {
             bits: model.bytes_up(self.round.everything())
             for bits, model in coded.items()
-            if bits == costs.bits or model.coded.any()
+            if bits == costs.bits_up or model.coded_up.any()
         }
+
+    @cached_property
+    def _bits_down(self) -> list[int]:
+        """Bits in which weights can travel, where changes can in fewer than 32."""
+        costs = self.round.federation.costs_of(self.round.state)
+        if min(self._bytes_up) == PLAIN:
+            return [costs.bits_down]
+        return [bits for bits in BITS_DOWN if bits <= costs.bits_down]
 
     def _search(self, clients: list[Participant], bound: Bound) -> None:
         """Try what may help these clients, who are bound alike."""
         costs = self.round.federation.costs_of(self.round.state)
         way = Way(
             accumulate=costs.options.batch_size if bound.narrow else None,
-            bits=None if bound.bits == costs.bits else bound.bits,
+            bits_up=bound.up,
+            bits_down=bound.down,
             in_turn=True,
         )
         for share in COARSE if bound.short else COARSE[:1]:
@@ -136,8 +154,8 @@ class Search:
         if bound.narrow and not costs.options.checkpointing:
             again = replace(way, checkpointing=True)
             others = [(again, PASSING), (again, cutting), *others]
-        if way.bits is not None:  # which takes a copy of what trains
-            others.append((replace(way, bits=None), PASSING))
+        if way.bits_up is not None:  # which takes a copy of what trains
+            others.append((replace(way, bits_up=None, bits_down=None), PASSING))
         for other, weights in others:
             self._refine(clients, other, weights, (1.0, *FINE[:2]) if bound.short else (1.0,))
 
@@ -173,7 +191,7 @@ class Search:
             np.stack([a.schedule.operations for a in planned]),
             np.stack([planner.rank_share(a.schedule) for a in planned]),
             np.array([s.examples / c.examples for s, c in zip(some, clients, strict=True)]),
-            [planner.costs.bits] * len(some),
+            [(planner.costs.bits_up, planner.costs.bits_down)] * len(some),
         )
         for value, share, own, a in zip(
             worth.tolist(), shares.tolist(), some, planned, strict=True

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from d2ft_fl import holdings, timm_vit, wire
 from d2ft_fl.budgets import Budget, ClientDescription
-from d2ft_fl.coding import BITS, encoded
+from d2ft_fl.coding import PLAIN, decoded, encoded, encoded_changes
 from d2ft_fl.compensation import MeanTally, received
 from d2ft_fl.config import RunConfig
 from d2ft_fl.costs import RESOURCES
@@ -116,14 +116,18 @@ class Worker:
         offsets = received(task.schedule, tensors)
         if task.keeps:
             self._refuse_unless_it_fits(task, stage, compensated=bool(offsets))
-        bytes_down = len(blob)
+        costs = stage.costs_when(bool(offsets), task.calibrates, task.way)
+        bytes_down, up, down = len(blob), costs.bits_up, costs.bits_down
+        in_place = weights is not None and not task.passes and down == PLAIN
         if weights is not None:
-            bytes_down = task.whole_size(stage.arch, weights, tensors)
-            if task.passes:
-                tensors |= pack_for(stage.arch, weights, task.carried)
+            bytes_down = task.whole_size(stage.arch, weights, tensors, down)
+            if not in_place:
+                packed = pack_for(stage.arch, weights, task.carried)
+                tensors |= encoded(stage.arch, packed, down)
         elif task.holds is not None:
             names = holdings.read(task.carried, task.digests)
             tensors = self.store.complete(stage.arch, task.carried, tensors, task.holds, names)
+        tensors = decoded(stage.arch, tensors, down)
         local = len(self._parts[1].partitions[task.client])
         if task.way.in_turn:
             chosen = self._in_turn(task, local)
@@ -141,7 +145,7 @@ class Worker:
         if model.arch is not stage.arch:
             model.tune(stage.arch)
         source: dict[str, Tensor] | GlobalModel = tensors
-        if weights is not None and not task.passes:
+        if weights is not None and in_place:
             source = self._laid_out(stage.arch, weights)
         reset = partial(model.reset, task.schedule, source, offsets)
         if stage.arch.rank:  # factors are multiplied out
@@ -149,19 +153,17 @@ class Worker:
         else:
             reset()
         del tensors, source, offsets  # the model has its own
-        hostile, bits = self.config.hostile(task.client), task.way.bits or self.config.upload_bits
-        before = self._values() if hostile or bits < BITS[0] else {}
+        hostile, coded = self.config.hostile(task.client), up < PLAIN
+        before = self._values() if hostile or coded else {}
         began = time.perf_counter()
-        loss, trained = self._train(
-            task, options, chosen, list(before.values()) if bits < BITS[0] else []
-        )
+        loss, trained = self._train(task, options, chosen, list(before.values()) if coded else [])
         if hostile:
             for name, old in before.items():
                 trained[name] = old + (trained[name] - old) * self.config.hostile_scale
-        if bits < BITS[0]:
+        if coded:
             draw = np.random.default_rng([*self._seed(task.client, task.round), 2])
             generator = torch.Generator().manual_seed(int(draw.integers(2**62)))
-            trained |= encoded(stage.arch, before, trained, bits, generator)
+            trained |= encoded_changes(stage.arch, before, trained, up, generator)
         reply = {
             "round": task.round,
             "client": task.client,

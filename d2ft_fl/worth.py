@@ -4,10 +4,10 @@ The planner maximises sums over subnets, which do not see that what is trained m
 nor that fewer examples are worth less. This judges whole rounds, so that plans made in different
 ways compare:
 
-    worth = exp(-a ln(examples)^2 - c ln(learned)^2)  bits(w)  kept
+    worth = exp(-a ln(examples)^2 - c ln(learned)^2)  up(w)  down(m)  kept
 
-with the share of the examples; w the bits in which changes travel; and over blocks l and heads h,
-with backward scores u and forward scores v,
+with the share of the examples; w the bits in which changes travel up, m those of weights down; and
+over blocks l and heads h, with backward scores u and forward scores v,
 
     learned = B + (1 - B) sum_lh u_lh full_lh path_l / sum_lh u_lh     as far as the loss sees it
     path_l  = prod_{m > l} (1 - k cut_m)                   cut_m: share of block m cutting gradients
@@ -31,7 +31,8 @@ from d2ft_fl.subnets import Operation
 EXAMPLES, LEARNED = 0.05, 0.033  # a, c
 CUT, SKIPPED = 0.5, 0.3  # k, s
 BASE = 0.02
-BITS = {32: 1.0, 8: 0.999, 4: 0.993}
+BITS_UP = {32: 1.0, 8: 0.999, 4: 0.993}
+BITS_DOWN = {32: 1.0, 8: 0.999}
 
 
 @dataclass(frozen=True)
@@ -46,21 +47,22 @@ class Worth:
         operations: np.ndarray,
         ranks: np.ndarray,
         examples: np.ndarray,
-        bits: Sequence[int],
+        bits: Sequence[tuple[int, int]],
     ) -> np.ndarray:
         """The worth of many clients' rounds: float64 [clients].
 
         Args:
             operations: int8 [clients, slots, blocks, heads].
             ranks: How far training at its rank counts: float64 [clients, blocks, heads].
-            examples: Shares of a client's own, float64 [clients]. bits: Of its changes, [clients].
+            examples: Shares of a client's own, float64 [clients].
+            bits: Of numbers on their way up and down, [clients].
         """
         learned = self.learned(operations, ranks)
         skipped = (operations == Operation.SHORTCUT).mean(axis=1)
         missing = (self.forward * skipped).mean(axis=2) / self.forward.mean()  # [clients, blocks]
         kept = np.prod(np.clip(1 - SKIPPED * missing, 0.0, 1.0), axis=1)
         lost = EXAMPLES * np.log(examples) ** 2 + LEARNED * np.log(learned) ** 2
-        return np.exp(-lost) * np.array([BITS[b] for b in bits]) * kept
+        return np.exp(-lost) * np.array([BITS_UP[u] * BITS_DOWN[d] for u, d in bits]) * kept
 
     def learned(self, operations: np.ndarray, ranks: np.ndarray) -> np.ndarray:
         """What trains, as far as the loss sees it, as a share of everything: float64 [clients]."""
@@ -71,18 +73,19 @@ class Worth:
         trained = (self.backward * full * path[..., None]).sum(axis=(1, 2)) / self.backward.sum()
         return BASE + (1 - BASE) * trained
 
-    def mean(self, plan: Plan, bits: int) -> float:
+    def mean(self, plan: Plan, up: int, down: int) -> float:
         """Of a round's clients, weighted by their examples; who sits out brings nothing.
 
         Args:
-            bits: Of changes, where a way does not say. Ranks are not looked at.
+            up, down: Bits of numbers, where a way does not say. Ranks are not looked at.
         """
         operations = plan.schedules()
         local = np.array([c.local for c in plan.clients], dtype=np.float64)
         own = np.array([a.examples or 0 for a in plan.assignments], dtype=np.float64)
-        each_bits = [a.way.bits or bits for a in plan.assignments]
+        ways = [a.way for a in plan.assignments]
+        bits = [(way.bits_up or up, way.bits_down or down) for way in ways]
         ranks = np.ones((len(local), *operations.shape[2:]))
         works = operations.any(axis=(1, 2, 3)) & (own > 0)
         shares = np.where(works, own / np.maximum(1.0, local), 1.0)
-        each = self.of(operations, ranks, shares, each_bits) * works
+        each = self.of(operations, ranks, shares, bits) * works
         return float((each * local).sum() / max(1.0, local.sum()))

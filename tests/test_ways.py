@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from d2ft_fl.costs import RESOURCES
-from d2ft_fl.local_options import AS_CONFIGURED
+from d2ft_fl.local_options import AS_CONFIGURED, Way
 from d2ft_fl.rounds import Round, plan_round
 from d2ft_fl.ways import PASSING, Search
 from d2ft_fl.worker import Worker
@@ -29,7 +29,7 @@ def test_without_budgets_everything_trains_as_configured():
     a, _ = planned({})
     assert (a.schedule.operations == FULL).all()
     assert a.examples == 20
-    assert (a.way.accumulate, a.way.checkpointing, a.way.bits) == (None, None, None)
+    assert a.way == Way(in_turn=True)
 
 
 def test_memory_that_suffices_in_smaller_passes_changes_nothing_else():
@@ -45,8 +45,20 @@ def test_memory_that_suffices_in_smaller_passes_changes_nothing_else():
 @pytest.mark.parametrize("share,bits", [("100 %", None), ("40 %", 8), ("28 %", 4)])
 def test_bytes_up_are_saved_by_bits_first(share, bits):
     a, _ = planned({"bytes-up": share})
-    assert a.way.bits == bits
+    assert (a.way.bits_up, a.way.bits_down) == (bits, None)
     assert (a.schedule.operations == FULL).all()
+
+
+def test_bytes_down_are_saved_by_bits_both_ways_and_nothing_is_skipped():
+    a, _ = planned({"bytes-down": "50 %"})
+    assert (a.way.bits_up, a.way.bits_down) == (8, 8)
+    assert (a.schedule.operations == FULL).all()
+
+
+def test_few_bytes_down_can_need_fewer_heads_besides():
+    a, _ = planned({"bytes-down": "35 %"})
+    assert a.way.bits_down == 8
+    assert 0 < (a.schedule.operations == SKIP).sum() < a.schedule.operations.size / 2
 
 
 def test_compute_is_spent_on_examples_to_the_last():
@@ -68,7 +80,7 @@ def test_a_deadline_is_kept_by_fewer_examples_and_bits():
         {"speed": "1 GFLOP/s", "bandwidth-up": "1 Mbit/s", "deadline": "1 s"}, examples=200
     )
     assert not a.schedule.sits_out
-    assert a.way.bits == 4
+    assert (a.way.bits_up, a.way.bits_down) == (4, 8)
     assert plan.clients[0].on_time(a.cost)
 
 
@@ -85,6 +97,7 @@ def test_a_budget_that_affords_nothing_sits_out():
             "flops": st.integers(3, 100).map("{} %".format),
             "memory": st.integers(10, 100).map("{} %".format),
             "bytes-up": st.integers(1, 100).map("{} %".format),
+            "bytes-down": st.integers(10, 100).map("{} %".format),
         },
     ),
     st.integers(0, 1000),
@@ -113,7 +126,7 @@ def worth_of(judge, a, round):
     count = round.clients[0].examples if a.examples is None else a.examples
     operations = a.schedule.operations[None]
     ranks = np.ones((1, ARCH.blocks, ARCH.heads))
-    bits = a.way.bits or 32
+    bits = a.way.bits_up or 32, a.way.bits_down or 32
     return float(judge.of(operations, ranks, np.array([count / 20]), [bits])[0])
 
 

@@ -17,7 +17,7 @@ FULL, FROZEN, FORWARD, SKIP = 3, 2, 1, 0
 EVEN = Worth(np.ones((4, 3)), np.ones((4, 3)))
 
 
-def of(operations, examples=1.0, bits=32, judge=EVEN):
+def of(operations, examples=1.0, bits=(32, 32), judge=EVEN):
     operations = np.asarray(operations, dtype=np.int8)[None]  # one client
     ranks = np.ones(operations.shape[:1] + operations.shape[2:])
     return float(judge.of(operations, ranks, np.array([examples]), [bits])[0])
@@ -39,8 +39,8 @@ def test_by_hand():
     path = (1 - worth.CUT) ** 2
     learned = worth.BASE + (1 - worth.BASE) * 0.5 * path
     lost = worth.EXAMPLES * math.log(0.4) ** 2 + worth.LEARNED * math.log(learned) ** 2
-    expected = math.exp(-lost) * worth.BITS[8] * (1 - worth.SKIPPED / 3)
-    assert of(operations, examples=0.4, bits=8) == pytest.approx(expected)
+    expected = math.exp(-lost) * worth.BITS_UP[4] * worth.BITS_DOWN[8] * (1 - worth.SKIPPED / 3)
+    assert of(operations, examples=0.4, bits=(4, 8)) == pytest.approx(expected)
 
 
 def test_a_gradient_that_passes_is_worth_more_than_one_that_is_cut():

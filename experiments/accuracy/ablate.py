@@ -1,4 +1,4 @@
-"""What it costs a finished run's model to do without heads, and without blocks, with nothing retrained.
+"""What a finished model loses without heads, and without blocks, with nothing trained again.
 
     python experiments/accuracy/ablate.py RUN [--examples 500]
 

@@ -77,13 +77,18 @@ def _worth(run: RunFolder, file: Path, local: np.ndarray) -> float:
     told = {row["client"]: row for row in _clients(run.folder) if row["round"] == number}
     rows = [told[client] for client in clients.tolist()]
     own = np.array([row["examples"] for row in rows])
-    bits = [row["way"]["bits"] or run.config["upload-bits"] for row in rows]
+    bits = [(_bits(run, row, "up"), _bits(run, row, "down")) for row in rows]
     works = operations.any(axis=(1, 2, 3)) & (own > 0)
     scores = prior(*operations.shape[2:])
     shares = np.where(works, own / local[clients], 1.0)
     ranks = np.ones((len(clients), *operations.shape[2:]))
     worth = Worth(scores, scores).of(operations, ranks, shares, bits) * works
     return float((worth * local[clients]).sum() / local[clients].sum())
+
+
+def _bits(run: RunFolder, row: dict[str, Any], way: str) -> int:
+    """In which a client's numbers travel up, or down."""
+    return int(row["way"][f"bits_{way}"] or run.config[f"{way}load-bits"])
 
 
 @lru_cache
