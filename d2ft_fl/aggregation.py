@@ -1,11 +1,12 @@
 """Folding partial updates in, slice by slice.
 
-For a slice s trained by clients C_s, n_cs the examples on which client c ran s FULL,
+For a slice s trained by clients C_s, n_cs the examples on which client c ran s FULL, and g_c its
+step, 1 unless a strategy says otherwise,
 
-    theta_s <- theta_s + sum_{c in C_s} n_cs (theta_cs - theta_s) / sum_{c in C_s} n_cs
+    theta_s <- theta_s + sum_{c in C_s} n_cs g_c (theta_cs - theta_s) / sum_{c in C_s} n_cs
 
-and theta_s keeps its bits when C_s is empty. With everyone FULL this is FedAvg (McMahan et al.
-2017). Sums are 64-bit fixed point, so that they do not depend on the order of replies.
+and theta_s keeps its bits when C_s is empty. With everyone FULL, and steps of 1, this is FedAvg
+(McMahan et al. 2017). Sums are 64-bit fixed point, so that they do not depend on the order of replies.
 """
 
 import hashlib
@@ -36,11 +37,14 @@ class Update:
         schedule: What it was assigned.
         slot_examples: Examples it ran in each slot.
         tensors: Trained slices, packed, and whole shared and final parameters (``up_spec``).
+        step: What its change is multiplied by where means are taken, up to 2: not in robust
+            aggregation, differential privacy or LoRA.
     """
 
     schedule: Schedule
     slot_examples: list[int]
     tensors: dict[str, Tensor]
+    step: float = 1.0
 
     def weights(self, p: Parameter) -> dict[int, int]:
         """Head -> examples for a sliced parameter; ``{-1: examples}`` for a whole one."""
@@ -171,9 +175,9 @@ class Sums:
         validate(self.arch, self.weights, update)
         terms = list(self._terms(update))
         for number, term in enumerate(terms, 1):
-            if self._accumulate(term, 1.0):
+            if self._accumulate(term, update.step):
                 for added in terms[:number]:  # whole numbers: what was there before is there again
-                    self._accumulate(added, -1.0)
+                    self._accumulate(added, -update.step)
                 raise self._wrong(term)
         self._count(terms)
 

@@ -204,7 +204,7 @@ class Fold:
         bits = assignment.way.bits_up or self.federation.config.upload_bits
         if bits < PLAIN:
             tensors = with_changes(self.federation.arch, self._laid_out, schedule, tensors, bits)
-        update = Update(schedule, slot_examples, tensors)
+        update = Update(schedule, slot_examples, tensors, assignment.way.step)
         if (norm := self.federation.config.clip_norm) and not self.private:  # which clips itself
             validate(self.federation.arch, self.state.weights, update)
             update = clipped(self.federation.arch, self.state.weights, update, norm)

@@ -94,6 +94,8 @@ class Way:
             those of the one before, in an order of the run: each is seen as often as any other.
             Otherwise every round draws its own.
         rate: What the learning rates of all but the classifier are multiplied by.
+        step: What the server multiplies the client's change by; see :class:`Update
+            <d2ft_fl.aggregation.Update>`.
     """
 
     accumulate: int | None = None
@@ -103,11 +105,12 @@ class Way:
     bits_down: int | None = None
     in_turn: bool = False
     rate: float = 1.0
+    step: float = 1.0
 
     @property
     def priced(self) -> "Way":
         """What of it costs depend on."""
-        return replace(self, in_turn=False, rate=1.0)
+        return replace(self, in_turn=False, rate=1.0, step=1.0)
 
 
 AS_CONFIGURED = Way()

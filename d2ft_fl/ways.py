@@ -33,6 +33,7 @@ FLOPS, MEMORY, UP, DOWN = map(RESOURCES.index, ("flops", "memory", "bytes_up", "
 COARSE = (1.0, 0.5, 0.25, 0.125)  # shares of the examples that are tried first
 FINE = (2**-0.5, 2**0.5, 2**-0.25, 2**0.25)  # times the best one so far, one after the other
 RATE, MOST_RATE = 0.5, 3.0  # learning rates grow with the learned share to the power of -RATE
+STEP, MOST_STEP = 0.25, 1.5  # the server's, with the share of the examples to the power of -STEP
 # What running a subnet is worth beside training it, and what leaving its gradient uncut is: so much
 # that a gradient is cut, or a subnet skipped, where there is no other way.
 PASSING = (8.0, 8.0)
@@ -210,7 +211,9 @@ class Search:
         if best is None:
             return self.round.sit_out(client)
         best = self._fewer_passes(client, self._more_examples(client, best))
-        return replace(best, way=replace(best.way, rate=self._rate(best)))
+        share = (best.examples or client.examples) / client.examples
+        step = min(MOST_STEP, share**-STEP)
+        return replace(best, way=replace(best.way, rate=self._rate(best), step=step))
 
     def _rate(self, a: Assignment) -> float:
         """Who trains less of the model takes larger steps, or it learns less from each."""
