@@ -6,7 +6,8 @@ step, 1 unless a strategy says otherwise,
     theta_s <- theta_s + sum_{c in C_s} n_cs g_c (theta_cs - theta_s) / sum_{c in C_s} n_cs
 
 and theta_s keeps its bits when C_s is empty. With everyone FULL, and steps of 1, this is FedAvg
-(McMahan et al. 2017). Sums are 64-bit fixed point, so that they do not depend on the order of replies.
+(McMahan et al. 2017). Sums are 64-bit fixed point, so that they do not depend on the order of
+replies.
 """
 
 import hashlib

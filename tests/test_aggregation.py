@@ -14,7 +14,7 @@ WEIGHTS = weights_of(MODEL)
 SLOTS = 2
 
 
-def update(seed, schedule=None, examples=None):
+def update(seed, schedule=None, examples=None, step=None):
     """A client's reply: its weights are the global ones plus noise of its own."""
     generator = torch.Generator().manual_seed(seed)
     schedule = schedule or random_schedule(ARCH, SLOTS, seed)
@@ -24,7 +24,7 @@ def update(seed, schedule=None, examples=None):
         if p.kind is Kind.SLICED:
             base = p.pack(base, schedule.heads(schedule.trained, p.block))
         tensors[name] = base + 0.1 * torch.randn(shape, generator=generator)
-    return Update(schedule, examples or [3 + seed % 5, 2], tensors)
+    return Update(schedule, examples or [3 + seed % 5, 2], tensors, step or 1 + seed % 3 / 4)
 
 
 def folded(updates):
@@ -59,9 +59,11 @@ def by_hand(updates):
                     heads = u.schedule.heads(u.schedule.trained, p.block)
                     whole = torch.zeros(p.shape)
                     p.unpack_(whole, u.tensors[name], heads)
-                    top = top + n * (p.pack(whole, [head]).double() - p.pack(old, [head]).double())
+                    top = top + n * u.step * (
+                        p.pack(whole, [head]).double() - p.pack(old, [head]).double()
+                    )
                 else:
-                    top = top + n * (u.tensors[name].double() - old.double())
+                    top = top + n * u.step * (u.tensors[name].double() - old.double())
                 bottom += n
             if bottom:
                 if p.kind is Kind.SLICED:
@@ -108,7 +110,7 @@ def test_a_slice_nobody_trained_keeps_its_bits():
 def test_everyone_full_is_the_weighted_mean():
     """FedAvg, and not a mean over clients that did not train (which shrinks weights)."""
     everything = Schedule.filled(Operation.FULL, SLOTS, 2, 4)
-    updates = [update(s, everything, [n, n]) for s, n in ((1, 5), (2, 10), (3, 1))]
+    updates = [update(s, everything, [n, n], step=1.0) for s, n in ((1, 5), (2, 10), (3, 1))]
     new = folded(updates)
     for name in up_spec(ARCH, everything):
         p = ARCH.by_name[name]

@@ -49,6 +49,13 @@ def test_bytes_up_are_saved_by_bits_first(share, bits):
     assert (a.schedule.operations == FULL).all()
 
 
+@pytest.mark.parametrize("share,expected", [(1.0, 1.0), (0.25, 2**0.5), (0.1, 1.5)])
+def test_the_server_steps_further_along_what_few_examples_changed(share, expected):
+    a, _ = planned({"flops": f"{100 * share} %"}, examples=1000)
+    assert a.way.step == pytest.approx(min(1.5, (a.examples / 1000) ** -0.25))
+    assert a.way.step == pytest.approx(expected, rel=0.12)  # a few heads less, for more examples
+
+
 def test_bytes_down_are_saved_by_bits_both_ways_and_nothing_is_skipped():
     a, _ = planned({"bytes-down": "50 %"})
     assert (a.way.bits_up, a.way.bits_down) == (8, 8)
