@@ -1,8 +1,8 @@
 """What each budget costs each strategy: tables, a picture, and how good the prediction was.
 
-    python experiments/accuracy/compare.py FOLDER [--picture FILE.png]
+    python experiments/accuracy/compare.py FOLDER... [--picture FILE.png]
 
-reads the folder of a finished or running sweep of this directory. Differences are in points of
+reads the folders of finished or running sweeps of this directory, of one job. Differences are in points of
 accuracy, paired by seed, with 95 % intervals (Student's t).
 """
 
@@ -17,6 +17,7 @@ import numpy as np
 import safetensors.numpy
 from scipy.stats import spearmanr
 
+from d2ft_fl.coding import PLAIN
 from d2ft_fl.report.run_folder import RunFolder
 from d2ft_fl.report.statistics import Interval, differences
 from d2ft_fl.report.sweep_folder import SweepFolder
@@ -31,15 +32,10 @@ RESOURCES = ("flops", "memory", "bytes_up")
 class Setting:
     """Runs that differ in nothing but their seed."""
 
-    def __init__(self, values: dict[str, object], runs: dict[int, RunFolder]):
+    def __init__(self, runs: dict[int, RunFolder]):
         self.runs = runs
-        self.strategy = str(values.get("strategy", ""))
-        self.budgets = Path(str(values.get("budgets", ""))).stem
-        rest = {k: v for k, v in values.items() if k not in ("strategy", "budgets") and v != ""}
-        self.tuning = str(rest.get("lora-init") or "") if rest.get("tuning") == "lora" else ""
-        rank = f" {rest['lora-rank']}" if self.tuning and "lora-rank" in rest else ""
-        bits = f", {rest['upload-bits']} bits" if rest.get("upload-bits") not in (None, 32) else ""
-        self.label = self.strategy + (f", {self.tuning}{rank}" if self.tuning else "") + bits
+        self.budgets, self.label = named(next(iter(runs.values())))
+        self.lora = any(run.config["tuning"] == "lora" for run in runs.values())
 
     @property
     def accuracy(self) -> dict[str, float]:
@@ -67,6 +63,21 @@ class Setting:
             for file in sorted(run.folder.joinpath("plans").iterdir())
         ]
         return float(np.mean(rounds))
+
+
+def named(run: RunFolder) -> tuple[str, str]:
+    """Under which budgets a run is, and what else tells it from others."""
+    c = run.config
+    lora = c["tuning"] == "lora"
+    said = [
+        c["strategy"],
+        f"{c['lora-init']} {c['lora-rank']}" * lora,
+        f"{c['slots']} slots" * (c["slots"] > 1),
+        f"{c['upload-bits']} bits up" * (c["upload-bits"] < PLAIN),
+        f"{c['download-bits']} down" * (c["download-bits"] < PLAIN),
+        f"server step {c['server-lr']}" * (c["server-lr"] != 1),
+    ]
+    return Path(c["budgets"]).stem, ", ".join(filter(None, said))
 
 
 def _worth(run: RunFolder, file: Path, local: np.ndarray) -> float:
@@ -106,16 +117,14 @@ def examples(reference: Setting) -> dict[int, np.ndarray]:
     return found
 
 
-def settings(folder: Path) -> list[Setting]:
-    """The settings of a sweep that finished with at least one seed."""
-    sweep = SweepFolder.read(folder)
-    found: defaultdict[str, dict[int, RunFolder]] = defaultdict(dict)
-    values: dict[str, dict[str, object]] = {}
-    for trial in sweep.trials:
-        if trial.finished and trial.run:
-            found[trial.setting][int(trial.settings.get("seed", 0))] = trial.run
-            values[trial.setting] = trial.settings
-    return [Setting(values[key], runs) for key, runs in found.items()]
+def settings(folders: list[Path]) -> list[Setting]:
+    """The settings of sweeps that finished with at least one seed."""
+    found: defaultdict[tuple[str, str], dict[int, RunFolder]] = defaultdict(dict)
+    for folder in folders:
+        for trial in SweepFolder.read(folder).trials:
+            if trial.finished and trial.run:
+                found[named(trial.run)].setdefault(int(trial.run.config["seed"]), trial.run)
+    return [Setting(runs) for runs in found.values()]
 
 
 def spelled(i: Interval) -> str:
@@ -151,7 +160,7 @@ def table(budget: str, own: list[Setting], reference: Setting) -> str:
 def predicted(found: list[Setting], reference: Setting) -> list[tuple[Setting, float]]:
     """Settings of full tuning with seeds that the reference has, and their predicted worth."""
     local = examples(reference)
-    able = [s for s in found if not s.tuning and s.runs.keys() <= local.keys()]
+    able = [s for s in found if not s.lora and s.runs.keys() <= local.keys()]
     return [(s, s.worth(local)) for s in able]
 
 
@@ -191,15 +200,16 @@ def draw(
 
 
 def main() -> None:
-    """Print the tables of a sweep, and draw it."""
+    """Print the tables of sweeps, and draw them."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folder", type=Path)
+    parser.add_argument("folders", type=Path, nargs="+", help="of sweeps of one job")
     parser.add_argument("--picture", type=Path)
     given = parser.parse_args()
-    found = settings(given.folder)
+    found = settings(given.folders)
     reference = next((s for s in found if s.label == REFERENCE and s.budgets in ("none", "")), None)
     if reference is None:
-        parser.error(f"the sweep in {given.folder} has no finished trial of {REFERENCE} yet")
+        where = ", ".join(map(str, given.folders))
+        parser.error(f"there is no finished trial of {REFERENCE} in {where} yet")
     groups: defaultdict[str, list[Setting]] = defaultdict(list)
     for s in found:
         groups[s.budgets].append(s)
