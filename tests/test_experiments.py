@@ -92,7 +92,7 @@ def test_a_comparison_under_budgets_can_be_read_off(tmp_path, monkeypatch, capsy
     monkeypatch.setattr("sys.argv", ["compare", str(folder), "--picture", str(tmp_path / "p.png")])
     compare.main()
     said = capsys.readouterr().out
-    found = {s.label: s for s in compare.settings(folder)}
+    found = {s.label: s for s in compare.settings([folder])}
     ours, theirs = found["d2ft"].accuracy, found["fewer-examples"].accuracy
     mean = sum(ours[seed] - theirs[seed] for seed in "01") / 2
     (line,) = (line for line in said.splitlines() if line.startswith("| fewer-examples"))
