@@ -1,13 +1,12 @@
 """Folding partial updates in, slice by slice.
 
-For a slice s trained by clients C_s, n_cs the examples on which client c ran s FULL, and g_c its
-step, 1 unless a strategy says otherwise,
+For a slice s trained by clients C_s, n_cs the examples on which client c ran s FULL, times what
+each counts, and g_c its step, both 1 unless a strategy says otherwise,
 
     theta_s <- theta_s + sum_{c in C_s} n_cs g_c (theta_cs - theta_s) / sum_{c in C_s} n_cs
 
-and theta_s keeps its bits when C_s is empty. With everyone FULL, and steps of 1, this is FedAvg
-(McMahan et al. 2017). Sums are 64-bit fixed point, so that they do not depend on the order of
-replies.
+and theta_s keeps its bits when C_s is empty. With everyone FULL this is FedAvg (McMahan et al.
+2017). Sums are 64-bit fixed point, so that they do not depend on the order of replies.
 """
 
 import hashlib
@@ -36,7 +35,7 @@ class Update:
 
     Attributes:
         schedule: What it was assigned.
-        slot_examples: Examples it ran in each slot.
+        slot_examples: Examples it ran in each slot, times what each counts.
         tensors: Trained slices, packed, and whole shared and final parameters (``up_spec``).
         step: What its change is multiplied by where means are taken, up to 2: not in robust
             aggregation, differential privacy or LoRA.

@@ -94,8 +94,8 @@ class Fold:
     ):
         self.federation, self.state, self.plan = federation, state, plan
         self.private = private
-        examples = sum(sum(federation.costs.slot_totals(a.examples or 0)) for a in plan.assignments)
-        self.sums = self._make_sums(examples)
+        self.sums = self._make_sums(sum(sum(self._counted(a)) for a in plan.assignments))
+        examples = sum(sum(self._slot_examples(a)) for a in plan.assignments)
         self.mean_sums = MeanSums(federation.arch, examples)
         self.pending = {a.client: a for a in plan.working}
         self.participants = {c.client: c for c in plan.clients}
@@ -117,6 +117,14 @@ class Fold:
             mode = config.lora_aggregation
             return FactorSums(arch, weights, examples, mode, config.lora_error)
         return Sums(arch, weights, examples)
+
+    def _slot_examples(self, a: Assignment) -> list[int]:
+        """How many examples a client trains on in each slot."""
+        return self.federation.costs.slot_totals(a.examples or 0)
+
+    def _counted(self, a: Assignment) -> list[int]:
+        """The same times what each counts."""
+        return [round(n * a.way.weight) for n in self._slot_examples(a)]
 
     @cached_property
     def _laid_out(self) -> GlobalModel:
@@ -157,9 +165,9 @@ class Fold:
         except Exception as error:  # whatever a reply can do to those who read it costs itself
             self.fail(client, f"its answer cannot be read: {type(error).__name__}: {error}")
             return
-        if reply.means:
-            self.mean_sums.add(reply.update.schedule, reply.update.slot_examples, reply.means)
         assignment = self.pending.pop(client)
+        if reply.means:
+            self.mean_sums.add(assignment.schedule, self._slot_examples(assignment), reply.means)
         if reply.measured:
             self.measured[client] = (reply.measured, assignment.passes.scored)
         self._record(assignment, reply.used, reply.wall, reply.training, reply.loss)
@@ -193,7 +201,7 @@ class Fold:
         if (round, sender) != (self.plan.round, client):
             raise ReplyError(f"an answer to round {round} for client {sender}")
         assignment = self.pending[client]
-        expected = self.federation.costs.slot_totals(assignment.examples or 0)
+        expected = self._slot_examples(assignment)
         if slot_examples != expected:
             raise ReplyError(f"trained on {sum(slot_examples)} examples, not {sum(expected)}")
         measured = self._measured(tensors, assignment.passes.kinds)
@@ -204,7 +212,7 @@ class Fold:
         bits = assignment.way.bits_up or self.federation.config.upload_bits
         if bits < PLAIN:
             tensors = with_changes(self.federation.arch, self._laid_out, schedule, tensors, bits)
-        update = Update(schedule, slot_examples, tensors, assignment.way.step)
+        update = Update(schedule, self._counted(assignment), tensors, assignment.way.step)
         if (norm := self.federation.config.clip_norm) and not self.private:  # which clips itself
             validate(self.federation.arch, self.state.weights, update)
             update = clipped(self.federation.arch, self.state.weights, update, norm)

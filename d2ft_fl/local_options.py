@@ -94,6 +94,7 @@ class Way:
             those of the one before, in an order of the run: each is seen as often as any other.
             Otherwise every round draws its own.
         rate: What the learning rates of all but the classifier are multiplied by.
+        weight: What each of its examples counts when means are taken.
         step: What the server multiplies the client's change by; see :class:`Update
             <d2ft_fl.aggregation.Update>`.
     """
@@ -105,12 +106,13 @@ class Way:
     bits_down: int | None = None
     in_turn: bool = False
     rate: float = 1.0
+    weight: float = 1.0
     step: float = 1.0
 
     @property
     def priced(self) -> "Way":
         """What of it costs depend on."""
-        return replace(self, in_turn=False, rate=1.0, step=1.0)
+        return replace(self, in_turn=False, rate=1.0, weight=1.0, step=1.0)
 
 
 AS_CONFIGURED = Way()

@@ -3,7 +3,8 @@
 For a given way, the knapsack finds each client's schedule. Ways are tried where a budget binds that
 they relieve, and of what comes out the client's :mod:`worth <d2ft_fl.worth>` decides:
 
-* FLOPs or a deadline: fewer examples, in turn;
+* FLOPs or a deadline: fewer examples, in turn. All that a client has count in the mean, whatever
+  it trains on, and the server goes further along what few examples changed;
 * memory: passes of single examples to begin with, as few as still fit in the end, for they cost
   nothing but time; activations computed again;
 * bytes up: changes in the most bits in which everything could travel;
@@ -33,7 +34,7 @@ FLOPS, MEMORY, UP, DOWN = map(RESOURCES.index, ("flops", "memory", "bytes_up", "
 COARSE = (1.0, 0.5, 0.25, 0.125)  # shares of the examples that are tried first
 FINE = (2**-0.5, 2**0.5, 2**-0.25, 2**0.25)  # times the best one so far, one after the other
 RATE, MOST_RATE = 0.5, 3.0  # learning rates grow with the learned share to the power of -RATE
-STEP, MOST_STEP = 0.25, 1.5  # the server's, with the share of the examples to the power of -STEP
+STEP, MOST_STEP = 0.25, 1.5  # the server's steps, with that of the examples to the power of -STEP
 # What running a subnet is worth beside training it, and what leaving its gradient uncut is: so much
 # that a gradient is cut, or a subnet skipped, where there is no other way.
 PASSING = (8.0, 8.0)
@@ -211,9 +212,13 @@ class Search:
         if best is None:
             return self.round.sit_out(client)
         best = self._fewer_passes(client, self._more_examples(client, best))
-        share = (best.examples or client.examples) / client.examples
-        step = min(MOST_STEP, share**-STEP)
-        return replace(best, way=replace(best.way, rate=self._rate(best), step=step))
+        saved = client.examples / (best.examples or client.examples)
+        way = replace(best.way, rate=self._rate(best), weight=saved, step=self._step(saved))
+        return replace(best, way=way)
+
+    def _step(self, saved: float) -> float:
+        """Who trains on fewer examples, by this factor, is followed further."""
+        return min(MOST_STEP, saved**STEP)
 
     def _rate(self, a: Assignment) -> float:
         """Who trains less of the model takes larger steps, or it learns less from each."""

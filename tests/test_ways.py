@@ -53,6 +53,7 @@ def test_bytes_up_are_saved_by_bits_first(share, bits):
 def test_the_server_steps_further_along_what_few_examples_changed(share, expected):
     a, _ = planned({"flops": f"{100 * share} %"}, examples=1000)
     assert a.way.step == pytest.approx(min(1.5, (a.examples / 1000) ** -0.25))
+    assert a.way.weight == pytest.approx(1000 / a.examples)  # all that it has counts
     assert a.way.step == pytest.approx(expected, rel=0.12)  # a few heads less, for more examples
 
 

@@ -2,8 +2,8 @@
 
     python experiments/accuracy/compare.py FOLDER... [--picture FILE.png]
 
-reads the folders of finished or running sweeps of this directory, of one job. Differences are in points of
-accuracy, paired by seed, with 95 % intervals (Student's t).
+reads the folders of finished or running sweeps of this directory, of one job. Differences are in
+points of accuracy, paired by seed, with 95 % intervals (Student's t).
 """
 
 import argparse
