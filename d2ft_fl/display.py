@@ -1,5 +1,6 @@
 """What a run shows in a terminal and in Flower's log."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,6 +49,24 @@ def quantity(value: float, unit: str) -> str:
 def unit_of(resource: str) -> str:
     """What a resource is counted in."""
     return "FLOP" if resource == "flops" else "B"
+
+
+def way(entries: Mapping[str, Any]) -> str:
+    """How a client runs its schedule, where that is not as it is configured, in few words.
+
+    Args:
+        entries: Of a :class:`~d2ft_fl.local_options.Way`, as ``clients.jsonl`` has them.
+    """
+    tokens, passes = entries.get("tokens"), entries.get("accumulate") or 1
+    up, down = entries.get("bits_up"), entries.get("bits_down")
+    said = [
+        f"{tokens} tokens" * bool(tokens),
+        f"{passes} passes" * (passes > 1),
+        "again" * bool(entries.get("checkpointing")),
+        f"{up} bits up" * bool(up),
+        f"{down} down" * bool(down),
+    ]
+    return ", ".join(filter(None, said))
 
 
 def header(config: RunConfig) -> None:

@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterable
+from dataclasses import asdict
 
 import numpy as np
 from rich.box import SIMPLE_HEAD
@@ -159,15 +160,8 @@ def way(c: ClientPreview) -> str:
     """How a client runs its schedule, where that is not as it is configured, in few words."""
     if c.sits_out:
         return ""
-    said = [
-        f"{c.examples / max(1, c.local):.0%} data" * (c.examples < c.local),
-        f"{c.way.tokens} tokens" * (c.way.tokens is not None),
-        f"{c.way.accumulate} passes" * ((c.way.accumulate or 1) > 1),
-        "again" * bool(c.way.checkpointing),
-        f"{c.way.bits_up} bits up" * (c.way.bits_up is not None),
-        f"{c.way.bits_down} down" * (c.way.bits_down is not None),
-    ]
-    return ", ".join(filter(None, said))
+    share = f"{c.examples / max(1, c.local):.0%} data" * (c.examples < c.local)
+    return ", ".join(filter(None, [share, display.way(asdict(c.way))]))
 
 
 def _clients(clients: list[ClientPreview], width: int) -> Table:

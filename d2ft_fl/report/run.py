@@ -124,6 +124,11 @@ def _clients(run: RunFolder) -> str:
         "Over all rounds: what subnets do, FLOPs and bytes in total, memory as the mean peak; "
         "beside each, the mean used share of the budget.", "note",
     )  # fmt: skip
+    if frame["way"].any():
+        said += sentence(
+            "A way is how schedules were run most often: in how many passes a batch, with "
+            "activations computed again or not, in how many bits a number travels.", "note",
+        )  # fmt: skip
     each = run_tables.clients(frame, BY_CLIENT)
     classes = run_tables.clients(frame, BY_CLASS)
     if not client_charts.by_class(frame):

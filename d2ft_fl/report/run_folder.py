@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 
 from d2ft_fl.config import read_toml
 from d2ft_fl.costs import RESOURCES
+from d2ft_fl.display import way
 from d2ft_fl.errors import ConfigError
 from d2ft_fl.preview import DEADLINE, LIMITS, UNNAMED
 from d2ft_fl.recorder import stands, totals
@@ -227,6 +228,7 @@ def _client(row: dict[str, Any]) -> dict[str, Any]:
         out[name] = used[name] if used else 0
         limited = used and allowed[name] is not None
         out[f"{name}_share"] = used[name] / max(1, allowed[name]) if limited else np.nan
+    out["way"] = way(row.get("way", {}))
     deadline = row.get("deadline")
     out[f"{DEADLINE}_share"] = row["seconds"] / deadline if used and deadline else np.nan
     return out

@@ -52,7 +52,8 @@ def clients(frame: pd.DataFrame, keys: list[str]) -> str:
     heads = keys + ["clients"] * (keys == BY_CLASS) + ["examples"]
     heads += [OPERATIONS[op.name.lower()] for op in operations]
     heads += ["rank"] * ranks + [LABELS[name] for name in RESOURCES] + [DEADLINE] * deadline
-    heads += ["time", "loss", "sat out", "faults"]
+    ways = bool(frame["way"].any())
+    heads += ["time", "loss", *["way"] * ways, "sat out", "faults"]
     groups = _grouped(frame, keys)
     rows = []
     for g in groups[:MOST_ROWS].to_dict("records"):
@@ -65,6 +66,7 @@ def clients(frame: pd.DataFrame, keys: list[str]) -> str:
         row += _used(g, DEADLINE) * deadline
         row += pages.valued(seconds(g["seconds"]), g["seconds"])
         row += pages.valued(f"{g['train_loss']:.3g}", g["train_loss"])
+        row += pages.words(g["way"]) * ways
         rows.append(row + pages.cells(str(g["sat_out"]), str(g["fault"])))
     more = len(groups) - len(rows)
     note = f'<p class="note">and {more:,} more</p>' if more else ""
@@ -90,7 +92,16 @@ def _grouped(frame: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
     trained = frame[frame["train_loss"].notna()]
     last = trained[trained["round"] == trained.groupby(keys)["round"].transform("max")]
     out["train_loss"] = last.groupby(keys)["train_loss"].mean()
+    out["way"] = frame[frame["worked"]].groupby(keys)["way"].agg(_most_common)
+    out["way"] = out["way"].fillna("")
     return out.reset_index()
+
+
+def _most_common(ways: "pd.Series[str]") -> str:
+    """The way that clients went most often, and how often, where not always."""
+    counts = ways.value_counts()
+    often = float(counts.iloc[0] / counts.sum())
+    return f"{counts.index[0] or 'as configured'}" + f" ({often:.0%})" * (often < 1)
 
 
 def _used(group: dict[str, Any], name: str) -> str:
