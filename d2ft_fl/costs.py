@@ -51,6 +51,7 @@ from d2ft_fl.subnets import (
     Architecture,
     Kind,
     Operation,
+    Parameter,
     Schedule,
     passes,
     slot_sizes,
@@ -92,7 +93,7 @@ class CostModel:
             a resident subnet.
         tokens: T, of an example, that blocks see in training; 0 for all.
         bits_up, bits_down: Of numbers that travel; see :mod:`d2ft_fl.coding`. With fewer up than 32
-            the client keeps what it began with.
+            the client keeps what it began with, as it came.
     """
 
     arch: Architecture
@@ -299,17 +300,25 @@ class CostModel:
         elements = elements + copies * self.whole.elements(trained)
         if self.arch.rank:
             elements += self.factors.elements(ranks) + copies * self.ranked.elements(ranks)
-        return ELEMENT * elements + self._each(operations, lambda s: _data(self._extra(s)))
+        kept = (trained * self.kept).sum(axis=(1, 2))
+        return ELEMENT * elements + kept + self._each(operations, lambda s: _data(self._extra(s)))
 
     def copies(self, moments: bool) -> int:
-        """Tensors held beside each that trains: gradient, optimiser state, where it began.
+        """Tensors held beside each that trains: gradient, optimiser state, where FedProx began.
 
         Args:
             moments: Whether there is optimiser state, as after the first step.
         """
         state = MOMENTS[self.options.optimizer] if moments else 0
-        began = (self.options.proximal > 0) + (self.bits_up < PLAIN)
-        return 1 + state + began
+        return 1 + state + (self.options.proximal > 0)
+
+    @cached_property
+    def kept(self) -> np.ndarray:
+        """Bytes of where a subnet that trains began, if its change is coded: int64 [blocks, heads].
+
+        In as many bits as it came in.
+        """
+        return self._coded(self.bits_up, lambda p: p.trains, lambda p: row_bytes(p, self.bits_down))
 
     def _extra(self, schedule: Schedule) -> dict[str, tuple[int, ...]]:
         """What is held for compensation, by name."""
@@ -433,20 +442,24 @@ class CostModel:
     @cached_property
     def coded_up(self) -> np.ndarray:
         """Bytes that a subnet that trains saves on its way up: int64 [blocks, heads]."""
-        return self._coded(self.bits_up, lambda p: p.trains)
+        return self._coded(self.bits_up, lambda p: p.trains, lambda p: _spared(p, self.bits_up))
 
     @cached_property
     def coded_down(self) -> np.ndarray:
         """Bytes that a subnet saves on its way down: int64 [blocks, heads]."""
-        return self._coded(self.bits_down, lambda p: True)
+        return self._coded(self.bits_down, lambda p: True, lambda p: _spared(p, self.bits_down))
 
-    def _coded(self, bits: int, which: Which) -> np.ndarray:
-        saved = np.zeros((self.arch.blocks, self.arch.heads), dtype=np.int64)
+    def _coded(self, bits: int, which: Which, each: Callable[[Parameter], int]) -> np.ndarray:
+        """Bytes of the rows of each subnet that travel coded: int64 [blocks, heads].
+
+        Args:
+            each: Of one row of a parameter.
+        """
+        total = np.zeros((self.arch.blocks, self.arch.heads), dtype=np.int64)
         for p in self.arch.of_kind(Kind.SLICED):
             if which(p) and is_coded(p, bits):
-                each = row_bytes(p, PLAIN) - row_bytes(p, bits)
-                saved[p.block] += [each * len(rows) for rows in p.rows]
-        return saved
+                total[p.block] += [each(p) * len(rows) for rows in p.rows]
+        return total
 
     def _up(self, operations: np.ndarray, ranks: np.ndarray) -> np.ndarray:
         fixed = self.trained.outer_bytes + MESSAGE_HEADER
@@ -541,6 +554,11 @@ class CostModel:
         cost = plain.cost(plain.everything(), examples)
         down = self.uncoded().bytes_down(self.everything())
         return replace(cost, bytes_down=down) if examples else cost
+
+
+def _spared(p: Parameter, bits: int) -> int:
+    """Bytes by which a row is shorter in so many bits."""
+    return row_bytes(p, PLAIN) - row_bytes(p, bits)
 
 
 def _resident(operations: np.ndarray) -> np.ndarray:

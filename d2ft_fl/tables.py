@@ -209,7 +209,7 @@ def table_of(
         kept = 0 if c.options.checkpointing else kept // passes
         held = _of_rank(copies * c.whole.sliced, c.factors.sliced + copies * c.ranked.sliced, p)
         held = c.own.sliced.reshape(-1, 1) * resident + held
-        items[..., resource] = ELEMENT * held + kept
+        items[..., resource] = ELEMENT * held + c.kept.reshape(-1, 1) * (p.full > 0) + kept
         # x of both branches, of all examples; what else training keeps, of each rank and besides.
         live, trains, ranked = 2 * c.saved.stream * total, 0, 0
         if not c.options.checkpointing:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from d2ft_fl import holdings, timm_vit, wire
 from d2ft_fl.budgets import Budget, ClientDescription
-from d2ft_fl.coding import PLAIN, decoded, encoded, encoded_changes
+from d2ft_fl.coding import PLAIN, decoded, encoded, encoded_changes, is_coded
 from d2ft_fl.compensation import MeanTally, received
 from d2ft_fl.config import RunConfig
 from d2ft_fl.costs import RESOURCES
@@ -155,15 +155,22 @@ class Worker:
         del tensors, source, offsets  # the model has its own
         hostile, coded = self.config.hostile(task.client), up < PLAIN
         before = self._values() if hostile or coded else {}
+        kept: dict[str, Tensor] = {}
+        if coded:  # as it came
+            own = {n: t for n, t in before.items() if is_coded(stage.arch.by_name[n], up)}
+            kept = encoded(stage.arch, own, down)
+            before = before if hostile else {}
+            del own
         began = time.perf_counter()
-        loss, trained = self._train(task, options, chosen, list(before.values()) if coded else [])
+        loss, trained = self._train(task, options, chosen, list(kept.values()))
         if hostile:
             for name, old in before.items():
                 trained[name] = old + (trained[name] - old) * self.config.hostile_scale
         if coded:
             draw = np.random.default_rng([*self._seed(task.client, task.round), 2])
             generator = torch.Generator().manual_seed(int(draw.integers(2**62)))
-            trained |= encoded_changes(stage.arch, before, trained, up, generator)
+            kept = decoded(stage.arch, kept, down)
+            trained |= encoded_changes(stage.arch, kept, trained, up, generator)
         reply = {
             "round": task.round,
             "client": task.client,
