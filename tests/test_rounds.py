@@ -1,5 +1,6 @@
 """The pure round: folding good and bad replies, and one round against Flower's own FedAvg."""
 
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -65,6 +66,28 @@ def test_the_order_of_replies_does_not_matter(round_one):
     assert all(torch.equal(one.weights[n], other.weights[n]) for n in one.weights)
     assert list(one.scores.means) == ["fisher"]
     assert np.array_equal(one.scores.means["fisher"], other.scores.means["fisher"])
+
+
+def test_what_a_way_says_of_a_clients_examples_and_change_counts_in_the_mean(round_one):
+    """The classifier, which everybody trains, by hand from what clients sent."""
+    federation, state, plan, replies = round_one
+    ways = {0: (3.0, 1.25), 1: (0.5, 1.0), 2: (1.0, 1.5), 3: (2.0, 1.0)}  # of each: weight, step
+    assignments = [
+        replace(a, way=replace(a.way, weight=ways[a.client][0], step=ways[a.client][1]))
+        for a in plan.assignments
+    ]
+    after, _ = folded(
+        (federation, state, replace(plan, assignments=assignments), replies), replies.items()
+    )
+    old = state.weights["head.weight"].double()
+    top, bottom = torch.zeros_like(old), 0
+    for a in plan.working:
+        weight, step = ways[a.client]
+        examples = sum(round(n * weight) for n in federation.costs.slot_totals(a.examples))
+        top += examples * step * (wire.decode(replies[a.client])[0]["head.weight"].double() - old)
+        bottom += examples
+    assert len(plan.working) > 1
+    torch.testing.assert_close(after.weights["head.weight"].double(), old + top / bottom)
 
 
 def test_used_is_measured_and_within_the_budget(round_one):
