@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 
@@ -49,6 +50,11 @@ class Amounts:
         """Bytes on the wire of embedding and final part."""
         return ELEMENT * self.outer + TENSOR_HEADER * self.outer_tensors
 
+    def wire_bytes(self, which: np.ndarray) -> np.ndarray:
+        """Bytes on the wire of subnets bool [clients, blocks, heads] and what they share."""
+        own = (which * ELEMENT * self.sliced).sum(axis=(1, 2))
+        return own + (which.any(axis=2) * self.bytes_of_blocks).sum(axis=1)
+
     def elements(self, which: np.ndarray) -> np.ndarray:
         """Elements of subnets [clients, blocks, heads] and what they share: int64 [clients].
 
@@ -62,3 +68,46 @@ class Amounts:
         """Of LoRA's factors of a rank, what belongs to one of it."""
         sliced, shared = self.sliced // max(1, rank), self.shared // max(1, rank)
         return replace(self, sliced=sliced, shared=shared)
+
+
+@dataclass(frozen=True)
+class Parts:
+    """How much of an architecture there is of what, by what becomes of it."""
+
+    arch: Architecture
+
+    @cached_property
+    def own(self) -> Amounts:
+        """The model's own parameters: held with every resident subnet."""
+        return Amounts.of(self.arch, lambda p: not p.factor)
+
+    @cached_property
+    def factors(self) -> Amounts:
+        """LoRA's factors, by rank: held with trained subnets; those of others are folded in."""
+        return Amounts.of(self.arch, lambda p: bool(p.factor)).per_rank(self.arch.rank)
+
+    @cached_property
+    def trained(self) -> Amounts:
+        """What trains: has gradients and moments, and travels up."""
+        return Amounts.of(self.arch, lambda p: p.trains)
+
+    @cached_property
+    def whole(self) -> Amounts:
+        """What trains whatever the rank: everything but factors."""
+        return Amounts.of(self.arch, lambda p: p.trains and not p.factor)
+
+    @cached_property
+    def ranked(self) -> Amounts:
+        """Of factors that train, what belongs to one of their rank."""
+        chosen = Amounts.of(self.arch, lambda p: p.trains and bool(p.factor))
+        return chosen.per_rank(self.arch.rank)
+
+    @cached_property
+    def fixed(self) -> Amounts:
+        """What never changes: travels down to clients that have it not."""
+        return Amounts.of(self.arch, lambda p: p.fixed)
+
+    @cached_property
+    def loose(self) -> Amounts:
+        """What changes: travels down every round."""
+        return Amounts.of(self.arch, lambda p: not p.fixed)

@@ -7,7 +7,7 @@ weights of the day. So a shortcut removes a subnet's variation, not its mean, an
 costs the client one tensor [tokens, dim] a branch, however many subnets it stands for.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -15,7 +15,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from d2ft_fl.amounts import TENSOR_HEADER
 from d2ft_fl.errors import ReplyError
+from d2ft_fl.memory import ELEMENT
 from d2ft_fl.subnets import Architecture, Operation, Schedule
 
 if TYPE_CHECKING:  # the cost model comes by here, and need not bring the engine in
@@ -70,6 +72,49 @@ def skip_spec(arch: Architecture, schedule: Schedule) -> dict[str, tuple[int, ..
         if count := max(skip_sets(schedule, block)) + 1:
             spec[skip_name(block)] = (count, 2, arch.tokens, arch.dim)
     return spec
+
+
+@dataclass(frozen=True)
+class Extras:
+    """What compensation adds to a client's round, in bytes: it does not add up over subnets.
+
+    Attributes:
+        compensated: Whether shortcuts are compensated. calibrating: Whether means are measured.
+    """
+
+    arch: Architecture
+    compensated: bool
+    calibrating: bool
+
+    def down(self, operations: np.ndarray) -> np.ndarray:
+        """On the wire to clients: int64 [clients], of int8 [clients, slots, blocks, heads]."""
+        return self._each(operations, self.compensated, lambda s: _wire(skip_spec(self.arch, s)))
+
+    def up(self, operations: np.ndarray) -> np.ndarray:
+        """On the wire back."""
+        return self._each(operations, self.calibrating, lambda s: _wire(mean_spec(self.arch, s)))
+
+    def held(self, operations: np.ndarray) -> np.ndarray:
+        """Held while training."""
+        skips = self._each(operations, self.compensated, lambda s: _data(skip_spec(self.arch, s)))
+        means = self._each(operations, self.calibrating, lambda s: _data(mean_spec(self.arch, s)))
+        return skips + means
+
+    def _each(
+        self, operations: np.ndarray, there: bool, what: Callable[[Schedule], int]
+    ) -> np.ndarray:
+        if not there:
+            return np.zeros(len(operations), dtype=np.int64)
+        return np.array([what(Schedule(one)) for one in operations], dtype=np.int64)
+
+
+def _data(spec: dict[str, tuple[int, ...]]) -> int:
+    """Bytes of the tensors alone."""
+    return sum(ELEMENT * int(np.prod(shape)) for shape in spec.values())
+
+
+def _wire(spec: dict[str, tuple[int, ...]]) -> int:
+    return _data(spec) + TENSOR_HEADER * len(spec)
 
 
 class MeanTally:

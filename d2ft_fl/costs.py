@@ -28,41 +28,39 @@ that never are FULL are folded into their weights, 2 p D r once a round. A subne
 its own pays in proportion to that, and folds the rest in, 2 p D (r - r_h); its block pays by the
 largest rank of the subnets that do an operation in a slot.
 
-**Memory** is what is held, plus the worst pass: see :mod:`d2ft_fl.memory`. **Bytes** are those of
-tensors, and of headers at most.
+**Memory** is what is held, plus the worst pass: see :mod:`d2ft_fl.memory`. **Bytes**
+are those of tensors, and of headers at most: see :mod:`d2ft_fl.traffic`.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
 
-from d2ft_fl.amounts import TENSOR_HEADER, Amounts, Which
+from d2ft_fl.amounts import Parts
 from d2ft_fl.branch_flops import BranchFlops, fused_attention
-from d2ft_fl.coding import PLAIN, check_bits, is_coded, row_bytes
-from d2ft_fl.compensation import mean_spec, skip_spec
+from d2ft_fl.coding import PLAIN, check_bits
+from d2ft_fl.compensation import Extras
 from d2ft_fl.errors import ConfigError
-from d2ft_fl.holdings import has_fixed
 from d2ft_fl.local_options import AS_CONFIGURED, LocalOptions, Way
 from d2ft_fl.memory import ELEMENT, PassMemory, Saved
 from d2ft_fl.subnets import (
     Architecture,
-    Kind,
     Operation,
-    Parameter,
     Schedule,
     passes,
+    residents,
     slot_sizes,
     slot_totals,
+    trainees,
 )
+from d2ft_fl.traffic import Traffic
 
 RESOURCES = ("flops", "memory", "bytes_up", "bytes_down")
-RANK_BYTES = 2  # of a subnet's rank, in binary
 CHUNK = 128  # clients whose costs are worked out at once: more take memory, and not less time
 MOST_KNOWN = 4096  # costs that are kept
-MESSAGE_HEADER = 2048  # bytes a message takes beside tensors and schedule, at most
 MEMORY_MARGIN = 32  # 1/32 on top for the small tensors that the formula passes over
 MOMENTS = {"adamw": 2, "sgd": 1}  # tensors of optimiser state per trained tensor
 
@@ -198,7 +196,7 @@ class CostModel:
         Raises:
             ConfigError: When subnets are to train at ranks that there are not.
         """
-        trained, most = _trained(operations), self.arch.rank
+        trained, most = trainees(operations), self.arch.rank
         if ranks is None:
             return trained * np.int64(most)
         own = ranks[trained]
@@ -219,7 +217,7 @@ class CostModel:
         totals = full[:, None] * whole + _sizes(rest, self.slots)
         flops = self.options.epochs * (per_slot * totals).sum(axis=1)
         if self.arch.rank:
-            folded = _resident(operations) * (self.arch.rank - ranks)
+            folded = residents(operations) * (self.arch.rank - ranks)
             flops += (folded * self.fold_flops).sum(axis=(1, 2))
         return flops
 
@@ -230,40 +228,14 @@ class CostModel:
     # -- memory ------------------------------------------------------------------------------
 
     @cached_property
-    def own(self) -> Amounts:
-        """The model's own parameters: held with every resident subnet."""
-        return Amounts.of(self.arch, lambda p: not p.factor)
+    def parts(self) -> Parts:
+        """How much of the model there is of what."""
+        return Parts(self.arch)
 
     @cached_property
-    def factors(self) -> Amounts:
-        """LoRA's factors, by rank: held with trained subnets; those of others are folded in."""
-        return Amounts.of(self.arch, lambda p: bool(p.factor)).per_rank(self.arch.rank)
-
-    @cached_property
-    def trained(self) -> Amounts:
-        """What trains: has gradients and moments, and travels up."""
-        return Amounts.of(self.arch, lambda p: p.trains)
-
-    @cached_property
-    def whole(self) -> Amounts:
-        """What trains whatever the rank: everything but factors."""
-        return Amounts.of(self.arch, lambda p: p.trains and not p.factor)
-
-    @cached_property
-    def ranked(self) -> Amounts:
-        """Of factors that train, what belongs to one of their rank."""
-        chosen = Amounts.of(self.arch, lambda p: p.trains and bool(p.factor))
-        return chosen.per_rank(self.arch.rank)
-
-    @cached_property
-    def fixed(self) -> Amounts:
-        """What never changes: travels down to clients that have it not."""
-        return Amounts.of(self.arch, lambda p: p.fixed)
-
-    @cached_property
-    def loose(self) -> Amounts:
-        """What changes: travels down every round."""
-        return Amounts.of(self.arch, lambda p: not p.fixed)
+    def extras(self) -> Extras:
+        """What comes besides for compensation."""
+        return Extras(self.arch, self.compensated, self.calibrating)
 
     @cached_property
     def saved(self) -> "Saved":
@@ -294,14 +266,15 @@ class CostModel:
 
     def _held(self, operations: np.ndarray, ranks: np.ndarray, moments: bool = True) -> np.ndarray:
         """Bytes of weights, gradients and (after the first step) optimiser state: [clients]."""
-        resident, trained = _resident(operations), _trained(operations)
+        resident, trained = residents(operations), trainees(operations)
         copies = self.copies(moments)
-        elements = self.own.outer + copies * self.trained.outer + self.own.elements(resident)
-        elements = elements + copies * self.whole.elements(trained)
+        parts = self.parts
+        elements = parts.own.outer + copies * parts.trained.outer + parts.own.elements(resident)
+        elements = elements + copies * parts.whole.elements(trained)
         if self.arch.rank:
-            elements += self.factors.elements(ranks) + copies * self.ranked.elements(ranks)
-        kept = (trained * self.kept).sum(axis=(1, 2))
-        return ELEMENT * elements + kept + self._each(operations, lambda s: _data(self._extra(s)))
+            elements += parts.factors.elements(ranks) + copies * parts.ranked.elements(ranks)
+        kept = (trained * self.traffic.kept).sum(axis=(1, 2))
+        return ELEMENT * elements + kept + self.extras.held(operations)
 
     def copies(self, moments: bool) -> int:
         """Tensors held beside each that trains: gradient, optimiser state, where FedProx began.
@@ -311,32 +284,6 @@ class CostModel:
         """
         state = MOMENTS[self.options.optimizer] if moments else 0
         return 1 + state + (self.options.proximal > 0)
-
-    @cached_property
-    def kept(self) -> np.ndarray:
-        """Bytes of where a subnet that trains began, if its change is coded: int64 [blocks, heads].
-
-        In as many bits as it came in.
-        """
-        return self._coded(self.bits_up, lambda p: p.trains, lambda p: row_bytes(p, self.bits_down))
-
-    def _extra(self, schedule: Schedule) -> dict[str, tuple[int, ...]]:
-        """What is held for compensation, by name."""
-        return self._skips(schedule) | self._means(schedule)
-
-    def _each(self, operations: np.ndarray, what: Callable[[Schedule], int]) -> np.ndarray:
-        """Something about compensation, which does not add up, of every client: int64 [clients]."""
-        if not (self.compensated or self.calibrating):
-            return np.zeros(len(operations), dtype=np.int64)
-        return np.array([what(Schedule(one)) for one in operations], dtype=np.int64)
-
-    def _skips(self, schedule: Schedule) -> dict[str, tuple[int, ...]]:
-        """Compensation that comes down, by name."""
-        return skip_spec(self.arch, schedule) if self.compensated else {}
-
-    def _means(self, schedule: Schedule) -> dict[str, tuple[int, ...]]:
-        """Means that go up, by name."""
-        return mean_spec(self.arch, schedule) if self.calibrating else {}
 
     def memory(self, schedule: Schedule, examples: int) -> int:
         """Peak bytes of one round: what is held, plus the worst pass.
@@ -397,78 +344,19 @@ class CostModel:
 
     # -- bytes -------------------------------------------------------------------------------
 
+    @cached_property
+    def traffic(self) -> Traffic:
+        """Bytes that travel."""
+        return Traffic(self.parts, self.extras, self.slots, self.bits_up, self.bits_down)
+
     def bytes_down(self, schedule: Schedule) -> int:
         """Bytes that travel to a client that has nothing: slices, compensation, headers."""
-        return int(self.down(schedule.operations[None], None, _one(schedule.ranks))[0])
+        return int(self.traffic.down(schedule.operations[None], None, _one(schedule.ranks))[0])
 
     def bytes_up(self, schedule: Schedule) -> int:
         """Bytes that come back: trained slices, means, and their headers."""
         ranks = self.ranks(schedule.operations[None], _one(schedule.ranks))
-        return int(self._up(schedule.operations[None], ranks)[0])
-
-    @property
-    def message_bytes(self) -> int:
-        """Bytes of a message to a client beside its tensors."""
-        grid = self.arch.blocks * self.arch.heads
-        names = 20 * (grid + self.arch.blocks + 1)  # of what is fixed; see `holdings`
-        return MESSAGE_HEADER + 2 * self.slots * grid + names * has_fixed(self.arch)
-
-    @property
-    def rank_bytes(self) -> int:
-        """Bytes of the ranks in a message that has some."""
-        return 2 * RANK_BYTES * self.arch.blocks * self.arch.heads
-
-    def down(
-        self,
-        operations: np.ndarray,
-        holds: np.ndarray | None,
-        ranks: np.ndarray | None = None,
-    ) -> np.ndarray:
-        """Bytes that travel to clients: int64 [clients]; see :meth:`costs`."""
-        resident = _resident(operations)
-        total = _slices(self.loose, resident) + self.loose.outer_bytes + self.message_bytes
-        total += self.rank_bytes * (ranks is not None)
-        total += self._each(operations, lambda s: _wire(self._skips(s)))
-        total -= (resident * self.coded_down).sum(axis=(1, 2))
-        if holds is None:
-            return total + _slices(self.fixed, resident) + self.fixed.outer_bytes
-        new = resident & ~holds
-        blocks = resident.any(axis=2) & ~holds.any(axis=2)  # of which nothing is there yet
-        total += (new * ELEMENT * self.fixed.sliced).sum(axis=(1, 2))
-        total += (new.any(axis=2) * TENSOR_HEADER * self.fixed.tensors).sum(axis=1)
-        total += (blocks * ELEMENT * self.fixed.shared).sum(axis=1)
-        return total + ~holds.any(axis=(1, 2)) * self.fixed.outer_bytes
-
-    @cached_property
-    def coded_up(self) -> np.ndarray:
-        """Bytes that a subnet that trains saves on its way up: int64 [blocks, heads]."""
-        return self._coded(self.bits_up, lambda p: p.trains, lambda p: _spared(p, self.bits_up))
-
-    @cached_property
-    def coded_down(self) -> np.ndarray:
-        """Bytes that a subnet saves on its way down: int64 [blocks, heads]."""
-        return self._coded(self.bits_down, lambda p: True, lambda p: _spared(p, self.bits_down))
-
-    def _coded(self, bits: int, which: Which, each: Callable[[Parameter], int]) -> np.ndarray:
-        """Bytes of the rows of each subnet that travel coded: int64 [blocks, heads].
-
-        Args:
-            each: Of one row of a parameter.
-        """
-        total = np.zeros((self.arch.blocks, self.arch.heads), dtype=np.int64)
-        for p in self.arch.of_kind(Kind.SLICED):
-            if which(p) and is_coded(p, bits):
-                total[p.block] += [each(p) * len(rows) for rows in p.rows]
-        return total
-
-    def _up(self, operations: np.ndarray, ranks: np.ndarray) -> np.ndarray:
-        fixed = self.trained.outer_bytes + MESSAGE_HEADER
-        means = self._each(operations, lambda s: _wire(self._means(s)))
-        trained = _trained(operations)
-        elements = self.whole.elements(trained) + self.ranked.elements(ranks)
-        headers = (trained.any(axis=2) * TENSOR_HEADER * self.trained.tensors).sum(axis=1)
-        coded = (trained * self.coded_up).sum(axis=(1, 2))
-        return fixed + ELEMENT * elements + headers + means - coded
+        return int(self.traffic.up(schedule.operations[None], ranks)[0])
 
     # -- together ----------------------------------------------------------------------------
 
@@ -524,8 +412,8 @@ class CostModel:
         parts = (
             self._flops(operations, examples, own),
             self.memories(operations, examples, ranks),
-            self._up(operations, own),
-            self.down(operations, holds, ranks),
+            self.traffic.up(operations, own),
+            self.traffic.down(operations, holds, ranks),
         )
         works = operations.any(axis=(1, 2, 3)) & (examples > 0)
         return np.stack(parts, axis=1) * works[:, None]
@@ -556,19 +444,6 @@ class CostModel:
         return replace(cost, bytes_down=down) if examples else cost
 
 
-def _spared(p: Parameter, bits: int) -> int:
-    """Bytes by which a row is shorter in so many bits."""
-    return row_bytes(p, PLAIN) - row_bytes(p, bits)
-
-
-def _resident(operations: np.ndarray) -> np.ndarray:
-    return (operations != Operation.SHORTCUT).any(axis=1)  # [clients, blocks, heads]
-
-
-def _trained(operations: np.ndarray) -> np.ndarray:
-    return (operations == Operation.FULL).any(axis=1)  # [clients, blocks, heads]
-
-
 def _one(own: np.ndarray | None) -> np.ndarray | None:
     """Something of one client as of all clients."""
     return None if own is None else own[None]
@@ -581,21 +456,6 @@ def _active(operations: np.ndarray) -> np.ndarray:
 def _sizes(batch: np.ndarray, slots: int) -> np.ndarray:
     """:func:`slot_sizes` of many batches: int64 [clients, slots]."""
     return batch[:, None] // slots + (np.arange(slots) < batch[:, None] % slots)
-
-
-def _slices(amounts: Amounts, which: np.ndarray) -> np.ndarray:
-    """Bytes on the wire of subnets [clients, blocks, heads] and what they share: [clients]."""
-    own = (which * ELEMENT * amounts.sliced).sum(axis=(1, 2))
-    return own + (which.any(axis=2) * amounts.bytes_of_blocks).sum(axis=1)
-
-
-def _data(spec: dict[str, tuple[int, ...]]) -> int:
-    """Bytes of the tensors alone."""
-    return sum(ELEMENT * int(np.prod(shape)) for shape in spec.values())
-
-
-def _wire(spec: dict[str, tuple[int, ...]]) -> int:
-    return _data(spec) + TENSOR_HEADER * len(spec)
 
 
 def workload_variance(flops: Sequence[int]) -> float:

@@ -55,7 +55,7 @@ def passes_cost(costs: CostModel, passes: Passes, holds: np.ndarray | None = Non
     if holds is None or not passes:
         return cost
     everything = costs.everything().operations[None]
-    return replace(cost, bytes_down=int(costs.down(everything, holds[None])[0]))
+    return replace(cost, bytes_down=int(costs.traffic.down(everything, holds[None])[0]))
 
 
 @lru_cache(maxsize=4096)

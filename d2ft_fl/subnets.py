@@ -421,6 +421,16 @@ class Schedule:
         return np.asarray(slot_examples, dtype=np.int64) @ full
 
 
+def residents(operations: np.ndarray) -> np.ndarray:
+    """Whatever any slot of int8 [clients, slots, blocks, heads] runs: bool, without slots."""
+    return (operations != Operation.SHORTCUT).any(axis=1)
+
+
+def trainees(operations: np.ndarray) -> np.ndarray:
+    """The same of what trains."""
+    return (operations == Operation.FULL).any(axis=1)
+
+
 def effective(operations: np.ndarray) -> np.ndarray:
     """Operations as they run: FROZEN is FORWARD_ONLY below all that trains in its slot.
 

@@ -19,9 +19,12 @@ from functools import lru_cache
 
 import numpy as np
 
+from d2ft_fl.amounts import TENSOR_HEADER
 from d2ft_fl.budgets import Budget
-from d2ft_fl.costs import ELEMENT, MESSAGE_HEADER, RESOURCES, TENSOR_HEADER, CostModel
+from d2ft_fl.costs import RESOURCES, CostModel
+from d2ft_fl.memory import ELEMENT
 from d2ft_fl.subnets import Operation, slot_sizes
+from d2ft_fl.traffic import MESSAGE_HEADER
 
 FLOPS, MEMORY, UP, DOWN = range(len(RESOURCES))
 LATER = len(RESOURCES)  # the solver's fifth resource: memory of later batches
@@ -143,7 +146,7 @@ def table_of(
     Args:
         holds: bool [blocks, heads], subnets whose fixed parameters the client has; None for none.
     """
-    arch = c.arch
+    arch, parts = c.arch, c.parts
     first, later = c.batch_extremes(examples)
     # Of each memory: (resource, examples of each slot in its batch, copies of what trains). Without
     # a later batch its memory is still there: the first step makes the optimiser's state.
@@ -156,7 +159,7 @@ def table_of(
         )
     ]
     # Passes that a batch is run in: the largest saves no less than their mean.
-    parts = [max(1, min(c.options.accumulate, int(sizes.sum()))) for _, sizes, _ in phases]
+    in_passes = [max(1, min(c.options.accumulate, int(sizes.sum()))) for _, sizes, _ in phases]
 
     totals = np.array(c.slot_totals(examples), dtype=np.int64)
     shifts = shifts_of(c, active, rotation)
@@ -184,46 +187,48 @@ def table_of(
                 each = each + (near + c.block_flops[operation]) * p.rank
         items[..., FLOPS] += count(operation, totals) * each
     items[..., FLOPS] += c.fold_flops.reshape(-1, 1) * (resident * (arch.rank - p.rank))
-    down = ELEMENT * (c.loose.sliced + c.fixed.sliced * ~holds) - c.coded_down
-    items[..., UP] = ELEMENT * _of_rank(c.whole.sliced, c.ranked.sliced, p)
-    items[..., UP] -= c.coded_up.reshape(-1, 1) * (p.full > 0)
+    down = ELEMENT * (parts.loose.sliced + parts.fixed.sliced * ~holds) - c.traffic.spared_down
+    items[..., UP] = ELEMENT * _of_rank(parts.whole.sliced, parts.ranked.sliced, p)
+    items[..., UP] -= c.traffic.spared_up.reshape(-1, 1) * (p.full > 0)
     items[..., DOWN] = down.reshape(-1, 1) * resident
     # Resident, live, trained at the lowest rank, and what each higher one adds.
     steps = np.diff(p.ranks, prepend=0)
     openings = np.zeros((arch.blocks, 2 + len(steps), LATER + 1), dtype=np.int64)
-    openings[:, 0, DOWN] = c.loose.bytes_of_blocks
-    openings[:, 0, DOWN] += ELEMENT * c.fixed.shared * ~holds.any(axis=1)
-    openings[:, 0, DOWN] += TENSOR_HEADER * c.fixed.tensors * ~holds.all(axis=1)
-    openings[:, 2, UP] = ELEMENT * c.whole.shared + TENSOR_HEADER * c.trained.tensors
-    openings[:, 2:, UP] += ELEMENT * c.ranked.shared[:, None] * steps
+    openings[:, 0, DOWN] = parts.loose.bytes_of_blocks
+    openings[:, 0, DOWN] += ELEMENT * parts.fixed.shared * ~holds.any(axis=1)
+    openings[:, 0, DOWN] += TENSOR_HEADER * parts.fixed.tensors * ~holds.all(axis=1)
+    openings[:, 2, UP] = ELEMENT * parts.whole.shared + TENSOR_HEADER * parts.trained.tensors
+    openings[:, 2:, UP] += ELEMENT * parts.ranked.shared[:, None] * steps
     openings[:, 2:, FLOPS] = c.block_flops[Operation.FULL] * int(totals[:active].sum()) * steps
     constant = np.zeros(LATER + 1, dtype=np.int64)
     constant[FLOPS] = c.base_flops * int(totals[:active].sum())
-    constant[UP] = c.trained.outer_bytes + MESSAGE_HEADER
-    constant[DOWN] = c.loose.outer_bytes + c.fixed.outer_bytes * (not holds.any())
-    constant[DOWN] += c.message_bytes + c.rank_bytes * (len(steps) > 1)
-    for (resource, sizes, copies), passes in zip(phases, parts, strict=True):
+    constant[UP] = parts.trained.outer_bytes + MESSAGE_HEADER
+    constant[DOWN] = parts.loose.outer_bytes + parts.fixed.outer_bytes * (not holds.any())
+    constant[DOWN] += c.traffic.message_bytes + c.traffic.rank_bytes * (len(steps) > 1)
+    for (resource, sizes, copies), passes in zip(phases, in_passes, strict=True):
         total, least = int(sizes.sum()), int(sizes[active - 1])
         n_full = count(Operation.FULL, sizes)
         kept = alive * (n_full + count(Operation.FROZEN, sizes)) + full * n_full
         kept = 0 if c.options.checkpointing else kept // passes
-        held = _of_rank(copies * c.whole.sliced, c.factors.sliced + copies * c.ranked.sliced, p)
-        held = c.own.sliced.reshape(-1, 1) * resident + held
-        items[..., resource] = ELEMENT * held + c.kept.reshape(-1, 1) * (p.full > 0) + kept
+        held = _of_rank(
+            copies * parts.whole.sliced, parts.factors.sliced + copies * parts.ranked.sliced, p
+        )
+        held = parts.own.sliced.reshape(-1, 1) * resident + held
+        items[..., resource] = ELEMENT * held + c.traffic.kept.reshape(-1, 1) * (p.full > 0) + kept
         # x of both branches, of all examples; what else training keeps, of each rank and besides.
         live, trains, ranked = 2 * c.saved.stream * total, 0, 0
         if not c.options.checkpointing:
             live += 2 * c.saved.statistics * least
             keeps = int(c.saved.keeps_y.sum()) * c.saved.narrow + int(c.saved.masked.sum())
             trains, ranked = keeps * least, int(c.saved.ranked.sum()) * least
-        openings[:, 0, resource] = ELEMENT * c.own.shared
+        openings[:, 0, resource] = ELEMENT * parts.own.shared
         openings[:, 1, resource] = live // passes
         paid = (trains + ranked * np.array(p.ranks)) // passes
         openings[:, 2:, resource] = np.diff(paid, prepend=0)
-        openings[:, 2, resource] += ELEMENT * copies * c.whole.shared
-        shared = c.factors.shared + copies * c.ranked.shared
+        openings[:, 2, resource] += ELEMENT * copies * parts.whole.shared
+        shared = parts.factors.shared + copies * parts.ranked.shared
         openings[:, 2:, resource] += ELEMENT * shared[:, None] * steps
-        outer = ELEMENT * (c.own.outer + copies * c.trained.outer)
+        outer = ELEMENT * (parts.own.outer + copies * parts.trained.outer)
         images = ELEMENT * total * arch.input_elements
         constant[resource] = outer + images + total * c.saved.outer // passes
     if c.calibrating:
@@ -244,7 +249,7 @@ def table_of(
         frozen = bool(p.below.any())
         excess[FLOPS] = _excess_flops(c, totals[:active], frozen)
         spared = c.saved.spared_at_the_bottom(frozen, c.options.checkpointing)
-        for (resource, sizes, _), passes in zip(phases, parts, strict=True):
+        for (resource, sizes, _), passes in zip(phases, in_passes, strict=True):
             excess[resource] = -(-spared * int(sizes.sum()) // passes)
     return Table(items, openings, constant, excess)
 

@@ -11,12 +11,13 @@ from torch import Tensor
 from d2ft_fl import holdings, wire
 from d2ft_fl.budgets import Budget
 from d2ft_fl.coding import encoded, is_coded, row_bytes
-from d2ft_fl.costs import RANK_BYTES, RESOURCES
+from d2ft_fl.costs import RESOURCES
 from d2ft_fl.federation import Federation, State
 from d2ft_fl.local_options import Way
 from d2ft_fl.passes import Passes
 from d2ft_fl.planner import Assignment
 from d2ft_fl.subnets import Architecture, Operation, Schedule, carried, pack_for
+from d2ft_fl.traffic import RANK_BYTES
 
 
 def encode_assignment(

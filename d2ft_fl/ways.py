@@ -127,7 +127,7 @@ class Search:
         return {
             bits: model.bytes_up(self.round.everything())
             for bits, model in coded.items()
-            if bits == costs.bits_up or model.coded_up.any()
+            if bits == costs.bits_up or model.traffic.spared_up.any()
         }
 
     @cached_property

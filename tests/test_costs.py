@@ -9,14 +9,16 @@ from hypothesis import strategies as st
 
 from clients.full import learning_rate
 from d2ft_fl import costs, timm_vit
+from d2ft_fl.amounts import TENSOR_HEADER
 from d2ft_fl.bench import saved_bytes
-from d2ft_fl.costs import MESSAGE_HEADER, TENSOR_HEADER, Cost
+from d2ft_fl.costs import Cost
 from d2ft_fl.local_options import Way
 from d2ft_fl.meter import Meter
 from d2ft_fl.partial import PartialModel
 from d2ft_fl.passes import Passes, passes_cost, round_cost
 from d2ft_fl.scores import MEASURED, TENSOR
 from d2ft_fl.subnets import Operation, Schedule, down_spec, pack_for
+from d2ft_fl.traffic import MESSAGE_HEADER
 from d2ft_fl.training import train
 from d2ft_fl.whole import score_pass
 from d2ft_fl.wire import encode

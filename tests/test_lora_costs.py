@@ -8,12 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from clients.full import learning_rate
+from d2ft_fl.amounts import TENSOR_HEADER
 from d2ft_fl.bench import saved_bytes
-from d2ft_fl.costs import ELEMENT, MESSAGE_HEADER, TENSOR_HEADER
 from d2ft_fl.lora import TARGETS, Lora, with_lora
+from d2ft_fl.memory import ELEMENT
 from d2ft_fl.meter import Meter
 from d2ft_fl.partial import PartialModel
 from d2ft_fl.subnets import Operation, Schedule, down_spec, pack_for, up_spec
+from d2ft_fl.traffic import MESSAGE_HEADER
 from d2ft_fl.training import train
 from d2ft_fl.wire import encode
 from tests.conftest import build, cost_model, images_for, random_schedule, running, weights_of
@@ -112,7 +114,11 @@ def test_bytes_are_those_of_the_messages(seed):
     schedule = random_schedule(arch, 3, seed)
     costs = cost_model(arch, 3)
     real = len(encode(pack_for(arch, state, schedule), {}))
-    slack = TENSOR_HEADER * len(down_spec(arch, schedule)) + MESSAGE_HEADER + costs.message_bytes
+    slack = (
+        TENSOR_HEADER * len(down_spec(arch, schedule))
+        + MESSAGE_HEADER
+        + costs.traffic.message_bytes
+    )
     assert real <= costs.bytes_down(schedule) <= real + slack
     up = sum(ELEMENT * int(np.prod(shape)) for shape in up_spec(arch, schedule).values())
     headers = TENSOR_HEADER * len(up_spec(arch, schedule)) + MESSAGE_HEADER
@@ -129,7 +135,7 @@ def test_a_client_that_has_the_weights_gets_factors_and_classifier():
     holds = np.zeros((3, 4), dtype=bool)
     holds[1] = True
     elements = 2 * 3 * (36 + 48 + 12 + 48) + 4 * 3 * 48 + 5 * 48 + 5
-    expected = ELEMENT * elements + TENSOR_HEADER * 10 + costs.message_bytes
+    expected = ELEMENT * elements + TENSOR_HEADER * 10 + costs.traffic.message_bytes
     assert costs.cost(schedule, 8, holds).bytes_down == expected
     assert (
         costs.cost(schedule, 8).bytes_up == ELEMENT * elements + TENSOR_HEADER * 10 + MESSAGE_HEADER
@@ -164,5 +170,7 @@ def test_vit_tiny_at_rank_8_sends_and_holds_a_fraction_of_full_tuning():
     everything = full.everything()
     assert lora.bytes_up(everything) <= 0.08 * full.bytes_up(everything)
     grid = np.ones((1, 12, 3), dtype=bool)
-    elements = [int(c.trained.elements(grid)[0]) + c.trained.outer for c in (lora, full)]
+    elements = [
+        int(c.parts.trained.elements(grid)[0]) + c.parts.trained.outer for c in (lora, full)
+    ]
     assert elements[0] <= 0.08 * elements[1]  # of gradients, and of each moment

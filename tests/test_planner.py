@@ -5,14 +5,15 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from d2ft_fl.amounts import TENSOR_HEADER
 from d2ft_fl.budgets import UNLIMITED, Budget
 from d2ft_fl.config import RunConfig
-from d2ft_fl.costs import MESSAGE_HEADER, TENSOR_HEADER
 from d2ft_fl.federation import Federation, State
 from d2ft_fl.passes import Passes
 from d2ft_fl.planner import Participant, Planner
 from d2ft_fl.rounds import Round
 from d2ft_fl.subnets import Operation, Schedule, down_spec, up_spec
+from d2ft_fl.traffic import MESSAGE_HEADER
 from tests.conftest import build, cost_model, random_schedule
 
 _, ARCH = build(depth=3, num_heads=4)

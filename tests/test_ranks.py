@@ -13,19 +13,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from d2ft_fl.aggregation import Update
+from d2ft_fl.amounts import TENSOR_HEADER
 from d2ft_fl.bench import saved_bytes
 from d2ft_fl.budgets import UNLIMITED, Budget
-from d2ft_fl.costs import ELEMENT, MESSAGE_HEADER, RESOURCES, TENSOR_HEADER
+from d2ft_fl.costs import RESOURCES
 from d2ft_fl.errors import ConfigError, ReplyError
 from d2ft_fl.factors import FactorSums, effective_rows, widened
 from d2ft_fl.grouping import storage_order
 from d2ft_fl.knapsack import used
 from d2ft_fl.local import run_local
 from d2ft_fl.lora import Lora, targeted, with_lora
+from d2ft_fl.memory import ELEMENT
 from d2ft_fl.partial import PartialModel
 from d2ft_fl.planner import Participant, Planner, _Chunk
 from d2ft_fl.subnets import Kind, Operation, Schedule, pack_for, up_spec
 from d2ft_fl.tables import DOWN, FLOPS, MEMORIES, MEMORY, UP
+from d2ft_fl.traffic import MESSAGE_HEADER
 from tests.conftest import build, cost_model, images_for, random_schedule, running, weights_of
 from tests.test_factors import norm
 from tests.test_lora_costs import MODEL as WIDE_MODEL
@@ -491,8 +494,8 @@ def test_a_block_pays_for_its_largest_rank_once():
         own[0, :2] = ranks
         return costs.bytes_up(Schedule(operations, own))
 
-    near = ELEMENT * int(costs.ranked.sliced[0, 0])
-    far = ELEMENT * int(costs.ranked.shared[0])
+    near = ELEMENT * int(costs.parts.ranked.sliced[0, 0])
+    far = ELEMENT * int(costs.parts.ranked.shared[0])
     assert up(2, 4) - up(2, 2) == 2 * (near + far)
     assert up(4, 4) - up(2, 4) == 2 * near
 
