@@ -37,9 +37,17 @@ def faulty(quick, tmp_path, monkeypatch):
     return lambda **changes: quick(budgets="tests.faulty:budget", clients=5, **changes)
 
 
-@pytest.mark.parametrize("transport", ["shared", pytest.param("message", marks=pytest.mark.slow)])
-def test_processes_give_the_result_of_one(quick, tmp_path, transport):
-    config = quick(slots=2, compensation=True, score_every=1, transport=transport)
+@pytest.mark.parametrize(
+    "transport,bits",
+    [
+        ("shared", {}),
+        ("shared", {"upload_bits": 4, "download_bits": 8}),
+        pytest.param("message", {}, marks=pytest.mark.slow),
+    ],
+)
+def test_processes_give_the_result_of_one(quick, tmp_path, transport, bits):
+    """In shared memory, where weights are coded as they are taken, as in messages."""
+    config = quick(slots=2, compensation=True, score_every=3, transport=transport, **bits)
     run_local(config, workers=2)
     reference = replace(config, run_folder=str(tmp_path / "one"), transport="message")
     run_local(reference)
