@@ -53,7 +53,7 @@ def clients(frame: pd.DataFrame, keys: list[str]) -> str:
     heads += [OPERATIONS[op.name.lower()] for op in operations]
     heads += ["rank"] * ranks + [LABELS[name] for name in RESOURCES] + [DEADLINE] * deadline
     ways = bool(frame["way"].any())
-    heads += ["time", "loss", *["way"] * ways, "sat out", "faults"]
+    heads += ["time", "loss", "sat out", "faults", *["way"] * ways]
     groups = _grouped(frame, keys)
     rows = []
     for g in groups[:MOST_ROWS].to_dict("records"):
@@ -66,8 +66,8 @@ def clients(frame: pd.DataFrame, keys: list[str]) -> str:
         row += _used(g, DEADLINE) * deadline
         row += pages.valued(seconds(g["seconds"]), g["seconds"])
         row += pages.valued(f"{g['train_loss']:.3g}", g["train_loss"])
-        row += pages.words(g["way"]) * ways
-        rows.append(row + pages.cells(str(g["sat_out"]), str(g["fault"])))
+        row += pages.cells(str(g["sat_out"]), str(g["fault"]))
+        rows.append(row + pages.words(g["way"]) * ways)
     more = len(groups) - len(rows)
     note = f'<p class="note">and {more:,} more</p>' if more else ""
     return pages.table(heads, rows, len(keys), sortable=True) + note
