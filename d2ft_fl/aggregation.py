@@ -26,6 +26,7 @@ from d2ft_fl.subnets import Architecture, Kind, Parameter, Schedule, up_spec
 
 SUM_BITS = 62  # what a sum may hold
 FRACTION_BITS = 36  # at most, of these: it resolves 1.5e-11
+MOST_STEP = 2.0  # for which there is a bit left
 CHANGE_BITS = 6  # at least: any change up to 64 can be summed, whatever examples there are
 
 
@@ -37,8 +38,8 @@ class Update:
         schedule: What it was assigned.
         slot_examples: Examples it ran in each slot, times what each counts.
         tensors: Trained slices, packed, and whole shared and final parameters (``up_spec``).
-        step: What its change is multiplied by where means are taken, up to 2: not in robust
-            aggregation, differential privacy or LoRA.
+        step: What its change is multiplied by in :class:`Sums`, up to :data:`MOST_STEP`; other
+            sums do without.
     """
 
     schedule: Schedule

@@ -333,6 +333,12 @@ class RunConfig:
         """Of so many examples of a client, on how many it trains in a round."""
         return max(1, round(self.data_share * local)) if local else 0
 
+    @property
+    def takes_steps(self) -> bool:
+        """Whether a client's change may count for more than it is: where nothing bounds it."""
+        bounded = self.aggregation != "mean" or self.clip_norm > 0
+        return not bounded and self.tuning != "lora"
+
     def make_server_optimizer(self) -> ServerOptimizer | None:
         """The server's optimiser; None where means are taken as they are."""
         if self.server_optimizer == "mean":

@@ -124,7 +124,7 @@ class Fold:
 
     def _counted(self, a: Assignment) -> list[int]:
         """The same times what each counts."""
-        return [round(n * a.way.weight) for n in self._slot_examples(a)]
+        return [max(n > 0, round(n * a.way.weight)) for n in self._slot_examples(a)]
 
     @cached_property
     def _laid_out(self) -> GlobalModel:
@@ -212,7 +212,8 @@ class Fold:
         bits = assignment.way.bits_up or self.federation.config.upload_bits
         if bits < PLAIN:
             tensors = with_changes(self.federation.arch, self._laid_out, schedule, tensors, bits)
-        update = Update(schedule, self._counted(assignment), tensors, assignment.way.step)
+        step = assignment.way.step if self.federation.config.takes_steps else 1.0
+        update = Update(schedule, self._counted(assignment), tensors, step)
         if (norm := self.federation.config.clip_norm) and not self.private:  # which clips itself
             validate(self.federation.arch, self.state.weights, update)
             update = clipped(self.federation.arch, self.state.weights, update, norm)

@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from d2ft_fl.aggregation import MOST_STEP
 from d2ft_fl.budgets import DEADLINE
 from d2ft_fl.costs import RESOURCES, Cost
 from d2ft_fl.errors import ConfigError, RunError
@@ -281,6 +282,12 @@ def _assignments(federation: Federation, round: Round) -> list[Assignment]:
                 f"strategy {federation.config.strategy!r} breaks the budget of client {c.client} "
                 f"in {', '.join(broken)}; use round.plan, or leave that out of KEEPS"
             )
+        for name, value, most in (("weight", a.way.weight, 1e6), ("step", a.way.step, MOST_STEP)):
+            if not 0 < value <= most:
+                raise RunError(
+                    f"strategy {federation.config.strategy!r} gives client {c.client} a {name} of "
+                    f"{value}; it must be above 0, and {most:g} at most"
+                )
         if a.examples is None:
             by_client[c.client] = replace(a, examples=c.examples)
         elif not 0 <= a.examples <= c.local:

@@ -208,6 +208,7 @@ def _pattern(model: PartialModel, sizes: list[int]) -> Hashable:
         id(model),
         id(model.arch),  # which other rounds may tune otherwise
         model.tokens,
+        model.numerics,
         model.training,
         schedule.operations.tobytes(),
         b"" if schedule.ranks is None else schedule.ranks.tobytes(),

@@ -8,7 +8,8 @@ they relieve, and of what comes out the client's :mod:`worth <d2ft_fl.worth>` de
 * memory: passes of single examples to begin with, as few as still fit in the end, for they cost
   nothing but time; activations computed again;
 * bytes up: changes in the most bits in which everything could travel;
-* bytes down: weights in fewer bits, which takes changes in fewer bits.
+* bytes down: weights in fewer bits, which takes changes in fewer bits;
+* a deadline: all of these bits.
 
 The knapsack is asked for schedules in which gradients pass everywhere, and besides for such as
 ``forward-weight`` and ``frozen-weight`` say, which are of D2FT's three operations unless told
@@ -19,11 +20,12 @@ from collections import defaultdict
 from collections.abc import Hashable, Iterable
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import product
 
 import numpy as np
 
 from d2ft_fl.coding import BITS_DOWN, BITS_UP, PLAIN
-from d2ft_fl.costs import RESOURCES
+from d2ft_fl.costs import RESOURCES, Cost
 from d2ft_fl.local_options import Way
 from d2ft_fl.passes import round_cost
 from d2ft_fl.planner import Assignment, Participant
@@ -39,6 +41,9 @@ STEP, MOST_STEP = 0.25, 1.5  # the server's steps, with that of the examples to 
 # that a gradient is cut, or a subnet skipped, where there is no other way.
 PASSING = (8.0, 8.0)
 
+Coding = tuple[int | None, int | None]  # bits up and down; None for as many as configured
+AS_THEY_ARE: Coding = (None, None)
+
 
 @dataclass(frozen=True)
 class Bound:
@@ -46,13 +51,12 @@ class Bound:
 
     Attributes:
         short: Whether compute or time does. narrow: Whether memory does.
-        up, down: In how many bits numbers travel; None for as many as configured.
+        codings: In which bits numbers may travel; the first are tried first.
     """
 
     short: bool
     narrow: bool
-    up: int | None
-    down: int | None
+    codings: tuple[Coding, ...]
 
 
 def _problem(c: Participant) -> Hashable:
@@ -101,23 +105,48 @@ class Search:
 
     def _bound(self, client: Participant) -> Bound:
         """What would keep a client from training everything as configured."""
-        costs = self.round.federation.costs_of(self.round.state)
-        passes = self.round.passes(client)
-        whole = round_cost(costs, self.round.everything(), client.examples, passes, client.holds)
+        whole = self._whole(client, Way())
         over, late = whole.vector() > client.capacity, not client.on_time(whole)
-        down = min(self._bits_down) if over[DOWN] or late else costs.bits_down
-        up = costs.bits_up
-        if over[UP] or late or down < costs.bits_down:
-            room = int(client.capacity[UP]) - (whole.bytes_up - self._bytes_up[up])
-            able = [b for b in self._bytes_up if down == costs.bits_down or b < PLAIN]
-            fit = (b for b in able if self._bytes_up[b] <= room and not late)
-            up = next(fit, min(able))
+        codings = self._late_codings if late else self._codings(client, whole, over)
+        # What a coded change began with is held, so that more can be too much for memory.
+        coded = self._whole(client, Way(bits_up=codings[0][0], bits_down=codings[0][1]))
         return Bound(
             short=bool(over[FLOPS]) or late,
-            narrow=bool(over[MEMORY]),
-            up=None if up == costs.bits_up else up,
-            down=None if down == costs.bits_down else down,
+            narrow=coded.memory > client.capacity[MEMORY],
+            codings=tuple(codings),
         )
+
+    def _whole(self, client: Participant, way: Way) -> Cost:
+        """What training everything takes."""
+        costs = self.round.federation.costs_of(self.round.state, way)
+        passes = self.round.passes(client)
+        return round_cost(costs, self.round.everything(), client.examples, passes, client.holds)
+
+    def _codings(self, client: Participant, whole: Cost, over: np.ndarray) -> list[Coding]:
+        """Bits up and down that help where bytes bind, the best first; always as configured."""
+        if not over[UP] and not over[DOWN]:
+            return [AS_THEY_ARE]
+        down = min(self._bits_down) if over[DOWN] else None
+        able = [bits for bits in self._bytes_up if down is None or bits < PLAIN]
+        room = int(client.capacity[UP]) - (whole.bytes_up - self._configured_bytes_up)
+        up = next((bits for bits in able if self._bytes_up[bits] <= room), min(able))
+        found = [(up, down), AS_THEY_ARE]
+        if down is None and up < PLAIN:  # what a change began with is then held in fewer bits
+            found.insert(1, (up, min(self._bits_down)))
+        return found
+
+    @cached_property
+    def _late_codings(self) -> list[Coding]:
+        """All bits up and down, the fewest first."""
+        most = max(self._bytes_up), max(self._bits_down)
+        pairs = product(sorted(self._bytes_up), sorted(self._bits_down))
+        coded = ((u, d) for u, d in pairs if u < PLAIN and (u, d) != most)
+        found = [(u if u < most[0] else None, d if d < most[1] else None) for u, d in coded]
+        return [*found, AS_THEY_ARE]
+
+    @property
+    def _configured_bytes_up(self) -> int:
+        return max(self._bytes_up.values())
 
     @cached_property
     def _bytes_up(self) -> dict[int, int]:
@@ -141,11 +170,10 @@ class Search:
     def _search(self, clients: list[Participant], bound: Bound) -> None:
         """Try what may help these clients, who are bound alike."""
         costs = self.round.federation.costs_of(self.round.state)
-        way = Way(
-            accumulate=costs.options.batch_size if bound.narrow else None,
-            bits_up=bound.up,
-            bits_down=bound.down,
-            in_turn=True,
+        passes = costs.options.batch_size if bound.narrow else None
+        way, *coded = (
+            Way(accumulate=passes, bits_up=up, bits_down=down, in_turn=True)
+            for up, down in bound.codings
         )
         for share in COARSE if bound.short else COARSE[:1]:
             self._attempt(clients, way, PASSING, np.full(len(clients), share))
@@ -156,8 +184,7 @@ class Search:
         if bound.narrow and not costs.options.checkpointing:
             again = replace(way, checkpointing=True)
             others = [(again, PASSING), (again, cutting), *others]
-        if way.bits_up is not None:  # which takes a copy of what trains
-            others.append((replace(way, bits_up=None, bits_down=None), PASSING))
+        others += [(other, PASSING) for other in coded]
         for other, weights in others:
             self._refine(clients, other, weights, (1.0, *FINE[:2]) if bound.short else (1.0,))
 
@@ -217,8 +244,9 @@ class Search:
         return replace(best, way=way)
 
     def _step(self, saved: float) -> float:
-        """Who trains on fewer examples, by this factor, is followed further."""
-        return min(MOST_STEP, saved**STEP)
+        """Who trains on fewer examples, by this factor, is followed further, where steps count."""
+        steps = self.round.federation.config.takes_steps
+        return min(MOST_STEP, saved**STEP) if steps else 1.0
 
     def _rate(self, a: Assignment) -> float:
         """Who trains less of the model takes larger steps, or it learns less from each."""

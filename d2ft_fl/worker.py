@@ -122,8 +122,7 @@ class Worker:
         if weights is not None:
             bytes_down = task.whole_size(stage.arch, weights, tensors, down)
             if not in_place:
-                packed = pack_for(stage.arch, weights, task.carried)
-                tensors |= encoded(stage.arch, packed, down)
+                tensors |= encoded(stage.arch, pack_for(stage.arch, weights, task.carried), down)
         elif task.holds is not None:
             names = holdings.read(task.carried, task.digests)
             tensors = self.store.complete(stage.arch, task.carried, tensors, task.holds, names)
