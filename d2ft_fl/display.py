@@ -58,13 +58,12 @@ def way(entries: Mapping[str, Any]) -> str:
         entries: Of a :class:`~d2ft_fl.local_options.Way`, as ``clients.jsonl`` has them.
     """
     tokens, passes = entries.get("tokens"), entries.get("accumulate") or 1
-    up, down = entries.get("bits_up"), entries.get("bits_down")
+    bits = [entries.get(f"bits_{way}") for way in ("up", "down")]
     said = [
         f"{tokens} tokens" * bool(tokens),
         f"{passes} passes" * (passes > 1),
         "again" * bool(entries.get("checkpointing")),
-        f"{up} bits up" * bool(up),
-        f"{down} down" * bool(down),
+        *(f"{b} bits {way}" for b, way in zip(bits, ("up", "down"), strict=True) if b),
     ]
     return ", ".join(filter(None, said))
 

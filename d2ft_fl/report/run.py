@@ -126,8 +126,9 @@ def _clients(run: RunFolder) -> str:
     )  # fmt: skip
     if frame["way"].any():
         said += sentence(
-            "A way is how schedules were run most often: in how many passes a batch, with "
-            "activations computed again or not, in how many bits a number travels.", "note",
+            "A way is what was done most often beside fewer heads and examples: batches in "
+            "smaller passes, activations computed again, numbers that travel in fewer bits.",
+            "note",
         )  # fmt: skip
     each = run_tables.clients(frame, BY_CLIENT)
     classes = run_tables.clients(frame, BY_CLASS)

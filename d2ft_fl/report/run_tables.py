@@ -101,7 +101,7 @@ def _most_common(ways: "pd.Series[str]") -> str:
     """The way that clients went most often, and how often, where not always."""
     counts = ways.value_counts()
     often = float(counts.iloc[0] / counts.sum())
-    return f"{counts.index[0] or 'as configured'}" + f" ({often:.0%})" * (often < 1)
+    return f"{counts.index[0] or '-'}" + f" ({often:.0%})" * (often < 1)
 
 
 def _used(group: dict[str, Any], name: str) -> str:

@@ -35,7 +35,9 @@ class Ablation:
         self.weights = GlobalModel.of(self.arch, weights)
         channels, side = timm_vit.input_shape(model)
         data = open_data(config.data_spec(side, channels))
-        self.images, self.labels = data.test_batch(0, count)
+        images, labels = data.test_batch(0, data.test_size)
+        drawn = torch.from_numpy(np.random.default_rng(0).permutation(len(labels))[:count])
+        self.images, self.labels = images[drawn], labels[drawn]
         self.model = PartialModel(model, self.arch)
         self.whole = self.accuracy(self._all())
 

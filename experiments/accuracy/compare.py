@@ -27,14 +27,15 @@ from d2ft_fl.worth import Worth
 REFERENCE = "fedavg"  # without limits
 OURS = "d2ft"
 RESOURCES = ("flops", "memory", "bytes_up")
+NOT_SETTINGS = ("seed", "run-folder", "budgets", "resume")
 
 
 class Setting:
     """Runs that differ in nothing but their seed."""
 
-    def __init__(self, runs: dict[int, RunFolder]):
+    def __init__(self, key: tuple[str, str], runs: dict[int, RunFolder]):
         self.runs = runs
-        self.budgets, self.label = named(next(iter(runs.values())))
+        self.budgets, self.label = key
         self.lora = any(run.config["tuning"] == "lora" for run in runs.values())
 
     @property
@@ -51,11 +52,11 @@ class Setting:
         """Simulated, on average."""
         return float(np.mean([run.totals["round_seconds"] for run in self.runs.values()]))
 
-    def worth(self, local: dict[int, np.ndarray]) -> float:
+    def worth(self, local: dict[int, dict[int, int]]) -> float:
         """Predicted from the plans that runs left, the mean over rounds, with the prior for scores.
 
         Args:
-            local: Seed -> how many examples clients have.
+            local: Seed -> client -> how many examples it has.
         """
         rounds = [
             _worth(run, file, local[seed])
@@ -80,7 +81,7 @@ def named(run: RunFolder) -> tuple[str, str]:
     return Path(c["budgets"]).stem, ", ".join(filter(None, said))
 
 
-def _worth(run: RunFolder, file: Path, local: np.ndarray) -> float:
+def _worth(run: RunFolder, file: Path, examples: dict[int, int]) -> float:
     """Of one round, clients weighted by their examples."""
     plan = safetensors.numpy.load_file(file)
     operations, clients = plan["schedules"], plan["clients"]
@@ -88,13 +89,14 @@ def _worth(run: RunFolder, file: Path, local: np.ndarray) -> float:
     told = {row["client"]: row for row in _clients(run.folder) if row["round"] == number}
     rows = [told[client] for client in clients.tolist()]
     own = np.array([row["examples"] for row in rows])
+    local = np.array([examples[client] for client in clients.tolist()])
     bits = [(_bits(run, row, "up"), _bits(run, row, "down")) for row in rows]
     works = operations.any(axis=(1, 2, 3)) & (own > 0)
     scores = prior(*operations.shape[2:])
-    shares = np.where(works, own / local[clients], 1.0)
+    shares = np.where(works, own / local, 1.0)
     ranks = np.ones((len(clients), *operations.shape[2:]))
     worth = Worth(scores, scores).of(operations, ranks, shares, bits) * works
-    return float((worth * local[clients]).sum() / local[clients].sum())
+    return float((worth * local).sum() / local.sum())
 
 
 def _bits(run: RunFolder, row: dict[str, Any], way: str) -> int:
@@ -108,23 +110,31 @@ def _clients(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in folder.joinpath("clients.jsonl").open()]
 
 
-def examples(reference: Setting) -> dict[int, np.ndarray]:
-    """Seed -> how many examples clients have: the reference trains on all."""
-    found = {}
-    for seed, run in reference.runs.items():
-        told = {row["client"]: row["examples"] for row in _clients(run.folder)}
-        found[seed] = np.array([told[client] for client in sorted(told)])
-    return found
+def examples(reference: Setting) -> dict[int, dict[int, int]]:
+    """Seed -> client -> how many examples it has: the reference trains on all."""
+    return {
+        seed: {row["client"]: row["examples"] for row in _clients(run.folder)}
+        for seed, run in reference.runs.items()
+    }
 
 
 def settings(folders: list[Path]) -> list[Setting]:
-    """The settings of sweeps that finished with at least one seed."""
+    """The settings of sweeps that finished with at least one seed.
+
+    What else differs from the first of a name comes behind it.
+    """
     found: defaultdict[tuple[str, str], dict[int, RunFolder]] = defaultdict(dict)
+    first: dict[tuple[str, str], dict[str, Any]] = {}
     for folder in folders:
         for trial in SweepFolder.read(folder).trials:
             if trial.finished and trial.run:
-                found[named(trial.run)].setdefault(int(trial.run.config["seed"]), trial.run)
-    return [Setting(runs) for runs in found.values()]
+                budgets, label = named(trial.run)
+                config = {k: v for k, v in trial.run.config.items() if k not in NOT_SETTINGS}
+                usual = first.setdefault((budgets, label), config)
+                others = [f"{k} {v}" for k, v in config.items() if usual.get(k) != v]
+                key = budgets, ", ".join([label, *others])
+                found[key].setdefault(int(trial.run.config["seed"]), trial.run)
+    return [Setting(key, runs) for key, runs in found.items()]
 
 
 def spelled(i: Interval) -> str:
@@ -145,13 +155,15 @@ def table(budget: str, own: list[Setting], reference: Setting) -> str:
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for s in sorted(own, key=lambda s: -np.mean(list(s.accuracy.values()))):
-        ahead = ""
+        to_full, ahead = "", ""
+        if s is not reference:
+            to_full = spelled(Interval.of(differences(s.accuracy, reference.accuracy)))
         if ours is not None and s is not ours:
             ahead = spelled(Interval.of(differences(ours.accuracy, s.accuracy)))
         shares = " | ".join(f"{s.share(r):.0%}" for r in RESOURCES)
         lines.append(
             f"| {s.label} | {np.mean(list(s.accuracy.values())):.1f} | "
-            f"{spelled(Interval.of(differences(s.accuracy, reference.accuracy)))} | {ahead} | "
+            f"{to_full} | {ahead} | "
             f"{shares} | {s.seconds():.0f} s | {len(s.runs)} |"
         )
     return "\n".join(lines)
