@@ -107,13 +107,14 @@ class Search:
         """What would keep a client from training everything as configured."""
         whole = self._whole(client, Way())
         over, late = whole.vector() > client.capacity, not client.on_time(whole)
-        codings = self._late_codings if late else self._codings(client, whole, over)
+        pairs = self._all_bits if late else self._bits(client, whole, over)
+        codings = tuple(dict.fromkeys(self._coding(*pair) for pair in pairs))
         # What a coded change began with is held, so that more can be too much for memory.
         coded = self._whole(client, Way(bits_up=codings[0][0], bits_down=codings[0][1]))
         return Bound(
             short=bool(over[FLOPS]) or late,
             narrow=coded.memory > client.capacity[MEMORY],
-            codings=tuple(codings),
+            codings=codings,
         )
 
     def _whole(self, client: Participant, way: Way) -> Cost:
@@ -122,31 +123,30 @@ class Search:
         passes = self.round.passes(client)
         return round_cost(costs, self.round.everything(), client.examples, passes, client.holds)
 
-    def _codings(self, client: Participant, whole: Cost, over: np.ndarray) -> list[Coding]:
-        """Bits up and down that help where bytes bind, the best first; always as configured."""
-        if not over[UP] and not over[DOWN]:
-            return [AS_THEY_ARE]
-        down = min(self._bits_down) if over[DOWN] else None
-        able = [bits for bits in self._bytes_up if down is None or bits < PLAIN]
-        room = int(client.capacity[UP]) - (whole.bytes_up - self._configured_bytes_up)
+    def _coding(self, up: int, down: int) -> Coding:
+        """Bits as a way has them."""
+        costs = self.round.federation.costs_of(self.round.state)
+        return None if up == costs.bits_up else up, None if down == costs.bits_down else down
+
+    def _bits(self, client: Participant, whole: Cost, over: np.ndarray) -> list[tuple[int, int]]:
+        """Bits up and down to try where bytes bind, the best first, and as configured."""
+        configured = max(self._bytes_up), max(self._bits_down)
+        if not (over[UP] or over[DOWN]) or len(self._bytes_up) == 1:
+            return [configured]
+        down = min(self._bits_down) if over[DOWN] else configured[1]
+        able = [bits for bits in self._bytes_up if bits < PLAIN or down == PLAIN]
+        room = int(client.capacity[UP]) - (whole.bytes_up - self._bytes_up[configured[0]])
         up = next((bits for bits in able if self._bytes_up[bits] <= room), min(able))
-        found = [(up, down), AS_THEY_ARE]
-        if down is None and up < PLAIN:  # what a change began with is then held in fewer bits
+        found = [(up, down), configured]
+        if up < PLAIN:  # what a change began with is held in as many bits as it came in
             found.insert(1, (up, min(self._bits_down)))
         return found
 
     @cached_property
-    def _late_codings(self) -> list[Coding]:
-        """All bits up and down, the fewest first."""
-        most = max(self._bytes_up), max(self._bits_down)
+    def _all_bits(self) -> list[tuple[int, int]]:
+        """All bits up and down that go together, the fewest first."""
         pairs = product(sorted(self._bytes_up), sorted(self._bits_down))
-        coded = ((u, d) for u, d in pairs if u < PLAIN and (u, d) != most)
-        found = [(u if u < most[0] else None, d if d < most[1] else None) for u, d in coded]
-        return [*found, AS_THEY_ARE]
-
-    @property
-    def _configured_bytes_up(self) -> int:
-        return max(self._bytes_up.values())
+        return [(up, down) for up, down in pairs if up < PLAIN or down == PLAIN]
 
     @cached_property
     def _bytes_up(self) -> dict[int, int]:
@@ -163,8 +163,6 @@ class Search:
     def _bits_down(self) -> list[int]:
         """Bits in which weights can travel, where changes can in fewer than 32."""
         costs = self.round.federation.costs_of(self.round.state)
-        if min(self._bytes_up) == PLAIN:
-            return [costs.bits_down]
         return [bits for bits in BITS_DOWN if bits <= costs.bits_down]
 
     def _search(self, clients: list[Participant], bound: Bound) -> None:

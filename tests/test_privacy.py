@@ -2,6 +2,7 @@
 
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -124,6 +125,17 @@ def test_without_noise_it_is_the_mean_of_clipped_changes_by_plan():
     short = min(1e-6, 1e-2 / math.sqrt(size))
     wanted = (1e-2 / math.sqrt(size) - short) / 4  # two of the four did not answer
     assert np.allclose(moved(one, one.apply()), wanted, atol=2e-7)
+
+
+def test_what_a_strategy_says_a_change_counts_is_not_listened_to():
+    """Neither a step nor examples: what one client does to the sums is bounded by the clip norm."""
+    everything = all_of(ARCH)
+    plain, loud = (sums([everything] * 4, clip=1e-2) for _ in range(2))
+    own = update(everything, 1e-2)
+    plain.add(own)
+    loud.add(replace(own, step=2.0, slot_examples=[100 * n for n in own.slot_examples]))
+    for name, tensor in plain.apply().items():
+        assert torch.equal(loud.apply()[name], tensor)
 
 
 @settings(max_examples=25, deadline=None)

@@ -1,6 +1,7 @@
 """Robust folding against hand arithmetic, and against numpy coordinate by coordinate."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -42,6 +43,17 @@ def fold(kind, shifts, suspects=1, mixing=False):
         sums.add(update(all_of(ARCH), shift))
     new = sums.apply()
     return {n: (new[n].double() - WEIGHTS[n].double()) for n in sums.trained}, sums
+
+
+@pytest.mark.parametrize("kind", sorted(ROBUST))
+def test_every_client_counts_the_same_whatever_a_strategy_says(kind):
+    plain, loud = (RobustSums(ARCH, WEIGHTS, kind, 1) for _ in range(2))
+    for shift in (1, 2, 5):
+        own = update(all_of(ARCH), shift)
+        plain.add(own)
+        loud.add(replace(own, step=2.0, slot_examples=[shift * n for n in own.slot_examples]))
+    heard = loud.apply()
+    assert all(torch.equal(heard[name], tensor) for name, tensor in plain.apply().items())
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,9 @@
 """Which way clients go under budgets, against what each budget leaves to choose."""
 
+import json
 from collections import Counter
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,6 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from d2ft_fl.costs import RESOURCES
+from d2ft_fl.errors import RunError
+from d2ft_fl.local import run_local
 from d2ft_fl.local_options import AS_CONFIGURED, Way
 from d2ft_fl.rounds import Round, plan_round
 from d2ft_fl.ways import PASSING, Search
@@ -156,6 +161,34 @@ def worth_of(judge, a, round):
     ranks = np.ones((1, ARCH.blocks, ARCH.heads))
     bits = a.way.bits_up or 32, a.way.bits_down or 32
     return float(judge.of(operations, ranks, np.array([count / 20]), [bits])[0])
+
+
+def test_clients_that_chose_their_bits_send_and_get_what_was_planned(quick, tmp_path):
+    config = quick(rounds=2, budgets="", verify_costs=True)
+    devices = tmp_path / "narrow.toml"
+    devices.write_text(
+        'mix = ["a", "b"]\n[classes.a]\nbytes-down = "50 %"\n[classes.b]\nbytes-up = "30 %"\n'
+    )
+    run_local(replace(config, budgets=str(devices)), report=False)
+    folder = Path(config.run_folder)
+    rows = [json.loads(line) for line in (folder / "clients.jsonl").read_text().splitlines()]
+    assert {(row["way"]["bits_up"], row["way"]["bits_down"]) for row in rows} >= {(8, 8)}
+    for row in rows:
+        assert not row["fault"]
+        for way in ("bytes_up", "bytes_down"):
+            assert 0 <= row["predicted"][way] - row["used"][way] <= 16_000
+            assert row["allowed"][way] is None or row["used"][way] <= row["allowed"][way]
+
+
+@pytest.mark.parametrize("wrong", [{"step": 2.5}, {"step": float("nan")}, {"weight": 0.0}])
+def test_strategies_cannot_have_a_change_count_for_anything(monkeypatch, wrong):
+    def schedule(round):
+        return [replace(round.sit_out(c), way=Way(**wrong)) for c in round.clients]
+
+    monkeypatch.setattr("strategies.d2ft.schedule", schedule)
+    (name,) = wrong
+    with pytest.raises(RunError, match=f"gives client 0 a {name} of .* must be above 0"):
+        planned({})
 
 
 @pytest.mark.parametrize("local,each", [(10, 3), (7, 7), (12, 4)])
