@@ -58,12 +58,13 @@ def way(entries: Mapping[str, Any]) -> str:
         entries: Of a :class:`~d2ft_fl.local_options.Way`, as ``clients.jsonl`` has them.
     """
     tokens, passes = entries.get("tokens"), entries.get("accumulate") or 1
-    bits = [entries.get(f"bits_{way}") for way in ("up", "down")]
+    up, down = entries.get("bits_up"), entries.get("bits_down")
     said = [
         f"{tokens} tokens" * bool(tokens),
         f"{passes} passes" * (passes > 1),
         "again" * bool(entries.get("checkpointing")),
-        *(f"{b} bits {way}" for b, way in zip(bits, ("up", "down"), strict=True) if b),
+        f"{up} bits both ways" if up and up == down else f"{up} bits up" * bool(up),
+        f"{down} bits down" * bool(down and up != down),
     ]
     return ", ".join(filter(None, said))
 
