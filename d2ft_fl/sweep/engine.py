@@ -30,8 +30,8 @@ from d2ft_fl.sweep.trials import Trial
 CONNECT_SECONDS = 10.0
 OBJECT_STORE_BYTES = 512 * 2**20  # reports pass through it; models, where they are kept
 # A trial makes its folder where Tune puts it.
-# Every trial has a thread, and glibc's threads keep to arenas of their own: with as many as it likes
-# a worker holds 5 GB more after twenty trials of ViT-Tiny.
+# Every trial has a thread, and glibc has threads keep to arenas of their own: with as many as it
+# likes a worker holds 5 GB more after twenty trials of ViT-Tiny.
 IN_WORKER = {"RAY_CHDIR_TO_TRIAL_DIR": "1", "MALLOC_ARENA_MAX": "2"}
 # Ray and Tune otherwise print, count their users, log every report in three formats, save their
 # state every few seconds, and take Ctrl-C for themselves.
