@@ -15,9 +15,9 @@ over blocks l and heads h, with backward scores u and forward scores v,
 
 full and skipped are shares of the slots; B is for the classifier, which always trains. A little
 less of anything costs next to nothing, hence the squares: so budgets are best spread over what can
-be saved on. Of the constants a, c, s and those of the bits are about what was measured, a point of
-accuracy being 0.01; k and B are guesses. See `docs/accuracy.md`, also for how well the prediction
-orders plans.
+be saved on. Of the constants a, c, s and those of bits up are about what was measured, a point of
+accuracy being 0.01; k, B and those of bits down are guesses. See `docs/accuracy.md`, also for how
+well the prediction orders plans.
 """
 
 from collections.abc import Sequence
