@@ -117,9 +117,9 @@ def test_a_runs_page(run):
     run.wait(f"{label} === 'round 2 of 2' && {cells} === '{before}'")
 
     # Other operations, other axes.
-    press(run, "coverage", "SHORTCUT")
+    press(run, "coverage", "FROZEN")
     run.wait(f"{cells} !== '{before}'")
-    assert "SHORTCUT: skipped" in says(run, "coverage")[0]
+    assert "FROZEN: the gradient passes" in says(run, "coverage")[0]
     assert title(run, "progress", "x") == "round"
     for over, expected in (
         ("FLOPs", "FLOP so far, all clients"),
