@@ -193,7 +193,8 @@ def draw(
     figure, (left, right) = plt.subplots(
         1, 2, figsize=(11, 0.26 * len(rows) + 1.5), width_ratios=[3, 2], layout="constrained"
     )
-    colors = dict(zip(groups, plt.get_cmap("tab10").colors, strict=False))
+    hues = plt.get_cmap("turbo")(np.linspace(0.05, 0.95, len(groups)))
+    colors = dict(zip(groups, hues, strict=True))
     for y, (budget, s) in enumerate(reversed(rows)):
         i = Interval.of(differences(s.accuracy, reference.accuracy))
         marker = "D" if s.label == OURS else "o"
@@ -205,7 +206,7 @@ def draw(
     left.set_yticks(range(len(rows)), [f"{b}: {s.label}" for b, s in reversed(rows)], fontsize=8)
     left.axvline(0, color="0.5", linewidth=1)
     left.set_xlabel("points of accuracy to full tuning without limits")
-    left.set_xlim(left=max(-65, left.get_xlim()[0]))
+    left.set_xlim(left=max(-70, left.get_xlim()[0]))
     right.set_xlabel("predicted worth")
     right.set_ylabel("accuracy, %")
     figure.savefig(path, dpi=110)
