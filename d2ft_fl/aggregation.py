@@ -26,8 +26,8 @@ from d2ft_fl.subnets import Architecture, Kind, Parameter, Schedule, up_spec
 
 SUM_BITS = 62  # what a sum may hold
 FRACTION_BITS = 36  # at most, of these: it resolves 1.5e-11
-MOST_STEP = 2.0  # for which there is a bit left
 CHANGE_BITS = 6  # at least: any change up to 64 can be summed, whatever examples there are
+MOST_STEP = 2.0  # of an update: int64 has a bit more than a sum may hold
 
 
 @dataclass(frozen=True)

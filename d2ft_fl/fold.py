@@ -124,7 +124,7 @@ class Fold:
 
     def _counted(self, a: Assignment) -> list[int]:
         """The same times what each counts."""
-        return [max(n > 0, round(n * a.way.weight)) for n in self._slot_examples(a)]
+        return [max(int(n > 0), round(n * a.way.weight)) for n in self._slot_examples(a)]
 
     @cached_property
     def _laid_out(self) -> GlobalModel:
