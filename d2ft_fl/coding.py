@@ -45,8 +45,8 @@ def check_bits(up: int, down: int) -> None:
             )
     if down < PLAIN <= up:
         raise ConfigError(
-            f"{down} bits of a number that travels down need changes to come back, coded: have "
-            f"{' or '.join(map(str, BITS_UP[1:]))} bits up, not {up}"
+            f"numbers come down in {down} bits (download-bits) only where changes come back coded: "
+            f"set upload-bits to {' or '.join(map(str, BITS_UP[1:]))}, not {up}"
         )
 
 

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from d2ft_fl import scores
 from d2ft_fl.budgets import ClientDescription
-from d2ft_fl.coding import BITS_DOWN, BITS_UP, PLAIN
+from d2ft_fl.coding import BITS_DOWN, BITS_UP, PLAIN, check_bits
 from d2ft_fl.errors import ConfigError, UnkeptBudget
 from d2ft_fl.factors import MIXED, MODES
 from d2ft_fl.initial import INITS
@@ -278,11 +278,7 @@ def _check_tuning(config: "RunConfig") -> None:
             f"upload-bits = {config.upload_bits} codes the weights of heads, which LoRA does not "
             f"train: leave it at {PLAIN}, or set tuning to 'full'"
         )
-    if config.download_bits < PLAIN <= config.upload_bits:
-        raise ConfigError(
-            f"download-bits = {config.download_bits} needs changes to come back, coded: set "
-            f"upload-bits to {' or '.join(map(str, BITS_UP[1:]))}"
-        )
+    check_bits(config.upload_bits, config.download_bits)
     if config.tuning != "lora":
         if config.slora_rounds or config.lora_adapter:
             key = "slora-rounds" if config.slora_rounds else "lora-adapter"

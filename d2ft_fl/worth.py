@@ -79,13 +79,30 @@ class Worth:
         Args:
             up, down: Bits of numbers, where a way does not say. Ranks are not looked at.
         """
-        operations = plan.schedules()
-        local = np.array([c.local for c in plan.clients], dtype=np.float64)
-        own = np.array([a.examples or 0 for a in plan.assignments], dtype=np.float64)
         ways = [a.way for a in plan.assignments]
-        bits = [(way.bits_up or up, way.bits_down or down) for way in ways]
-        ranks = np.ones((len(local), *operations.shape[2:]))
+        return self.over(
+            plan.schedules(),
+            np.array([c.local for c in plan.clients]),
+            np.array([a.examples or 0 for a in plan.assignments]),
+            [(way.bits_up or up, way.bits_down or down) for way in ways],
+        )
+
+    def over(
+        self,
+        operations: np.ndarray,
+        local: np.ndarray,
+        own: np.ndarray,
+        bits: Sequence[tuple[int, int]],
+    ) -> float:
+        """The same, of what was kept of a round.
+
+        Args:
+            operations: int8 [clients, slots, blocks, heads].
+            local, own: Examples that clients have, and those they train on: [clients].
+            bits: Of numbers on their way up and down, [clients].
+        """
         works = operations.any(axis=(1, 2, 3)) & (own > 0)
-        shares = np.where(works, own / np.maximum(1.0, local), 1.0)
+        shares = np.where(works, own / np.maximum(1, local), 1.0)
+        ranks = np.ones((len(local), *operations.shape[2:]))
         each = self.of(operations, ranks, shares, bits) * works
-        return float((each * local).sum() / max(1.0, local.sum()))
+        return float((each * local).sum() / max(1, local.sum()))

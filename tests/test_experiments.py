@@ -89,7 +89,9 @@ def test_a_comparison_under_budgets_can_be_read_off(tmp_path, monkeypatch, capsy
     assert command.sweep(sweep, output=folder, engine=in_this_process) == 0
     capsys.readouterr()
     compare = script("compare")
-    monkeypatch.setattr("sys.argv", ["compare", str(folder), "--picture", str(tmp_path / "p.png")])
+    pictures = [tmp_path / "p.png", tmp_path / "s.png"]
+    options = ["--picture", str(pictures[0]), "--spent", str(pictures[1])]
+    monkeypatch.setattr("sys.argv", ["compare", str(folder), *options])
     compare.main()
     said = capsys.readouterr().out
     found = {s.label: s for s in compare.settings([folder])}
@@ -99,7 +101,11 @@ def test_a_comparison_under_budgets_can_be_read_off(tmp_path, monkeypatch, capsy
     assert f"{mean:+.1f} ±" in line
     assert "### compute_60" in said
     assert "Spearman's correlation" in said
-    assert tmp_path.joinpath("p.png").stat().st_size > 5000
+    assert all(picture.stat().st_size > 5000 for picture in pictures)
+    spent = found["d2ft"].spent("cum_flops")
+    assert len(spent) == len(found["d2ft"].reached()) == 2
+    assert found["d2ft"].reached()[-1] == pytest.approx(sum(ours.values()) / 2)
+    assert spent[-1] / found["fedavg"].spent("cum_flops")[-1] <= 0.6
 
 
 def script(name):

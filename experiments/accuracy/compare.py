@@ -1,6 +1,6 @@
 """What each budget costs each strategy: tables, a picture, and how good the prediction was.
 
-    python experiments/accuracy/compare.py FOLDER... [--picture FILE.png]
+    python experiments/accuracy/compare.py FOLDER... [--picture FILE.png] [--spent FILE.png]
 
 reads the folders of finished or running sweeps of this directory, of one job. Differences are in
 points of accuracy, paired by seed, with 95 % intervals (Student's t).
@@ -27,6 +27,11 @@ from d2ft_fl.worth import Worth
 REFERENCE = "fedavg"  # without limits
 OURS = "d2ft"
 RESOURCES = ("flops", "memory", "bytes_up")
+SPENT = {  # by column of a run's rounds
+    "cum_flops": "FLOPs",
+    "cum_bytes_up": "bytes up",
+    "cum_seconds": "simulated seconds",
+}
 NOT_SETTINGS = ("seed", "run-folder", "budgets", "resume")
 
 
@@ -51,6 +56,20 @@ class Setting:
     def seconds(self) -> float:
         """Simulated, on average."""
         return float(np.mean([run.totals["round_seconds"] for run in self.runs.values()]))
+
+    def spent(self, column: str) -> np.ndarray:
+        """Spent so far wherever accuracy was measured, mean over runs: float64 [points]."""
+        return self._measured(column)
+
+    def reached(self) -> np.ndarray:
+        """Accuracy there, in per cent: float64 [points]."""
+        return 100 * self._measured("accuracy")
+
+    def _measured(self, column: str) -> np.ndarray:
+        rows = [
+            run.rounds.loc[run.rounds["accuracy"].notna(), column] for run in self.runs.values()
+        ]
+        return np.mean(rows, axis=0, dtype=float)
 
     def worth(self, local: dict[int, dict[int, int]]) -> float:
         """Predicted from the plans that runs left, the mean over rounds, with the prior for scores.
@@ -91,12 +110,8 @@ def _worth(run: RunFolder, file: Path, examples: dict[int, int]) -> float:
     own = np.array([row["examples"] for row in rows])
     local = np.array([examples[client] for client in clients.tolist()])
     bits = [(_bits(run, row, "up"), _bits(run, row, "down")) for row in rows]
-    works = operations.any(axis=(1, 2, 3)) & (own > 0)
     scores = prior(*operations.shape[2:])
-    shares = np.where(works, own / local, 1.0)
-    ranks = np.ones((len(clients), *operations.shape[2:]))
-    worth = Worth(scores, scores).of(operations, ranks, shares, bits) * works
-    return float((worth * local).sum() / local.sum())
+    return Worth(scores, scores).over(operations, local, own, bits)
 
 
 def _bits(run: RunFolder, row: dict[str, Any], way: str) -> int:
@@ -212,11 +227,44 @@ def draw(
     figure.savefig(path, dpi=110)
 
 
+def draw_spent(found: list[Setting], reference: Setting, path: Path) -> None:
+    """Accuracy over what was spent, as shares of what the reference spent: a line a setting."""
+    import matplotlib.pyplot as plt
+    from matplotlib.lines import Line2D
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    budgets = list(dict.fromkeys(s.budgets for s in found if s is not reference))
+    hues = plt.get_cmap("turbo")(np.linspace(0.05, 0.95, len(budgets)))
+    colors = dict(zip(budgets, hues, strict=True))
+    figure, panels = plt.subplots(1, len(SPENT), figsize=(13, 5), sharey=True, layout="constrained")
+    for panel, (column, title) in zip(panels, SPENT.items(), strict=True):
+        whole = reference.spent(column)[-1]
+        for s in found:
+            color = "black" if s is reference else colors[s.budgets]
+            x, y = s.spent(column) / whole, s.reached()
+            panel.plot(x, y, color=color, linewidth=1)
+            panel.plot(x[-1:], y[-1:], "D" if s.label == OURS else "o", color=color)
+        panel.set_xscale("log")
+        panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        panel.xaxis.set_major_formatter(lambda share, _: f"{100 * share:g} %")
+        panel.xaxis.set_minor_locator(NullLocator())
+        panel.tick_params(axis="x", labelsize=8)
+        panel.set_xlabel(f"{title}, of full tuning's")
+        panel.grid(alpha=0.3)
+    panels[0].set_ylabel("accuracy, %")
+    keys = [("full tuning", "o", "black"), *((b, "o", colors[b]) for b in budgets)]
+    keys.append((OURS, "D", "0.5"))
+    handles = [Line2D([], [], color=c, marker=m, linestyle="", label=b) for b, m, c in keys]
+    figure.legend(handles=handles, loc="outside lower center", ncols=8, fontsize=8)
+    figure.savefig(path, dpi=110)
+
+
 def main() -> None:
     """Print the tables of sweeps, and draw them."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folders", type=Path, nargs="+", help="of sweeps of one job")
     parser.add_argument("--picture", type=Path)
+    parser.add_argument("--spent", type=Path, metavar="PICTURE", help="accuracy over costs")
     given = parser.parse_args()
     found = settings(given.folders)
     reference = next((s for s in found if s.label == REFERENCE and s.budgets in ("none", "")), None)
@@ -235,6 +283,8 @@ def main() -> None:
         print(f"Spearman's correlation of predicted worth and accuracy: {rho:.2f} ({len(worths)})")
     if given.picture:
         draw(found, reference, worths, given.picture)
+    if given.spent:
+        draw_spent(found, reference, given.spent)
 
 
 if __name__ == "__main__":
