@@ -108,6 +108,36 @@ def test_a_comparison_under_budgets_can_be_read_off(tmp_path, monkeypatch, capsy
     assert spent[-1] / found["fedavg"].spent("cum_flops")[-1] <= 0.6
 
 
+@pytest.mark.parametrize("code", [0, 1, 130])
+def test_the_comparison_reruns_what_is_asked_for(tmp_path, monkeypatch, code):
+    """Trials that failed do not keep it from comparing; being stopped does."""
+    monkeypatch.syspath_prepend(FOLDER / "accuracy")
+    rerun, sweeps, compared = script("rerun"), [], []
+
+    def app(arguments, standalone_mode):
+        sweeps.append(arguments)
+        return code
+
+    monkeypatch.setattr(rerun, "app", app)
+    monkeypatch.setattr(rerun.compare, "compare", lambda folders, *_: compared.append(folders))
+    given = ["cifar10", "--all", "--output", str(tmp_path), "--set", "rounds=2"]
+    monkeypatch.setattr("sys.argv", ["rerun", *given])
+    if code == 130:
+        with pytest.raises(SystemExit, match="130"):
+            rerun.main()
+        assert len(sweeps) == 1
+        assert not compared
+        return
+    rerun.main()
+    names = ["cifar10", "cifar10_all", "cifar10_batch16", "options"]
+    assert compared == [[tmp_path / name for name in names]]
+    for name, arguments in zip(names, sweeps, strict=True):
+        file = FOLDER / "accuracy" / f"{name}.toml"
+        own = ["sweep", str(file), "--output", str(tmp_path / name), "--set", "rounds=2"]
+        assert arguments == own
+        assert expand(read_sweep(file))
+
+
 def script(name):
     """A script of experiments/accuracy, as a module."""
     spec = importlib.util.spec_from_file_location(name, FOLDER / "accuracy" / f"{name}.py")

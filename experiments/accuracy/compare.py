@@ -8,6 +8,7 @@ points of accuracy, paired by seed, with 95 % intervals (Student's t).
 
 import argparse
 import json
+import sys
 from collections import defaultdict
 from functools import lru_cache
 from pathlib import Path
@@ -246,10 +247,10 @@ def draw_spent(found: list[Setting], reference: Setting, path: Path) -> None:
             panel.plot(x[-1:], y[-1:], "D" if s.label == OURS else "o", color=color)
         panel.set_xscale("log")
         panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        panel.xaxis.set_major_formatter(lambda share, _: f"{100 * share:g} %")
+        panel.xaxis.set_major_formatter(lambda share, _: f"{100 * share:g}")
         panel.xaxis.set_minor_locator(NullLocator())
         panel.tick_params(axis="x", labelsize=8)
-        panel.set_xlabel(f"{title}, of full tuning's")
+        panel.set_xlabel(f"{title}, % of full tuning's")
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("accuracy, %")
     keys = [("full tuning", "o", "black"), *((b, "o", colors[b]) for b in budgets)]
@@ -259,18 +260,13 @@ def draw_spent(found: list[Setting], reference: Setting, path: Path) -> None:
     figure.savefig(path, dpi=110)
 
 
-def main() -> None:
-    """Print the tables of sweeps, and draw them."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("folders", type=Path, nargs="+", help="of sweeps of one job")
-    parser.add_argument("--picture", type=Path)
-    parser.add_argument("--spent", type=Path, metavar="PICTURE", help="accuracy over costs")
-    given = parser.parse_args()
-    found = settings(given.folders)
+def compare(folders: list[Path], picture: Path | None, spent: Path | None) -> None:
+    """Print the tables of sweeps, and draw them where paths are given."""
+    found = settings(folders)
     reference = next((s for s in found if s.label == REFERENCE and s.budgets in ("none", "")), None)
     if reference is None:
-        where = ", ".join(map(str, given.folders))
-        parser.error(f"there is no finished trial of {REFERENCE} in {where} yet")
+        where = ", ".join(map(str, folders))
+        sys.exit(f"there is no finished trial of {REFERENCE} without limits in {where} yet")
     groups: defaultdict[str, list[Setting]] = defaultdict(list)
     for s in found:
         groups[s.budgets].append(s)
@@ -281,10 +277,20 @@ def main() -> None:
         accuracy = [np.mean(list(s.accuracy.values())) for s, _ in worths]
         rho = float(spearmanr([worth for _, worth in worths], accuracy).statistic)
         print(f"Spearman's correlation of predicted worth and accuracy: {rho:.2f} ({len(worths)})")
-    if given.picture:
-        draw(found, reference, worths, given.picture)
-    if given.spent:
-        draw_spent(found, reference, given.spent)
+    if picture:
+        draw(found, reference, worths, picture)
+    if spent:
+        draw_spent(found, reference, spent)
+
+
+def main() -> None:
+    """Compare what is named on the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("folders", type=Path, nargs="+", help="of sweeps of one job")
+    parser.add_argument("--picture", type=Path, help="what each budget costs")
+    parser.add_argument("--spent", type=Path, metavar="PICTURE", help="accuracy over costs")
+    given = parser.parse_args()
+    compare(given.folders, given.picture, given.spent)
 
 
 if __name__ == "__main__":
