@@ -109,7 +109,7 @@ class CostModel:
 
         Raises:
             ConfigError: When fewer tokens are to be compensated, or there are not so many; for bits
-                in which nothing can travel.
+                in which nothing can travel; for a batch that leaves slots without examples.
         """
         if way == AS_CONFIGURED:
             return self
@@ -126,6 +126,10 @@ class CostModel:
                 f"tokens = {tokens}"
             )
         options = self.options.along(way)
+        if way.batch is not None and way.batch < self.slots:
+            raise ConfigError(
+                f"a batch of {way.batch} has no example for each of {self.slots} slots"
+            )
         return replace(self, options=options, tokens=tokens, bits_up=up, bits_down=down)
 
     @cached_property

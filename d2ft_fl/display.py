@@ -57,9 +57,11 @@ def way(entries: Mapping[str, Any]) -> str:
     Args:
         entries: Of a :class:`~d2ft_fl.local_options.Way`, as ``clients.jsonl`` has them.
     """
+    batch = entries.get("batch")
     tokens, passes = entries.get("tokens"), entries.get("accumulate") or 1
     up, down = entries.get("bits_up"), entries.get("bits_down")
     said = [
+        f"batches of {batch}" * bool(batch),
         f"{tokens} tokens" * bool(tokens),
         f"{passes} passes" * (passes > 1),
         "again" * bool(entries.get("checkpointing")),

@@ -120,7 +120,7 @@ class Fold:
 
     def _slot_examples(self, a: Assignment) -> list[int]:
         """How many examples a client trains on in each slot."""
-        return self.federation.costs.slot_totals(a.examples or 0)
+        return self.federation.costs_of(self.state, a.way).slot_totals(a.examples or 0)
 
     def _counted(self, a: Assignment) -> list[int]:
         """The same times what each counts."""

@@ -64,6 +64,7 @@ class LocalOptions:
         """These options, but for what a way says that costs depend on."""
         return replace(
             self,
+            batch_size=self.batch_size if way.batch is None else way.batch,
             accumulate=self.accumulate if way.accumulate is None else way.accumulate,
             checkpointing=(self.checkpointing if way.checkpointing is None else way.checkpointing),
         )
@@ -83,6 +84,7 @@ class Way:
     """How a client runs its schedule, where that is not as configured; None is as configured.
 
     Attributes:
+        batch: Examples of a step, one a slot at least: fewer of them make more steps.
         accumulate: Passes that a batch is run in.
         checkpointing: Whether activations are computed again.
         tokens: Of an example, that blocks see in training, prefix tokens included. Which patches
@@ -99,6 +101,7 @@ class Way:
             <d2ft_fl.aggregation.Update>`.
     """
 
+    batch: int | None = None
     accumulate: int | None = None
     checkpointing: bool | None = None
     tokens: int | None = None

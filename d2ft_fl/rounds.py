@@ -165,10 +165,9 @@ class Round:
         cost = round_cost(costs, schedule, count, passes, client.holds)
         return Assignment(client.client, schedule, cost, passes, examples=count, way=way)
 
-    @property
-    def pass_counts(self) -> list[int]:
+    def pass_counts(self, way: Way = AS_CONFIGURED) -> list[int]:
         """In how many passes a batch can be run, where the largest pass differs: ascending."""
-        batch = self.federation.config.batch_size
+        batch = way.batch or self.federation.config.batch_size
         return sorted({-(-batch // size) for size in range(1, batch + 1)})
 
     def largest(self, client: Participant, schedules: Sequence[Schedule]) -> Assignment:

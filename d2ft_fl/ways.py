@@ -3,8 +3,8 @@
 For a given way, the knapsack finds each client's schedule. Ways are tried where a budget binds that
 they relieve, and of what comes out the client's :mod:`worth <d2ft_fl.worth>` decides:
 
-* FLOPs or a deadline: fewer examples, in turn. All that a client has count in the mean, whatever
-  it trains on, and the server goes further along what few examples changed;
+* FLOPs or a deadline: fewer examples, in turn and in smaller batches. All that a client has count
+  in the mean, whatever it trains on, and the server goes further along what few examples changed;
 * memory: passes of single examples to begin with, as few as still fit in the end, for they cost
   nothing but time; activations computed again;
 * bytes up: changes in the most bits in which everything could travel;
@@ -36,6 +36,7 @@ FLOPS, MEMORY, UP, DOWN = map(RESOURCES.index, ("flops", "memory", "bytes_up", "
 COARSE = (1.0, 0.5, 0.25, 0.125)  # shares of the examples that are tried first
 FINE = (2**-0.5, 2**0.5, 2**-0.25, 2**0.25)  # times the best one so far, one after the other
 RATE, MOST_RATE = 0.5, 3.0  # learning rates grow with the learned share to the power of -RATE
+BATCH = 0.5  # batches shrink with the share of the examples to the power of BATCH
 STEP, MOST_STEP = 0.25, 1.5  # the server's steps, with that of the examples to the power of -STEP
 # What running a subnet is worth beside training it, and what leaving its gradient uncut is: so much
 # that a gradient is cut, or a subnet skipped, where there is no other way.
@@ -236,7 +237,8 @@ class Search:
         best = self._found[client.client].assignment
         if best is None:
             return self.round.sit_out(client)
-        best = self._fewer_passes(client, self._more_examples(client, best))
+        best = self._smaller_batches(client, self._more_examples(client, best))
+        best = self._fewer_passes(client, best)
         saved = client.examples / (best.examples or client.examples)
         way = replace(best.way, rate=self._rate(best), weight=saved, step=self._step(saved))
         return replace(best, way=way)
@@ -263,11 +265,20 @@ class Search:
             most(fits, over, lambda n: self._affordable(client, replace(a, examples=n)), first) or a
         )
 
+    def _smaller_batches(self, client: Participant, a: Assignment) -> Assignment:
+        """On fewer examples in smaller batches, so that steps fall less than examples do."""
+        config = self.round.federation.config
+        share = (a.examples or client.examples) / client.examples
+        size = max(config.slots, round(config.batch_size * share**BATCH))
+        if size >= config.batch_size:
+            return a
+        return self._affordable(client, replace(a, way=replace(a.way, batch=size))) or a
+
     def _fewer_passes(self, client: Participant, a: Assignment) -> Assignment:
         """In the fewest passes in which memory still suffices."""
         if a.way.accumulate is None:
             return a
-        ways = (replace(a.way, accumulate=passes) for passes in self.round.pass_counts)
+        ways = (replace(a.way, accumulate=passes) for passes in self.round.pass_counts(a.way))
         tried = (self._affordable(client, replace(a, way=way)) for way in ways)
         return next(filter(None, tried), a)
 

@@ -212,7 +212,7 @@ class Worker:
         whole = WholeModel(model, own, arch, tensors, self.options, self.meter)
         if task.passes.viewed:
             everyone = np.arange(len(data.partitions[task.client]))
-            batches = self._batches(task.client, everyone)
+            batches = self._batches(task.client, everyone, self.options.batch_size)
             unsure = whole.entropy(batches, self.config.selection_temperature)
             chosen = np.argsort(-unsure, kind="stable")[: task.examples]
         if task.passes.scored:
@@ -236,14 +236,14 @@ class Worker:
         """
         model = self._parts[0]
         means = MeanTally(model) if task.calibrates else None
-        epochs = self._epochs(task.client, task.round, chosen)
-        smallest = (task.examples - 1) % options.batch_size + 1
+        epochs, size = self._epochs(task.client, task.round, chosen), options.batch_size
+        smallest = (task.examples - 1) % size + 1
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
             draw = np.random.default_rng(self._seed(task.client, task.round))
             torch.manual_seed(int(draw.integers(2**62)))  # of dropout
             loss = train(
                 model,
-                chain.from_iterable(self._batches(task.client, epoch) for epoch in epochs),
+                chain.from_iterable(self._batches(task.client, epoch, size) for epoch in epochs),
                 options,
                 self.rate,
                 self.meter,
@@ -276,7 +276,7 @@ class Worker:
         cost = round_cost(costs, task.schedule, task.examples, task.passes, task.holds)
         local = len(self._parts[1].partitions[task.client])
         budget = task.budget or self._budget(task.client, task.round)
-        allowed = budget.capacity(costs.full_cost(local))
+        allowed = budget.capacity(stage.costs.full_cost(local))
         for resource, planned, most in zip(RESOURCES, cost.vector(), allowed, strict=True):
             if planned > most and resource in task.keeps:
                 raise Refusal(f"the plan needs {planned} of {resource}, the budget allows {most}")
@@ -302,10 +302,10 @@ class Worker:
         everything = self._order(client, round, len(self._parts[1].partitions[client]))
         return [epoch[np.isin(epoch, chosen)] for epoch in everything]
 
-    def _batches(self, client: int, examples: np.ndarray) -> Batches:
-        """Some of a client's examples, in batches."""
-        for start in range(0, len(examples), self.options.batch_size):
-            part = examples[start : start + self.options.batch_size]
+    def _batches(self, client: int, examples: np.ndarray, size: int) -> Batches:
+        """Some of a client's examples, in batches of a size."""
+        for start in range(0, len(examples), size):
+            part = examples[start : start + size]
             yield self._parts[1].client_batch(client, part, self.device)
 
     @staticmethod

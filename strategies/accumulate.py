@@ -19,7 +19,7 @@ def schedule(round: Round) -> list[Assignment]:
 
 
 def _fewest_passes(round: Round, client: Participant) -> Assignment:
-    for passes in round.pass_counts:
+    for passes in round.pass_counts():
         found = round.assign(client, round.everything(), way=Way(accumulate=passes))
         if found.cost.memory <= client.capacity[1]:
             return found

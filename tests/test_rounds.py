@@ -323,7 +323,7 @@ def test_one_fedavg_round_equals_flowers_own_fedavg(quick, slots, monkeypatch):
         )
         everyone = np.arange(len(data.partitions[client]))
         (order,) = worker._epochs(client, 1, everyone)
-        for images, labels in worker._batches(client, order):
+        for images, labels in worker._batches(client, order, options.batch_size):
             optimizer.zero_grad()
             F.cross_entropy(model(images), labels).backward()
             optimizer.step()

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from d2ft_fl.costs import RESOURCES
-from d2ft_fl.errors import RunError
+from d2ft_fl.errors import ConfigError, RunError
 from d2ft_fl.local import run_local
 from d2ft_fl.local_options import AS_CONFIGURED, Way
 from d2ft_fl.rounds import Round, plan_round
@@ -60,6 +60,33 @@ def test_the_server_steps_further_along_what_few_examples_changed(share, expecte
     assert a.way.step == pytest.approx(min(1.5, (a.examples / 1000) ** -0.25))
     assert a.way.weight == pytest.approx(1000 / a.examples)  # all that it has counts
     assert a.way.step == pytest.approx(expected, rel=0.12)  # a few heads less, for more examples
+
+
+@pytest.mark.parametrize(
+    "batch,share,slots", [(4, 1.0, 1), (4, 0.25, 1), (16, 0.25, 1), (4, 0.25, 4)]
+)
+def test_fewer_examples_come_in_smaller_batches(batch, share, slots):
+    """Half as many steps on a quarter of the examples."""
+    options = {"examples": 1000, "batch_size": batch, "slots": slots}
+    a, _ = planned({"flops": f"{100 * share} %"}, **options)
+    size = max(slots, round(batch * (a.examples / 1000) ** 0.5))
+    assert a.way.batch == (None if size == batch else size)
+    assert (a.way.batch is None) == (share == 1 or slots == 4)
+    assert a.way.accumulate is None
+
+
+def test_a_smaller_batch_is_trained_and_charged_as_one(quick, tmp_path):
+    """FLOPs exactly, memory within what was planned, and twice the steps."""
+    config = quick(rounds=2, verify_costs=True, batch_size=8, budgets="")
+    devices = tmp_path / "short.toml"
+    devices.write_text('mix = ["a"]\n[classes.a]\nflops = "30 %"\nmemory = "60 %"\n')
+    run_local(replace(config, budgets=str(devices)), report=False)
+    lines = (Path(config.run_folder) / "clients.jsonl").read_text().splitlines()
+    for row in map(json.loads, lines):
+        assert not row["fault"]
+        assert row["way"]["batch"] in (4, 5)
+        assert row["used"]["flops"] == row["predicted"]["flops"]
+        assert row["used"]["memory"] <= row["predicted"]["memory"]
 
 
 def test_bytes_down_are_saved_by_bits_both_ways_and_nothing_is_skipped():
@@ -178,6 +205,12 @@ def test_clients_that_chose_their_bits_send_and_get_what_was_planned(quick, tmp_
         for way in ("bytes_up", "bytes_down"):
             assert 0 <= row["predicted"][way] - row["used"][way] <= 16_000
             assert row["allowed"][way] is None or row["used"][way] <= row["allowed"][way]
+
+
+def test_a_batch_has_an_example_for_each_slot():
+    federation, state, _ = round_of("d2ft", [{}], **QUIET, batch_size=4, slots=4)
+    with pytest.raises(ConfigError, match="a batch of 3 has no example for each of 4 slots"):
+        federation.costs_of(state, Way(batch=3))
 
 
 @pytest.mark.parametrize("wrong", [{"step": 2.5}, {"step": float("nan")}, {"weight": 0.0}])
