@@ -440,7 +440,8 @@ class CostModel:
     def full_cost(self, examples: int) -> Cost:
         """The cost of training everything on this many examples: what 100 % means.
 
-        In whole batches and without checkpointing: both would need less memory.
+        In whole batches and without checkpointing: both would need less memory. Only the
+        federation's own costs say it: the batch of a way is not undone.
         """
         plain = self.plain()
         cost = plain.cost(plain.everything(), examples)

@@ -84,7 +84,6 @@ class Way:
     """How a client runs its schedule, where that is not as configured; None is as configured.
 
     Attributes:
-        batch: Examples of a step, one a slot at least: fewer of them make more steps.
         accumulate: Passes that a batch is run in.
         checkpointing: Whether activations are computed again.
         tokens: Of an example, that blocks see in training, prefix tokens included. Which patches
@@ -99,9 +98,9 @@ class Way:
         weight: What each of its examples counts when means are taken.
         step: What the server multiplies the client's change by; see :class:`Update
             <d2ft_fl.aggregation.Update>`.
+        batch: Examples of a step, one a slot at least: fewer of them make more steps.
     """
 
-    batch: int | None = None
     accumulate: int | None = None
     checkpointing: bool | None = None
     tokens: int | None = None
@@ -111,6 +110,7 @@ class Way:
     rate: float = 1.0
     weight: float = 1.0
     step: float = 1.0
+    batch: int | None = None
 
     @property
     def priced(self) -> "Way":

@@ -167,7 +167,7 @@ class Round:
 
     def pass_counts(self, way: Way = AS_CONFIGURED) -> list[int]:
         """In how many passes a batch can be run, where the largest pass differs: ascending."""
-        batch = way.batch or self.federation.config.batch_size
+        batch = self.federation.config.local_options().along(way).batch_size
         return sorted({-(-batch // size) for size in range(1, batch + 1)})
 
     def largest(self, client: Participant, schedules: Sequence[Schedule]) -> Assignment:

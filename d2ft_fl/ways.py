@@ -270,9 +270,10 @@ class Search:
         config = self.round.federation.config
         share = (a.examples or client.examples) / client.examples
         size = max(config.slots, round(config.batch_size * share**BATCH))
-        if size >= config.batch_size:
-            return a
-        return self._affordable(client, replace(a, way=replace(a.way, batch=size))) or a
+        # In several slots another batch shares examples out differently, at another cost.
+        ways = (replace(a.way, batch=larger) for larger in range(size, config.batch_size))
+        tried = (self._affordable(client, replace(a, way=way)) for way in ways)
+        return next(filter(None, tried), a)
 
     def _fewer_passes(self, client: Participant, a: Assignment) -> Assignment:
         """In the fewest passes in which memory still suffices."""

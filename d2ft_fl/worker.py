@@ -32,7 +32,7 @@ from d2ft_fl.packed import GlobalModel
 from d2ft_fl.partial import PartialModel
 from d2ft_fl.passes import round_cost
 from d2ft_fl.scores import TENSOR
-from d2ft_fl.subnets import Architecture, Kind, Schedule, pack_for, slot_totals
+from d2ft_fl.subnets import Architecture, Kind, Schedule, pack_for
 from d2ft_fl.tasks import Task
 from d2ft_fl.training import Batches, train
 from d2ft_fl.whole import WholeModel
@@ -173,9 +173,7 @@ class Worker:
         reply = {
             "round": task.round,
             "client": task.client,
-            "slot_examples": slot_totals(
-                task.examples, options.batch_size, task.schedule.slots, options.epochs
-            ),
+            "slot_examples": costs.slot_totals(task.examples),
             "loss": loss,
             "used": {
                 "flops": self.meter.flops,
@@ -212,7 +210,8 @@ class Worker:
         whole = WholeModel(model, own, arch, tensors, self.options, self.meter)
         if task.passes.viewed:
             everyone = np.arange(len(data.partitions[task.client]))
-            batches = self._batches(task.client, everyone, self.options.batch_size)
+            size = self.options.along(task.way).batch_size
+            batches = self._batches(task.client, everyone, size)
             unsure = whole.entropy(batches, self.config.selection_temperature)
             chosen = np.argsort(-unsure, kind="stable")[: task.examples]
         if task.passes.scored:

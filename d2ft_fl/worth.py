@@ -74,27 +74,29 @@ class Worth:
         return BASE + (1 - BASE) * trained
 
     def mean(self, plan: Plan, up: int, down: int) -> float:
-        """Of a round's clients, weighted by their examples; who sits out brings nothing.
+        """The mean over a plan's clients; see :meth:`mean_of`.
 
         Args:
-            up, down: Bits of numbers, where a way does not say. Ranks are not looked at.
+            up, down: Bits of numbers, where a way does not say.
         """
         ways = [a.way for a in plan.assignments]
-        return self.over(
+        return self.mean_of(
             plan.schedules(),
             np.array([c.local for c in plan.clients]),
             np.array([a.examples or 0 for a in plan.assignments]),
             [(way.bits_up or up, way.bits_down or down) for way in ways],
         )
 
-    def over(
+    def mean_of(
         self,
         operations: np.ndarray,
         local: np.ndarray,
         own: np.ndarray,
         bits: Sequence[tuple[int, int]],
     ) -> float:
-        """The same, of what was kept of a round.
+        """The mean over clients, weighted by their examples; who sits out brings nothing.
+
+        Ranks are not looked at.
 
         Args:
             operations: int8 [clients, slots, blocks, heads].

@@ -2,7 +2,10 @@
 
 import importlib.util
 from dataclasses import replace
+from itertools import chain
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
@@ -102,40 +105,55 @@ def test_a_comparison_under_budgets_can_be_read_off(tmp_path, monkeypatch, capsy
     assert "### compute_60" in said
     assert "Spearman's correlation" in said
     assert all(picture.stat().st_size > 5000 for picture in pictures)
-    spent = found["d2ft"].spent("cum_flops")
-    assert len(spent) == len(found["d2ft"].reached()) == 2
-    assert found["d2ft"].reached()[-1] == pytest.approx(sum(ours.values()) / 2)
-    assert spent[-1] / found["fedavg"].spent("cum_flops")[-1] <= 0.6
+    spent = {name: found[name].measured("cum_flops") for name in ("d2ft", "fedavg")}
+    assert len(spent["d2ft"]) == 2  # rounds
+    assert spent["d2ft"][-1] / spent["fedavg"][-1] <= 0.6
+    assert found["d2ft"].measured("accuracy")[-1] == pytest.approx(sum(ours.values()) / 200)
+    assert found["d2ft"].beside(found["fedavg"]) == pytest.approx(sum(ours.values()) / 2)
 
 
-@pytest.mark.parametrize("code", [0, 1, 130])
-def test_the_comparison_reruns_what_is_asked_for(tmp_path, monkeypatch, code):
-    """Trials that failed do not keep it from comparing; being stopped does."""
+@pytest.fixture
+def rerun(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(FOLDER / "accuracy")
-    rerun, sweeps, compared = script("rerun"), [], []
+    options = ["--output", str(tmp_path), "--set", "rounds=2"]
+    monkeypatch.setattr("sys.argv", ["rerun", "cifar10", "--all", *options])
+    return script("rerun")
+
+
+@pytest.mark.parametrize("code,left", [(0, "finished"), (1, "failed"), (1, "waiting"), (130, "")])
+def test_the_comparison_reruns_what_is_asked_for(rerun, tmp_path, monkeypatch, code, left):
+    """Trials that failed do not keep it from comparing; being stopped does."""
+    sweeps, compared = [], []
 
     def app(arguments, standalone_mode):
         sweeps.append(arguments)
         return code
 
+    read = SimpleNamespace(read=lambda folder: SimpleNamespace(trials=[Mock(status=left)]))
     monkeypatch.setattr(rerun, "app", app)
+    monkeypatch.setattr(rerun, "SweepFolder", read)
     monkeypatch.setattr(rerun.compare, "compare", lambda folders, *_: compared.append(folders))
-    given = ["cifar10", "--all", "--output", str(tmp_path), "--set", "rounds=2"]
-    monkeypatch.setattr("sys.argv", ["rerun", *given])
-    if code == 130:
-        with pytest.raises(SystemExit, match="130"):
-            rerun.main()
+    with pytest.raises(SystemExit) as ended:
+        rerun.main()
+    assert ended.value.code == code
+    if left in ("waiting", ""):
         assert len(sweeps) == 1
         assert not compared
         return
-    rerun.main()
-    names = ["cifar10", "cifar10_all", "cifar10_batch16", "options"]
-    assert compared == [[tmp_path / name for name in names]]
-    for name, arguments in zip(names, sweeps, strict=True):
+    names = [["cifar10", "cifar10_all"], ["cifar10_batch16"], ["options"]]
+    assert compared == [[tmp_path / name for name in some] for some in names]
+    for name, arguments in zip(chain(*names), sweeps, strict=True):
         file = FOLDER / "accuracy" / f"{name}.toml"
         own = ["sweep", str(file), "--output", str(tmp_path / name), "--set", "rounds=2"]
         assert arguments == own
         assert expand(read_sweep(file))
+
+
+def test_the_comparison_ends_as_a_sweep_does_that_cannot_begin(rerun, monkeypatch):
+    monkeypatch.setattr(rerun, "HERE", FOLDER / "nowhere")
+    with pytest.raises(SystemExit) as ended:
+        rerun.main()
+    assert ended.value.code == 2
 
 
 def script(name):

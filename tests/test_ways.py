@@ -1,6 +1,7 @@
 """Which way clients go under budgets, against what each budget leaves to choose."""
 
 import json
+import math
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -16,6 +17,7 @@ from d2ft_fl.errors import ConfigError, RunError
 from d2ft_fl.local import run_local
 from d2ft_fl.local_options import AS_CONFIGURED, Way
 from d2ft_fl.rounds import Round, plan_round
+from d2ft_fl.training import Stepper
 from d2ft_fl.ways import PASSING, Search
 from d2ft_fl.worker import Worker
 from d2ft_fl.worth import Worth
@@ -63,28 +65,53 @@ def test_the_server_steps_further_along_what_few_examples_changed(share, expecte
 
 
 @pytest.mark.parametrize(
-    "batch,share,slots", [(4, 1.0, 1), (4, 0.25, 1), (16, 0.25, 1), (4, 0.25, 4)]
+    "batch,share,slots,smaller",
+    [(4, 100, 1, False), (4, 25, 1, True), (16, 25, 1, True), (4, 25, 4, False)],
 )
-def test_fewer_examples_come_in_smaller_batches(batch, share, slots):
-    """Half as many steps on a quarter of the examples."""
-    options = {"examples": 1000, "batch_size": batch, "slots": slots}
-    a, _ = planned({"flops": f"{100 * share} %"}, **options)
-    size = max(slots, round(batch * (a.examples / 1000) ** 0.5))
-    assert a.way.batch == (None if size == batch else size)
-    assert (a.way.batch is None) == (share == 1 or slots == 4)
+def test_fewer_examples_come_in_smaller_batches(batch, share, slots, smaller):
+    """About half of the steps on a quarter of the examples."""
+    a, _ = planned({"flops": f"{share} %"}, examples=1000, batch_size=batch, slots=slots)
+    assert bool(a.way.batch) == smaller
     assert a.way.accumulate is None
+    if smaller:
+        steps = math.ceil(a.examples / a.way.batch) / math.ceil(1000 / batch)
+        assert steps == pytest.approx((a.examples / 1000) ** 0.5, rel=0.25)
 
 
-def test_a_smaller_batch_is_trained_and_charged_as_one(quick, tmp_path):
-    """FLOPs exactly, memory within what was planned, and twice the steps."""
-    config = quick(rounds=2, verify_costs=True, batch_size=8, budgets="")
+@pytest.mark.parametrize("slots", [1, 2])
+def test_a_smaller_batch_is_trained_and_charged_as_one(quick, tmp_path, monkeypatch, slots):
+    """FLOPs exactly, memory within what was planned, and as many steps as batches."""
+    steps, stepped = [], Stepper.step
+    monkeypatch.setattr(Stepper, "step", lambda *given: (steps.append(1), stepped(*given))[1])
+    config = quick(rounds=2, verify_costs=True, batch_size=8, slots=slots)
     devices = tmp_path / "short.toml"
     devices.write_text('mix = ["a"]\n[classes.a]\nflops = "30 %"\nmemory = "60 %"\n')
     run_local(replace(config, budgets=str(devices)), report=False)
     lines = (Path(config.run_folder) / "clients.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    for row in rows:
+        assert not row["fault"]
+        assert 3 < row["way"]["batch"] < 8
+        assert row["used"]["flops"] == row["predicted"]["flops"]
+        assert row["used"]["memory"] <= row["predicted"]["memory"]
+    assert len(steps) == sum(math.ceil(row["examples"] / row["way"]["batch"]) for row in rows)
+
+
+def test_looking_at_examples_comes_in_the_batches_of_training(quick, monkeypatch):
+    """What a look at all examples holds is what was planned, whatever the batch."""
+
+    def schedule(round):
+        everything = round.everything()
+        return [round.assign(c, everything, way=Way(batch=2)) for c in round.clients]
+
+    monkeypatch.setattr("strategies.fedavg.schedule", schedule)
+    config = quick(strategy="fedavg", rounds=1, verify_costs=True, batch_size=32)
+    config = replace(config, data_share=0.5, data_selection="entropy")
+    run_local(config, report=False)
+    lines = (Path(config.run_folder) / "clients.jsonl").read_text().splitlines()
     for row in map(json.loads, lines):
         assert not row["fault"]
-        assert row["way"]["batch"] in (4, 5)
+        assert row["viewed"]
         assert row["used"]["flops"] == row["predicted"]["flops"]
         assert row["used"]["memory"] <= row["predicted"]["memory"]
 

@@ -3,7 +3,9 @@
     python experiments/accuracy/compare.py FOLDER... [--picture FILE.png] [--spent FILE.png]
 
 reads the folders of finished or running sweeps of this directory, of one job. Differences are in
-points of accuracy, paired by seed, with 95 % intervals (Student's t).
+points of accuracy, paired by seed, with 95 % intervals (Student's t). Settings can have different
+seeds: accuracies and what was used are means over their own, whereas they are ordered, correlated
+and drawn beside predictions as they would be on the reference's.
 """
 
 import argparse
@@ -58,19 +60,15 @@ class Setting:
         """Simulated, on average."""
         return float(np.mean([run.totals["round_seconds"] for run in self.runs.values()]))
 
-    def spent(self, column: str) -> np.ndarray:
-        """Spent so far wherever accuracy was measured, mean over runs: float64 [points]."""
-        return self._measured(column)
+    def measured(self, column: str) -> np.ndarray:
+        """Of a run's rounds, wherever accuracy was measured; mean over runs: float64 [points]."""
+        frames = [run.rounds for run in self.runs.values()]
+        return np.mean([f.loc[f["accuracy"].notna(), column] for f in frames], axis=0, dtype=float)
 
-    def reached(self) -> np.ndarray:
-        """Accuracy there, in per cent: float64 [points]."""
-        return 100 * self._measured("accuracy")
-
-    def _measured(self, column: str) -> np.ndarray:
-        rows = [
-            run.rounds.loc[run.rounds["accuracy"].notna(), column] for run in self.runs.values()
-        ]
-        return np.mean(rows, axis=0, dtype=float)
+    def beside(self, reference: "Setting") -> float:
+        """Accuracy on the reference's seeds: theirs, and the mean difference on common seeds."""
+        found = Interval.of(differences(self.accuracy, reference.accuracy)).mean
+        return float(np.mean(list(reference.accuracy.values())) + found)
 
     def worth(self, local: dict[int, dict[int, int]]) -> float:
         """Predicted from the plans that runs left, the mean over rounds, with the prior for scores.
@@ -112,7 +110,7 @@ def _worth(run: RunFolder, file: Path, examples: dict[int, int]) -> float:
     local = np.array([examples[client] for client in clients.tolist()])
     bits = [(_bits(run, row, "up"), _bits(run, row, "down")) for row in rows]
     scores = prior(*operations.shape[2:])
-    return Worth(scores, scores).over(operations, local, own, bits)
+    return Worth(scores, scores).mean_of(operations, local, own, bits)
 
 
 def _bits(run: RunFolder, row: dict[str, Any], way: str) -> int:
@@ -170,7 +168,7 @@ def table(budget: str, own: list[Setting], reference: Setting) -> str:
         "simulated | seeds |",
         "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
-    for s in sorted(own, key=lambda s: -np.mean(list(s.accuracy.values()))):
+    for s in sorted(own, key=lambda s: -s.beside(reference)):
         to_full, ahead = "", ""
         if s is not reference:
             to_full = spelled(Interval.of(differences(s.accuracy, reference.accuracy)))
@@ -218,7 +216,7 @@ def draw(
     for s, worth in worths:
         marker = "D" if s.label == OURS else "o"
         color = colors.get(s.budgets, "0.5")
-        right.plot(worth, np.mean(list(s.accuracy.values())), marker, color=color)
+        right.plot(worth, s.beside(reference), marker, color=color)
     left.set_yticks(range(len(rows)), [f"{b}: {s.label}" for b, s in reversed(rows)], fontsize=8)
     left.axvline(0, color="0.5", linewidth=1)
     left.set_xlabel("points of accuracy to full tuning without limits")
@@ -229,7 +227,10 @@ def draw(
 
 
 def draw_spent(found: list[Setting], reference: Setting, path: Path) -> None:
-    """Accuracy over what was spent, as shares of what the reference spent: a line a setting."""
+    """Accuracy over what was spent, as shares of what the reference spent.
+
+    A line a setting, with a point at its end; the point alone where accuracy was measured once.
+    """
     import matplotlib.pyplot as plt
     from matplotlib.lines import Line2D
     from matplotlib.ticker import LogLocator, NullLocator
@@ -239,10 +240,12 @@ def draw_spent(found: list[Setting], reference: Setting, path: Path) -> None:
     colors = dict(zip(budgets, hues, strict=True))
     figure, panels = plt.subplots(1, len(SPENT), figsize=(13, 5), sharey=True, layout="constrained")
     for panel, (column, title) in zip(panels, SPENT.items(), strict=True):
-        whole = reference.spent(column)[-1]
+        whole = reference.measured(column)[-1]
+        if not whole:  # budgets without speeds
+            continue
         for s in found:
             color = "black" if s is reference else colors[s.budgets]
-            x, y = s.spent(column) / whole, s.reached()
+            x, y = s.measured(column) / whole, 100 * s.measured("accuracy")
             panel.plot(x, y, color=color, linewidth=1)
             panel.plot(x[-1:], y[-1:], "D" if s.label == OURS else "o", color=color)
         panel.set_xscale("log")
@@ -263,7 +266,7 @@ def draw_spent(found: list[Setting], reference: Setting, path: Path) -> None:
 def compare(folders: list[Path], picture: Path | None, spent: Path | None) -> None:
     """Print the tables of sweeps, and draw them where paths are given."""
     found = settings(folders)
-    reference = next((s for s in found if s.label == REFERENCE and s.budgets in ("none", "")), None)
+    reference = next((s for s in found if s.label == REFERENCE and s.budgets == "none"), None)
     if reference is None:
         where = ", ".join(map(str, folders))
         sys.exit(f"there is no finished trial of {REFERENCE} without limits in {where} yet")
@@ -274,7 +277,7 @@ def compare(folders: list[Path], picture: Path | None, spent: Path | None) -> No
         print(table(budget, own, reference), end="\n\n")
     worths = predicted(found, reference)
     if len(worths) > 2:
-        accuracy = [np.mean(list(s.accuracy.values())) for s, _ in worths]
+        accuracy = [s.beside(reference) for s, _ in worths]
         rho = float(spearmanr([worth for _, worth in worths], accuracy).statistic)
         print(f"Spearman's correlation of predicted worth and accuracy: {rho:.2f} ({len(worths)})")
     if picture:
