@@ -29,6 +29,7 @@ from d2ft_fl.worth import Worth
 
 REFERENCE = "fedavg"  # without limits
 OURS = "d2ft"
+FURTHEST = -30  # points; what is behind by more is drawn there
 RESOURCES = ("flops", "memory", "bytes_up")
 SPENT = {  # by column of a run's rounds
     "cum_flops": "FLOPs",
@@ -199,28 +200,34 @@ def draw(
     """Predicted worth and measured accuracy; and what each budget costs, with intervals."""
     import matplotlib.pyplot as plt
 
-    groups: defaultdict[str, list[Setting]] = defaultdict(list)
+    own: defaultdict[str, list[Setting]] = defaultdict(list)
     for s in found:
         if s is not reference:
-            groups[s.budgets].append(s)
-    rows = [(b, s) for b, own in groups.items() for s in sorted(own, key=lambda s: s.label)]
+            own[s.budgets].append(s)
+    groups = {b: sorted(own[b], key=lambda s: -s.beside(reference)) for b in sorted(own)}
+    rows = [(b, s) for b, group in groups.items() for s in group]
     figure, (left, right) = plt.subplots(
-        1, 2, figsize=(11, 0.26 * len(rows) + 1.5), width_ratios=[3, 2], layout="constrained"
+        1, 2, figsize=(13, 0.2 * len(rows) + 1.5), width_ratios=[1, 1], layout="constrained"
     )
     hues = plt.get_cmap("turbo")(np.linspace(0.05, 0.95, len(groups)))
     colors = dict(zip(groups, hues, strict=True))
     for y, (budget, s) in enumerate(reversed(rows)):
         i = Interval.of(differences(s.accuracy, reference.accuracy))
         marker = "D" if s.label == OURS else "o"
-        left.errorbar(i.mean, y, xerr=i.half, fmt=marker, color=colors[budget], capsize=2)
+        if i.mean < FURTHEST:
+            left.plot(FURTHEST, y, "<", color=colors[budget])
+        else:
+            left.errorbar(i.mean, y, xerr=i.half, fmt=marker, color=colors[budget], capsize=2)
     for s, worth in worths:
         marker = "D" if s.label == OURS else "o"
         color = colors.get(s.budgets, "0.5")
         right.plot(worth, s.beside(reference), marker, color=color)
-    left.set_yticks(range(len(rows)), [f"{b}: {s.label}" for b, s in reversed(rows)], fontsize=8)
+    left.set_yticks(range(len(rows)), [f"{b}: {s.label}" for b, s in reversed(rows)], fontsize=7)
+    left.set_ylim(-1, len(rows))
     left.axvline(0, color="0.5", linewidth=1)
     left.set_xlabel("points of accuracy to full tuning without limits")
-    left.set_xlim(left=max(-70, left.get_xlim()[0]))
+    left.set_xlim(left=max(FURTHEST - 1, left.get_xlim()[0]))
+    right.set_box_aspect(1)
     right.set_xlabel("predicted worth")
     right.set_ylabel("accuracy, %")
     figure.savefig(path, dpi=110)
@@ -235,7 +242,7 @@ def draw_spent(found: list[Setting], reference: Setting, path: Path) -> None:
     from matplotlib.lines import Line2D
     from matplotlib.ticker import LogLocator, NullLocator
 
-    budgets = list(dict.fromkeys(s.budgets for s in found if s is not reference))
+    budgets = sorted({s.budgets for s in found if s is not reference})
     hues = plt.get_cmap("turbo")(np.linspace(0.05, 0.95, len(budgets)))
     colors = dict(zip(budgets, hues, strict=True))
     figure, panels = plt.subplots(1, len(SPENT), figsize=(13, 5), sharey=True, layout="constrained")
