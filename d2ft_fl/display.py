@@ -61,7 +61,7 @@ def way(entries: Mapping[str, Any]) -> str:
     tokens, passes = entries.get("tokens"), entries.get("accumulate") or 1
     up, down = entries.get("bits_up"), entries.get("bits_down")
     said = [
-        f"batches of {batch}" * bool(batch),
+        f"batch {batch}" * bool(batch),
         f"{tokens} tokens" * bool(tokens),
         f"{passes} passes" * (passes > 1),
         "again" * bool(entries.get("checkpointing")),

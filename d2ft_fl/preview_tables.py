@@ -170,6 +170,8 @@ def _clients(clients: list[ClientPreview], width: int) -> Table:
     heads = ["client", "device", *(OPERATIONS[op] for op in operations), *["rank"] * ranks]
     ways = ["way"] * any(way(c) for c in clients)
     table = _table([*heads, *(LABELS[n] for n in limits), *OUTCOME, *ways], 2)
+    if ways:
+        table.columns[-1].no_wrap = False  # the longest gives way, before names are cut
 
     longest = max(len(way(c)) for c in clients) + 1
 
