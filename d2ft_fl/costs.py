@@ -32,10 +32,9 @@ largest rank of the subnets that do an operation in a slot.
 are those of tensors, and of headers at most: see :mod:`d2ft_fl.traffic`.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
-from typing import Any
+from functools import cached_property
 
 import numpy as np
 
@@ -372,16 +371,24 @@ class CostModel:
         """
         operations, ranks = schedule.operations[None], _one(schedule.ranks)
         tables = [None if t is None else t.tobytes() for t in (operations, ranks, holds)]
-        key = operations.shape, examples, *tables
-        if key not in self._known:  # many clients do the same where a strategy has all do all
+
+        def found() -> Cost:
+            of_one = self.costs(operations, np.array([examples]), _one(holds), ranks)
+            return Cost(*of_one[0].tolist())
+
+        # Many clients do the same where a strategy has all do all.
+        return self.known((operations.shape, examples, *tables), found)
+
+    def known(self, key: Hashable, find: Callable[[], Cost]) -> Cost:
+        """What ``find`` gives, which this model keeps by ``key``."""
+        if key not in self._known:
             if len(self._known) >= MOST_KNOWN:
                 self._known.clear()
-            found = self.costs(operations, np.array([examples]), _one(holds), ranks)
-            self._known[key] = Cost(*found[0].tolist())
+            self._known[key] = find()
         return self._known[key]
 
     @cached_property
-    def _known(self) -> dict[Any, Cost]:
+    def _known(self) -> dict[Hashable, Cost]:
         return {}
 
     def costs(
@@ -436,13 +443,15 @@ class CostModel:
         """The costs where numbers travel as they are."""
         return replace(self, bits_up=PLAIN, bits_down=PLAIN)
 
-    @lru_cache(maxsize=4096)  # noqa: B019 - lives as long as the run's one cost model
     def full_cost(self, examples: int) -> Cost:
         """The cost of training everything on this many examples: what 100 % means.
 
         In whole batches and without checkpointing: both would need less memory. Only the
         federation's own costs say it: the batch of a way is not undone.
         """
+        return self.known(("full", examples), lambda: self._full_cost(examples))
+
+    def _full_cost(self, examples: int) -> Cost:
         plain = self.plain()
         cost = plain.cost(plain.everything(), examples)
         down = self.uncoded().bytes_down(self.everything())

@@ -4,7 +4,6 @@ Both are charged to its budgets. The whole model comes down for them.
 """
 
 from dataclasses import dataclass, replace
-from functools import lru_cache
 
 import numpy as np
 
@@ -51,14 +50,13 @@ def passes_cost(costs: CostModel, passes: Passes, holds: np.ndarray | None = Non
     Args:
         holds: bool [blocks, heads], subnets whose fixed parameters the client has.
     """
-    cost = _passes_cost(costs, passes)
+    cost = costs.known(passes, lambda: _passes_cost(costs, passes))
     if holds is None or not passes:
         return cost
     everything = costs.everything().operations[None]
     return replace(cost, bytes_down=int(costs.traffic.down(everything, holds[None])[0]))
 
 
-@lru_cache(maxsize=4096)
 def _passes_cost(costs: CostModel, passes: Passes) -> Cost:
     if not passes:
         return Cost()

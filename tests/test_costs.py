@@ -252,6 +252,20 @@ def test_a_kind_of_score_more_costs_one_tensor_up_and_nothing_else():
     assert (two - one).tolist() == [0, 0, 4 * ARCH.blocks * ARCH.heads + TENSOR_HEADER, 0]
 
 
+def test_a_cost_model_believes_nobody_but_its_own_arithmetic(monkeypatch):
+    """What one has found stays its own, also where another one of the same run is equal to it."""
+
+    def found():
+        costs = cost_model(ARCH)
+        return costs.full_cost(20), passes_cost(costs, Passes(scored=4, kinds=("fisher",)))
+
+    right = found()
+    monkeypatch.setattr(costs.CostModel, "base_flops", 0)
+    assert all(now.flops < then.flops for now, then in zip(found(), right, strict=True))
+    monkeypatch.undo()
+    assert found() == right
+
+
 def test_cost_grows_with_every_operation():
     costs = cost_model(ARCH, 1)
     seed = random_schedule(ARCH, 1, 3)
