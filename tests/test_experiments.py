@@ -15,6 +15,7 @@ from d2ft_fl.config import RunConfig, read_toml
 from d2ft_fl.devices import read_devices
 from d2ft_fl.local import run_local
 from d2ft_fl.methods import STRATEGIES
+from d2ft_fl.preview import preview
 from d2ft_fl.sweep import command
 from d2ft_fl.sweep.reading import read_sweep
 from d2ft_fl.sweep.remote import Outcome
@@ -110,6 +111,16 @@ def test_a_comparison_under_budgets_can_be_read_off(tmp_path, monkeypatch, capsy
     assert spent["d2ft"][-1] / spent["fedavg"][-1] <= 0.6
     assert found["d2ft"].measured("accuracy")[-1] == pytest.approx(sum(ours.values()) / 200)
     assert found["d2ft"].beside(found["fedavg"]) == pytest.approx(sum(ours.values()) / 2)
+
+
+def test_the_classifier_can_go_first():
+    """Who cannot run everything forward does as d2ft has it."""
+    config = RunConfig(strategy="experiments.accuracy.warm_up")
+    first, second = preview(config, examples=64, rounds=2).rounds
+    probes = [c for c in first.clients if c.operations["forward_only"] == 36]
+    others = [c for c in first.clients if c not in probes]
+    assert {c.device for c in others} == {"phone", "board"}
+    assert all(c.operations["full"] > 0 for c in [*others, *second.clients])
 
 
 @pytest.fixture

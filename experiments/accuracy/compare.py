@@ -89,12 +89,14 @@ def named(run: RunFolder) -> tuple[str, str]:
     """Under which budgets a run is, and what else tells it from others."""
     c = run.config
     lora = c["tuning"] == "lora"
+    momentum = c["server-momentum"] if c["server-optimizer"] == "fedavgm" else 0
     said = [
         c["strategy"],
         f"{c['lora-init']} {c['lora-rank']}" * lora,
         f"{c['slots']} slots" * (c["slots"] > 1),
         f"{c['upload-bits']} bits up" * (c["upload-bits"] < PLAIN),
         f"{c['download-bits']} down" * (c["download-bits"] < PLAIN),
+        f"server momentum {momentum}" * bool(momentum),
         f"server step {c['server-lr']}" * (c["server-lr"] != 1),
     ]
     return Path(c["budgets"]).stem, ", ".join(filter(None, said))
@@ -283,7 +285,7 @@ def compare(folders: list[Path], picture: Path | None, spent: Path | None) -> No
     for budget, own in groups.items():
         print(table(budget, own, reference), end="\n\n")
     worths = predicted(found, reference)
-    if len(worths) > 2:
+    if len({worth for _, worth in worths}) > 2:
         accuracy = [s.beside(reference) for s, _ in worths]
         rho = float(spearmanr([worth for _, worth in worths], accuracy).statistic)
         print(f"Spearman's correlation of predicted worth and accuracy: {rho:.2f} ({len(worths)})")

@@ -19,6 +19,7 @@ from d2ft_fl.report.sweep_folder import SweepFolder
 from d2ft_fl.sweep.command import FAILED
 
 HERE = Path(__file__).parent
+sys.path.append(str(HERE.parents[1]))  # where options.toml finds warm_up.py, wherever this starts
 SWEEPS = {"digits": [["digits"]], "cifar10": [["cifar10"]]}  # what is compared with each other
 ALL = SWEEPS | {"cifar10": [["cifar10", "cifar10_all"], ["cifar10_batch16"], ["options"]]}
 ON_GPU = "device=cuda"

@@ -1,0 +1,15 @@
+"""d2ft, but in the first round the classifier alone, for all who can run everything forward."""
+
+from d2ft_fl.rounds import Assignment, Round
+from strategies import d2ft, linear_probe
+
+PAPER = "Kumar et al., Fine-Tuning can Distort Pretrained Features, ICLR 2022, arXiv 2202.10054"
+
+
+def schedule(round: Round) -> list[Assignment]:
+    """The classifier first, then everything that budgets afford."""
+    wanted = d2ft.schedule(round)
+    if round.number > 1:
+        return wanted
+    first = linear_probe.schedule(round)
+    return [w if f.schedule.sits_out else f for f, w in zip(first, wanted, strict=True)]
