@@ -12,6 +12,7 @@ import argparse
 import json
 import sys
 from collections import defaultdict
+from collections.abc import Iterable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -193,6 +194,15 @@ def predicted(found: list[Setting], reference: Setting) -> list[tuple[Setting, f
     return [(s, s.worth(local)) for s in able]
 
 
+def hues(budgets: Iterable[str]) -> dict[str, tuple[float, ...]]:
+    """A color for each budget, the same in all pictures."""
+    import matplotlib.pyplot as plt
+
+    names = sorted(budgets)
+    shades = plt.get_cmap("turbo")(np.linspace(0.05, 0.95, len(names)))
+    return dict(zip(names, map(tuple, shades), strict=True))
+
+
 def draw(
     found: list[Setting],
     reference: Setting,
@@ -211,8 +221,7 @@ def draw(
     figure, (left, right) = plt.subplots(
         1, 2, figsize=(13, 0.2 * len(rows) + 1.5), width_ratios=[1, 1], layout="constrained"
     )
-    hues = plt.get_cmap("turbo")(np.linspace(0.05, 0.95, len(groups)))
-    colors = dict(zip(groups, hues, strict=True))
+    colors = hues(groups)
     for y, (budget, s) in enumerate(reversed(rows)):
         i = Interval.of(differences(s.accuracy, reference.accuracy))
         marker = "D" if s.label == OURS else "o"
@@ -244,9 +253,7 @@ def draw_spent(found: list[Setting], reference: Setting, path: Path) -> None:
     from matplotlib.lines import Line2D
     from matplotlib.ticker import LogLocator, NullLocator
 
-    budgets = sorted({s.budgets for s in found if s is not reference})
-    hues = plt.get_cmap("turbo")(np.linspace(0.05, 0.95, len(budgets)))
-    colors = dict(zip(budgets, hues, strict=True))
+    colors = hues({s.budgets for s in found if s is not reference})
     figure, panels = plt.subplots(1, len(SPENT), figsize=(13, 5), sharey=True, layout="constrained")
     for panel, (column, title) in zip(panels, SPENT.items(), strict=True):
         whole = reference.measured(column)[-1]
@@ -265,7 +272,7 @@ def draw_spent(found: list[Setting], reference: Setting, path: Path) -> None:
         panel.set_xlabel(f"{title}, % of full tuning's")
         panel.grid(alpha=0.3)
     panels[0].set_ylabel("accuracy, %")
-    keys = [("full tuning", "o", "black"), *((b, "o", colors[b]) for b in budgets)]
+    keys = [("full tuning", "o", "black"), *((b, "o", c) for b, c in colors.items())]
     keys.append((OURS, "D", "0.5"))
     handles = [Line2D([], [], color=c, marker=m, linestyle="", label=b) for b, m, c in keys]
     figure.legend(handles=handles, loc="outside lower center", ncols=8, fontsize=8)
