@@ -123,7 +123,7 @@ def _draw_bars(axes: Axes, classes: dict[str, list[ClientPreview]]) -> None:
                 top = max(shares)
                 axes.plot([top, top], [y - thick / 2, y + thick / 2], color="0.15", linewidth=1.4)
     axes.axvline(100, color="0.3", linewidth=1, linestyle="--")
-    names = [f"{name}\n{len(c)} clients" for name, c in classes.items()]
+    names = [f"{name}\n{len(c)} client{'s' * (len(c) > 1)}" for name, c in classes.items()]
     axes.set_yticks(range(len(classes)), names)
     axes.invert_yaxis()
     axes.tick_params(axis="y", length=0)
