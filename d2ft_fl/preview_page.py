@@ -16,7 +16,7 @@ from d2ft_fl import pages
 from d2ft_fl.pages import ALARM, COLOURS
 from d2ft_fl.preview import LIMITS, ClientPreview, Preview, RoundPreview
 from d2ft_fl.preview_tables import (
-    LABELS,
+    LIMIT_LABELS,
     OPERATIONS,
     OUTCOME,
     ROUNDS,
@@ -117,7 +117,7 @@ def _draw_bars(axes: Axes, classes: dict[str, list[ClientPreview]]) -> None:
             shares = [100 * c.shares[limit] for c in clients if limit in c.shares]
             y = row + (index - (len(shown) - 1) / 2) * thick
             mean = float(np.mean(shares)) if shares else 0.0
-            label = LABELS[limit] if row == 0 else None
+            label = LIMIT_LABELS[limit] if row == 0 else None
             axes.barh(y, mean, 0.9 * thick, color=colour, label=label)
             if shares:
                 top = max(shares)
@@ -184,7 +184,7 @@ def _clients(r: RoundPreview) -> str:
     operations = shown_operations(r.clients)
     heads = ["client", "device", "examples", *(OPERATIONS[op] for op in operations)]
     heads += ["rank"] * ranks
-    heads += [LABELS[n] for n in limits]
+    heads += [LIMIT_LABELS[n] for n in limits]
     rows = [
         pages.words(str(c.client), c.device)
         + pages.cells(str(c.examples), *(f"{c.operations[op]:.4g}" for op in operations))

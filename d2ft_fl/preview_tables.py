@@ -12,6 +12,7 @@ from rich.style import Style
 from rich.table import Table
 from rich.text import Text
 
+from d2ft_fl.display import LABELS
 from d2ft_fl import display
 from d2ft_fl.costs import RESOURCES
 from d2ft_fl.preview import DEADLINE, LIMITS, ClientPreview, Preview, RoundPreview
@@ -19,7 +20,7 @@ from d2ft_fl.preview import DEADLINE, LIMITS, ClientPreview, Preview, RoundPrevi
 MOST_CLIENTS = 20  # in a table; of more, device classes and the first few are shown
 FIRST_CLIENTS = 5
 WIDE = 116  # columns of a terminal in which amounts fit beside shares
-LABELS = {**display.LABELS, DEADLINE: "deadline"}
+LIMIT_LABELS = {**LABELS, DEADLINE: "deadline"}
 OPERATIONS = {"full": "FULL", "frozen": "FROZEN", "forward_only": "FWD", "shortcut": "SKIP"}
 COLUMNS = "subnets by operation; used share of each budget"
 ROUNDS = "Used beside all clients training everything, and what is trained"
@@ -61,7 +62,7 @@ def _print(console: Console, title: str, table: Table) -> None:
 def totals(found: Preview, r: RoundPreview) -> list[str]:
     """What a round comes to, in a few lines."""
     out = len(r.clients) - len(r.working)
-    shares = ", ".join(f"{LABELS[name]} {r.share_of_full(name):.0%}" for name in RESOURCES)
+    shares = ", ".join(f"{LIMIT_LABELS[name]} {r.share_of_full(name):.0%}" for name in RESOURCES)
     lines = [
         f"round {r.round}: {len(r.clients)} clients, {out} sit out; used beside training "
         f"everything: {shares}",
@@ -142,7 +143,7 @@ def outcome(c: ClientPreview) -> list[str]:
     """Cells of how long a client takes, what binds it, and how good its plan is."""
     return [
         "sits out" if c.sits_out else seconds(c.seconds),
-        LABELS.get(c.binding, c.binding),
+        LIMIT_LABELS.get(c.binding, c.binding),
         "-" if c.gap is None else f"{c.gap:.2%}",
     ]
 
@@ -169,7 +170,7 @@ def _clients(clients: list[ClientPreview], width: int) -> Table:
     ranks = has_ranks(clients)
     heads = ["client", "device", *(OPERATIONS[op] for op in operations), *["rank"] * ranks]
     ways = ["way"] * any(way(c) for c in clients)
-    table = _table([*heads, *(LABELS[n] for n in limits), *OUTCOME, *ways], 2)
+    table = _table([*heads, *(LIMIT_LABELS[n] for n in limits), *OUTCOME, *ways], 2)
     if ways:
         table.columns[-1].no_wrap = False  # the longest gives way, before names are cut
 
@@ -196,7 +197,7 @@ def _classes(r: RoundPreview) -> Table:
     operations, limits = shown_operations(r.clients), shown_limits(r.clients)
     ranks = has_ranks(r.clients)
     heads = ["device", "clients", "", *(OPERATIONS[op] for op in operations), *["rank"] * ranks]
-    heads += [*(LABELS[n] for n in limits), "time", "sit out", "bound by"]
+    heads += [*(LIMIT_LABELS[n] for n in limits), "time", "sit out", "bound by"]
     table = _table(heads)
     statistics: dict[str, Callable[[list[float]], float]] = {
         "mean": lambda x: float(np.mean(x)), "min": min, "max": max,
@@ -214,7 +215,7 @@ def _classes(r: RoundPreview) -> Table:
                 *(_share(statistic, clients, limit) for limit in limits),
                 seconds(statistic([c.seconds for c in clients])),
                 str(sum(c.sits_out for c in clients)) if first else "",
-                LABELS.get(bound, bound) if first else "",
+                LIMIT_LABELS.get(bound, bound) if first else "",
                 end_section=name == "max",
             )
     return table
@@ -234,7 +235,7 @@ def _share(
 
 def rounds(found: Preview) -> tuple[list[str], list[list[str]]]:
     """Heads and rows of a table of rounds."""
-    heads = ["round", "sit out", *(LABELS[name] for name in RESOURCES)]
+    heads = ["round", "sit out", *(LIMIT_LABELS[name] for name in RESOURCES)]
     rows = [
         [
             str(r.round),

@@ -8,7 +8,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from d2ft_fl.preview import LIMITS
-from d2ft_fl.preview_tables import LABELS
+from d2ft_fl.preview_tables import LIMIT_LABELS
 from d2ft_fl.report.axes import round_step, short
 from d2ft_fl.report.charts import (
     BUDGETS,
@@ -152,9 +152,9 @@ def budget_bars(clients: pd.DataFrame) -> Chart:
         means = np.array([s.mean() for s in shares])
         tops = np.array([s.max() for s in shares])
         figure.add_bar(
-            x=short(means), y=labels, orientation="h", name=LABELS[name],
+            x=short(means), y=labels, orientation="h", name=LIMIT_LABELS[name],
             marker={"color": LINES[LIMITS.index(name)]},
-            text=[f"{LABELS[name]} {m:.0%}" if np.isfinite(m) else "" for m in means],
+            text=[f"{LIMIT_LABELS[name]} {m:.0%}" if np.isfinite(m) else "" for m in means],
             textposition="auto", insidetextanchor="start", textangle=0, constraintext="none",
             insidetextfont_color="#fff" if name == LIMITS[0] else "#000",
             error_x={

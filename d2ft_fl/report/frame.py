@@ -8,11 +8,11 @@ from plotly.offline import get_plotlyjs
 
 from d2ft_fl import pages
 from d2ft_fl.config import RunConfig
-from d2ft_fl.preview_tables import LABELS
+from d2ft_fl.preview_tables import LIMIT_LABELS
 from d2ft_fl.report.charts import json_script, templates
 from d2ft_fl.report.script import SCRIPT, STYLE
 
-NAMES = {**LABELS, "bytes_up": "bytes up", "bytes_down": "bytes down"}  # of budgets
+NAMES = {**LIMIT_LABELS, "bytes_up": "bytes up", "bytes_down": "bytes down"}  # of budgets
 FOLDER = "run-folder"  # where a run lies is nobody else's business
 FEW_LISTED, MOST_LISTED = 10, 500
 # Whatever a page holds, a browser asks nobody for anything.
