@@ -9,13 +9,13 @@ from pathlib import Path
 
 from torch import Tensor
 
-from d2ft_fl.config import RunConfig
-from d2ft_fl.export import save_tuned
-from d2ft_fl.factors import frozen, unchanging
-from d2ft_fl.initial import begin, from_update
-from d2ft_fl.local_options import LocalOptions
-from d2ft_fl.lora import targeted, targets_alone, with_lora, without_lora
-from d2ft_fl.subnets import Architecture, Kind
+from d2ft_fl.aggregation.lora_sums import frozen, unchanging
+from d2ft_fl.config.run_config import RunConfig
+from d2ft_fl.config.training_options import LocalOptions
+from d2ft_fl.lora.config import targeted, targets_alone, with_lora, without_lora
+from d2ft_fl.lora.init import begin, from_update
+from d2ft_fl.models.export import save_tuned
+from d2ft_fl.subnets.architecture import Architecture, Kind
 
 
 def architecture(arch: Architecture, config: RunConfig, round: int) -> Architecture:

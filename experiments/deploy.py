@@ -19,8 +19,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from d2ft_fl import certificates
 from d2ft_fl.errors import D2FTError, RunError
+from d2ft_fl.flower import certificates
 
 CONNECTION = "d2ft"
 START_SECONDS = 60.0

@@ -22,8 +22,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 
-from d2ft_fl.models import save_weights_json
-from d2ft_fl.specs import GLYPH_VIT
+from d2ft_fl.models.build import save_weights_json
+from d2ft_fl.models.spec import GLYPH_VIT
 
 CLASSES = string.ascii_letters
 FONTS = (

@@ -6,8 +6,8 @@ even hold the weights and one example sits out. Compute and bytes are those of f
 of these it keeps no budget.
 """
 
-from d2ft_fl.planner import Assignment, Participant
-from d2ft_fl.rounds import Round, Way
+from d2ft_fl.planning.assignment import Assignment, Participant
+from d2ft_fl.rounds.context import Round, Way
 
 KEEPS = ("memory",)
 SCORES = ()

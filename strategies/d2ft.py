@@ -4,9 +4,9 @@ Every client trains the subnets of highest backward score that its budgets affor
 rest, so that gradients pass: all clients with like budgets choose alike, which coordinates them.
 Where a budget binds, it may do so on fewer examples, in more passes, with activations computed
 again, or get weights and send changes in fewer bits: of all these ways the one is taken that is
-worth most (`d2ft_fl.worth`). Who trains less of the model takes larger steps, and who trains on
-fewer examples takes them in smaller batches. All of a client's examples count in the mean, whatever
-it trains on, and the server steps further along the change of who trains on fewer.
+worth most (`d2ft_fl.planning.utility`). Who trains less of the model takes larger steps, and who
+trains on fewer examples takes them in smaller batches. All of a client's examples count in the
+mean, whatever it trains on, and the server steps further along the change of who trains on fewer.
 
 Deviates from the paper, which distributes one model's training over devices, knows one budget,
 three operations and no other ways; `d2ft-paper` is as published. With ``exploration`` above 0 the
@@ -17,8 +17,8 @@ way that is configured.
 
 import numpy as np
 
-from d2ft_fl.rounds import Assignment, Round
-from d2ft_fl.ways import Search
+from d2ft_fl.rounds.context import Assignment, Round
+from d2ft_fl.rounds.policy_search import Search
 
 PAPER = """Ding et al., You Don't Need All Attentions: Distributed Dynamic Fine-Tuning for
 Foundation Models, 2025, arXiv 2504.12471"""

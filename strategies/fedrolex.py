@@ -8,7 +8,7 @@ layer.
 
 import numpy as np
 
-from d2ft_fl.rounds import Assignment, Round
+from d2ft_fl.rounds.context import Assignment, Round
 from strategies.heterofl import some_heads
 
 PAPER = """Alam et al., FedRolex: Model-Heterogeneous Federated Learning with Rolling Sub-Model

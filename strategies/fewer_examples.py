@@ -7,10 +7,10 @@ train on. It needs the whole model's memory and bytes, so of these it keeps no b
 
 from functools import partial
 
-from d2ft_fl.budgets import DEADLINE
-from d2ft_fl.passes import Passes
-from d2ft_fl.planner import Assignment, Participant
-from d2ft_fl.rounds import Round, most
+from d2ft_fl.budgets.budget import DEADLINE
+from d2ft_fl.costs.probe_costs import Passes
+from d2ft_fl.planning.assignment import Assignment, Participant
+from d2ft_fl.rounds.context import Round, most
 
 KEEPS = ("flops", DEADLINE)
 SCORES = ()

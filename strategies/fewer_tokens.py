@@ -7,9 +7,9 @@ of memory what weights and the tokens take, so of these it keeps no budget.
 
 from functools import partial
 
-from d2ft_fl.budgets import DEADLINE
-from d2ft_fl.planner import Assignment, Participant
-from d2ft_fl.rounds import Round, Way, most
+from d2ft_fl.budgets.budget import DEADLINE
+from d2ft_fl.planning.assignment import Assignment, Participant
+from d2ft_fl.rounds.context import Round, Way, most
 
 PAPER = "Liu et al., PatchDropout, WACV 2023, arXiv 2208.07220"
 KEEPS = ("flops", DEADLINE)

@@ -8,8 +8,8 @@ Deviates: the paper draws a width every batch from five ratios and lets the larg
 one (self-distillation); here one draw holds for a slot and a round, and nobody teaches.
 """
 
-from d2ft_fl.rounds import Assignment, Round
-from d2ft_fl.subnets import Operation, Schedule
+from d2ft_fl.rounds.context import Assignment, Round
+from d2ft_fl.subnets.schedule import Operation, Schedule
 from strategies.heterofl import some_heads
 
 PAPER = """Horvath et al., FjORD: Fair and Accurate Federated Learning under heterogeneous targets

@@ -8,8 +8,8 @@ left out.
 
 import numpy as np
 
-from d2ft_fl.rounds import Assignment, Round
-from d2ft_fl.subnets import Operation, Schedule
+from d2ft_fl.rounds.context import Assignment, Round
+from d2ft_fl.subnets.schedule import Operation, Schedule
 
 PAPER = """Diao et al., HeteroFL: Computation and Communication Efficient Federated Learning for
 Heterogeneous Clients, ICLR 2021, arXiv 2010.01264"""

@@ -5,8 +5,8 @@ A client that cannot afford to run the whole model forward sits out.
 
 import numpy as np
 
-from d2ft_fl.rounds import Assignment, Round
-from d2ft_fl.subnets import Operation
+from d2ft_fl.rounds.context import Assignment, Round
+from d2ft_fl.subnets.schedule import Operation
 
 SCORES = ()
 

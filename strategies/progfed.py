@@ -10,7 +10,7 @@ not at random, there is one classifier for all stages instead of a head a stage,
 new layers.
 """
 
-from d2ft_fl.rounds import Assignment, Round
+from d2ft_fl.rounds.context import Assignment, Round
 from strategies.depthfl import first_layers
 
 PAPER = """Wang et al., ProgFed: Effective, Communication, and Computation Efficient Federated

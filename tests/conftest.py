@@ -5,12 +5,13 @@ import pytest
 import timm
 import torch
 
-from d2ft_fl import timm_vit
-from d2ft_fl.config import RunConfig
-from d2ft_fl.costs import CostModel
-from d2ft_fl.local import LocalPool
-from d2ft_fl.local_options import LocalOptions
-from d2ft_fl.subnets import Kind, Operation, Schedule, slot_sizes
+from d2ft_fl.config.run_config import RunConfig
+from d2ft_fl.config.training_options import LocalOptions
+from d2ft_fl.costs.cost_model import CostModel
+from d2ft_fl.models import timm_vit
+from d2ft_fl.runtime.in_process import LocalPool
+from d2ft_fl.subnets.architecture import Kind
+from d2ft_fl.subnets.schedule import Operation, Schedule, slot_sizes
 
 SMALL = {
     "model_name": "vit_tiny_patch16_224",

@@ -5,7 +5,7 @@ import signal
 import time
 from pathlib import Path
 
-from d2ft_fl.budgets import ClientDescription
+from d2ft_fl.budgets.budget import ClientDescription
 
 
 def budget(client: ClientDescription, round: int) -> dict[str, str]:

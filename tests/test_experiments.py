@@ -10,16 +10,16 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 
-from d2ft_fl.budgets import ASSETS
-from d2ft_fl.config import RunConfig, read_toml
-from d2ft_fl.devices import read_devices
-from d2ft_fl.local import run_local
-from d2ft_fl.methods import STRATEGIES
-from d2ft_fl.preview import preview
+from d2ft_fl.budgets.device_classes import ASSETS, read_devices
+from d2ft_fl.config.run_config import RunConfig
+from d2ft_fl.preview.plan_preview import preview
+from d2ft_fl.rounds.strategies import STRATEGIES
+from d2ft_fl.runtime.in_process import run_local
 from d2ft_fl.sweep import command
 from d2ft_fl.sweep.reading import read_sweep
 from d2ft_fl.sweep.remote import Outcome
 from d2ft_fl.sweep.trials import expand
+from d2ft_fl.util.toml import read_toml
 
 FOLDER = Path(__file__).parents[1] / "experiments"
 FILES = sorted(FOLDER.rglob("*.toml"))

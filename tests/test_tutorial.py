@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from d2ft_fl.options import collect
+from d2ft_fl.config.sources import collect
 from d2ft_fl.sweep.reading import read_sweep
 from d2ft_fl.sweep.trials import expand
 

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from d2ft_fl import pages
 from d2ft_fl.errors import ConfigError
+from d2ft_fl.report import html
 from d2ft_fl.report.run import run_html
 from d2ft_fl.report.run_folder import ROUNDS, STATUS, RunFolder
 from d2ft_fl.report.sweep import sweep_html
@@ -63,5 +63,5 @@ def kind_of(folder: Path) -> str:
 
 
 def _write(pieces: list[str], path: Path) -> Path:
-    pages.write(pieces, path)
+    html.write(pieces, path)
     return path

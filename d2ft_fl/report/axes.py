@@ -5,8 +5,8 @@ from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 
-from d2ft_fl.display import PREFIXES
 from d2ft_fl.report.charts import Choice, Option
+from d2ft_fl.report.format import PREFIXES
 
 # By column of :attr:`d2ft_fl.report.run_folder.RunFolder.rounds`: its button, its axis, its unit.
 COLUMNS = {

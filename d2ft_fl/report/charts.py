@@ -12,7 +12,7 @@ from typing import Any
 import plotly.graph_objects as go
 from plotly.io.json import to_json_plotly
 
-from d2ft_fl.pages import ALARM, COLOURS
+from d2ft_fl.report.html import ALARM, COLOURS
 
 LINES = (*COLOURS, "#56B4E9")
 DASHES = ("solid", "dash", "dot", "dashdot", "longdash")

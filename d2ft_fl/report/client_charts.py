@@ -7,8 +7,7 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from d2ft_fl.preview import LIMITS
-from d2ft_fl.preview_tables import LIMIT_LABELS
+from d2ft_fl.preview.plan_preview import LIMITS
 from d2ft_fl.report.axes import round_step, short
 from d2ft_fl.report.charts import (
     BUDGETS,
@@ -22,9 +21,10 @@ from d2ft_fl.report.charts import (
     plain,
     scale_key,
 )
+from d2ft_fl.report.format import LIMIT_LABELS
 from d2ft_fl.report.frame import NAMES
 from d2ft_fl.report.run_folder import PlanFile, limits_of
-from d2ft_fl.subnets import Operation
+from d2ft_fl.subnets.schedule import Operation
 
 MOST_CLIENTS = 60  # of more, maps have a row a device class
 ROWS, BAR = (14, 20), 18  # pixels: of many rows and of few, of a bar

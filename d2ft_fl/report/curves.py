@@ -6,16 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from d2ft_fl.report.axes import COLUMNS, short, x_choice
-from d2ft_fl.report.charts import (
-    MOST_LINES,
-    Chart,
-    Choice,
-    Entry,
-    Option,
-    blank,
-    look,
-    plain,
-)
+from d2ft_fl.report.charts import MOST_LINES, Chart, Choice, Entry, Option, blank, look, plain
 from d2ft_fl.report.statistics import Interval
 from d2ft_fl.report.sweep_folder import Setting
 

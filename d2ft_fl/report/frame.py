@@ -6,10 +6,10 @@ from typing import Any
 
 from plotly.offline import get_plotlyjs
 
-from d2ft_fl import pages
-from d2ft_fl.config import RunConfig
-from d2ft_fl.preview_tables import LIMIT_LABELS
+from d2ft_fl.config.run_config import RunConfig
+from d2ft_fl.report import html
 from d2ft_fl.report.charts import json_script, templates
+from d2ft_fl.report.format import LIMIT_LABELS
 from d2ft_fl.report.script import SCRIPT, STYLE
 
 NAMES = {**LIMIT_LABELS, "bytes_up": "bytes up", "bytes_down": "bytes down"}  # of budgets
@@ -36,7 +36,7 @@ def page(title: str, body: str) -> list[str]:
         get_plotlyjs(),
         f"</script><script>{SCRIPT}</script>",
     ]
-    return pages.document(title, parts, STYLE, POLICY)
+    return html.document(title, parts, STYLE, POLICY)
 
 
 def section(heading: str, *parts: str) -> str:
@@ -84,7 +84,7 @@ def configuration(entries: Mapping[str, Any]) -> str:
     changed = ", ".join(f"{key} = {value}" for key, value in own.items())
     said = f"Other than the defaults: {changed}." if own else "All options are the defaults."
     shown = {key: value for key, value in entries.items() if key != FOLDER}
-    return sentence(said) + details("All options", pages.configuration(shown))
+    return sentence(said) + details("All options", html.configuration(shown))
 
 
 def versions(found: Sequence[Mapping[str, Any]]) -> str:
@@ -98,8 +98,8 @@ def versions(found: Sequence[Mapping[str, Any]]) -> str:
         texts[name] = [own.get(name) or "none" for own in packages]
     one = len(different) == 1
     heads = ["what", *("version" if one else f"runs {n + 1}" for n in range(len(different)))]
-    rows = [pages.words(name, *columns) for name, columns in texts.items()]
-    return pages.table(heads, rows, len(heads))
+    rows = [html.words(name, *columns) for name, columns in texts.items()]
+    return html.table(heads, rows, len(heads))
 
 
 def _code(v: Mapping[str, Any]) -> str:

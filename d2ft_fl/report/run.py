@@ -2,10 +2,10 @@
 
 import math
 
-from d2ft_fl.config import RunConfig
-from d2ft_fl.costs import RESOURCES
-from d2ft_fl.preview_tables import seconds
+from d2ft_fl.config.run_config import RunConfig
+from d2ft_fl.costs.resources import RESOURCES
 from d2ft_fl.report import client_charts, run_charts, run_tables
+from d2ft_fl.report.format import seconds
 from d2ft_fl.report.frame import (
     NAMES,
     cards,

@@ -20,7 +20,7 @@ from d2ft_fl.report.charts import (
     scale_key,
 )
 from d2ft_fl.report.run_folder import PlanFile, RunFolder
-from d2ft_fl.subnets import Operation
+from d2ft_fl.subnets.schedule import Operation
 
 MOST_STEPS = 200  # of a slider, and columns of a map of rounds
 MOST_NUMBERS = 400  # subnets, beyond which cells hold no numbers

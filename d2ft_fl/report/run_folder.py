@@ -1,4 +1,4 @@
-"""A run's folder, read: what :mod:`d2ft_fl.recorder` wrote, as frames."""
+"""A run's folder, read: what :mod:`d2ft_fl.server.recorder` wrote, as frames."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,14 +10,15 @@ import pandas as pd
 import safetensors.numpy
 from safetensors import SafetensorError
 
-from d2ft_fl.config import read_toml
-from d2ft_fl.costs import RESOURCES
-from d2ft_fl.display import way
+from d2ft_fl.costs.resources import RESOURCES
 from d2ft_fl.errors import ConfigError
-from d2ft_fl.preview import DEADLINE, LIMITS, UNNAMED
-from d2ft_fl.recorder import stands, totals
+from d2ft_fl.preview.plan_preview import DEADLINE, LIMITS
+from d2ft_fl.records.run_folder import stands
+from d2ft_fl.records.summary import totals
+from d2ft_fl.report.format import UNNAMED, policy_words
 from d2ft_fl.report.reading import damaged, read_json, read_lines
-from d2ft_fl.subnets import Operation
+from d2ft_fl.subnets.schedule import Operation
+from d2ft_fl.util.toml import read_toml
 
 ROUNDS, STATUS = "rounds.jsonl", "status.json"
 SUMMED = ("flops", "bytes_up", "bytes_down")  # of RESOURCES, those that add up over rounds
@@ -30,7 +31,7 @@ class RunFolder:
     Attributes:
         config: Options, by the keys of ``config.toml``.
         status: starting, running, finished or failed. reason: Of a failure.
-        versions: As :func:`d2ft_fl.versions.versions` found them; empty when not recorded.
+        versions: As :func:`d2ft_fl.records.versions.versions` found them; empty when not recorded.
         summary: Of a finished run.
         lines: Of ``rounds.jsonl``, one at least.
     """
@@ -92,7 +93,7 @@ class RunFolder:
 
     @cached_property
     def totals(self) -> dict[str, Any]:
-        """Over the finished rounds; see :func:`d2ft_fl.recorder.totals`."""
+        """Over the finished rounds; see :func:`d2ft_fl.records.summary.totals`."""
         return totals(self.lines)
 
     @cached_property
@@ -228,7 +229,7 @@ def _client(row: dict[str, Any]) -> dict[str, Any]:
         out[name] = used[name] if used else 0
         limited = used and allowed[name] is not None
         out[f"{name}_share"] = used[name] / max(1, allowed[name]) if limited else np.nan
-    out["way"] = way(row.get("way", {}))
+    out["way"] = policy_words(row.get("way", {}))
     deadline = row.get("deadline")
     out[f"{DEADLINE}_share"] = row["seconds"] / deadline if used and deadline else np.nan
     return out

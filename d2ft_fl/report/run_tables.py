@@ -5,13 +5,12 @@ from typing import Any
 
 import pandas as pd
 
-from d2ft_fl import pages
-from d2ft_fl.costs import RESOURCES
-from d2ft_fl.display import LABELS, USED, quantity, unit_of
-from d2ft_fl.preview import DEADLINE, LIMITS
-from d2ft_fl.preview_tables import OPERATIONS, seconds
+from d2ft_fl.costs.resources import RESOURCES
+from d2ft_fl.preview.plan_preview import DEADLINE, LIMITS
+from d2ft_fl.report import html
+from d2ft_fl.report.format import LABELS, OPERATIONS, USED, quantity, seconds, unit_of
 from d2ft_fl.report.run_folder import SUMMED, RunFolder, limits_of
-from d2ft_fl.subnets import Operation
+from d2ft_fl.subnets.schedule import Operation
 
 MOST_ROWS = 1000
 BY_CLIENT, BY_CLASS = ["client", "device"], ["device"]
@@ -25,8 +24,8 @@ def resources(run: RunFolder) -> str:
         worst = "no budget" if part["worst"] is None else f"{part['worst']:.1%}"
         allowed = run.rounds[f"{name}_allowed"].mean()
         rows.append(
-            pages.words(label)
-            + pages.cells(
+            html.words(label)
+            + html.cells(
                 quantity(part["used"], unit),
                 quantity(part["full"], unit),
                 f"{part['share']:.0%}",
@@ -35,7 +34,7 @@ def resources(run: RunFolder) -> str:
             )
         )
     heads = ["resource", "used", "everything", "share", "allowed", "worst client of its budget"]
-    return pages.table(heads, rows, 1)
+    return html.table(heads, rows, 1)
 
 
 def clients(frame: pd.DataFrame, keys: list[str]) -> str:
@@ -57,20 +56,20 @@ def clients(frame: pd.DataFrame, keys: list[str]) -> str:
     groups = _grouped(frame, keys)
     rows = []
     for g in groups[:MOST_ROWS].to_dict("records"):
-        row = pages.words(*(str(g[key]) for key in keys))
-        row += pages.valued(f"{g['count']:,}", g["count"]) * (keys == BY_CLASS)
-        row += pages.valued(f"{g['examples']:,.0f}", g["examples"])
-        row += "".join(pages.valued(f"{g[op.name]:.0%}", g[op.name]) for op in operations)
-        row += pages.valued(f"{g['rank']:.3g}", g["rank"]) * ranks
+        row = html.words(*(str(g[key]) for key in keys))
+        row += html.valued(f"{g['count']:,}", g["count"]) * (keys == BY_CLASS)
+        row += html.valued(f"{g['examples']:,.0f}", g["examples"])
+        row += "".join(html.valued(f"{g[op.name]:.0%}", g[op.name]) for op in operations)
+        row += html.valued(f"{g['rank']:.3g}", g["rank"]) * ranks
         row += "".join(_used(g, name) for name in RESOURCES)
         row += _used(g, DEADLINE) * deadline
-        row += pages.valued(seconds(g["seconds"]), g["seconds"])
-        row += pages.valued(f"{g['train_loss']:.3g}", g["train_loss"])
-        row += pages.cells(str(g["sat_out"]), str(g["fault"]))
-        rows.append(row + pages.words(g["way"]) * ways)
+        row += html.valued(seconds(g["seconds"]), g["seconds"])
+        row += html.valued(f"{g['train_loss']:.3g}", g["train_loss"])
+        row += html.cells(str(g["sat_out"]), str(g["fault"]))
+        rows.append(row + html.words(g["way"]) * ways)
     more = len(groups) - len(rows)
     note = f'<p class="note">and {more:,} more</p>' if more else ""
-    return pages.table(heads, rows, len(keys), sortable=True) + note
+    return html.table(heads, rows, len(keys), sortable=True) + note
 
 
 def _grouped(frame: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
@@ -112,8 +111,8 @@ def _used(group: dict[str, Any], name: str) -> str:
         amount = "-" if math.isnan(used) else quantity(used, unit_of(name))
     mean, worst = group[f"{name}_share"], group[f"{name}_share_worst"]
     if math.isnan(mean):
-        return pages.cells(amount or "-")
-    return pages.share_cell(f"{amount} {mean:.0%}".strip(), worst if worst > 1 else mean)
+        return html.cells(amount or "-")
+    return html.share_cell(f"{amount} {mean:.0%}".strip(), worst if worst > 1 else mean)
 
 
 def rounds(run: RunFolder) -> str:
@@ -125,7 +124,7 @@ def rounds(run: RunFolder) -> str:
     heads += ["covered", "time", *["aggregation error"] * error]
     heads += [*["epsilon"] * private, "sat out", "faults", "violations"]
     rows = [
-        pages.cells(
+        html.cells(
             str(r["round"]), _known(r["accuracy"], ".1%"), _known(r["loss"], ".3f"),
             _known(r["train_loss"], ".3f"),
             *(f"{r[f'{name}_share']:.0%}" for name in RESOURCES),
@@ -136,7 +135,7 @@ def rounds(run: RunFolder) -> str:
         )
         for r in frame[-MOST_ROWS:].to_dict("records")
     ]  # fmt: skip
-    return pages.table(heads, rows)
+    return html.table(heads, rows)
 
 
 def _known(value: float, form: str) -> str:

@@ -7,17 +7,7 @@ from typing import Any
 import numpy as np
 
 from d2ft_fl.report.axes import short
-from d2ft_fl.report.charts import (
-    GREY,
-    MOST_LINES,
-    Chart,
-    Choice,
-    Entry,
-    Option,
-    blank,
-    look,
-    plain,
-)
+from d2ft_fl.report.charts import GREY, MOST_LINES, Chart, Choice, Entry, Option, blank, look, plain
 from d2ft_fl.report.statistics import Interval
 from d2ft_fl.report.sweep_folder import Paired, Setting, SweepFolder, spelled
 

@@ -74,7 +74,7 @@ class Setting:
         return self.finished or [t.run for t in self.trials if t.run]
 
     def figure(self, *path: str) -> Interval:
-        """Of a figure of :func:`d2ft_fl.recorder.totals`, over finished runs."""
+        """Of a figure of :func:`d2ft_fl.records.summary.totals`, over finished runs."""
         return Interval.of([_at(run.totals, path) for run in self.finished])
 
     @property
@@ -236,7 +236,7 @@ class SweepFolder:
 
         Args:
             key: Varied. baseline: One of its values.
-            figure: Of :func:`d2ft_fl.recorder.totals`.
+            figure: Of :func:`d2ft_fl.records.summary.totals`.
         """
         of: dict[Any, dict[Any, dict[str, float]]] = {value: {} for value in self.values[key]}
         for trial in (t for s in self.settings if not s.selected for t in s.trials):

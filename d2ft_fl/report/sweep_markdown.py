@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from d2ft_fl.costs import RESOURCES
+from d2ft_fl.costs.resources import RESOURCES
 from d2ft_fl.errors import ConfigError
 from d2ft_fl.report.statistics import Interval
 from d2ft_fl.report.sweep_folder import STOPPED, Setting, SweepFolder

@@ -3,10 +3,9 @@
 from collections.abc import Sequence
 from typing import Any
 
-from d2ft_fl import pages
-from d2ft_fl.costs import RESOURCES
-from d2ft_fl.display import LABELS, quantity
-from d2ft_fl.preview_tables import seconds
+from d2ft_fl.costs.resources import RESOURCES
+from d2ft_fl.report import html
+from d2ft_fl.report.format import LABELS, quantity, seconds
 from d2ft_fl.report.statistics import Interval
 from d2ft_fl.report.sweep_charts import percent, points
 from d2ft_fl.report.sweep_folder import FINISHED, SEED, Setting, SweepFolder, Trial, spelled
@@ -24,51 +23,51 @@ def settings(sweep: SweepFolder, rows: Sequence[Setting]) -> str:
     lines = []
     for s in rows:
         line = "".join(_value(sweep, key, s.values.get(key)) for key in keys)
-        line = line or pages.words(s.label)
+        line = line or html.words(s.label)
         for figure in ("accuracy", "best_accuracy"):
-            line += pages.valued(percent(i := s.figure(figure)), i.mean)
+            line += html.valued(percent(i := s.figure(figure)), i.mean)
         for name in RESOURCES:
-            line += pages.valued(f"{(i := s.figure('resources', name, 'share')).mean:.0%}", i.mean)
+            line += html.valued(f"{(i := s.figure('resources', name, 'share')).mean:.0%}", i.mean)
         up, time = s.figure("resources", "bytes_up", "used"), s.figure("round_seconds")
-        line += pages.valued(quantity(up.mean, "B"), up.mean)
-        line += pages.valued(seconds(time.mean), time.mean)
+        line += html.valued(quantity(up.mean, "B"), up.mean)
+        line += html.valued(seconds(time.mean), time.mean)
         line += "".join(_mean(s.figure(name)) for name in COUNTED.values())
-        line += pages.cells(*(str(s.count(status)) for status in (FINISHED, *others)))
+        line += html.cells(*(str(s.count(status)) for status in (FINISHED, *others)))
         lines.append(line)
-    return pages.table([*heads, FINISHED, *others], lines, len(keys) or 1, sortable=True)
+    return html.table([*heads, FINISHED, *others], lines, len(keys) or 1, sortable=True)
 
 
 def _value(sweep: SweepFolder, key: str, value: Any) -> str:
     """A cell of a varied value; numbers sort as such."""
-    return pages.words("" if value is None else sweep.word(key, value))
+    return html.words("" if value is None else sweep.word(key, value))
 
 
 def _mean(i: Interval) -> str:
-    return pages.valued(f"{i.mean:.3g}", i.mean)
+    return html.valued(f"{i.mean:.3g}", i.mean)
 
 
 def pairs(sweep: SweepFolder, key: str) -> str:
     """Every value of a key beside every other."""
     values = sweep.best_first(key)
     rows = [
-        pages.words(sweep.word(key, value), sweep.word(key, baseline))
-        + pages.valued(points(found.difference), found.difference.mean)
-        + pages.cells(str(found.difference.count), str(found.pairs))
+        html.words(sweep.word(key, value), sweep.word(key, baseline))
+        + html.valued(points(found.difference), found.difference.mean)
+        + html.cells(str(found.difference.count), str(found.pairs))
         for baseline in values
         for value, found in sweep.paired(key, baseline).items()
         if value in values
     ]
     heads = [key, "compared with", "difference, points", "seeds", "pairs"]
-    return pages.table(heads, rows, 2, sortable=True)
+    return html.table(heads, rows, 2, sortable=True)
 
 
 def unfinished(sweep: SweepFolder, trials: Sequence[Trial]) -> str:
     """Trials that did not come to their end, and why."""
     rows = [
-        pages.words(t.name, sweep.label({k: v for k, v in t.settings.items() if k != SEED}))
-        + pages.words(spelled(t.settings[SEED]) if SEED in t.settings else "-", t.status)
-        + pages.words(f"{len(t.run.lines)}" if t.run else "0", t.reason or "-")
+        html.words(t.name, sweep.label({k: v for k, v in t.settings.items() if k != SEED}))
+        + html.words(spelled(t.settings[SEED]) if SEED in t.settings else "-", t.status)
+        + html.words(f"{len(t.run.lines)}" if t.run else "0", t.reason or "-")
         for t in trials
     ]
     heads = ["trial", "setting", SEED, "status", "rounds", "reason"]
-    return pages.table(heads, rows, len(heads), sortable=True)
+    return html.table(heads, rows, len(heads), sortable=True)

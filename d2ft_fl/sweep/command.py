@@ -9,11 +9,9 @@ from pathlib import Path
 import platformdirs
 import typer
 
-from d2ft_fl import display
-from d2ft_fl.config import RunConfig, resolve_path
+from d2ft_fl.config.run_config import RunConfig, resolve_path
+from d2ft_fl.config.sources import import_from_here
 from d2ft_fl.errors import ConfigError
-from d2ft_fl.meter import usable_device
-from d2ft_fl.options import import_from_here
 from d2ft_fl.sweep import show
 from d2ft_fl.sweep.engine import Engine, TuneEngine
 from d2ft_fl.sweep.folder import State, SweepFolder
@@ -23,6 +21,8 @@ from d2ft_fl.sweep.results import by_setting, trial_rows, write_tables
 from d2ft_fl.sweep.spec import Sweep
 from d2ft_fl.sweep.trials import Trial, expand, sweep_hash, varied
 from d2ft_fl.sweep.written import toml_sweep
+from d2ft_fl.util import terminal
+from d2ft_fl.util.torch_device import usable_device
 
 FAILED, NOTHING_RAN = 1, 2  # exit codes
 RESOLVED = "sweep.toml"
@@ -101,7 +101,7 @@ def _list(folder: SweepFolder, trials: Sequence[Trial], as_json: bool) -> None:
         typer.echo(json.dumps({"folder": str(folder.path), "trials": rows}))
     else:
         show.trial_list(rows)
-        display.say(f"sweep folder: {folder.path}")
+        terminal.say(f"sweep folder: {folder.path}")
 
 
 def _sweep(
@@ -117,8 +117,8 @@ def _sweep(
     ledger = Ledger(folder, trials)
     todo = ledger.open(retry_failed)
     if not as_json:
-        display.say(f"sweep folder: {folder.path}")
-        display.say(f"{len(trials)} trials, {len(todo)} to run")
+        terminal.say(f"sweep folder: {folder.path}")
+        terminal.say(f"{len(trials)} trials, {len(todo)} to run")
     if todo:
         for config in {trial.config.coupling: trial.config for trial in todo}.values():
             prepare(config, as_json)
@@ -128,7 +128,7 @@ def _sweep(
             except KeyboardInterrupt:
                 if not as_json:
                     done = len(trials) - ledger.count("waiting", "running")
-                    display.say(f"{done} of {len(trials)} trials done; the same command goes on")
+                    terminal.say(f"{done} of {len(trials)} trials done; the same command goes on")
                 raise
             finally:
                 ledger.close()
@@ -148,8 +148,8 @@ def _conclude(
     else:
         show.settings_table(settings)
         show.ends(ledger)
-        display.say(_page(folder.path))
-        display.say(f"sweep folder: {folder.path}")
+        terminal.say(_page(folder.path))
+        terminal.say(f"sweep folder: {folder.path}")
     if ledger.count("failed"):
         return FAILED
     return 0 if ledger.count("finished", "stopped") else NOTHING_RAN
@@ -157,7 +157,7 @@ def _conclude(
 
 def _page(folder: Path) -> str:
     """Write the sweep's page; returns the line to say of it."""
-    from d2ft_fl.report import sweep_page  # which brings Plotly in
+    from d2ft_fl.report import sweep_page
 
     try:
         return f"report: {sweep_page(folder)}"

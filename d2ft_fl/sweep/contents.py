@@ -5,7 +5,7 @@ import importlib.util
 from functools import lru_cache
 from pathlib import Path
 
-from d2ft_fl.config import BUILTIN, RunConfig, resolve_path
+from d2ft_fl.config.run_config import BUILTIN, RunConfig, resolve_path
 
 
 def contents(config: RunConfig) -> dict[str, str]:

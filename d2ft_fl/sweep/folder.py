@@ -26,10 +26,10 @@ from pathlib import Path
 from typing import Any
 
 from d2ft_fl.errors import ConfigError
-from d2ft_fl.files import put_in_place, sync, unlock
-from d2ft_fl.recorder import dump_toml
 from d2ft_fl.sweep.remote import Changes, Outcome
 from d2ft_fl.sweep.trials import Trial
+from d2ft_fl.util.files import put_in_place, sync, unlock
+from d2ft_fl.util.toml import dump_toml
 
 SCRATCH = "d2ft-sweep-"
 

@@ -7,13 +7,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from d2ft_fl.config import RunConfig, nearest, read_toml
+from d2ft_fl.config.run_config import RunConfig, nearest
+from d2ft_fl.config.sources import absolute, parse_pairs
 from d2ft_fl.errors import ConfigError
-from d2ft_fl.lines import Locator, error_line
-from d2ft_fl.options import absolute, parse_pairs
 from d2ft_fl.sweep.draws import Choice, Draw, Span
 from d2ft_fl.sweep.spec import Asha, Group, RunOptions, Sweep, place_name
 from d2ft_fl.sweep.written import toml_value
+from d2ft_fl.util.toml import read_toml
+from d2ft_fl.util.toml_lines import Locator, error_line
 
 TOP = ("name", "config", "seeds", "base", "grid", "search", "group", "run")
 GROUP = ("seeds", "base", "grid", "search")

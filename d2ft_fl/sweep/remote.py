@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from d2ft_fl.config import RunConfig
+from d2ft_fl.config.run_config import RunConfig
 from d2ft_fl.errors import ConfigError, D2FTError
 
 Changes = dict[str, tuple[int, bytes]]  # by path in the run folder: from which byte on, and what
@@ -80,7 +80,7 @@ def _is_model(name: str) -> bool:
 
 def run_trial(config: RunConfig, progress: Report) -> Outcome:
     """Check and run a configuration; what goes wrong is the outcome."""
-    from d2ft_fl.local import run_local  # whoever only reads outcomes needs no engine
+    from d2ft_fl.runtime.in_process import run_local
 
     started = time.perf_counter()
     outcome = Outcome("finished")

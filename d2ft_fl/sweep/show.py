@@ -8,11 +8,11 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
-from d2ft_fl import display
 from d2ft_fl.sweep.ledger import Ledger
 from d2ft_fl.sweep.remote import Outcome
 from d2ft_fl.sweep.results import Setting
 from d2ft_fl.sweep.trials import Trial
+from d2ft_fl.util import terminal
 
 MOST_ROWS, MOST_REASONS = 40, 10
 
@@ -79,8 +79,8 @@ class Show:
         self.clock = Clock(todo)
         self.progress = Progress(
             TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[count]}"),
-            TextColumn("{task.fields[left]}"), console=display.console, transient=True,
-            disable=quiet or not display.console.is_terminal,
+            TextColumn("{task.fields[left]}"), console=terminal.console, transient=True,
+            disable=quiet or not terminal.console.is_terminal,
         )  # fmt: skip
         self.task = self.progress.add_task("starting", total=self.total, count="", left="")
         self._update("starting")
@@ -150,10 +150,10 @@ def trial_list(rows: Sequence[Mapping[str, Any]]) -> None:
     for row in rows:
         values = (escape(value_text(value)) for value in row["settings"].values())
         table.add_row(row["trial"], *values, row["status"])
-    display.console.print(table)
+    terminal.console.print(table)
     for row in rows:
         if row["reason"]:
-            display.say(f"{row['status']}: {row['trial']}: {row['reason']}")
+            terminal.say(f"{row['status']}: {row['trial']}: {row['reason']}")
 
 
 def settings_table(found: Sequence[Setting]) -> None:
@@ -175,22 +175,22 @@ def settings_table(found: Sequence[Setting]) -> None:
             f"{s.megabytes:.4g}",
             f"{s.seconds:.0f}",
         )
-    display.console.print(table)
+    terminal.console.print(table)
     if len(done) > MOST_ROWS:
-        display.say(f"the best {MOST_ROWS} of {len(done)} settings; results.csv has all trials")
+        terminal.say(f"the best {MOST_ROWS} of {len(done)} settings; results.csv has all trials")
     if len(done) < len(found):
-        display.say(f"{len(found) - len(done)} of {len(found)} settings without a finished trial")
+        terminal.say(f"{len(found) - len(done)} of {len(found)} settings without a finished trial")
 
 
 def ends(ledger: Ledger) -> None:
     """How many trials ended in which way, and why."""
     statuses = ("finished", "stopped", "refused", "failed", "waiting")
     counts = [f"{n} {status}" for status in statuses if (n := ledger.count(status))]
-    display.say(f"{len(ledger.trials)} trials: {', '.join(counts)}")
+    terminal.say(f"{len(ledger.trials)} trials: {', '.join(counts)}")
     for status in ("refused", "failed"):
         those = [trial for trial in ledger.trials if ledger.states[trial.id].status == status]
         for trial in those[:MOST_REASONS]:
             reason = ledger.states[trial.id].reason
-            display.say(f"{status}: {trial.id} {setting_text(trial.settings)}: {reason}")
+            terminal.say(f"{status}: {trial.id} {setting_text(trial.settings)}: {reason}")
         if len(those) > MOST_REASONS:
-            display.say(f"{status}: {len(those) - MOST_REASONS} more; trials.json has all reasons")
+            terminal.say(f"{status}: {len(those) - MOST_REASONS} more; trials.json has all reasons")

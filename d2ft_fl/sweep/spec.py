@@ -34,8 +34,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from d2ft_fl.lines import Locator
 from d2ft_fl.sweep.draws import Draw
+from d2ft_fl.util.toml_lines import Locator
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from functools import cached_property
 from itertools import product
 from typing import Any
 
-from d2ft_fl.config import RunConfig
+from d2ft_fl.config.run_config import RunConfig
 from d2ft_fl.errors import ConfigError, UnkeptBudget
 from d2ft_fl.sweep.contents import contents
 from d2ft_fl.sweep.draws import uniform

@@ -2,7 +2,8 @@
 
     python experiments/accuracy/ablate.py RUN [--examples 500]
 
-Points of accuracy lost on held-out examples. This is what `d2ft_fl.worth` says of skipping.
+Points of accuracy lost on held-out examples. This is what `d2ft_fl.planning.utility` says of
+skipping.
 """
 
 import argparse
@@ -13,13 +14,14 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from d2ft_fl import timm_vit
-from d2ft_fl.config import RunConfig, read_toml
-from d2ft_fl.data import open_data
-from d2ft_fl.models import build_model
-from d2ft_fl.packed import GlobalModel
-from d2ft_fl.partial import PartialModel
-from d2ft_fl.subnets import Operation, Schedule
+from d2ft_fl.config.run_config import RunConfig
+from d2ft_fl.data.federated_data import open_data
+from d2ft_fl.engine.partial_model import PartialModel
+from d2ft_fl.models import timm_vit
+from d2ft_fl.models.build import build_model
+from d2ft_fl.subnets.packing import GlobalModel
+from d2ft_fl.subnets.schedule import Operation, Schedule
+from d2ft_fl.util.toml import read_toml
 
 BATCH = 125
 

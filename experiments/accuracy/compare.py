@@ -21,12 +21,12 @@ import numpy as np
 import safetensors.numpy
 from scipy.stats import spearmanr
 
-from d2ft_fl.coding import PLAIN
+from d2ft_fl.planning.importance import prior
+from d2ft_fl.planning.utility import Worth
 from d2ft_fl.report.run_folder import RunFolder
 from d2ft_fl.report.statistics import Interval, differences
 from d2ft_fl.report.sweep_folder import SweepFolder
-from d2ft_fl.scores import prior
-from d2ft_fl.worth import Worth
+from d2ft_fl.wire.quantization import PLAIN
 
 REFERENCE = "fedavg"  # without limits
 OURS = "d2ft"

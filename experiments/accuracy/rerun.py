@@ -14,7 +14,7 @@ from pathlib import Path
 
 import compare
 
-from d2ft_fl.cli import app
+from d2ft_fl.cli.main import app
 from d2ft_fl.report.sweep_folder import SweepFolder
 from d2ft_fl.sweep.command import FAILED
 

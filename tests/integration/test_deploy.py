@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from d2ft_fl import certificates
 from d2ft_fl.errors import ConfigError
-from d2ft_fl.flower import free_ports
+from d2ft_fl.flower import certificates
+from d2ft_fl.flower.superlink import free_ports
 
 ROOT = Path(__file__).parent.parent.parent
 

@@ -15,10 +15,10 @@ import pytest
 import safetensors.torch
 import torch
 
-from d2ft_fl.client_app import pack_blobs, unpack_blobs
-from d2ft_fl.flower import free_ports, stop_family
-from d2ft_fl.local import run_local
-from d2ft_fl.options import gather
+from d2ft_fl.config.sources import gather
+from d2ft_fl.flower.records import pack_blobs, unpack_blobs
+from d2ft_fl.flower.superlink import free_ports, stop_family
+from d2ft_fl.runtime.in_process import run_local
 
 ROOT = Path(__file__).parent.parent.parent
 BIN = Path(sys.executable).parent

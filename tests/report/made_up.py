@@ -5,9 +5,9 @@ import json
 import numpy as np
 import safetensors.numpy
 
-from d2ft_fl.config import RunConfig
-from d2ft_fl.recorder import dump_toml
-from d2ft_fl.subnets import Operation
+from d2ft_fl.config.run_config import RunConfig
+from d2ft_fl.subnets.schedule import Operation
+from d2ft_fl.util.toml import dump_toml
 
 RESOURCES = ("flops", "memory", "bytes_up", "bytes_down")
 FULL = {"flops": 1000, "memory": 500, "bytes_up": 100, "bytes_down": 200}  # of every client

@@ -2,8 +2,8 @@
 
 import pytest
 
-from d2ft_fl.local import run_local
 from d2ft_fl.report import sweep_page
+from d2ft_fl.runtime.in_process import run_local
 from tests.browser import Browser, chromium
 from tests.report.made_up import write_sweep
 

@@ -5,7 +5,7 @@ import json
 import pytest
 from typer.testing import CliRunner
 
-from d2ft_fl.cli import app
+from d2ft_fl.cli.main import app
 from tests.report.made_up import simple_run, write_sweep
 
 

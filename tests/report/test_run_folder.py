@@ -6,7 +6,7 @@ import pytest
 from d2ft_fl.errors import ConfigError
 from d2ft_fl.report.run import run_html
 from d2ft_fl.report.run_folder import PlanFile, RunFolder, limits_of
-from d2ft_fl.subnets import Operation
+from d2ft_fl.subnets.schedule import Operation
 from tests.report.made_up import USED, client_row, round_row, simple_run, sits_out, write_run
 
 

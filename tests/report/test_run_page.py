@@ -6,11 +6,11 @@ import time
 import numpy as np
 import pytest
 
-from d2ft_fl import pages
-from d2ft_fl.local import run_local
+from d2ft_fl.report import html as pages
 from d2ft_fl.report import run_page
 from d2ft_fl.report.run import run_html
 from d2ft_fl.report.run_folder import RunFolder
+from d2ft_fl.runtime.in_process import run_local
 from tests.report.made_up import (
     ALLOWED,
     FULL,

@@ -3,7 +3,7 @@
 import json
 from dataclasses import dataclass, field
 
-from d2ft_fl.config import RunConfig
+from d2ft_fl.config.run_config import RunConfig
 from d2ft_fl.sweep.remote import Outcome
 from d2ft_fl.sweep.trials import Trial
 

@@ -8,7 +8,7 @@ import pytest
 import ray
 from fake_trials import TRIALS
 
-from d2ft_fl.config import RunConfig
+from d2ft_fl.config.run_config import RunConfig
 from d2ft_fl.errors import RunError
 from d2ft_fl.sweep import engine
 from d2ft_fl.sweep.folder import SweepFolder

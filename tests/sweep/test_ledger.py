@@ -10,11 +10,11 @@ from fake_trials import events
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from d2ft_fl import files
 from d2ft_fl.sweep import folder as folder_module
 from d2ft_fl.sweep.folder import State, SweepFolder
 from d2ft_fl.sweep.ledger import Ledger, Nobody
 from d2ft_fl.sweep.remote import Outcome
+from d2ft_fl.util import files
 
 
 @pytest.fixture

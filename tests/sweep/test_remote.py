@@ -3,7 +3,7 @@ from dataclasses import replace
 
 import pytest
 
-from d2ft_fl.local import run_local
+from d2ft_fl.runtime.in_process import run_local
 from d2ft_fl.sweep.folder import SweepFolder
 from d2ft_fl.sweep.remote import Files, Outcome, run_trial
 from d2ft_fl.sweep.trials import Trial
@@ -84,7 +84,7 @@ def test_a_run_that_breaks_has_failed_for_a_reason_of_one_line(quick, monkeypatc
     def broken(config, progress, report):
         raise ZeroDivisionError("no clients\nleft")
 
-    monkeypatch.setattr("d2ft_fl.local.run_local", broken)
+    monkeypatch.setattr("d2ft_fl.runtime.in_process.run_local", broken)
     outcome = run_trial(quick(), lambda row: None)
     assert (outcome.status, outcome.reason) == ("failed", "ZeroDivisionError: no clients")
     assert "Traceback" in outcome.traceback

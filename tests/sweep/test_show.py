@@ -2,7 +2,7 @@ import pytest
 from fake_trials import TRIALS
 from rich.console import Console
 
-from d2ft_fl import display
+from d2ft_fl.cli import console as display
 from d2ft_fl.sweep import show
 from d2ft_fl.sweep.folder import State, SweepFolder
 from d2ft_fl.sweep.ledger import Ledger

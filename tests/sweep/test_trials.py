@@ -6,14 +6,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from d2ft_fl.config import RunConfig
+from d2ft_fl.config.run_config import RunConfig
 from d2ft_fl.errors import ConfigError
-from d2ft_fl.lines import Locator
 from d2ft_fl.sweep import contents
 from d2ft_fl.sweep.draws import Choice, Span
 from d2ft_fl.sweep.reading import read_sweep
 from d2ft_fl.sweep.spec import Asha, Group, RunOptions, Sweep
 from d2ft_fl.sweep.trials import Trial, expand, sweep_hash, varied
+from d2ft_fl.util.toml_lines import Locator
 
 GRIDS = {
     "strategy": ("d2ft", "random", "fedavg"),

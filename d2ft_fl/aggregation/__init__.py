@@ -1,0 +1,1 @@
+"""How clients' partial updates become the next global model, slice by slice."""

@@ -1,0 +1,43 @@
+"""The loops of folding updates in, in one pass over memory each."""
+
+import numpy as np
+
+from d2ft_fl.util.compiled import entry
+
+
+@entry
+def outside(old: np.ndarray, new: np.ndarray, most: float) -> int:
+    """How many elements changed by more than ``most``, or to something that is no number."""
+    count = 0
+    for i in range(old.size):
+        if not abs(np.float64(new[i]) - np.float64(old[i])) <= most:
+            count += 1
+    return count
+
+
+@entry
+def squares(old: np.ndarray, new: np.ndarray) -> float:
+    """The sum of the squares of all changes."""
+    total = 0.0
+    for i in range(old.size):
+        change = np.float64(new[i]) - np.float64(old[i])
+        total += change * change
+    return total
+
+
+@entry
+def accumulate(
+    total: np.ndarray, old: np.ndarray, new: np.ndarray, scale: float, most: float
+) -> int:
+    """Add ``scale`` times the change to int64 ``total``, each element rounded to the nearest.
+
+    Returns:
+        What :func:`outside` would; nothing is added of elements that it counts.
+    """
+    count = 0
+    for i in range(total.size):
+        change = np.float64(new[i]) - np.float64(old[i])
+        fits = abs(change) <= most
+        count += not fits
+        total[i] += np.int64(np.rint((change if fits else 0.0) * scale))
+    return count

@@ -1,0 +1,279 @@
+"""Folding clients' LoRA factors in.
+
+Head h of a product has the effective rows ``W_h + scaling * F_h G^T`` (see
+:mod:`d2ft_fl.lora.config`), and the mean that :mod:`d2ft_fl.aggregation.sums` defines, over the
+clients C_h that trained it, is
+
+    change_h = sum_{c in C_h} n_ch scaling (F'_ch G'_c^T - F_h G^T) / sum_{c in C_h} n_ch
+
+with the old value in place of a factor that does not train, and zero where C_h is empty. A product
+of means is not the mean of products, and clients that share a block may train different heads of
+it: what a round makes of the weights is held against this, the exact change. The ways of folding:
+
+- ``factors``: means of F and of G (FedIT, Zhang et al., arXiv 2305.05644).
+- ``freeze-a``: A does not train (FFA-LoRA, Sun et al., arXiv 2403.12313); ``alternate``: A and B
+  train in turn (RoLoRA, Chen et al., arXiv 2409.02346). Exact for qkv and fc1 while A rests, for
+  proj and fc2 while B does; else where every slot of a client trains whole blocks. Where one trains
+  parts, G moves the heads that nobody trained too, by ``scaling * F_h (G' - G)^T``.
+- ``freeze-common``: G does not train. F belongs to heads, so that this is exact whoever trains
+  what.
+- ``product``: the best factors of the exact product, by singular values (FlexLoRA, Bai et al.,
+  arXiv 2402.11505; FedSVD, Lee et al., arXiv 2505.12805, does so while A rests). Off by the
+  singular values that the rank leaves out.
+- ``stack``: the exact change goes into W, and factors return to where they were (FLoRA, Wang et
+  al., arXiv 2409.05976: the sum of products that stacked factors are). Exact, up to W's rounding.
+
+Which factors train is the architecture's to say; the first four fold alike.
+
+Where a client trains head h at a rank r of its own, the columns of F_h and G from r on count as
+they were, whatever became of G's with heads of larger ranks: its rows are
+
+    W_h + scaling * (F'_h[:, :r] G'[:, :r]^T + F_h[:, r:] G[:, r:]^T)
+
+Means of factors would mix columns that some clients trained with others', so that clients of
+different ranks fold by ``product`` or ``stack``, which know the exact change.
+"""
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+from d2ft_fl.aggregation.sums import Sums, Update, validate
+from d2ft_fl.errors import ConfigError
+from d2ft_fl.lora.config import FACTORS, delta, is_common, targeted
+from d2ft_fl.lora.init import factorise, silent_factor
+from d2ft_fl.subnets.architecture import Architecture, Kind, Parameter
+from d2ft_fl.subnets.schedule import Schedule
+
+MODES = ("factors", "freeze-a", "alternate", "freeze-common", "product", "stack")
+MIXED = ("product", "stack")  # which fold clients of different ranks
+
+
+def frozen(mode: str, targets: Iterable[str], round: int) -> list[tuple[str, str]]:
+    """(target, factor) of the factors that a mode does not train in a round, for ``with_lora``.
+
+    Rounds count from 1. Of ``alternate``, B trains first: where it is zero, A has no gradient.
+    """
+    pairs = [(target, factor) for target in targets for factor in FACTORS]
+    if mode == "freeze-common":
+        return [pair for pair in pairs if is_common(*pair)]
+    still = {"freeze-a": "A", "alternate": "A" if round % 2 else "B"}.get(mode)
+    return [pair for pair in pairs if pair[1] == still]
+
+
+def unchanging(mode: str, targets: Iterable[str]) -> list[tuple[str, str]]:
+    """(target, factor) of the factors that a mode leaves as they began, for ``with_lora``."""
+    targets = list(targets)
+    if mode == "stack":
+        return [(target, factor) for target in targets for factor in FACTORS]
+    return [] if mode == "alternate" else frozen(mode, targets, 1)
+
+
+@dataclass
+class FactorSums:
+    """Running sums of a round under LoRA; the interface is that of :class:`Sums`.
+
+    Attributes:
+        arch, weights: The model with its factors, and all values before the round.
+        examples: Examples that all updates together can count.
+        mode: One of :data:`MODES`.
+        measure: Whether to know the error where folding itself does not need the exact change: it
+            multiplies every client's factors out, which takes seconds with a large model.
+        error: After :meth:`apply`, Frobenius norm of achieved minus exact change of the effective
+            weights, over that of the exact change, all targeted weights together; None when nobody
+            trained any or it is not measured, infinite when the exact change alone is zero.
+    """
+
+    arch: Architecture
+    weights: dict[str, Tensor]
+    examples: int
+    mode: str
+    measure: bool = True
+    error: float | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise ConfigError(
+                f"lora-aggregation = {self.mode!r} is unknown; use one of {', '.join(MODES)}"
+            )
+        self._own = Sums(self.arch, self.weights, self.examples)
+        self._exact: Sums | None = None
+        if not (self.measure or self.mode in MIXED):
+            return
+        whole = {
+            weight.name: self.weights[weight.name].double()
+            + delta(self.weights[a.name], self.weights[b.name], self.arch.scaling)
+            for weight, a, b in targeted(self.arch)
+        }
+        self._exact = Sums(effective_architecture(self.arch), whole, self.examples)
+
+    def add(self, update: Update) -> None:
+        """Validate one update and add it; nothing is added when anything is wrong.
+
+        Raises:
+            ReplyError: See :meth:`Sums.terms`, of what was sent and of the weights that it makes.
+            ConfigError: When subnets have ranks of their own and the mode has no answer to that.
+        """
+        if update.schedule.ranks is not None:
+            if self.mode not in MIXED:
+                raise ConfigError(
+                    f"lora-aggregation = {self.mode!r} cannot fold different ranks; use one of "
+                    f"{', '.join(MIXED)}"
+                )
+            validate(self.arch, self.weights, update)
+        own = self._own.terms(widened(self.arch, self.weights, update))
+        if self._exact is not None:
+            rows = effective_rows(self.arch, self.weights, update)
+            exact = self._exact.terms(Update(update.schedule, update.slot_examples, rows))
+            self._exact.include(exact)
+        self._own.include(own)
+
+    @property
+    def trained(self) -> dict[str, tuple[int, ...]]:
+        """See :attr:`Sums.trained`."""
+        return self._own.trained
+
+    def apply(self) -> dict[str, Tensor]:
+        """The new state; sets :attr:`error`."""
+        new = self._own.apply()
+        if self._exact is None:
+            return new
+        exact, trained = self._exact.apply(), self._exact.trained
+        off = size = 0.0
+        for weight, a, b in targeted(self.arch):
+            if weight.name not in trained:
+                continue
+            old, wanted = self._exact.weights[weight.name], exact[weight.name]
+            if self.mode == "product":
+                new.update(self._product(weight, a, b, old, wanted))
+            elif self.mode == "stack":
+                new.update(self._stack(weight, a, b, wanted - old))
+            got = new[weight.name].double() + delta(new[a.name], new[b.name], self.arch.scaling)
+            off += float((got - wanted).square().sum())
+            size += float((wanted - old).square().sum())
+        self.error = _relative(math.sqrt(off), math.sqrt(size)) if trained else None
+        return new
+
+    def _product(
+        self, weight: Parameter, a: Parameter, b: Parameter, old: Tensor, wanted: Tensor
+    ) -> dict[str, Tensor]:
+        """The factors nearest to the wanted effective weights, which were the old ones."""
+        base = self.weights[weight.name]
+        if torch.equal(wanted, old):
+            return {p.name: self.weights[p.name] for p in (a, b)}
+        pair = factorise(
+            wanted - base.double(),
+            self.arch.rank,
+            self.arch.scaling,
+            self.weights[a.name].dtype,
+            silent_factor(a, b),
+        )
+        return {a.name: pair.a, b.name: pair.b}
+
+    def _stack(
+        self, weight: Parameter, a: Parameter, b: Parameter, change: Tensor
+    ) -> dict[str, Tensor]:
+        """The change in the weight, and the factors as they were."""
+        base = self.weights[weight.name]
+        moved = (base.double() + change).to(base.dtype)
+        return {
+            weight.name: torch.where(change == 0, base, moved),  # -0.0 + 0.0 has other bits
+            a.name: self.weights[a.name],
+            b.name: self.weights[b.name],
+        }
+
+
+def effective_architecture(arch: Architecture) -> Architecture:
+    """The targeted weights alone, as parameters that train, without factors."""
+    parameters = tuple(replace(weight, trains=True) for weight, _, _ in targeted(arch))
+    return replace(arch, parameters=parameters, rank=0, scaling=0.0)
+
+
+def effective_rows(
+    arch: Architecture, weights: Mapping[str, Tensor], update: Update
+) -> dict[str, Tensor]:
+    """What an update makes of the targeted weights of the heads that it trained.
+
+    Returns:
+        Name of the weight -> float64 rows ``W + scaling * F' G'^T``, packed as ``up_spec`` of
+        :func:`effective_architecture` wants them.
+    """
+    rows = {}
+    for weight, a, b in targeted(arch):
+        heads = update.schedule.heads(update.schedule.trained, weight.block)
+        if not heads:
+            continue
+        common, own = (a, b) if is_common(weight.role.split(".")[0], "A") else (b, a)
+        base = weight.pack(weights[weight.name], heads).double()
+        f, g = (_trained_factor(p, weights, update, heads) for p in (own, common))
+        g = g if common is a else g.T  # G^T: [rank, dim]
+        ranks = update.schedule.trained_ranks(weight.block)
+        if ranks is None:
+            rows[weight.name] = base + arch.scaling * (f @ g)
+            continue
+        old = weights[common.name].double()
+        old = old if common is a else old.T
+        change, start = torch.empty_like(base), 0
+        for head, rank in ranks.items():
+            part = slice(start, start + len(weight.rows[head]))
+            change[part] = f[part, :rank] @ g[:rank] + f[part, rank:] @ old[rank:]
+            start = part.stop
+        rows[weight.name] = base + arch.scaling * change
+    return rows
+
+
+def _trained_factor(
+    p: Parameter, weights: Mapping[str, Tensor], update: Update, heads: Iterable[int]
+) -> Tensor:
+    """A factor as an update leaves it, all columns, of some heads where it divides over them."""
+    old = p.pack(weights[p.name], heads) if p.kind is Kind.SLICED else weights[p.name]
+    new = update.tensors.get(p.name)
+    if new is None:
+        return old.double()
+    ranks = update.schedule.trained_ranks(p.block)
+    return (new if ranks is None else _wide(p, old, new, ranks)).double()
+
+
+def _wide(p: Parameter, old: Tensor, new: Tensor, ranks: Mapping[int, int]) -> Tensor:
+    """What trained of a factor, in among the columns that did not, as they were.
+
+    Args:
+        old: Of the trained heads where it divides over them. new: As it travels up.
+        ranks: Trained heads, ascending -> ranks.
+    """
+    found = old.clone()
+    if p.kind is not Kind.SLICED:
+        p.cut(found, max(ranks.values())).copy_(new)
+        return found
+    row = taken = 0
+    for head, rank in ranks.items():
+        count = len(p.rows[head])
+        found[row : row + count, :rank] = new[taken : taken + count * rank].view(count, rank)
+        row, taken = row + count, taken + count * rank
+    return found
+
+
+def widened(arch: Architecture, weights: Mapping[str, Tensor], update: Update) -> Update:
+    """The same update with whole factors, and a schedule without ranks."""
+    schedule = update.schedule
+    if schedule.ranks is None:
+        return update
+    tensors = dict(update.tensors)
+    for name, new in update.tensors.items():
+        p = arch.by_name[name]
+        if p.factor:
+            ranks = schedule.trained_ranks(p.block)
+            assert ranks is not None
+            old = weights[name]
+            old = p.pack(old, ranks) if p.kind is Kind.SLICED else old
+            tensors[name] = _wide(p, old, new, ranks)
+    return replace(update, schedule=Schedule(schedule.operations), tensors=tensors)
+
+
+def _relative(off: float, size: float) -> float:
+    if size == 0:
+        return 0.0 if off == 0 else math.inf
+    return off / size

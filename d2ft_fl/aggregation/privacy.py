@@ -1,0 +1,161 @@
+"""Central differential privacy of what clients send.
+
+The server adds normal noise to a round's sums before anybody sees them (DP-FedAvg, McMahan et al.,
+ICLR 2018, arXiv 1710.06963). A client's whole change is made no longer than S = ``clip-norm``, z is
+``noise-multiplier``, q the chance that a client takes part in a round, and n_s the number of all
+clients whose plan trains slice s, drawn or not:
+
+    theta_s <- theta_s + (sum_{c in C_s} min(1, S / |change_c|_2) change_cs + N(0, z^2 S^2 I))
+                         / max(1, q n_s)
+
+Clients count alike, and n_s is of plans, not of answers, so that beyond the sum nothing tells who
+was drawn or what anybody sent. A slice that no plan trains keeps its bits.
+
+What ``epsilon`` and ``delta`` are of: all models of a run together, and federations that differ in
+everything that one client ever sends, against nothing from it (the zero-out relation of Kairouz et
+al., ICML 2021, arXiv 2103.00039). That it is there, its budget and its number of examples are not
+hidden; nor is anything from the server, which is trusted, as is its run folder.
+"""
+
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from d2ft_fl.aggregation.keyed_noise import Noise
+from d2ft_fl.errors import ConfigError
+
+if TYPE_CHECKING:
+    from d2ft_fl.config.run_config import RunConfig
+
+LEAST = 0.01  # noise, in units of clip-norm
+LARGE = 100.0  # beyond it epsilon promises next to nothing, and its tight bound takes gigabytes
+
+
+@dataclass(frozen=True)
+class Privacy:
+    """What a run promises every client.
+
+    Attributes:
+        clip: The longest a client's change counts for (L2).
+        noise: Standard deviation of the sums' noise, in units of ``clip``.
+        rate: The chance that a client takes part in a round.
+        delta: With which probability the promise may fail.
+    """
+
+    clip: float
+    noise: float
+    rate: float
+    delta: float
+
+    @classmethod
+    def of(cls, config: "RunConfig") -> "Privacy | None":
+        """As configured; None where nothing is promised.
+
+        Raises:
+            ConfigError: When the options contradict each other, or others would give away what the
+                noise hides.
+        """
+        if not config.noise_multiplier and not config.epsilon:
+            return None
+        _check(config)
+        rate = (config.sample_clients or config.clients) / config.clients
+        noise = config.noise_multiplier
+        if config.epsilon:
+            noise = noise_for(config.epsilon, config.delta, rate, config.rounds)
+        return cls(config.clip_norm, noise, rate, config.delta)
+
+    def epsilon(self, rounds: int) -> float:
+        """What so many rounds cost: the tight bound of Gopi et al. (NeurIPS 2021), from Opacus."""
+        return _epsilon(self.noise, self.rate, rounds, self.delta)
+
+
+def _check(config: "RunConfig") -> None:
+    if config.noise_multiplier and config.epsilon:
+        raise ConfigError(
+            f"noise-multiplier = {config.noise_multiplier} and epsilon = {config.epsilon} both "
+            "decide the noise: set one of them to 0"
+        )
+    if 0 < config.noise_multiplier < LEAST:
+        raise ConfigError(
+            f"noise-multiplier = {config.noise_multiplier} promises nothing: set it to {LEAST} or "
+            "more, or to 0 for no noise"
+        )
+    if not config.clip_norm:
+        raise ConfigError("noise is measured in clip-norm: set it above 0, to 1.0 say")
+    if not 0 < config.delta < 1 / config.clients:
+        raise ConfigError(
+            f"delta = {config.delta} must be above 0, and below 1 / clients = {1 / config.clients}"
+        )
+    if config.aggregation != "mean":
+        raise ConfigError(
+            f"aggregation = {config.aggregation!r} cannot have noise: its sums have no bound; use "
+            "'mean'"
+        )
+    if measured := config.measured_scores():
+        raise ConfigError(
+            f"{' and '.join(measured)} scores are measured on clients' data, and noise does not "
+            "hide them: set backward-score and forward-score to magnitude or uniform"
+        )
+    if config.compensation:
+        raise ConfigError(
+            "compensation sends means over clients' data, and noise does not hide them: set it to "
+            "false"
+        )
+
+
+@lru_cache(maxsize=1024)
+def _epsilon(noise: float, rate: float, rounds: int, delta: float) -> float:
+    if not rounds:
+        return 0.0
+    loose, tight = _accountants()
+    loose.history = tight.history = [(noise, rate, rounds)]
+    # Opacus warns of orders, and of what it takes the logarithm of; its bounds hold.
+    with warnings.catch_warnings(), np.errstate(all="ignore"):
+        warnings.simplefilter("ignore")
+        found = float(loose.get_epsilon(delta))
+        if found < LARGE:
+            found = min(found, float(tight.get_epsilon(delta)))
+    return found
+
+
+@lru_cache(maxsize=16)
+def noise_for(epsilon: float, delta: float, rate: float, rounds: int) -> float:
+    """The least noise that keeps epsilon, to a thousandth.
+
+    Raises:
+        ConfigError: When no noise does.
+    """
+    low, high = LEAST, 1.0
+    while _epsilon(high, rate, rounds, delta) > epsilon:
+        low, high = high, 2 * high
+        if high > 2**20:
+            raise ConfigError(f"epsilon = {epsilon} cannot be kept with delta = {delta}")
+    while high - low > 1e-3 * high:
+        middle = (low + high) / 2
+        kept = _epsilon(middle, rate, rounds, delta) <= epsilon
+        low, high = (low, middle) if kept else (middle, high)
+    return high
+
+
+def _accountants() -> tuple[Any, Any]:
+    try:
+        from opacus.accountants import PRVAccountant, RDPAccountant
+    except ImportError:
+        raise ConfigError(
+            "noise-multiplier and epsilon need Opacus to account for them: "
+            "pip install 'd2ft-fl[privacy]'"
+        ) from None
+    return RDPAccountant(), PRVAccountant()
+
+
+def drawn(privacy: Privacy, key: bytes, round: int, clients: Iterable[int]) -> list[int]:
+    """Who takes part in a round, in order: each by itself with the chance ``rate``."""
+    ordered = sorted(clients)
+    if privacy.rate >= 1 or not ordered:
+        return ordered
+    draws = Noise(key, "draw", round).uniform(ordered[-1] + 1)
+    return [client for client in ordered if draws[client] < privacy.rate]

@@ -1,0 +1,211 @@
+"""Folding that a few hostile or broken clients cannot lead anywhere.
+
+Of the clients of a round, k may be hostile (``trim-share``, one at least). With the values
+x_1 .. x_n that n clients give one coordinate of a slice, sorted,
+
+    trimmed-mean         the mean of x_(k+1) .. x_(n-k)
+    median               the middle one, or the mean of the middle two
+    mean-around-median   the mean of the n - k that are nearest to the median
+
+(the first two of Yin et al., ICML 2018, arXiv 1803.01498, the last of Xie et al., 2018, arXiv
+1802.10116). k is of the whole round, and not a share of n: under budgets few clients train a slice,
+and those who are hostile may be the larger part of them. So a slice that fewer than 2k + 1 clients
+trained keeps its value. Every client counts the same, whatever number of examples it says. Updates
+wait on disk, and are mapped, not read, until they are folded.
+
+Honest clients of different data differ too, and hostile ones, whose values are cut at one end,
+have honest ones cut at the other. Nearest-neighbor mixing (Allouah et al., AISTATS 2023, arXiv
+2302.01772) makes them alike before: each client's slice is replaced by the mean of the n - k
+slices that are nearest to it, its own among them, by Euclidean distance.
+
+Norm clipping (Sun et al., arXiv 1911.07963) goes before any way of folding: a client's whole change
+is made shorter where it is longer than ``clip-norm``,
+
+    change <- change min(1, clip-norm / |change|_2)
+"""
+
+import hashlib
+import math
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from d2ft_fl.aggregation.sums import Sums, Update
+from d2ft_fl.subnets.architecture import Architecture, Kind, Parameter
+from d2ft_fl.wire import blob
+
+ROBUST = ("trimmed-mean", "median", "mean-around-median")
+
+
+@dataclass
+class RobustSums:
+    """One round's updates, kept on disk until :meth:`apply`; the interface is that of ``Sums``.
+
+    Attributes:
+        arch, weights: The model, and its values before the round.
+        kind: One of :data:`ROBUST`.
+        suspects: How many clients of the round may be hostile.
+        mixing: Whether each client's slice is mixed with those nearest to it before.
+        left: After :meth:`apply`, the share of the trained slices that too few clients trained.
+    """
+
+    arch: Architecture
+    weights: dict[str, Tensor]
+    kind: str
+    suspects: int
+    mixing: bool = False
+    left: float | None = field(default=None, init=False)
+
+    def __post_init__(self) -> None:
+        self._folder = tempfile.TemporaryDirectory(prefix="d2ft-updates-")
+        self._checks = Sums(self.arch, self.weights, 1)  # which sum nothing
+        self._files: list[Path] = []
+        self._digests: list[bytes] = []  # of each file
+        self._trainers: dict[tuple[str, int], list[int]] = {}  # (parameter, head) -> files
+        self._starts: list[dict[str, dict[int, int]]] = []  # of each file: heads' first rows
+
+    def add(self, update: Update) -> None:
+        """Validate one update and keep it.
+
+        Raises:
+            ReplyError: See :meth:`Sums.terms`.
+        """
+        terms = self._checks.terms(update)
+        number = len(self._files)
+        starts: dict[str, dict[int, int]] = {}
+        path = Path(self._folder.name, f"{number}.update")
+        blob.write(path, {term.parameter.name: term.tensor for term in terms}, {})
+        for term in terms:
+            p, first = term.parameter, 0
+            starts[p.name] = own = {}
+            for head, count in term.counts.items():
+                own[head] = first
+                first += len(p.rows[head]) if head >= 0 else 0
+                if count:
+                    self._trainers.setdefault((p.name, head), []).append(number)
+        with path.open("rb") as file:
+            self._digests.append(hashlib.file_digest(file, "blake2b").digest())
+        self._files.append(path)
+        self._starts.append(starts)
+
+    @property
+    def _least(self) -> int:
+        """How many clients a slice needs, so that who may be hostile is outnumbered."""
+        return 2 * self.suspects + 1
+
+    @property
+    def trained(self) -> dict[str, tuple[int, ...]]:
+        """Parameters of which enough clients trained anything; see :attr:`Sums.trained`."""
+        found: dict[str, list[int]] = {}
+        for (name, head), files in self._trainers.items():
+            if len(files) >= self._least:
+                found.setdefault(name, []).extend([head] if head >= 0 else [])
+        return {name: tuple(sorted(heads)) for name, heads in found.items()}
+
+    @property
+    def subnets_trained(self) -> np.ndarray:
+        """Subnets of which enough clients trained anything: bool [blocks, heads]."""
+        found = np.zeros((self.arch.blocks, self.arch.heads), dtype=bool)
+        for name, heads in self.trained.items():
+            if heads:
+                found[self.arch.by_name[name].block, list(heads)] = True
+        return found
+
+    def apply(self) -> dict[str, Tensor]:
+        """The new global weights; what too few trained is the old tensor's bits."""
+        new = dict(self.weights)
+        with_many = 0
+        mapped = [blob.decode(path)[0] for path in self._files]
+        for (name, head), files in self._trainers.items():
+            if len(files) < self._least:
+                continue
+            with_many += 1
+            p = self.arch.by_name[name]
+            files = sorted(files, key=self._digests.__getitem__)  # whoever answered first
+            given = torch.stack([_rows(mapped[n][name], p, head, self._starts[n]) for n in files])
+            if self.mixing:
+                given = mixed(given, self.suspects)
+            middle = self._middle(given.sort(dim=0).values).to(self.weights[name].dtype)
+            if head < 0:
+                new[name] = middle
+                continue
+            if new[name] is self.weights[name]:
+                new[name] = self.weights[name].clone()
+            p.unpack_(new[name], middle, [head])
+        if self._trainers:
+            self.left = 1 - with_many / len(self._trainers)
+        self._folder.cleanup()
+        return new
+
+    def _middle(self, ordered: Tensor) -> Tensor:
+        """Of one slice.
+
+        Args:
+            ordered: What clients give each coordinate, ascending: float64 [clients, ...].
+        """
+        count = len(ordered)
+        if self.kind == "trimmed-mean":
+            return ordered[self.suspects : count - self.suspects].mean(dim=0)
+        median = ordered[(count - 1) // 2 : count // 2 + 1].mean(dim=0)
+        if self.kind == "median":
+            return median
+        nearest = (ordered - median).abs().argsort(dim=0, stable=True)
+        return ordered.gather(0, nearest[: count - self.suspects]).mean(dim=0)
+
+
+def mixed(values: Tensor, suspects: int) -> Tensor:
+    """Nearest-neighbor mixing of what clients give one slice.
+
+    Args:
+        values: float64 [clients, ...]. suspects: How many of them may be hostile.
+
+    Returns:
+        Of each client, the mean of all but ``suspects`` that are nearest to it: as ``values``.
+    """
+    flat = values.flatten(1)
+    flat = flat - flat.median(dim=0).values  # distances lose no digits to what all have in common
+    near = torch.cdist(flat, flat).argsort(dim=1, stable=True)[:, : len(flat) - suspects]
+    return torch.stack([values[own.sort().values].mean(dim=0) for own in near])
+
+
+def _rows(
+    tensor: Tensor, p: Parameter, head: int, starts: Mapping[str, Mapping[int, int]]
+) -> Tensor:
+    """What a client gives a slice, out of what it sent: float64 [rows, ...]."""
+    if head < 0:
+        return tensor.double()
+    start = starts[p.name][head]
+    return tensor[start : start + len(p.rows[head])].double()
+
+
+def clipped(
+    arch: Architecture, weights: Mapping[str, Tensor], update: Update, norm: float
+) -> Update:
+    """An update whose change is no longer than ``norm``; the same one where it is not.
+
+    The update must be valid.
+    """
+    old = dict(_old(arch, weights, update))
+    changes = {name: tensor.double() - old[name] for name, tensor in update.tensors.items()}
+    length = math.sqrt(sum(float(change.square().sum()) for change in changes.values()))
+    if length <= norm:
+        return update
+    tensors = {
+        name: (old[name] + change * (norm / length)).to(update.tensors[name].dtype)
+        for name, change in changes.items()
+    }
+    return replace(update, tensors=tensors)
+
+
+def _old(
+    arch: Architecture, weights: Mapping[str, Tensor], update: Update
+) -> Iterator[tuple[str, Tensor]]:
+    """What an update holds as it was before, packed alike: float64."""
+    for name in update.tensors:
+        p, old = arch.by_name[name], weights[name]
+        yield name, (p.pack(old, update.weights(p)) if p.kind is Kind.SLICED else old).double()

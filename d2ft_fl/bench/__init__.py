@@ -1,0 +1,1 @@
+"""Benchmarks that ship with the project: ``d2ft bench step``, ``planner`` and ``scale``."""

@@ -1,0 +1,226 @@
+"""Many clients: whole rounds of the project beside the bare floor and plain Flower's FedAvg.
+
+Each side is a run of its own, of which the first round is left out; the sides take turns, and
+figures are medians over all of their rounds. On Flower's engine are plain FedAvg, and the project
+twice: with everything FULL, and with ``d2ft`` at 60 % of the compute and half of the bytes.
+"""
+
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from d2ft_fl.bench.scale_sides import Job
+from d2ft_fl.config.run_config import RunConfig
+from d2ft_fl.errors import ConfigError, RunError
+from d2ft_fl.flower.superlink import flower_environment, run_flower
+
+SIDES = ("floor", "flower", "full", "d2ft")
+FREE = "[classes.any]\n"
+D2FT = '[classes.any]\nflops = "60 %"\nbytes-up = "50 %"\nbytes-down = "50 %"\n'
+# Whose process it is, by what its command line holds.
+ROLES = {
+    "worker": ("d2ft_fl.runtime.worker_process", "ray::ClientAppActor", "multiprocessing.spawn"),
+    "server": ("flwr-simulation", "d2ft_fl.bench.scale_sides"),
+}
+SIDE = "from d2ft_fl.bench.scale_sides import main; main()"
+SAMPLE_SECONDS = 0.5
+
+
+@dataclass(frozen=True)
+class ScaleBench:
+    """What to measure, and how; see :class:`~d2ft_fl.bench.scale_sides.Job`."""
+
+    clients: int
+    examples: int
+    model: str
+    image_size: int
+    batch_size: int
+    rounds: int
+    repeats: int
+    sides: tuple[str, ...] = SIDES
+    workers: int = field(default_factory=lambda: os.cpu_count() or 1)
+
+    def check(self) -> "ScaleBench":
+        """Raises ConfigError where nothing could be measured."""
+        for name in ("clients", "examples", "batch_size", "rounds", "repeats"):
+            if getattr(self, name) < 1:
+                option = name.replace("_", "-")
+                raise ConfigError(f"--{option} {getattr(self, name)} must be 1 or more")
+        if unknown := [side for side in self.sides if side not in SIDES]:
+            raise ConfigError(f"--side {unknown[0]!r} is unknown; use some of {', '.join(SIDES)}")
+        self.job.config().check()
+        return self
+
+    @property
+    def job(self) -> Job:
+        """The same as every side knows it."""
+        return Job(
+            self.model, self.image_size, self.clients, self.examples, self.batch_size,
+            self.rounds, self.workers,
+        )  # fmt: skip
+
+
+@dataclass
+class Side:
+    """What one side took.
+
+    Attributes:
+        seconds: Of each round. parts: Of each round, seconds by what they were spent on.
+        peak: Most bytes resident, of the server's process and of the largest worker.
+    """
+
+    seconds: list[float] = field(default_factory=list)
+    parts: list[dict[str, float]] = field(default_factory=list)
+    peak: dict[str, int] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        """Medians, and every round's seconds."""
+        names = sorted({name for parts in self.parts for name in parts})
+        split = {n: statistics.median(p.get(n, 0.0) for p in self.parts) for n in names}
+        return {
+            "seconds": statistics.median(self.seconds),
+            "rounds": self.seconds,
+            "parts": split,
+            **{f"{role}_peak_bytes": size for role, size in self.peak.items()},
+        }
+
+
+def bench_scale(bench: ScaleBench, done: Callable[[str], None]) -> dict[str, Any]:
+    """Measure all sides; returns what ``--json`` prints.
+
+    Args:
+        done: Told what has been measured.
+    """
+    found = {side: Side() for side in bench.sides}
+    for repeat in range(bench.repeats):
+        for name, side in found.items():
+            with _peaks(side.peak):
+                _SIDES[name](bench, side)
+            done(f"{name}, {repeat + 1} of {bench.repeats}")
+    return {**asdict(bench), **_ratios(bench, found)} | {
+        "measured": {name: side.to_json() for name, side in found.items()}
+    }
+
+
+def _ratios(bench: ScaleBench, found: dict[str, Side]) -> dict[str, float | None]:
+    """The keys that sum it up; None where a side was left out."""
+    seconds = {name: statistics.median(side.seconds) for name, side in found.items()}
+
+    def ratio(side: str, over: str) -> float | None:
+        return seconds[side] / seconds[over] if {side, over} <= seconds.keys() else None
+
+    overhead = beyond = None
+    if "full" in found:
+        rounds = zip(found["full"].seconds, found["full"].parts, strict=True)
+        gone = [(s, s - parts["train"]) for s, parts in rounds]
+        overhead = statistics.median(rest / s for s, rest in gone)
+        beyond = 1000 * statistics.median(rest for _, rest in gone) / bench.clients
+    return {
+        "floor_ratio": ratio("full", "floor"),
+        "overhead_ratio": overhead,
+        "milliseconds_beyond_training": beyond,
+        "full_flower_ratio": ratio("full", "flower"),
+        "flower_fedavg_ratio": ratio("d2ft", "flower"),
+    }
+
+
+# -- the sides -----------------------------------------------------------------------------------
+
+
+def _plain(name: str) -> Callable[[ScaleBench, Side], None]:
+    def run(bench: ScaleBench, side: Side) -> None:
+        with tempfile.TemporaryDirectory() as home:
+            ended = subprocess.run(
+                [sys.executable, "-c", SIDE, name, bench.job.to_json()],
+                env={**flower_environment(Path(home)), "OMP_NUM_THREADS": "1"},
+                capture_output=True, text=True, check=False,
+            )  # fmt: skip
+        rounds = [float(line) for line in ended.stdout.splitlines() if _is_number(line)]
+        if ended.returncode or len(rounds) != bench.rounds + 1:
+            said = ended.stderr.strip().splitlines()
+            raise RunError(f"the side {name!r} failed: {said[-1] if said else 'no output'}")
+        side.seconds += rounds[1:]
+
+    return run
+
+
+def _is_number(line: str) -> bool:
+    return line.replace(".", "", 1).isdecimal()
+
+
+def _ours(strategy: str, budgets: str) -> Callable[[ScaleBench, Side], None]:
+    def run(bench: ScaleBench, side: Side) -> None:
+        scratch = tempfile.mkdtemp(prefix="d2ft-bench-")
+        file, folder = Path(scratch, "budgets.toml"), Path(scratch, "run")
+        file.write_text(budgets)
+        config: RunConfig = replace(
+            bench.job.config(), strategy=strategy, budgets=str(file), run_folder=str(folder)
+        )
+        rows: list[dict[str, Any]] = []
+        run_flower(config.check(), folder, 0, rows.append)
+        shutil.rmtree(scratch)  # of one that failed, the log is there to be looked at
+        for row in rows[1:]:
+            if row["faults"]:
+                raise RunError(f"round {row['round']}: {row['faults'][0]}")
+            side.seconds.append(row["wall_seconds"] - row["clock"].get("evaluate", 0.0))
+            side.parts.append(_parts(row, bench.workers))
+
+    return run
+
+
+def _parts(row: dict[str, Any], workers: int) -> dict[str, float]:
+    """A round's seconds by what they were spent on; folding goes on beside training."""
+    clock = row["clock"]
+    parts = {
+        "plan": clock["ask"] + clock["plan"],
+        "broadcast": clock["broadcast"],
+        "train": clock["training"] / workers,
+        "evaluate": clock.get("evaluate", 0.0),
+    }
+    idle = max(0.0, row["wall_seconds"] - sum(parts.values()))
+    return {**parts, "fold": clock["fold"], "idle": idle}
+
+
+_SIDES: dict[str, Callable[[ScaleBench, Side], None]] = {
+    "floor": _plain("floor"),
+    "flower": _plain("flower"),
+    "full": _ours("fedavg", FREE),
+    "d2ft": _ours("d2ft", D2FT),
+}
+
+
+@contextmanager
+def _peaks(peak: dict[str, int]) -> Iterator[None]:
+    """Watch how much memory this process's descendants hold at most, by their roles."""
+    stop = threading.Event()
+
+    def watch() -> None:
+        while not stop.wait(SAMPLE_SECONDS):
+            for process in psutil.Process().children(recursive=True):
+                try:
+                    line, size = " ".join(process.cmdline()), process.memory_info().rss
+                except psutil.Error:
+                    continue
+                for role, marks in ROLES.items():
+                    if any(mark in line for mark in marks):
+                        peak[role] = max(peak.get(role, 0), size)
+                        break
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    try:
+        yield
+    finally:
+        stop.set()
+        watcher.join()

@@ -1,0 +1,232 @@
+"""What ``d2ft bench scale`` compares with: the bare floor, and plain Flower's FedAvg.
+
+    python -c "from d2ft_fl.bench.scale_sides import main; main()" floor|flower JOB
+
+(not as ``__main__``, which workers would not find). JOB is a :class:`Job` as JSON. Each round's
+seconds go to standard output, a JSON line each. Both train the unmodified timm model, everything
+but its embedding, with AdamW, on the same images as the project does, in as many processes of one
+thread as there are workers.
+"""
+
+import json
+import multiprocessing
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
+from functools import lru_cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from d2ft_fl.config.run_config import RunConfig
+from d2ft_fl.data.federated_data import FederatedData, open_data
+from d2ft_fl.models import timm_vit
+from d2ft_fl.models.build import build_model
+from d2ft_fl.subnets.architecture import Kind
+from d2ft_fl.util.torch_device import set_threads
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every side does.
+
+    Attributes:
+        model, image_size: Of timm; 0 keeps the model's own.
+        clients, examples: How many, and of each.
+        batch_size: Of a step; an epoch each round.
+        rounds: Counted ones; one more comes before them.
+        workers: Processes.
+    """
+
+    model: str
+    image_size: int
+    clients: int
+    examples: int
+    batch_size: int
+    rounds: int
+    workers: int
+
+    def config(self, **changes: Any) -> RunConfig:
+        """The project's configuration of it, everything FULL."""
+        base = RunConfig(
+            strategy="fedavg",
+            rounds=self.rounds + 1,
+            clients=self.clients,
+            dataset="made-up",
+            train_examples=self.clients * self.examples,
+            partitioner="Iid",
+            partitioner_args="",
+            model=self.model,
+            pretrained="none",
+            image_size=self.image_size,
+            batch_size=self.batch_size,
+            backward_score="magnitude",
+            forward_score="magnitude",
+            eval_every=self.rounds + 1,
+            checkpoint_every=0,
+        )
+        return replace(base, **changes)
+
+    def to_json(self) -> str:
+        """As the command line takes it."""
+        return json.dumps(asdict(self))
+
+
+class Trainer:
+    """A plain client: the whole timm model, one epoch."""
+
+    def __init__(self, job: Job):
+        config = job.config()
+        set_threads(1)
+        self.batch_size, self.config = job.batch_size, config
+        self.model = build_model(config.model_spec())
+        arch = timm_vit.describe(self.model)
+        for name, parameter in self.model.named_parameters():
+            parameter.requires_grad_(arch.by_name[name].kind is not Kind.EMBEDDING)
+        self.trained = [p for p in self.model.parameters() if p.requires_grad]
+
+    def batches(self, data: FederatedData, client: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """A client's examples, in order."""
+        positions = torch.arange(len(data.partitions[client])).numpy()
+        for start in range(0, len(positions), self.batch_size):
+            yield data.client_batch(client, positions[start : start + self.batch_size])
+
+    def train(self, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
+        """One epoch from the weights that the model has."""
+        self.model.train()
+        optimizer = torch.optim.AdamW(self.trained, lr=self.config.lr, weight_decay=0.0, fused=True)
+        for images, labels in batches:
+            optimizer.zero_grad()
+            F.cross_entropy(self.model(images), labels).backward()
+            optimizer.step()
+
+
+def data_of(job: Job) -> FederatedData:
+    """The images of all clients."""
+    config = job.config()
+    channels, side = timm_vit.input_shape(build_model(config.model_spec()))
+    return open_data(config.data_spec(side, channels))
+
+
+# -- the floor: plain processes that train and average -------------------------------------------
+
+
+def floor(job: Job) -> None:
+    """Rounds of two plain processes: each trains its share of the clients and sums up changes."""
+    context = multiprocessing.get_context("spawn")
+    pipes, processes = [], []
+    for rank in range(job.workers):
+        ours, theirs = context.Pipe()
+        process = context.Process(target=_floor_worker, args=(job, rank, theirs))
+        process.start()
+        pipes.append(ours)
+        processes.append(process)
+    for pipe in pipes:
+        pipe.recv()
+    shared = [pipe.recv() for pipe in pipes]  # each one's sums, in shared memory
+    named = Trainer(job).model.named_parameters()
+    weights = {n: p.detach().clone().share_memory_() for n, p in named}
+    for pipe in pipes:
+        pipe.send(weights)
+    total = job.clients * job.examples
+    for _ in range(job.rounds + 1):
+        started = time.perf_counter()
+        for pipe in pipes:
+            pipe.send(True)
+        for pipe in pipes:
+            pipe.recv()
+        for name, tensor in weights.items():
+            tensor.add_(sum(sums[name] for sums in shared), alpha=1 / total)
+        print(json.dumps(time.perf_counter() - started), flush=True)
+    for pipe in pipes:
+        pipe.send(False)
+    for process in processes:
+        process.join()
+
+
+def _floor_worker(job: Job, rank: int, pipe: Any) -> None:
+    trainer, data = Trainer(job), data_of(job)
+    own = range(rank, job.clients, job.workers)
+    for client in own:  # decoded before anything is timed
+        next(trainer.batches(data, client))
+    named = trainer.model.named_parameters()
+    sums = {n: torch.zeros_like(p, requires_grad=False).share_memory_() for n, p in named}
+    pipe.send(True)
+    pipe.send(sums)
+    weights = pipe.recv()
+    while pipe.recv():
+        for tensor in sums.values():
+            tensor.zero_()
+        for client in own:
+            with torch.no_grad():
+                for name, parameter in trainer.model.named_parameters():
+                    parameter.copy_(weights[name])
+            trainer.train(trainer.batches(data, client))
+            examples = len(data.partitions[client])
+            with torch.no_grad():
+                for name, parameter in trainer.model.named_parameters():
+                    if parameter.requires_grad:
+                        sums[name].add_(parameter - weights[name], alpha=examples)
+        pipe.send(True)
+
+
+# -- plain Flower, as its quickstart has it ------------------------------------------------------
+
+
+@lru_cache(maxsize=1)
+def _data(job: Job) -> FederatedData:
+    return data_of(job)
+
+
+def flower(job: Job) -> None:
+    """Rounds of Flower's own FedAvg, a simulated SuperNode a client."""
+    from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
+    from flwr.clientapp import ClientApp
+    from flwr.serverapp import Grid, ServerApp
+    from flwr.serverapp.strategy import FedAvg
+    from flwr.simulation import run_simulation
+
+    client_app, server_app = ClientApp(), ServerApp()
+
+    @client_app.train()
+    def train(message: Message, context: Context) -> Message:
+        trainer = Trainer(job)  # as the quickstart does: a model for each message
+        trainer.model.load_state_dict(message.content["arrays"].to_torch_state_dict())  # type: ignore[union-attr]
+        client = int(context.node_config["partition-id"])
+        trainer.train(trainer.batches(_data(job), client))
+        metrics = MetricRecord({"num-examples": len(_data(job).partitions[client])})
+        arrays = ArrayRecord(trainer.model.state_dict())
+        return Message(RecordDict({"arrays": arrays, "metrics": metrics}), reply_to=message)
+
+    class Timed(FedAvg):
+        """FedAvg that says how long its rounds take."""
+
+        def configure_train(self, *args: Any) -> Any:
+            self.started = time.perf_counter()
+            return super().configure_train(*args)
+
+        def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> Any:
+            replies = list(replies)
+            if any(reply.has_error() for reply in replies) or len(replies) != job.clients:
+                raise RuntimeError("a client failed")
+            found = super().aggregate_train(server_round, replies)
+            print(json.dumps(time.perf_counter() - self.started), flush=True)
+            return found
+
+    @server_app.main()
+    def main(grid: Grid, context: Context) -> None:
+        strategy = Timed(fraction_evaluate=0.0, min_available_nodes=job.clients)
+        initial = ArrayRecord(Trainer(job).model.state_dict())
+        strategy.start(grid=grid, initial_arrays=initial, num_rounds=job.rounds + 1)
+
+    resources: Any = {"client_resources": {"num_cpus": 1, "num_gpus": 0.0}}
+    run_simulation(server_app, client_app, job.clients, backend_config=resources)
+
+
+def main() -> None:
+    """Run the side that the command line names."""
+    sides = {"floor": floor, "flower": flower}
+    sides[sys.argv[1]](Job(**json.loads(sys.argv[2])))

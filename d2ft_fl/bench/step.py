@@ -1,0 +1,380 @@
+"""Speed and memory of scheduled training, beside training all of the unmodified timm model.
+
+Both sides are whole training steps (forward, backward, optimiser) on the same batch, interleaved in
+one process; every ratio is of medians measured side by side. The embedding is frozen in both. The
+other side of LoRA is peft's own: its model of all four products at rank 8.
+"""
+
+import copy
+import ctypes
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+from d2ft_fl.config.training_options import LocalOptions
+from d2ft_fl.costs.cost_model import CostModel
+from d2ft_fl.engine.meter import Meter, tensor_bytes
+from d2ft_fl.engine.partial_model import PartialModel
+from d2ft_fl.engine.trainer import Stepper, optimizer_state
+from d2ft_fl.errors import ConfigError
+from d2ft_fl.lora.config import Lora, with_lora
+from d2ft_fl.lora.init import begin
+from d2ft_fl.lora.peft_io import target_pattern
+from d2ft_fl.models import timm_vit
+from d2ft_fl.models.build import build_model
+from d2ft_fl.models.spec import ModelSpec
+from d2ft_fl.models.timm_vit import VisionTransformer
+from d2ft_fl.subnets.architecture import Architecture, Kind
+from d2ft_fl.subnets.packing import pack_for
+from d2ft_fl.subnets.schedule import Operation, Schedule, passes, slot_sizes
+from d2ft_fl.util.plugins import load_module
+from d2ft_fl.util.torch_device import set_threads, usable_device
+
+SUFFIXES = (".png", ".svg", ".pdf")
+PAIRS = 15
+TUNINGS = ("full", "lora")
+LORA = Lora(rank=8, alpha=8.0)
+
+
+@dataclass(frozen=True)
+class StepBench:
+    """What to measure, and how."""
+
+    model: str
+    image_size: int
+    batch_size: int
+    threads: int
+    device: str
+    precision: str
+    slots: int
+    pairs: int = PAIRS
+    checkpointing: bool = False
+    accumulate: int = 1
+    tuning: str = "full"
+
+    def check(self) -> None:
+        """Raises ConfigError where nothing could be measured."""
+        for name in ("batch_size", "threads", "slots", "pairs", "accumulate"):
+            if getattr(self, name) < 1:
+                option = name.replace("_", "-")
+                raise ConfigError(f"--{option} {getattr(self, name)} must be 1 or more")
+        if self.slots > self.batch_size:
+            raise ConfigError(
+                f"--slots {self.slots} is more than --batch-size {self.batch_size}; "
+                "a slot needs an example"
+            )
+        usable_device(self.device)
+
+    def options(self) -> LocalOptions:
+        """How the scheduled side trains; the other does the same, in whole batches."""
+        return LocalOptions(
+            batch_size=self.batch_size,
+            precision=self.precision,
+            checkpointing=self.checkpointing,
+            accumulate=self.accumulate,
+        )
+
+
+@dataclass(frozen=True)
+class Row:
+    """One schedule beside training all of the timm model the same way, which is 1 everywhere.
+
+    Attributes:
+        schedule: Its name. slots: Its slots.
+        flop_ratio: Counted FLOPs. time_ratio: Median time of a step.
+        activation_ratio: Bytes saved for backward; predicted_activation_ratio: by the cost model.
+        peak_memory_ratio: Peak bytes of a step, everything held included;
+            predicted_peak_memory_ratio: by the cost model, its margin included.
+        reset_ratio: Time to reset the model to this schedule.
+        seconds: Median step. flops_as_predicted: Whether counted FLOPs are the predicted ones.
+    """
+
+    schedule: str
+    slots: int
+    flop_ratio: float
+    time_ratio: float
+    activation_ratio: float
+    predicted_activation_ratio: float
+    peak_memory_ratio: float
+    predicted_peak_memory_ratio: float
+    reset_ratio: float
+    seconds: float
+    flops_as_predicted: bool
+
+    def to_json(self) -> dict[str, object]:
+        """As a mapping."""
+        return asdict(self)
+
+
+def grid(arch: Architecture, slots: int) -> dict[str, Schedule]:
+    """The schedules of the benchmark, by name."""
+    full, frozen, forward = Operation.FULL, Operation.FROZEN, Operation.FORWARD_ONLY
+    cut = arch.blocks - max(1, arch.blocks // 3)
+    upper = np.arange(arch.blocks)[:, None] >= cut  # the last third of the blocks
+    found = {
+        "all FULL": mixture(arch, slots, {full: 1.0}),
+        "1/2 FULL, 1/2 FROZEN": mixture(arch, slots, {full: 1 / 2, frozen: 1 / 2}),
+        "1/4 FULL, 3/4 FROZEN": mixture(arch, slots, {full: 1 / 4, frozen: 3 / 4}),
+        "1/2 FULL, 1/2 FORWARD_ONLY": mixture(arch, slots, {full: 1 / 2, forward: 1 / 2}),
+        "D2FT at 60 %: 1/2 FULL, 3/10 FORWARD_ONLY": mixture(
+            arch, slots, {full: 0.5, forward: 0.3}
+        ),
+        "3/5 FULL, rest SHORTCUT": mixture(arch, slots, {full: 0.6}),
+        "1/2 FULL, 1/2 SHORTCUT": mixture(arch, slots, {full: 1 / 2}),
+        "1/4 FULL, 3/4 SHORTCUT": mixture(arch, slots, {full: 1 / 4}),
+        "a quarter of each operation": mixture(
+            arch, slots, {full: 1 / 4, frozen: 1 / 4, forward: 1 / 4}
+        ),
+        "last third FULL, below FORWARD_ONLY": Schedule(
+            np.broadcast_to(
+                np.where(upper, full, forward), (slots, arch.blocks, arch.heads)
+            ).astype(np.int8)
+        ),
+    }
+    if slots > 1:
+        found["3/5 FULL, rest SHORTCUT, 1 slot"] = mixture(arch, 1, {full: 0.6})
+    return found
+
+
+def mixture(arch: Architecture, slots: int, shares: dict[Operation, float]) -> Schedule:
+    """A schedule with these shares of operations, evenly over blocks and slots, rest SHORTCUT.
+
+    Which heads do what moves on by one from block to block, and from slot to slot by as many as
+    it takes to go round once.
+    """
+    operations = np.zeros((slots, arch.blocks, arch.heads), dtype=np.int8)
+    for index, (slot, block) in enumerate(np.ndindex(slots, arch.blocks)):
+        ends = [0]
+        for share in np.cumsum(list(shares.values())):
+            whole = float(share) * arch.heads  # how many heads, carried over from index to index
+            ends.append(round((index + 1) * whole) - round(index * whole))
+        heads = (np.arange(arch.heads) + block + slot * arch.heads // slots) % arch.heads
+        for operation, (start, stop) in zip(shares, pairwise(ends), strict=True):
+            operations[slot, block, heads[start:stop]] = operation
+    return Schedule(operations)
+
+
+def bench_step(bench: StepBench, done: Callable[[str], None] = lambda name: None) -> list[Row]:
+    """Measure every schedule of the grid.
+
+    Args:
+        done: Told the name of each schedule when it has been measured.
+    """
+    bench.check()
+    set_threads(bench.threads)
+    _keep_memory()
+    spec = ModelSpec(bench.model, (), "none", bench.image_size, 10, 0)
+    model = build_model(spec).to(bench.device)
+    arch = timm_vit.describe(model)
+    channels, side = timm_vit.input_shape(model)
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(bench.batch_size, channels, side, side, generator=generator)
+    labels = torch.arange(bench.batch_size) % 10
+    weights = {n: p.detach().clone() for n, p in model.named_parameters()}
+    if bench.tuning == "lora":
+        arch = with_lora(arch, LORA)
+        weights = begin(arch, weights, "lora", 0)
+    reference = _Reference(
+        model, arch, weights, bench, images.to(bench.device), labels.to(bench.device)
+    )
+    rows = []
+    for name, schedule in grid(arch, bench.slots).items():
+        rows.append(_measure(name, schedule, reference))
+        done(name)
+    return rows
+
+
+def _keep_memory() -> None:
+    """Have the C library keep freed memory, where it is glibc.
+
+    A training loop finds the memory of its last step again. Two that take turns would hand it back
+    and forth to the system, and one would pay for what the other has freed.
+    """
+    with suppress(OSError, AttributeError):
+        library = ctypes.CDLL(None)
+        trim_threshold, mmap_threshold = -1, -3
+        library.mallopt(trim_threshold, 1 << 30)
+        library.mallopt(mmap_threshold, 1 << 25)  # the most it takes
+
+
+class _Reference:
+    """Training all of the unmodified timm model; under LoRA, peft's model of it."""
+
+    def __init__(
+        self,
+        model: VisionTransformer,
+        arch: Architecture,
+        weights: dict[str, Tensor],
+        bench: StepBench,
+        images: Tensor,
+        labels: Tensor,
+    ):
+        self.template, self.arch, self.weights, self.bench = model, arch, weights, bench
+        self.images, self.labels = images, labels
+        model.requires_grad_(True)
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(arch.by_name[name].kind is not Kind.EMBEDDING)
+        self.model: torch.nn.Module = _adapted(model, arch) if arch.rank else model
+        self.model.train()
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(trained, lr=1e-6, weight_decay=0.0, fused=True)
+        self.step()
+        held = [*self.model.parameters(), *optimizer_state(self.optimizer)]
+        self.activations = saved_bytes(self.forward, held)
+        self.optimizer.zero_grad()
+        meter = Meter(verify=True, device=images.device)
+        known = [*held, images, labels]
+        meter.run(self.step, "step", tensor_bytes([*held, images]), lambda: known)
+        self.flops, self.peak_bytes = meter.flops, meter.peak_bytes
+
+    def forward(self) -> Tensor:
+        """The loss of the batch."""
+        mixed = self.bench.precision == "bf16"
+        with torch.autocast(self.images.device.type, torch.bfloat16, enabled=mixed):
+            logits = self.model(self.images)
+        return F.cross_entropy(logits.float(), self.labels)
+
+    def step(self) -> None:
+        """One training step."""
+        self.optimizer.zero_grad(set_to_none=True)
+        self.forward().backward()
+        self.optimizer.step()
+
+
+def _adapted(model: VisionTransformer, arch: Architecture) -> torch.nn.Module:
+    """A copy of the model as peft trains it."""
+    from peft import LoraConfig, get_peft_model  # takes seconds to import
+
+    config = LoraConfig(
+        r=LORA.rank,
+        lora_alpha=int(LORA.alpha),
+        target_modules=target_pattern(arch, LORA.targets),
+        modules_to_save=["head"],
+    )
+    return get_peft_model(copy.deepcopy(model), config)
+
+
+def _measure(name: str, schedule: Schedule, reference: _Reference) -> Row:
+    bench, arch = reference.bench, reference.arch
+    images, labels, options = reference.images, reference.labels, bench.options()
+    costs = CostModel(arch, options, schedule.slots, images.device.type)
+    partial = PartialModel(reference.template, arch, options.numerics(), images.device)
+    packed = pack_for(arch, reference.weights, schedule)
+    reset = Meter(device=images.device)
+    reset.count(lambda: partial.reset(schedule, packed))  # once a round, factors are folded in
+    partial.train(True)
+    resets = [_timed(lambda: partial.reset(schedule, packed), images.device) for _ in range(3)]
+    shares = slot_sizes(len(images), schedule.slots)
+    (sizes,) = passes(shares, schedule.active.tolist(), 1)
+    shown = sum(sizes)
+    activations = saved_bytes(
+        lambda: F.cross_entropy(partial(images[:shown], sizes).float(), labels[:shown]),
+        [t for _, t in partial.held()],
+    )
+    counted = Meter(verify=True, device=images.device)
+    rate = load_module("clients", bench.tuning, "--tuning", TUNINGS).learning_rate
+    stepper = Stepper(partial, options, rate, counted, every_slot=True)
+    for _ in range(2):  # the second finds the optimiser's state
+        counted.start()
+        stepper.step(images, labels)
+    stepper.meter = _NoMeter(device=images.device)
+    ours, theirs = [], []
+    reference.step()
+    stepper.step(images, labels)
+    for _ in range(bench.pairs):
+        theirs.append(_timed(reference.step, images.device))
+        ours.append(_timed(lambda: stepper.step(images, labels), images.device))
+    predicted = costs.saved_bytes(schedule, sizes)
+    return Row(
+        schedule=name,
+        slots=schedule.slots,
+        flop_ratio=counted.flops / reference.flops,
+        time_ratio=statistics.median(ours) / statistics.median(theirs),
+        activation_ratio=activations / reference.activations,
+        predicted_activation_ratio=predicted / reference.activations,
+        peak_memory_ratio=counted.peak_bytes / reference.peak_bytes,
+        predicted_peak_memory_ratio=costs.memory(schedule, 2 * len(images)) / reference.peak_bytes,
+        reset_ratio=statistics.median(resets) / statistics.median(theirs),
+        seconds=statistics.median(ours),
+        flops_as_predicted=counted.flops + reset.flops == costs.flops(schedule, len(images)),
+    )
+
+
+class _NoMeter(Meter):
+    """Measures nothing, so that nothing but training is timed."""
+
+    def run(self, step: Callable[[], Tensor], *_: object, **__: object) -> Tensor:
+        return step()
+
+
+def _timed(step: Callable[[], object], device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    started = time.perf_counter()
+    step()
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter() - started
+
+
+def saved_bytes(forward: Callable[[], Tensor], held: Iterable[Tensor]) -> int:
+    """Bytes of the distinct storages that autograd saves in ``forward``, ``held`` left out."""
+    own = {t.untyped_storage().data_ptr() for t in held}
+    storages: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            storages[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with saved_tensors_hooks(keep, lambda tensor: tensor):
+        forward()
+    return sum(storages.values())
+
+
+def draw(rows: list[Row], bench: StepBench, path: Path) -> None:
+    """Time over FLOPs, with the diagonal: on it, saved arithmetic is saved time."""
+    figure = Figure(figsize=(8.6, 5.6))
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    axes.plot([0, 1.05], [0, 1.05], color="0.4", linewidth=1, label="time = FLOPs")
+    axes.fill_between([0, 1.05], [0, 1.05], [0.05, 1.10], color="0.9", label="up to 0.05 more")
+    colours = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9"]
+    for index, row in enumerate(rows):
+        axes.plot(
+            row.flop_ratio,
+            row.time_ratio,
+            marker="os^DvP"[index // len(colours) % 6],
+            color=colours[index % len(colours)],
+            markersize=8,
+            linestyle="none",
+            label=row.schedule,
+        )
+    axes.set_xlim(0, 1.08)
+    axes.set_ylim(0, max(1.12, *(row.time_ratio + 0.05 for row in rows)))
+    axes.set_xlabel("FLOPs of a step, training all of the timm model = 1")
+    axes.set_ylabel("time of a step, the same = 1")
+    slots = f"{bench.slots} slot{'s' * (bench.slots > 1)}"
+    axes.set_title(
+        f"{bench.model}, {bench.tuning} tuning, batch {bench.batch_size}, {slots}, "
+        f"{bench.precision} on {bench.device}"
+        + (f", {bench.threads} threads" if bench.device == "cpu" else ""),
+        fontsize=11,
+    )
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=130)

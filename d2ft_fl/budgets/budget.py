@@ -1,0 +1,181 @@
+"""What a client can afford in one round, and where it says so.
+
+A budget holds FLOPs, peak bytes of memory, bytes up and bytes down, each optional, each absolute
+("2 GFLOP", "512 MiB") or relative ("40 %") to training everything, as the run tunes it, on the
+client's own data at the configured batch size; and a deadline, the most simulated seconds that a
+round may take it by its speed and bandwidths.
+
+Where budgets come from: a TOML file of device classes (``devices.py``; two are built in), this
+machine's own measurement (``profile.py``), or a ``module:callable`` of yours, given a
+:class:`ClientDescription` and the round.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+
+from d2ft_fl.costs.resources import RESOURCES, Cost
+from d2ft_fl.errors import ConfigError
+
+DEADLINE = "deadline"
+LIMITS = (*RESOURCES, DEADLINE)  # what a budget may limit
+UNLIMITED = 2**60
+_NUMBER = re.compile(r"^\s*([+-]?[0-9]+(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?)\s*([^\s0-9].*?)?\s*$")
+_PREFIXES = {"": 1, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15}
+_BINARY = {"Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
+_FLOPS = {f"{p}FLOP{s}": f for p, f in _PREFIXES.items() for s in ("", "s")}
+_BYTES = {f"{p}B": f for p, f in {**_PREFIXES, **_BINARY, "K": 1e3}.items()}
+_SPEEDS = {f"{p}FLOP/s": f for p, f in _PREFIXES.items()}
+_RATES = {f"{u}/s": f for u, f in _BYTES.items()} | {
+    f"{p}bit/s": f / 8 for p, f in _PREFIXES.items()
+}
+_SECONDS = {"s": 1, "ms": 1e-3, "min": 60, "h": 3600}
+_UNITS: dict[str, tuple[dict[str, float], str]] = {
+    "flops": (_FLOPS, '"2 GFLOP" or "40 %"'),
+    "memory": (_BYTES, '"512 MiB" or "40 %"'),
+    "bytes_up": (_BYTES, '"10 MB" or "40 %"'),
+    "bytes_down": (_BYTES, '"10 MB" or "40 %"'),
+    "speed": (_SPEEDS, '"10 GFLOP/s"'),
+    "bandwidth_up": (_RATES, '"5 Mbit/s"'),
+    "bandwidth_down": (_RATES, '"20 Mbit/s"'),
+    "deadline": (_SECONDS, '"30 s" or "2 min"'),
+}
+ENTRIES = tuple(name.replace("_", "-") for name in _UNITS)
+
+
+@dataclass(frozen=True)
+class Amount:
+    """An amount of a resource: absolute, or a share of training everything."""
+
+    value: float
+    relative: bool = False
+
+    def __post_init__(self) -> None:
+        if not np.isfinite(self.value) or self.value < 0:
+            raise ConfigError(f"a budget of {self.value} is negative or not finite")
+
+    def resolve(self, full: int) -> int:
+        """In FLOPs or bytes, rounded down; ``full`` is what 100 % means."""
+        wanted = self.value * full if self.relative else self.value
+        return int(min(float(UNLIMITED), wanted))
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What one client can afford in one round; ``None`` is no limit.
+
+    Attributes:
+        flops, memory, bytes_up, bytes_down: The four budgets.
+        speed: FLOP/s. bandwidth_up, bandwidth_down: bytes/s. ``None`` takes no time.
+        deadline: The most simulated :meth:`seconds` of a round.
+        device: A name to report.
+    """
+
+    flops: Amount | None = None
+    memory: Amount | None = None
+    bytes_up: Amount | None = None
+    bytes_down: Amount | None = None
+    speed: float | None = None
+    bandwidth_up: float | None = None
+    bandwidth_down: float | None = None
+    deadline: float | None = None
+    device: str = ""
+
+    def capacity(self, full: Cost) -> np.ndarray:
+        """The four budgets in ``RESOURCES`` order, ``UNLIMITED`` where there is none: int64 [4]."""
+        amounts = [getattr(self, r) for r in RESOURCES]
+        return np.array(
+            [
+                UNLIMITED if a is None else min(UNLIMITED, a.resolve(getattr(full, r)))
+                for a, r in zip(amounts, RESOURCES, strict=True)
+            ],
+            dtype=np.int64,
+        )
+
+    def seconds(self, cost: Cost) -> float:
+        """Simulated seconds of a round: download, compute, upload."""
+        parts = (
+            (cost.bytes_down, self.bandwidth_down),
+            (cost.flops, self.speed),
+            (cost.bytes_up, self.bandwidth_up),
+        )
+        return sum(amount / rate for amount, rate in parts if rate)
+
+    def to_json(self) -> dict[str, Any]:
+        """A form that :meth:`from_mapping` reads back exactly."""
+        out: dict[str, Any] = {}
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if isinstance(value, Amount):
+                out[f.name] = {"share": value.value} if value.relative else value.value
+            elif value not in (None, ""):
+                out[f.name] = value
+        return out
+
+    @classmethod
+    def from_mapping(cls, entries: Mapping[str, Any], where: str = "budget") -> "Budget":
+        """A budget from a TOML table, a JSON object or what a plug-in returned.
+
+        Raises:
+            ConfigError: For an unknown, negative or unparsable entry, naming it.
+        """
+        values: dict[str, Any] = {}
+        for key, value in entries.items():
+            name = key.replace("-", "_")
+            if name in values:
+                raise ConfigError(f"{where}: {key} is given twice; write it once")
+            if name == "device":
+                values[name] = str(value)
+            elif name in _UNITS:
+                values[name] = _parse(name, value, f"{where}: {key} = {value!r}")
+            else:
+                raise ConfigError(
+                    f"{where}: unknown entry {key!r}; allowed are {', '.join(ENTRIES)}"
+                )
+        return cls(**values)
+
+
+def _parse(name: str, value: Any, where: str) -> Amount | float:
+    units, example = _UNITS[name]
+    share = False
+    if isinstance(value, Mapping) and type(value.get("share")) in (int, float):
+        number, share = _float(value["share"]), True
+    elif isinstance(value, (int, float)) and not isinstance(value, bool):
+        number = _float(value)
+    elif isinstance(value, str) and (match := _NUMBER.match(value)):
+        unit = match[2] or ""
+        if unit == "%":
+            number, share = float(match[1]) / 100, True
+        elif unit in units:
+            number = float(match[1]) * units[unit]
+        else:
+            raise ConfigError(f"{where} has unit {unit!r}; write something like {example}")
+    else:
+        raise ConfigError(f"{where} cannot be read; write something like {example}")
+    if not np.isfinite(number) or number < 0:
+        raise ConfigError(f"{where} is negative or not finite; write something like {example}")
+    if name in RESOURCES:
+        return Amount(number, share)
+    if share or number == 0:
+        raise ConfigError(f"{where} must be absolute and above 0, like {example}")
+    return number
+
+
+def _float(number: int | float) -> float:
+    """As a float; infinite where TOML's whole numbers are too large for one."""
+    try:
+        return float(number)
+    except OverflowError:
+        return float("inf")
+
+
+@dataclass(frozen=True)
+class ClientDescription:
+    """What a budget source is told about a client."""
+
+    client: int
+    examples: int
+    clients: int

@@ -1,0 +1,89 @@
+"""Where clients get their budgets: device classes, measurements, files, plug-ins."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from d2ft_fl.budgets.budget import Budget, ClientDescription
+from d2ft_fl.budgets.device_classes import ASSETS, BUILTIN
+from d2ft_fl.errors import ConfigError
+from d2ft_fl.util.plugins import load_attribute
+
+MEASURED = "measured"
+
+
+class BudgetSource(Protocol):
+    """Says what a client can afford in a round."""
+
+    @property
+    def varies(self) -> bool:
+        """Whether clients have to be asked again every round."""
+
+    def __call__(self, client: ClientDescription, round: int) -> Budget:
+        """The budget of ``client`` in ``round``, counted from 1."""
+
+
+def budget_source(
+    spec: str, resolve: Callable[[str], Path], device: str = "cpu", threads: int = 1
+) -> BudgetSource:
+    """The source that a configuration names.
+
+    Args:
+        spec: ``devices``, ``hardware``, ``measured``, a path ending in ``.toml``, or
+            ``module:callable``.
+        resolve: Makes a path absolute.
+        device: Where ``measured`` measures: cpu or cuda.
+        threads: Threads of torch that ``measured`` measures with.
+
+    Raises:
+        ConfigError: When there is none such, or its file is wrong.
+    """
+    from d2ft_fl.budgets import device_classes, machine
+
+    if spec in BUILTIN:
+        return device_classes.read_devices(ASSETS / f"{spec}.toml")
+    if spec == MEASURED:
+        return machine.Measured(device, threads)
+    if spec.endswith(".toml"):
+        return device_classes.read_devices(resolve(spec))
+    if ":" in spec:
+        function = load_attribute(spec, "budgets")
+        if not callable(function):
+            raise ConfigError(f"budgets = {spec!r} is a {type(function).__name__}, not a callable")
+        return Plugin(spec, function)
+    raise ConfigError(
+        f"budgets = {spec!r}; use {', '.join(map(repr, (*BUILTIN, MEASURED)))}, a path ending in "
+        ".toml, or 'module:callable'"
+    )
+
+
+@dataclass(frozen=True)
+class Plugin:
+    """A ``module:callable`` of the user's, its answers checked."""
+
+    spec: str
+    function: Callable[[ClientDescription, int], Any]
+    varies: bool = True
+
+    def __call__(self, client: ClientDescription, round: int) -> Budget:
+        """What the function answers.
+
+        Raises:
+            ConfigError: When it raises, or its answer is no budget.
+        """
+        where = f"budgets = {self.spec!r}"
+        try:
+            answer = self.function(client, round)
+        except Exception as error:
+            raise ConfigError(
+                f"{where} raised {type(error).__name__}: {error} "
+                f"for client {client.client} in round {round}"
+            ) from error
+        if isinstance(answer, Budget):  # read back, so that its entries are checked too
+            return Budget.from_mapping(answer.to_json(), where)
+        if isinstance(answer, Mapping):
+            return Budget.from_mapping({str(k): v for k, v in answer.items()}, where)
+        raise ConfigError(
+            f"{where} returned a {type(answer).__name__}; return a Budget or a mapping"
+        )

@@ -1,0 +1,1 @@
+"""What a client does with an assignment: answer, refuse, train, reply."""

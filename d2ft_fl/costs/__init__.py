@@ -1,0 +1,1 @@
+"""What a schedule costs a client: FLOPs, memory, bytes up, bytes down."""

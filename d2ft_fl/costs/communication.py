@@ -1,0 +1,126 @@
+"""Bytes that a schedule makes travel: those of tensors, and of headers at most."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from d2ft_fl.costs.compensation import Extras
+from d2ft_fl.costs.parameter_counts import Parts, Which
+from d2ft_fl.subnets.architecture import Architecture, Kind, Parameter, has_fixed
+from d2ft_fl.subnets.schedule import residents, trainees
+from d2ft_fl.wire.quantization import PLAIN, is_coded, row_bytes
+from d2ft_fl.wire.sizes import ELEMENT, MESSAGE_HEADER, RANK_BYTES, TENSOR_HEADER
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes up and down.
+
+    Attributes:
+        extras: What comes besides for compensation.
+        bits_up, bits_down: Of numbers; see :mod:`d2ft_fl.wire.quantization`.
+    """
+
+    parts: Parts
+    extras: Extras
+    slots: int
+    bits_up: int
+    bits_down: int
+
+    @property
+    def arch(self) -> Architecture:
+        """The model's."""
+        return self.parts.arch
+
+    def down(
+        self,
+        operations: np.ndarray,
+        holds: np.ndarray | None,
+        ranks: np.ndarray | None = None,
+    ) -> np.ndarray:
+        """Bytes that travel to clients: int64 [clients].
+
+        Args:
+            operations: int8 [clients, slots, blocks, heads].
+            holds: bool [clients, blocks, heads], subnets whose fixed parameters are there already;
+                None for nothing.
+            ranks: Those of schedules, where they have some.
+        """
+        loose, fixed, resident = self.parts.loose, self.parts.fixed, residents(operations)
+        total = loose.wire_bytes(resident) + loose.outer_bytes + self.message_bytes
+        total += self.rank_bytes * (ranks is not None)
+        total += self.extras.down(operations)
+        total -= (resident * self.spared_down).sum(axis=(1, 2))
+        if holds is None:
+            return total + fixed.wire_bytes(resident) + fixed.outer_bytes
+        new = resident & ~holds
+        blocks = resident.any(axis=2) & ~holds.any(axis=2)  # of which nothing is there yet
+        total += (new * ELEMENT * fixed.sliced).sum(axis=(1, 2))
+        total += (new.any(axis=2) * TENSOR_HEADER * fixed.tensors).sum(axis=1)
+        total += (blocks * ELEMENT * fixed.shared).sum(axis=1)
+        return total + ~holds.any(axis=(1, 2)) * fixed.outer_bytes
+
+    def up(self, operations: np.ndarray, ranks: np.ndarray) -> np.ndarray:
+        """Bytes that come back: int64 [clients].
+
+        Args:
+            operations: int8 [clients, slots, blocks, heads].
+            ranks: At what rank subnets train: int64 [clients, blocks, heads].
+        """
+        parts, trained = self.parts, trainees(operations)
+        elements = parts.whole.elements(trained) + parts.ranked.elements(ranks)
+        headers = (trained.any(axis=2) * TENSOR_HEADER * parts.trained.tensors).sum(axis=1)
+        spared = (trained * self.spared_up).sum(axis=(1, 2))
+        outer = parts.trained.outer_bytes + MESSAGE_HEADER
+        return outer + ELEMENT * elements + headers + self.extras.up(operations) - spared
+
+    @property
+    def message_bytes(self) -> int:
+        """Bytes of a message to a client beside its tensors."""
+        grid = self.arch.blocks * self.arch.heads
+        names = 20 * (grid + self.arch.blocks + 1)  # of what is fixed; see `holdings`
+        return MESSAGE_HEADER + 2 * self.slots * grid + names * has_fixed(self.arch)
+
+    @property
+    def rank_bytes(self) -> int:
+        """Bytes of the ranks in a message that has some."""
+        return 2 * RANK_BYTES * self.arch.blocks * self.arch.heads
+
+    @cached_property
+    def spared_up(self) -> np.ndarray:
+        """Bytes that coding spares a subnet that trains on its way up: int64 [blocks, heads]."""
+        bits = self.bits_up
+        return self._coded(bits, lambda p: p.trains, lambda p: _spared(p, bits))
+
+    @cached_property
+    def spared_down(self) -> np.ndarray:
+        """Bytes that coding spares a subnet on its way down: int64 [blocks, heads]."""
+        bits = self.bits_down
+        return self._coded(bits, lambda p: True, lambda p: _spared(p, bits))
+
+    @cached_property
+    def kept(self) -> np.ndarray:
+        """Bytes of where a subnet that trains began, if its change is coded: int64 [blocks, heads].
+
+        They are held while it trains, in as many bits as they came in.
+        """
+        return self._coded(self.bits_up, lambda p: p.trains, lambda p: row_bytes(p, self.bits_down))
+
+    def _coded(self, bits: int, which: Which, each: Callable[[Parameter], int]) -> np.ndarray:
+        """Bytes of the rows of each subnet that travel coded: int64 [blocks, heads].
+
+        Args:
+            each: Of one row of a parameter.
+        """
+        total = np.zeros((self.arch.blocks, self.arch.heads), dtype=np.int64)
+        for p in self.arch.of_kind(Kind.SLICED):
+            if which(p) and is_coded(p, bits):
+                total[p.block] += [each(p) * len(rows) for rows in p.rows]
+        return total
+
+
+def _spared(p: Parameter, bits: int) -> int:
+    """Bytes by which a row is shorter in so many bits."""
+    return row_bytes(p, PLAIN) - row_bytes(p, bits)

@@ -1,0 +1,148 @@
+"""FLOPs of operations branch by branch: the arithmetic behind :mod:`d2ft_fl.costs.cost_model`."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from d2ft_fl.subnets.architecture import Architecture, Trains
+from d2ft_fl.subnets.schedule import BranchOperations, Operation
+
+_ALL = (Operation.FORWARD_ONLY, Operation.FROZEN, Operation.FULL)
+
+
+@dataclass(frozen=True)
+class BranchFlops:
+    """FLOPs of one example, by operation and whether gradient goes on below: int64.
+
+    Attributes:
+        base: Of a head's weights: [operations, 2, 2 branches, heads].
+        near: Of its own LoRA factors, for heads that train, by each column that trains:
+            [operations, 2, 2 branches, heads].
+        far: Of a block's common ones, where heads that train do it, by each column of the largest
+            of their ranks: [operations, 2, 2 branches].
+    """
+
+    base: np.ndarray
+    near: np.ndarray
+    far: np.ndarray
+
+    @classmethod
+    def of(cls, arch: Architecture, fused: bool, checkpointing: bool) -> "BranchFlops":
+        """By architecture; see :mod:`d2ft_fl.costs.cost_model` for the formulae."""
+        shape = len(Operation), 2, 2, arch.heads
+        base, near = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
+        far = np.zeros(shape[:3], dtype=np.int64)
+        one = np.full(arch.heads, arch.head_dim, dtype=np.int64)
+        hidden = np.array(arch.hidden, dtype=np.int64)
+        product = 2 * arch.tokens**2 * one  # one of attention's
+        # Width of the products in, of those of them with factors, and of the product out; FLOPs of
+        # the middle, forward and backward.
+        shapes = [
+            (
+                (4 if arch.gated else 3) * one,
+                3 * one,
+                one,
+                2 * product,
+                (5 if fused else 4) * product,
+            ),
+            (hidden, hidden, hidden, 0 * hidden, 0 * hidden),
+        ]
+        for branch, (inward, adapted, outward, ahead, back) in enumerate(shapes):
+            trains = arch.trains[branch]
+            into, out = (2 * arch.tokens * arch.dim * width for width in (inward, outward))
+            again = checkpointing * (into + ahead)
+            for through in range(2):
+                deep = through or trains.inward
+                base[Operation.FORWARD_ONLY, through, branch] = into + out + ahead
+                base[Operation.FROZEN, through, branch] = (
+                    into + out + ahead + into + out + back + again
+                )
+                full = into + out + ahead + again
+                full = full + bool(deep) * (out + back) + through * into
+                full = full + trains.weights[0] * into + trains.weights[1] * out
+                base[Operation.FULL, through, branch] = full
+            first, last = ((t in arch.targets) for t in (("qkv", "proj"), ("fc1", "fc2"))[branch])
+            factors = _Factors(arch, trains, checkpointing, first, last)
+            for operation in _ALL:
+                for through in range(2):
+                    where = operation, through, branch
+                    near[where], far[where] = factors.flops(operation, through, adapted, outward)
+        return cls(base, near, far)
+
+    def per_slot(
+        self, operations: np.ndarray, trains: Sequence[Trains], ranks: np.ndarray
+    ) -> np.ndarray:
+        """FLOPs of an example in each slot of schedules: int64 [clients, slots].
+
+        Args:
+            operations: int8 [clients, slots, blocks, heads].
+            ranks: Of heads that train, else 0: int64 [clients, blocks, heads].
+        """
+        run = BranchOperations.of(operations, trains)
+        through = run.through[..., None].astype(np.int8)
+        branch = np.arange(2, dtype=np.int8)[:, None]
+        head = np.arange(operations.shape[-1])
+        total = self.base[run.operations, through, branch, head].sum(axis=(2, 3, 4))
+        if not self.far.any():
+            return total
+        own = ranks[:, None, :, None]
+        near = self.near[run.operations, through, branch, head] * own
+        total += near.sum(axis=(2, 3, 4))
+        for operation in _ALL:
+            does = ((run.operations == operation) * own).max(axis=-1)
+            far = self.far[operation][run.through.astype(np.int8), np.arange(2)]
+            total += (does * far).sum(axis=(2, 3))
+        return total
+
+    def spared_at_the_bottom(self, trains: Sequence[Trains], rank: int) -> int:
+        """Most FLOPs of an example that the lowest block that trains in a slot is spared.
+
+        That is beside what the same operations cost above another block that trains.
+        """
+        spared = []
+        for operation in (Operation.FULL, Operation.FROZEN):  # of a head beside one that is FULL
+            pair = np.array([[[Operation.FULL, operation]]], dtype=np.int8)
+            run = BranchOperations.of(pair, trains)
+            where = run.operations[0, 0, :, 1], run.through[0, 0].astype(np.int8), np.arange(2)
+            cost, most = (
+                (self.base[at] + rank * self.near[at]).sum(axis=0) for at in (where, (operation, 1))
+            )
+            spared.append(most - cost)
+            if operation is Operation.FULL:
+                common = rank * int((self.far[operation, 1] - self.far[where]).sum())
+        return int(np.max(spared, axis=0).sum()) + common
+
+
+@dataclass(frozen=True)
+class _Factors:
+    """FLOPs of LoRA's factors of one branch's products in and out."""
+
+    arch: Architecture
+    trains: Trains
+    checkpointing: bool
+    inward: bool
+    outward: bool
+
+    def flops(
+        self, operation: Operation, through: int, rows_in: np.ndarray, rows_out: np.ndarray
+    ) -> tuple[np.ndarray, int]:
+        """Of a column of each head's own factors [heads], and of those in common.
+
+        Args:
+            rows_in, rows_out: Rows of each head: int64 [heads].
+        """
+        t, a = self.trains, self.arch
+        live, full = operation >= Operation.FROZEN, operation is Operation.FULL
+        through = through or operation is Operation.FROZEN
+        deep = live and (through or t.inward)
+        near_in = 1 + (deep and (through or (full and t.far[0]))) + (full and t.near[0])
+        near_out = 1 + deep + (full and t.near[1])
+        far_in = 1 + (live and through) + (full and t.far[0])
+        far_out = 1 + (deep or (full and t.near[1])) + (full and t.far[1])
+        if self.checkpointing and live:
+            near_in, far_in = near_in + 1, far_in + 1
+            near_out += full and (t.far[1] or a.lora_dropout > 0)
+        unit = 2 * a.tokens
+        near = unit * (self.inward * near_in * rows_in + self.outward * near_out * rows_out)
+        return near, unit * a.dim * int(self.inward * far_in + self.outward * far_out)

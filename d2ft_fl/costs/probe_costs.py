@@ -1,0 +1,113 @@
+"""What a client does with the whole model before it trains its part: score it, and select examples.
+
+Both are charged to its budgets. The whole model comes down for them.
+"""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from d2ft_fl.costs.cost_model import CostModel
+from d2ft_fl.costs.resources import MEMORY_MARGIN, Cost
+from d2ft_fl.lora.config import without_lora
+from d2ft_fl.subnets.architecture import Kind
+from d2ft_fl.subnets.schedule import Operation, Schedule
+from d2ft_fl.wire.sizes import ELEMENT, TENSOR_HEADER
+
+
+@dataclass(frozen=True)
+class Passes:
+    """What a client does with the whole model before it trains its part.
+
+    Attributes:
+        scored: Examples of a scoring pass; 0 for none.
+        viewed: Examples whose outputs it looks at, to select what it trains on; 0 for none.
+        kinds: Of scores to measure; see :data:`~d2ft_fl.planning.importance.MEASURED`.
+    """
+
+    scored: int = 0
+    viewed: int = 0
+    kinds: tuple[str, ...] = ()
+
+    def __bool__(self) -> bool:
+        return bool(self.scored or self.viewed)
+
+    @property
+    def alternatives(self) -> tuple["Passes", ...]:
+        """What to try in turn where budgets do not afford all: these, selecting alone, none."""
+        return tuple(dict.fromkeys((self, Passes(viewed=self.viewed), NO_PASSES)))
+
+
+NO_PASSES = Passes()
+
+
+def passes_cost(costs: CostModel, passes: Passes, holds: np.ndarray | None = None) -> Cost:
+    """Cost of passes over the whole model, which comes down for them.
+
+    Scoring takes one example at a time, everything FULL; selecting a batch at a time, forward. Up
+    goes one float32 [blocks, heads] for each kind of scores. Memory and FLOPs of scoring
+    are the same for any number of kinds: all are taken from the one gradient at hand.
+
+    Args:
+        holds: bool [blocks, heads], subnets whose fixed parameters the client has.
+    """
+    cost = costs.known(passes, lambda: _passes_cost(costs, passes))
+    if holds is None or not passes:
+        return cost
+    everything = costs.everything().operations[None]
+    return replace(cost, bytes_down=int(costs.traffic.down(everything, holds[None])[0]))
+
+
+def _passes_cost(costs: CostModel, passes: Passes) -> Cost:
+    if not passes:
+        return Cost()
+    # Gradients of the likelihood, so without dropout; of the weights themselves, factors folded in.
+    a = without_lora(costs.arch)
+    still = replace(a, attention_dropout=0.0, hidden_dropout=0.0, output_dropout=0.0, drop_path=0.0)
+    one = replace(costs.plain(), arch=still)
+    held = sum(p.numel for p in a.parameters)
+    folded = bool(passes.scored) + bool(passes.viewed)
+    flops, memory, up = folded * costs.arch.rank * int(costs.fold_flops.sum()), 0, 0
+    if passes.scored:
+        everything = one.everything()
+        widest = max(p.numel for p in a.of_kind(Kind.SLICED))
+        flops += one.flops(everything, 1) * passes.scored
+        memory = ELEMENT * (held + 2 * widest + passes.scored * a.input_elements)
+        memory += one.peak_bytes(everything, [1])
+        up = len(passes.kinds) * (ELEMENT * a.blocks * a.heads + TENSOR_HEADER)
+    if passes.viewed:
+        batch = min(passes.viewed, costs.options.batch_size)
+        forward = Schedule.filled(Operation.FORWARD_ONLY, 1, a.blocks, a.heads)
+        blocks = a.blocks * int(one.operation_flops[Operation.FORWARD_ONLY].sum())
+        flops += (a.embed_flops + 2 * a.dim * a.classes + blocks) * passes.viewed
+        viewing = ELEMENT * (held + batch * a.input_elements + passes.viewed)
+        memory = max(memory, viewing + one.peak_bytes(forward, [batch]))
+    down = costs.bytes_down(costs.everything())
+    return Cost(flops, memory + memory // MEMORY_MARGIN, up, down)
+
+
+def with_passes(cost: Cost, before: Cost) -> Cost:
+    """A round's cost with passes before it, for which everything has come down already."""
+    return Cost(
+        cost.flops + before.flops,
+        max(cost.memory, before.memory),
+        cost.bytes_up + before.bytes_up,
+        before.bytes_down,
+    )
+
+
+def round_cost(
+    costs: CostModel,
+    schedule: Schedule,
+    examples: int,
+    passes: Passes,
+    holds: np.ndarray | None = None,
+) -> Cost:
+    """Cost of a round, with the passes before it, if any.
+
+    They need the whole model, of which the schedule then keeps its part, uncompensated.
+    """
+    if not passes:
+        return costs.cost(schedule, examples, holds)
+    cost = replace(costs, compensated=False).cost(schedule, examples)
+    return with_passes(cost, passes_cost(costs, passes, holds))

@@ -1,0 +1,34 @@
+"""The resources that a budget limits, and amounts of them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+RESOURCES = ("flops", "memory", "bytes_up", "bytes_down")
+
+
+MEMORY_MARGIN = 32  # 1/32 on top for the small tensors that the formula passes over
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one client spends in one round."""
+
+    flops: int = 0
+    memory: int = 0  # bytes, at the peak
+    bytes_up: int = 0
+    bytes_down: int = 0
+
+    def vector(self) -> np.ndarray:
+        """int64 [4], in the order of ``RESOURCES``."""
+        return np.array([getattr(self, r) for r in RESOURCES], dtype=np.int64)
+
+
+def workload_variance(flops: Sequence[int]) -> float:
+    """Variance over clients of their FLOPs, in units of the mean's square.
+
+    D2FT (arXiv 2504.12471) reports the variance of the work of devices; 0 is an even load.
+    """
+    mean = float(np.mean(flops)) if len(flops) else 0.0
+    return float(np.var(flops)) / mean**2 if mean else 0.0

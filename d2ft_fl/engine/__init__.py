@@ -1,0 +1,1 @@
+"""Partial execution: runs and trains the assigned heads of any described model."""

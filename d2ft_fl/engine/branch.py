@@ -1,0 +1,169 @@
+"""A residual branch of a block, run for some of its heads.
+
+A branch (attention or feed-forward) is
+
+    x <- x + drop(scale * (bias + sum_h mid(norm(x) W_in[h]) W_out[h]))
+
+By operation:
+
+    FULL          gradient to its weights and through it
+    FROZEN        gradient through it; its weights get none
+    FORWARD_ONLY  runs outside the graph
+
+and a SHORTCUT is not there at all, but for its mean contribution where compensation is on. The
+arithmetic of the sum is in :mod:`d2ft_fl.engine.branch_autograd`.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from timm.layers import drop_path
+from torch import Tensor
+
+from d2ft_fl.config.training_options import Numerics
+from d2ft_fl.engine import fast_path
+from d2ft_fl.engine.branch_autograd import Pass, Sum
+from d2ft_fl.engine.grouping import Status
+from d2ft_fl.engine.head_group import Lora, Observer, Piece
+from d2ft_fl.engine.model_adapter import BranchTraits
+from d2ft_fl.engine.packed_heads import PackedHeads
+from d2ft_fl.engine.segments import Segment
+from d2ft_fl.subnets.architecture import Trains
+
+# Told a piece and its z [examples, tokens, depth] as it runs; see `compensation`.
+Tally = Callable[[Piece, Tensor], None]
+
+
+@dataclass
+class Branch:
+    """One branch of one block, as far as a client holds it.
+
+    Attributes:
+        store: The block's slices.
+        shared: role -> shared parameters of the block.
+        segments: What its slots do.
+        trains: What of it trains. loras: Product -> its LoRA factors.
+        numerics: How arithmetic is done.
+        offsets: Per slot, the compensation of what is skipped, [tokens, dim] or None; scaled and
+            biased like the sum it is part of, or as it is where nothing runs.
+        training: Whether dropout and stochastic depth are drawn.
+        observer: See :data:`Observer`. tally: See :data:`Tally`.
+    """
+
+    traits: BranchTraits
+    store: PackedHeads
+    shared: Mapping[str, Tensor]
+    segments: list[Segment]
+    trains: Trains
+    loras: Mapping[str, Lora]
+    numerics: Numerics
+    offsets: Sequence[Tensor | None]
+    training: bool = False
+    observer: Observer | None = None
+    tally: Tally | None = None
+
+    def __post_init__(self) -> None:
+        self._only = fast_path.only_piece(self)
+
+    def __call__(self, x: Tensor, bounds: Sequence[int]) -> Tensor:
+        """x [examples, tokens, dim] plus what the branch adds.
+
+        Slot s has the examples ``bounds[s]`` to before ``bounds[s + 1]``.
+        """
+        present = [s for s in self.segments if bounds[s.slots[0]] < bounds[s.slots[1]]]
+        if all(s.status is Status.IDLE for s in present) and not any(
+            o is not None and bounds[slot] < bounds[slot + 1] for slot, o in enumerate(self.offsets)
+        ):
+            return x
+        work = Pass(self, present, tuple(bounds), x.shape[1])
+        graph = torch.is_grad_enabled() and any(s.alive for s in present)
+        if graph and self._only and self.observer is None and self.tally is None:
+            out = fast_path.run(self, self._only, x)
+        elif graph:
+            roles = tuple(role for role in self._roles if role in self.shared)
+            anchor = x.new_empty(0, requires_grad=True)
+            out = Sum.apply(work, roles, anchor, x, *(self.shared[role] for role in roles))
+        else:
+            with torch.no_grad():
+                out = work.scaled(work.forward(x.detach(), self.shared, None)[0], self.shared)
+        if self.training and self.traits.output_dropout:
+            out = F.dropout(out, self.traits.output_dropout)
+        if self.training and self.traits.drop_path:
+            out = drop_path(out, self.traits.drop_path, training=True)
+        return x + out
+
+    @property
+    def _roles(self) -> tuple[str, ...]:
+        """Every shared role that the branch may have, in a fixed order."""
+        own = (*self.norm_roles, self.bias_role, self.traits.scale_role)
+        return (*own, *self.traits.middle_roles, *self.far_roles)
+
+    @property
+    def bias_role(self) -> str:
+        """Role of the bias of the product out."""
+        return f"{self.traits.outward}.bias"
+
+    @property
+    def far_roles(self) -> tuple[str, str]:
+        """Roles of the LoRA factors that heads have in common."""
+        return f"{self.traits.inward[0]}.lora_A", f"{self.traits.outward}.lora_B"
+
+    @property
+    def norm_roles(self) -> tuple[str, str]:
+        """Roles of the norm's parameters."""
+        return f"{self.traits.norm_role}.weight", f"{self.traits.norm_role}.bias"
+
+    def normed(self, x: Tensor, shared: Mapping[str, Tensor]) -> Tensor:
+        """The norm of x [examples, tokens, dim]."""
+        named = zip(("weight", "bias"), self.norm_roles, strict=True)
+        return self.traits.norm(x, {key: shared[role] for key, role in named if role in shared})
+
+    def middle(self, hs: Sequence[Tensor], tokens: int, shared: Mapping[str, Tensor]) -> Tensor:
+        """What lies between the products: [rows, width] each -> [rows, depth]."""
+        split = [h.view(len(h) // tokens, tokens, h.shape[1]) for h in hs]
+        training, middle = self.training, self.traits.middle
+        if not self.numerics.mixed:
+            return middle(training, split, shared).flatten(0, 1)
+        with torch.autocast(hs[0].device.type, self.numerics.dtype):
+            return middle(training, split, shared).flatten(0, 1)
+
+    @property
+    def keeps_y(self) -> bool:
+        """Whether gradients need the norm as it is: not where LoRA drops out of it first."""
+        return self.trains.y and not (self.training and self._drops(self.traits.inward[0]))
+
+    @property
+    def random(self) -> bool:
+        """Whether random numbers are drawn between x and the sum, when training."""
+        return self.traits.random or any(map(self._drops, self.loras))
+
+    def _drops(self, product: str) -> bool:
+        return product in self.loras and self.loras[product].dropout > 0
+
+    def settle(self, overwrite: bool) -> list[Tensor]:
+        """Decide which pieces replace the gradients that they find, and which add to them.
+
+        Args:
+            overwrite: Whether one pass makes a step's gradients; otherwise all add up.
+
+        Returns:
+            Gradients that must be zeroed before a step.
+        """
+        full = [p for s in self.segments for p in s.alive if p.full]
+        touched: set[int] = set()
+        first: set[int] = set()  # heads whose first gradient is added to what is there
+        for piece in full:
+            piece.overwrites = overwrite and touched.isdisjoint(piece.heads)
+            if not piece.overwrites:
+                first.update(set(piece.heads) - touched)
+            touched.update(piece.heads)
+        products = (*self.traits.inward, self.traits.outward)
+        roles = [role for role in self.store.grads if role.split(".")[0] in products]
+        return [
+            self.store.grads[role][run.rows]
+            for role in roles
+            if first
+            for run in self.store.runs(role, first)
+        ]

@@ -1,0 +1,117 @@
+"""How a block's heads and slots are grouped for execution: storage order, segments, pieces.
+
+Slots that ask the same of a block, side by side, are a *segment*. Within one, heads that do the
+same in neighbouring slots are a *piece*, which the engine runs as one narrower branch. Trained
+heads are stored first, alike ones side by side, so that a piece is a few runs of rows.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from itertools import pairwise
+
+import numpy as np
+
+from d2ft_fl.subnets.schedule import Operation
+
+# A piece: first slot, slot behind the last, heads.
+Part = tuple[int, int, tuple[int, ...]]
+RUNNING = (Operation.FULL, Operation.FROZEN, Operation.FORWARD_ONLY)
+
+
+def storage_order(operations: np.ndarray, ranks: Mapping[int, int] | None = None) -> list[int]:
+    """Order in which a block's heads are stored: trained ones first, alike ones side by side.
+
+    A path from head to head that changes as few operations as it can, nearest neighbour first, so
+    that the heads of an operation in a slot lie in few runs; of one rank after another, the largest
+    first.
+
+    Args:
+        operations: int8 [slots, heads].
+        ranks: Trained heads -> the ranks of their factors, where these differ.
+    """
+    trained = (operations == Operation.FULL).any(axis=0)
+    resident = (operations != Operation.SHORTCUT).any(axis=0)
+    groups = [trained]
+    if ranks is not None:
+        own = np.array([ranks.get(head, 0) for head in range(len(trained))])
+        groups = [trained & (own == rank) for rank in sorted(set(ranks.values()), reverse=True)]
+    order: list[int] = []
+    for group in (*groups, resident & ~trained):
+        left = [int(h) for h in np.flatnonzero(group)]
+        while left:
+            last = operations[:, order[-1]] if order else np.full(len(operations), Operation.FULL)
+            nearest = min(left, key=lambda h: (int((operations[:, h] != last).sum()), h))
+            left.remove(nearest)
+            order.append(nearest)
+    return order
+
+
+class Status(IntEnum):
+    """What some neighbouring slots ask of a block."""
+
+    IDLE = 0  # nothing runs
+    SILENT = 1  # something runs, outside the graph
+    ALIVE = 2  # gradient passes through; nothing of the block trains
+    TRAINS = 3  # something runs FULL: shared parameters train
+
+
+# Status that a single operation asks for, by its code.
+_STATUS = np.array([Status.IDLE, Status.SILENT, Status.ALIVE, Status.TRAINS])
+
+
+@dataclass(frozen=True)
+class Group:
+    """A segment, and how its work is divided.
+
+    Attributes:
+        slots: From which slot to before which.
+        status: What they ask.
+        through: Whether gradient is wanted at their input.
+        pieces: Operation -> its pieces.
+    """
+
+    slots: tuple[int, int]
+    status: Status
+    through: bool
+    pieces: dict[Operation, list[Part]]
+
+
+def groups(operations: np.ndarray, through: np.ndarray, order: Sequence[int]) -> list[Group]:
+    """Divide a branch's slots into segments, and each segment's work into pieces.
+
+    Args:
+        operations, through: int8 [slots, heads] and bool [slots], of
+            :class:`~d2ft_fl.subnets.schedule.BranchOperations`.
+        order: Heads as they are stored.
+    """
+    status = _STATUS[operations].max(axis=1)
+    through = through & (status >= Status.ALIVE)
+    return [
+        Group(
+            (start, stop),
+            Status(int(status[start])),
+            bool(through[start]),
+            {
+                operation: list(_parts(operations, operation, start, stop, order))
+                for operation in RUNNING
+            },
+        )
+        for start, stop in _equal_runs(np.stack([status, through], axis=1))
+    ]
+
+
+def _parts(
+    operations: np.ndarray, operation: Operation, start: int, stop: int, order: Sequence[int]
+) -> Iterator[Part]:
+    """Pieces of one operation: neighbouring slots that have the same heads do it."""
+    chosen = operations[start:stop] == operation  # [slots, heads]
+    for a, b in _equal_runs(chosen):
+        if heads := tuple(head for head in order if chosen[a, head]):
+            yield start + a, start + b, heads
+
+
+def _equal_runs(rows: np.ndarray) -> Iterator[tuple[int, int]]:
+    """(start, stop) of rows side by side that are equal."""
+    changes = np.flatnonzero((rows[1:] != rows[:-1]).any(axis=1)) + 1
+    return pairwise([0, *changes.tolist(), len(rows)])

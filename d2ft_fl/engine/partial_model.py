@@ -1,0 +1,391 @@
+"""A client's part of a model: only what is resident is held, only what runs is computed.
+
+A pre-norm block is a sum over heads and feed-forward slices,
+
+    x <- x + b_proj + sum_h Attn_h(LN1(x)) W_proj[:, h]
+    x <- x + b_fc2  + sum_h act(LN2(x) W_fc1[h]) W_fc2[:, h]
+
+so the heads of an operation are a narrower attention and a narrower feed-forward layer, see
+:mod:`d2ft_fl.engine.branch`. A block in which nothing runs is the identity, biases included, unless
+it is compensated for what it would have added on average.
+"""
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from d2ft_fl.config.training_options import Numerics
+from d2ft_fl.engine.branch import Branch
+from d2ft_fl.engine.grouping import storage_order
+from d2ft_fl.engine.head_group import Lora, branch_loras
+from d2ft_fl.engine.model_adapter import BlockTraits
+from d2ft_fl.engine.packed_heads import PackedHeads
+from d2ft_fl.engine.segments import segments
+from d2ft_fl.models import timm_vit
+from d2ft_fl.models.timm_vit import VisionTransformer
+from d2ft_fl.subnets.architecture import BRANCHES, Architecture, Kind, Parameter
+from d2ft_fl.subnets.packing import Arrived, GlobalModel, Take, down_spec
+from d2ft_fl.subnets.schedule import BranchOperations, Operation, Schedule
+
+# Means of what a block's skipped subnets would add, per slot: [2 branches, tokens, dim] or None.
+Offsets = list[Tensor | None]
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One optimiser entry: rows of a trained tensor that always step together.
+
+    ``block`` is -1 for the final part, ``heads`` is empty for whole parameters; ``factor`` says
+    whether it is one of LoRA's.
+    """
+
+    block: int
+    heads: tuple[int, ...]
+    kind: Kind
+    factor: bool
+    value: Tensor
+    grad: Tensor
+
+
+class Block:
+    """One transformer block as far as a client holds it."""
+
+    def __init__(
+        self,
+        arch: Architecture,
+        traits: BlockTraits,
+        specs: Mapping[str, Parameter],
+        schedule: Schedule,
+        run: BranchOperations,
+        block: int,
+        tensors: Mapping[str, Tensor],
+        take: Take,
+        numerics: Numerics,
+        offsets: Offsets | None,
+        gradients: bool,
+    ):
+        operations = schedule.effective[:, block]  # [slots, heads]
+        trained = schedule.trained[block]
+        sliced = {r: p for r, p in specs.items() if p.kind is Kind.SLICED}
+        ranks = schedule.trained_ranks(block)
+        order = storage_order(operations, ranks)
+        self.store = PackedHeads(order, int(trained.sum()), take, sliced, gradients, ranks)
+        self.shared = {
+            role: tensors[p.name].clone().requires_grad_(bool(trained.any()) and p.trains)
+            for role, p in specs.items()
+            if p.kind is Kind.SHARED and order
+        }
+        self.operations = operations
+        self.specs = specs
+        self.branches = []
+        for index, t in enumerate((traits.attention, traits.feed_forward)):
+            trains = arch.trains[index]
+            targets = [
+                target for target in arch.targets if f"{target}.weight" in self.store.weights
+            ]
+            args = targets, arch.scaling, arch.lora_dropout
+            loras = branch_loras(BRANCHES[index], trains, *args)
+            self._fold(loras.values(), ranks, keeps=bool(trained.any()))
+            own = segments(
+                self.store,
+                t.inward,
+                t.outward,
+                run.operations[:, block, index],
+                run.through[:, block, index],
+                loras if trained.any() else {},
+            )
+            skipped = [None if o is None else o[index] for o in offsets or [None] * schedule.slots]
+            branch = Branch(t, self.store, self.shared, own, trains, loras, numerics, skipped)
+            self.branches.append(branch)
+
+    def _fold(self, loras: Iterable[Lora], ranks: Mapping[int, int] | None, keeps: bool) -> None:
+        """Fold in the factors of heads that do not train; what no head needs then goes.
+
+        Args:
+            ranks: Trained heads -> how much of their factors trains, where it is not all.
+            keeps: Whether anything trains.
+        """
+        for lora in loras:
+            target, _, factor = lora.far.partition(".")
+            far = self.shared[lora.far].detach()
+            far = far.t() if factor == "lora_A" else far  # [dim, rank]
+            self.store.fold(target, lora.near, far, lora.scaling)
+            if not keeps:
+                del self.shared[lora.far], self.store.weights[lora.near]
+            elif ranks is not None:
+                spec, whole = self.specs[lora.far], self.shared[lora.far]
+                part = spec.cut(whole.detach(), max(ranks.values())).clone()
+                self.shared[lora.far] = part.requires_grad_(whole.requires_grad)
+
+    def values_of(self, whole: GlobalModel) -> Iterator[tuple[Tensor, Tensor]]:
+        """What is held, in parts, and the same of a model."""
+        for role, rows in self.store.weights.items():
+            parts = list(whole.parts(self.specs[role], self.store.order))
+            yield from zip(rows.split([len(part) for part in parts]), parts, strict=True)
+        for role, tensor in self.shared.items():
+            yield tensor, whole.tensors[self.specs[role].name]
+
+    def together(self, every_slot: bool) -> list[tuple[int, ...]]:
+        """Trained heads, those that always step together in one tuple.
+
+        Args:
+            every_slot: Whether every batch has examples in every slot; otherwise heads must run
+                FULL in the same slots.
+        """
+        if every_slot:
+            return [self.store.trained] if self.store.trained else []
+        groups: list[tuple[int, ...]] = []
+        full = self.operations == Operation.FULL
+        for head in self.store.trained:
+            if groups and (full[:, groups[-1][-1]] == full[:, head]).all():
+                groups[-1] = (*groups[-1], head)
+            else:
+                groups.append((head,))
+        return groups
+
+
+class PartialModel:
+    """A client's part of the model. Build once a process, :meth:`reset` once a round.
+
+    In training, blocks see ``tokens`` tokens of each example; None is all.
+
+    Args:
+        model: The whole timm model, used as a template: its blocks' weights are dropped.
+        arch: Its architecture.
+        numerics: Precision, and whether activations are kept or computed again.
+        device: Where it runs.
+    """
+
+    def __init__(
+        self,
+        model: VisionTransformer,
+        arch: Architecture,
+        numerics: Numerics | None = None,
+        device: torch.device | str = "cpu",
+    ):
+        self.numerics = numerics or Numerics()
+        self.tokens: int | None = None
+        self.device = torch.device(device)
+        self.traits = timm_vit.block_traits(model, self.device)
+        self.outer = timm_vit.without_blocks(model).to(self.device)  # embedding and classifier
+        self.tune(arch)
+        self.train(False)
+
+    def tune(self, arch: Architecture) -> None:
+        """From now on, train what trains in ``arch``; nothing is held until the next reset."""
+        self.arch = arch
+        self._hold({})
+        self.specs: list[dict[str, Parameter]] = [{} for _ in range(arch.blocks)]
+        for p in arch.parameters:
+            if p.block >= 0:
+                self.specs[p.block][p.role] = p
+        for name, parameter in self.outer.named_parameters():
+            parameter.requires_grad_(arch.by_name[name].trains)
+            parameter.grad = None
+
+    def reset(
+        self,
+        schedule: Schedule,
+        tensors: Mapping[str, Tensor] | GlobalModel,
+        offsets: Mapping[int, Offsets] | None = None,
+        gradients: bool = True,
+    ) -> None:
+        """Hold what ``schedule`` needs, with the values of ``tensors`` (see ``down_spec``).
+
+        Args:
+            schedule: What is to run.
+            tensors: Slices of resident heads, packed, heads ascending, and whole tensors otherwise;
+                or the whole model.
+            offsets: Block -> compensation of what each slot skips.
+            gradients: Whether there is room for gradients; without, an observer must take them.
+        """
+        whole = tensors if isinstance(tensors, GlobalModel) else None
+        if whole and not offsets and self._fits_again(schedule, gradients):
+            self._refill(whole)
+            return
+        self.schedule, self._gradients = schedule, gradients
+        self._hold({})  # what was held goes before anything new comes
+        named = whole.tensors if whole else tensors
+        assert isinstance(named, Mapping)
+        tensors = {
+            name: named[name].to(self.device)
+            for name in down_spec(self.arch, schedule)
+            if not (whole and self.arch.by_name[name].kind is Kind.SLICED)
+        }
+        take = Arrived(tensors).take
+        if whole:
+            take = lambda p, heads: whole.take(p, heads).to(self.device)  # noqa: E731
+        offsets = {
+            block: [None if o is None else o.to(self.device) for o in own]
+            for block, own in (offsets or {}).items()
+        }
+        with torch.no_grad():
+            for name, parameter in self.outer.named_parameters():
+                parameter.copy_(tensors[name])
+                parameter.grad = None
+        run = BranchOperations.of(schedule.operations, self.arch.trains)
+        self._held_numerics = self.numerics
+        blocks = {
+            block: Block(
+                self.arch,
+                self.traits[block],
+                self.specs[block],
+                schedule,
+                run,
+                block,
+                tensors,
+                take,
+                self.numerics,
+                offsets.get(block),
+                gradients,
+            )
+            for block in range(self.arch.blocks)
+            if schedule.resident[block].any() or block in offsets
+        }
+        self._hold(blocks)
+        self.train(self.training)
+
+    def _hold(self, blocks: dict[int, Block]) -> None:
+        """Hold these blocks; what is known of those before goes with them."""
+        self.blocks = blocks
+        self._entries: dict[bool, list[Entry]] = {}
+        self._values: tuple[GlobalModel | None, list[Tensor], list[Tensor]] = (None, [], [])
+
+    def let_go(self) -> None:
+        """Keep no view of the model that values were taken from last."""
+        self._values = (None, [], [])
+
+    @torch.no_grad()
+    def _refill(self, whole: GlobalModel) -> None:
+        """Hold a model's values in place of those that are held.
+
+        Gradients stay as they are: a step overwrites them, or finds them zeroed.
+        """
+        if self._values[0] is not whole:
+            outer = self.outer.named_parameters()
+            pairs: list[tuple[Tensor, Tensor]] = [(p, whole.tensors[name]) for name, p in outer]
+            for block in self.blocks.values():
+                pairs += block.values_of(whole)
+            self._values = whole, [own for own, _ in pairs], [new for _, new in pairs]
+        torch._foreach_copy_(*self._values[1:])
+
+    def _fits_again(self, schedule: Schedule, gradients: bool) -> bool:
+        """Whether what is held needs nothing but the values of another client's weights."""
+        return (
+            bool(self.blocks)
+            and not self.arch.rank  # factors fold into weights
+            and gradients == self._gradients
+            and self.numerics == self._held_numerics
+            and np.array_equal(schedule.operations, self.schedule.operations)
+            and not any(True for _ in self.compensated())
+        )
+
+    def train(self, training: bool) -> None:
+        """Draw dropout and stochastic depth, or not."""
+        self.training = training
+        self.outer.train(training)
+        for branch in self.branches():
+            branch.training = training
+
+    def compensated(self) -> Iterator[tuple[int, int]]:
+        """(block, slot) of what is compensated."""
+        for index, block in self.blocks.items():
+            for slot, offset in enumerate(block.branches[0].offsets):
+                if offset is not None:
+                    yield index, slot
+
+    def settle(self, overwrite: bool) -> list[Tensor]:
+        """Gradients that must be zeroed before a step; see ``Branch.settle``."""
+        whole = [t.grad for t in self.whole().values() if t.grad is not None]
+        return whole + [g for branch in self.branches() for g in branch.settle(overwrite)]
+
+    def branches(self) -> Iterator[Branch]:
+        """Every branch of every block held."""
+        for block in self.blocks.values():
+            yield from block.branches
+
+    def __call__(self, images: Tensor, sizes: Sequence[int]) -> Tensor:
+        """Logits [examples, classes] of ``images``: the first ``sizes[0]`` in slot 0, and so on."""
+        bounds = [0, *accumulate(sizes)]
+        dtype, mixed = self.numerics.dtype, self.numerics.mixed
+        autocast = torch.autocast(self.device.type, dtype, enabled=mixed)
+        with autocast, torch.no_grad():
+            kept = self.tokens if self.training else None
+            x = timm_vit.embed(self.outer, images, kept)  # [examples, tokens, dim]
+        for branch in self.branches():
+            x = branch(x, bounds)
+        if torch.is_grad_enabled() and not x.requires_grad:
+            # The classifier's backward pass is the same whether anything below it trains or not.
+            x = x.requires_grad_()
+        with autocast:
+            return timm_vit.classify(self.outer, x)
+
+    # -- what is held ------------------------------------------------------------------------
+
+    def held(self) -> Iterator[tuple[str, Tensor]]:
+        """Every tensor held for the round, trained or not, gradients left out."""
+        yield from self.outer.named_parameters()
+        for index, block in self.blocks.items():
+            yield from ((f"{index}.{role}", w) for role, w in block.store.weights.items())
+            yield from ((f"{index}.{role}", w) for role, w in block.shared.items())
+            for branch, b in enumerate(block.branches):
+                for slot, offset in enumerate(b.offsets):
+                    if offset is not None:
+                        yield f"{index}.offset.{branch}.{slot}", offset
+
+    def whole(self) -> dict[str, Tensor]:
+        """Whole tensors that train: the final part and shared parameters, by name."""
+        found: dict[str, Tensor] = {}
+        found |= {n: p for n, p in self.outer.named_parameters() if p.requires_grad}
+        for index, block in self.blocks.items():
+            for role, tensor in block.shared.items():
+                if tensor.requires_grad:
+                    found[self.specs[index][role].name] = tensor
+        return found
+
+    def gradients(self) -> list[Tensor]:
+        """Where gradients of trained tensors add up; made now for those that have none."""
+        found = []
+        for tensor in self.whole().values():
+            if tensor.grad is None:
+                tensor.grad = torch.zeros_like(tensor)
+            found.append(tensor.grad)
+        for block in self.blocks.values():
+            found.extend(block.store.grads.values())
+        return found
+
+    def entries(self, every_slot: bool = False) -> list[Entry]:
+        """What an optimiser steps: views of exactly what trains; see ``Block.together``."""
+        if every_slot in self._entries:
+            return self._entries[every_slot]
+        self.gradients()
+        found = self._entries[every_slot] = []
+        for name, tensor in self.whole().items():
+            p = self.arch.by_name[name]
+            assert tensor.grad is not None
+            # A view: what the optimiser is shown as its gradient is not autograd's business.
+            factor = bool(p.factor)
+            found.append(Entry(p.block, (), p.kind, factor, tensor.detach(), tensor.grad))
+        for index, block in self.blocks.items():
+            for role, grad in block.store.grads.items():
+                factor = ".lora_" in role
+                for heads in block.together(every_slot):
+                    (run,) = block.store.runs(role, heads)
+                    value = block.store.weights[role][run.rows]
+                    found.append(Entry(index, heads, Kind.SLICED, factor, value, grad[run.rows]))
+        return found
+
+    def update(self) -> dict[str, Tensor]:
+        """Everything that trained, by name and as it travels up (see ``up_spec``).
+
+        These are no copies, where what trained lies as it travels.
+        """
+        found = {name: tensor.detach() for name, tensor in self.whole().items()}
+        for index, block in self.blocks.items():
+            for role in block.store.grads:
+                found[self.specs[index][role].name] = block.store.ascending(role)
+        return found

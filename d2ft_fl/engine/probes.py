@@ -1,0 +1,146 @@
+"""Passes over the whole model before a client trains its part: scores, and who is unsure of what.
+
+Both run the model's own weights, LoRA's factors folded in, without dropout. See
+:mod:`d2ft_fl.costs.probe_costs` for what they cost.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from d2ft_fl.config.training_options import LocalOptions
+from d2ft_fl.engine.head_group import Observer
+from d2ft_fl.engine.importance_measures import MEASURES, Measure
+from d2ft_fl.engine.meter import Meter, tensor_bytes
+from d2ft_fl.engine.packed_heads import PackedHeads
+from d2ft_fl.engine.partial_model import PartialModel
+from d2ft_fl.engine.trainer import Batches, run_pass
+from d2ft_fl.lora.config import merged_packed
+from d2ft_fl.subnets.architecture import Architecture
+from d2ft_fl.subnets.schedule import Operation, Schedule
+
+
+@dataclass
+class WholeModel:
+    """A client's model with all of its weights.
+
+    Attributes:
+        model: What runs it. arch: Without factors. tuned: With factors, if there are any.
+        tensors: Every head's slices, packed, and all else, of ``tuned``.
+    """
+
+    model: PartialModel
+    arch: Architecture
+    tuned: Architecture
+    tensors: Mapping[str, Tensor]
+    options: LocalOptions
+    meter: Meter
+
+    def _reset(self, operation: Operation) -> None:
+        self.model.tune(self.arch)
+        self.model.numerics = self.options.plain().numerics()
+        schedule = Schedule.filled(operation, 1, self.arch.blocks, self.arch.heads)
+        # For each pass anew: the model has its own, and these go before it runs.
+        weights = self.meter.count(partial(merged_packed, self.tuned, self.tensors))
+        self.model.reset(schedule, weights, gradients=False)
+
+    def scores(self, images: Tensor, labels: Tensor, kinds: Sequence[str]) -> dict[str, np.ndarray]:
+        """See :func:`score_pass`."""
+        self._reset(Operation.FULL)
+        return score_pass(self.model, images, labels, kinds, self.meter)
+
+    def entropy(self, batches: Batches, temperature: float) -> np.ndarray:
+        """See :func:`entropy_pass`."""
+        self._reset(Operation.FORWARD_ONLY)
+        return entropy_pass(self.model, batches, temperature, self.meter)
+
+
+def entropy_pass(
+    model: PartialModel, batches: Batches, temperature: float, meter: Meter
+) -> np.ndarray:
+    """How unsure a model is of each example: float64 [examples].
+
+    The entropy of softmax(logits / temperature), in nats; a temperature below 1 hardens it
+    (FedFT-EDS, Shi et al., arXiv 2501.00170). The model must run everything FORWARD_ONLY.
+    """
+    held = [t for _, t in model.held()]
+    base = tensor_bytes(held)
+    found: list[Tensor] = []
+    for images, _ in batches:
+        key = id(model), "entropy", len(images)
+        step = partial(_entropy, model, images, temperature)
+        found.append(meter.run(step, key, base + images.nbytes, lambda: held))
+    return torch.cat(found).cpu().numpy() if found else np.zeros(0)
+
+
+@torch.no_grad()
+def _entropy(model: PartialModel, images: Tensor, temperature: float) -> Tensor:
+    logits = model(images, [len(images)]).double()  # [batch, classes]
+    return torch.distributions.Categorical(logits=logits / temperature).entropy()
+
+
+def score_pass(
+    model: PartialModel, images: Tensor, labels: Tensor, kinds: Sequence[str], meter: Meter
+) -> dict[str, np.ndarray]:
+    """Measure scores of some kinds: kind -> float64 [blocks, heads].
+
+    Means over examples, run one at a time, of what :mod:`d2ft_fl.planning.importance` defines
+    (``fisher`` before its root). A gradient is summed up for all kinds as soon as it exists, so
+    that no more than one is held. The model must hold everything FULL in one slot.
+    """
+    arch = model.arch
+    shape = len(kinds), arch.blocks, arch.heads
+    sums = torch.zeros(shape, dtype=torch.float64, device=model.device)  # of the example at hand
+    total = torch.zeros_like(sums)
+    for index, block in model.blocks.items():
+        observer = _observer(block.store, [MEASURES[kind] for kind in kinds], sums[:, index])
+        for branch in block.branches:
+            branch.observer = observer
+    whole = list(model.whole().values())
+    held = [t for _, t in model.held()]
+    base = tensor_bytes(held) + images.nbytes
+    try:
+        for index in range(len(images)):
+            one = slice(index, index + 1)
+            meter.run(
+                partial(run_pass, model, images[one], labels[one], [1], 1),
+                key=(id(model), "scores", *kinds),
+                base=base,
+                known=lambda: [*held, images, labels],
+            )
+            total += sums.abs()
+            sums.zero_()
+            for tensor in whole:
+                tensor.grad = None
+    finally:
+        for branch in model.branches():
+            branch.observer = None
+    means = (total.cpu() / max(1, len(images))).numpy()
+    return {
+        kind: mean / arch.subnet_sizes if MEASURES[kind].per_parameter else mean
+        for kind, mean in zip(kinds, means, strict=True)
+    }
+
+
+def _observer(store: PackedHeads, measures: Sequence[Measure], sums: Tensor) -> Observer:
+    """Adds each measure of a block's gradients into ``sums`` [measures, heads]."""
+
+    def observe(role: str, first: int, gradient: Tensor) -> None:
+        weights = store.weights[role][first : first + len(gradient)]
+        for measure, into in zip(measures, sums, strict=True):
+            rows = _row_sums(measure, weights, gradient)
+            for head, own in store.rows[role].items():
+                if own.start >= first and own.stop <= first + len(rows):
+                    into[head] += rows[own.start - first : own.stop - first].sum()
+
+    return observe
+
+
+def _row_sums(measure: Measure, weights: Tensor, gradient: Tensor) -> Tensor:
+    """What a measure adds up, summed over all but the first axis: [rows]."""
+    elements = measure.element(weights, gradient)
+    return elements if elements.dim() == 1 else elements.flatten(1).sum(dim=1)

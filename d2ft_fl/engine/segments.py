@@ -1,0 +1,66 @@
+"""What the slots of a batch ask of a branch: neighbours that ask the same are one segment."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from d2ft_fl.engine.grouping import Group, Status, groups
+from d2ft_fl.engine.head_group import Lora, Piece
+from d2ft_fl.engine.packed_heads import PackedHeads
+from d2ft_fl.subnets.schedule import Operation
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Neighbouring slots that ask the same of a block.
+
+    Attributes:
+        slots: From which slot to before which.
+        status: What they ask.
+        through: Whether gradient is wanted at their input.
+        alive: FULL and FROZEN pieces: gradient passes through them.
+        silent: FORWARD_ONLY pieces.
+    """
+
+    slots: tuple[int, int]
+    status: Status
+    through: bool
+    alive: list[Piece]
+    silent: list[Piece]
+
+
+def segments(
+    store: PackedHeads,
+    inward: Sequence[str],
+    outward: str,
+    operations: np.ndarray,
+    through: np.ndarray,
+    loras: Mapping[str, Lora],
+) -> list[Segment]:
+    """A branch's segments; see :func:`d2ft_fl.engine.grouping.groups`.
+
+    Args:
+        store: The block's slices.
+        inward, outward: Roles of the branch's products.
+        operations: int8 [slots, heads]. through: bool [slots].
+        loras: Product -> its factors.
+    """
+
+    def pieces(part: Group, operation: Operation) -> list[Piece]:
+        full = operation is Operation.FULL
+        return [
+            Piece(store, inward, outward, heads, (start, stop), full, loras)
+            for start, stop, heads in part.pieces[operation]
+        ]
+
+    return [
+        Segment(
+            part.slots,
+            part.status,
+            part.through,
+            pieces(part, Operation.FULL) + pieces(part, Operation.FROZEN),
+            pieces(part, Operation.FORWARD_ONLY),
+        )
+        for part in groups(operations, through, store.order)
+    ]

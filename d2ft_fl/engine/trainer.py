@@ -1,0 +1,243 @@
+"""Local training: one client's round on its part of the model."""
+
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property, partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from d2ft_fl.config.training_options import LocalOptions
+from d2ft_fl.engine.meter import Meter, tensor_bytes
+from d2ft_fl.engine.partial_model import Entry, PartialModel
+from d2ft_fl.subnets.architecture import Kind
+from d2ft_fl.subnets.schedule import Operation, Schedule, passes, slot_sizes
+
+Batches = Iterator[tuple[Tensor, Tensor]]  # images [batch, ...], labels [batch]
+
+# What a way of tuning decides here: the learning rate of a kind of parameter, and whether it is one
+# of LoRA's factors (see `clients/`).
+LearningRate = Callable[[Kind, bool, LocalOptions], float]
+
+
+def build_optimizer(
+    entries: list[Entry], options: LocalOptions, rate: LearningRate
+) -> torch.optim.Optimizer:
+    """torch's optimiser over compact slices: moments and step counts are per slice."""
+    by_rate: dict[float, list[Tensor]] = {}
+    for entry in entries:
+        by_rate.setdefault(rate(entry.kind, entry.factor, options), []).append(entry.value)
+    groups = [{"params": values, "lr": lr} for lr, values in by_rate.items()]
+    decay = options.weight_decay
+    if options.optimizer == "adamw":
+        return torch.optim.AdamW(groups, weight_decay=decay, fused=True)
+    return torch.optim.SGD(groups, momentum=options.momentum, weight_decay=decay, fused=True)
+
+
+def train(
+    model: PartialModel,
+    batches: Batches,
+    options: LocalOptions,
+    rate: LearningRate,
+    meter: Meter,
+    beside: Sequence[Tensor] = (),
+    every_slot: bool = False,
+    prior: Tensor | None = None,
+) -> float:
+    """Follow the model's schedule over the batches; its tensors end as the client's update.
+
+    A batch is divided over slots, and run in ``accumulate`` passes whose gradients add up weighted
+    by examples; one optimiser step a batch. A slice that no slot of a batch ran FULL is not
+    stepped.
+
+    Args:
+        beside, every_slot, prior: See :class:`Stepper`.
+
+    Returns:
+        The mean training loss over the examples that ran.
+    """
+    model.train(True)
+    stepper = Stepper(model, options, rate, meter, beside, every_slot, prior)
+    total_loss: Tensor | float = 0.0
+    total_examples = 0
+    try:
+        for images, labels in batches:
+            loss, examples = stepper.step(images, labels)
+            total_loss += loss  # stays on its device: nothing waits for it
+            total_examples += examples
+    finally:
+        model.train(False)
+    return float(total_loss) / max(1, total_examples)
+
+
+@dataclass
+class Stepper:
+    """One optimiser step after another on a model's schedule.
+
+    Attributes:
+        beside: What else is held meanwhile.
+        every_slot: Whether each batch will have examples in every slot: then all trained heads of
+            a tensor step together, which is faster.
+        prior: What is added to logits in the loss, [classes]; None for nothing.
+    """
+
+    model: PartialModel
+    options: LocalOptions
+    rate: LearningRate
+    meter: Meter
+    beside: Sequence[Tensor] = ()
+    every_slot: bool = False
+    prior: Tensor | None = None
+    _overwrite: bool | None = None
+    _zeroed: list[Tensor] = field(default_factory=list)
+
+    @cached_property
+    def entries(self) -> list[Entry]:
+        """What is stepped."""
+        return self.model.entries(self.every_slot)
+
+    @cached_property
+    def optimizer(self) -> torch.optim.Optimizer:
+        """torch's optimiser over the entries."""
+        return build_optimizer(self.entries, self.options, self.rate)
+
+    @cached_property
+    def _beside_bytes(self) -> int:
+        return tensor_bytes(self.beside)
+
+    @cached_property
+    def _began(self) -> list[Tensor]:
+        """Where the entries began, for the proximal term."""
+        return [e.value.clone() for e in self.entries] if self.options.proximal else []
+
+    @cached_property
+    def _fixed(self) -> list[Tensor]:
+        """What is held all along: weights, gradients, and where the proximal term pulls to."""
+        held = (t for _, t in self.model.held())
+        return [*held, *self.model.gradients(), *self._began, *self.beside]
+
+    def step(self, images: Tensor, labels: Tensor) -> tuple[Tensor | float, int]:
+        """One batch: its summed loss, and the examples that ran."""
+        schedule = self.model.schedule
+        sizes = slot_sizes(len(images), schedule.slots)
+        parts = passes(sizes, schedule.active.tolist(), self.options.accumulate)
+        if not parts:
+            return 0.0, 0
+        batch = images
+        images, labels = _running(images, sizes, schedule), _running(labels, sizes, schedule)
+        examples = len(images)
+        empty = any(on and not size for on, size in zip(schedule.active, sizes, strict=True))
+        base = self._held_bytes() + tensor_bytes([batch, images])
+        self._prepare(overwrite=len(parts) == 1 and not empty)
+        loss: Tensor | float = 0.0
+        start = 0
+        for part in parts:
+            stop = start + sum(part)
+            loss += self.meter.run(
+                partial(
+                    run_pass,
+                    self.model,
+                    images[start:stop],
+                    labels[start:stop],
+                    part,
+                    examples,
+                    self.prior,
+                ),
+                key=_pattern(self.model, part),
+                base=base,
+                known=lambda: [
+                    *self._fixed,
+                    *optimizer_state(self.optimizer),
+                    batch,
+                    images,
+                    labels,
+                ],
+            )
+            start = stop
+        self._choose_stepped(sizes)
+        self._pull_back()
+        self.optimizer.step()
+        self.meter.note(self._held_bytes())
+        return loss, examples
+
+    def _prepare(self, overwrite: bool) -> None:
+        """Zero the gradients that passes add to; the others are replaced."""
+        if overwrite != self._overwrite:
+            self._overwrite = overwrite
+            self._zeroed = self.model.settle(overwrite)
+        torch._foreach_zero_(self._zeroed)
+
+    def _choose_stepped(self, sizes: list[int]) -> None:
+        """Show the optimiser the gradients of exactly the slices that this batch ran FULL."""
+        runs = [slot for slot, size in enumerate(sizes) if size]
+        full = (self.model.schedule.operations[runs] == Operation.FULL).any(axis=0)
+        for e in self.entries:
+            if e.block < 0:
+                stepped = True
+            elif e.heads:
+                stepped = bool(full[e.block, e.heads[0]])
+            else:
+                stepped = bool(full[e.block].any())
+            e.value.grad = e.grad if stepped else None
+
+    def _pull_back(self) -> None:
+        """Add the proximal term's gradient, mu (w - where it began), to what is stepped."""
+        for e, began in zip(self.entries, self._began, strict=False):
+            if e.value.grad is not None:
+                e.value.grad.add_(e.value.detach() - began, alpha=self.options.proximal)
+
+    def _held_bytes(self) -> int:
+        """Bytes of weights, gradients and optimiser state."""
+        options = self.options.optimizer, self.options.proximal > 0
+        key = len(self.optimizer.state), self._beside_bytes, options, _pattern(self.model, [])
+        return self.meter.bytes_of(lambda: [*self._fixed, *optimizer_state(self.optimizer)], key)
+
+
+def _running(tensor: Tensor, sizes: list[int], schedule: Schedule) -> Tensor:
+    """The examples of the slots that run anything."""
+    if schedule.active.all():
+        return tensor
+    pieces = tensor.split(sizes)
+    return torch.cat([piece for piece, on in zip(pieces, schedule.active, strict=True) if on])
+
+
+def _pattern(model: PartialModel, sizes: list[int]) -> Hashable:
+    """What decides a pass's cost: the operations of its slots, what is held, and its size."""
+    schedule = model.schedule
+    return (
+        id(model),
+        id(model.arch),  # which other rounds may tune otherwise
+        model.tokens,
+        model.numerics,
+        model.training,
+        schedule.operations.tobytes(),
+        b"" if schedule.ranks is None else schedule.ranks.tobytes(),
+        tuple(sizes),
+        tuple(model.compensated()),
+    )
+
+
+def run_pass(
+    model: PartialModel,
+    images: Tensor,
+    labels: Tensor,
+    sizes: list[int],
+    examples: int,
+    prior: Tensor | None = None,
+) -> Tensor:
+    """Forward and backward of one pass of a batch of ``examples``; its summed loss."""
+    logits = model(images, sizes)
+    if model.numerics.mixed:
+        logits = logits.float()
+    if prior is not None:
+        logits = logits.add_(prior)
+    loss = F.cross_entropy(logits, labels, reduction="sum")
+    (loss / examples).backward()
+    return loss.detach()
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
+    """Every tensor that an optimiser holds."""
+    for state in optimizer.state.values():
+        yield from (v for v in state.values() if isinstance(v, Tensor))

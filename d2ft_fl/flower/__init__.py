@@ -1,0 +1,1 @@
+"""The project as a Flower app: server app, client app, records, SuperLink."""

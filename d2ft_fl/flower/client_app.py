@@ -1,0 +1,148 @@
+"""Flower's ClientApp: carries blobs between Flower and the processes that do the work.
+
+A SuperNode serves the clients p = k (mod N), where k and N are the ``partition-id`` and
+``num-partitions`` of its node configuration; in a simulation, where every process could serve all
+clients, those that it is sent. What else stands there of :data:`OWN` is the node's own and comes
+before the run's: its data, how they are shared out, its budgets.
+
+Work is done in child processes (:mod:`d2ft_fl.runtime.worker_pool`), which live from message to
+message as long as this process does: one for each of a simulated SuperNode's CPUs, one on a real
+    device.
+"""
+
+import json
+import sys
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from flwr.app import ConfigRecord, Context, Message, RecordDict
+from flwr.clientapp import ClientApp
+
+from d2ft_fl.errors import ConfigError, D2FTError, RunError
+from d2ft_fl.flower.records import pack_blobs, unpack_blobs
+from d2ft_fl.runtime import ray_model_store
+from d2ft_fl.runtime.shared_memory import Exchange
+from d2ft_fl.runtime.worker_pool import Crew, Job
+from d2ft_fl.server.dispatch import Fault
+
+app = ClientApp()
+ASK_SECONDS = 600.0
+# Options of a run that a node may set for itself, in its node configuration.
+OWN = (
+    "dataset",
+    "label-column",
+    "partitioner",
+    "partitioner-args",
+    "train-examples",
+    "budgets",
+    "device",
+    "threads-per-client",
+)
+PLACE = ("partition-id", "num-partitions")
+
+
+def simulated() -> bool:
+    """Whether this process belongs to Flower's simulation engine."""
+    # Flower imports it beside a running ServerApp: it may be there and not have that yet.
+    is_initialized = getattr(sys.modules.get("ray"), "is_initialized", None)
+    return is_initialized is not None and is_initialized()
+
+
+def _cpus() -> float:
+    """What the simulation sets aside for this process."""
+    import ray
+
+    return float(ray.get_runtime_context().get_assigned_resources().get("CPU", 1.0))
+
+
+@lru_cache(maxsize=1)
+def _crew(options: str) -> Crew:
+    """The children of this process, under one configuration."""
+    entries = json.loads(options)
+    size = max(1, int(_cpus() / entries["threads-per-client"])) if simulated() else 1
+    return Crew(entries, size)
+
+
+def _crew_of(context: Context) -> Crew:
+    own = {key: context.node_config[key] for key in OWN if key in context.node_config}
+    return _crew(json.dumps({**context.run_config, **own}, sort_keys=True))
+
+
+def _place(context: Context) -> tuple[int, int]:
+    """The number of this node, and of how many.
+
+    Raises:
+        ConfigError: When its configuration says nothing of it, or what cannot be.
+    """
+    found = context.node_config
+    if unknown := sorted(found.keys() - {*OWN, *PLACE}):
+        allowed = ", ".join((*PLACE, *OWN))
+        raise ConfigError(f"node-config: {unknown[0]!r} is unknown; allowed are {allowed}")
+    node, nodes = (found.get(key) for key in PLACE)
+    if type(node) is not int or type(nodes) is not int or not 0 <= node < nodes:
+        raise ConfigError(
+            f"node-config has partition-id = {node!r} and num-partitions = {nodes!r}: of N nodes, "
+            "the k-th has partition-id=k, counted from 0, and num-partitions=N"
+        )
+    return node, nodes
+
+
+@app.query()
+def query(message: Message, context: Context) -> Message:
+    """Which clients this node serves; or, of some, what they say of themselves."""
+    asked = json.loads(str(message.content.config_records["query"]["json"]))
+    answer: dict[str, object] = {}
+    try:
+        node, nodes = _place(context)
+        if asked["clients"] is None:
+            answer = {"node": node, "nodes": nodes, "cpus": _cpus() if simulated() else None}
+        else:
+            answer["reports"] = _crew_of(context).reports(
+                asked["clients"], asked["round"], ASK_SECONDS
+            )
+    except RunError as error:  # not of the configuration: others may answer
+        answer["failed"] = str(error)
+    except D2FTError as error:
+        answer["error"] = str(error)
+    content = RecordDict({"answer": ConfigRecord({"json": json.dumps(answer)})})
+    return Message(content, reply_to=message)
+
+
+@app.train()
+def train(message: Message, context: Context) -> Message:
+    """Carry out the assignments of a message; in the order that it says, several at once."""
+    how = json.loads(str(message.content.config_records["how"]["json"]))
+    model, exchange = _model(how)
+    jobs = [
+        Job(
+            client,
+            blob,
+            str(model) if model else None,
+            str(exchange.reply_path(how["round"], client)) if exchange else None,
+        )
+        for client, blob in unpack_blobs(message.content.array_records["assignments"], how["index"])
+    ]
+    results: dict[int, bytes] = {}
+    faults: dict[str, str] = {}
+    for client, reply in _crew_of(context).work(jobs, how["seconds"], how["client-seconds"]):
+        if isinstance(reply, Fault):
+            faults[str(client)] = reply.reason
+        elif reply:
+            results[client] = reply
+    arrays, index = pack_blobs(results)
+    said = ConfigRecord({"json": json.dumps({"index": index, "faults": faults})})
+    return Message(RecordDict({"results": arrays, "said": said}), reply_to=message)
+
+
+def _model(how: dict[str, Any]) -> tuple[Path | None, Exchange | None]:
+    """Where the round's model is, if it did not come with messages, and where replies go then.
+
+    On another machine of a Ray cluster, each of its processes fetches it once a round.
+    """
+    if how["model"] is None:
+        return None, None
+    model = Path(how["model"])
+    if model.exists():
+        return model, Exchange(model.parent)
+    return ray_model_store.fetch(how["shelf"], how["round"]), None

@@ -1,0 +1,57 @@
+"""Flower's ServerApp: drives the pure round over Flower's messages; see ``flower_pool``."""
+
+import contextlib
+import logging
+import warnings
+from pathlib import Path
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+from d2ft_fl.config.run_config import RunConfig
+from d2ft_fl.errors import D2FTError
+from d2ft_fl.flower.grid_pool import FlowerPool
+from d2ft_fl.records.run_folder import claim_folder, note_failure, read_status
+from d2ft_fl.server import console as run_console
+from d2ft_fl.server import run
+from d2ft_fl.util import terminal
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Run the configured federation; its lines and tables go to the log."""
+    folder: Path | None = None
+    try:
+        config = RunConfig.from_mapping(context.run_config).check()
+        folder = claim_folder(config)
+        terminal.say(f"run folder: {folder}")
+        run_console.header(config)
+        filled = RunConfig(**{**vars(config), "run_folder": str(folder)})
+        with contextlib.closing(FlowerPool(grid, filled)) as pool:
+            summary = run.run(filled, pool, run_console.round_line)
+        run_console.summary(summary)
+    except BaseException as error:
+        known = isinstance(error, D2FTError)
+        reason = str(error) if known else f"{type(error).__name__}: {error}"
+        named = str(context.run_config.get("run-folder", ""))
+        # Where it could not be claimed: for who made it and waits, not over a run that is in it.
+        if folder is None and named and not _holds_a_run(Path(named)):
+            folder = Path(named)
+        if folder:
+            note_failure(folder, reason)
+        if known:
+            _last_word(f"d2ft: {error}")
+        raise  # so that Flower calls the run failed
+
+
+def _holds_a_run(folder: Path) -> bool:
+    return read_status(folder).get("status", "starting") != "starting"
+
+
+def _last_word(line: str) -> None:
+    """Say one line and keep Flower from burying it under tracebacks in this ending process."""
+    logging.getLogger("flwr").addFilter(lambda record: False)
+    warnings.simplefilter("ignore")
+    terminal.say(line)

@@ -1,0 +1,296 @@
+"""Running the app through Flower: a SuperLink of our own, the run, its progress, its end.
+
+``flwr run`` leaves its SuperLink running and exits 0 when a run failed. Here the SuperLink is a
+child on free ports with a home of its own, and everything it started goes when the run does.
+"""
+
+import contextlib
+import json
+import math
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import torch
+
+from d2ft_fl.config.run_config import RunConfig
+from d2ft_fl.errors import RunError
+from d2ft_fl.records.run_folder import read_rows, read_status
+from d2ft_fl.runtime import shared_memory
+from d2ft_fl.server.run import Progress
+from d2ft_fl.util.toml import dump_toml
+
+START_TIMEOUT = 60.0
+STATUS_SECONDS = 5.0
+COMMAND_TIMEOUT = 120.0
+CLUSTER_NODES = 64
+NICENESS = "RAY_worker_niceness"
+CONNECTION = "d2ft"
+SIMULATION = "flwr-simulation"  # Flower's program
+
+
+def app_folder() -> Path:
+    """The checkout that holds the Flower app.
+
+    Raises:
+        RunError: When the package was installed without it.
+    """
+    folder = Path(__file__).resolve().parents[2]
+    if not (folder / "pyproject.toml").is_file():
+        raise RunError(
+            "the Flower back end needs the checkout: install with `pip install -e .`, "
+            "or use --backend local"
+        )
+    return folder
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports nobody listens on just now."""
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for s in sockets:
+            s.bind(("127.0.0.1", 0))
+        return [int(s.getsockname()[1]) for s in sockets]
+
+
+def flower_environment(home: Path) -> dict[str, str]:
+    """Our environment, with Flower kept to itself and off the network."""
+    tools = str(Path(sys.executable).parent)
+    paths = [*filter(None, [os.environ.get("PYTHONPATH")]), os.getcwd()]
+    return {
+        **os.environ,
+        "PATH": os.pathsep.join([tools, os.environ.get("PATH", "")]),
+        "PYTHONPATH": os.pathsep.join(paths),  # plug-ins lie where the command was started
+        "FLWR_HOME": str(home),
+        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        NICENESS: os.environ.get(NICENESS, "0"),  # Ray's own is 15
+        # Else Ray joins any cluster that was started on this machine, and dies with that.
+        "RAY_ADDRESS": os.environ.get("RAY_ADDRESS", "local"),
+        "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
+    }
+
+
+def stop_family(home: Path) -> None:
+    """End every process that belongs to a Flower home of ours, orphans included."""
+    family = {p for p in psutil.process_iter() if _lives_in(p, home)}
+    for member in list(family):  # Ray's agents write their title over their environment
+        with contextlib.suppress(psutil.NoSuchProcess):
+            family.update(member.children(recursive=True))
+    left = list(family)
+    for end in (psutil.Process.terminate, psutil.Process.kill):
+        for member in left:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                end(member)
+        _, left = psutil.wait_procs(left, timeout=5)
+
+
+def _lives_in(process: psutil.Process, home: Path) -> bool:
+    try:
+        return process.pid != os.getpid() and process.environ().get("FLWR_HOME") == str(home)
+    except (psutil.Error, OSError):
+        return False
+
+
+@contextlib.contextmanager
+def superlink() -> Iterator[tuple[dict[str, str], Path, subprocess.Popen]]:
+    """A SuperLink of our own, in simulation mode.
+
+    Yields:
+        The environment in which ``flwr`` finds it, its log file, and its process.
+    """
+    home = Path(tempfile.mkdtemp(prefix="d2ft-flwr-"))
+    port, control = free_ports(2)
+    home.joinpath("config.toml").write_text(
+        f'[superlink]\ndefault = "{CONNECTION}"\n\n'
+        f'[superlink.{CONNECTION}]\naddress = "127.0.0.1:{port}"\ninsecure = true\n'
+    )
+    variables, log = flower_environment(home), home / "superlink.log"
+    command = [
+        "flower-superlink", "--insecure", "--simulation", "--isolation", "subprocess",
+        "--disable-runtime-dependency-installation",
+        "--host", "127.0.0.1", "--port", str(port),
+        "--control-api-address", f"127.0.0.1:{control}",
+    ]  # fmt: skip
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            command,
+            env=variables,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            cwd=home,
+            start_new_session=True,  # Ctrl-C is for us; we stop it
+        )
+    try:
+        _wait_healthy(process, port, log)
+        yield variables, log, process
+    finally:
+        stop_family(home)
+        process.wait()
+        shutil.rmtree(home, ignore_errors=True)
+        shared_memory.prune()
+
+
+def _wait_healthy(process: subprocess.Popen, port: int, log: Path) -> None:
+    deadline = time.monotonic() + START_TIMEOUT
+    while time.monotonic() < deadline:
+        if process.poll() is not None:
+            raise RunError(f"flower-superlink ended at once: {_last_line(log)}")
+        with contextlib.suppress(httpx.HTTPError):
+            if httpx.get(f"http://127.0.0.1:{port}/health", timeout=1.0).is_success:
+                return
+        time.sleep(0.2)
+    raise RunError(f"flower-superlink did not start within {START_TIMEOUT:.0f} s")
+
+
+def _last_line(log: Path) -> str:
+    lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    return lines[-1].strip() if lines else "no output"
+
+
+def run_flower(
+    config: RunConfig, folder: Path, supernodes: int, progress: Progress
+) -> dict[str, Any]:
+    """Run a checked configuration on Flower's simulation engine; returns the summary.
+
+    Args:
+        config: The configuration; its paths are absolute.
+        folder: The run folder.
+        supernodes: Virtual SuperNodes to spread the clients over; 0 for as many as are best.
+        progress: Called with each round's line.
+
+    Raises:
+        RunError: When the run does not end well.
+    """
+    app = app_folder()
+    with superlink() as (environment, log, process), tempfile.TemporaryDirectory() as scratch:
+        file = Path(scratch) / "run.toml"
+        file.write_text(dump_toml(config.to_mapping() | {"run-folder": str(folder)}))
+        started = subprocess.run(
+            [
+                "flwr", "run", str(app), CONNECTION, "--format", "json",
+                "--run-config", str(file),
+                "--federation-config", _simulation(config, supernodes),
+            ],
+            env=environment, capture_output=True, text=True, check=False, timeout=COMMAND_TIMEOUT,
+        )  # fmt: skip
+        run_id = _run_id(started)
+        try:
+            return _follow(folder, run_id, environment, process, progress)
+        except RunError:
+            folder.mkdir(parents=True, exist_ok=True)
+            said = log.read_text(errors="replace")
+            if process.poll() is None:
+                said += _said(run_id, environment)
+            folder.joinpath("flower.log").write_text(said)
+            raise
+
+
+def _said(run_id: str, environment: dict[str, str]) -> str:
+    """What the run's own processes printed: Flower keeps it apart."""
+    try:
+        return subprocess.run(
+            ["flwr", "log", run_id, CONNECTION, "--show"],
+            env=environment, capture_output=True, text=True, check=False, timeout=COMMAND_TIMEOUT,
+        ).stdout  # fmt: skip
+    except subprocess.TimeoutExpired:
+        return ""
+
+
+def _simulation(config: RunConfig, supernodes: int) -> str:
+    """How many SuperNodes, and what Ray sets aside for each; it hides GPUs from those without.
+
+    A SuperNode trains as many clients at once as it has cores for, so that one is best on one
+    machine. On a cluster, whose machines may have fewer cores than this one, each has one.
+    """
+    cores = os.cpu_count() or 1
+    cluster = os.environ.get("RAY_ADDRESS", "local") != "local"
+    nodes = supernodes or (min(config.clients, CLUSTER_NODES) if cluster else 1)
+    cpus = config.threads_per_client if cluster else max(config.threads_per_client, cores // nodes)
+    text = f"num-supernodes={nodes} client-resources-num-cpus={cpus}"
+    if config.device == "cuda":
+        share = math.floor(1000 * torch.cuda.device_count() / max(1, cores // cpus)) / 1000
+        text += f" client-resources-num-gpus={min(float(torch.cuda.device_count()), share)}"
+    return text
+
+
+def _run_id(started: subprocess.CompletedProcess) -> str:
+    try:
+        answer = json.loads(started.stdout[started.stdout.index("{") :])
+        if answer.get("success"):
+            return str(answer["run-id"])
+        raise RunError(f"flwr run failed: {answer.get('error-message', answer)}")
+    except ValueError:
+        text = (started.stderr or started.stdout).strip().splitlines()
+        raise RunError(f"flwr run failed: {text[-1] if text else 'no output'}") from None
+
+
+def _follow(
+    folder: Path,
+    run_id: str,
+    environment: dict[str, str],
+    process: subprocess.Popen,
+    progress: Progress,
+) -> dict[str, Any]:
+    """Report rounds as they are recorded, until the run ends."""
+    shown, next_check = 0, time.monotonic() + STATUS_SECONDS
+    while True:
+        status = read_status(folder)
+        if status.get("status") != "starting":  # else lines of a run that is resumed may yet go
+            shown = _show_new(folder, shown, progress)
+        if status.get("status") == "finished":
+            return json.loads(folder.joinpath("summary.json").read_text())
+        if status.get("status") == "failed":
+            raise RunError(status["reason"])
+        if process.poll() is not None:
+            raise RunError(f"flower-superlink ended; see {folder / 'flower.log'}")
+        if time.monotonic() > next_check:
+            # Asking Flower takes a second of a core.
+            if not _simulates(process) and (ended := _ended(run_id, environment)):
+                status = read_status(folder)
+                if status.get("status") not in ("finished", "failed"):
+                    raise RunError(f"Flower ended the run ({ended}); see {folder / 'flower.log'}")
+            next_check = time.monotonic() + STATUS_SECONDS
+        time.sleep(0.2)
+
+
+def _show_new(folder: Path, shown: int, progress: Progress) -> int:
+    rows = read_rows(folder)
+    for row in rows[shown:]:
+        progress(row)
+    return len(rows)
+
+
+def _simulates(process: subprocess.Popen) -> bool:
+    """Whether a SuperLink has a simulation's process going."""
+    with contextlib.suppress(psutil.NoSuchProcess):
+        for child in psutil.Process(process.pid).children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                if SIMULATION in " ".join(child.cmdline()):
+                    return True
+    return False
+
+
+def _ended(run_id: str, environment: dict[str, str]) -> str:
+    """How Flower says the run ended, or empty while it goes on."""
+    try:
+        listed = subprocess.run(
+            ["flwr", "ls", CONNECTION, "--run-id", run_id, "--format", "json"],
+            env=environment, capture_output=True, text=True, check=False, timeout=COMMAND_TIMEOUT,
+        )  # fmt: skip
+        run = json.loads(listed.stdout[listed.stdout.index("{") :])["runs"][0]
+    except (ValueError, KeyError, IndexError, subprocess.TimeoutExpired):
+        return ""
+    status = str(run.get("status", ""))
+    return status if status.startswith("finished") else ""

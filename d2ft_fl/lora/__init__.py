@@ -1,0 +1,1 @@
+"""Low-rank factors of heads: which there are, where they begin, peft's files."""

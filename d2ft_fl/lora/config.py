@@ -1,0 +1,198 @@
+"""LoRA, head by head: which factors there are, and the weights that they make.
+
+A product with weights W [out, in] becomes ``W + scaling * B A`` with B [out, rank] and A [rank, in]
+(Hu et al., ICLR 2022, arXiv 2106.09685), ``scaling = alpha / rank``, or ``alpha / sqrt(rank)`` with
+rsLoRA (Kalajdzievski, arXiv 2312.03732). Of ``qkv`` and ``fc1``, which are sliced on their output,
+a subnet owns its rows of B; of ``proj`` and ``fc2``, sliced on their input, its columns of A. The
+other factor is common to the block. Packed (see :mod:`d2ft_fl.subnets.architecture`) both are
+
+    W_packed + scaling * F G^T      F [rows, rank] of the subnets, G [dim, rank] of the block
+
+As in peft, only factors and the classifier train.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from d2ft_fl.errors import ConfigError
+from d2ft_fl.subnets.architecture import Architecture, Kind, Parameter
+
+TARGETS = ("qkv", "proj", "fc1", "fc2")
+FACTORS = ("A", "B")
+HEAD = "head."  # the classifier's name in timm, and in `LoraConfig.modules_to_save`
+
+
+@dataclass(frozen=True)
+class Lora:
+    """What is tuned by LoRA, and how; the words of peft's ``LoraConfig``.
+
+    Attributes:
+        rank: Of every product.
+        alpha: See the module's docstring.
+        targets: Products, of :data:`TARGETS`.
+        rslora: Whether the scaling is alpha / sqrt(rank).
+        dropout: Of what goes into A, in training.
+    """
+
+    rank: int = 8
+    alpha: float = 8.0
+    targets: tuple[str, ...] = TARGETS
+    rslora: bool = False
+    dropout: float = 0.0
+
+    @property
+    def scaling(self) -> float:
+        """What B A is multiplied by."""
+        return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
+
+    def check_targets(self) -> None:
+        """Raises ConfigError unless targets are what they can be."""
+        if not self.targets:
+            raise ConfigError(f"lora-targets is empty; use some of {', '.join(TARGETS)}")
+        for target in self.targets:
+            if target not in TARGETS:
+                raise ConfigError(
+                    f"lora-targets: {target!r} is unknown; use some of {', '.join(TARGETS)}"
+                )
+        if len(set(self.targets)) < len(self.targets):
+            raise ConfigError(f"lora-targets = {', '.join(self.targets)!r} names one twice")
+
+    def most_rank(self, arch: Architecture) -> int:
+        """The rank of the smallest product that is targeted."""
+        shapes = {p.role.split(".")[0]: p.shape for p in weights(arch)}
+        return min(min(shapes[target]) for target in self.targets)
+
+    def check(self, arch: Architecture) -> None:
+        """Raises ConfigError unless this fits the model."""
+        self.check_targets()
+        most = self.most_rank(arch)
+        if not 1 <= self.rank <= most:
+            raise ConfigError(
+                f"lora-rank = {self.rank} must lie between 1 and {most}, the rank of the smallest "
+                "product that lora-targets names"
+            )
+
+
+def weights(arch: Architecture) -> list[Parameter]:
+    """The weights that LoRA may target, of every block."""
+    wanted = {f"{target}.weight" for target in TARGETS}
+    return [p for p in arch.of_kind(Kind.SLICED) if p.role in wanted]
+
+
+def is_common(target: str, factor: str) -> bool:
+    """Whether a target's factor belongs to the block; the other is divided over its subnets."""
+    return factor == ("A" if target in ("qkv", "fc1") else "B")
+
+
+def factor_name(weight: str, factor: str) -> str:
+    """peft's name of a factor of a weight, but for its prefix."""
+    return f"{weight.removesuffix('.weight')}.lora_{factor}.weight"
+
+
+def with_lora(
+    arch: Architecture,
+    lora: Lora,
+    frozen: Iterable[tuple[str, str]] = (),
+    fixed: Iterable[tuple[str, str]] | None = None,
+) -> Architecture:
+    """The architecture with LoRA's factors, which train, and else the classifier alone.
+
+    Args:
+        frozen: (target, factor) of the factors that do not train.
+        fixed: Of those that never change; the frozen ones, unless told otherwise.
+    """
+    lora.check(arch)
+    still = set(frozen)
+    forever = still if fixed is None else set(fixed)
+    found = []
+    for p in arch.parameters:
+        trains = p.kind is Kind.FINAL and p.name.startswith(HEAD)
+        found.append(replace(p, trains=trains, fixed=not trains))
+        target, _, part = p.role.partition(".")
+        if part != "weight" or target not in lora.targets:
+            continue
+        out, into = p.shape
+        for factor in FACTORS:
+            common = is_common(target, factor)
+            found.append(
+                replace(
+                    p,
+                    name=factor_name(p.name, factor),
+                    shape=(lora.rank, into) if factor == "A" else (out, lora.rank),
+                    kind=Kind.SHARED if common else Kind.SLICED,
+                    role=f"{target}.lora_{factor}",
+                    axis=0 if common else p.axis,
+                    rows=() if common else p.rows,
+                    trains=(target, factor) not in still,
+                    fixed=(target, factor) in forever,
+                    factor=factor,
+                )
+            )
+    return replace(
+        arch,
+        parameters=tuple(found),
+        rank=lora.rank,
+        scaling=lora.scaling,
+        lora_dropout=lora.dropout,
+    )
+
+
+def targets_alone(arch: Architecture, lora: Lora) -> Architecture:
+    """The architecture without factors, of which the targeted weights and the classifier train."""
+    lora.check(arch)
+    roles = {f"{target}.weight" for target in lora.targets}
+
+    def trains(p: Parameter) -> bool:
+        return p.role in roles or (p.kind is Kind.FINAL and p.name.startswith(HEAD))
+
+    own = [replace(p, trains=trains(p), fixed=not trains(p)) for p in arch.parameters]
+    return replace(arch, parameters=tuple(own))
+
+
+def without_lora(arch: Architecture) -> Architecture:
+    """The architecture as it was before :func:`with_lora`: everything but the embedding trains."""
+    own = [replace(p, trains=p.kind is not Kind.EMBEDDING) for p in arch.parameters if not p.factor]
+    return replace(arch, parameters=tuple(own), rank=0, scaling=0.0, lora_dropout=0.0)
+
+
+def targeted(arch: Architecture) -> list[tuple[Parameter, Parameter, Parameter]]:
+    """(weight, its A, its B) of every product that has factors."""
+    return [
+        (p, arch.by_name[factor_name(p.name, "A")], arch.by_name[factor_name(p.name, "B")])
+        for p in weights(arch)
+        if factor_name(p.name, "A") in arch.by_name
+    ]
+
+
+def delta(a: Tensor, b: Tensor, scaling: float) -> Tensor:
+    """``scaling * B A``: [out, in], worked out in double precision."""
+    return scaling * (b.double() @ a.double())
+
+
+@torch.no_grad()
+def merged(arch: Architecture, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The model's own weights, with what the factors add: a timm state dict."""
+    found = {name: tensor for name, tensor in state.items() if not arch.by_name[name].factor}
+    for weight, a, b in targeted(arch):
+        change = delta(state[a.name], state[b.name], arch.scaling)
+        old = state[weight.name]
+        found[weight.name] = (old.double() + change).to(old.dtype)
+    return found
+
+
+def merged_packed(arch: Architecture, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The same of packed tensors, as of ``down_spec``."""
+    found = {name: tensor for name, tensor in tensors.items() if not arch.by_name[name].factor}
+    for weight, a, b in targeted(arch):
+        if weight.name not in found:
+            continue
+        inward = is_common(weight.role.split(".")[0], "A")
+        near, far = (b, a) if inward else (a, b)
+        common = tensors[far.name] if inward else tensors[far.name].t()  # [rank, dim]
+        found[weight.name] = torch.addmm(
+            found[weight.name], tensors[near.name], common, alpha=arch.scaling
+        )
+    return found

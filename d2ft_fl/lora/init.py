@@ -1,0 +1,149 @@
+"""How LoRA's factors begin.
+
+Of a product ``W + scaling * B A`` (see :mod:`d2ft_fl.lora.config`):
+
+- ``lora`` (Hu et al., arXiv 2106.09685; as peft): A is uniform within ``1 / sqrt(in)``, which is
+  Kaiming's with a = sqrt(5), and B is zero, so that the model starts as it was. Where the factor
+  common to the block does not train (A of qkv and fc1, B of proj and fc2), that one is drawn and
+  the other is zero: a product of which the fixed factor is zero would never change.
+- ``federa`` (FeDeRA, Yan et al., arXiv 2404.18848; for one machine PiSSA, arXiv 2404.02948, whose
+  arithmetic in peft this is): with the singular values and vectors ``W = U S V^T``,
+
+      B = U_r sqrt(S_r / scaling)    A = sqrt(S_r / scaling) V_r^T    W <- W - scaling * B A
+
+  The factors hold the principal part of the weights, and what trains is what mattered most.
+- :func:`from_update` (SLoRA, Babakniya et al., arXiv 2308.06522): the weights' change in a first
+  stage of ordinary, sparse, training is factorised likewise, and W stays.
+"""
+
+import hashlib
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from d2ft_fl.errors import ConfigError
+from d2ft_fl.lora.config import delta, is_common, targeted
+from d2ft_fl.subnets.architecture import Architecture, Parameter
+
+INITS = ("lora", "federa")
+
+
+class Factors(NamedTuple):
+    """The best product of a rank for a matrix: ``scaling * b @ a`` is nearest to it.
+
+    Attributes:
+        a, b: [rank, in] and [out, rank].
+        discarded: Frobenius norm of what the rank leaves out: ``sqrt(sum_{i > rank} S_i^2)``.
+    """
+
+    a: Tensor
+    b: Tensor
+    discarded: float
+
+
+@torch.no_grad()
+def begin(
+    arch: Architecture,
+    weights: Mapping[str, Tensor],
+    init: str,
+    seed: int,
+    frozen_common: bool = False,
+) -> dict[str, Tensor]:
+    """The state that a run starts from: the model's own weights, and factors.
+
+    Args:
+        weights: The model's own, by timm's names.
+        init: One of :data:`INITS`.
+        seed: Decides draws, each together with the name of its tensor.
+        frozen_common: Whether the factor common to a block does not train; only ``lora`` asks.
+    """
+    if init not in INITS:
+        raise ConfigError(f"lora-init = {init!r} is unknown; use one of {', '.join(INITS)}")
+    state = dict(weights)
+    for weight, a, b in targeted(arch):
+        own = weights[weight.name]
+        if init == "federa":
+            pair = factorise(own, arch.rank, arch.scaling, own.dtype, silent_factor(a, b))
+            state[a.name], state[b.name] = pair.a, pair.b
+            residual = own.double() - delta(pair.a, pair.b, arch.scaling)
+            state[weight.name] = residual.to(own.dtype)
+            continue
+        target = weight.role.split(".")[0]
+        for p in (a, b):
+            drawn = is_common(target, p.factor) if frozen_common else p.factor == "A"
+            state[p.name] = (_uniform(p, seed) if drawn else torch.zeros(p.shape)).to(own.dtype)
+    return state
+
+
+@torch.no_grad()
+def from_update(
+    arch: Architecture, weights: Mapping[str, Tensor], change: Mapping[str, Tensor]
+) -> tuple[dict[str, Tensor], float]:
+    """The state in which factors stand for a change of the weights, and the share they leave out.
+
+    Args:
+        weights: The model's own, before the change.
+        change: Name of every targeted weight -> its change [out, in].
+
+    Returns:
+        The state; and the Frobenius norm of what the rank discards, over that of the change.
+    """
+    state, lost, whole = dict(weights), 0.0, 0.0
+    for weight, a, b in targeted(arch):
+        moved, dtype = change[weight.name], weights[weight.name].dtype
+        pair = factorise(moved, arch.rank, arch.scaling, dtype, silent_factor(a, b))
+        state[a.name], state[b.name] = pair.a, pair.b
+        lost += pair.discarded**2
+        whole += float(moved.double().square().sum())
+    return state, math.sqrt(lost / whole) if whole else 0.0
+
+
+def factorise(
+    matrix: Tensor,
+    rank: int,
+    scaling: float,
+    dtype: torch.dtype = torch.float32,
+    silent: str = "B",
+) -> Factors:
+    """``matrix`` [out, in] as ``scaling * b @ a``, by its singular values, in double precision.
+
+    Of each pair of singular vectors, which are known up to a sign, the entry of the left one that
+    is largest in magnitude is positive. A direction of which the matrix holds nothing would be zero
+    in both factors, and get no gradient ever; it begins as in LoRA instead: zero in one factor, and
+    in the other as long as a row of A that is drawn.
+
+    Args:
+        dtype: Of the factors. silent: The factor that is zero there; it should train.
+    """
+    u, s, vt = torch.linalg.svd(matrix.double(), full_matrices=False)
+    largest = u.gather(0, u.abs().argmax(dim=0, keepdim=True))[0]
+    signs = torch.where(largest < 0, -1.0, 1.0).double()
+    u, vt = u[:, :rank] * signs[:rank], vt[:rank] * signs[:rank, None]
+    size = s[:rank]
+    # What is smaller than the rounding of the largest is noise.
+    holds = (size > torch.finfo(dtype).eps * s[0]) & (size > 0)
+    root = torch.where(holds, (size / scaling).sqrt(), 0.0)
+    idle = torch.where(holds, root, 1 / math.sqrt(3))  # of uniform draws within 1 / sqrt(in)
+    in_b, in_a = (root, idle) if silent == "B" else (idle, root)
+    left_out = float(torch.cat([size[~holds], s[rank:]]).norm())
+    a, b = (in_a[:, None] * vt).to(dtype), (u * in_b).to(dtype)
+    return Factors(a.contiguous(), b.contiguous(), left_out)
+
+
+def silent_factor(a: Parameter, b: Parameter) -> str:
+    """The factor to be zero where :func:`factorise` finds nothing: B as in LoRA, if it trains."""
+    return "A" if a.trains and not b.trains else "B"
+
+
+def _uniform(p: Parameter, seed: int) -> Tensor:
+    """Uniform within 1 / sqrt(width), decided by the seed and the parameter's name alone.
+
+    The width is ``in`` of A, and ``out`` of B: of either, the factor common to a block is as large.
+    """
+    digest = hashlib.sha256(f"{seed}:{p.name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:4], "big"))
+    bound = 1 / math.sqrt(p.shape[1 if p.factor == "A" else 0])
+    return (2 * torch.rand(p.shape, generator=generator, dtype=torch.float32) - 1) * bound

@@ -1,0 +1,1 @@
+"""Model families: building, describing and exporting them. See README.md beside this file."""

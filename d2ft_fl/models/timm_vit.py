@@ -1,0 +1,313 @@
+"""The adapter for timm's plain vision transformers: the only code that knows timm's names.
+
+It says how a model divides into subnets (:func:`describe`), and runs the parts that do not
+divide: the embedding before the blocks and the classifier after them.
+"""
+
+import copy
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.layers import (
+    Attention,
+    DropPath,
+    LayerScale,
+    Mlp,
+    PatchEmbed,
+    RmsNorm,
+    patch_dropout_forward,
+)
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from d2ft_fl.engine.attention import fused_attention
+from d2ft_fl.engine.model_adapter import BlockTraits, BranchTraits, Middle, Norm
+from d2ft_fl.errors import ConfigError
+from d2ft_fl.subnets.architecture import Architecture, Kind, Parameter
+
+# A block's parameters, by the role the engine knows them under.
+SLICED_ON_OUTPUT = ("fc1.weight", "fc1.bias")
+ROLES = {
+    "attn.gate.weight": "gate.weight",
+    "attn.gate.bias": "gate.bias",
+    "attn.q_norm.weight": "q_norm.weight",
+    "attn.q_norm.bias": "q_norm.bias",
+    "attn.k_norm.weight": "k_norm.weight",
+    "attn.k_norm.bias": "k_norm.bias",
+    "attn.qkv.weight": "qkv.weight",
+    "attn.qkv.bias": "qkv.bias",
+    "attn.proj.weight": "proj.weight",
+    "attn.proj.bias": "proj.bias",
+    "mlp.fc1.weight": "fc1.weight",
+    "mlp.fc1.bias": "fc1.bias",
+    "mlp.fc2.weight": "fc2.weight",
+    "mlp.fc2.bias": "fc2.bias",
+    "norm1.weight": "norm1.weight",
+    "norm1.bias": "norm1.bias",
+    "norm2.weight": "norm2.weight",
+    "norm2.bias": "norm2.bias",
+    "ls1.gamma": "ls1.gamma",
+    "ls2.gamma": "ls2.gamma",
+}
+POOLS = ("token", "avg", "avgmax", "max")
+NORMS = (nn.LayerNorm, RmsNorm)
+FINAL_MODULES = ("norm.", "fc_norm.", "head.")
+
+
+def _is_off(module: nn.Module) -> bool:
+    return isinstance(module, nn.Identity) or (isinstance(module, nn.Dropout) and module.p == 0)
+
+
+def _objection(model: nn.Module) -> str | None:
+    """Why this model does not decompose into subnets here, or None when it does."""
+    if type(model) is not VisionTransformer:
+        return f"it is a {type(model).__name__}"
+    if len(model.blocks) == 0 or model.patch_embed.num_patches == 0:
+        return "it has no blocks or no patches"
+    if type(model.patch_embed) is not PatchEmbed:
+        return f"it embeds images by {type(model.patch_embed).__name__}"
+    if model.attn_pool is not None:
+        return "it pools by attention"
+    if model.global_pool not in POOLS:
+        return f"it pools by {model.global_pool!r}"
+    if not isinstance(model.head, nn.Linear):
+        return "it has no classifier"
+    if not _is_off(model.patch_drop):
+        return "it drops patches at random, so that its work is not known beforehand"
+    if not all(isinstance(norm, (nn.Identity, *NORMS)) for norm in (model.norm, model.fc_norm)):
+        return f"its final norm is {type(model.norm).__name__}"
+    for block in model.blocks:
+        if type(block) is not Block:
+            return f"its blocks are {type(block).__name__}"
+        attn, mlp = block.attn, block.mlp
+        if type(attn) is not Attention or type(mlp) is not Mlp:
+            return f"its blocks use {type(attn).__name__} and {type(mlp).__name__}"
+        norms = [block.norm1, block.norm2]
+        norms += [n for n in (attn.q_norm, attn.k_norm) if not isinstance(n, nn.Identity)]
+        if not all(isinstance(norm, NORMS) for norm in norms):
+            return f"its norms are {type(norms[0]).__name__}"
+        if not (isinstance(attn.norm, nn.Identity) and isinstance(mlp.norm, nn.Identity)):
+            return "it norms across heads (scale_attn_norm, scale_mlp_norm)"
+        if not all(isinstance(ls, (nn.Identity, LayerScale)) for ls in (block.ls1, block.ls2)):
+            return f"it scales layers by {type(block.ls1).__name__}"
+        if not all(
+            isinstance(p, (nn.Identity, DropPath)) for p in (block.drop_path1, block.drop_path2)
+        ):
+            return f"it drops layers by {type(block.drop_path1).__name__}"
+    return None
+
+
+def check(model: nn.Module, name: str) -> VisionTransformer:
+    """The model, once it is known to be a plain ViT.
+
+    Raises:
+        ConfigError: When it is not, with the reason.
+    """
+    if reason := _objection(model):
+        raise ConfigError(
+            f"model {name!r} is not supported: {reason}; use a plain timm ViT (vit_* or deit_*: "
+            "pre-norm blocks of Attention and Mlp with LayerNorm or RmsNorm, with or without layer "
+            "scale, registers, class token, q/k norms, attention gates, dropout and stochastic "
+            f"depth, pooled by {', '.join(POOLS)})"
+        )
+    assert isinstance(model, VisionTransformer)
+    return model
+
+
+def _split(width: int, heads: int) -> list[range]:
+    """Cut ``width`` feed-forward units into one run a head, as evenly as possible."""
+    base, extra = divmod(width, heads)
+    starts = [head * base + min(head, extra) for head in range(heads + 1)]
+    return [range(starts[head], starts[head + 1]) for head in range(heads)]
+
+
+def _block_parameter(model: VisionTransformer, name: str, shape: tuple[int, ...]) -> Parameter:
+    _, index, rest = name.split(".", 2)
+    role = ROLES[rest]
+    block: Any = model.blocks[int(index)]
+    attn, mlp = block.attn, block.mlp
+    heads, width = attn.num_heads, attn.head_dim
+    make = partial(Parameter, name, shape, role=role, block=int(index))
+    if role.startswith("qkv"):
+        parts = [range(part * heads * width, (part + 1) * heads * width) for part in range(3)]
+        rows = tuple(
+            tuple(row for part in parts for row in part[head * width : (head + 1) * width])
+            for head in range(heads)
+        )
+        return make(Kind.SLICED, axis=0, rows=rows)
+    if role in ("proj.weight", "gate.weight", "gate.bias"):
+        rows = tuple(tuple(range(head * width, (head + 1) * width)) for head in range(heads))
+        return make(Kind.SLICED, axis=1 if role == "proj.weight" else 0, rows=rows)
+    if role in (*SLICED_ON_OUTPUT, "fc2.weight"):
+        rows = tuple(map(tuple, _split(mlp.fc1.out_features, heads)))
+        return make(Kind.SLICED, axis=0 if role in SLICED_ON_OUTPUT else 1, rows=rows)
+    return make(Kind.SHARED)
+
+
+def describe(model: VisionTransformer) -> Architecture:
+    """How a checked model divides into subnets."""
+    parameters = []
+    for name, tensor in model.named_parameters():
+        shape = tuple(tensor.shape)
+        if name.startswith("blocks."):
+            parameters.append(_block_parameter(model, name, shape))
+        elif name.startswith(FINAL_MODULES):
+            parameters.append(Parameter(name, shape, Kind.FINAL))
+        else:
+            parameters.append(Parameter(name, shape, Kind.EMBEDDING, trains=False))
+    blocks: Any = model.blocks
+    block = blocks[0]
+    attn, mlp = block.attn, block.mlp
+    patches = model.patch_embed.num_patches
+    return Architecture(
+        blocks=len(blocks),
+        heads=attn.num_heads,
+        dim=model.embed_dim,
+        head_dim=attn.head_dim,
+        hidden=tuple(len(run) for run in _split(mlp.fc1.out_features, attn.num_heads)),
+        tokens=patches + model.num_prefix_tokens,
+        prefix=model.num_prefix_tokens,
+        classes=model.num_classes,
+        layer_scale=isinstance(block.ls1, LayerScale),
+        rms=isinstance(block.norm1, RmsNorm),
+        gated=getattr(attn, "gate", None) is not None,
+        head_norms=sum(not isinstance(n, nn.Identity) for n in (attn.q_norm, attn.k_norm)),
+        attention_dropout=float(attn.attn_drop.p),
+        hidden_dropout=float(mlp.drop1.p),
+        output_dropout=float(attn.proj_drop.p),
+        drop_path=max(_drop_path(b.drop_path1) for b in blocks),
+        # A convolution is one product of [patches, kernel] by [kernel, dim].
+        embed_flops=2 * patches * model.patch_embed.proj.weight.numel(),
+        input_elements=input_shape(model)[0] * input_shape(model)[1] ** 2,
+        norm_pooled=isinstance(model.norm, nn.Identity),
+        parameters=tuple(parameters),
+    )
+
+
+def block_traits(model: VisionTransformer, device: torch.device) -> list[BlockTraits]:
+    """The traits of every block, in order."""
+    blocks: Any = model.blocks
+    return [
+        BlockTraits(
+            BranchTraits(
+                inward=("qkv",) if getattr(block.attn, "gate", None) is None else ("qkv", "gate"),
+                outward="proj",
+                norm_role="norm1",
+                middle_roles=tuple(r for r in ROLES.values() if r.startswith(("q_norm", "k_norm"))),
+                scale_role="ls1.gamma",
+                norm=_norm(block.norm1),
+                middle=_attention(block.attn, device),
+                random=block.attn.attn_drop.p > 0,
+                output_dropout=block.attn.proj_drop.p,
+                drop_path=_drop_path(block.drop_path1),
+            ),
+            BranchTraits(
+                inward=("fc1",),
+                outward="fc2",
+                norm_role="norm2",
+                middle_roles=(),
+                scale_role="ls2.gamma",
+                norm=_norm(block.norm2),
+                middle=_feed_forward(block.mlp),
+                random=block.mlp.drop1.p > 0,
+                output_dropout=block.mlp.drop2.p,
+                drop_path=_drop_path(block.drop_path2),
+            ),
+        )
+        for block in blocks
+    ]
+
+
+def _drop_path(module: nn.Module) -> float:
+    return float(module.drop_prob or 0.0) if isinstance(module, DropPath) else 0.0
+
+
+def _norm(module: Any) -> Norm:
+    """A norm as a function of its input and parameters; it keeps no weights of its own."""
+    if isinstance(module, nn.LayerNorm):
+        shape, epsilon = list(module.normalized_shape), module.eps
+        return lambda x, own: F.layer_norm(x, shape, own.get("weight"), own.get("bias"), epsilon)
+    shape, epsilon = list(module.normalized_shape), module.eps
+    return lambda x, own: F.rms_norm(x, shape, own.get("weight"), epsilon)
+
+
+def _attention(attn: Attention, device: torch.device) -> Middle:
+    width, dropout = attn.head_dim, float(attn.attn_drop.p)
+    norms = [None if isinstance(n, nn.Identity) else _norm(n) for n in (attn.q_norm, attn.k_norm)]
+    gated = getattr(attn, "gate", None) is not None
+    plain = not fused_attention(device.type, width, 0.0)
+
+    def middle(training: bool, hs: Sequence[Tensor], shared: Mapping[str, Tensor]) -> Tensor:
+        qkv = hs[0]  # [examples, tokens, heads * 3 * width]
+        examples, tokens, _ = qkv.shape
+        split = qkv.view(examples, tokens, -1, 3, width).permute(3, 0, 2, 1, 4)
+        q, k, v = split.unbind(0)  # each [examples, heads, tokens, width]
+        if norms[0] is not None:
+            q = norms[0](q, _under(shared, "q_norm."))
+        if norms[1] is not None:
+            k = norms[1](k, _under(shared, "k_norm."))
+        with sdpa_kernel(SDPBackend.MATH) if plain else nullcontext():
+            out = F.scaled_dot_product_attention(q, k, v, dropout_p=dropout if training else 0.0)
+        out = out.transpose(1, 2).reshape(examples, tokens, -1)  # [.., heads * width]
+        return out * hs[1].sigmoid() if gated else out
+
+    return middle
+
+
+def _feed_forward(mlp: Mlp) -> Middle:
+    # Not the module itself: its hooks, a counter's say, would hold on to what it is given.
+    act, dropout = mlp.act.forward, float(mlp.drop1.p)
+
+    def middle(training: bool, hs: Sequence[Tensor], shared: Mapping[str, Tensor]) -> Tensor:
+        if training and dropout:
+            return F.dropout(act(hs[0]), dropout)
+        return act(hs[0])  # [examples, tokens, hidden]
+
+    return middle
+
+
+def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
+
+
+def without_blocks(model: VisionTransformer) -> VisionTransformer:
+    """A copy of the embedding and the classifier alone; final parameters want gradients."""
+    blocks, model.blocks = model.blocks, nn.Sequential()
+    try:
+        outer = copy.deepcopy(model)
+    finally:
+        model.blocks = blocks
+    for name, parameter in outer.named_parameters():
+        parameter.requires_grad_(name.startswith(FINAL_MODULES))
+    return outer
+
+
+def input_shape(model: VisionTransformer) -> tuple[int, int]:
+    """(channels, side in pixels) of the images that a model takes."""
+    return model.patch_embed.proj.in_channels, int(model.patch_embed.img_size[0])
+
+
+def embed(model: VisionTransformer, images: Tensor, tokens: int | None = None) -> Tensor:
+    """Images [batch, channels, height, width] to tokens [batch, tokens, dim].
+
+    Args:
+        tokens: How many to keep of each image, prefix tokens included, the rest drawn; None for
+            all.
+    """
+    x = model._pos_embed(model.patch_embed(images))
+    patches, prefix = x.shape[1] - model.num_prefix_tokens, model.num_prefix_tokens
+    if tokens is not None and tokens < x.shape[1]:
+        # It keeps int(patches * (1 - prob)): half a patch more does away with rounding.
+        prob = 1 - (tokens - prefix + 0.5) / patches
+        x, _ = patch_dropout_forward(x, prob, prefix, ordered=True, training=True)
+    return model.norm_pre(x)
+
+
+def classify(model: VisionTransformer, x: Tensor) -> Tensor:
+    """Tokens [batch, tokens, dim] to logits [batch, classes]."""
+    return model.forward_head(model.norm(x))

@@ -1,0 +1,1 @@
+"""The round's knapsack: values of heads, tables of costs, solver, certified plans."""

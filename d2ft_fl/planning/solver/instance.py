@@ -1,0 +1,154 @@
+"""What the kernel works on: knapsacks, what prices make of them, and choices."""
+
+from typing import NamedTuple
+
+import numpy as np
+
+from d2ft_fl.util.compiled import inner
+
+EPSILON = 1e-12
+
+
+class Batch(NamedTuple):
+    """Many clients' knapsacks.
+
+    Attributes:
+        value: float64 [C or 1, I, K]; -inf forbids an option.
+        cost: int64 [T, I, K, R].
+        ladder: int64 [T, G, M + 1, R], what a group pays once it is open to each level; 0 at first.
+        table: int64 [C], which costs and ladder are a client's.
+        capacity: int64 [C, R].
+        first: int64 [G + 1], where each group's items start. group: int64 [I].
+        level: int64 [K], the level that an option opens its group to.
+        mode: int64 [S, G], of each case. allowed: bool [modes, K].
+    """
+
+    value: np.ndarray
+    cost: np.ndarray
+    ladder: np.ndarray
+    table: np.ndarray
+    capacity: np.ndarray
+    first: np.ndarray
+    group: np.ndarray
+    level: np.ndarray
+    mode: np.ndarray
+    allowed: np.ndarray
+
+
+class Instance(NamedTuple):
+    """One client's knapsack: value [I, K], cost [I, K, R], ladder [G, M + 1, R], capacity [R]."""
+
+    value: np.ndarray
+    cost: np.ndarray
+    ladder: np.ndarray
+    capacity: np.ndarray
+    first: np.ndarray
+    group: np.ndarray
+    level: np.ndarray
+    mode: np.ndarray
+    allowed: np.ndarray
+
+
+class Priced(NamedTuple):
+    """The same in shares of capacity, and what prices make of it.
+
+    Attributes:
+        v: float64 [K, I]. w: float64 [R, K, I]. charge: float64 [G, M + 1, R].
+        scale: float64 [R], what one unit is of capacity. prices: float64 [R].
+        gains: float64 [K, I], value less priced cost.
+        some: int64 [R], at: uint64 [I], best: float64 [I]: scratch.
+        arg: int64 [modes, M + 1, I], the best option of at most each level.
+        nets: float64 [modes, M + 1, G], what a group is worth when open to each level.
+        net: float64 [modes, G], the most of them. opened: int64 [modes, G], the level for it.
+        bounds: float64 [S].
+    """
+
+    v: np.ndarray
+    w: np.ndarray
+    charge: np.ndarray
+    scale: np.ndarray
+    prices: np.ndarray
+    gains: np.ndarray
+    some: np.ndarray
+    at: np.ndarray
+    best: np.ndarray
+    arg: np.ndarray
+    nets: np.ndarray
+    net: np.ndarray
+    opened: np.ndarray
+    bounds: np.ndarray
+
+
+class Picked(NamedTuple):
+    """A choice, and what it uses.
+
+    Attributes:
+        choice: int64 [I].
+        counts: int64 [G, M + 1], items of a group at each level. tops: int64 [G], its level.
+        used: int64 [R].
+    """
+
+    choice: np.ndarray
+    counts: np.ndarray
+    tops: np.ndarray
+    used: np.ndarray
+
+
+@inner
+def instance(b: Batch, c: int, value: np.ndarray) -> Instance:
+    """One client's knapsack, with options worth ``value`` [I, K]."""
+    t = b.table[c]
+    return Instance(
+        value, b.cost[t], b.ladder[t], b.capacity[c], b.first, b.group, b.level, b.mode, b.allowed
+    )
+
+
+@inner
+def value_of(b: Batch, c: int) -> np.ndarray:
+    """What options are worth to a client: float64 [I, K]."""
+    return b.value[c if len(b.value) > 1 else 0]
+
+
+@inner
+def priced(p: Instance) -> Priced:
+    """In shares of capacity; options that cannot fit are out."""
+    items, options, resources = p.cost.shape
+    groups, levels = p.ladder.shape[0], p.ladder.shape[1]
+    v, w = np.empty((options, items)), np.empty((resources, options, items))
+    scale = 1.0 / np.maximum(p.capacity, 1)
+    for i in range(items):
+        for k in range(options):
+            fits = True
+            for r in range(resources):
+                fits = fits and p.cost[i, k, r] <= p.capacity[r]
+                w[r, k, i] = p.cost[i, k, r] * scale[r]
+            v[k, i] = p.value[i, k] if fits else -np.inf
+    modes = p.allowed.shape[0]
+    return Priced(
+        v,
+        w,
+        p.ladder * scale,
+        scale,
+        np.zeros(resources),
+        np.empty((options, items)),
+        np.empty(resources, dtype=np.int64),
+        np.empty(items, dtype=np.uint64),
+        np.empty(items),
+        np.empty((modes, levels, items), dtype=np.int64),
+        np.empty((modes, levels, groups)),
+        np.empty((modes, groups)),
+        np.empty((modes, groups), dtype=np.int64),
+        np.empty(p.mode.shape[0]),
+    )
+
+
+@inner
+def picked(p: Instance) -> Picked:
+    """Room for a choice."""
+    groups, levels, resources = p.ladder.shape
+    return Picked(
+        np.zeros(len(p.group), dtype=np.int64),
+        np.zeros((groups, levels), dtype=np.int64),
+        np.zeros(groups, dtype=np.int64),
+        np.zeros(resources, dtype=np.int64),
+    )

@@ -1,0 +1,122 @@
+"""Many clients' knapsacks, each by itself or coupled: what Python calls."""
+
+import numpy as np
+
+from d2ft_fl.planning.solver.choices import count, fits
+from d2ft_fl.planning.solver.instance import Batch, instance, picked, priced, value_of
+from d2ft_fl.planning.solver.prices import lower_prices, relax
+from d2ft_fl.planning.solver.search import CASE_STEP, CASE_STEPS, solve_one
+from d2ft_fl.util.compiled import entry, inner
+
+SCARCER = 1.5  # from pass to pass, for items that too few clients train
+
+
+@entry
+def solve_all(
+    b: Batch, choice: np.ndarray, values: np.ndarray, bounds: np.ndarray, effort: int
+) -> None:
+    """Solve every client's knapsack, in order.
+
+    Args:
+        choice: int64 [C, I], choices to improve on, and the result.
+        values, bounds: float64 [C], to fill.
+    """
+    prices = np.empty(b.capacity.shape[1])
+    for c in range(len(b.capacity)):
+        p = instance(b, c, value_of(b, c))
+        x = picked(p)
+        x.choice[:] = choice[c]
+        found, bounds[c] = solve_one(p, x, prices, True, effort)
+        worth = count(p, x)  # once more, from the integers
+        values[c] = worth if found > -np.inf and fits(p, x) else -np.inf
+        choice[c] = x.choice
+
+
+@inner
+def returns(count: float, reference: float) -> float:
+    """h(n) = reference log(1 + n / reference): what n clients on one subnet are worth together."""
+    return reference * np.log1p(count / reference)
+
+
+@entry
+def spread_all(
+    b: Batch,
+    train: np.ndarray,
+    share: np.ndarray,
+    weight: np.ndarray,
+    reference: float,
+    least: int,
+    passes: int,
+    choice: np.ndarray,
+    values: np.ndarray,
+    bounds: np.ndarray,
+    marginal: np.ndarray,
+    effort: int,
+) -> None:
+    """Coupled through diminishing returns: best responses, client after client, in some passes.
+
+    Args:
+        b: Its values are those of options apart from training.
+        train: float64 [I], what training an item is worth. share: float64 [K], how far an option
+            trains.
+        weight: float64 [C], what a client counts for.
+        reference: Of :func:`returns`. least: Clients that every item should have.
+        choice: 0 at first.
+        values: float64 [C], what each choice is worth apart from training, to fill.
+        bounds: float64 [C], bounds on each client's knapsack with returns taken at ``marginal``.
+        marginal: float64 [I], the slope of returns at the end, to fill.
+    """
+    clients, resources = b.capacity.shape
+    items, options = b.cost.shape[1], b.cost.shape[2]
+    prices = np.zeros((clients, resources))
+    amount, people = np.zeros(items), np.zeros(items, dtype=np.int64)
+    scarce = np.zeros(items)  # what training an item is worth besides while few do
+    v = np.empty((items, options))
+    for turn in range(passes):
+        for c in range(clients):
+            fixed = value_of(b, c)
+            for i in range(items):
+                old = share[choice[c, i]]
+                amount[i] -= old * weight[c]
+                people[i] -= old > 0.0
+                now = returns(amount[i], reference)
+                for k in range(options):
+                    v[i, k] = fixed[i, k]
+                    if share[k] > 0.0:
+                        more = returns(amount[i] + share[k] * weight[c], reference) - now
+                        v[i, k] += train[i] * more
+                        if people[i] < least:
+                            v[i, k] += scarce[i]
+            p = instance(b, c, v)
+            x = picked(p)
+            x.choice[:] = choice[c]
+            solve_one(p, x, prices[c], turn == 0, effort if turn == passes - 1 else 0)
+            count(p, x)
+            if fits(p, x):
+                choice[c] = x.choice
+            for i in range(items):
+                new = share[choice[c, i]]
+                amount[i] += new * weight[c]
+                people[i] += new > 0.0
+        for i in range(items):
+            if people[i] < least:
+                scarce[i] = SCARCER * scarce[i] + train.max()
+    for i in range(items):
+        marginal[i] = 1.0 / (1.0 + amount[i] / reference)
+    for c in range(clients):
+        fixed = value_of(b, c)
+        for i in range(items):
+            for k in range(options):
+                v[i, k] = fixed[i, k] + train[i] * marginal[i] * share[k] * weight[c]
+        p = instance(b, c, v)
+        q, x = priced(p), picked(p)
+        q.prices[:] = prices[c]
+        bound = q.bounds[relax(p, q)]
+        bounds[c] = lower_prices(p, q, x, -1, CASE_STEPS, CASE_STEP * bound, bound, prices[c])
+        x.choice[:] = choice[c]
+        values[c] = -np.inf
+        count(p, x)
+        if fits(p, x):
+            values[c] = 0.0
+            for i in range(items):
+                values[c] += fixed[i, choice[c, i]]

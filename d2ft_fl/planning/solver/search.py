@@ -1,0 +1,224 @@
+"""One client's knapsack, from prices to a choice."""
+
+import numpy as np
+
+from d2ft_fl.planning.solver.choices import count, fill, fits, flip, obeys, repair
+from d2ft_fl.planning.solver.instance import EPSILON, Instance, Picked, Priced, picked, priced
+from d2ft_fl.planning.solver.moves import TOLERANCE, improve, insert
+from d2ft_fl.planning.solver.prices import first_prices, lower_prices, open_best, pick, relax
+from d2ft_fl.util.compiled import inner
+
+FIRST_STEP, CASE_STEP = 0.1, 0.02  # of prices, as a share of the bound
+# Most of these are multiplied by the caller's effort.
+PRICE_STEPS = 12
+CASES = 4  # with the highest bounds are looked at; the best is solved, then others, with effort
+CASE_STEPS = 6  # further price steps for it
+EASY = 0.004  # certified gaps below this, over effort squared, are left alone then
+PATTERNS = 1  # sets of open groups that are tried beside the one at the best prices
+PROMISING = 0.01  # they get sweeps when they come this near before
+HARD = 0.08  # certified gaps above this, over effort squared, get more of them, and a search
+HARD_PATTERNS = 24
+NODES = 4_000
+
+
+@inner
+def search(
+    p: Instance,
+    q: Priced,
+    x: Picked,
+    case: int,
+    opened: np.ndarray,
+    bound: float,
+    worth: float,
+    nodes: int,
+) -> tuple[float, int]:
+    """Depth-first over flips from the best choice at the prices, with groups open to ``opened``.
+
+    A set of flips cannot be worth more than ``bound`` less their regrets, so branches end where
+    that falls to what is known. Leaves the best choice found in ``x``.
+
+    Returns:
+        Its value, or ``worth`` where nothing better was found, and the nodes left: 0 when the
+        search was not finished.
+    """
+    items, options = p.cost.shape[:2]
+    base = picked(p)
+    pick(p, q, case, opened, base.choice)
+    value = count(p, base)
+    slack = bound - worth
+    n = 0
+    item, option = np.empty(items * options, dtype=np.int64), np.empty(items * options, np.int64)
+    regret = np.empty(items * options)
+    for i in range(items):
+        mode, g = p.mode[case, p.group[i]], p.group[i]
+        for k in range(options):
+            loss = q.gains[base.choice[i], i] - q.gains[k, i]
+            if (
+                k != base.choice[i]
+                and p.level[k] <= opened[g]
+                and p.allowed[mode, k]
+                and loss < slack
+            ):
+                n = insert(i, k, loss, item, option, regret, n)
+    if fits(p, base) and value > worth + EPSILON:
+        worth = value
+        x.choice[:] = base.choice
+    stack, before = np.empty(items + 1, dtype=np.int64), np.empty(items + 1, dtype=np.int64)
+    lost = np.zeros(items + 2)
+    depth, at = 0, 0
+    while nodes > 0:
+        if at < n and depth < items and lost[depth] + regret[at] < bound - worth - EPSILON:
+            i = item[at]
+            taken = False
+            for d in range(depth):
+                taken = taken or item[stack[d]] == i
+            if not taken:
+                nodes -= 1
+                stack[depth], before[depth] = at, base.choice[i]
+                lost[depth + 1] = lost[depth] + regret[at]
+                depth += 1
+                value += flip(p, base, i, option[at])
+                if value > worth + EPSILON and fits(p, base):
+                    worth = value
+                    x.choice[:] = base.choice
+            at += 1
+        elif depth == 0:
+            break
+        else:
+            depth -= 1
+            at = stack[depth]
+            value += flip(p, base, item[at], before[depth])
+            at += 1
+    return worth, nodes
+
+
+@inner
+def settle(p: Instance, q: Priced, y: Picked, case: int, opened: np.ndarray) -> float:
+    """The best choice at the prices with groups open to ``opened``, repaired; its value.
+
+    It is -inf where what is over cannot be repaired.
+    """
+    pick(p, q, case, opened, y.choice)
+    count(p, y)
+    return count(p, y) if repair(p, q, y, case) else -np.inf
+
+
+@inner
+def solve_case(
+    p: Instance, q: Priced, x: Picked, case: int, bound: float, worth: float, effort: int
+) -> tuple[float, float]:
+    """Improve on ``x``, worth ``worth``, within one case, ``q`` being at its best prices.
+
+    Returns:
+        The value of what is then in ``x``, and a bound on the case.
+    """
+    y = picked(p)
+    opened = np.empty(len(q.charge), dtype=np.int64)
+    open_best(p, q, case, opened)
+    base = opened.copy()
+    value = settle(p, q, y, case, opened)
+    if value > -np.inf:
+        value = improve(p, q, y, case, value, bound, effort)
+        if value > worth + EPSILON:
+            worth = value
+            x.choice[:] = y.choice
+    if effort == 0 or bound - worth <= EASY / effort**2 * abs(bound):
+        return worth, bound
+    # Other sets of open groups, by what they lose at the prices.
+    groups, levels = p.ladder.shape[:2]
+    hard = bound - worth > HARD / effort**2 * abs(bound)
+    most = (HARD_PATTERNS if hard else PATTERNS) * effort
+    who, to = np.empty(most, dtype=np.int64), np.empty(most, dtype=np.int64)
+    regret = np.empty(most)
+    n = 0
+    for g in range(groups):
+        for m in range(levels):
+            if m != base[g]:
+                loss = q.net[p.mode[case, g], g] - q.nets[p.mode[case, g], m, g]
+                if loss < bound - worth and (n < most or loss < regret[n - 1]):
+                    n = insert(g, m, loss, who, to, regret, n)
+    for j in range(n):
+        if bound - regret[j] <= worth + EPSILON:
+            break
+        opened[:] = base
+        opened[who[j]] = to[j]
+        value = settle(p, q, y, case, opened)
+        if value > -np.inf:
+            value += fill(p, q, y, case)
+            if not hard and value < worth - PROMISING * abs(worth):
+                continue
+            value = improve(p, q, y, case, value, bound - regret[j], effort)
+            if value > worth + EPSILON:
+                worth = value
+                x.choice[:] = y.choice
+    if hard:
+        nodes = NODES * effort
+        worth, nodes = search(p, q, x, case, base, bound, worth, nodes)
+        for j in range(n):
+            if nodes == 0 or bound - regret[j] <= worth + EPSILON:
+                break
+            opened[:] = base
+            opened[who[j]] = to[j]
+            worth, nodes = search(p, q, x, case, opened, bound - regret[j], worth, nodes)
+    return worth, bound
+
+
+@inner
+def solve_one(
+    p: Instance, x: Picked, prices: np.ndarray, fresh: bool, effort: int
+) -> tuple[float, float]:
+    """Solve one client's knapsack; leaves the choice in ``x.choice``.
+
+    Args:
+        x: Holds a choice to improve on, whether it fits or not.
+        prices: float64 [R], to fill with the best prices found.
+        fresh: Whether to find where they start; else they are near the best already.
+
+    Returns:
+        The value, -inf where nothing was found that fits, and a bound on it.
+    """
+    q, y = priced(p), picked(p)
+    start = count(p, x)
+    worth = start if fits(p, x) and obeys(p, x.choice) else -np.inf
+    resources = len(prices)
+    if fresh:
+        bound = first_prices(p, q, y, prices)
+        steps = max(PRICE_STEPS, 3 * resources) * max(effort, 1)
+        lower_prices(p, q, y, -1, steps, FIRST_STEP * bound, bound, prices)
+    else:
+        q.prices[:] = prices
+        bound = q.bounds[relax(p, q)]
+        lower_prices(p, q, y, -1, CASE_STEPS, CASE_STEP * bound, bound, prices)
+    q.prices[:] = prices
+    relax(p, q)
+    bounds = q.bounds.copy()
+    order = np.argsort(-bounds, kind="mergesort")
+    likely, most, opened = order[0], -np.inf, np.empty(len(q.charge), dtype=np.int64)
+    if len(order) > 1:  # a quick look at the cases with the highest bounds
+        for case in order[:CASES]:
+            if bounds[case] <= most:
+                break
+            open_best(p, q, case, opened)
+            value = settle(p, q, y, case, opened)
+            if value > -np.inf:
+                value += fill(p, q, y, case)
+                if value > most:
+                    likely, most = case, value
+                if value > worth + EPSILON:
+                    worth = value
+                    x.choice[:] = y.choice
+    left = bounds.copy()  # of cases that are not solved yet
+    for turn in range(min(max(effort, 1), len(order))):
+        if turn:
+            likely = left.argmax()
+        top = left[likely]
+        left[likely] = -np.inf
+        if top - worth > TOLERANCE * abs(top):  # so too where nothing is known yet
+            if len(order) > 1:
+                own = prices.copy()
+                top = lower_prices(p, q, y, likely, CASE_STEPS, CASE_STEP * top, top, own)
+                q.prices[:] = own
+                relax(p, q)
+            worth, top = solve_case(p, q, x, likely, top, worth, effort)
+        bounds[likely] = top
+    return worth, max(bounds.max(), worth)

@@ -1,0 +1,110 @@
+"""What a client's round is worth: a prediction of how far it brings the model, 1 for everything.
+
+The planner maximises sums over subnets, which do not see that what is trained must reach the loss,
+nor that fewer examples are worth less. This judges whole rounds, so that plans made in different
+ways compare:
+
+    worth = exp(-a ln(examples)^2 - c ln(learned)^2)  up(w)  down(m)  kept
+
+with the share of the examples; w the bits in which changes travel up, m those of weights down; and
+over blocks l and heads h, with backward scores u and forward scores v,
+
+    learned = B + (1 - B) sum_lh u_lh full_lh path_l / sum_lh u_lh     as far as the loss sees it
+    path_l  = prod_{m > l} (1 - k cut_m)                   cut_m: share of block m cutting gradients
+    kept    = prod_l (1 - s mean_h v_lh skipped_lh / mean v)
+
+full and skipped are shares of the slots; B is for the classifier, which always trains. A little
+less of anything costs next to nothing, hence the squares: so budgets are best spread over what can
+be saved on. Of the constants a, c, s and those of bits up are about what was measured, a point of
+accuracy being 0.01; k, B and those of bits down are guesses. See `docs/accuracy.md`, also for how
+well the prediction orders plans.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from d2ft_fl.rounds.plan import Plan
+from d2ft_fl.subnets.schedule import Operation
+
+EXAMPLES, LEARNED = 0.05, 0.033  # a, c
+CUT, SKIPPED = 0.5, 0.3  # k, s
+BASE = 0.02
+BITS_UP = {32: 1.0, 8: 0.999, 4: 0.993}
+BITS_DOWN = {32: 1.0, 8: 0.999}
+
+
+@dataclass(frozen=True)
+class Worth:
+    """Judges rounds by these scores, float64 [blocks, heads]."""
+
+    backward: np.ndarray
+    forward: np.ndarray
+
+    def of(
+        self,
+        operations: np.ndarray,
+        ranks: np.ndarray,
+        examples: np.ndarray,
+        bits: Sequence[tuple[int, int]],
+    ) -> np.ndarray:
+        """The worth of many clients' rounds: float64 [clients].
+
+        Args:
+            operations: int8 [clients, slots, blocks, heads].
+            ranks: How far training at its rank counts: float64 [clients, blocks, heads].
+            examples: Shares of a client's own, float64 [clients].
+            bits: Of numbers on their way up and down, [clients].
+        """
+        learned = self.learned(operations, ranks)
+        skipped = (operations == Operation.SHORTCUT).mean(axis=1)
+        missing = (self.forward * skipped).mean(axis=2) / self.forward.mean()  # [clients, blocks]
+        kept = np.prod(np.clip(1 - SKIPPED * missing, 0.0, 1.0), axis=1)
+        lost = EXAMPLES * np.log(examples) ** 2 + LEARNED * np.log(learned) ** 2
+        return np.exp(-lost) * np.array([BITS_UP[u] * BITS_DOWN[d] for u, d in bits]) * kept
+
+    def learned(self, operations: np.ndarray, ranks: np.ndarray) -> np.ndarray:
+        """What trains, as far as the loss sees it, as a share of everything: float64 [clients]."""
+        full = (operations == Operation.FULL).mean(axis=1) * ranks  # [clients, blocks, heads]
+        cut = (operations <= Operation.FORWARD_ONLY).mean(axis=(1, 3))  # [clients, blocks]
+        passes = np.cumprod(1 - CUT * cut[:, ::-1], axis=1)[:, ::-1]
+        path = np.concatenate([passes[:, 1:], np.ones((len(cut), 1))], axis=1)
+        trained = (self.backward * full * path[..., None]).sum(axis=(1, 2)) / self.backward.sum()
+        return BASE + (1 - BASE) * trained
+
+    def mean(self, plan: Plan, up: int, down: int) -> float:
+        """The mean over a plan's clients; see :meth:`mean_of`.
+
+        Args:
+            up, down: Bits of numbers, where a way does not say.
+        """
+        ways = [a.way for a in plan.assignments]
+        return self.mean_of(
+            plan.schedules(),
+            np.array([c.local for c in plan.clients]),
+            np.array([a.examples or 0 for a in plan.assignments]),
+            [(way.bits_up or up, way.bits_down or down) for way in ways],
+        )
+
+    def mean_of(
+        self,
+        operations: np.ndarray,
+        local: np.ndarray,
+        own: np.ndarray,
+        bits: Sequence[tuple[int, int]],
+    ) -> float:
+        """The mean over clients, weighted by their examples; who sits out brings nothing.
+
+        Ranks are not looked at.
+
+        Args:
+            operations: int8 [clients, slots, blocks, heads].
+            local, own: Examples that clients have, and those they train on: [clients].
+            bits: Of numbers on their way up and down, [clients].
+        """
+        works = operations.any(axis=(1, 2, 3)) & (own > 0)
+        shares = np.where(works, own / np.maximum(1, local), 1.0)
+        ranks = np.ones((len(local), *operations.shape[2:]))
+        each = self.of(operations, ranks, shares, bits) * works
+        return float((each * local).sum() / max(1, local.sum()))

@@ -1,0 +1,1 @@
+"""Planning without training: ``d2ft plan`` and ``d2ft choose``."""

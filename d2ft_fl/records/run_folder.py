@@ -1,0 +1,161 @@
+"""The run folder: made, claimed, locked, read."""
+
+import contextlib
+import fcntl
+import itertools
+import json
+import os
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import platformdirs
+
+from d2ft_fl.config.run_config import RunConfig, resolve_path
+from d2ft_fl.errors import ConfigError, RunError
+from d2ft_fl.util.files import put_in_place, unlock
+
+
+def claim_folder(config: RunConfig) -> Path:
+    """The absolute path of a run's folder, made and not used by another run, private to the user.
+
+    A new one under the user's data folder, unless ``run-folder`` names one; of a run that is
+    resumed, its own. Its status is then that it starts.
+
+    Raises:
+        ConfigError: When it cannot be written to, or holds a run already, or none to resume.
+        RunError: When another process is at work on it.
+    """
+    try:
+        if config.resume:
+            folder = _folder_of(config)
+        elif not config.run_folder:
+            folder = _new_folder(config)
+        else:
+            folder = resolve_path(config.run_folder)
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(mode=0o700, exist_ok=True)
+            if folder.joinpath("rounds.jsonl").exists():
+                raise ConfigError(
+                    f"run-folder = {str(folder)!r} already holds a run; name another folder, or go "
+                    f"on with that run: d2ft run --resume {str(folder)!r}"
+                )
+        with only_one(folder):
+            done = stands(read_status(folder)) == "finished"
+            write_status(folder, "starting", before="finished" if done else None)
+    except OSError as error:
+        raise ConfigError(
+            f"run-folder = {config.run_folder!r} cannot be written to: {error.strerror}"
+        ) from None
+    return folder
+
+
+def _folder_of(config: RunConfig) -> Path:
+    """The folder of the run to resume."""
+    folder = resolve_path(config.resume)
+    if config.run_folder and resolve_path(config.run_folder) != folder:
+        raise ConfigError(
+            f"resume = {config.resume!r} goes on in its own folder: leave run-folder empty"
+        )
+    if not folder.joinpath("config.toml").is_file():
+        raise ConfigError(f"resume = {config.resume!r} holds no run: there is no config.toml in it")
+    rows = read_rows(folder)
+    if stands(read_status(folder)) == "finished" and len(rows) >= config.rounds:
+        raise ConfigError(
+            f"resume = {config.resume!r} has finished all of rounds = {len(rows)}; set more rounds "
+            "to go on"
+        )
+    return folder
+
+
+def note_failure(folder: Path, reason: str) -> None:
+    """Say that a run failed, unless another process is at work on it or has finished it."""
+    with contextlib.suppress(OSError, RunError), only_one(folder):
+        said = read_status(folder)
+        if said.get("status") in ("starting", "running", None):
+            write_status(folder, "failed", reason, said.get("before"))
+
+
+@contextlib.contextmanager
+def only_one(folder: Path) -> Iterator[None]:
+    """Hold a run's folder, as long as this process lives.
+
+    Raises:
+        RunError: When another process holds it.
+    """
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    held = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            where = str(folder)
+            raise RunError(f"another process is at work on {where!r}; stop it first") from None
+        try:
+            yield
+        finally:
+            unlock(held)
+    finally:
+        os.close(held)
+
+
+def read_rows(folder: Path) -> list[dict[str, Any]]:
+    """The rounds' lines of a run, up to the first that is not whole."""
+    return read_lines(folder / "rounds.jsonl")
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The lines of a file of JSON, up to the first that is not whole; none if it is not there."""
+    rows: list[dict[str, Any]] = []
+    with contextlib.suppress(OSError, ValueError):
+        for line in path.read_text().splitlines(keepends=True):
+            if line.endswith("\n"):
+                rows.append(json.loads(line))
+    return rows
+
+
+def read_status(folder: Path) -> dict[str, Any]:
+    """What :func:`write_status` wrote; empty where there is nothing."""
+    with contextlib.suppress(OSError, ValueError):
+        return json.loads(folder.joinpath("status.json").read_text())
+    return {}
+
+
+def stands(said: Mapping[str, Any]) -> str:
+    """How a run stands, by its status; that it could not be resumed leaves it as it was."""
+    before = said.get("before")
+    begins = said.get("status") in ("starting", "failed")
+    return str(before if begins and before else said.get("status"))
+
+
+def _new_folder(config: RunConfig) -> Path:
+    root = platformdirs.user_data_path("d2ft-fl", appauthor=False) / "runs"
+    root.mkdir(parents=True, exist_ok=True)
+    name = f"{time.strftime('%Y%m%d-%H%M%S')}-{Path(config.strategy).name}-seed{config.seed}"
+    for attempt in itertools.count(1):
+        folder = root / (name if attempt == 1 else f"{name}-{attempt}")
+        with contextlib.suppress(FileExistsError):
+            folder.mkdir(mode=0o700)
+            return folder
+    raise AssertionError("unreachable")
+
+
+def write_status(folder: Path, status: str, reason: str = "", before: str | None = None) -> None:
+    """Say how a run stands: ``starting``, ``running``, ``finished`` or ``failed``.
+
+    Args:
+        before: ``finished``, of a run that was and is started again, until its rounds go on.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    partial = folder / "status.json.part"
+    said = {"status": status, "reason": reason} | ({"before": before} if before else {})
+    partial.write_text(json.dumps(said) + "\n")
+    partial.replace(folder / "status.json")
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Write a file, whole or not at all."""
+    part = path.with_suffix(path.suffix + ".part")
+    part.write_text(text)
+    put_in_place(part, path)

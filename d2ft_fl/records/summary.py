@@ -1,0 +1,97 @@
+"""The totals of a run."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from d2ft_fl.budgets.budget import LIMITS
+from d2ft_fl.config.run_config import RunConfig
+from d2ft_fl.costs.resources import RESOURCES
+from d2ft_fl.rounds.federation import Federation
+
+
+def summarise(
+    rows: list[dict[str, Any]], federation: Federation, folder: Path, wall_seconds: float
+) -> dict[str, Any]:
+    """A run's summary."""
+    return {
+        "strategy": federation.config.strategy,
+        "keeps_budgets": len(federation.keeps) == len(LIMITS),
+        "keeps": list(federation.keeps),
+        "scores": list(federation.config.measured_scores()),
+        "seed": federation.config.seed,
+        **totals(rows),
+        "wall_seconds": wall_seconds,
+        "verified": federation.config.verify_costs,
+        "privacy": _privacy(federation.config, rows),
+        "folder": str(folder),
+    }
+
+
+def _privacy(config: RunConfig, rows: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """What clients were promised of their data; None for nothing."""
+    own = config.privacy()
+    if own is None:
+        return None
+    return {
+        "epsilon": rows[-1]["epsilon"],
+        "delta": own.delta,
+        "noise_multiplier": own.noise,
+        "clip_norm": own.clip,
+        "sampling_rate": own.rate,
+        "secret": config.noise_seed < 0,
+    }
+
+
+def totals(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Totals over rounds, beside what full fine-tuning of the same clients would have cost.
+
+    Accuracy and loss are those of the last round that was evaluated, None where none was.
+
+    Args:
+        rows: The lines of ``rounds.jsonl``, one at least.
+    """
+    resources = {}
+    for name in RESOURCES:
+        spent = sum(row[name]["used_mean"] * row["worked"] for row in rows)
+        whole = sum(row[name]["full_total"] for row in rows)
+        if name == "memory":  # a peak: the mean client's, not a sum over rounds
+            spent /= max(1, sum(row["worked"] for row in rows))
+            whole /= sum(row["clients"] for row in rows)
+        worst = [row[name]["worst"] for row in rows if row[name]["worst"] is not None]
+        resources[name] = {
+            "used": spent,
+            "full": whole,
+            "share": spent / whole,
+            "worst": max(worst, default=None),
+        }
+    accuracies, losses = (
+        [row[key] for row in rows if row[key] is not None] for key in ("accuracy", "loss")
+    )
+    return {
+        "rounds": len(rows),
+        "accuracy": accuracies[-1] if accuracies else None,
+        "best_accuracy": max(accuracies, default=None),
+        "loss": losses[-1] if losses else None,
+        "resources": resources,
+        "round_seconds": sum(row["round_seconds"] for row in rows),
+        "coverage": rows[-1]["covered_so_far"],
+        "workload_variance": float(np.mean([row["workload_variance"] for row in rows])),
+        "plan_seconds": sum(row["plan_seconds"] for row in rows),
+        "violations": sum(len(row["violations"]) for row in rows),
+        "faults": sum(len(row["faults"]) for row in rows),
+        "sat_out": sum(row["sat_out"] for row in rows),
+        "scored": sum(row.get("scored", 0) for row in rows),
+        "flops_as_predicted": sum(row["flops_as_predicted"] for row in rows),
+        "client_rounds": sum(row["worked"] for row in rows),
+        "aggregation_error": _mean([row.get("aggregation_error") for row in rows]),
+        "too_few_trainers": _mean([row.get("too_few_trainers") for row in rows]),
+    }
+
+
+def _mean(values: Iterable[float | None]) -> float | None:
+    """Of those that there are."""
+    known = [value for value in values if value is not None]
+    return float(np.mean(known)) if known else None

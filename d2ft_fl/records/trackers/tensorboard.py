@@ -1,0 +1,60 @@
+"""TensorBoard: an event file in the run folder's ``tensorboard/``.
+
+Look at all runs with ``tensorboard --logdir`` and the folder that holds them.
+"""
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from tensorboardX.event_file_writer import EventsWriter
+from tensorboardX.proto.event_pb2 import Event
+from tensorboardX.proto.summary_pb2 import Summary
+from tensorboardX.summary import hparams, text
+
+from d2ft_fl.records.trackers import scalars
+
+
+class TensorBoard:
+    """Writes events as they come.
+
+    ``SummaryWriter`` has a thread for that: nobody hears of its errors, and once it has died events
+    pile up until the next one waits forever.
+    """
+
+    def __init__(self, config: Mapping[str, Any], folder: Path):
+        self._step = 0
+        own = folder / "tensorboard"
+        own.mkdir(exist_ok=True)
+        self._events = EventsWriter(str(own / "events"))
+        # For the tab that compares runs by their options.
+        experiment, begin, self._end = hparams(dict(config), {"accuracy": 0, "loss": 0})
+        self._write(experiment, begin)
+
+    def round(self, row: dict[str, Any]) -> None:
+        """One point of every curve."""
+        self._step = int(row["round"])
+        self._write(_points(scalars(row)))
+
+    def finish(self, summary: dict[str, Any]) -> None:
+        """The totals, as points at the last round."""
+        self._write(_points(scalars(summary, "summary/")), self._end)
+        self._events.close()
+
+    def fail(self, reason: str) -> None:
+        """The reason, as a text."""
+        self._write(text("failure", reason))
+        self._events.close()
+
+    def _write(self, *summaries: Summary) -> None:
+        for summary in summaries:
+            self._events.write_event(Event(wall_time=time.time(), step=self._step, summary=summary))
+        self._events.flush()
+
+
+def _points(figures: Mapping[str, float]) -> Summary:
+    return Summary(value=[Summary.Value(tag=k, simple_value=v) for k, v in figures.items()])
+
+
+start = TensorBoard

@@ -1,0 +1,1 @@
+"""One round as a pure function: state and reports in, plan and messages out."""

@@ -1,0 +1,332 @@
+"""What a configuration needs to run: a refusal is one line that says what to write instead."""
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+from d2ft_fl.aggregation.lora_sums import MIXED, MODES
+from d2ft_fl.aggregation.server_optimizer import ADAPTIVE, SERVER_OPTIMIZERS
+from d2ft_fl.budgets.budget import ClientDescription
+from d2ft_fl.budgets.matching import MATCHES
+from d2ft_fl.config.training_options import PRECISIONS, SCHEDULES
+from d2ft_fl.errors import ConfigError, UnkeptBudget
+from d2ft_fl.lora.init import INITS
+from d2ft_fl.planning import importance
+from d2ft_fl.planning.planner import COUPLINGS, PLANNERS
+from d2ft_fl.rounds.strategies import method_of
+from d2ft_fl.subnets.architecture import Architecture
+from d2ft_fl.util.torch_device import DEVICES
+from d2ft_fl.wire.quantization import BITS_DOWN, BITS_UP, PLAIN, check_bits
+
+if TYPE_CHECKING:
+    from d2ft_fl.config.run_config import RunConfig
+
+SELECTIONS = ("random", "entropy")
+AGGREGATIONS = ("mean", "trimmed-mean", "median", "mean-around-median")
+TRANSPORTS = ("shared", "message")
+FEW_REPLIES = ("stop", "repeat")
+
+
+# What numbers must be: whether one is, and of which options.
+RANGES: dict[str, tuple[Callable[[float], bool], tuple[str, ...]]] = {
+    "1 or more": (
+        lambda v: v >= 1,
+        (
+            "rounds",
+            "clients",
+            "batch-size",
+            "epochs",
+            "slots",
+            "threads-per-client",
+            "accumulate",
+            "agenda-rounds",
+            "eval-batch-size",
+            "eval-every",
+            "attempts",
+            "lora-rank",
+        ),
+    ),
+    "0 or more": (
+        lambda v: v >= 0,
+        (
+            "train-examples",
+            "test-examples",
+            "image-size",
+            "score-every",
+            "score-examples",
+            "least-clients",
+            "stage-rounds",
+            "seed",
+            "sample-clients",
+            "min-replies",
+            "checkpoint-every",
+            "slora-rounds",
+        ),
+    ),
+    "-1 or more": (lambda v: v >= -1, ("noise-seed",)),
+    " or ".join(map(str, BITS_UP)): (lambda v: v in BITS_UP, ("upload-bits",)),
+    " or ".join(map(str, BITS_DOWN)): (lambda v: v in BITS_DOWN, ("download-bits",)),
+    "a finite number, 0 or more": (
+        lambda v: 0 <= v < float("inf"),
+        (
+            "lr",
+            "head-lr",
+            "logit-adjustment",
+            "lora-lr",
+            "lora-rank-exponent",
+            "momentum",
+            "weight-decay",
+            "proximal",
+            "client-timeout",
+            "clip-norm",
+            "noise-multiplier",
+            "epsilon",
+            "server-lr",
+            "forward-weight",
+            "frozen-weight",
+        ),
+    ),
+    "a finite number": (lambda v: abs(v) < float("inf"), ("hostile-scale",)),
+    "a finite number above 0": (
+        lambda v: 0 < v < float("inf"),
+        ("round-timeout", "spread-clients", "selection-temperature", "server-tau", "lora-alpha"),
+    ),
+    "between 0 and 1": (lambda v: 0 <= v <= 1, ("exploration", "match-share", "hostile-share")),
+    "above 0, and 1 at most": (lambda v: 0 < v <= 1, ("data-share",)),
+    "0 or more, and below 1": (
+        lambda v: 0 <= v < 1,
+        ("score-momentum", "server-momentum", "server-second-momentum", "lora-dropout"),
+    ),
+    "0 or more, and below 0.5": (lambda v: 0 <= v < 0.5, ("trim-share",)),
+}
+CHOICES = {
+    "transport": TRANSPORTS,
+    "few-replies": FEW_REPLIES,
+    "optimizer": ("adamw", "sgd"),
+    "precision": PRECISIONS,
+    "lr-schedule": tuple(SCHEDULES),
+    "device": DEVICES,
+    "planner": PLANNERS,
+    "coupling": COUPLINGS,
+    "backward-score": importance.KINDS,
+    "forward-score": importance.KINDS,
+    "data-selection": SELECTIONS,
+    "server-optimizer": SERVER_OPTIMIZERS,
+    "aggregation": AGGREGATIONS,
+    "lora-init": INITS,
+    "lora-aggregation": MODES,
+}
+
+
+def check(config: "RunConfig") -> None:
+    """Check a configuration, with all that it names.
+
+    Raises:
+        ConfigError: In one line, what to write instead.
+    """
+    # They take seconds to import, and options need none of them.
+    from d2ft_fl.data.federated_data import open_data
+    from d2ft_fl.models import timm_vit
+    from d2ft_fl.models.build import build_model
+
+    check_options(config)
+    config.torch_device()
+    model = build_model(config.model_spec())
+    channels, side = timm_vit.input_shape(model)
+    arch = timm_vit.describe(model)
+    if config.tuning == "lora":
+        config.lora().check(arch)
+        if config.lora_adapter:
+            config.adapter(arch)
+    partitions = open_data(config.data_spec(side, channels)).partitions
+    _check_budgets(config, arch, [len(own) for own in partitions])
+
+
+def _check_budgets(config: "RunConfig", arch: Architecture, examples: list[int]) -> None:
+    """Raises ConfigError unless clients' first budgets are there, and can be matched."""
+    from d2ft_fl.rounds.federation import Federation, Report, State
+
+    source = config.budget_source()
+    asked = examples if config.match else examples[:1]
+    reports = [
+        Report(client, count, source(ClientDescription(client, count, len(examples)), 1))
+        for client, count in enumerate(asked)
+    ]
+    Federation(config, arch).at(1).participants(reports, State(0, {}))
+
+
+def check_options(config: "RunConfig") -> None:
+    """Check all but a configuration's model, data and machine.
+
+    Raises:
+        ConfigError: In one line, what to write instead.
+    """
+    entries = config.to_mapping()
+    for what, (holds, keys) in RANGES.items():
+        for key in keys:
+            if not holds(value := entries[key]):
+                raise ConfigError(f"{key} = {value} must be {what}")
+    for key, allowed in CHOICES.items():
+        _one_of(key, entries[key], allowed)
+    if config.sample_clients > config.clients:
+        raise ConfigError(
+            f"sample-clients = {config.sample_clients} is more than clients = {config.clients}; "
+            "0 takes all"
+        )
+    there = config.sample_clients or config.clients
+    if config.min_replies > there:
+        raise ConfigError(
+            f"min-replies = {config.min_replies} is more than the {there} clients that take part "
+            "in a round"
+        )
+    if config.seed >= 2**63:
+        raise ConfigError(f"seed = {config.seed} must be below 2**63")
+    if config.planner == "two-stage" and (config.frozen_weight or config.coupling == "spread"):
+        raise ConfigError(
+            "planner = 'two-stage' has D2FT's three operations and no coupling: leave "
+            "frozen-weight at 0 and coupling at 'none' or 'agenda', or use planner = 'joint'"
+        )
+    if config.slots > config.batch_size:
+        raise ConfigError(
+            f"slots = {config.slots} is more than batch-size = {config.batch_size}; a slot "
+            f"needs an example, so ask for at most {config.batch_size} slots"
+        )
+    if config.compensation and config.score_every == 0:
+        raise ConfigError(
+            "compensation needs rounds in which clients measure: set score-every to 1 or more"
+        )
+    no_pass = config.score_every == 0 or config.score_examples == 0
+    if no_pass and (measured := config.measured_scores()):
+        raise ConfigError(
+            f"{' and '.join(measured)} scores need a scoring pass: set score-every and "
+            "score-examples to 1 or more, or use magnitude or uniform scores"
+        )
+    config.load_strategy()
+    _check_match(config)
+    _check_tuning(config)
+    _check_server(config)
+    _check_robust(config)
+    config.privacy()
+    config.budget_source()
+    config.load_trackers()
+
+
+def _check_match(config: "RunConfig") -> None:
+    """Raises ConfigError unless the strategy keeps the budget that is matched."""
+    if config.match:
+        _one_of("match", config.match, tuple(MATCHES))
+    if config.match_share and not config.match:
+        raise ConfigError(
+            f"match-share = {config.match_share} belongs to match: set that to one of "
+            f"{', '.join(MATCHES)}"
+        )
+    keeps = method_of(config.load_strategy(), config.strategy).keeps
+    if lost := [r for r in MATCHES.get(config.match, ()) if r not in keeps]:
+        raise UnkeptBudget(
+            f"strategy = {config.strategy!r} cannot keep a budget of {' and '.join(lost)}, which "
+            f"match = {config.match!r} gives every client: leave match empty to run it as a "
+            "reference, or take another strategy"
+        )
+
+
+def _check_server(config: "RunConfig") -> None:
+    """Raises ConfigError unless the server's optimiser fits the rest."""
+    if config.server_optimizer in ADAPTIVE and config.server_lr >= 1:
+        raise ConfigError(
+            f"server-lr = {config.server_lr} moves every weight by about that much in the first "
+            f"rounds of server-optimizer = {config.server_optimizer!r}; set it to 0.01 or so"
+        )
+    if config.server_optimizer == "mean" and config.server_lr != 1:
+        raise ConfigError(
+            f"server-lr = {config.server_lr} belongs to an optimiser: set server-optimizer to "
+            f"one of {', '.join(SERVER_OPTIMIZERS[1:])}"
+        )
+    exact = config.lora_aggregation in MIXED
+    if config.tuning == "lora" and exact and config.server_optimizer != "mean":
+        raise ConfigError(
+            f"server-optimizer = {config.server_optimizer!r} steps factors by their means, which "
+            f"lora-aggregation = {config.lora_aggregation!r} does not take: use factors, "
+            "freeze-a, alternate or freeze-common"
+        )
+
+
+def _check_robust(config: "RunConfig") -> None:
+    """Raises ConfigError unless updates can be folded as configured."""
+    there = config.sample_clients or config.clients
+    hostile = config.suspects(there)
+    if config.aggregation != "mean" and there <= 2 * hostile:
+        raise ConfigError(
+            f"aggregation = {config.aggregation!r} needs {2 * hostile + 1} clients a round to "
+            f"bear {hostile} hostile ones, and there are {there}: have more clients, or lower "
+            f"trim-share = {config.trim_share}"
+        )
+    asked = "clip-norm" if config.clip_norm else "aggregation"
+    if (config.clip_norm or config.aggregation != "mean") and (
+        config.tuning == "lora" and config.lora_aggregation in MIXED
+    ):
+        raise ConfigError(
+            f"{asked} acts on factors, which lora-aggregation = {config.lora_aggregation!r} does "
+            "not fold: use factors, freeze-a, alternate or freeze-common"
+        )
+
+
+def _check_tuning(config: "RunConfig") -> None:
+    """Raises ConfigError unless the options of tuning fit together."""
+    config.load_tuning()
+    _check_ranks(config)
+    if config.tuning == "lora" and config.upload_bits < PLAIN:
+        raise ConfigError(
+            f"upload-bits = {config.upload_bits} codes the weights of heads, which LoRA does not "
+            f"train: leave it at {PLAIN}, or set tuning to 'full'"
+        )
+    check_bits(config.upload_bits, config.download_bits)
+    if config.tuning != "lora":
+        if config.slora_rounds or config.lora_adapter:
+            key = "slora-rounds" if config.slora_rounds else "lora-adapter"
+            raise ConfigError(f"{key} belongs to tuning = 'lora', not {config.tuning!r}")
+        return
+    config.lora().check_targets()
+    if config.slora_rounds >= config.rounds:
+        raise ConfigError(
+            f"slora-rounds = {config.slora_rounds} must be below rounds = {config.rounds}, so that "
+            "rounds of LoRA follow"
+        )
+    begins = [config.lora_init != "lora", bool(config.lora_adapter), config.slora_rounds > 0]
+    if sum(begins) > 1:
+        raise ConfigError(
+            "lora-init = 'federa', lora-adapter and slora-rounds each say how factors begin: "
+            "choose one"
+        )
+    if config.lora_aggregation == "freeze-common" and any(begins):
+        raise ConfigError(
+            "lora-aggregation = 'freeze-common' draws the factors that it freezes: leave "
+            "lora-init at 'lora', lora-adapter empty and slora-rounds at 0"
+        )
+
+
+def _check_ranks(config: "RunConfig") -> None:
+    """Raises ConfigError unless smaller ranks can be offered as configured."""
+    if not config.lora_ranks.strip():
+        return
+    if config.tuning != "lora":
+        raise ConfigError(f"lora-ranks belongs to tuning = 'lora', not {config.tuning!r}")
+    most = config.lora_rank
+    for text in config.lora_ranks.split(","):
+        if not text.strip().isdecimal() or not 1 <= int(text) <= most:
+            raise ConfigError(
+                f"lora-ranks = {config.lora_ranks!r}: {text.strip()!r} is no whole number from 1 "
+                f"to lora-rank = {most}; write ranks like '2, 4'"
+            )
+    if config.lora_aggregation not in MIXED:
+        raise ConfigError(
+            f"lora-aggregation = {config.lora_aggregation!r} cannot fold different ranks: use "
+            f"{' or '.join(MIXED)}, or leave lora-ranks empty"
+        )
+    if config.planner == "two-stage":
+        raise ConfigError(
+            "planner = 'two-stage' knows one rank: use planner = 'joint', or leave lora-ranks empty"
+        )
+
+
+def _one_of(key: str, value: str, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ConfigError(f"{key} = {value!r} is unknown; use one of {', '.join(allowed)}")

@@ -1,0 +1,299 @@
+"""The round as a pure function: plan from state and reports; replies are folded in ``fold``.
+
+Back ends only carry blobs: Flower (``server_app``) and a plain loop (``local``) drive the same
+functions, and give the same result for the same seed.
+"""
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from d2ft_fl.aggregation.sums import MOST_STEP
+from d2ft_fl.budgets.budget import DEADLINE
+from d2ft_fl.config.training_options import AS_CONFIGURED, Way
+from d2ft_fl.costs.probe_costs import NO_PASSES, Passes, passes_cost, round_cost, with_passes
+from d2ft_fl.costs.resources import RESOURCES, Cost
+from d2ft_fl.errors import ConfigError, RunError
+from d2ft_fl.planning.assignment import Assignment, Participant
+from d2ft_fl.planning.importance import KINDS, MEASURED, subnet_scores
+from d2ft_fl.rounds.federation import Federation, Report, State
+from d2ft_fl.rounds.plan import Plan
+from d2ft_fl.subnets.schedule import Operation, Schedule
+
+__all__ = ["Assignment", "Participant", "Round", "Way", "most", "plan_round"]
+
+
+@dataclass(frozen=True)
+class Round:
+    """What a strategy decides from, and the tools it decides with.
+
+    Attributes:
+        federation: Model, costs and configuration.
+        state: The global model and scores so far.
+        clients: Everyone who takes part, in order.
+    """
+
+    federation: Federation
+    state: State
+    clients: list[Participant]
+
+    @property
+    def number(self) -> int:
+        """Rounds are counted from 1."""
+        return self.state.round + 1
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(blocks, heads)."""
+        return self.federation.arch.blocks, self.federation.arch.heads
+
+    def generator(self, client: Participant) -> np.random.Generator:
+        """Randomness that depends on seed, round and client only."""
+        return np.random.default_rng([self.federation.config.seed, self.number, client.client])
+
+    def scores(self, kind: str) -> np.ndarray:
+        """Scores of a kind, with mean 1: float64 [blocks, heads].
+
+        Kinds are those of :mod:`d2ft_fl.planning.importance`.
+
+        Raises:
+            RunError: For an unknown kind, or one that needs a scoring pass and gets none.
+        """
+        if kind not in KINDS:
+            raise RunError(f"score kind {kind!r} is unknown; use one of {', '.join(KINDS)}")
+        if kind in MEASURED and kind not in self.federation.config.measured_scores():
+            raise RunError(
+                f"nobody measures {kind} scores in this run; name {kind} in backward-score or "
+                "forward-score, or in SCORES where the strategy sets that"
+            )
+        weights = self.federation.model_weights(self.state) if kind == "magnitude" else {}
+        own = self.federation.own or self.federation.arch
+        return subnet_scores(kind, own, weights, self.state.scores)
+
+    def backward_scores(self) -> np.ndarray:
+        """Worth of training each subnet, as configured."""
+        return self.scores(self.federation.config.backward_score)
+
+    def forward_scores(self) -> np.ndarray:
+        """Worth of running each subnet, as configured."""
+        return self.scores(self.federation.config.forward_score)
+
+    def agenda(self, backward: np.ndarray) -> np.ndarray:
+        """Scores that put this round's agenda before everything else: float64 [blocks, heads].
+
+        The agenda is common to all clients: the subnets that were trained longest ago, as many as
+        it takes to train every one within ``agenda-rounds`` rounds, if someone can afford that
+        many; of equals those of the block with the highest mean score. What nobody trained in its
+        turn stays at the head.
+        """
+        block, head = np.indices(self.shape).reshape(2, -1)
+        worth = backward.mean(axis=1)[block]
+        last = np.broadcast_to(self.state.last_trained, self.shape).ravel()
+        order = np.lexsort([head, block, -worth, last])
+        due = order[: -(-len(order) // self.federation.config.agenda_rounds)]
+        first = backward.copy()
+        first.flat[due] += 2 * backward.max()
+        return first
+
+    def passes(self, client: Participant, examples: int | None = None) -> Passes:
+        """What ``client`` should do with the whole model before it trains in this round.
+
+        Args:
+            examples: On how many examples it trains; None for ``client.examples``.
+        """
+        config = self.federation.config
+        count = client.examples if examples is None else examples
+        kinds = config.measured_scores()
+        if not kinds or (self.number - 1) % config.score_every:
+            kinds = ()
+        scored = min(config.score_examples, count) if kinds else 0
+        selects = config.data_selection != "random" and 0 < count < client.local
+        return Passes(scored, client.local if selects else 0, kinds)
+
+    def plan(
+        self,
+        backward: np.ndarray,
+        forward: np.ndarray,
+        coupled: bool = True,
+        method: str | None = None,
+    ) -> list[Assignment]:
+        """Good schedules for these scores that keep every budget of every client.
+
+        Args:
+            backward, forward: float64 [blocks, heads], or [clients, blocks, heads] where clients'
+                scores differ.
+            coupled: Whether ``coupling = "spread"`` acts; else each client has its own optimum.
+            method: ``joint`` or ``two-stage`` with D2FT's three operations, each client for itself;
+                None for what is configured.
+        """
+        federation = self.federation
+        planner = federation.planner_of(self.state, coupled)
+        if method is not None:
+            weight = federation.config.forward_weight
+            planner = federation.planner_along(self.state, AS_CONFIGURED, weight, 0.0, method)
+        return planner.plan(
+            self.clients,
+            backward,
+            forward,
+            rotation=self.number,
+            passes=[self.passes(c) for c in self.clients],
+        )
+
+    def everything(self) -> Schedule:
+        """Every subnet FULL in every slot."""
+        return self.federation.costs.everything()
+
+    def assign(
+        self,
+        client: Participant,
+        schedule: Schedule,
+        examples: int | None = None,
+        way: Way = AS_CONFIGURED,
+        passes: Passes | None = None,
+    ) -> Assignment:
+        """A schedule of your own, with its predicted cost; budgets are not looked at.
+
+        Args:
+            examples: On how many examples it trains; None for ``client.examples``.
+            way: How it runs the schedule, where that is not as configured.
+            passes: What it does before; None for what is wanted in this round, if it trains.
+        """
+        count = client.examples if examples is None else examples
+        if passes is None:
+            passes = NO_PASSES if schedule.sits_out else self.passes(client, count)
+        costs = self.federation.costs_of(self.state, way)
+        cost = round_cost(costs, schedule, count, passes, client.holds)
+        return Assignment(client.client, schedule, cost, passes, examples=count, way=way)
+
+    def pass_counts(self, way: Way = AS_CONFIGURED) -> list[int]:
+        """In how many passes a batch can be run, where the largest pass differs: ascending."""
+        batch = self.federation.config.local_options().along(way).batch_size
+        return sorted({-(-batch // size) for size in range(1, batch + 1)})
+
+    def largest(self, client: Participant, schedules: Sequence[Schedule]) -> Assignment:
+        """The last of some schedules, cheapest first, that every budget of a client affords.
+
+        A client that cannot afford passes over the whole model does without scoring, and draws its
+        examples; one that affords none of the schedules sits out.
+        """
+        for passes in self.passes(client).alternatives:
+            costs = self._costs(client, schedules, passes)
+            for schedule, cost in zip(reversed(schedules), reversed(costs), strict=True):
+                if client.affords(cost):
+                    return Assignment(client.client, schedule, cost, passes)
+        return self.sit_out(client)
+
+    def _costs(
+        self, client: Participant, schedules: Sequence[Schedule], passes: Passes
+    ) -> list[Cost]:
+        """What schedules cost a client, with passes before them."""
+        costs = self.federation.costs_of(self.state)
+        operations = np.stack([s.operations for s in schedules])
+        examples = np.full(len(schedules), client.examples)
+        held = None if passes or client.holds is None else client.holds
+        holds = None if held is None else np.broadcast_to(held, (len(schedules), *self.shape))
+        model = replace(costs, compensated=False) if passes else costs
+        found = [Cost(*row) for row in model.costs(operations, examples, holds).tolist()]
+        if not passes:
+            return found
+        before = passes_cost(costs, passes, client.holds)
+        return [with_passes(cost, before) for cost in found]
+
+    def sit_out(self, client: Participant) -> Assignment:
+        """Nothing to do for a client in this round."""
+        slots = self.federation.config.slots
+        return self.assign(client, Schedule.filled(Operation.SHORTCUT, slots, *self.shape))
+
+    def stage(self, most: int) -> tuple[int, int]:
+        """In which stage the run is, counted from 0, and how many there are: at most so many.
+
+        A stage has ``stage-rounds`` rounds, and the last one goes on. By default stages divide the
+        run evenly, to a round; with fewer rounds than ``most`` there is one a round.
+        """
+        config = self.federation.config
+        if config.stage_rounds:
+            return min(most - 1, (self.number - 1) // config.stage_rounds), most
+        stages = min(most, config.rounds)
+        return min(stages - 1, (self.number - 1) * stages // config.rounds), stages
+
+    def schedule(self, operations: np.ndarray) -> Schedule:
+        """A schedule that is the same in every slot, from operations int8 [blocks, heads]."""
+        slots = self.federation.config.slots
+        return Schedule(np.broadcast_to(operations, (slots, *self.shape)).astype(np.int8))
+
+
+def most(
+    fits: int, over: int, attempt: Callable[[int], Assignment | None], first: int = 0
+) -> Assignment | None:
+    """What the largest number for which there is anything gives, found by bisection.
+
+    Args:
+        fits, over: Only numbers between these are tried; more cost more.
+        attempt: What a number gives; None where budgets do not afford it.
+        first: To try before others.
+    """
+    found, count = None, first
+    while over - fits > 1:
+        count = count if fits < count < over else (fits + over) // 2
+        if (tried := attempt(count)) is None:
+            over = count
+        else:
+            fits, count, found = count, count + 1 if count == first else 0, tried
+    return found
+
+
+def plan_round(federation: Federation, state: State, reports: Iterable[Report]) -> Plan:
+    """All clients' assignments of the next round.
+
+    Raises:
+        RunError: When the strategy raises anything, leaves a client out, or breaks a budget that it
+            promised to keep.
+    """
+    started = time.perf_counter()
+    clients = federation.participants(reports, state)
+    try:
+        assignments = _assignments(federation, Round(federation, state, clients))
+    except (ConfigError, RunError):
+        raise
+    except Exception as error:  # a strategy is anybody's code
+        reason = (str(error).strip() or "no message").splitlines()[0]
+        raise RunError(
+            f"strategy {federation.config.strategy!r} raised {type(error).__name__} in round "
+            f"{state.round + 1}: {reason}"
+        ) from error
+    return Plan(state.round + 1, clients, assignments, time.perf_counter() - started)
+
+
+def _assignments(federation: Federation, round: Round) -> list[Assignment]:
+    """What the strategy assigns, in the order of clients, once it keeps what it promises."""
+    assignments = federation.strategy.schedule(round)
+    by_client = {a.client: a for a in assignments}
+    if sorted(by_client) != [c.client for c in round.clients] or len(assignments) != len(by_client):
+        raise RunError(
+            f"strategy {federation.config.strategy!r} must give each client one assignment"
+        )
+    for c in round.clients:
+        a = by_client[c.client]
+        over = [r for r, o in zip(RESOURCES, a.cost.vector() > c.capacity, strict=True) if o]
+        over += [] if c.on_time(a.cost) else [DEADLINE]
+        if broken := [name for name in over if name in federation.keeps]:
+            raise RunError(
+                f"strategy {federation.config.strategy!r} breaks the budget of client {c.client} "
+                f"in {', '.join(broken)}; use round.plan, or leave that out of KEEPS"
+            )
+        for name, value, most in (("weight", a.way.weight, 1e6), ("step", a.way.step, MOST_STEP)):
+            if not 0 < value <= most:
+                raise RunError(
+                    f"strategy {federation.config.strategy!r} gives client {c.client} a {name} of "
+                    f"{value}; it must be above 0, and {most:g} at most"
+                )
+        if a.examples is None:
+            by_client[c.client] = replace(a, examples=c.examples)
+        elif not 0 <= a.examples <= c.local:
+            raise RunError(
+                f"strategy {federation.config.strategy!r} gives client {c.client} {a.examples} "
+                f"examples to train on, of {c.local}"
+            )
+    return [by_client[c.client] for c in round.clients]

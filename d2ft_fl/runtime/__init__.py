@@ -1,0 +1,1 @@
+"""Back ends without Flower: in this process, or in worker processes."""

@@ -1,0 +1,305 @@
+"""Child processes that do clients' work: several at once, and none that cannot be ended.
+
+Training may hang, or take its process with it (memory, a library's fault). Here that costs one
+client and a restart. The parent carries blobs and needs no torch.
+"""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from multiprocessing.connection import Connection, wait
+from typing import Any
+
+from d2ft_fl.errors import ConfigError, RunError
+from d2ft_fl.server.dispatch import Fault
+
+START_SECONDS = 120.0
+# The most that a busy child is sent ahead: it fits into the connection's buffer. A parent that
+# waited for a child to read could not end one that hangs, nor read the reply that it sends.
+AHEAD_BYTES = 1 << 15
+# Have glibc keep freed memory: a client's weights fit where those of the one before were.
+KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 25), "MALLOC_TRIM_THRESHOLD_": str(1 << 30)}
+
+
+@dataclass(frozen=True)
+class Job:
+    """One client's work: its message, and where model and reply are exchanged, if not in it.
+
+    Attributes:
+        client, blob: Whose, and what it is told.
+        model, reply: Files; None where they come, or go, with messages.
+    """
+
+    client: int
+    blob: bytes
+    model: str | None = None
+    reply: str | None = None
+
+
+@dataclass(eq=False)
+class _Child:
+    process: subprocess.Popen
+    connection: Connection
+    lifeline: int
+    slot: int  # of the crew: no other child has it at the same time
+    ready: bool = False
+    jobs: deque[Job] = field(default_factory=deque)  # the one it is at, and what it does next
+    started: float = field(default_factory=time.monotonic)
+
+    def send(self, request: Mapping[str, Any], blob: bytes = b"") -> None:
+        self.connection.send_bytes(json.dumps(request).encode())
+        self.connection.send_bytes(blob)
+
+    def how_it_ended(self) -> str:
+        """Of a child whose connection is closed."""
+        with suppress(subprocess.TimeoutExpired):
+            self.process.wait(1.0)
+        code = self.process.poll()
+        if code is not None and code < 0:
+            with suppress(ValueError):
+                return f"signal {signal.Signals(-code).name}"
+        return f"exit code {code}"
+
+    def end(self) -> None:
+        """Kill it."""
+        self.process.kill()
+        self.process.wait()
+        self.connection.close()
+        os.close(self.lifeline)
+
+
+class Crew:
+    """Up to ``size`` child processes under one configuration, started when they are needed.
+
+    Args:
+        options: The configuration, as it stands in TOML.
+        size: How many work at once.
+    """
+
+    def __init__(self, options: Mapping[str, Any], size: int):
+        self.options, self.size = dict(options), size
+        self._children: list[_Child] = []
+
+    def __enter__(self) -> "Crew":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End all children."""
+        for child in self._children:
+            child.end()
+        self._children.clear()
+
+    # -- asking ------------------------------------------------------------------------------
+
+    def reports(self, clients: Sequence[int], round: int, seconds: float) -> list[list[Any]]:
+        """What clients say of themselves: [client, examples, budget as JSON] of each.
+
+        Raises:
+            ConfigError: With what a client found wrong with the configuration.
+            RunError: When there is no answer in time.
+        """
+        deadline = time.monotonic() + seconds
+        request = {"do": "report", "clients": list(clients), "round": round}
+        answer = self._ask(request, deadline) or self._ask(request, deadline, again=True)
+        if "error" in answer:
+            raise ConfigError(answer["error"])
+        if "failed" in answer:
+            raise RunError(answer["failed"])
+        return answer["reports"]
+
+    def _ask(self, request: dict[str, Any], deadline: float, again: bool = False) -> dict[str, Any]:
+        """A child's answer; of one that ends meanwhile nothing, the first time.
+
+        Raises:
+            RunError: When there is none in time, or it ends again.
+        """
+        if not self._children:
+            self._children.append(self._start())
+        child = self._children[0]
+        try:
+            if not child.ready:
+                self._await(child, min(deadline, child.started + START_SECONDS))
+                self._greet(child)
+            child.send(request)
+            self._await(child, deadline)
+            return json.loads(child.connection.recv_bytes())
+        except (EOFError, OSError):
+            how = child.how_it_ended()
+            self._drop(child)
+            if again:
+                raise RunError(f"a worker process ended ({how})") from None
+            return {}
+
+    def _await(self, child: _Child, deadline: float) -> None:
+        if not child.connection.poll(max(0.0, deadline - time.monotonic())):
+            self._drop(child)
+            raise RunError("a worker process did not answer in time")
+
+    # -- working -----------------------------------------------------------------------------
+
+    def work(
+        self, jobs: Sequence[Job], seconds: float, client_seconds: float = 0.0
+    ) -> Iterator[tuple[int, bytes | Fault]]:
+        """Carry jobs out, in order, several at once; yields replies as they come.
+
+        A reply that went to the exchange is empty. At the deadline, every child that is still at
+        work is ended, and what nobody began is left.
+
+        Args:
+            seconds: Until the deadline.
+            client_seconds: The most that one client may take; 0 for no limit but the deadline.
+        """
+        deadline = time.monotonic() + seconds
+        pending = deque(jobs)
+        try:
+            while pending or self._busy:
+                self._hand_out(pending, deadline)
+                ends = [deadline]
+                if client_seconds:
+                    ends += [child.started + client_seconds for child in self._busy]
+                ends += [c.started + START_SECONDS for c in self._children if not c.ready]
+                waiting = [c.connection for c in self._children if c.jobs or not c.ready]
+                ready = wait(waiting, timeout=max(0.0, min(ends) - time.monotonic()))
+                for child in [c for c in self._children if c.connection in ready]:
+                    yield from self._hear(child, pending)
+                now = time.monotonic()
+                for child in self._busy if client_seconds else []:
+                    if now >= child.started + client_seconds and not child.connection.poll():
+                        yield (
+                            self._left(child, pending),
+                            Fault(f"took longer than {client_seconds:g} s"),
+                        )
+                for child in [c for c in self._children if not c.ready]:
+                    if now >= child.started + START_SECONDS:
+                        self._drop(child)  # and another is started
+                if now >= deadline:
+                    yield from self._give_up(pending)
+                    return
+        finally:
+            for child in self._busy:  # nobody waits for it any more
+                self._drop(child)
+
+    @property
+    def _busy(self) -> list[_Child]:
+        return [child for child in self._children if child.jobs]
+
+    def _hand_out(self, pending: deque[Job], deadline: float) -> None:
+        for child in list(self._children):
+            if child.ready and not child.jobs and child.process.poll() is not None:
+                self._drop(child)  # it died while it had nothing to do: nobody's fault
+        for child in self._children:
+            if pending and child.ready and not child.jobs:
+                self._give(child, pending.popleft(), deadline)
+        for child in self._busy:  # so that no child waits for its next job, but at the end
+            ahead = len(pending) > self.size and len(pending[0].blob) <= AHEAD_BYTES
+            if ahead and len(child.jobs) == 1:
+                self._give(child, pending.popleft(), deadline)
+        starting = sum(not child.ready for child in self._children)
+        while starting < len(pending) and len(self._children) < self.size:
+            self._children.append(self._start())
+            starting += 1
+
+    def _give(self, child: _Child, job: Job, deadline: float) -> None:
+        if not child.jobs:
+            child.started = time.monotonic()
+        child.jobs.append(job)
+        seconds = deadline - time.monotonic()
+        with suppress(OSError):  # it is gone, and heard of when it is waited for
+            child.send(
+                {"do": "work", "model": job.model, "reply": job.reply, "seconds": seconds},
+                job.blob,
+            )
+
+    def _hear(self, child: _Child, pending: deque[Job]) -> Iterator[tuple[int, bytes | Fault]]:
+        try:
+            if not child.ready:
+                self._greet(child)
+                return
+            reply = child.connection.recv_bytes()
+        except (EOFError, OSError):
+            how = child.how_it_ended()
+            if not child.jobs:
+                self._drop(child)
+                raise RunError(f"a worker process ended while it started ({how})") from None
+            yield self._left(child, pending), Fault(f"its process ended ({how})")
+            return
+        job, child.started = child.jobs.popleft(), time.monotonic()
+        yield job.client, reply
+
+    def _left(self, child: _Child, pending: deque[Job]) -> int:
+        """End a child; returns whose work it was at. What it had not begun goes to another."""
+        at, *rest = child.jobs
+        pending.extendleft(reversed(rest))
+        self._drop(child)
+        return at.client
+
+    def _give_up(self, pending: deque[Job]) -> Iterator[tuple[int, bytes | Fault]]:
+        for child in self._busy:
+            if child.connection.poll():  # it was in time; who listens was not
+                yield from self._hear(child, pending)
+        for child in self._busy:
+            client = self._left(child, pending)
+            yield client, Fault("did not end before the round's deadline")
+        while pending:
+            yield pending.popleft().client, Fault("not begun before the round's deadline")
+
+    # -- children ----------------------------------------------------------------------------
+
+    def _start(self) -> _Child:
+        ours, theirs = socket.socketpair()
+        lifeline, held = os.pipe()
+        environment = {
+            **KEEP_MEMORY,
+            **os.environ,
+            "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+        }
+        slot = min(set(range(len(self._children) + 1)) - {c.slot for c in self._children})
+        if devices := os.environ.get("CUDA_VISIBLE_DEVICES", ""):
+            own = devices.split(",")
+            environment["CUDA_VISIBLE_DEVICES"] = own[slot % len(own)]
+        process = subprocess.Popen(
+            [
+                sys.executable,
+                "-m",
+                "d2ft_fl.runtime.worker_process",
+                str(theirs.fileno()),
+                str(lifeline),
+            ],
+            pass_fds=(theirs.fileno(), lifeline),
+            env=environment,
+            stdin=subprocess.DEVNULL,
+        )
+        theirs.close()
+        os.close(lifeline)
+        child = _Child(process, Connection(ours.detach()), held, slot)
+        child.connection.send_bytes(json.dumps(self.options).encode())
+        return child
+
+    def _greet(self, child: _Child) -> None:
+        """Hear that a child is there.
+
+        Raises:
+            ConfigError: When the configuration cannot be used where it runs.
+        """
+        answer = json.loads(child.connection.recv_bytes())
+        if "error" in answer:
+            self._drop(child)
+            raise ConfigError(answer["error"])
+        child.ready = True
+
+    def _drop(self, child: _Child) -> None:
+        """End a child; another is started when one is needed."""
+        if child in self._children:
+            self._children.remove(child)
+        child.end()

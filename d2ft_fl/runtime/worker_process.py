@@ -1,0 +1,89 @@
+"""A worker in a process of its own, which can be ended when it hangs.
+
+See :mod:`d2ft_fl.runtime.worker_pool`, which starts it as
+
+    python -m d2ft_fl.runtime.worker_process CONNECTION LIFELINE
+
+Both are file descriptors. Over the first come, after the configuration as JSON, requests of two
+frames, JSON and a blob, and go answers of one. When nobody holds the other end of the second any
+more, this process ends at once, whatever it is doing.
+"""
+
+import json
+import os
+import sys
+import threading
+import time
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+from d2ft_fl.errors import D2FTError
+
+
+def main(connection: Connection) -> None:
+    """Answer requests until there is nobody to ask."""
+    from d2ft_fl.client.trainer import Worker
+    from d2ft_fl.config.run_config import RunConfig
+
+    try:
+        who = Worker(RunConfig.from_mapping(json.loads(connection.recv_bytes())))
+    except D2FTError as error:
+        connection.send_bytes(json.dumps({"error": str(error)}).encode())
+        return
+    connection.send_bytes(b"{}")
+    while True:
+        try:
+            request, blob = json.loads(connection.recv_bytes()), connection.recv_bytes()
+        except EOFError:
+            return
+        connection.send_bytes(_answer(who, request, blob))
+
+
+def _answer(who: Any, request: dict[str, Any], blob: bytes) -> bytes:
+    if request["do"] == "report":
+        return _reports(who, request)
+    return _work(who, request, blob)
+
+
+def _reports(who: Any, request: dict[str, Any]) -> bytes:
+    """What clients say of themselves, as JSON."""
+    try:
+        reports = [who.report(client, request["round"]) for client in request["clients"]]
+    except D2FTError as error:
+        return json.dumps({"error": str(error)}).encode()
+    except Exception as error:  # of a budget that is anybody's code
+        return json.dumps({"failed": f"{type(error).__name__}: {error}"}).encode()
+    rows = [[r.client, r.examples, r.budget.to_json()] for r in reports]
+    return json.dumps({"reports": rows}).encode()
+
+
+def _work(who: Any, request: dict[str, Any], blob: bytes) -> bytes:
+    """A client's reply; empty where it went to the exchange."""
+    from d2ft_fl.runtime import shared_memory
+    from d2ft_fl.wire import blob as wire
+
+    model = request["model"]
+    weights = None if model is None else shared_memory.read_model(Path(model))
+    if request["reply"] is None:
+        return who.work(blob, weights)
+    until = time.monotonic() + request["seconds"]
+    tensors, meta = who.answer(blob, weights)
+    try:
+        shared_memory.put(Path(request["reply"]), tensors, meta, until)
+    except OSError as error:  # there is no room, say
+        return wire.encode({}, {"error": f"its answer cannot be written: {error.strerror}"})
+    return b""
+
+
+def _end_with(lifeline: int) -> None:
+    """End this process when nobody holds the other end."""
+    while os.read(lifeline, 1):
+        pass
+    os._exit(1)
+
+
+if __name__ == "__main__":
+    ours, lifeline = int(sys.argv[1]), int(sys.argv[2])
+    threading.Thread(target=_end_with, args=(lifeline,), daemon=True).start()
+    main(Connection(ours))

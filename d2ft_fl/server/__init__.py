@@ -1,0 +1,1 @@
+"""The server's side of a run: the loop of rounds, replies, checkpoints, the record."""

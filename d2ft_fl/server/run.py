@@ -1,0 +1,344 @@
+"""A whole run: ask, plan, send, train, fold, record, round after round."""
+
+import logging
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from d2ft_fl.aggregation import privacy
+from d2ft_fl.aggregation.keyed_noise import noise_key
+from d2ft_fl.aggregation.private_sums import PrivateRound, Trainers
+from d2ft_fl.config.run_config import RunConfig
+from d2ft_fl.data.federated_data import FederatedData, open_data
+from d2ft_fl.errors import ConfigError, RunError
+from d2ft_fl.models import timm_vit
+from d2ft_fl.models.build import build_model
+from d2ft_fl.records.run_folder import claim_folder, only_one, read_rows
+from d2ft_fl.records.trackers import tracking
+from d2ft_fl.rounds.context import Assignment, Participant, plan_round
+from d2ft_fl.rounds.federation import Federation, Report, State
+from d2ft_fl.rounds.messages import encode_assignment
+from d2ft_fl.rounds.plan import Plan
+from d2ft_fl.server import checkpoint
+from d2ft_fl.server.dispatch import Clock, Fault, Work
+from d2ft_fl.server.recorder import Recorder, write_summary
+from d2ft_fl.server.replies import Fold
+from d2ft_fl.util.torch_device import set_threads
+
+log = logging.getLogger(__name__)
+
+
+class Pool(Protocol):
+    """The clients of a federation, wherever they run."""
+
+    def clients(self, round: int) -> Mapping[int, int]:
+        """Those that can be asked before a round.
+
+        Returns:
+            Client -> a number that is another one when it may have changed meanwhile.
+        """
+
+    def reports(
+        self, round: int, clients: Sequence[int]
+    ) -> tuple[list[Report], Mapping[int, Fault]]:
+        """What these clients say of themselves before a round, and who of them does not answer."""
+
+    def train(self, work: Work) -> Iterable[tuple[int, bytes | memoryview | Fault]]:
+        """Have clients train; yields their replies as they arrive, in any order.
+
+        A reply in memory is good until the next is asked for.
+        """
+
+
+Progress = Callable[[dict[str, Any]], None]
+
+
+def run(
+    config: RunConfig,
+    pool: Pool,
+    progress: Progress = lambda row: None,
+    report: bool = True,
+) -> dict[str, Any]:
+    """Run a federation from start to end; returns the summary.
+
+    Args:
+        config: A checked configuration.
+        pool: The clients.
+        progress: Called with each round's line.
+        report: Whether to write the run's page at its end; a sweep has one for all its runs.
+
+    Raises:
+        RunError: When no client can do anything, or all fail, or a tracker cannot be started.
+    """
+    folder = claim_folder(config)
+    entries = config.to_mapping() | {"run-folder": str(folder)}
+    with only_one(folder), tracking(config.load_trackers(), entries, folder) as trackers:
+
+        def ended(row: dict[str, Any]) -> None:
+            progress(row)
+            trackers.round(row)
+
+        summary = _run(config, pool, ended, folder)
+        trackers.finish(summary)
+    summary["trackers_switched_off"] = trackers.switched_off
+    write_summary(folder, summary, report)
+    return summary
+
+
+def _run(config: RunConfig, pool: Pool, progress: Progress, folder: Path) -> dict[str, Any]:
+    """All rounds, recorded in ``folder``; returns the summary."""
+    started = time.perf_counter()
+    run = _Run(config, pool, folder)
+    run.begin()
+    while run.state.round < config.rounds:
+        progress(run.round())
+    return run.finish(time.perf_counter() - started)
+
+
+class _Run:
+    """A run between rounds: the federation's state, what clients said, and where it is recorded."""
+
+    def __init__(self, config: RunConfig, pool: Pool, folder: Path):
+        set_threads(config.threads_per_client)
+        self.config, self.pool = config, pool
+        self.model = build_model(config.model_spec())
+        channels, side = timm_vit.input_shape(self.model)
+        self.data = open_data(config.data_spec(side, channels))
+        self.federation = Federation(config, timm_vit.describe(self.model))
+        self.original = {n: p.detach().clone() for n, p in self.model.named_parameters()}
+        self.state = State(0, self.original)
+        self.reports: dict[int, Report] = {}
+        self.replays = False  # whether this round was begun before
+        self.there: Mapping[int, int] = {}
+        self.seconds_before = 0.0  # that a resumed run took so far
+        self.model.to(config.torch_device())
+        self.recorder = Recorder(folder, self.federation, config.model_spec())
+        self.budgets_vary = config.budget_source().varies
+        self.privacy = config.privacy()
+
+    @cached_property
+    def origin(self) -> str:
+        """From which weights the run began, for its checkpoints."""
+        return checkpoint.digest_of(self.original)
+
+    @cached_property
+    def key(self) -> bytes:
+        """Of private rounds' noise and draws."""
+        return noise_key(self.config, self.recorder.folder)
+
+    def begin(self) -> None:
+        """Start the record, or take up a run where it was left."""
+        if not self.config.resume:
+            self.recorder.start()
+            return
+        found = checkpoint.load(self.recorder.folder, self.config, self.origin)
+        rows = read_rows(self.recorder.folder)
+        if found is not None:
+            self.state, self.reports = found.state, dict(found.reports)
+        elif len(rows) > self.config.checkpoint_every:
+            raise ConfigError(
+                f"resume = {self.config.resume!r} has {len(rows)} rounds and no checkpoint to go "
+                "on from: start another run, with checkpoint-every = 1"
+            )
+        self.recorder.resume(self.state.round)
+        self.seconds_before = sum(row["wall_seconds"] for row in self.recorder.rows)
+
+    def round(self) -> dict[str, Any]:
+        """Run the next round, again if too few clients answer and that is asked for.
+
+        Returns:
+            Its line.
+        """
+        config, number = self.config, self.state.round + 1
+        started, clock, faults = time.perf_counter(), Clock(), []
+        for attempt in range(1, config.attempts + 1):
+            stage, plan, fold = self._replies(number, clock)
+            if fold.answered >= min(config.min_replies, fold.asked):
+                break
+            few = (
+                f"{fold.answered} of {fold.asked} clients answered in round {number}, "
+                f"min-replies = {config.min_replies}{_first_fault(fold)}"
+            )
+            self._mistrust(fold)
+            if config.few_replies == "stop" or attempt == config.attempts:
+                raise RunError(few)
+            log.warning("%s; the round is repeated", few)
+            faults += [f"attempt {attempt}: {fault}" for fault in fold.faults]
+        with clock.of("fold"):
+            self.state, records = fold.finish()
+        last = number == config.rounds
+        accuracy = loss = None
+        if last or number % config.eval_every == 0:
+            with clock.of("evaluate"):
+                weights = stage.model_weights(self.state)
+                accuracy, loss = evaluate(self.model, weights, self.data, config.eval_batch_size)
+        wall = time.perf_counter() - started
+        row = self.recorder.round(
+            stage, self.state, plan, records, accuracy, loss, wall, faults + fold.strays,
+            clock.seconds,
+        )  # fmt: skip
+        if config.checkpoint_every and (last or number % config.checkpoint_every == 0):
+            self._save()
+        return row
+
+    def _mistrust(self, fold: Fold) -> None:
+        """Take nothing for sure of what those hold who failed a round: it may be what they miss."""
+        failed = {client for client, record in fold.records.items() if record.fault}
+        holds = {c: held for c, held in self.state.holds.items() if c not in failed}
+        if len(holds) < len(self.state.holds):
+            self.state = replace(self.state, holds=holds)
+            if self.config.checkpoint_every:  # the next process should not believe it either
+                self._save()
+
+    def _save(self) -> None:
+        own = checkpoint.Checkpoint(self.state, self.reports)
+        checkpoint.save(self.recorder.folder, self.config, self.origin, own)
+
+    def _replies(self, number: int, clock: Clock) -> tuple[Federation, Plan, Fold]:
+        """Ask, plan, send and fold in: a round up to where its state is made."""
+        config = self.config
+        stage = self.federation.at(number)
+        state = stage.prepared(self.state, self.original)
+        if self.privacy:  # what clients hold tells who was drawn
+            state = replace(state, holds={})
+        with clock.of("ask"):
+            reports, silent = self._ask(number)
+        if not reports:
+            raise RunError(f"no client answered in round {number}{_said(silent)}")
+        with clock.of("plan"):
+            plan = plan_round(stage, state, reports)
+            nobody = not plan.working
+            plan, private = self._drawn(plan) if self.privacy else (plan, None)
+            self.recorder.plan(plan)
+        assignments = {
+            a.client: (c, a)
+            for c, a in zip(plan.clients, plan.assignments, strict=True)
+            if not a.schedule.sits_out
+        }
+        if nobody and number == 1:  # later, budgets may come back
+            raise RunError(
+                f"every client sits out round {number}: no budget affords one subnet; raise the "
+                f"budgets ({config.budgets!r}) or take a smaller model or batch-size"
+            )
+        fold = Fold(stage, state, plan, silent, private)
+        work = Work(
+            number,
+            {client: a.cost.flops for client, (_, a) in assignments.items()},
+            state.weights,
+            partial(self._message, stage, state, assignments),
+            clock,
+        )
+        for client, reply in self.pool.train(work) if assignments else ():
+            if isinstance(reply, Fault):
+                fold.fail(client, reply.reason)
+            else:
+                with clock.of("fold"):
+                    fold.add(client, reply)
+        return stage, plan, fold
+
+    def _message(
+        self,
+        stage: Federation,
+        state: State,
+        assignments: dict[int, tuple[Participant, Assignment]],
+        client: int,
+        shared: bool,
+    ) -> bytes:
+        participant, assignment = assignments[client]
+        matched = bool(self.config.match)
+        # A round that is begun again keeps to what clients said then, whatever they would say now;
+        # its messages are as long as they were.
+        budget = participant.budget if matched or self.budgets_vary else None
+        return encode_assignment(stage, state, assignment, budget, matched or self.replays, shared)
+
+    def _drawn(self, plan: Plan) -> tuple[Plan, PrivateRound]:
+        """Of a plan for all clients, that of those who take part, and what of it may be known."""
+        assert self.privacy is not None
+        trainers = Trainers.of(plan.assignments, self.privacy.rate)
+        chosen = privacy.drawn(self.privacy, self.key, plan.round, [c.client for c in plan.clients])
+        return plan.only(chosen), PrivateRound(self.privacy, self.key, plan.round, trainers)
+
+    def _ask(self, number: int) -> tuple[list[Report], Mapping[int, Fault]]:
+        """Reports of the clients that take part in a round, and who does not answer."""
+        there = self.pool.clients(number)
+        # Plans of private rounds are for all, so that none tells who else was drawn.
+        chosen = sorted(there) if self.privacy else drawn(self.config, number, there)
+        known = {} if self.budgets_vary else self.reports
+        if self.there:  # else they are as the checkpoint has them
+            known = {c: r for c, r in known.items() if there.get(c) == self.there.get(c)}
+        self.there = there
+        silent: Mapping[int, Fault] = {}
+        replayed = self.recorder.next_reports(number)
+        self.replays = replayed is not None
+        if replayed is not None:
+            return replayed, silent
+        if missing := [client for client in chosen if client not in known]:
+            fresh, silent = self.pool.reports(number, missing)
+            known = {**known, **{r.client: r for r in fresh}}
+        self.reports = known
+        found = [known[client] for client in chosen if client in known]
+        if self.budgets_vary:
+            self.recorder.reports(number, found)
+        return found, silent
+
+    def finish(self, wall_seconds: float) -> dict[str, Any]:
+        """Write what the run has come to; returns the summary."""
+        stage, state, config = self.federation.at(self.state.round), self.state, self.config
+        if save := getattr(stage.tuning, "save", None):
+            save(self.recorder.folder, state.weights, stage.arch, config, self.original)
+        weights, last = stage.model_weights(state), self.recorder.rows[-1]
+        if last["accuracy"] is None:  # of a run that ends before it was meant to
+            size = config.eval_batch_size
+            last["accuracy"], last["loss"] = evaluate(self.model, weights, self.data, size)
+        return self.recorder.finish(weights, self.seconds_before + wall_seconds)
+
+
+def drawn(config: RunConfig, round: int, clients: Iterable[int]) -> list[int]:
+    """Who takes part in a round: all of ``clients``, or as many as are sampled, in order."""
+    ordered = sorted(clients)
+    if not config.sample_clients or config.sample_clients >= len(ordered):
+        return ordered
+    draw = np.random.default_rng([config.seed, round, 3])
+    places = draw.choice(len(ordered), config.sample_clients, replace=False)
+    return [ordered[place] for place in sorted(places)]
+
+
+def _first_fault(fold: Fold) -> str:
+    return f"; the first said: {fold.faults[0]}" if fold.faults else ""
+
+
+def _said(silent: Mapping[int, Fault]) -> str:
+    return next((f"; client {c} said: {fault.reason}" for c, fault in silent.items()), "")
+
+
+@torch.no_grad()
+def evaluate(
+    model: timm_vit.VisionTransformer,
+    weights: Mapping[str, Tensor],
+    data: FederatedData,
+    batch_size: int,
+) -> tuple[float, float]:
+    """Accuracy and mean loss of the global model on the held-out split."""
+    for name, parameter in model.named_parameters():
+        parameter.copy_(weights[name])
+    right, loss = 0, 0.0
+    device = next(model.parameters()).device
+    for images, labels in _test_batches(data, batch_size):
+        images, labels = images.to(device), labels.to(device)
+        logits = model(images)  # [batch, classes]
+        right += int((logits.argmax(dim=1) == labels).sum())
+        loss += float(F.cross_entropy(logits, labels, reduction="sum"))
+    return right / data.test_size, loss / data.test_size
+
+
+def _test_batches(data: FederatedData, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    for start in range(0, data.test_size, size):
+        yield data.test_batch(start, start + size)

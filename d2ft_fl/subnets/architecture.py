@@ -1,0 +1,288 @@
+"""Which slice of which parameter belongs to which subnet.
+
+A subnet is attention head *h* of block *l* together with the *h*-th slice of that block's
+feed-forward layer (D2FT, arXiv 2504.12471, section 3). A model has ``blocks x heads`` of them.
+
+Slices of one parameter travel and train *packed*: the sliced axis first, rows grouped by head in
+ascending order. A fused ``qkv`` weight ``[3 * heads * head_dim, dim]`` packs to rows
+``q_h, k_h, v_h`` for each head; ``proj`` and ``fc2``, which are sliced on their input, are
+transposed. A set of heads is then a set of row ranges, and a product with it is a narrower product.
+
+What trains is a property of parameters: under LoRA (see :mod:`d2ft_fl.lora.config`) factors are
+further parameters, and most others stay as they are. Where a schedule gives heads ranks of their
+own, head h trains the first r_h columns of its factor F_h, and the block the first max_h r_h of the
+common G. What travels up then is exactly that: of F one vector, head by head in ascending order,
+each its rows of r_h; of G what is cut off at the largest rank.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import Enum
+from functools import cached_property
+from itertools import accumulate
+
+import numpy as np
+import torch
+from torch import Tensor
+
+OUTWARD = ("proj.weight", "fc2.weight")  # the product out of each branch, by role
+BIASES = ("proj.bias", "fc2.bias")
+SCALES = ("ls1.gamma", "ls2.gamma")
+
+
+class Kind(Enum):
+    """Whom a parameter belongs to."""
+
+    EMBEDDING = "embedding"  # every client that runs anything needs it
+    SHARED = "shared"  # of a block: needed, and trained, with any of its subnets
+    SLICED = "sliced"  # divides over the block's subnets
+    FINAL = "final"  # final norm and classifier; every client that runs anything needs it
+
+
+@dataclass(frozen=True)
+class BranchRoles:
+    """Names, within a block, of what a branch consists of; see :class:`Parameter` for roles."""
+
+    norm: str
+    inward: tuple[str, ...]
+    middle: tuple[str, ...]
+    outward: str
+    scale: str
+
+    def owns(self, role: str) -> bool:
+        """Whether a parameter of this role is the branch's."""
+        named = (self.norm, *self.inward, *self.middle, self.outward, self.scale)
+        return role.split(".")[0] in named
+
+
+BRANCHES = (
+    BranchRoles("norm1", ("qkv", "gate"), ("q_norm", "k_norm"), "proj", "ls1"),
+    BranchRoles("norm2", ("fc1",), (), "fc2", "ls2"),
+)
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """One parameter of a model, and how it divides over subnets.
+
+    Attributes:
+        name: Key in the model's state dict.
+        shape: Its full shape.
+        kind: How it takes part.
+        role: For a block's parameters, the name within a block that the engine uses
+            (``qkv.weight``, ``norm1.bias`` ...); empty otherwise.
+        block: Index of its block, or -1.
+        axis: The sliced axis, for ``Kind.SLICED``.
+        rows: For ``Kind.SLICED``: per head, the indices along ``axis`` that it owns.
+        trains: Whether clients train it.
+        fixed: Whether it keeps its value over a run, so that a client that has it needs it no more.
+        factor: ``A`` or ``B`` for a factor of a LoRA product, else empty.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    kind: Kind
+    role: str = ""
+    block: int = -1
+    axis: int = 0
+    rows: tuple[tuple[int, ...], ...] = ()
+    trains: bool = True
+    fixed: bool = False
+    factor: str = ""
+
+    def index(self, heads: Iterable[int]) -> Tensor:
+        """Indices along ``axis`` of the given heads, in their order: int64 [rows], read only."""
+        key = tuple(heads)
+        if key not in self._indices:
+            if len(self._indices) >= 256:
+                self._indices.clear()
+            rows = [row for head in key for row in self.rows[head]]
+            self._indices[key] = torch.tensor(rows, dtype=torch.long)
+        return self._indices[key]
+
+    @cached_property
+    def _indices(self) -> dict[tuple[int, ...], Tensor]:
+        return {}
+
+    def pack(self, tensor: Tensor, heads: Iterable[int]) -> Tensor:
+        """The slices of ``heads``, sliced axis first, contiguous: [rows, ...]."""
+        return tensor.index_select(self.axis, self.index(heads)).movedim(self.axis, 0).contiguous()
+
+    def unpack_(self, tensor: Tensor, packed: Tensor, heads: Iterable[int]) -> None:
+        """Write packed slices back into the full ``tensor``, in place."""
+        tensor.index_copy_(self.axis, self.index(heads), packed.movedim(0, self.axis))
+
+    @cached_property
+    def starts(self) -> tuple[int, ...]:
+        """Where each head's rows begin among those of all heads; after the last, where they end."""
+        return (0, *accumulate(len(rows) for rows in self.rows))
+
+    def packed_shape(self, heads: Sequence[int]) -> tuple[int, ...]:
+        """Shape of :meth:`pack` for these heads."""
+        rest = self.shape[: self.axis] + self.shape[self.axis + 1 :]
+        return (sum(len(self.rows[head]) for head in heads), *rest)
+
+    def cut(self, tensor: Tensor, rank: int) -> Tensor:
+        """Of a whole factor, what belongs to the first ``rank`` of its rank: a view."""
+        return tensor[:rank] if self.factor == "A" else tensor[:, :rank]
+
+    def ranked_shape(self, ranks: Mapping[int, int]) -> tuple[int, ...]:
+        """Shape in which a factor travels up that heads train at these ranks: head -> rank."""
+        if self.kind is Kind.SLICED:
+            return (sum(len(self.rows[head]) * rank for head, rank in ranks.items()),)
+        most = max(ranks.values())
+        return (most, self.shape[1]) if self.factor == "A" else (self.shape[0], most)
+
+    @property
+    def numel(self) -> int:
+        """Elements."""
+        return int(np.prod(self.shape))
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """The shape of a model, as far as planning, costs and aggregation need to know it.
+
+    Attributes:
+        blocks, heads: The grid of subnets.
+        dim: Width of the residual stream.
+        head_dim: Width of one attention head.
+        hidden: Width of each head's feed-forward slice, ``[heads]``.
+        tokens: Tokens of one example, prefix tokens included.
+        prefix: How many of them are no patches.
+        classes: Outputs of the classifier.
+        layer_scale: Whether branches are scaled before they are added.
+        rms: Whether blocks are normed by root mean square, instead of LayerNorm.
+        gated: Whether attention outputs are gated. head_norms: Of queries and keys, how many.
+        attention_dropout, hidden_dropout, output_dropout: Probabilities in training.
+        drop_path: Of stochastic depth, in the block where it is most.
+        embed_flops: FLOPs of embedding one example (frozen: forward only).
+        input_elements: Elements of one input image.
+        norm_pooled: True when the final norm sees pooled tokens, False when it sees all of them.
+        parameters: Every parameter of the model, LoRA's factors included.
+        rank, scaling, lora_dropout: Of LoRA: a product is ``W + scaling * B A``, with A of shape
+            [rank, in] and B [out, rank], and its input is dropped out for A; rank 0 for none.
+    """
+
+    blocks: int
+    heads: int
+    dim: int
+    head_dim: int
+    hidden: tuple[int, ...]
+    tokens: int
+    prefix: int
+    classes: int
+    layer_scale: bool
+    rms: bool
+    gated: bool
+    head_norms: int
+    attention_dropout: float
+    hidden_dropout: float
+    output_dropout: float
+    drop_path: float
+    embed_flops: int
+    input_elements: int
+    norm_pooled: bool
+    parameters: tuple[Parameter, ...]
+    rank: int = 0
+    scaling: float = 0.0
+    lora_dropout: float = 0.0
+
+    def __hash__(self) -> int:
+        # Enough to tell models apart, and quick beside thousands of rows.
+        return hash((self.blocks, self.heads, self.dim, self.hidden, self.tokens, self.rank))
+
+    @cached_property
+    def by_name(self) -> dict[str, Parameter]:
+        """Parameters by state-dict name."""
+        return {p.name: p for p in self.parameters}
+
+    @cached_property
+    def subnet_sizes(self) -> np.ndarray:
+        """Parameters of each subnet, factors left out: int64 [blocks, heads]; may be uneven."""
+        return self.sliced_sizes(lambda p: not p.factor)
+
+    def sliced_sizes(self, which: Callable[[Parameter], bool]) -> np.ndarray:
+        """Elements of each subnet's slices of some parameters: int64 [blocks, heads]."""
+        sizes = np.zeros((self.blocks, self.heads), dtype=np.int64)
+        for p in filter(which, self.of_kind(Kind.SLICED)):
+            width = p.numel // p.shape[p.axis]
+            sizes[p.block] += [width * len(rows) for rows in p.rows]
+        return sizes
+
+    def shared_sizes(self, which: Callable[[Parameter], bool]) -> np.ndarray:
+        """Elements of some shared parameters of each block: int64 [blocks]."""
+        sizes = np.zeros(self.blocks, dtype=np.int64)
+        for p in filter(which, self.of_kind(Kind.SHARED)):
+            sizes[p.block] += p.numel
+        return sizes
+
+    @cached_property
+    def trains(self) -> "tuple[Trains, ...]":
+        """What of each of a block's branches trains where a subnet is FULL; blocks are alike."""
+        roles = {p.role for p in self.parameters if p.block == 0 and p.trains}
+        return tuple(Trains.of(roles, branch) for branch in BRANCHES)
+
+    @cached_property
+    def targets(self) -> frozenset[str]:
+        """The products that have LoRA's factors."""
+        return frozenset(p.role.split(".")[0] for p in self.parameters if p.factor)
+
+    @property
+    def widths(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """Width of what each head hands to the product out, of attention and feed-forward."""
+        return (self.head_dim,) * self.heads, self.hidden
+
+    def of_kind(self, kind: Kind, block: int | None = None) -> list[Parameter]:
+        """Parameters of one kind, of one block or of all."""
+        return [p for p in self.parameters if p.kind is kind and block in (None, p.block)]
+
+
+@dataclass(frozen=True)
+class Trains:
+    """What of a branch trains where one of its subnets is FULL.
+
+    Attributes:
+        anything: Any parameter of the branch.
+        norm: Its norm; else gradient is wanted at its input for lower branches alone.
+        scale: Its layer scale.
+        inward: Anything between norm and product out.
+        y, z: Whether a gradient is a product with what goes into the products in, or out.
+        weights: Whether the weights of the products (in, out) train.
+        near, far: Of LoRA's factors, whether F and G train, of the products (in, out) each; see
+            :mod:`d2ft_fl.lora.config`.
+    """
+
+    anything: bool
+    norm: bool
+    scale: bool
+    inward: bool
+    y: bool
+    z: bool
+    weights: tuple[bool, bool]
+    near: tuple[bool, bool]
+    far: tuple[bool, bool]
+
+    @classmethod
+    def of(cls, roles: set[str], branch: BranchRoles) -> "Trains":
+        """By the roles of a block that train."""
+        own = {role for role in roles if branch.owns(role)}
+        first = {role.split(".")[0] for role in own}
+        into = [f"{r}.{part}" for r in branch.inward for part in ("weight", "lora_A")]
+        out = [f"{branch.outward}.{part}" for part in ("weight", "lora_A")]
+        return cls(
+            anything=bool(own),
+            norm=branch.norm in first,
+            scale=branch.scale in first,
+            inward=bool(first & {*branch.inward, *branch.middle}),
+            y=bool(own & set(into)),
+            z=bool(own & set(out)),
+            weights=(f"{branch.inward[0]}.weight" in own, f"{branch.outward}.weight" in own),
+            near=(f"{branch.inward[0]}.lora_B" in own, f"{branch.outward}.lora_A" in own),
+            far=(f"{branch.inward[0]}.lora_A" in own, f"{branch.outward}.lora_B" in own),
+        )
+
+
+def has_fixed(arch: Architecture) -> bool:
+    """Whether anything never changes."""
+    return any(p.fixed for p in arch.parameters)

@@ -1,0 +1,1 @@
+"""What is learnt: loss, weights and metrics of a model's outputs."""

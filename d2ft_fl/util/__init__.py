@@ -1,0 +1,1 @@
+"""Tools that know nothing of this project: files, TOML, plug-ins, devices, numba."""

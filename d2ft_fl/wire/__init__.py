@@ -1,0 +1,1 @@
+"""How tensors travel: blobs, quantization, sizes, the client's parameter cache."""

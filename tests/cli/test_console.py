@@ -1,0 +1,46 @@
+import numpy as np
+from matplotlib.image import imread
+
+from d2ft_fl.budgets.budget import Budget
+from d2ft_fl.costs.resources import Cost
+from d2ft_fl.planning.assignment import Assignment
+from d2ft_fl.report.format import quantity
+from d2ft_fl.report.plan_figure import draw_plan
+from d2ft_fl.rounds.context import Participant
+from d2ft_fl.rounds.plan import Plan
+from d2ft_fl.server.console import format_round
+from d2ft_fl.subnets.schedule import Operation, Schedule
+
+
+def test_quantities_carry_a_prefix():
+    assert quantity(0, "B") == "0 B"
+    assert quantity(999, "B") == "999 B"
+    assert quantity(1234567, "FLOP") == "1.23 MFLOP"
+
+
+def test_a_rounds_line_says_used_allowed_and_worst():
+    part = {"used_mean": 50.0, "full_mean": 100.0, "allowed_share": 0.6, "worst": 0.98}
+    free = {"used_mean": 70.0, "full_mean": 100.0, "allowed_share": None, "worst": None}
+    row = {
+        "round": 3, "accuracy": 0.875, "loss": 0.5, "coverage": 0.9, "round_seconds": 1.25,
+        "flops": part, "memory": part, "bytes_up": part, "bytes_down": free,
+    }  # fmt: skip
+    line = format_round(row)
+    assert "87.5%" in line
+    assert "50% /  60% ( 98%)" in line
+    assert "70% /  any" in line
+
+
+def test_a_picture_shows_each_operation_in_its_colour(tmp_path):
+    operations = np.zeros((1, 2, 3), dtype=np.int8)
+    operations[0, 0] = Operation.FULL
+    operations[0, 1, 0] = Operation.FORWARD_ONLY
+    client = Participant(0, 10, Budget(device="phone"), np.zeros(4, dtype=np.int64))
+    plan = Plan(1, [client], [Assignment(0, Schedule(operations), Cost())])
+    draw_plan(plan, tmp_path / "plan.png")
+    pixels = (imread(tmp_path / "plan.png")[..., :3] * 255).round().astype(int)
+    counts = {}
+    for name, colour in (("full", (0, 115, 178)), ("forward", (230, 158, 0)), ("skip", (237,) * 3)):
+        counts[name] = int((np.abs(pixels - colour).max(axis=2) <= 2).sum())
+    assert counts["full"] > 2 * counts["forward"] > 0
+    assert counts["skip"] > 1.5 * counts["forward"]

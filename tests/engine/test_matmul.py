@@ -1,0 +1,111 @@
+"""Products by oneDNN: the same numbers, the same FLOPs, and no more memory than is predicted."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
+
+from d2ft_fl.engine import matmul
+from d2ft_fl.engine.matmul import times
+from d2ft_fl.engine.meter import Flops
+from d2ft_fl.engine.partial_model import PartialModel
+from d2ft_fl.subnets.packing import pack_for
+from d2ft_fl.subnets.schedule import Operation, Schedule
+from tests.conftest import build, random_schedule, weights_of
+from tests.costs.test_cost_model import KINDS, measure
+from tests.engine.test_partial_model import VARIANTS, check_equal_to_timm, gradients, shake
+
+pytestmark = pytest.mark.skipif(
+    not hasattr(torch.ops.mkldnn, matmul.OPERATOR), reason="this torch has no such operator"
+)
+
+
+@pytest.fixture(autouse=True)
+def always(monkeypatch):
+    """oneDNN for everything, as on a machine where it is faster and products are large."""
+    monkeypatch.setattr(matmul, "LEAST", 1)
+    monkeypatch.setattr(matmul, "is_faster_here", lambda: True)
+
+
+def schedule_of_two(arch, slots, seed):
+    """Subnets that are FULL or not there: what most of its branches do is one piece."""
+    draw = np.random.default_rng(seed)
+    chosen = draw.random((slots, arch.blocks, arch.heads)) < 0.6
+    return Schedule(np.where(chosen, Operation.FULL, Operation.SHORTCUT).astype(np.int8))
+
+
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("m,k,n", [(1, 1, 1), (3, 5, 7), (64, 48, 96), (130, 33, 17)])
+def test_a_product_is_a_product_however_it_lies(m, k, n, bias):
+    left, right, more = torch.randn(m, k), torch.randn(k, n), torch.randn(n) if bias else None
+    exact = left.double() @ right.double() + (more.double() if bias else 0.0)
+    for a in (left, left.t().contiguous().t(), torch.randn(m, k + 2)[:, 1:-1].copy_(left)):
+        for b in (right, right.t().contiguous().t()):
+            found = times(a, b, more)
+            assert found.shape == (m, n)
+            assert float((found - exact).norm() / exact.norm()) < 1e-6
+            assert torch.equal(found, times(a, b, more))
+
+
+def test_flops_are_those_of_any_product():
+    left, right = torch.randn(5, 7), torch.randn(7, 3)
+    with Flops() as own, FlopCounterMode(display=False) as torchs:
+        times(left, right)
+    assert own.flops == torchs.get_total_flops() == 2 * 5 * 7 * 3
+
+
+def test_other_types_and_small_products_are_left_alone(monkeypatch):
+    for dtype in (torch.float64, torch.bfloat16):
+        left, right = torch.ones(4, 4, dtype=dtype), torch.ones(4, 4, dtype=dtype)
+        assert times(left, right).dtype is dtype
+        assert not matmul.is_faster(left, right)
+    monkeypatch.setattr(matmul, "LEAST", 4 * 4 * 4)
+    assert matmul.is_faster(torch.ones(4, 4), torch.ones(4, 4))
+    assert not matmul.is_faster(torch.ones(4, 4), torch.ones(4, 3))
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_all_full_equals_the_unmodified_model(name):
+    model, arch = build(**VARIANTS[name])
+    shake(model)
+    check_equal_to_timm(model, arch, torch.float32, 1e-5, 16, 1)
+
+
+@pytest.mark.parametrize("kind", ["none", *KINDS])
+@settings(max_examples=15, deadline=None)
+@given(
+    seed=st.integers(0, 100_000),
+    slots=st.integers(1, 3),
+    batch=st.integers(1, 12),
+    both=st.booleans(),
+)
+def test_memory_is_never_above_the_prediction(kind, seed, slots, batch, both):
+    model, arch = build(embed_dim=48, depth=3, num_heads=4, **KINDS.get(kind, {}))
+    schedule = (schedule_of_two if both else random_schedule)(arch, slots, seed)
+    predicted, meter = measure(arch, weights_of(model), model, schedule, 14, batch_size=batch)
+    assert meter.flops == predicted.flops
+    assert meter.peak_bytes <= predicted.memory
+
+
+@pytest.mark.parametrize("name", VARIANTS)
+def test_one_piece_alone_gives_what_the_general_way_gives(name):
+    model, arch = build(**VARIANTS[name])
+    shake(model)
+    model, schedule = model.double(), schedule_of_two(arch, 1, 3)
+    found = []
+    for alone in (True, False):
+        partial = PartialModel(model, arch)
+        partial.reset(schedule, pack_for(arch, weights_of(model), schedule))
+        partial.gradients()
+        ones = [branch for branch in partial.branches() if branch._only is not None]
+        assert ones
+        for branch in ones if not alone else ():
+            branch._only = None
+        torch.manual_seed(0)
+        images = torch.randn(6, 1, 16, 16, dtype=torch.float64)
+        partial(images, [6]).square().sum().backward()
+        found.append(gradients(partial))
+    for key, value in found[0].items():
+        assert torch.allclose(value, found[1][key], rtol=1e-10, atol=1e-12), key

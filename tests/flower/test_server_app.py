@@ -1,0 +1,217 @@
+"""What nodes say is not believed: malformed, of others' clients, or in Flower's own name."""
+
+import json
+import sys
+from types import ModuleType, SimpleNamespace
+
+import pytest
+from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from d2ft_fl.errors import ConfigError, RunError
+from d2ft_fl.flower import grid_pool
+from d2ft_fl.flower.client_app import simulated
+from d2ft_fl.flower.grid_pool import FlowerPool, _reports, _results
+from d2ft_fl.flower.records import BUNDLE_BYTES, pack_blobs, unpack_blobs
+from d2ft_fl.server.dispatch import Fault
+
+
+def reply(results=None, faults=None, error=None, answer=None, said=None):
+    arrays, index = pack_blobs(results or {})
+    own = {"index": index, "faults": faults or {}} if said is None else said
+    records = {"results": arrays, "said": ConfigRecord({"json": json.dumps(own)})}
+    if answer is not None:
+        records["answer"] = ConfigRecord({"json": answer})
+    return SimpleNamespace(
+        content=RecordDict(records),
+        has_error=lambda: error is not None,
+        error=SimpleNamespace(reason=error, code=5),
+        metadata=SimpleNamespace(reply_to_message_id=None),
+    )
+
+
+@pytest.fixture
+def grid(monkeypatch):
+    """A grid whose nodes answer as they are told: node -> a reply, or what pulling it raises."""
+
+    def sent(content, dst_node_id, message_type, ttl):
+        return dst_node_id
+
+    monkeypatch.setattr(grid_pool, "Message", sent)
+
+    class Nodes:
+        def __init__(self, **replies):
+            self.replies = {int(name.removeprefix("node_")): r for name, r in replies.items()}
+            self.asked = []
+
+        def get_node_ids(self):
+            return list(self.replies)
+
+        def push_messages(self, messages):
+            self.asked += messages
+            return [f"message {node}" for node in messages]
+
+        def pull_messages(self, ids):
+            found = []
+            for own in ids:
+                given = self.replies.get(int(own.split()[1]))
+                if isinstance(given, Exception):
+                    raise given
+                if given is not None:
+                    given.metadata.reply_to_message_id = own
+                    found.append(given)
+            return found
+
+    return Nodes
+
+
+@given(st.dictionaries(st.integers(0, 2**40), st.integers(0, 3 << 19), max_size=12))
+@settings(max_examples=30, deadline=None)
+def test_blobs_come_back_and_small_ones_share_an_array(sizes):
+    blobs = {client: bytes([client % 256]) * size for client, size in sizes.items()}
+    arrays, index = pack_blobs(blobs)
+    assert dict(unpack_blobs(arrays, json.loads(json.dumps(index)))) == blobs
+    assert all(len(own) == 1 or sum(s for _, s in own) <= BUNDLE_BYTES for own in index)
+    assert len(arrays) <= 1 + 2 * sum(sizes.values()) / BUNDLE_BYTES
+
+
+def test_a_node_answers_for_its_own_clients_only():
+    given = reply({1: b"one", 2: b"two"}, {"3": "hung", "9": "no"})
+    assert list(_results(given, [1, 3])) == [(1, b"one"), (3, Fault("hung"))]
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        3, [1], {}, {"index": [], "faults": 3}, {"index": [], "faults": {"x": "y"}},
+        {"index": [[[1, 2]]], "faults": {}}, {"index": [[[1, -1], [3, 4]]], "faults": {}},
+        {"index": [[[1]]], "faults": {}}, {"index": [[[[], 3]]], "faults": {}},
+        {"index": [[], [[1, 3]]], "faults": {}},
+    ],
+)  # fmt: skip
+def test_a_malformed_answer_is_a_fault_of_all_its_clients(said):
+    found = list(_results(reply({1: b"one"}, said=said), [1, 3]))
+    assert [client for client, _ in found] == [1, 3]
+    assert all("malformed" in fault.reason for _, fault in found)
+
+
+@pytest.mark.parametrize(
+    "stype,data", [("numpy.ndarray", b"PK\x03\x04"), ("numpy.ndarray", b""), ("else", b"x")]
+)
+def test_an_array_that_holds_no_blobs_is_a_fault_and_not_parsed(stype, data):
+    odd = reply({1: b"one"})
+    array = Array(dtype="uint8", shape=(3,), stype=stype, data=data)
+    odd.content["results"] = ArrayRecord({"0": array})
+    ((client, fault),) = _results(odd, [1])
+    assert client == 1
+    assert "malformed" in fault.reason
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [[[0, -1, {}]], [[0, 10**12, {}]], [[0, "many", {}]], [[0, 5, {"flops": "lots"}]], [[0]], 3],
+)
+def test_reports_that_cannot_be_true_are_refused(rows):
+    with pytest.raises((ConfigError, ValueError, TypeError)):
+        _reports({"reports": rows}, [0])
+
+
+def place(node, nodes):
+    return reply(answer=json.dumps({"node": node, "nodes": nodes, "cpus": None}))
+
+
+def test_reports_of_nodes_that_fail_answer_nonsense_or_leave_some_out(grid, quick):
+    there = {"reports": [[1, 5, {}], [True, 5, {}], [4.0, 5, {}]]}
+    own = grid(
+        node_6=reply(error="Node Unavailable"),
+        node_7=ValueError("no protobuf"),
+        node_8=reply(answer=json.dumps(there)),
+        node_9=reply(answer="{"),
+    )
+    pool = FlowerPool(own, quick(clients=16))
+    pool.nodes = {6: range(0, 1), 7: range(2, 3), 8: range(1, 5, 3), 9: range(5, 6)}
+    found, silent = pool.reports(1, [0, 1, 2, 4, 5])
+    assert [(r.client, r.examples) for r in found] == [(1, 5)]
+    assert {c: fault.reason for c, fault in silent.items()} == {
+        0: "its SuperNode failed: Node Unavailable",
+        2: "its SuperNode's answer cannot be read: ValueError: no protobuf",
+        4: "its SuperNode says nothing of it",
+        5: silent[5].reason,
+    }
+    assert "malformed" in silent[5].reason
+
+
+def test_a_silent_node_is_not_waited_for_longer_than_a_round(grid, quick):
+    pool = FlowerPool(grid(node_7=None), quick(round_timeout=0.3))
+    pool.nodes = {7: range(0, 4)}
+    found, silent = pool.reports(1, [0])
+    assert (found, silent) == ([], {0: Fault("its SuperNode does not answer")})
+
+
+def test_a_node_whose_place_cannot_be_is_left_out(grid, quick):
+    pool = FlowerPool(grid(node_7=place(0, 0), node_8=place(1, 2)), quick())
+    for _ in range(2):
+        pool._meet()
+    assert list(pool.nodes) == [8]
+    assert list(pool.refused) == [7]
+
+
+def test_a_newcomer_that_says_nothing_holds_nobody_up(grid, quick):
+    own = grid(node_7=place(0, 1))
+    pool = FlowerPool(own, quick())
+    assert pool.clients(1) == dict.fromkeys(range(4), 1)
+    own.replies[8] = None
+    assert pool.clients(2) == dict.fromkeys(range(4), 1)
+    assert own.asked == [7, 8]
+
+
+def test_a_simulation_goes_on_with_all_of_its_nodes_or_not_at_all(grid, quick, monkeypatch):
+    monkeypatch.setattr(grid_pool, "simulated", lambda: True)
+    monkeypatch.setattr(grid_pool, "NODES_TIMEOUT", 0.5)
+    own = grid(node_7=place(0, 2), node_8=None)
+    with pytest.raises(RunError, match="SuperNodes of 2 of 4 clients answer, after 0 s"):
+        FlowerPool(own, quick(round_timeout=0.4)).clients(1)
+    own.replies[8] = reply(error="it broke")
+    with pytest.raises(RunError, match="its SuperNode failed: it broke"):
+        FlowerPool(own, quick()).clients(1)
+    own.replies[8] = reply(answer=json.dumps({"error": "a bad option"}))
+    with pytest.raises(ConfigError, match="a bad option"):
+        FlowerPool(own, quick()).clients(1)
+
+
+def test_ray_that_is_still_being_imported_is_no_simulation_yet(monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", ModuleType("ray"))
+    assert not simulated()
+    monkeypatch.delitem(sys.modules, "ray")
+    assert not simulated()
+    there = SimpleNamespace(is_initialized=lambda: True)
+    monkeypatch.setitem(sys.modules, "ray", there)
+    assert simulated()
+
+
+def test_a_node_that_was_slow_to_say_its_place_is_asked_again(grid, quick, monkeypatch):
+    monkeypatch.setattr(grid_pool, "PLACE_SECONDS", 0.3)
+    monkeypatch.setattr(grid_pool, "NODES_TIMEOUT", 0.5)
+    own = grid(node_7=place(0, 2), node_8=None)
+    pool = FlowerPool(own, quick(round_timeout=0.1, min_replies=2))
+    assert sorted(pool.clients(1)) == [0, 2]
+    assert own.asked.count(8) >= 2
+    assert pool.refused == {}
+    own.replies[8] = place(1, 2)
+    for _ in range(2):
+        pool._meet()
+    assert len(pool.clients(2)) == 4
+
+
+def test_of_two_nodes_with_the_same_clients_one_waits_until_the_other_is_gone(grid, quick):
+    own = grid(node_9=place(0, 2), node_8=place(1, 2))
+    pool = FlowerPool(own, quick())
+    assert len(pool.clients(1)) == 4
+    own.replies[3] = place(0, 2)  # in place of 9, which has died and is not yet given up
+    for _ in range(2):
+        pool.clients(2)
+    assert pool.nodes == {9: range(0, 4, 2), 8: range(1, 4, 2)}
+    del own.replies[9]
+    assert pool.clients(3) == {0: 3, 2: 3, 1: pool.joined[8], 3: pool.joined[8]}
+    assert pool.nodes == {3: range(0, 4, 2), 8: range(1, 4, 2)}

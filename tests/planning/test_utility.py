@@ -1,0 +1,66 @@
+"""What a round is worth, against its formula by hand and its laws."""
+
+import math
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from d2ft_fl.planning import utility
+from d2ft_fl.planning.utility import Worth
+from d2ft_fl.subnets.schedule import Operation
+from tests.conftest import random_schedule
+from tests.strategies.test_strategies import ARCH
+
+FULL, FROZEN, FORWARD, SKIP = 3, 2, 1, 0
+EVEN = Worth(np.ones((4, 3)), np.ones((4, 3)))
+
+
+def of(operations, examples=1.0, bits=(32, 32), judge=EVEN):
+    operations = np.asarray(operations, dtype=np.int8)[None]  # one client
+    ranks = np.ones(operations.shape[:1] + operations.shape[2:])
+    return float(judge.of(operations, ranks, np.array([examples]), [bits])[0])
+
+
+def rows(*operations):
+    """One slot, each of four blocks alike."""
+    return np.repeat(np.array(operations)[None, :, None], 3, axis=2)
+
+
+def test_everything_is_worth_one():
+    assert of(rows(FULL, FULL, FULL, FULL)) == pytest.approx(1.0)
+
+
+def test_by_hand():
+    """Half of the blocks train, below one that cuts; the top one skips a third."""
+    operations = rows(FULL, FULL, FORWARD, FORWARD)
+    operations[0, 3, 0] = SKIP
+    path = (1 - utility.CUT) ** 2
+    learned = utility.BASE + (1 - utility.BASE) * 0.5 * path
+    lost = utility.EXAMPLES * math.log(0.4) ** 2 + utility.LEARNED * math.log(learned) ** 2
+    expected = (
+        math.exp(-lost) * utility.BITS_UP[4] * utility.BITS_DOWN[8] * (1 - utility.SKIPPED / 3)
+    )
+    assert of(operations, examples=0.4, bits=(4, 8)) == pytest.approx(expected)
+
+
+def test_a_gradient_that_passes_is_worth_more_than_one_that_is_cut():
+    below = of(rows(FULL, FROZEN, FROZEN, FROZEN))
+    assert below > of(rows(FULL, FROZEN, FORWARD, FROZEN)) > of(rows(FULL, FORWARD, SKIP, FROZEN))
+    # Below all that trains there is none to cut.
+    assert of(rows(FORWARD, FORWARD, FORWARD, FULL)) == of(rows(FROZEN, FROZEN, FROZEN, FULL))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10_000), st.integers(1, 3), st.floats(0.05, 1.0))
+def test_doing_more_is_never_worth_less(seed, slots, examples):
+    draw = np.random.default_rng(seed)
+    operations = random_schedule(ARCH, slots, seed).operations.copy()
+    judge = Worth(*draw.random((2, ARCH.blocks, ARCH.heads)) + 0.01)
+    before = of(operations, examples, judge=judge)
+    place = tuple(int(draw.integers(n)) for n in operations.shape)
+    operations[place] = min(Operation.FULL, operations[place] + 1)
+    after = of(operations, examples, judge=judge)
+    assert after >= before - 1e-12
+    assert of(operations, examples / 2, judge=judge) < after

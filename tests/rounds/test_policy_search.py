@@ -1,0 +1,269 @@
+"""Which way clients go under budgets, against what each budget leaves to choose."""
+
+import json
+import math
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from d2ft_fl.client.trainer import Worker
+from d2ft_fl.config.training_options import AS_CONFIGURED, Way
+from d2ft_fl.costs.resources import RESOURCES
+from d2ft_fl.engine.trainer import Stepper
+from d2ft_fl.errors import ConfigError, RunError
+from d2ft_fl.planning.utility import Worth
+from d2ft_fl.rounds.context import Round, plan_round
+from d2ft_fl.rounds.policy_search import PASSING, Search
+from d2ft_fl.runtime.in_process import run_local
+from tests.strategies.test_strategies import ARCH, FORWARD, FULL, SKIP, round_of
+
+QUIET = {"backward_score": "uniform", "forward_score": "uniform", "exploration": 0.0}
+
+
+def planned(budget, **options):
+    """The one client's assignment, and the plan that it is of."""
+    found = plan_round(*round_of("d2ft", [budget], **{**QUIET, **options}))
+    return found.assignments[0], found
+
+
+def test_without_budgets_everything_trains_as_configured():
+    a, _ = planned({})
+    assert (a.schedule.operations == FULL).all()
+    assert a.examples == 20
+    assert a.way == Way(in_turn=True)
+
+
+def test_memory_that_suffices_in_smaller_passes_changes_nothing_else():
+    """The fewest passes: what the baseline `accumulate` does."""
+    (other,) = plan_round(*round_of("accumulate", [{"memory": "60 %"}])).assignments
+    a, _ = planned({"memory": "60 %"})
+    assert (a.schedule.operations == FULL).all()
+    assert a.examples == 20
+    assert a.way.accumulate == other.way.accumulate > 1
+    assert a.cost.memory == other.cost.memory
+
+
+@pytest.mark.parametrize("share,bits", [("100 %", None), ("40 %", 8), ("28 %", 4)])
+def test_bytes_up_are_saved_by_bits_first(share, bits):
+    a, _ = planned({"bytes-up": share})
+    assert (a.way.bits_up, a.way.bits_down) == (bits, None)
+    assert (a.schedule.operations == FULL).all()
+
+
+@pytest.mark.parametrize("share,expected", [(1.0, 1.0), (0.25, 2**0.5), (0.1, 1.5)])
+def test_the_server_steps_further_along_what_few_examples_changed(share, expected):
+    a, _ = planned({"flops": f"{100 * share} %"}, examples=1000)
+    assert a.way.step == pytest.approx(min(1.5, (a.examples / 1000) ** -0.25))
+    assert a.way.weight == pytest.approx(1000 / a.examples)  # all that it has counts
+    assert a.way.step == pytest.approx(expected, rel=0.12)  # a few heads less, for more examples
+
+
+@pytest.mark.parametrize(
+    "batch,share,slots,smaller",
+    [(4, 100, 1, False), (4, 25, 1, True), (16, 25, 1, True), (4, 25, 4, False)],
+)
+def test_fewer_examples_come_in_smaller_batches(batch, share, slots, smaller):
+    """About half of the steps on a quarter of the examples."""
+    a, _ = planned({"flops": f"{share} %"}, examples=1000, batch_size=batch, slots=slots)
+    assert bool(a.way.batch) == smaller
+    assert a.way.accumulate is None
+    if smaller:
+        steps = math.ceil(a.examples / a.way.batch) / math.ceil(1000 / batch)
+        assert steps == pytest.approx((a.examples / 1000) ** 0.5, rel=0.25)
+
+
+@pytest.mark.parametrize("slots", [1, 2])
+def test_a_smaller_batch_is_trained_and_charged_as_one(quick, tmp_path, monkeypatch, slots):
+    """FLOPs exactly, memory within what was planned, and as many steps as batches."""
+    steps, stepped = [], Stepper.step
+    monkeypatch.setattr(Stepper, "step", lambda *given: (steps.append(1), stepped(*given))[1])
+    config = quick(rounds=2, verify_costs=True, batch_size=8, slots=slots)
+    devices = tmp_path / "short.toml"
+    devices.write_text('mix = ["a"]\n[classes.a]\nflops = "30 %"\nmemory = "60 %"\n')
+    run_local(replace(config, budgets=str(devices)), report=False)
+    lines = (Path(config.run_folder) / "clients.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    for row in rows:
+        assert not row["fault"]
+        assert 3 < row["way"]["batch"] < 8
+        assert row["used"]["flops"] == row["predicted"]["flops"]
+        assert row["used"]["memory"] <= row["predicted"]["memory"]
+    assert len(steps) == sum(math.ceil(row["examples"] / row["way"]["batch"]) for row in rows)
+
+
+def test_looking_at_examples_comes_in_the_batches_of_training(quick, monkeypatch):
+    """What a look at all examples holds is what was planned, whatever the batch."""
+
+    def schedule(round):
+        everything = round.everything()
+        return [round.assign(c, everything, way=Way(batch=2)) for c in round.clients]
+
+    monkeypatch.setattr("strategies.fedavg.schedule", schedule)
+    config = quick(strategy="fedavg", rounds=1, verify_costs=True, batch_size=32)
+    config = replace(config, data_share=0.5, data_selection="entropy")
+    run_local(config, report=False)
+    lines = (Path(config.run_folder) / "clients.jsonl").read_text().splitlines()
+    for row in map(json.loads, lines):
+        assert not row["fault"]
+        assert row["viewed"]
+        assert row["used"]["flops"] == row["predicted"]["flops"]
+        assert row["used"]["memory"] <= row["predicted"]["memory"]
+
+
+def test_bytes_down_are_saved_by_bits_both_ways_and_nothing_is_skipped():
+    a, _ = planned({"bytes-down": "50 %"})
+    assert (a.way.bits_up, a.way.bits_down) == (8, 8)
+    assert (a.schedule.operations == FULL).all()
+
+
+def test_few_bytes_down_can_need_fewer_heads_besides():
+    a, _ = planned({"bytes-down": "35 %"})
+    assert a.way.bits_down == 8
+    assert 0 < (a.schedule.operations == SKIP).sum() < a.schedule.operations.size / 2
+
+
+def test_compute_is_spent_on_examples_to_the_last():
+    a, plan = planned({"flops": "50 %"}, examples=200)
+    assert 0 < a.examples < 200
+    assert not (a.schedule.operations == SKIP).any()
+    passes = (a.schedule.operations[0] > FORWARD).all(axis=1).astype(int)
+    assert (np.diff(passes) >= 0).all()  # cut only below all that trains
+    federation, state, _ = round_of("d2ft", [{"flops": "50 %"}], examples=200, **QUIET)
+    (client,) = plan.clients
+    more = Round(federation, state, [client]).assign(
+        client, a.schedule, a.examples + 1, a.way, a.passes
+    )
+    assert not client.affords(more.cost)
+
+
+@pytest.mark.parametrize("memory,up", [("100 %", "30 %"), ("105 %", "40 %")])
+def test_memory_for_where_a_coded_change_began_is_found_in_smaller_passes(memory, up):
+    a, _ = planned({"memory": memory, "bytes-up": up}, batch_size=4)
+    assert a.way.bits_up in (8, 4)
+    assert a.way.accumulate > 1
+    assert (a.schedule.operations == FULL).all()
+
+
+@pytest.mark.parametrize(
+    "slow,bits", [("up", (8, None)), ("down", (8, 8)), ("neither", (None, None))]
+)
+def test_a_deadline_is_met_in_no_fewer_bits_than_it_takes(slow, bits):
+    budget = {"speed": "100 GFLOP/s", "deadline": "1 s"}
+    if slow != "neither":
+        budget[f"bandwidth-{slow}"] = "0.8 Mbit/s"  # everything takes 1.3 s
+    a, plan = planned(budget)
+    assert (a.way.bits_up, a.way.bits_down) == bits
+    assert plan.clients[0].on_time(a.cost)
+
+
+def test_a_deadline_is_kept_by_fewer_examples_and_bits():
+    a, plan = planned(
+        {"speed": "1 GFLOP/s", "bandwidth-up": "1 Mbit/s", "deadline": "1 s"}, examples=200
+    )
+    assert not a.schedule.sits_out
+    assert a.way.bits_up in (8, 4)
+    assert plan.clients[0].on_time(a.cost)
+
+
+def test_a_budget_that_affords_nothing_sits_out():
+    a, _ = planned({"memory": "1 KiB"})
+    assert a.schedule.sits_out
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    st.fixed_dictionaries(
+        {},
+        optional={
+            "flops": st.integers(3, 100).map("{} %".format),
+            "memory": st.integers(10, 100).map("{} %".format),
+            "bytes-up": st.integers(1, 100).map("{} %".format),
+            "bytes-down": st.integers(10, 100).map("{} %".format),
+        },
+    ),
+    st.integers(0, 1000),
+)
+def test_no_plain_plan_is_worth_more(budget, seed):
+    """What the knapsack finds for the configured way is among what is searched."""
+    federation, state, reports = round_of("d2ft", [budget], **QUIET)
+    round = Round(federation, state, federation.participants(reports, state))
+    scores = np.random.default_rng(seed).random((ARCH.blocks, ARCH.heads)) + 0.1
+    judge = Worth(scores, scores)
+    (found,) = Search(round, scores, scores, scores).best()
+    best = worth_of(judge, found, round)
+    for weights in (PASSING, (1.0, 0.0)):
+        planner = federation.planner_along(state, AS_CONFIGURED, *weights)
+        (plain,) = planner.plan(round.clients, scores, scores, round.number)
+        plain_worth = worth_of(judge, plain, round)
+        # Smaller passes and fewer bits are not worth quite the same as more memory and bytes.
+        assert best >= plain_worth * 0.99 - 1e-9
+    over = found.cost.vector() > round.clients[0].capacity
+    assert not over.any(), [r for r, o in zip(RESOURCES, over, strict=True) if o]
+
+
+def worth_of(judge, a, round):
+    if a.schedule.sits_out:
+        return 0.0
+    count = round.clients[0].examples if a.examples is None else a.examples
+    operations = a.schedule.operations[None]
+    ranks = np.ones((1, ARCH.blocks, ARCH.heads))
+    bits = a.way.bits_up or 32, a.way.bits_down or 32
+    return float(judge.of(operations, ranks, np.array([count / 20]), [bits])[0])
+
+
+def test_clients_that_chose_their_bits_send_and_get_what_was_planned(quick, tmp_path):
+    config = quick(rounds=2, budgets="", verify_costs=True)
+    devices = tmp_path / "narrow.toml"
+    devices.write_text(
+        'mix = ["a", "b"]\n[classes.a]\nbytes-down = "50 %"\n[classes.b]\nbytes-up = "30 %"\n'
+    )
+    run_local(replace(config, budgets=str(devices)), report=False)
+    folder = Path(config.run_folder)
+    rows = [json.loads(line) for line in (folder / "clients.jsonl").read_text().splitlines()]
+    assert {(row["way"]["bits_up"], row["way"]["bits_down"]) for row in rows} >= {(8, 8)}
+    for row in rows:
+        assert not row["fault"]
+        for way in ("bytes_up", "bytes_down"):
+            assert 0 <= row["predicted"][way] - row["used"][way] <= 16_000
+            assert row["allowed"][way] is None or row["used"][way] <= row["allowed"][way]
+
+
+def test_a_batch_has_an_example_for_each_slot():
+    federation, state, _ = round_of("d2ft", [{}], **QUIET, batch_size=4, slots=4)
+    with pytest.raises(ConfigError, match="a batch of 3 has no example for each of 4 slots"):
+        federation.costs_of(state, Way(batch=3))
+
+
+@pytest.mark.parametrize("wrong", [{"step": 2.5}, {"step": float("nan")}, {"weight": 0.0}])
+def test_strategies_cannot_have_a_change_count_for_anything(monkeypatch, wrong):
+    def schedule(round):
+        return [replace(round.sit_out(c), way=Way(**wrong)) for c in round.clients]
+
+    monkeypatch.setattr("strategies.d2ft.schedule", schedule)
+    (name,) = wrong
+    with pytest.raises(RunError, match=f"gives client 0 a {name} of .* must be above 0"):
+        planned({})
+
+
+@pytest.mark.parametrize("local,each", [(10, 3), (7, 7), (12, 4)])
+def test_in_turn_all_are_seen_as_often(local, each, quick):
+    worker = Worker(quick())
+    rounds = 2 * local
+    seen = Counter()
+    for number in range(1, rounds + 1):
+        task = SimpleNamespace(client=1, round=number, examples=each)
+        own = worker._in_turn(task, local).tolist()
+        assert len(set(own)) == each
+        seen.update(own)
+    assert set(seen.values()) == {rounds * each // local}
+
+
+def test_with_three_operations_skipping_is_left_to_tight_budgets():
+    a, _ = planned({"flops": "60 %"})
+    assert not (a.schedule.operations == SKIP).any()

@@ -1,0 +1,128 @@
+import gc
+import json
+import tempfile
+import tracemalloc
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from d2ft_fl.errors import ReplyError
+from d2ft_fl.wire.blob import decode, encode, size, write
+
+
+def test_tensors_and_metadata_come_back_bit_for_bit():
+    tensors = {"a": torch.randn(3, 4), "b": torch.tensor([float("nan"), -0.0])}
+    meta = {"round": 3, "nested": {"x": [1, 2.5, None]}}
+    back, again = decode(encode(tensors, meta))
+    assert again == meta
+    assert torch.equal(back["a"], tensors["a"])
+    assert torch.equal(back["b"].view(torch.int32), tensors["b"].view(torch.int32))
+
+
+@pytest.mark.parametrize(
+    "blob",
+    [
+        b"",
+        b"garbage",
+        encode({"a": torch.ones(4)}, {})[:-3],
+        (2**60).to_bytes(8, "little") + b"{}",
+        safetensors.torch.save({"a": torch.ones(2)}),
+        safetensors.torch.save({"a": torch.ones(2)}, metadata={"d2ft": "{"}),
+    ],
+)
+def test_anything_else_is_refused(blob):
+    with pytest.raises(ReplyError, match="not a safetensors message"):
+        decode(blob)
+
+
+TYPES = [torch.float32, torch.float64, torch.int64, torch.bfloat16, torch.uint8]
+
+
+def shapes_of(tensors):
+    return [(name, tuple(t.shape), t.dtype) for name, t in tensors.items()]
+
+
+@given(
+    st.dictionaries(
+        st.text("abXY.0_", min_size=1, max_size=8),
+        st.tuples(
+            st.lists(st.integers(0, 12), max_size=3),
+            st.sampled_from(
+                [torch.float32, torch.float64, torch.int64, torch.bfloat16, torch.uint8]
+            ),
+        ),
+        max_size=12,
+    ),
+    st.dictionaries(st.text(max_size=5), st.text(max_size=5), max_size=3),
+)
+def test_a_message_is_measured_and_written_without_making_it(kinds, meta):
+    tensors = {name: torch.zeros(shape, dtype=dtype) for name, (shape, dtype) in kinds.items()}
+    blob = encode(tensors, meta)
+    assert size(shapes_of(tensors), meta) == len(blob)
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "reply")
+        write(path, tensors, meta)
+        assert path.read_bytes() == blob
+
+
+def test_a_file_reads_as_its_bytes_do(tmp_path):
+    path = tmp_path / "reply"
+    path.write_bytes(encode({"a": torch.arange(3.0)}, {"x": 1}))
+    tensors, meta = decode(path)
+    assert torch.equal(tensors["a"], torch.arange(3.0))
+    assert meta == {"x": 1}
+
+
+@pytest.mark.parametrize("content", [b"", b"garbage", (2**60).to_bytes(8, "little") + b"{}"])
+def test_any_other_file_is_refused(tmp_path, content):
+    path = tmp_path / "reply"
+    path.write_bytes(content)
+    with pytest.raises(ReplyError, match="not a safetensors message"):
+        decode(path)
+
+
+ODD = st.recursive(
+    st.none() | st.booleans() | st.floats() | st.text(max_size=4) | st.integers(-(2**70), 2**70),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.sampled_from(["header", "entry", "dtype", "shape", "data_offsets"]), ODD)
+def test_a_file_that_lies_about_itself_is_refused(where, odd):
+    blob = encode({"a": torch.arange(6.0).view(2, 3), "b": torch.arange(3)}, {"x": 1})
+    end = 8 + int.from_bytes(blob[:8], "little")
+    header = json.loads(blob[8:end])
+    if where == "header":
+        header = odd
+    elif where == "entry":
+        header["a"] = odd
+    else:
+        header["a"][where] = odd
+    text = json.dumps(header).encode()
+    content = len(text).to_bytes(8, "little") + text + blob[end:]
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "reply")
+        path.write_bytes(content)
+        for own in (path, memoryview(bytearray(content))):
+            with pytest.raises(ReplyError, match="not a safetensors message"):
+                decode(own)
+
+
+def test_reading_files_costs_no_memory(tmp_path):
+    path = tmp_path / "reply"
+    path.write_bytes(encode({f"tensor {n}": torch.zeros(4) for n in range(150)}, {}))
+    decode(path)
+    tracemalloc.start()
+    before = tracemalloc.get_traced_memory()[0]
+    for _ in range(50):
+        decode(path)
+    gc.collect()
+    lost = tracemalloc.get_traced_memory()[0] - before
+    tracemalloc.stop()
+    assert lost < 50 * 500  # safetensors' own way: 8,400 bytes each time
