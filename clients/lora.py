@@ -10,28 +10,28 @@ from pathlib import Path
 from torch import Tensor
 
 from d2ft_fl.aggregation.lora_sums import frozen, unchanging
-from d2ft_fl.config.run_config import RunConfig
 from d2ft_fl.config.training_options import LocalOptions
 from d2ft_fl.lora.config import targeted, targets_alone, with_lora, without_lora
 from d2ft_fl.lora.init import begin, from_update
 from d2ft_fl.models.export import save_tuned
+from d2ft_fl.rounds.components import Components
 from d2ft_fl.subnets.architecture import Architecture, Kind
 
 
-def architecture(arch: Architecture, config: RunConfig, round: int) -> Architecture:
+def architecture(arch: Architecture, components: Components, round: int) -> Architecture:
     """What trains in a round."""
-    lora = config.lora()
-    if round <= config.slora_rounds:
+    lora = components.lora
+    if round <= components.config.slora_rounds:
         return targets_alone(arch, lora)
-    mode = config.lora_aggregation
-    still = frozen(mode, lora.targets, round - config.slora_rounds)
+    mode = components.config.lora_aggregation
+    still = frozen(mode, lora.targets, round - components.config.slora_rounds)
     return with_lora(arch, lora, still, unchanging(mode, lora.targets))
 
 
 def prepare(
     weights: Mapping[str, Tensor],
     arch: Architecture,
-    config: RunConfig,
+    components: Components,
     round: int,
     original: Mapping[str, Tensor],
 ) -> tuple[Mapping[str, Tensor], dict[str, float]]:
@@ -40,43 +40,43 @@ def prepare(
     Args:
         weights: The state so far. original: The weights that the run began with.
     """
-    if round != config.slora_rounds + 1:
+    if round != components.config.slora_rounds + 1:
         return weights, {}
-    if config.slora_rounds:
+    if components.config.slora_rounds:
         names = [weight.name for weight, _, _ in targeted(arch)]
         change = {name: weights[name].double() - original[name].double() for name in names}
         own = {**weights, **{name: original[name] for name in names}}
         state, discarded = from_update(arch, own, change)
         return state, {"slora_discarded": discarded}
-    if config.lora_adapter:
-        return {**weights, **config.adapter(without_lora(arch))}, {}
-    return _begun(weights, arch, config), {}
+    if components.config.lora_adapter:
+        return {**weights, **components.adapter(without_lora(arch))}, {}
+    return _begun(weights, arch, components), {}
 
 
 def _begun(
-    weights: Mapping[str, Tensor], arch: Architecture, config: RunConfig
+    weights: Mapping[str, Tensor], arch: Architecture, components: Components
 ) -> dict[str, Tensor]:
-    common = config.lora_aggregation == "freeze-common"
-    return begin(arch, weights, config.lora_init, config.seed, common)
+    common = components.config.lora_aggregation == "freeze-common"
+    return begin(arch, weights, components.config.lora_init, components.config.seed, common)
 
 
 def save(
     folder: Path,
     weights: Mapping[str, Tensor],
     arch: Architecture,
-    config: RunConfig,
+    components: Components,
     original: Mapping[str, Tensor],
 ) -> None:
     """Leave in a run's folder what ``d2ft export`` makes an adapter of."""
     names = [weight.name for weight, _, _ in targeted(arch)]
     first, initial = original, {}
-    if config.lora_init == "federa":
-        first = _begun(original, arch, config)
+    if components.config.lora_init == "federa":
+        first = _begun(original, arch, components)
         initial = {p.name: first[p.name] for p in arch.parameters if p.factor}
     changed = {}
-    if config.lora_aggregation == "stack":
+    if components.config.lora_aggregation == "stack":
         changed = {name: weights[name].double() - first[name].double() for name in names}
-    save_tuned(folder, arch, config.lora(), weights, initial, changed)
+    save_tuned(folder, arch, components.lora, weights, initial, changed)
 
 
 def learning_rate(kind: Kind, factor: bool, options: LocalOptions) -> float:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from d2ft_fl.config.sources import collect
+from d2ft_fl.rounds.checks import checked_options
 from d2ft_fl.sweep.reading import read_sweep
 from d2ft_fl.sweep.trials import expand
 
@@ -71,7 +72,7 @@ def test_what_it_configures_can_run(tmp_path, monkeypatch):
     for command in COMMANDS:
         assert command.startswith(("d2ft run", "d2ft plan", "d2ft strategies", "d2ft sweep"))
         pairs = re.findall(r"--set (\S+)", command)
-        collect([], pairs).check_options()
+        checked_options(collect([], pairs))
 
 
 @pytest.mark.slow

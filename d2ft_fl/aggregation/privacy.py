@@ -18,18 +18,16 @@ hidden; nor is anything from the server, which is trusted, as is its run folder.
 """
 
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from d2ft_fl.aggregation.keyed_noise import Noise
+from d2ft_fl.config.run_config import RunConfig
 from d2ft_fl.errors import ConfigError
-
-if TYPE_CHECKING:
-    from d2ft_fl.config.run_config import RunConfig
 
 LEAST = 0.01  # noise, in units of clip-norm
 LARGE = 100.0  # beyond it epsilon promises next to nothing, and its tight bound takes gigabytes
@@ -52,8 +50,12 @@ class Privacy:
     delta: float
 
     @classmethod
-    def of(cls, config: "RunConfig") -> "Privacy | None":
+    def of(cls, config: RunConfig, measured: Sequence[str]) -> "Privacy | None":
         """As configured; None where nothing is promised.
+
+        Args:
+            config: The options of the run.
+            measured: The kinds of scores that are measured on clients' data.
 
         Raises:
             ConfigError: When the options contradict each other, or others would give away what the
@@ -61,7 +63,7 @@ class Privacy:
         """
         if not config.noise_multiplier and not config.epsilon:
             return None
-        _check(config)
+        _check(config, measured)
         rate = (config.sample_clients or config.clients) / config.clients
         noise = config.noise_multiplier
         if config.epsilon:
@@ -73,7 +75,7 @@ class Privacy:
         return _epsilon(self.noise, self.rate, rounds, self.delta)
 
 
-def _check(config: "RunConfig") -> None:
+def _check(config: RunConfig, measured: Sequence[str]) -> None:
     if config.noise_multiplier and config.epsilon:
         raise ConfigError(
             f"noise-multiplier = {config.noise_multiplier} and epsilon = {config.epsilon} both "
@@ -95,7 +97,7 @@ def _check(config: "RunConfig") -> None:
             f"aggregation = {config.aggregation!r} cannot have noise: its sums have no bound; use "
             "'mean'"
         )
-    if measured := config.measured_scores():
+    if measured:
         raise ConfigError(
             f"{' and '.join(measured)} scores are measured on clients' data, and noise does not "
             "hide them: set backward-score and forward-score to magnitude or uniform"

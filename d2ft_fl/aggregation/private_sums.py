@@ -13,8 +13,8 @@ from torch import Tensor
 from d2ft_fl.aggregation.keyed_noise import Noise
 from d2ft_fl.aggregation.privacy import Privacy
 from d2ft_fl.aggregation.sums import Sums, Update
-from d2ft_fl.planning.assignment import Assignment
 from d2ft_fl.subnets.architecture import Architecture, Kind, Parameter
+from d2ft_fl.subnets.schedule import Schedule
 
 
 @dataclass(frozen=True)
@@ -31,18 +31,19 @@ class Trainers:
     some: float
 
     @classmethod
-    def of(cls, assignments: Sequence[Assignment], rate: float) -> "Trainers":
-        """Those of all clients' plans.
+    def of(cls, planned: Sequence[tuple[Schedule, int]], rate: float) -> "Trainers":
+        """Count the trainers of all clients' plans.
 
         Args:
-            assignments: One at least.
+            planned: Schedule and number of examples of every client; one at least.
+            rate: The chance that a client takes part.
         """
-        working = [a for a in assignments if not a.schedule.sits_out and a.examples]
-        shape = assignments[0].schedule.trained.shape
+        working = [schedule for schedule, examples in planned if examples and not schedule.sits_out]
+        shape = planned[0][0].trained.shape
         heads, blocks = np.zeros(shape, dtype=np.int64), np.zeros(shape[0], dtype=np.int64)
-        for a in working:
-            heads += a.schedule.trained
-            blocks += a.schedule.trained.any(axis=1)
+        for schedule in working:
+            heads += schedule.trained
+            blocks += schedule.trained.any(axis=1)
         return cls(heads * rate, blocks * rate, len(working) * rate)
 
     def of_parameter(self, p: Parameter) -> dict[int, float]:

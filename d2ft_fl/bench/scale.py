@@ -24,6 +24,7 @@ from d2ft_fl.bench.scale_sides import Job
 from d2ft_fl.config.run_config import RunConfig
 from d2ft_fl.errors import ConfigError, RunError
 from d2ft_fl.flower.superlink import flower_environment, run_flower
+from d2ft_fl.rounds.checks import checked
 
 SIDES = ("floor", "flower", "full", "d2ft")
 FREE = "[classes.any]\n"
@@ -59,7 +60,7 @@ class ScaleBench:
                 raise ConfigError(f"--{option} {getattr(self, name)} must be 1 or more")
         if unknown := [side for side in self.sides if side not in SIDES]:
             raise ConfigError(f"--side {unknown[0]!r} is unknown; use some of {', '.join(SIDES)}")
-        self.job.config().check()
+        checked(self.job.config())
         return self
 
     @property
@@ -168,7 +169,7 @@ def _ours(strategy: str, budgets: str) -> Callable[[ScaleBench, Side], None]:
             bench.job.config(), strategy=strategy, budgets=str(file), run_folder=str(folder)
         )
         rows: list[dict[str, Any]] = []
-        run_flower(config.check(), folder, 0, rows.append)
+        run_flower(checked(config), folder, 0, rows.append)
         shutil.rmtree(scratch)  # of one that failed, the log is there to be looked at
         for row in rows[1:]:
             if row["faults"]:

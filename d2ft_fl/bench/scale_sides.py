@@ -25,6 +25,7 @@ from d2ft_fl.config.run_config import RunConfig
 from d2ft_fl.data.federated_data import FederatedData, open_data
 from d2ft_fl.models import timm_vit
 from d2ft_fl.models.build import build_model
+from d2ft_fl.rounds.components import Components
 from d2ft_fl.subnets.architecture import Kind
 from d2ft_fl.util.torch_device import set_threads
 
@@ -82,7 +83,7 @@ class Trainer:
         config = job.config()
         set_threads(1)
         self.batch_size, self.config = job.batch_size, config
-        self.model = build_model(config.model_spec())
+        self.model = build_model(Components(config).model_spec)
         arch = timm_vit.describe(self.model)
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(arch.by_name[name].kind is not Kind.EMBEDDING)
@@ -107,8 +108,8 @@ class Trainer:
 def data_of(job: Job) -> FederatedData:
     """The images of all clients."""
     config = job.config()
-    channels, side = timm_vit.input_shape(build_model(config.model_spec()))
-    return open_data(config.data_spec(side, channels))
+    channels, side = timm_vit.input_shape(build_model(Components(config).model_spec))
+    return open_data(Components(config).data_spec(side, channels))
 
 
 # -- the floor: plain processes that train and average -------------------------------------------

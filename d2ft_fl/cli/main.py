@@ -20,6 +20,7 @@ from d2ft_fl.config.sources import collect, gather
 from d2ft_fl.errors import ConfigError, D2FTError
 from d2ft_fl.models.spec import GLYPH_NAME
 from d2ft_fl.records.run_folder import claim_folder, note_failure
+from d2ft_fl.rounds.checks import checked_options
 from d2ft_fl.server import console as run_console
 from d2ft_fl.util import terminal
 
@@ -256,7 +257,7 @@ def plan_command(
     shortcuts = {"model": model, "budgets": budgets, "clients": clients}
     pairs = [f"{key}={value}" for key, value in shortcuts.items() if value is not None]
     with failures():
-        options = collect(config or [], [*(set_ or []), *pairs]).check_options()
+        options = checked_options(collect(config or [], [*(set_ or []), *pairs]))
         _plan(options, examples, rounds, output, as_json)
 
 
@@ -347,7 +348,7 @@ def choose_command(
 
     with failures():
         pairs = ["strategy=caff", f"model={models[0]}", "pretrained=none", *(set_ or [])]
-        options = collect(config or [], pairs).check_options()
+        options = checked_options(collect(config or [], pairs))
         with _progress(hidden=as_json) as progress:
             task = progress.add_task("planning", total=len(models))
 

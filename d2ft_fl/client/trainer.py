@@ -30,6 +30,7 @@ from d2ft_fl.errors import Refusal
 from d2ft_fl.models import timm_vit
 from d2ft_fl.models.build import build_model
 from d2ft_fl.planning.importance import TENSOR
+from d2ft_fl.rounds.components import Components
 from d2ft_fl.rounds.federation import Federation, Report
 from d2ft_fl.rounds.messages import Task
 from d2ft_fl.subnets.architecture import Architecture, Kind
@@ -53,11 +54,12 @@ class Worker:
 
     def __init__(self, config: RunConfig):
         self.config = config
-        self.options = config.local_options()
-        self.device = config.torch_device()
-        self.rate = config.load_tuning().learning_rate
+        self.components = Components(config)
+        self.options = self.components.training
+        self.device = self.components.device
+        self.rate = self.components.tuning.learning_rate
         self.meter = Meter(verify=config.verify_costs, device=self.device)
-        self.budgets = config.budget_source()
+        self.budgets = self.components.budget_source
         self.store = Store.default()
         self.store.prune()
         self._whole: tuple[Architecture, Mapping[str, Tensor], GlobalModel] | None = None
@@ -65,20 +67,20 @@ class Worker:
     @cached_property
     def _template(self) -> timm_vit.VisionTransformer:
         """A model whose weights come with every assignment."""
-        return build_model(replace(self.config.model_spec(), pretrained="none"))
+        return build_model(replace(self.components.model_spec, pretrained="none"))
 
     @cached_property
     def _parts(self) -> tuple[PartialModel, FederatedData]:
         model, arch = self._template, self._federation.arch
         channels, side = timm_vit.input_shape(model)
-        data = open_data(self.config.data_spec(side, channels))
+        data = open_data(self.components.data_spec(side, channels))
         warm_up(self.device)
         return PartialModel(model, arch, self.options.numerics(), self.device), data
 
     @cached_property
     def _federation(self) -> Federation:
         own = timm_vit.describe(self._template)
-        return Federation(self.config, own)
+        return Federation(self.components, own)
 
     def report(self, client: int, round: int) -> Report:
         """What ``client`` says of itself before ``round``."""

@@ -8,30 +8,14 @@ import difflib
 import os
 import tomllib
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
-from d2ft_fl.aggregation.privacy import Privacy
-from d2ft_fl.aggregation.server_optimizer import ServerOptimizer
-from d2ft_fl.budgets.sources import BudgetSource, budget_source
-from d2ft_fl.config.training_options import SCHEDULES, LocalOptions
-from d2ft_fl.data.spec import DataSpec
+from d2ft_fl.config.training_options import SCHEDULES
 from d2ft_fl.errors import ConfigError
-from d2ft_fl.lora.config import Lora
-from d2ft_fl.lora.peft_io import read_adapter
-from d2ft_fl.models.spec import ModelSpec
-from d2ft_fl.planning import importance
-from d2ft_fl.records.trackers import Factory, load_trackers
-from d2ft_fl.rounds.checks import check, check_options
-from d2ft_fl.rounds.strategies import load_strategy, method_of
-from d2ft_fl.subnets.architecture import Architecture
-from d2ft_fl.util.plugins import load_module
-from d2ft_fl.util.torch_device import usable_device
 
 DIGITS = "digits"
 MADE_UP = "made-up"
@@ -176,47 +160,6 @@ class RunConfig:
         """Keys as they stand in TOML."""
         return {key.replace("_", "-"): value for key, value in asdict(self).items()}
 
-    # -- checking ----------------------------------------------------------------------------
-
-    def check(self) -> "RunConfig":
-        """This configuration, once everything it names is known to exist and to fit together.
-
-        Raises:
-            ConfigError: In one line, what to write instead.
-        """
-        check(self)
-        return self
-
-    def adapter(self, arch: Architecture) -> dict[str, Tensor]:
-        """The factors that a run begins with, and the adapter's classifier where it fits.
-
-        Args:
-            arch: Of the model, without factors.
-
-        Raises:
-            ConfigError: When there are none, or they are others than the run's.
-        """
-        lora = self.lora()
-        found, tensors = read_adapter(resolve_path(self.lora_adapter), arch)
-        if replace(found, dropout=lora.dropout, targets=()) != replace(lora, targets=()) or set(
-            found.targets
-        ) != set(lora.targets):
-            raise ConfigError(
-                f"lora-adapter = {self.lora_adapter!r} has other factors than the run: set "
-                f"lora-rank={found.rank} lora-alpha={found.alpha} "
-                f"lora-rslora={str(found.rslora).lower()} lora-targets={', '.join(found.targets)!r}"
-            )
-        return tensors
-
-    def check_options(self) -> "RunConfig":
-        """This configuration, once all but its model, data and machine is known to fit together.
-
-        Raises:
-            ConfigError: In one line, what to write instead.
-        """
-        check_options(self)
-        return self
-
     def suspects(self, clients: int) -> int:
         """How many of so many clients may be hostile, for robust folding: one at least."""
         return max(1, round(self.trim_share * clients))
@@ -233,104 +176,6 @@ class RunConfig:
         """Ranks that subnets may train at besides ``lora-rank``."""
         return tuple(int(text) for text in self.lora_ranks.split(",") if text.strip())
 
-    def measured_scores(self) -> tuple[str, ...]:
-        """The kinds that scoring passes measure; none where the strategy looks at none."""
-        wanted = method_of(self.load_strategy(), self.strategy).scores
-        if wanted is None:
-            wanted = (self.backward_score, self.forward_score)
-        return tuple(k for k in importance.MEASURED if k in wanted)
-
-    # -- what the keys stand for -------------------------------------------------------------
-
-    def load_strategy(self) -> Any:
-        """The strategy's module."""
-        return load_strategy(self.strategy)
-
-    def load_tuning(self) -> Any:
-        """The module of the way of tuning; see :mod:`clients`."""
-        module = load_module("clients", self.tuning, "tuning", TUNINGS)
-        if not callable(getattr(module, "learning_rate", None)):
-            raise ConfigError(
-                f"tuning = {self.tuning!r} has no function learning_rate(kind, factor, options)"
-            )
-        return module
-
-    def load_trackers(self) -> dict[str, Factory]:
-        """What starts the trackers, by their names."""
-        return load_trackers(self.trackers)
-
-    def lora(self) -> Lora:
-        """What LoRA tunes, and how."""
-        targets = tuple(t.strip() for t in self.lora_targets.split(",") if t.strip())
-        return Lora(self.lora_rank, self.lora_alpha, targets, self.lora_rslora, self.lora_dropout)
-
-    def depends_on_rounds(self) -> bool:
-        """Whether what a round does depends on how many there are to be."""
-        staged = method_of(self.load_strategy(), self.strategy).staged and not self.stage_rounds
-        return staged or self.epsilon > 0 or self.lr_schedule != "constant"
-
-    def privacy(self) -> Privacy | None:
-        """What clients are promised of their data; None for nothing."""
-        return Privacy.of(self)
-
-    def budget_source(self) -> BudgetSource:
-        """Where clients get their budgets."""
-        return budget_source(self.budgets, resolve_path, self.device, self.threads_per_client)
-
-    def model_spec(self) -> ModelSpec:
-        """The model to build."""
-        from d2ft_fl.data.federated_data import class_count
-
-        pretrained = self.pretrained
-        if pretrained not in BUILTIN["pretrained"]:
-            pretrained = str(resolve_path(pretrained))
-        return ModelSpec(
-            name=self.model,
-            arguments=_inline_table("model-args", self.model_args),
-            pretrained=pretrained,
-            image_size=self.image_size,
-            classes=class_count(self._dataset(), self.label_column),
-            seed=self.seed,
-        )
-
-    def data_spec(self, image_size: int, channels: int) -> DataSpec:
-        """The data to open, for images of that size."""
-        return DataSpec(
-            dataset=self._dataset(),
-            label_column=self.label_column,
-            image_size=image_size,
-            channels=channels,
-            clients=self.clients,
-            partitioner=self.partitioner,
-            partitioner_arguments=_inline_table("partitioner-args", self.partitioner_args),
-            train_examples=self.train_examples,
-            test_examples=self.test_examples,
-            seed=self.seed,
-        )
-
-    def _dataset(self) -> str:
-        if self.dataset in BUILTIN["dataset"] or self.dataset.startswith(HUB):
-            return self.dataset
-        return str(resolve_path(self.dataset))
-
-    def local_options(self) -> LocalOptions:
-        """How clients train."""
-        return LocalOptions(
-            batch_size=self.batch_size,
-            epochs=self.epochs,
-            optimizer=self.optimizer,
-            lr=self.lr,
-            head_lr=self.head_lr,
-            lora_lr=self.lora_lr,
-            momentum=self.momentum,
-            weight_decay=self.weight_decay,
-            precision=self.precision,
-            checkpointing=self.checkpointing,
-            accumulate=self.accumulate,
-            proximal=self.proximal,
-            logit_adjustment=self.logit_adjustment,
-        )
-
     def rate_factor(self, round: int) -> float:
         """What learning rates are multiplied by in a round, counted from 1."""
         return SCHEDULES[self.lr_schedule]((round - 1) / self.rounds)
@@ -344,26 +189,6 @@ class RunConfig:
         """Whether a client's change may count for more than it is: where nothing bounds it."""
         bounded = self.aggregation != "mean" or self.clip_norm > 0
         return not bounded and self.tuning != "lora"
-
-    def make_server_optimizer(self) -> ServerOptimizer | None:
-        """The server's optimiser; None where means are taken as they are."""
-        if self.server_optimizer == "mean":
-            return None
-        return ServerOptimizer(
-            self.server_optimizer,
-            self.server_lr,
-            self.server_momentum,
-            self.server_second_momentum,
-            self.server_tau,
-        )
-
-    def torch_device(self) -> torch.device:
-        """Where clients train and the global model is evaluated.
-
-        Raises:
-            ConfigError: When this machine has no such device.
-        """
-        return usable_device(self.device)
 
 
 def resolve_path(path: str) -> Path:
@@ -402,7 +227,7 @@ _EXAMPLES = {
 }
 
 
-def _inline_table(key: str, text: str) -> tuple[tuple[str, Any], ...]:
+def inline_table(key: str, text: str) -> tuple[tuple[str, Any], ...]:
     """``a = 1, b = "x"`` as pairs, sorted by name, lists as tuples."""
     try:
         table = tomllib.loads(f"table = {{ {text} }}")["table"]

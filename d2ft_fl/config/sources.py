@@ -9,6 +9,7 @@ from typing import Any
 
 from d2ft_fl.config.run_config import BUILTIN, HUB, RunConfig, resolve_path
 from d2ft_fl.errors import ConfigError
+from d2ft_fl.rounds.checks import checked
 from d2ft_fl.util.toml import read_toml
 
 
@@ -21,7 +22,7 @@ def gather(files: list[Path], pairs: list[str], resume: Path | None = None) -> R
     Raises:
         ConfigError: When anything does not fit.
     """
-    return collect(files, pairs, resume).check()
+    return checked(collect(files, pairs, resume))
 
 
 def collect(files: list[Path], pairs: list[str], resume: Path | None = None) -> RunConfig:

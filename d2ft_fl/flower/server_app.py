@@ -12,6 +12,7 @@ from d2ft_fl.config.run_config import RunConfig
 from d2ft_fl.errors import D2FTError
 from d2ft_fl.flower.grid_pool import FlowerPool
 from d2ft_fl.records.run_folder import claim_folder, note_failure, read_status
+from d2ft_fl.rounds.checks import checked
 from d2ft_fl.server import console as run_console
 from d2ft_fl.server import run
 from d2ft_fl.util import terminal
@@ -24,7 +25,7 @@ def main(grid: Grid, context: Context) -> None:
     """Run the configured federation; its lines and tables go to the log."""
     folder: Path | None = None
     try:
-        config = RunConfig.from_mapping(context.run_config).check()
+        config = checked(RunConfig.from_mapping(context.run_config))
         folder = claim_folder(config)
         terminal.say(f"run folder: {folder}")
         run_console.header(config)

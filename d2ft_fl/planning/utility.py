@@ -25,7 +25,6 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from d2ft_fl.rounds.plan import Plan
 from d2ft_fl.subnets.schedule import Operation
 
 EXAMPLES, LEARNED = 0.05, 0.033  # a, c
@@ -72,20 +71,6 @@ class Worth:
         path = np.concatenate([passes[:, 1:], np.ones((len(cut), 1))], axis=1)
         trained = (self.backward * full * path[..., None]).sum(axis=(1, 2)) / self.backward.sum()
         return BASE + (1 - BASE) * trained
-
-    def mean(self, plan: Plan, up: int, down: int) -> float:
-        """The mean over a plan's clients; see :meth:`mean_of`.
-
-        Args:
-            up, down: Bits of numbers, where a way does not say.
-        """
-        ways = [a.way for a in plan.assignments]
-        return self.mean_of(
-            plan.schedules(),
-            np.array([c.local for c in plan.clients]),
-            np.array([a.examples or 0 for a in plan.assignments]),
-            [(way.bits_up or up, way.bits_down or down) for way in ways],
-        )
 
     def mean_of(
         self,

@@ -16,6 +16,7 @@ from d2ft_fl.config.run_config import RunConfig
 from d2ft_fl.costs.resources import RESOURCES
 from d2ft_fl.errors import ConfigError
 from d2ft_fl.preview.plan_preview import preview
+from d2ft_fl.rounds.components import Components
 
 
 @dataclass(frozen=True)
@@ -90,7 +91,7 @@ def choose(
 
 def _absolute(config: RunConfig, examples: int) -> bool:
     """Whether some client has a budget that is not a share of what it trains."""
-    source = config.budget_source()
+    source = Components(config).budget_source
     budgets = (
         source(ClientDescription(client, examples, config.clients), 1)
         for client in range(config.clients)

@@ -24,6 +24,7 @@ from d2ft_fl.models import timm_vit
 from d2ft_fl.models.build import build_model
 from d2ft_fl.planning.assignment import Assignment, Participant
 from d2ft_fl.report.format import UNNAMED
+from d2ft_fl.rounds.components import Components
 from d2ft_fl.rounds.context import plan_round
 from d2ft_fl.rounds.federation import Federation, Report, State
 from d2ft_fl.rounds.plan import Plan, held_after, last_trained
@@ -249,7 +250,7 @@ def preview(
     """Plan the first rounds of a run.
 
     Args:
-        config: Its options checked (:meth:`RunConfig.check_options`).
+        config: Its options checked (see :func:`.checked_options`).
         examples: What every client has; ``None`` shares the configuration's data out. Where given,
             no more than the number of classes is asked of the data.
         rounds: How many.
@@ -262,17 +263,18 @@ def preview(
     for option, value in (("--examples", examples), ("--rounds", rounds)):
         if value is not None and value < 1:
             raise ConfigError(f"{option} {value} must be 1 or more")
-    model = build_model(config.model_spec())
+    components = Components(config)
+    model = build_model(components.model_spec)
     arch = timm_vit.describe(model)
     if examples is None:
         channels, side = timm_vit.input_shape(model)
-        sizes = [len(p) for p in open_data(config.data_spec(side, channels)).partitions]
+        sizes = [len(p) for p in open_data(components.data_spec(side, channels)).partitions]
     else:
         sizes = [examples] * config.clients
-    federation = Federation(config, arch)
+    federation = Federation(components, arch)
     original = {n: p.detach() for n, p in model.named_parameters()}
     state = State(0, original)
-    source = config.budget_source()
+    source = components.budget_source
     reports: list[Report] = []
     found: list[RoundPreview] = []
     for number in range(1, rounds + 1):
@@ -319,7 +321,7 @@ def follow(federation: Federation, state: State, plan: Plan) -> State:
 
 def _notes(federation: Federation, rounds: list[RoundPreview]) -> list[str]:
     config, out = federation.config, []
-    if measured := config.measured_scores():
+    if measured := federation.components.measured_scores:
         out.append(
             f"{' and '.join(measured)} scores are measured in a run; here they stay at their "
             "prior, which falls with depth"

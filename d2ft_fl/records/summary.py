@@ -7,8 +7,8 @@ from typing import Any
 import numpy as np
 
 from d2ft_fl.budgets.budget import LIMITS
-from d2ft_fl.config.run_config import RunConfig
 from d2ft_fl.costs.resources import RESOURCES
+from d2ft_fl.rounds.components import Components
 from d2ft_fl.rounds.federation import Federation
 
 
@@ -20,19 +20,19 @@ def summarise(
         "strategy": federation.config.strategy,
         "keeps_budgets": len(federation.keeps) == len(LIMITS),
         "keeps": list(federation.keeps),
-        "scores": list(federation.config.measured_scores()),
+        "scores": list(federation.components.measured_scores),
         "seed": federation.config.seed,
         **totals(rows),
         "wall_seconds": wall_seconds,
         "verified": federation.config.verify_costs,
-        "privacy": _privacy(federation.config, rows),
+        "privacy": _privacy(federation.components, rows),
         "folder": str(folder),
     }
 
 
-def _privacy(config: RunConfig, rows: list[dict[str, Any]]) -> dict[str, Any] | None:
+def _privacy(components: Components, rows: list[dict[str, Any]]) -> dict[str, Any] | None:
     """What clients were promised of their data; None for nothing."""
-    own = config.privacy()
+    own = components.privacy
     if own is None:
         return None
     return {
@@ -41,7 +41,7 @@ def _privacy(config: RunConfig, rows: list[dict[str, Any]]) -> dict[str, Any] | 
         "noise_multiplier": own.noise,
         "clip_norm": own.clip,
         "sampling_rate": own.rate,
-        "secret": config.noise_seed < 0,
+        "secret": components.config.noise_seed < 0,
     }
 
 

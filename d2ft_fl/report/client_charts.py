@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from d2ft_fl.preview.plan_preview import LIMITS
+from d2ft_fl.budgets.budget import LIMITS
 from d2ft_fl.report.axes import round_step, short
 from d2ft_fl.report.charts import (
     BUDGETS,

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from d2ft_fl.preview.plan_preview import DEADLINE
+from d2ft_fl.budgets.budget import DEADLINE
 
 LABELS = {"flops": "FLOPs", "memory": "memory", "bytes_up": "up", "bytes_down": "down"}
 

@@ -10,9 +10,9 @@ import pandas as pd
 import safetensors.numpy
 from safetensors import SafetensorError
 
+from d2ft_fl.budgets.budget import DEADLINE, LIMITS
 from d2ft_fl.costs.resources import RESOURCES
 from d2ft_fl.errors import ConfigError
-from d2ft_fl.preview.plan_preview import DEADLINE, LIMITS
 from d2ft_fl.records.run_folder import stands
 from d2ft_fl.records.summary import totals
 from d2ft_fl.report.format import UNNAMED, policy_words

@@ -5,8 +5,8 @@ from typing import Any
 
 import pandas as pd
 
+from d2ft_fl.budgets.budget import DEADLINE, LIMITS
 from d2ft_fl.costs.resources import RESOURCES
-from d2ft_fl.preview.plan_preview import DEADLINE, LIMITS
 from d2ft_fl.report import html
 from d2ft_fl.report.format import LABELS, OPERATIONS, USED, quantity, seconds, unit_of
 from d2ft_fl.report.run_folder import SUMMED, RunFolder, limits_of

@@ -1,24 +1,22 @@
 """What a configuration needs to run: a refusal is one line that says what to write instead."""
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 from d2ft_fl.aggregation.lora_sums import MIXED, MODES
 from d2ft_fl.aggregation.server_optimizer import ADAPTIVE, SERVER_OPTIMIZERS
 from d2ft_fl.budgets.budget import ClientDescription
 from d2ft_fl.budgets.matching import MATCHES
+from d2ft_fl.config.run_config import RunConfig
 from d2ft_fl.config.training_options import PRECISIONS, SCHEDULES
 from d2ft_fl.errors import ConfigError, UnkeptBudget
 from d2ft_fl.lora.init import INITS
 from d2ft_fl.planning import importance
 from d2ft_fl.planning.planner import COUPLINGS, PLANNERS
-from d2ft_fl.rounds.strategies import method_of
+from d2ft_fl.rounds.components import Components
+from d2ft_fl.rounds.strategies import Method
 from d2ft_fl.subnets.architecture import Architecture
 from d2ft_fl.util.torch_device import DEVICES
 from d2ft_fl.wire.quantization import BITS_DOWN, BITS_UP, PLAIN, check_bits
-
-if TYPE_CHECKING:
-    from d2ft_fl.config.run_config import RunConfig
 
 SELECTIONS = ("random", "entropy")
 AGGREGATIONS = ("mean", "trimmed-mean", "median", "mean-around-median")
@@ -117,8 +115,8 @@ CHOICES = {
 }
 
 
-def check(config: "RunConfig") -> None:
-    """Check a configuration, with all that it names.
+def checked(config: RunConfig) -> RunConfig:
+    """The configuration, once everything it names is known to exist and to fit together.
 
     Raises:
         ConfigError: In one line, what to write instead.
@@ -128,39 +126,40 @@ def check(config: "RunConfig") -> None:
     from d2ft_fl.models import timm_vit
     from d2ft_fl.models.build import build_model
 
-    check_options(config)
-    config.torch_device()
-    model = build_model(config.model_spec())
+    components = Components(checked_options(config))
+    _ = components.device
+    model = build_model(components.model_spec)
     channels, side = timm_vit.input_shape(model)
     arch = timm_vit.describe(model)
     if config.tuning == "lora":
-        config.lora().check(arch)
+        components.lora.check(arch)
         if config.lora_adapter:
-            config.adapter(arch)
-    partitions = open_data(config.data_spec(side, channels)).partitions
-    _check_budgets(config, arch, [len(own) for own in partitions])
+            components.adapter(arch)
+    partitions = open_data(components.data_spec(side, channels)).partitions
+    _check_budgets(components, arch, [len(own) for own in partitions])
+    return config
 
 
-def _check_budgets(config: "RunConfig", arch: Architecture, examples: list[int]) -> None:
+def _check_budgets(components: Components, arch: Architecture, examples: list[int]) -> None:
     """Raises ConfigError unless clients' first budgets are there, and can be matched."""
     from d2ft_fl.rounds.federation import Federation, Report, State
 
-    source = config.budget_source()
-    asked = examples if config.match else examples[:1]
+    source = components.budget_source
+    asked = examples if components.config.match else examples[:1]
     reports = [
         Report(client, count, source(ClientDescription(client, count, len(examples)), 1))
         for client, count in enumerate(asked)
     ]
-    Federation(config, arch).at(1).participants(reports, State(0, {}))
+    Federation(components, arch).at(1).participants(reports, State(0, {}))
 
 
-def check_options(config: "RunConfig") -> None:
-    """Check all but a configuration's model, data and machine.
+def checked_options(config: RunConfig) -> RunConfig:
+    """The configuration, once all but its model, data and machine is known to fit together.
 
     Raises:
         ConfigError: In one line, what to write instead.
     """
-    entries = config.to_mapping()
+    components, entries = Components(config), config.to_mapping()
     for what, (holds, keys) in RANGES.items():
         for key in keys:
             if not holds(value := entries[key]):
@@ -195,22 +194,20 @@ def check_options(config: "RunConfig") -> None:
             "compensation needs rounds in which clients measure: set score-every to 1 or more"
         )
     no_pass = config.score_every == 0 or config.score_examples == 0
-    if no_pass and (measured := config.measured_scores()):
+    if no_pass and (measured := components.measured_scores):
         raise ConfigError(
             f"{' and '.join(measured)} scores need a scoring pass: set score-every and "
             "score-examples to 1 or more, or use magnitude or uniform scores"
         )
-    config.load_strategy()
-    _check_match(config)
-    _check_tuning(config)
+    _check_match(config, components.method)
+    _check_tuning(components)
     _check_server(config)
     _check_robust(config)
-    config.privacy()
-    config.budget_source()
-    config.load_trackers()
+    _ = components.privacy, components.budget_source, components.trackers
+    return config
 
 
-def _check_match(config: "RunConfig") -> None:
+def _check_match(config: RunConfig, method: Method) -> None:
     """Raises ConfigError unless the strategy keeps the budget that is matched."""
     if config.match:
         _one_of("match", config.match, tuple(MATCHES))
@@ -219,8 +216,7 @@ def _check_match(config: "RunConfig") -> None:
             f"match-share = {config.match_share} belongs to match: set that to one of "
             f"{', '.join(MATCHES)}"
         )
-    keeps = method_of(config.load_strategy(), config.strategy).keeps
-    if lost := [r for r in MATCHES.get(config.match, ()) if r not in keeps]:
+    if lost := [r for r in MATCHES.get(config.match, ()) if r not in method.keeps]:
         raise UnkeptBudget(
             f"strategy = {config.strategy!r} cannot keep a budget of {' and '.join(lost)}, which "
             f"match = {config.match!r} gives every client: leave match empty to run it as a "
@@ -228,7 +224,7 @@ def _check_match(config: "RunConfig") -> None:
         )
 
 
-def _check_server(config: "RunConfig") -> None:
+def _check_server(config: RunConfig) -> None:
     """Raises ConfigError unless the server's optimiser fits the rest."""
     if config.server_optimizer in ADAPTIVE and config.server_lr >= 1:
         raise ConfigError(
@@ -249,7 +245,7 @@ def _check_server(config: "RunConfig") -> None:
         )
 
 
-def _check_robust(config: "RunConfig") -> None:
+def _check_robust(config: RunConfig) -> None:
     """Raises ConfigError unless updates can be folded as configured."""
     there = config.sample_clients or config.clients
     hostile = config.suspects(there)
@@ -269,9 +265,9 @@ def _check_robust(config: "RunConfig") -> None:
         )
 
 
-def _check_tuning(config: "RunConfig") -> None:
+def _check_tuning(components: Components) -> None:
     """Raises ConfigError unless the options of tuning fit together."""
-    config.load_tuning()
+    config, _ = components.config, components.tuning
     _check_ranks(config)
     if config.tuning == "lora" and config.upload_bits < PLAIN:
         raise ConfigError(
@@ -284,7 +280,7 @@ def _check_tuning(config: "RunConfig") -> None:
             key = "slora-rounds" if config.slora_rounds else "lora-adapter"
             raise ConfigError(f"{key} belongs to tuning = 'lora', not {config.tuning!r}")
         return
-    config.lora().check_targets()
+    components.lora.check_targets()
     if config.slora_rounds >= config.rounds:
         raise ConfigError(
             f"slora-rounds = {config.slora_rounds} must be below rounds = {config.rounds}, so that "
@@ -303,7 +299,7 @@ def _check_tuning(config: "RunConfig") -> None:
         )
 
 
-def _check_ranks(config: "RunConfig") -> None:
+def _check_ranks(config: RunConfig) -> None:
     """Raises ConfigError unless smaller ranks can be offered as configured."""
     if not config.lora_ranks.strip():
         return

@@ -63,7 +63,7 @@ class Round:
         """
         if kind not in KINDS:
             raise RunError(f"score kind {kind!r} is unknown; use one of {', '.join(KINDS)}")
-        if kind in MEASURED and kind not in self.federation.config.measured_scores():
+        if kind in MEASURED and kind not in self.federation.components.measured_scores:
             raise RunError(
                 f"nobody measures {kind} scores in this run; name {kind} in backward-score or "
                 "forward-score, or in SCORES where the strategy sets that"
@@ -105,7 +105,7 @@ class Round:
         """
         config = self.federation.config
         count = client.examples if examples is None else examples
-        kinds = config.measured_scores()
+        kinds = self.federation.components.measured_scores
         if not kinds or (self.number - 1) % config.score_every:
             kinds = ()
         scored = min(config.score_examples, count) if kinds else 0
@@ -169,7 +169,7 @@ class Round:
 
     def pass_counts(self, way: Way = AS_CONFIGURED) -> list[int]:
         """In how many passes a batch can be run, where the largest pass differs: ascending."""
-        batch = self.federation.config.local_options().along(way).batch_size
+        batch = self.federation.components.training.along(way).batch_size
         return sorted({-(-batch // size) for size in range(1, batch + 1)})
 
     def largest(self, client: Participant, schedules: Sequence[Schedule]) -> Assignment:

@@ -20,7 +20,7 @@ from d2ft_fl.lora.config import merged
 from d2ft_fl.planning.assignment import Participant
 from d2ft_fl.planning.importance import ScoreBook
 from d2ft_fl.planning.planner import Planner
-from d2ft_fl.rounds.strategies import method_of
+from d2ft_fl.rounds.components import Components
 from d2ft_fl.subnets.architecture import Architecture, has_fixed
 from d2ft_fl.wire.parameter_cache import Digests, digests
 
@@ -67,13 +67,19 @@ class Federation:
     """What stays the same over rounds that train alike.
 
     Attributes:
+        components: What the options of the run stand for.
         arch: The model, and what trains of it.
         own: The model itself; ``arch``, if not told.
     """
 
-    config: RunConfig
+    components: Components
     arch: Architecture
     own: Architecture | None = None
+
+    @property
+    def config(self) -> RunConfig:
+        """The options of the run."""
+        return self.components.config
 
     def at(self, round: int) -> "Federation":
         """The federation of a round: what trains is for the way of tuning to say."""
@@ -81,17 +87,17 @@ class Federation:
         if choose is None:
             return self
         own = self.own or self.arch
-        arch = choose(own, self.config, round)
-        return self._stages.setdefault(arch, Federation(self.config, arch, own))
+        arch = choose(own, self.components, round)
+        return self._stages.setdefault(arch, Federation(self.components, arch, own))
 
     @cached_property
     def _stages(self) -> dict[Architecture, "Federation"]:
         return {}
 
-    @cached_property
+    @property
     def tuning(self) -> Any:
-        """The module of the way of tuning."""
-        return self.config.load_tuning()
+        """The way of tuning."""
+        return self.components.tuning
 
     def prepared(self, state: State, original: Mapping[str, Tensor]) -> State:
         """The state as the round after it wants it: factors begin, fixed parameters get names.
@@ -102,7 +108,7 @@ class Federation:
         number = state.round + 1
         state = replace(state, figures={})
         if prepare := getattr(self.tuning, "prepare", None):
-            weights, figures = prepare(state.weights, self.arch, self.config, number, original)
+            weights, figures = prepare(state.weights, self.arch, self.components, number, original)
             if weights is not state.weights:  # a new beginning: nobody has anything of it
                 state = State(number - 1, weights, state.scores, state.means, state.last_trained)
                 state = replace(state, figures=figures)
@@ -127,7 +133,7 @@ class Federation:
     def costs(self) -> CostModel:
         """The cost model, of a round that neither compensates nor calibrates."""
         config = self.config
-        costs = CostModel(self.arch, config.local_options(), config.slots, config.device)
+        costs = CostModel(self.arch, self.components.training, config.slots, config.device)
         return replace(costs, bits_up=config.upload_bits, bits_down=config.download_bits)
 
     def calibrates(self, round: int) -> bool:
@@ -216,15 +222,15 @@ class Federation:
             return self._planners
         return {key: replace(planner, coupling="none") for key, planner in self._planners.items()}
 
-    @cached_property
+    @property
     def strategy(self) -> Any:
         """The strategy's module."""
-        return self.config.load_strategy()
+        return self.components.strategy
 
-    @cached_property
+    @property
     def keeps(self) -> tuple[str, ...]:
         """Of ``LIMITS``, the budgets that the strategy promises to keep."""
-        return method_of(self.strategy, self.config.strategy).keeps
+        return self.components.method.keeps
 
     def participants(self, reports: Iterable[Report], state: State) -> list[Participant]:
         """Clients in order, with their budgets resolved, and matched where that is configured."""

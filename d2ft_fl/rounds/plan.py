@@ -8,6 +8,7 @@ import numpy as np
 
 from d2ft_fl.costs.resources import Cost
 from d2ft_fl.planning.assignment import Assignment, Participant
+from d2ft_fl.planning.utility import Worth
 from d2ft_fl.rounds.federation import State
 from d2ft_fl.subnets.architecture import Architecture, has_fixed
 from d2ft_fl.subnets.schedule import Operation, Schedule
@@ -41,6 +42,21 @@ class Plan:
     def trained(self) -> np.ndarray:
         """How many clients train each subnet: int64 [blocks, heads]."""
         return np.stack([a.schedule.trained for a in self.assignments]).sum(axis=0, dtype=np.int64)
+
+    def utility(self, judge: Worth, bits_up: int, bits_down: int) -> float:
+        """The mean utility over clients; see :meth:`.Worth.mean_of`.
+
+        Args:
+            judge: What judges clients' rounds.
+            bits_up, bits_down: Bits of numbers, where an assignment does not say.
+        """
+        ways = [a.way for a in self.assignments]
+        return judge.mean_of(
+            self.schedules(),
+            np.array([c.local for c in self.clients]),
+            np.array([a.examples or 0 for a in self.assignments]),
+            [(way.bits_up or bits_up, way.bits_down or bits_down) for way in ways],
+        )
 
     def schedules(self) -> np.ndarray:
         """int8 [clients, slots, blocks, heads]."""

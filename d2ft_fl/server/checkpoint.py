@@ -26,6 +26,7 @@ from d2ft_fl.budgets.budget import Budget
 from d2ft_fl.config.run_config import RunConfig
 from d2ft_fl.errors import ConfigError, ReplyError
 from d2ft_fl.planning.importance import ScoreBook
+from d2ft_fl.rounds.components import Components
 from d2ft_fl.rounds.federation import Report, State
 from d2ft_fl.util.files import put_in_place, sync
 from d2ft_fl.wire.blob import decode, write
@@ -143,7 +144,7 @@ def _read(path: Path, config: RunConfig, origin: str) -> Checkpoint:
     if meta["format"] != FORMAT:
         raise _Unusable(f"it has format {meta['format']}, this version writes {FORMAT}")
     now = config.to_mapping()
-    free = FREE - {"rounds"} if config.depends_on_rounds() else FREE
+    free = FREE - {"rounds"} if Components(config).depends_on_rounds else FREE
     for key, value in now.items():
         if key not in free and meta["config"].get(key) != value:
             raise _Unusable(

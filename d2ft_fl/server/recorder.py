@@ -248,7 +248,7 @@ def _worth(federation: Federation, state: State, plan: Plan) -> float:
     """What the round was worth, by what is known of its subnets."""
     known = subnet_scores("fisher", federation.own or federation.arch, {}, state.scores)
     config = federation.config
-    return Worth(known, known).mean(plan, config.upload_bits, config.download_bits)
+    return plan.utility(Worth(known, known), config.upload_bits, config.download_bits)
 
 
 def _resource(index: int, name: str, worked: list[ClientRecord]) -> dict[str, Any]:

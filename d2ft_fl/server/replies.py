@@ -247,7 +247,7 @@ class Fold:
 
     def _step(self, mean: dict[str, Tensor]) -> tuple[dict[str, Tensor], Mapping[str, Moments]]:
         """Weights and moments after the server's step from the means."""
-        optimizer = self.federation.config.make_server_optimizer()
+        optimizer = self.federation.components.server_optimizer
         if optimizer is None:
             return mean, self.state.moments
         arch, old = self.federation.arch, self.state.weights

@@ -22,7 +22,7 @@ from d2ft_fl.errors import ConfigError, RunError
 from d2ft_fl.models import timm_vit
 from d2ft_fl.models.build import build_model
 from d2ft_fl.records.run_folder import claim_folder, only_one, read_rows
-from d2ft_fl.records.trackers import tracking
+from d2ft_fl.rounds.components import Components
 from d2ft_fl.rounds.context import Assignment, Participant, plan_round
 from d2ft_fl.rounds.federation import Federation, Report, State
 from d2ft_fl.rounds.messages import encode_assignment
@@ -31,6 +31,7 @@ from d2ft_fl.server import checkpoint
 from d2ft_fl.server.dispatch import Clock, Fault, Work
 from d2ft_fl.server.recorder import Recorder, write_summary
 from d2ft_fl.server.replies import Fold
+from d2ft_fl.trackers import tracking
 from d2ft_fl.util.torch_device import set_threads
 
 log = logging.getLogger(__name__)
@@ -80,7 +81,7 @@ def run(
     """
     folder = claim_folder(config)
     entries = config.to_mapping() | {"run-folder": str(folder)}
-    with only_one(folder), tracking(config.load_trackers(), entries, folder) as trackers:
+    with only_one(folder), tracking(Components(config).trackers, entries, folder) as trackers:
 
         def ended(row: dict[str, Any]) -> None:
             progress(row)
@@ -109,20 +110,21 @@ class _Run:
     def __init__(self, config: RunConfig, pool: Pool, folder: Path):
         set_threads(config.threads_per_client)
         self.config, self.pool = config, pool
-        self.model = build_model(config.model_spec())
+        self.components = Components(config)
+        self.model = build_model(self.components.model_spec)
         channels, side = timm_vit.input_shape(self.model)
-        self.data = open_data(config.data_spec(side, channels))
-        self.federation = Federation(config, timm_vit.describe(self.model))
+        self.data = open_data(self.components.data_spec(side, channels))
+        self.federation = Federation(self.components, timm_vit.describe(self.model))
         self.original = {n: p.detach().clone() for n, p in self.model.named_parameters()}
         self.state = State(0, self.original)
         self.reports: dict[int, Report] = {}
         self.replays = False  # whether this round was begun before
         self.there: Mapping[int, int] = {}
         self.seconds_before = 0.0  # that a resumed run took so far
-        self.model.to(config.torch_device())
-        self.recorder = Recorder(folder, self.federation, config.model_spec())
-        self.budgets_vary = config.budget_source().varies
-        self.privacy = config.privacy()
+        self.model.to(self.components.device)
+        self.recorder = Recorder(folder, self.federation, self.components.model_spec)
+        self.budgets_vary = self.components.budget_source.varies
+        self.privacy = self.components.privacy
 
     @cached_property
     def origin(self) -> str:
@@ -262,7 +264,9 @@ class _Run:
     def _drawn(self, plan: Plan) -> tuple[Plan, PrivateRound]:
         """Of a plan for all clients, that of those who take part, and what of it may be known."""
         assert self.privacy is not None
-        trainers = Trainers.of(plan.assignments, self.privacy.rate)
+        trainers = Trainers.of(
+            [(a.schedule, a.examples or 0) for a in plan.assignments], self.privacy.rate
+        )
         chosen = privacy.drawn(self.privacy, self.key, plan.round, [c.client for c in plan.clients])
         return plan.only(chosen), PrivateRound(self.privacy, self.key, plan.round, trainers)
 
@@ -293,7 +297,7 @@ class _Run:
         """Write what the run has come to; returns the summary."""
         stage, state, config = self.federation.at(self.state.round), self.state, self.config
         if save := getattr(stage.tuning, "save", None):
-            save(self.recorder.folder, state.weights, stage.arch, config, self.original)
+            save(self.recorder.folder, state.weights, stage.arch, self.components, self.original)
         weights, last = stage.model_weights(state), self.recorder.rows[-1]
         if last["accuracy"] is None:  # of a run that ends before it was meant to
             size = config.eval_batch_size

@@ -17,6 +17,7 @@ from typing import Any
 
 from d2ft_fl.config.run_config import RunConfig
 from d2ft_fl.errors import ConfigError, D2FTError
+from d2ft_fl.rounds.checks import checked
 
 Changes = dict[str, tuple[int, bytes]]  # by path in the run folder: from which byte on, and what
 Report = Callable[[dict[str, Any]], None]
@@ -85,7 +86,7 @@ def run_trial(config: RunConfig, progress: Report) -> Outcome:
     started = time.perf_counter()
     outcome = Outcome("finished")
     try:
-        run_local(config.check(), progress, report=False)
+        run_local(checked(config), progress, report=False)
     except ConfigError as error:
         outcome = Outcome("refused", str(error))
     except Exception as error:  # the boundary: a trial that fails does not stop the others

@@ -11,6 +11,7 @@ from typing import Any
 
 from d2ft_fl.config.run_config import RunConfig
 from d2ft_fl.errors import ConfigError, UnkeptBudget
+from d2ft_fl.rounds.checks import checked_options
 from d2ft_fl.sweep.contents import contents
 from d2ft_fl.sweep.draws import uniform
 from d2ft_fl.sweep.spec import Group, Sweep, place_name
@@ -105,7 +106,7 @@ def combinations(base: Mapping[str, Any], group: Group) -> list[dict[str, Any]]:
 def _error(config: RunConfig) -> ConfigError | None:
     """Why a configuration cannot run, as far as its options tell; None where they do not."""
     try:
-        config.check_options()
+        checked_options(config)
     except ConfigError as error:
         return error
     return None

@@ -17,6 +17,7 @@ from d2ft_fl.aggregation.privacy import Privacy, drawn, noise_for
 from d2ft_fl.aggregation.private_sums import NoisySums, PrivateRound, Trainers
 from d2ft_fl.config.run_config import RunConfig
 from d2ft_fl.errors import ConfigError
+from d2ft_fl.rounds.checks import checked, checked_options
 from d2ft_fl.runtime.in_process import run_local
 from d2ft_fl.subnets.schedule import Operation, Schedule
 from tests.aggregation.test_robust import ARCH, WEIGHTS, update
@@ -221,7 +222,7 @@ def run(tmp_path, name="run", **options):
         **PRIVATE,
         **{key.replace("_", "-"): value for key, value in options.items()},
     }
-    summary = run_local(RunConfig.from_mapping(entries).check())
+    summary = run_local(checked(RunConfig.from_mapping(entries)))
     lines = (tmp_path / name / "rounds.jsonl").read_text().splitlines()
     return summary, [json.loads(line) for line in lines]
 
@@ -260,13 +261,13 @@ def test_a_resumed_run_draws_the_same_noise(tmp_path):
     entries = {"noise-seed": -1, "clients": 4, "test-examples": 40, "train-examples": 80}
     whole = {**PRIVATE, **entries, "rounds": 3, "run-folder": str(tmp_path / "a")}
     half = {**PRIVATE, **entries, "rounds": 1, "run-folder": str(tmp_path / "b")}
-    run_local(RunConfig.from_mapping(half).check())
+    run_local(checked(RunConfig.from_mapping(half)))
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / KEY_FILE).write_bytes((tmp_path / "b" / KEY_FILE).read_bytes())
-    run_local(RunConfig.from_mapping(whole).check())
+    run_local(checked(RunConfig.from_mapping(whole)))
     rest = {**half, "rounds": 3, "resume": half.pop("run-folder")}
     rest.pop("run-folder")
-    run_local(RunConfig.from_mapping(rest).check())
+    run_local(checked(RunConfig.from_mapping(rest)))
     first, second = model(tmp_path, "a"), model(tmp_path, "b")
     assert all(torch.equal(first[n], second[n]) for n in first)
     (tmp_path / "b" / KEY_FILE).unlink()
@@ -306,4 +307,4 @@ def test_noise_is_in_units_of_clip_norm(tmp_path, tuning):
 )
 def test_what_would_break_the_promise_is_refused(options, words):
     with pytest.raises(ConfigError, match=words):
-        RunConfig.from_mapping({**PRIVATE, **options}).check_options()
+        checked_options(RunConfig.from_mapping({**PRIVATE, **options}))

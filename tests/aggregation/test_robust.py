@@ -14,7 +14,7 @@ from d2ft_fl.aggregation.robust import ROBUST, RobustSums, clipped, mixed
 from d2ft_fl.aggregation.sums import Sums, Update
 from d2ft_fl.errors import ConfigError, ReplyError
 from d2ft_fl.records.run_folder import read_rows
-from d2ft_fl.rounds.checks import AGGREGATIONS
+from d2ft_fl.rounds.checks import AGGREGATIONS, checked_options
 from d2ft_fl.runtime.in_process import run_local
 from d2ft_fl.server.console import summary
 from d2ft_fl.subnets.architecture import Kind
@@ -231,11 +231,11 @@ def test_the_ways_are_those_that_are_configured():
 
 def test_more_hostile_clients_than_the_rest_can_bear_are_refused(quick):
     with pytest.raises(ConfigError, match="needs 5 clients a round to bear 2 hostile ones"):
-        quick(clients=4, aggregation="median", trim_share=0.4).check_options()
+        checked_options(quick(clients=4, aggregation="median", trim_share=0.4))
 
 
 def test_robust_folding_does_not_go_with_products_of_factors(quick):
     with pytest.raises(ConfigError, match="clip-norm acts on factors"):
-        quick(tuning="lora", lora_aggregation="product", clip_norm=1.0).check_options()
+        checked_options(quick(tuning="lora", lora_aggregation="product", clip_norm=1.0))
     with pytest.raises(ConfigError, match="aggregation acts on factors"):
-        quick(tuning="lora", lora_aggregation="stack", aggregation="median").check_options()
+        checked_options(quick(tuning="lora", lora_aggregation="stack", aggregation="median"))

@@ -9,6 +9,7 @@ from flwr.serverapp import strategy as flower
 from d2ft_fl.aggregation.server_optimizer import ServerOptimizer
 from d2ft_fl.aggregation.sums import Sums, Update
 from d2ft_fl.errors import ConfigError
+from d2ft_fl.rounds.checks import checked, checked_options
 from d2ft_fl.runtime.in_process import run_local
 from d2ft_fl.subnets.architecture import Kind
 from d2ft_fl.subnets.packing import up_spec
@@ -146,7 +147,7 @@ def test_runs_step_by_the_servers_optimiser(quick, tmp_path):
             server_optimizer=kind, run_folder=str(tmp_path / kind), clients=2, train_examples=40,
             score_every=0, backward_score="uniform", forward_score="uniform", **options,
         )  # fmt: skip
-        assert run_local(config.check())["faults"] == 0
+        assert run_local(checked(config))["faults"] == 0
         found[kind] = weights(config.run_folder)
     for name, tensor in found["mean"].items():
         torch.testing.assert_close(found["fedavgm"][name], tensor, rtol=0, atol=1e-4)
@@ -174,4 +175,4 @@ def test_runs_step_by_the_servers_optimiser(quick, tmp_path):
 )
 def test_options_that_do_not_fit_are_refused(quick, changes, reason):
     with pytest.raises(ConfigError, match=reason):
-        quick(**changes).check_options()
+        checked_options(quick(**changes))

@@ -11,6 +11,7 @@ from d2ft_fl.budgets.budget import Amount, Budget
 from d2ft_fl.budgets.matching import matched
 from d2ft_fl.costs.resources import Cost
 from d2ft_fl.errors import ConfigError
+from d2ft_fl.rounds.checks import checked, checked_options
 from d2ft_fl.runtime.in_process import run_local
 from d2ft_fl.server import console as run_console
 from tests.runtime.test_in_process import rows
@@ -96,7 +97,7 @@ def test_the_mean_is_the_share_and_who_has_more_keeps_more(shares, share, kind):
 
 
 def test_a_run_is_held_to_the_matched_budget(quick):
-    config = quick(match="flops", match_share=0.5, strategy="heterofl").check()
+    config = checked(quick(match="flops", match_share=0.5, strategy="heterofl"))
     summary = run_local(config)
     assert summary["violations"] == summary["faults"] == 0
     first = rows(config.run_folder)[0]
@@ -111,7 +112,7 @@ def test_a_client_holds_the_plan_against_the_matched_budget(quick):
     with open(budgets, "w") as file:
         file.write('mix = ["small"]\n[classes.small]\nflops = "10 %"\nmemory = "5 %"\n')
     config = quick(match="flops", match_share=0.5, budgets=budgets, strategy="random")
-    summary = run_local(config.check())
+    summary = run_local(checked(config))
     assert summary["faults"] == summary["sat_out"] == 0
     assert summary["resources"]["flops"]["share"] == pytest.approx(0.5, abs=0.05)
 
@@ -129,7 +130,7 @@ def test_a_client_holds_the_plan_against_the_matched_budget(quick):
 )
 def test_what_cannot_be_matched_is_refused(quick, changes, reason):
     with pytest.raises(ConfigError, match=reason):
-        quick(**changes).check_options()
+        checked_options(quick(**changes))
 
 
 @pytest.mark.parametrize(
@@ -150,7 +151,7 @@ def test_what_budgets_leave_no_match_for_is_found_before_anything_starts(
     path = tmp_path / "budgets.toml"
     path.write_text(f'mix = ["one"]\n[classes.one]\n{budget}\n')
     with pytest.raises(ConfigError, match=reason):
-        quick(budgets=str(path), **changes).check()
+        checked(quick(budgets=str(path), **changes))
 
 
 def test_a_mean_that_is_out_of_reach_later_becomes_the_highest_there_is():
@@ -165,10 +166,10 @@ def test_a_mean_that_is_out_of_reach_later_becomes_the_highest_there_is():
 def test_a_run_says_that_nobody_could_measure_scores(quick, capsys):
     """The whole model comes down for that, of which a budget of bytes leaves half."""
     config = quick(match="bytes", match_share=0.5, strategy="pruning-gradient")
-    summary = run_local(config.check())
+    summary = run_local(checked(config))
     assert (summary["scores"], summary["scored"]) == (["gradient"], 0)
     run_console.summary(summary)
     said = " ".join(capsys.readouterr().out.split())
     assert "nobody could afford a scoring pass" in said
     able = replace(config, match="flops", run_folder=config.run_folder + "-able")
-    assert run_local(able.check())["scored"] > 0
+    assert run_local(checked(able))["scored"] > 0

@@ -7,7 +7,8 @@ from typer.testing import CliRunner
 from d2ft_fl.cli.main import app
 from d2ft_fl.config.run_config import RunConfig
 from d2ft_fl.errors import ConfigError
-from d2ft_fl.rounds.checks import RANGES
+from d2ft_fl.rounds.checks import RANGES, checked
+from d2ft_fl.rounds.components import Components
 
 ROOT = Path(__file__).parents[2]
 APP = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["flwr"]["app"]["config"]
@@ -39,7 +40,7 @@ def test_every_number_has_its_range():
 
 
 def test_the_default_configuration_checks():
-    assert RunConfig().check() == RunConfig()
+    assert checked(RunConfig()) == RunConfig()
 
 
 @pytest.mark.parametrize(
@@ -96,13 +97,13 @@ def test_the_default_configuration_checks():
 )
 def test_what_cannot_run_is_refused_in_one_line(entries, message):
     with pytest.raises(ConfigError, match=message) as error:
-        RunConfig.from_mapping(entries).check()
+        checked(RunConfig.from_mapping(entries))
     assert "\n" not in str(error.value)
 
 
 def test_random_needs_no_scoring_pass():
     config = RunConfig(strategy="random", score_every=0)
-    assert config.check().measured_scores() == ()
+    assert Components(checked(config)).measured_scores == ()
 
 
 @pytest.mark.parametrize(
@@ -116,7 +117,7 @@ def test_random_needs_no_scoring_pass():
 )
 def test_scoring_passes_measure_what_either_direction_names(backward, forward, measured):
     config = RunConfig(backward_score=backward, forward_score=forward)
-    assert config.measured_scores() == measured
+    assert Components(config).measured_scores == measured
 
 
 @pytest.mark.parametrize(

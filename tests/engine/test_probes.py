@@ -14,6 +14,7 @@ from d2ft_fl.engine.meter import Meter
 from d2ft_fl.engine.partial_model import PartialModel
 from d2ft_fl.engine.probes import WholeModel
 from d2ft_fl.errors import ConfigError
+from d2ft_fl.rounds.checks import checked, checked_options
 from d2ft_fl.runtime.in_process import run_local
 from d2ft_fl.subnets.packing import pack_for
 from d2ft_fl.subnets.schedule import Operation
@@ -71,7 +72,7 @@ def test_passes_add_up_and_peaks_do_not():
 def test_a_run_selects_what_it_is_least_sure_of(quick, strategy, monkeypatch):
     options = {"data_share": 0.5, "data_selection": "entropy", "strategy": strategy}
     options |= {"match": "flops", "match_share": 0.9, "verify_costs": True, "score_every": 1}
-    config = quick(**options).check()
+    config = checked(quick(**options))
     worker.cache_clear()
     who, seen = worker(config), []
     inner = who._epochs
@@ -91,7 +92,7 @@ def test_a_run_selects_what_it_is_least_sure_of(quick, strategy, monkeypatch):
 
 def test_who_cannot_afford_to_select_draws(quick):
     options = {"data_share": 0.1, "data_selection": "entropy", "strategy": "heterofl"}
-    config = quick(match="flops", match_share=0.3, **options).check()
+    config = checked(quick(match="flops", match_share=0.3, **options))
     summary = run_local(config)
     assert summary["faults"] == 0
     told = rows(config.run_folder, "clients.jsonl")
@@ -100,7 +101,7 @@ def test_who_cannot_afford_to_select_draws(quick):
 
 
 def test_drawn_examples_are_others_every_round(quick, monkeypatch):
-    config = quick(data_share=0.4, strategy="fedavg", epochs=2).check()
+    config = checked(quick(data_share=0.4, strategy="fedavg", epochs=2))
     worker.cache_clear()
     who, seen = worker(config), {}
     inner = who._epochs
@@ -133,4 +134,4 @@ def test_drawn_examples_are_others_every_round(quick, monkeypatch):
 )
 def test_options_that_do_not_fit_are_refused(quick, changes, reason):
     with pytest.raises(ConfigError, match=reason):
-        quick(**changes).check_options()
+        checked_options(quick(**changes))

@@ -10,6 +10,7 @@ from d2ft_fl.config.run_config import RunConfig
 from d2ft_fl.costs.probe_costs import Passes
 from d2ft_fl.planning.assignment import Participant
 from d2ft_fl.planning.planner import Planner
+from d2ft_fl.rounds.components import Components
 from d2ft_fl.rounds.context import Round
 from d2ft_fl.rounds.federation import Federation, State
 from d2ft_fl.subnets.packing import down_spec, up_spec
@@ -424,7 +425,7 @@ def test_spread_clients_that_cannot_do_anything_sit_out():
 
 @pytest.mark.parametrize("rounds", [1, 3, 4, 5, 36])
 def test_over_the_agenda_every_subnet_has_its_turn_exactly_once(rounds):
-    federation = Federation(RunConfig(agenda_rounds=rounds), ARCH)
+    federation = Federation(Components(RunConfig(agenda_rounds=rounds)), ARCH)
     backward = np.random.default_rng(0).random((ARCH.blocks, ARCH.heads))
     state, turns = State(0, {}), np.zeros(backward.shape, dtype=int)
     each = -(-backward.size // rounds)
@@ -441,7 +442,7 @@ def test_over_the_agenda_every_subnet_has_its_turn_exactly_once(rounds):
 
 
 def test_what_was_not_trained_in_its_turn_stays_at_the_head_of_the_agenda():
-    federation = Federation(RunConfig(agenda_rounds=4), ARCH)
+    federation = Federation(Components(RunConfig(agenda_rounds=4)), ARCH)
     backward = np.ones((ARCH.blocks, ARCH.heads))
     last = np.full(backward.shape, 5)
     last[1, 2] = 1

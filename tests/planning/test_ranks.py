@@ -25,6 +25,7 @@ from d2ft_fl.planning.assignment import Participant
 from d2ft_fl.planning.cost_tables import DOWN, FLOPS, MEMORIES, MEMORY, UP
 from d2ft_fl.planning.knapsack import used
 from d2ft_fl.planning.planner import Planner, _Chunk
+from d2ft_fl.rounds.checks import checked, checked_options
 from d2ft_fl.runtime.in_process import run_local
 from d2ft_fl.subnets.architecture import Kind
 from d2ft_fl.subnets.packing import pack_for, up_spec
@@ -557,7 +558,7 @@ bytes_up = "50 %"
 def test_a_run_with_ranks_keeps_every_budget(quick, tmp_path, mode):
     tmp_path.joinpath("budgets.toml").write_text(BUDGETS)
     own = {**LORA, "lora_aggregation": mode, "budgets": str(tmp_path / "budgets.toml")}
-    config = quick(**own, verify_costs=True, clients=2, train_examples=40).check()
+    config = checked(quick(**own, verify_costs=True, clients=2, train_examples=40))
     summary = run_local(config)
     assert summary["violations"] == summary["faults"] == 0
     assert summary["flops_as_predicted"] == summary["client_rounds"] == 4
@@ -588,5 +589,5 @@ def test_a_run_with_ranks_keeps_every_budget(quick, tmp_path, mode):
 )
 def test_options_that_cannot_be_are_named(quick, changes, message):
     with pytest.raises(ConfigError, match=message) as error:
-        quick(**{**LORA, **changes}).check_options()
+        checked_options(quick(**{**LORA, **changes}))
     assert "\n" not in str(error.value)

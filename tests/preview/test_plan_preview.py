@@ -20,6 +20,8 @@ from d2ft_fl.preview import console as preview_tables
 from d2ft_fl.preview import page as preview_page
 from d2ft_fl.preview.plan_preview import ClientPreview, RoundPreview, follow, preview
 from d2ft_fl.report import plan_figure
+from d2ft_fl.rounds.checks import checked_options
+from d2ft_fl.rounds.components import Components
 from d2ft_fl.rounds.context import plan_round
 from d2ft_fl.rounds.federation import Federation, State
 from d2ft_fl.subnets.schedule import Operation, Schedule
@@ -104,9 +106,9 @@ def found(config):
 
 
 def test_the_first_round_is_that_of_a_run(config, found):
-    model = build_model(config.model_spec())
+    model = build_model(Components(config).model_spec)
     state = State(0, dict(model.named_parameters()))
-    run = plan_round(Federation(config, describe(model)), state, reports_of(config))
+    run = plan_round(Federation(Components(config), describe(model)), state, reports_of(config))
     first = found.rounds[0]
     assert [c.cost for c in first.clients] == [a.cost for a in run.assignments]
     assert [c.scored for c in first.clients] == [a.passes.scored for a in run.assignments]
@@ -143,7 +145,7 @@ def test_an_agenda_goes_round(tmp_path):
         clients=1, budgets=str(path), coupling="agenda", agenda_rounds=3,
         backward_score="uniform", forward_score="uniform",
     )  # fmt: skip
-    found = preview(config.check_options(), examples=32, rounds=3)
+    found = preview(checked_options(config), examples=32, rounds=3)
     assert found.rounds[0].short_subnets > 0
     assert (found.covered_over_rounds > 0).all()
     assert not found.notes
@@ -163,8 +165,8 @@ def test_budgets_are_asked_for_every_round(tmp_path, monkeypatch):
 def test_compensated_shortcuts_are_charged_once_means_are_measured(config):
     """score-every is 5: round 1 measures, from round 2 on shortcuts cost their mean."""
     config = replace(config, compensation=True)
-    model = build_model(config.model_spec())
-    federation = Federation(config, describe(model))
+    model = build_model(Components(config).model_spec)
+    federation = Federation(Components(config), describe(model))
     state = State(0, dict(model.named_parameters()))
     assert not federation.costs_of(state).compensated
     state = follow(federation, state, plan_round(federation, state, reports_of(config)))

@@ -3,6 +3,7 @@
 import pytest
 
 from d2ft_fl.report import sweep_page
+from d2ft_fl.rounds.checks import checked
 from d2ft_fl.runtime.in_process import run_local
 from tests.browser import Browser, chromium
 from tests.report.made_up import write_sweep
@@ -40,7 +41,7 @@ def browser(tmp_path_factory):
 
 @pytest.fixture
 def run(browser, quick, tmp_path):
-    run_local(quick(slots=2).check())
+    run_local(checked(quick(slots=2)))
     return browser.open(tmp_path / "run" / "report.html")
 
 

@@ -10,6 +10,7 @@ from d2ft_fl.report import html as pages
 from d2ft_fl.report import run_page
 from d2ft_fl.report.run import run_html
 from d2ft_fl.report.run_folder import RunFolder
+from d2ft_fl.rounds.checks import checked
 from d2ft_fl.runtime.in_process import run_local
 from tests.report.made_up import (
     ALLOWED,
@@ -177,7 +178,7 @@ def test_large_runs_have_pages_of_less_than_eight_megabytes(tmp_path, clients, r
 
 
 def test_a_run_ends_with_its_page(quick, tmp_path):
-    config = quick().check()
+    config = checked(quick())
     summary = run_local(config)
     folder = RunFolder.read(tmp_path / "run")
     text = (tmp_path / "run" / "report.html").read_text()
@@ -189,7 +190,7 @@ def test_a_run_ends_with_its_page(quick, tmp_path):
 
 
 def test_a_trial_of_a_sweep_has_no_page(quick, tmp_path):
-    run_local(quick(**ONE_ROUND).check(), report=False)
+    run_local(checked(quick(**ONE_ROUND)), report=False)
     assert (tmp_path / "run" / "summary.json").exists()
     assert not (tmp_path / "run" / "report.html").exists()
 
@@ -199,7 +200,7 @@ def test_a_page_that_cannot_be_written_costs_no_result(quick, tmp_path, monkeypa
         raise OSError("no space left")
 
     monkeypatch.setattr(pages, "write", fails)
-    summary = run_local(quick(**ONE_ROUND).check())
+    summary = run_local(checked(quick(**ONE_ROUND)))
     assert summary["rounds"] == 1
     assert RunFolder.read(tmp_path / "run").status == "finished"
     assert "report.html was not written: OSError: no space left" in caplog.text

@@ -17,6 +17,8 @@ from d2ft_fl.errors import RunError
 from d2ft_fl.models.build import build_model
 from d2ft_fl.models.timm_vit import describe
 from d2ft_fl.planning.importance import TENSOR
+from d2ft_fl.rounds.checks import checked
+from d2ft_fl.rounds.components import Components
 from d2ft_fl.rounds.context import Round, plan_round
 from d2ft_fl.rounds.federation import Federation, State
 from d2ft_fl.rounds.messages import encode_assignment
@@ -31,8 +33,8 @@ FISHER = TENSOR + "fisher"
 
 def first_round(config):
     """State, pool, plan and blobs of a configuration's first round."""
-    model = build_model(config.model_spec())
-    federation = Federation(config, describe(model))
+    model = build_model(Components(config).model_spec)
+    federation = Federation(Components(config), describe(model))
     state = State(0, {n: p.detach().clone() for n, p in model.named_parameters()})
     plan = plan_round(federation, state, reports_of(config))
     worker = Worker(config)
@@ -223,7 +225,7 @@ def test_garbage_silence_and_a_second_answer_change_nothing(round_one):
 
 def test_one_pass_measures_both_directions_kinds(quick):
     config = quick(backward_score="taylor", forward_score="gradient", verify_costs=True)
-    one = first_round(config.check())
+    one = first_round(checked(config))
     after, records = folded(one, one[3].items())
     assert sorted(after.scores.means) == ["gradient", "taylor"]
     who = [record.client for record in records if record.scored]
@@ -253,9 +255,9 @@ def test_one_pass_measures_both_directions_kinds(quick):
 )
 def test_scores_that_nobody_measures_are_refused_in_one_line(quick, strategy, kind, message):
     config = quick(strategy=strategy)
-    model = build_model(config.model_spec())
+    model = build_model(Components(config).model_spec)
     state = State(0, {n: p.detach() for n, p in model.named_parameters()})
-    now = Round(Federation(config, describe(model)), state, [])
+    now = Round(Federation(Components(config), describe(model)), state, [])
     with pytest.raises(RunError, match=message) as error:
         now.scores(kind)
     assert "\n" not in str(error.value)
@@ -309,9 +311,9 @@ def test_one_fedavg_round_equals_flowers_own_fedavg(quick, slots, monkeypatch):
         monkeypatch.setattr(TaskIdentity, f"_{name}", 1)
     worker = Worker(config)
     _, data = worker._parts
-    options, messages = config.local_options(), []
+    options, messages = Components(config).training, []
     for client in range(config.clients):
-        model = build_model(config.model_spec())
+        model = build_model(Components(config).model_spec)
         groups: dict = {}
         for name, p in model.named_parameters():
             kind = federation.arch.by_name[name].kind

@@ -14,6 +14,7 @@ from d2ft_fl.costs.flops import BranchFlops
 from d2ft_fl.costs.resources import RESOURCES
 from d2ft_fl.errors import ConfigError, RunError
 from d2ft_fl.records.run_folder import claim_folder
+from d2ft_fl.rounds.checks import checked
 from d2ft_fl.runtime.in_process import run_local
 
 
@@ -28,7 +29,7 @@ def weights(folder):
 @pytest.mark.parametrize("strategy", ["d2ft", "random"])
 def test_a_run_keeps_every_budget_and_leaves_its_folder(quick, strategy):
     config = quick(strategy=strategy, verify_costs=True)
-    summary = run_local(config.check())
+    summary = run_local(checked(config))
     assert summary["violations"] == 0
     assert summary["faults"] == 0
     assert summary["flops_as_predicted"] == summary["client_rounds"] == 8
@@ -132,7 +133,7 @@ def test_a_later_round_in_which_everyone_sits_out_is_an_empty_round(quick, tmp_p
         "def budget(client, round):\n    return {'flops': '0 %' if round == 2 else '60 %'}\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
-    config = quick(budgets="pausing:budget", rounds=3).check()
+    config = checked(quick(budgets="pausing:budget", rounds=3))
     summary = run_local(config)
     worked = [row["worked"] for row in rows(config.run_folder)]
     assert worked == [4, 0, 4]
@@ -160,7 +161,7 @@ def test_a_client_can_change_its_budget_between_rounds(quick, tmp_path, monkeypa
         "def battery(client, round):\n    return {'flops': f'{90 - 30 * round} %'}\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
-    config = quick(budgets="fading:battery").check()
+    config = checked(quick(budgets="fading:battery"))
     run_local(config)
     used = [
         row["flops"]["used_mean"] / row["flops"]["full_mean"] for row in rows(config.run_folder)
@@ -181,7 +182,7 @@ def test_a_strategy_of_ones_own(quick, tmp_path, monkeypatch):
         "    return round.plan(1 + depth, np.ones(round.shape))\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
-    summary = run_local(quick(strategy="mine.last_blocks").check())
+    summary = run_local(checked(quick(strategy="mine.last_blocks")))
     assert summary["violations"] == 0
     trained = rows(summary["folder"])[0]["trained"]
     assert sum(trained[-1]) > sum(trained[0])

@@ -13,6 +13,7 @@ from d2ft_fl.aggregation.lora_sums import MODES
 from d2ft_fl.errors import ConfigError
 from d2ft_fl.models.export import export_run
 from d2ft_fl.preview.plan_preview import preview
+from d2ft_fl.rounds.checks import checked, checked_options
 from d2ft_fl.runtime.in_process import LocalPool, run_local
 from d2ft_fl.server.run import run
 from d2ft_fl.wire.parameter_cache import Store
@@ -106,10 +107,10 @@ def test_an_adapter_begins_a_run(lora, quick, tmp_path):
         lora_lr=0.0,
         head_lr=0.0,
     )
-    after = rows(run_local(more.check())["folder"])[-1]
+    after = rows(run_local(checked(more))["folder"])[-1]
     assert after["accuracy"] == pytest.approx(before["accuracy"], abs=1e-6)
     with pytest.raises(ConfigError, match="lora-rank=4"):
-        lora(lora_rank=8, lora_adapter=str(tmp_path / "adapter")).check()
+        checked(lora(lora_rank=8, lora_adapter=str(tmp_path / "adapter")))
 
 
 def test_everything_assigned_to_one_client_is_the_mean(lora):
@@ -151,7 +152,7 @@ def test_everything_assigned_to_one_client_is_the_mean(lora):
 )
 def test_bad_options_are_named(lora, changes, message):
     with pytest.raises(ConfigError, match=message):
-        lora(**changes).check()
+        checked(lora(**changes))
 
 
 def test_the_same_seed_gives_the_same_run(lora):
@@ -166,7 +167,7 @@ def test_the_same_seed_gives_the_same_run(lora):
 def test_the_bytes_of_plan_are_those_of_a_run(lora, mode):
     """Round after round, also where folding changes weights that clients have."""
     config = lora(lora_aggregation=mode, rounds=3, strategy="fedavg", lora_error=False)
-    planned = preview(config.check_options(), rounds=3)
+    planned = preview(checked_options(config), rounds=3)
     found = rows(run_local(config)["folder"], "clients.jsonl")
     for r in planned.rounds:
         ran = {c["client"]: c["predicted"] for c in found if c["round"] == r.round}
@@ -187,7 +188,7 @@ def test_an_adapter_of_another_rank_is_refused_however_a_run_starts(lora, quick,
     adapter = export_run(Path(folder)).folder
     config = lora(lora_rank=2, lora_adapter=str(adapter), run_folder=str(tmp_path / "next"))
     with pytest.raises(ConfigError, match="has other factors than the run: set lora-rank=4"):
-        config.check() if start == "check" else preview(config.check_options())
+        checked(config) if start == "check" else preview(checked_options(config))
 
 
 def test_an_adapter_that_is_not_finite_is_refused(lora, tmp_path):
@@ -199,4 +200,4 @@ def test_an_adapter_that_is_not_finite_is_refused(lora, tmp_path):
     safetensors.torch.save_file(tensors, file)
     config = lora(lora_adapter=str(adapter), run_folder=str(tmp_path / "next"))
     with pytest.raises(ConfigError, match=r"blocks.1.attn.qkv.lora_A.weight' holds numbers that"):
-        config.check()
+        checked(config)

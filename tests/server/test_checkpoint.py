@@ -28,6 +28,7 @@ from d2ft_fl.records.run_folder import (
     stands,
 )
 from d2ft_fl.report.run_folder import RunFolder
+from d2ft_fl.rounds.components import Components
 from d2ft_fl.rounds.federation import Federation, Report, State
 from d2ft_fl.runtime.in_process import run_local
 from d2ft_fl.server import checkpoint, run
@@ -357,8 +358,10 @@ def test_what_was_said_before_is_replayed_attempt_by_attempt(quick):
     lines = [(1, said[0]), (2, said[1]), (2, []), (2, said[2])]  # once nobody answered
     text = "".join(json.dumps({"round": r, "reports": own}) + "\n" for r, own in lines)
     folder.joinpath("reports.jsonl").write_text(text)
-    federation = Federation(config, timm_vit.describe(build_model(config.model_spec())))
-    recorder = Recorder(folder, federation, config.model_spec())
+    federation = Federation(
+        Components(config), timm_vit.describe(build_model(Components(config).model_spec))
+    )
+    recorder = Recorder(folder, federation, Components(config).model_spec)
     recorder.resume(1)
     assert recorder.next_reports(1) is None  # it is over
     found = [recorder.next_reports(2) for _ in range(3)]

@@ -16,6 +16,8 @@ from d2ft_fl.config.run_config import RunConfig
 from d2ft_fl.costs.probe_costs import NO_PASSES, Passes, round_cost
 from d2ft_fl.costs.resources import RESOURCES, Cost
 from d2ft_fl.errors import ConfigError, RunError
+from d2ft_fl.rounds.checks import checked
+from d2ft_fl.rounds.components import Components
 from d2ft_fl.rounds.context import Participant, Round, Way, plan_round
 from d2ft_fl.rounds.federation import Federation, Report, State
 from d2ft_fl.rounds.strategies import STRATEGIES, load_strategy, method_of, methods
@@ -31,7 +33,7 @@ FULL, FROZEN, FORWARD, SKIP = 3, 2, 1, 0
 def round_of(strategy, budgets, number=1, examples=20, **options):
     """A round of clients with these budgets, mappings as in a file."""
     config = RunConfig(**{"strategy": strategy, "batch_size": 8, "rounds": 8, **options})
-    federation = Federation(config, ARCH)
+    federation = Federation(Components(config), ARCH)
     state = State(number - 1, WEIGHTS)
     reports = [Report(c, examples, Budget.from_mapping(b)) for c, b in enumerate(budgets)]
     return federation, state, reports
@@ -246,7 +248,7 @@ def test_accumulated_runs_are_fedavgs(quick, tmp_path):
         config = quick(
             strategy=strategy, run_folder=str(tmp_path / strategy), budgets=str(budgets), **match
         )
-        found[strategy] = run_local(config.check())
+        found[strategy] = run_local(checked(config))
     one, other = found.values()
     assert other["violations"] == other["faults"] == other["sat_out"] == 0
     assert other["resources"]["memory"]["share"] < 0.71 < one["resources"]["memory"]["share"]
@@ -257,7 +259,7 @@ def test_accumulated_runs_are_fedavgs(quick, tmp_path):
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_a_run_of_each_is_as_predicted(quick, strategy):
     config = quick(strategy=strategy, slots=2, train_examples=80, test_examples=20, rounds=1)
-    summary = run_local(config.check())
+    summary = run_local(checked(config))
     assert summary["faults"] == 0
     assert summary["flops_as_predicted"] == summary["client_rounds"]
     broken = [limit for limit in RESOURCES if (summary["resources"][limit]["worst"] or 0) > 1]
@@ -404,6 +406,6 @@ def test_a_strategy_may_ask_for_passes_of_its_own(quick, monkeypatch):
         return [round.assign(c, round.everything(), passes=passes) for c in round.clients]
 
     monkeypatch.setattr(module, "schedule", schedule)
-    summary = run_local(quick(strategy="fedavg").check())
+    summary = run_local(checked(quick(strategy="fedavg")))
     assert summary["faults"] == 0
     assert summary["scored"] == summary["client_rounds"] > 0

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from d2ft_fl.config.run_config import RunConfig
 from d2ft_fl.errors import ConfigError, ReplyError
+from d2ft_fl.rounds.checks import checked
 from d2ft_fl.runtime.in_process import run_local
 from d2ft_fl.subnets.architecture import Kind
 from d2ft_fl.subnets.packing import GlobalModel, pack_for
@@ -154,4 +155,4 @@ def test_a_run_sends_what_was_planned(quick, tmp_path, up, down):
 )
 def test_bits_in_which_nothing_can_travel_are_refused(options, said):
     with pytest.raises(ConfigError, match=said):
-        RunConfig.from_mapping(options).check()
+        checked(RunConfig.from_mapping(options))

@@ -10,7 +10,7 @@ from typing import Any
 
 import wandb
 
-from d2ft_fl.records.trackers import scalars
+from d2ft_fl.trackers import scalars
 
 
 class WandB:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from d2ft_fl.records.trackers import scalars
+from d2ft_fl.trackers import scalars
 
 # Read when mlflow is imported. It asks to be told that files are wanted, not a database.
 os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")

@@ -13,7 +13,7 @@ from tensorboardX.proto.event_pb2 import Event
 from tensorboardX.proto.summary_pb2 import Summary
 from tensorboardX.summary import hparams, text
 
-from d2ft_fl.records.trackers import scalars
+from d2ft_fl.trackers import scalars
 
 
 class TensorBoard:

@@ -17,8 +17,9 @@ from typer.testing import CliRunner
 from d2ft_fl.cli.main import app
 from d2ft_fl.config.run_config import RunConfig
 from d2ft_fl.errors import ConfigError, RunError
-from d2ft_fl.records.trackers import BUILTIN, load_trackers, scalars, tracking
+from d2ft_fl.rounds.checks import checked, checked_options
 from d2ft_fl.runtime.in_process import run_local
+from d2ft_fl.trackers import BUILTIN, load_trackers, scalars, tracking
 
 HERE = [name for name in BUILTIN if importlib.util.find_spec(name)]
 CURVES = ("accuracy", "loss", "train_loss", "coverage", "round_seconds", "wall_seconds", "sat_out")
@@ -53,7 +54,7 @@ def folder(_closed_world, tmp_path_factory):
     """The folder of a tiny run with all trackers whose packages are there."""
     folder = tmp_path_factory.mktemp("tracked") / "a run"
     config = RunConfig(**TINY, run_folder=str(folder), trackers=", ".join(HERE))
-    summary = run_local(config.check())
+    summary = run_local(checked(config))
     assert summary["trackers_switched_off"] == []
     assert summary == json.loads((folder / "summary.json").read_text())
     assert services() == []
@@ -283,7 +284,7 @@ def test_a_sink_of_ones_own_hears_everything_and_changes_nothing(sinks, tmp_path
     heard = sinks().events
     folder = tmp_path / "run"
     config = RunConfig(**TINY, run_folder=str(folder), trackers="sinks:Listening")
-    summary = run_local(config.check())
+    summary = run_local(checked(config))
     assert heard == [("start", 2, "run"), ("round", 1), ("round", 2), ("finish", 2)]
     assert summary["accuracy"] == rows(folder)[-1]["accuracy"]
 
@@ -321,9 +322,9 @@ def test_a_run_says_at_its_end_what_was_switched_off(sinks, tmp_path):
 def test_a_tracker_that_cannot_be_started_ends_the_run_before_it_begins(sinks, tmp_path):
     heard = sinks().events
     folder = tmp_path / "run"
-    config = RunConfig(
-        **TINY, run_folder=str(folder), trackers="sinks:Listening, sinks:broken"
-    ).check()
+    config = checked(
+        RunConfig(**TINY, run_folder=str(folder), trackers="sinks:Listening, sinks:broken")
+    )
     with pytest.raises(RunError) as error:
         run_local(config)
     assert str(error.value) == (
@@ -349,7 +350,7 @@ def test_a_tracker_that_cannot_be_started_ends_the_run_before_it_begins(sinks, t
 )
 def test_unknown_trackers_are_refused_in_one_line(text, message):
     with pytest.raises(ConfigError, match=message) as error:
-        RunConfig(trackers=text).check_options()
+        checked_options(RunConfig(trackers=text))
     assert "\n" not in str(error.value)
 
 
@@ -359,7 +360,7 @@ def test_a_missing_package_is_refused_with_the_extra_to_install(name, monkeypatc
     with monkeypatch.context() as patch:
         patch.setitem(sys.modules, name, None)
         with pytest.raises(ConfigError, match=message):
-            RunConfig(trackers=name).check_options()
+            checked_options(RunConfig(trackers=name))
     tmp_path.joinpath(name).mkdir()  # what an earlier run left in the current folder
     for module in [m for m in sys.modules if m.split(".")[0] == name]:
         monkeypatch.delitem(sys.modules, module)
