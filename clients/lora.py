@@ -18,13 +18,13 @@ from d2ft_fl.rounds.components import Components
 from d2ft_fl.subnets.architecture import Architecture, Kind
 
 
-def architecture(arch: Architecture, components: Components, round: int) -> Architecture:
+def architecture(arch: Architecture, components: Components, round_number: int) -> Architecture:
     """What trains in a round."""
     lora = components.lora
-    if round <= components.config.slora_rounds:
+    if round_number <= components.config.slora_rounds:
         return targets_alone(arch, lora)
     mode = components.config.lora_aggregation
-    still = frozen(mode, lora.targets, round - components.config.slora_rounds)
+    still = frozen(mode, lora.targets, round_number - components.config.slora_rounds)
     return with_lora(arch, lora, still, unchanging(mode, lora.targets))
 
 
@@ -32,7 +32,7 @@ def prepare(
     weights: Mapping[str, Tensor],
     arch: Architecture,
     components: Components,
-    round: int,
+    round_number: int,
     original: Mapping[str, Tensor],
 ) -> tuple[Mapping[str, Tensor], dict[str, float]]:
     """The state before a round, and what there is to say of it: where factors begin, with them.
@@ -40,7 +40,7 @@ def prepare(
     Args:
         weights: The state so far. original: The weights that the run began with.
     """
-    if round != components.config.slora_rounds + 1:
+    if round_number != components.config.slora_rounds + 1:
         return weights, {}
     if components.config.slora_rounds:
         names = [weight.name for weight, _, _ in targeted(arch)]

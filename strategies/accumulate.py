@@ -7,20 +7,22 @@ of these it keeps no budget.
 """
 
 from d2ft_fl.planning.assignment import Assignment, Participant
-from d2ft_fl.rounds.context import Round, Way
+from d2ft_fl.rounds.context import ExecutionPolicy, Round
 
 KEEPS = ("memory",)
 SCORES = ()
 
 
-def schedule(round: Round) -> list[Assignment]:
+def schedule(context: Round) -> list[Assignment]:
     """The fewest passes that fit, for everyone."""
-    return [_fewest_passes(round, client) for client in round.clients]
+    return [_fewest_micro_batches(context, client) for client in context.clients]
 
 
-def _fewest_passes(round: Round, client: Participant) -> Assignment:
-    for passes in round.pass_counts():
-        found = round.assign(client, round.everything(), way=Way(accumulate=passes))
+def _fewest_micro_batches(context: Round, client: Participant) -> Assignment:
+    for count in context.micro_batch_counts():
+        found = context.assign(
+            client, context.everything(), policy=ExecutionPolicy(accumulate=count)
+        )
         if found.cost.memory <= client.capacity[1]:
             return found
-    return round.sit_out(client)
+    return context.sit_out(client)

@@ -19,15 +19,15 @@ Resource-Constrained Devices, 2024, arXiv 2411.07826"""
 SCORES = ()
 
 
-def schedule(round: Round) -> list[Assignment]:
+def schedule(context: Round) -> list[Assignment]:
     """The most of the last layers, for everyone."""
-    blocks = round.shape[0]
-    depths = [last_layers(round, count) for count in range(blocks + 1)]
-    return [round.largest(client, depths) for client in round.clients]
+    blocks = context.shape[0]
+    depths = [last_layers(context, count) for count in range(blocks + 1)]
+    return [context.largest(client, depths) for client in context.clients]
 
 
-def last_layers(round: Round, count: int) -> Schedule:
+def last_layers(context: Round, count: int) -> Schedule:
     """The last ``count`` layers FULL, those below FORWARD_ONLY."""
-    operations = np.full(round.shape, Operation.FORWARD_ONLY)
+    operations = np.full(context.shape, Operation.FORWARD_ONLY)
     operations[len(operations) - count :] = Operation.FULL
-    return round.schedule(operations)
+    return context.schedule(operations)

@@ -19,28 +19,28 @@ Models via Cycle Block Gradient Descent, 2024, arXiv 2406.11187"""
 SCORES = ()
 
 
-def schedule(round: Round) -> list[Assignment]:
+def schedule(context: Round) -> list[Assignment]:
     """As many layers from the client's first on as fit, for everyone."""
-    blocks = round.shape[0]
-    cycles = [_candidates(round, first) for first in range(blocks)]
+    blocks = context.shape[0]
+    cycles = [_candidates(context, first) for first in range(blocks)]
     return [
-        round.largest(client, cycles[(client.client + round.number - 1) % blocks])
-        for client in round.clients
+        context.largest(client, cycles[(client.client + context.number - 1) % blocks])
+        for client in context.clients
     ]
 
 
-def _candidates(round: Round, first: int) -> list[Schedule]:
+def _candidates(context: Round, first: int) -> list[Schedule]:
     """One layer with ever more of the others beside it, then more layers: cheapest first."""
-    blocks = round.shape[0]
+    blocks = context.shape[0]
     others = np.delete(np.arange(blocks), first)
     kept = [others[np.arange(n) * len(others) // n] if n else others[:0] for n in range(blocks)]
-    alone = [_layers(round, first, 1, beside) for beside in kept]
-    return alone + [_layers(round, first, count, others) for count in range(2, blocks + 1)]
+    alone = [_layers(context, first, 1, beside) for beside in kept]
+    return alone + [_layers(context, first, count, others) for count in range(2, blocks + 1)]
 
 
-def _layers(round: Round, first: int, count: int, beside: np.ndarray) -> Schedule:
+def _layers(context: Round, first: int, count: int, beside: np.ndarray) -> Schedule:
     """A run of ``count`` layers FULL, those in ``beside`` FROZEN, the rest skipped."""
-    operations = np.full(round.shape, Operation.SHORTCUT)
+    operations = np.full(context.shape, Operation.SHORTCUT)
     operations[beside] = Operation.FROZEN
     operations[(first + np.arange(count)) % len(operations)] = Operation.FULL
-    return Schedule(effective(round.schedule(operations).operations))
+    return Schedule(effective(context.schedule(operations).operations))

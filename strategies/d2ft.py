@@ -24,16 +24,16 @@ PAPER = """Ding et al., You Don't Need All Attentions: Distributed Dynamic Fine-
 Foundation Models, 2025, arXiv 2504.12471"""
 
 
-def schedule(round: Round) -> list[Assignment]:
+def schedule(context: Round) -> list[Assignment]:
     """Each client's best round under its budgets."""
-    config = round.federation.config
-    backward, forward = round.backward_scores(), round.forward_scores()
+    config = context.federation.config
+    backward, forward = context.backward_scores(), context.forward_scores()
     preferred = backward
     if config.coupling == "agenda":
-        preferred = round.agenda(backward)
+        preferred = context.agenda(backward)
     elif config.exploration:
-        draws = np.random.default_rng([config.seed, round.number]).random(round.shape)
+        draws = np.random.default_rng([config.seed, context.number]).random(context.shape)
         preferred = backward * (1 + config.exploration * (2 * draws - 1))  # mean 1
     if config.coupling == "spread" or config.planner == "two-stage":
-        return round.plan(preferred, forward)
-    return Search(round, backward, forward, preferred).best()
+        return context.plan(preferred, forward)
+    return Search(context, backward, forward, preferred).best()

@@ -15,6 +15,6 @@ Foundation Models, 2025, arXiv 2504.12471"""
 SCORES = ("fisher",)
 
 
-def schedule(round: Round) -> list[Assignment]:
+def schedule(context: Round) -> list[Assignment]:
     """Each client's schedule in two stages."""
-    return round.plan(round.scores("magnitude"), round.scores("fisher"), method="two-stage")
+    return context.plan(context.scores("magnitude"), context.scores("fisher"), method="two-stage")

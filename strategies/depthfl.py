@@ -16,14 +16,14 @@ openreview pf8RIZTMU58"""
 SCORES = ()
 
 
-def schedule(round: Round) -> list[Assignment]:
+def schedule(context: Round) -> list[Assignment]:
     """The most of the first layers, for everyone."""
-    depths = [first_layers(round, count) for count in range(1, round.shape[0] + 1)]
-    return [round.largest(client, depths) for client in round.clients]
+    depths = [first_layers(context, count) for count in range(1, context.shape[0] + 1)]
+    return [context.largest(client, depths) for client in context.clients]
 
 
-def first_layers(round: Round, count: int) -> Schedule:
+def first_layers(context: Round, count: int) -> Schedule:
     """The first ``count`` layers FULL, those above skipped."""
-    operations = np.full(round.shape, Operation.SHORTCUT)
+    operations = np.full(context.shape, Operation.SHORTCUT)
     operations[:count] = Operation.FULL
-    return round.schedule(operations)
+    return context.schedule(operations)

@@ -15,6 +15,6 @@ KEEPS = ()
 SCORES = ()
 
 
-def schedule(round: Round) -> list[Assignment]:
+def schedule(context: Round) -> list[Assignment]:
     """Everything FULL for everyone."""
-    return [round.assign(client, round.everything()) for client in round.clients]
+    return [context.assign(client, context.everything()) for client in context.clients]

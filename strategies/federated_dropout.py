@@ -16,14 +16,14 @@ Requirements, 2018, arXiv 1812.07210"""
 SCORES = ()
 
 
-def schedule(round: Round) -> list[Assignment]:
+def schedule(context: Round) -> list[Assignment]:
     """The most drawn heads of every layer that fit, for everyone."""
     found = []
-    for client in round.clients:
-        order = round.generator(client).random(round.shape).argsort(axis=1).argsort(axis=1)
+    for client in context.clients:
+        order = context.generator(client).random(context.shape).argsort(axis=1).argsort(axis=1)
         widths = [
-            round.schedule(np.where(order < width, Operation.FULL, Operation.SHORTCUT))
-            for width in range(1, round.shape[1] + 1)
+            context.schedule(np.where(order < width, Operation.FULL, Operation.SHORTCUT))
+            for width in range(1, context.shape[1] + 1)
         ]
-        found.append(round.largest(client, widths))
+        found.append(context.largest(client, widths))
     return found

@@ -16,9 +16,9 @@ Extraction, NeurIPS 2022, arXiv 2212.01548"""
 SCORES = ()
 
 
-def schedule(round: Round) -> list[Assignment]:
+def schedule(context: Round) -> list[Assignment]:
     """The widest window that fits, for everyone."""
-    heads = round.shape[1]
-    first = (round.number - 1) % heads
-    widths = [some_heads(round, (first + np.arange(w)) % heads) for w in range(1, heads + 1)]
-    return [round.largest(client, widths) for client in round.clients]
+    heads = context.shape[1]
+    first = (context.number - 1) % heads
+    widths = [some_heads(context, (first + np.arange(w)) % heads) for w in range(1, heads + 1)]
+    return [context.largest(client, widths) for client in context.clients]

@@ -8,7 +8,7 @@ train on. It needs the whole model's memory and bytes, so of these it keeps no b
 from functools import partial
 
 from d2ft_fl.budgets.budget import DEADLINE
-from d2ft_fl.costs.probe_costs import Passes
+from d2ft_fl.costs.probe_costs import Probes
 from d2ft_fl.planning.assignment import Assignment, Participant
 from d2ft_fl.rounds.context import Round, most
 
@@ -16,26 +16,28 @@ KEEPS = ("flops", DEADLINE)
 SCORES = ()
 
 
-def schedule(round: Round) -> list[Assignment]:
+def schedule(context: Round) -> list[Assignment]:
     """The most examples that fit, for everyone."""
-    return [_largest(round, client) for client in round.clients]
+    return [_largest(context, client) for client in context.clients]
 
 
-def _largest(round: Round, client: Participant) -> Assignment:
+def _largest(context: Round, client: Participant) -> Assignment:
     count = client.examples
     if count == client.local:  # for which nothing has to be selected
-        if (whole := _affordable(round, client, round.passes(client), count)) is not None:
+        if (whole := _affordable(context, client, context.probes(client), count)) is not None:
             return whole
         count -= 1
     # Selecting costs a look at all examples: who cannot afford that draws.
-    for passes in round.passes(client, count).alternatives:
-        if found := most(0, count + 1, partial(_affordable, round, client, passes)):
+    for probes in context.probes(client, count).alternatives:
+        if found := most(0, count + 1, partial(_affordable, context, client, probes)):
             return found
-    return round.sit_out(client)
+    return context.sit_out(client)
 
 
-def _affordable(round: Round, client: Participant, passes: Passes, count: int) -> Assignment | None:
+def _affordable(
+    context: Round, client: Participant, probes: Probes, count: int
+) -> Assignment | None:
     """Everything on so many examples, if compute and deadline allow it."""
-    tried = round.assign(client, round.everything(), examples=count, passes=passes)
+    tried = context.assign(client, context.everything(), examples=count, probes=probes)
     fits = tried.cost.flops <= client.capacity[0] and client.on_time(tried.cost)
     return tried if fits else None

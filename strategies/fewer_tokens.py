@@ -9,26 +9,26 @@ from functools import partial
 
 from d2ft_fl.budgets.budget import DEADLINE
 from d2ft_fl.planning.assignment import Assignment, Participant
-from d2ft_fl.rounds.context import Round, Way, most
+from d2ft_fl.rounds.context import ExecutionPolicy, Round, most
 
 PAPER = "Liu et al., PatchDropout, WACV 2023, arXiv 2208.07220"
 KEEPS = ("flops", DEADLINE)
 SCORES = ()
 
 
-def schedule(round: Round) -> list[Assignment]:
+def schedule(context: Round) -> list[Assignment]:
     """The most tokens that fit, for everyone."""
-    return [_most_tokens(round, client) for client in round.clients]
+    return [_most_tokens(context, client) for client in context.clients]
 
 
-def _most_tokens(round: Round, client: Participant) -> Assignment:
-    arch = round.federation.arch
-    found = most(arch.prefix, arch.tokens + 1, partial(_affordable, round, client))
-    return found or round.sit_out(client)
+def _most_tokens(context: Round, client: Participant) -> Assignment:
+    arch = context.federation.arch
+    found = most(arch.prefix, arch.tokens + 1, partial(_affordable, context, client))
+    return found or context.sit_out(client)
 
 
-def _affordable(round: Round, client: Participant, tokens: int) -> Assignment | None:
+def _affordable(context: Round, client: Participant, tokens: int) -> Assignment | None:
     """Everything on so many tokens, if compute and deadline allow it."""
-    tried = round.assign(client, round.everything(), way=Way(tokens=tokens))
+    tried = context.assign(client, context.everything(), policy=ExecutionPolicy(tokens=tokens))
     fits = tried.cost.flops <= client.capacity[0] and client.on_time(tried.cost)
     return tried if fits else None

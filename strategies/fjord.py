@@ -17,19 +17,19 @@ with Ordered Dropout, NeurIPS 2021, arXiv 2102.13451"""
 SCORES = ()
 
 
-def schedule(round: Round) -> list[Assignment]:
+def schedule(context: Round) -> list[Assignment]:
     """Drawn widths up to the largest that fits, for everyone."""
-    heads = round.shape[1]
-    widths = [some_heads(round, range(width)) for width in range(1, heads + 1)]
+    heads = context.shape[1]
+    widths = [some_heads(context, range(width)) for width in range(1, heads + 1)]
     found = []
-    for client in round.clients:
-        largest = round.largest(client, widths)
+    for client in context.clients:
+        largest = context.largest(client, widths)
         most = int(largest.schedule.trained.any(axis=0).sum())
         operations = largest.schedule.operations.copy()
-        drawn = round.generator(client).integers(min(1, most), most + 1, len(operations))
+        drawn = context.generator(client).integers(min(1, most), most + 1, len(operations))
         for slot, width in enumerate(drawn.tolist()):
             operations[slot, :, width:] = Operation.SHORTCUT
-        narrower = round.assign(client, Schedule(operations), passes=largest.passes)
+        narrower = context.assign(client, Schedule(operations), probes=largest.probes)
         # What differs from slot to slot can take more memory in its pieces.
         found.append(narrower if client.affords(narrower.cost) else largest)
     return found

@@ -16,14 +16,14 @@ Heterogeneous Clients, ICLR 2021, arXiv 2010.01264"""
 SCORES = ()
 
 
-def schedule(round: Round) -> list[Assignment]:
+def schedule(context: Round) -> list[Assignment]:
     """The most leading heads, for everyone."""
-    widths = [some_heads(round, range(width)) for width in range(1, round.shape[1] + 1)]
-    return [round.largest(client, widths) for client in round.clients]
+    widths = [some_heads(context, range(width)) for width in range(1, context.shape[1] + 1)]
+    return [context.largest(client, widths) for client in context.clients]
 
 
-def some_heads(round: Round, heads: range | np.ndarray) -> Schedule:
+def some_heads(context: Round, heads: range | np.ndarray) -> Schedule:
     """The same heads of every layer FULL, the others skipped."""
-    operations = np.full(round.shape, Operation.SHORTCUT)
+    operations = np.full(context.shape, Operation.SHORTCUT)
     operations[:, np.asarray(heads)] = Operation.FULL
-    return round.schedule(operations)
+    return context.schedule(operations)

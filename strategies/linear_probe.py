@@ -11,7 +11,7 @@ from d2ft_fl.subnets.schedule import Operation
 SCORES = ()
 
 
-def schedule(round: Round) -> list[Assignment]:
+def schedule(context: Round) -> list[Assignment]:
     """Everything FORWARD_ONLY for everyone."""
-    probe = round.schedule(np.full(round.shape, Operation.FORWARD_ONLY))
-    return [round.largest(client, [probe]) for client in round.clients]
+    probe = context.schedule(np.full(context.shape, Operation.FORWARD_ONLY))
+    return [context.largest(client, [probe]) for client in context.clients]

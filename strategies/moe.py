@@ -19,17 +19,17 @@ Sharding, ICLR 2021, arXiv 2006.16668 (as a baseline in arXiv 2504.12471)"""
 SCORES = ("fisher",)
 
 
-def schedule(round: Round) -> list[Assignment]:
+def schedule(context: Round) -> list[Assignment]:
     """The most experts a layer that fit, for everyone."""
-    gate = np.log(np.maximum(round.scores("fisher"), 1e-12))
-    heads, slots = round.shape[1], round.federation.config.slots
+    gate = np.log(np.maximum(context.scores("fisher"), 1e-12))
+    heads, slots = context.shape[1], context.federation.config.slots
     found = []
-    for client in round.clients:
-        noise = round.generator(client).gumbel(size=(slots, *round.shape))
+    for client in context.clients:
+        noise = context.generator(client).gumbel(size=(slots, *context.shape))
         place = (-(gate + noise)).argsort(axis=2).argsort(axis=2)  # [slots, blocks, heads]
         experts = [
             Schedule(np.where(place < k, Operation.FULL, Operation.SHORTCUT).astype(np.int8))
             for k in range(1, heads + 1)
         ]
-        found.append(round.largest(client, experts))
+        found.append(context.largest(client, experts))
     return found

@@ -20,10 +20,10 @@ STAGED = True
 STAGES = 4  # the paper's
 
 
-def schedule(round: Round) -> list[Assignment]:
+def schedule(context: Round) -> list[Assignment]:
     """As much of the stage's depth as fits, for everyone."""
-    blocks = round.shape[0]
-    stage, stages = round.stage(min(STAGES, blocks))
+    blocks = context.shape[0]
+    stage, stages = context.stage(min(STAGES, blocks))
     grown = -(-blocks * (stage + 1) // stages)
-    depths = [first_layers(round, count) for count in range(1, grown + 1)]
-    return [round.largest(client, depths) for client in round.clients]
+    depths = [first_layers(context, count) for count in range(1, grown + 1)]
+    return [context.largest(client, depths) for client in context.clients]

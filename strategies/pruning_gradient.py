@@ -14,6 +14,6 @@ PAPER = "Ding et al., 2025, arXiv 2504.12471 (a baseline there)"
 SCORES = ("gradient",)
 
 
-def schedule(round: Round) -> list[Assignment]:
+def schedule(context: Round) -> list[Assignment]:
     """What is worth most by gradient FULL, nothing FORWARD_ONLY."""
-    return round.plan(round.scores("gradient"), np.zeros(round.shape), coupled=False)
+    return context.plan(context.scores("gradient"), np.zeros(context.shape), coupled=False)

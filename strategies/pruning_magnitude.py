@@ -13,6 +13,6 @@ PAPER = "Ding et al., 2025, arXiv 2504.12471 (a baseline there)"
 SCORES = ()
 
 
-def schedule(round: Round) -> list[Assignment]:
+def schedule(context: Round) -> list[Assignment]:
     """What is worth most by magnitude FULL, nothing FORWARD_ONLY."""
-    return round.plan(round.scores("magnitude"), np.zeros(round.shape), coupled=False)
+    return context.plan(context.scores("magnitude"), np.zeros(context.shape), coupled=False)

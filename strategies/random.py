@@ -12,7 +12,7 @@ PAPER = "Ding et al., 2025, arXiv 2504.12471 (a baseline there)"
 SCORES = ()
 
 
-def schedule(round: Round) -> list[Assignment]:
+def schedule(context: Round) -> list[Assignment]:
     """Each client's best schedule for scores that mean nothing."""
-    draws = np.stack([round.generator(c).random((2, *round.shape)) for c in round.clients])
-    return round.plan(draws[:, 0], draws[:, 1], coupled=False)
+    draws = np.stack([context.generator(c).random((2, *context.shape)) for c in context.clients])
+    return context.plan(draws[:, 0], draws[:, 1], coupled=False)

@@ -22,20 +22,20 @@ SCORES = ()
 STAGED = True
 
 
-def schedule(round: Round) -> list[Assignment]:
+def schedule(context: Round) -> list[Assignment]:
     """The stage's layers, the last first, and then the widest rest that fits, for everyone."""
-    blocks, heads = round.shape
-    stage, stages = round.stage(blocks)
+    blocks, heads = context.shape
+    stage, stages = context.stage(blocks)
     first, end = stage * blocks // stages, (stage + 1) * blocks // stages
-    fewer = [_narrowed(round, begin, end, 1) for begin in range(end - 1, first, -1)]
-    widths = [_narrowed(round, first, end, width) for width in range(1, heads + 1)]
-    return [round.largest(client, fewer + widths) for client in round.clients]
+    fewer = [_narrowed(context, begin, end, 1) for begin in range(end - 1, first, -1)]
+    widths = [_narrowed(context, first, end, width) for width in range(1, heads + 1)]
+    return [context.largest(client, fewer + widths) for client in context.clients]
 
 
-def _narrowed(round: Round, first: int, end: int, width: int) -> Schedule:
+def _narrowed(context: Round, first: int, end: int, width: int) -> Schedule:
     """Layers ``first`` to ``end`` whole, and so many heads of those above."""
-    operations = np.full(round.shape, Operation.SHORTCUT)
+    operations = np.full(context.shape, Operation.SHORTCUT)
     operations[:first] = Operation.FORWARD_ONLY
     operations[first:end] = Operation.FULL
     operations[end:, :width] = Operation.FULL
-    return round.schedule(operations)
+    return context.schedule(operations)

@@ -9,7 +9,7 @@ from d2ft_fl.config.run_config import RunConfig
 from d2ft_fl.config.training_options import LocalOptions
 from d2ft_fl.costs.cost_model import CostModel
 from d2ft_fl.models import timm_vit
-from d2ft_fl.runtime.in_process import LocalPool
+from d2ft_fl.runtime.in_process import InProcessPool
 from d2ft_fl.subnets.architecture import Kind
 from d2ft_fl.subnets.schedule import Operation, Schedule, slot_sizes
 
@@ -103,7 +103,7 @@ def quick(tmp_path):
     return make
 
 
-def reports_of(config, round=1):
+def reports_of(config, round_number=1):
     """What all clients of a configuration say before a round."""
-    pool = LocalPool(config)
-    return pool.reports(round, list(pool.clients(round)))[0]
+    pool = InProcessPool(config)
+    return pool.reports(round_number, list(pool.clients(round_number)))[0]

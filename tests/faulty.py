@@ -8,10 +8,10 @@ from pathlib import Path
 from d2ft_fl.budgets.budget import ClientDescription
 
 
-def budget(client: ClientDescription, round: int) -> dict[str, str]:
+def budget(client: ClientDescription, round_number: int) -> dict[str, str]:
     """A client is asked twice in a round: the first time it answers, the second time it works."""
-    asked = Path(os.environ["D2FT_TEST_ASKED"], f"{round}-{client.client}")
-    how = os.environ.get(f"D2FT_TEST_{round}_{client.client}", "")
+    asked = Path(os.environ["D2FT_TEST_ASKED"], f"{round_number}-{client.client}")
+    how = os.environ.get(f"D2FT_TEST_{round_number}_{client.client}", "")
     with asked.open("a") as file:
         file.write("x")
     if how and asked.stat().st_size % 2 == 0:

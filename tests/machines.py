@@ -3,6 +3,6 @@
 import os
 
 
-def budget(client: object, round: int) -> dict[str, str]:
+def budget(client: object, round_number: int) -> dict[str, str]:
     """Its mount namespace stands for a machine."""
     return {"flops": "80 %", "device": os.readlink("/proc/self/ns/mnt")}

@@ -52,7 +52,7 @@ MODES = ("factors", "freeze-a", "alternate", "freeze-common", "product", "stack"
 MIXED = ("product", "stack")  # which fold clients of different ranks
 
 
-def frozen(mode: str, targets: Iterable[str], round: int) -> list[tuple[str, str]]:
+def frozen(mode: str, targets: Iterable[str], round_number: int) -> list[tuple[str, str]]:
     """(target, factor) of the factors that a mode does not train in a round, for ``with_lora``.
 
     Rounds count from 1. Of ``alternate``, B trains first: where it is zero, A has no gradient.
@@ -60,7 +60,7 @@ def frozen(mode: str, targets: Iterable[str], round: int) -> list[tuple[str, str
     pairs = [(target, factor) for target in targets for factor in FACTORS]
     if mode == "freeze-common":
         return [pair for pair in pairs if is_common(*pair)]
-    still = {"freeze-a": "A", "alternate": "A" if round % 2 else "B"}.get(mode)
+    still = {"freeze-a": "A", "alternate": "A" if round_number % 2 else "B"}.get(mode)
     return [pair for pair in pairs if pair[1] == still]
 
 
@@ -73,7 +73,7 @@ def unchanging(mode: str, targets: Iterable[str]) -> list[tuple[str, str]]:
 
 
 @dataclass
-class FactorSums:
+class LoraSums:
     """Running sums of a round under LoRA; the interface is that of :class:`Sums`.
 
     Attributes:

@@ -154,10 +154,10 @@ def _accountants() -> tuple[Any, Any]:
     return RDPAccountant(), PRVAccountant()
 
 
-def drawn(privacy: Privacy, key: bytes, round: int, clients: Iterable[int]) -> list[int]:
+def drawn(privacy: Privacy, key: bytes, round_number: int, clients: Iterable[int]) -> list[int]:
     """Who takes part in a round, in order: each by itself with the chance ``rate``."""
     ordered = sorted(clients)
     if privacy.rate >= 1 or not ordered:
         return ordered
-    draws = Noise(key, "draw", round).uniform(ordered[-1] + 1)
+    draws = Noise(key, "draw", round_number).uniform(ordered[-1] + 1)
     return [client for client in ordered if draws[client] < privacy.rate]

@@ -71,7 +71,7 @@ class PrivateRound:
 
 
 @dataclass
-class NoisySums:
+class PrivateSums:
     """Running sums of a round with noise; the interface is that of :class:`Sums`.
 
     Attributes:

@@ -38,7 +38,7 @@ from d2ft_fl.models.spec import ModelSpec
 from d2ft_fl.models.timm_vit import VisionTransformer
 from d2ft_fl.subnets.architecture import Architecture, Kind
 from d2ft_fl.subnets.packing import pack_for
-from d2ft_fl.subnets.schedule import Operation, Schedule, passes, slot_sizes
+from d2ft_fl.subnets.schedule import Operation, Schedule, micro_batches, slot_sizes
 from d2ft_fl.util.plugins import load_module
 from d2ft_fl.util.torch_device import set_threads, usable_device
 
@@ -277,7 +277,7 @@ def _measure(name: str, schedule: Schedule, reference: _Reference) -> Row:
     partial.train(True)
     resets = [_timed(lambda: partial.reset(schedule, packed), images.device) for _ in range(3)]
     shares = slot_sizes(len(images), schedule.slots)
-    (sizes,) = passes(shares, schedule.active.tolist(), 1)
+    (sizes,) = micro_batches(shares, schedule.active.tolist(), 1)
     shown = sum(sizes)
     activations = saved_bytes(
         lambda: F.cross_entropy(partial(images[:shown], sizes).float(), labels[:shown]),

@@ -93,9 +93,9 @@ class DeviceClass:
     budget: Budget
     trace: Trace | None = None
 
-    def __call__(self, client: int, round: int) -> Budget:
+    def __call__(self, client: int, round_number: int) -> Budget:
         """The budget of a client of this class in a round."""
-        return self.trace.apply(self.budget, client, round) if self.trace else self.budget
+        return self.trace.apply(self.budget, client, round_number) if self.trace else self.budget
 
 
 @dataclass(frozen=True)
@@ -110,9 +110,9 @@ class DeviceClasses:
         """Whether any class has a trace."""
         return any(c.trace for c in self.classes.values())
 
-    def __call__(self, client: ClientDescription, round: int) -> Budget:
+    def __call__(self, client: ClientDescription, round_number: int) -> Budget:
         """The budget of a client's class."""
-        return self.classes[self.mix(client.client)](client.client, round)
+        return self.classes[self.mix(client.client)](client.client, round_number)
 
     def counts(self, clients: int) -> dict[str, int]:
         """How many of the first clients get each class."""

@@ -85,7 +85,7 @@ class Measured:
     threads: int
     varies: bool = True
 
-    def __call__(self, client: ClientDescription, round: int) -> Budget:
+    def __call__(self, client: ClientDescription, round_number: int) -> Budget:
         """This machine's budget now. Its speed is measured once a process."""
         return profile(self.device, self.threads).budget
 

@@ -20,7 +20,7 @@ class BudgetSource(Protocol):
     def varies(self) -> bool:
         """Whether clients have to be asked again every round."""
 
-    def __call__(self, client: ClientDescription, round: int) -> Budget:
+    def __call__(self, client: ClientDescription, round_number: int) -> Budget:
         """The budget of ``client`` in ``round``, counted from 1."""
 
 
@@ -66,7 +66,7 @@ class Plugin:
     function: Callable[[ClientDescription, int], Any]
     varies: bool = True
 
-    def __call__(self, client: ClientDescription, round: int) -> Budget:
+    def __call__(self, client: ClientDescription, round_number: int) -> Budget:
         """What the function answers.
 
         Raises:
@@ -74,11 +74,11 @@ class Plugin:
         """
         where = f"budgets = {self.spec!r}"
         try:
-            answer = self.function(client, round)
+            answer = self.function(client, round_number)
         except Exception as error:
             raise ConfigError(
                 f"{where} raised {type(error).__name__}: {error} "
-                f"for client {client.client} in round {round}"
+                f"for client {client.client} in round {round_number}"
             ) from error
         if isinstance(answer, Budget):  # read back, so that its entries are checked too
             return Budget.from_mapping(answer.to_json(), where)

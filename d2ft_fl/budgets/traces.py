@@ -61,16 +61,16 @@ class Trace:
         """The entries of a budget that it scales."""
         return _SHAPES[self.name].scales if self.name in _SHAPES else ("flops", "speed")
 
-    def factor(self, client: int, round: int) -> float:
+    def factor(self, client: int, round_number: int) -> float:
         """In (0, 1]. Rounds count from 1."""
         if self.factors:
-            return self.factors[(round - 1) % len(self.factors)]
+            return self.factors[(round_number - 1) % len(self.factors)]
         shape = _SHAPES[self.name]
-        return shape.at(((round - 1) / shape.period + client * PHI) % 1)
+        return shape.at(((round_number - 1) / shape.period + client * PHI) % 1)
 
-    def apply(self, budget: Budget, client: int, round: int) -> Budget:
+    def apply(self, budget: Budget, client: int, round_number: int) -> Budget:
         """``budget`` as it is for ``client`` in ``round``; what it does not limit stays so."""
-        factor = self.factor(client, round)
+        factor = self.factor(client, round_number)
         scaled: dict[str, Any] = {}
         for name in self.scales:
             value = getattr(budget, name)

@@ -24,7 +24,7 @@ from d2ft_fl.data.federated_data import FederatedData, open_data
 from d2ft_fl.engine.mean_tally import MeanTally, received
 from d2ft_fl.engine.meter import Meter
 from d2ft_fl.engine.partial_model import PartialModel
-from d2ft_fl.engine.probes import WholeModel
+from d2ft_fl.engine.probes import ProbeRunner
 from d2ft_fl.engine.trainer import Batches, train
 from d2ft_fl.errors import Refusal
 from d2ft_fl.models import timm_vit
@@ -39,17 +39,17 @@ from d2ft_fl.subnets.schedule import Schedule
 from d2ft_fl.util.torch_device import free_memory, set_threads, warm_up
 from d2ft_fl.wire import blob as wire
 from d2ft_fl.wire import parameter_cache
-from d2ft_fl.wire.parameter_cache import Store
-from d2ft_fl.wire.quantization import PLAIN, decoded, encoded, encoded_changes, is_coded
+from d2ft_fl.wire.parameter_cache import ParameterCache
+from d2ft_fl.wire.quantization import PLAIN, dequantize, is_quantized, quantize, quantize_changes
 
 
 @lru_cache(maxsize=1)
-def worker(config: RunConfig) -> "Worker":
+def client_trainer(config: RunConfig) -> "ClientTrainer":
     """This process's worker for a run."""
-    return Worker(config)
+    return ClientTrainer(config)
 
 
-class Worker:
+class ClientTrainer:
     """Does clients' work under one configuration."""
 
     def __init__(self, config: RunConfig):
@@ -60,7 +60,7 @@ class Worker:
         self.rate = self.components.tuning.learning_rate
         self.meter = Meter(verify=config.verify_costs, device=self.device)
         self.budgets = self.components.budget_source
-        self.store = Store.default()
+        self.store = ParameterCache.default()
         self.store.prune()
         self._whole: tuple[Architecture, Mapping[str, Tensor], GlobalModel] | None = None
 
@@ -82,14 +82,16 @@ class Worker:
         own = timm_vit.describe(self._template)
         return Federation(self.components, own)
 
-    def report(self, client: int, round: int) -> Report:
+    def report(self, client: int, round_number: int) -> Report:
         """What ``client`` says of itself before ``round``."""
-        return Report(client, len(self._parts[1].partitions[client]), self._budget(client, round))
+        return Report(
+            client, len(self._parts[1].partitions[client]), self._budget(client, round_number)
+        )
 
-    def _budget(self, client: int, round: int) -> Budget:
+    def _budget(self, client: int, round_number: int) -> Budget:
         partitions = self._parts[1].partitions
         who = ClientDescription(client, len(partitions[client]), len(partitions))
-        return self.budgets(who, round)
+        return self.budgets(who, round_number)
 
     def work(self, blob: bytes, weights: Mapping[str, Tensor] | None = None) -> bytes:
         """Carry one assignment out; returns the reply. See :meth:`answer`."""
@@ -122,31 +124,31 @@ class Worker:
         offsets = received(task.schedule, tensors)
         if task.keeps:
             self._refuse_unless_it_fits(task, stage, compensated=bool(offsets))
-        costs = stage.costs_when(bool(offsets), task.calibrates, task.way)
+        costs = stage.costs_when(bool(offsets), task.calibrates, task.policy)
         bytes_down, up, down = len(blob), costs.bits_up, costs.bits_down
-        in_place = weights is not None and not task.passes and down == PLAIN
+        in_place = weights is not None and not task.probes and down == PLAIN
         if weights is not None:
             bytes_down = task.whole_size(stage.arch, weights, tensors, down)
             if not in_place:
-                tensors |= encoded(stage.arch, pack_for(stage.arch, weights, task.carried), down)
-        elif task.holds is not None:
+                tensors |= quantize(stage.arch, pack_for(stage.arch, weights, task.carried), down)
+        elif task.cached is not None:
             names = parameter_cache.read(task.carried, task.digests)
-            tensors = self.store.complete(stage.arch, task.carried, tensors, task.holds, names)
-        tensors = decoded(stage.arch, tensors, down)
+            tensors = self.store.complete(stage.arch, task.carried, tensors, task.cached, names)
+        tensors = dequantize(stage.arch, tensors, down)
         local = len(self._parts[1].partitions[task.client])
-        if task.way.in_turn:
+        if task.policy.in_turn:
             chosen = self._in_turn(task, local)
         else:
             chosen = self._order(task.client, task.round, local)[0][: task.examples]
         self.meter.start()
         result: dict[str, Tensor] = {}
-        if task.passes:
+        if task.probes:
             chosen, result = self._before(task, stage.arch, tensors, chosen)
             tensors = self._narrow(stage.arch, tensors, task.schedule)
         factor = self.config.rate_factor(task.round)
-        options = self.options.along(task.way).at(factor, task.way.rate)
+        options = self.options.under(task.policy).at(factor, task.policy.rate)
         model = self._parts[0]
-        model.numerics, model.tokens = options.numerics(), task.way.tokens
+        model.numerics, model.tokens = options.numerics(), task.policy.tokens
         if model.arch is not stage.arch:
             model.tune(stage.arch)
         source: dict[str, Tensor] | GlobalModel = tensors
@@ -158,12 +160,12 @@ class Worker:
         else:
             reset()
         del tensors, source, offsets  # the model has its own
-        hostile, coded = self.config.hostile(task.client), up < PLAIN
-        before = self._values() if hostile or coded else {}
+        hostile, quantized = self.config.hostile(task.client), up < PLAIN
+        before = self._values() if hostile or quantized else {}
         kept: dict[str, Tensor] = {}
-        if coded:  # as it came
-            own = {n: t for n, t in before.items() if is_coded(stage.arch.by_name[n], up)}
-            kept = encoded(stage.arch, own, down)
+        if quantized:  # as it came
+            own = {n: t for n, t in before.items() if is_quantized(stage.arch.by_name[n], up)}
+            kept = quantize(stage.arch, own, down)
             before = before if hostile else {}
             del own
         began = time.perf_counter()
@@ -171,11 +173,11 @@ class Worker:
         if hostile:
             for name, old in before.items():
                 trained[name] = old + (trained[name] - old) * self.config.hostile_scale
-        if coded:
+        if quantized:
             draw = np.random.default_rng([*self._seed(task.client, task.round), 2])
             generator = torch.Generator().manual_seed(int(draw.integers(2**62)))
-            kept = decoded(stage.arch, kept, down)
-            trained |= encoded_changes(stage.arch, kept, trained, up, generator)
+            kept = dequantize(stage.arch, kept, down)
+            trained |= quantize_changes(stage.arch, kept, trained, up, generator)
         reply = {
             "round": task.round,
             "client": task.client,
@@ -213,16 +215,16 @@ class Worker:
         model, data = self._parts
         result: dict[str, Tensor] = {}
         own = self._federation.arch
-        whole = WholeModel(model, own, arch, tensors, self.options, self.meter)
-        if task.passes.viewed:
+        whole = ProbeRunner(model, own, arch, tensors, self.options, self.meter)
+        if task.probes.viewed:
             everyone = np.arange(len(data.partitions[task.client]))
-            size = self.options.along(task.way).batch_size
+            size = self.options.under(task.policy).batch_size
             batches = self._batches(task.client, everyone, size)
             unsure = whole.entropy(batches, self.config.selection_temperature)
             chosen = np.argsort(-unsure, kind="stable")[: task.examples]
-        if task.passes.scored:
-            batch = data.client_batch(task.client, chosen[: task.passes.scored], self.device)
-            measured = whole.scores(*batch, task.passes.kinds)
+        if task.probes.scored:
+            batch = data.client_batch(task.client, chosen[: task.probes.scored], self.device)
+            measured = whole.scores(*batch, task.probes.kinds)
             for kind, values in measured.items():
                 result[TENSOR + kind] = torch.from_numpy(values).float()
         return chosen, result
@@ -277,8 +279,8 @@ class Worker:
         Raises:
             Refusal: Before anything has started.
         """
-        costs = stage.costs_when(compensated, task.calibrates, task.way)
-        cost = round_cost(costs, task.schedule, task.examples, task.passes, task.holds)
+        costs = stage.costs_when(compensated, task.calibrates, task.policy)
+        cost = round_cost(costs, task.schedule, task.examples, task.probes, task.cached)
         local = len(self._parts[1].partitions[task.client])
         budget = task.budget or self._budget(task.client, task.round)
         allowed = budget.capacity(stage.costs.full_cost(local))
@@ -288,12 +290,12 @@ class Worker:
         if cost.memory > (free := free_memory(self.device)):
             raise Refusal(f"the plan needs {cost.memory} bytes of memory, {free} are free")
 
-    def _seed(self, client: int, round: int) -> tuple[int, int, int]:
-        return self.config.seed, round, client
+    def _seed(self, client: int, round_number: int) -> tuple[int, int, int]:
+        return self.config.seed, round_number, client
 
-    def _order(self, client: int, round: int, examples: int) -> list[np.ndarray]:
+    def _order(self, client: int, round_number: int, examples: int) -> list[np.ndarray]:
         """Each epoch's order of so many examples: a function of seed, round and client."""
-        draw = np.random.default_rng([*self._seed(client, round), 1])
+        draw = np.random.default_rng([*self._seed(client, round_number), 1])
         return [draw.permutation(examples) for _ in range(self.options.epochs)]
 
     def _in_turn(self, task: Task, local: int) -> np.ndarray:
@@ -302,9 +304,9 @@ class Worker:
         start = (task.round - 1) * task.examples
         return order[np.arange(start, start + task.examples) % local]
 
-    def _epochs(self, client: int, round: int, chosen: np.ndarray) -> list[np.ndarray]:
+    def _epochs(self, client: int, round_number: int, chosen: np.ndarray) -> list[np.ndarray]:
         """Each epoch's order of the chosen examples, which are numbers among the client's."""
-        everything = self._order(client, round, len(self._parts[1].partitions[client]))
+        everything = self._order(client, round_number, len(self._parts[1].partitions[client]))
         return [epoch[np.isin(epoch, chosen)] for epoch in everything]
 
     def _batches(self, client: int, examples: np.ndarray, size: int) -> Batches:

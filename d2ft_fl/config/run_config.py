@@ -176,9 +176,9 @@ class RunConfig:
         """Ranks that subnets may train at besides ``lora-rank``."""
         return tuple(int(text) for text in self.lora_ranks.split(",") if text.strip())
 
-    def rate_factor(self, round: int) -> float:
+    def rate_factor(self, round_number: int) -> float:
         """What learning rates are multiplied by in a round, counted from 1."""
-        return SCHEDULES[self.lr_schedule]((round - 1) / self.rounds)
+        return SCHEDULES[self.lr_schedule]((round_number - 1) / self.rounds)
 
     def examples_of(self, local: int) -> int:
         """Of so many examples of a client, on how many it trains in a round."""

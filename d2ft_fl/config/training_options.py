@@ -82,13 +82,15 @@ class LocalOptions:
             lora_lr=self.lora_lr * factor * rate,
         )
 
-    def along(self, way: "Way") -> "LocalOptions":
+    def under(self, policy: "ExecutionPolicy") -> "LocalOptions":
         """These options, but for what a way says that costs depend on."""
         return replace(
             self,
-            batch_size=self.batch_size if way.batch is None else way.batch,
-            accumulate=self.accumulate if way.accumulate is None else way.accumulate,
-            checkpointing=(self.checkpointing if way.checkpointing is None else way.checkpointing),
+            batch_size=self.batch_size if policy.batch is None else policy.batch,
+            accumulate=self.accumulate if policy.accumulate is None else policy.accumulate,
+            checkpointing=(
+                self.checkpointing if policy.checkpointing is None else policy.checkpointing
+            ),
         )
 
     def plain(self) -> "LocalOptions":
@@ -102,7 +104,7 @@ class LocalOptions:
 
 
 @dataclass(frozen=True)
-class Way:
+class ExecutionPolicy:
     """How a client runs its schedule, where that is not as configured; None is as configured.
 
     Attributes:
@@ -135,9 +137,9 @@ class Way:
     batch: int | None = None
 
     @property
-    def priced(self) -> "Way":
+    def priced(self) -> "ExecutionPolicy":
         """What of it costs depend on."""
         return replace(self, in_turn=False, rate=1.0, weight=1.0, step=1.0)
 
 
-AS_CONFIGURED = Way()
+DEFAULT_POLICY = ExecutionPolicy()

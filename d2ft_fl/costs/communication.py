@@ -10,12 +10,12 @@ from d2ft_fl.costs.compensation import Extras
 from d2ft_fl.costs.parameter_counts import Parts, Which
 from d2ft_fl.subnets.architecture import Architecture, Kind, Parameter, has_fixed
 from d2ft_fl.subnets.schedule import residents, trainees
-from d2ft_fl.wire.quantization import PLAIN, is_coded, row_bytes
+from d2ft_fl.wire.quantization import PLAIN, is_quantized, row_bytes
 from d2ft_fl.wire.sizes import ELEMENT, MESSAGE_HEADER, RANK_BYTES, TENSOR_HEADER
 
 
 @dataclass(frozen=True)
-class Traffic:
+class Communication:
     """Bytes up and down.
 
     Attributes:
@@ -37,7 +37,7 @@ class Traffic:
     def down(
         self,
         operations: np.ndarray,
-        holds: np.ndarray | None,
+        cached: np.ndarray | None,
         ranks: np.ndarray | None = None,
     ) -> np.ndarray:
         """Bytes that travel to clients: int64 [clients].
@@ -53,14 +53,14 @@ class Traffic:
         total += self.rank_bytes * (ranks is not None)
         total += self.extras.down(operations)
         total -= (resident * self.spared_down).sum(axis=(1, 2))
-        if holds is None:
+        if cached is None:
             return total + fixed.wire_bytes(resident) + fixed.outer_bytes
-        new = resident & ~holds
-        blocks = resident.any(axis=2) & ~holds.any(axis=2)  # of which nothing is there yet
+        new = resident & ~cached
+        blocks = resident.any(axis=2) & ~cached.any(axis=2)  # of which nothing is there yet
         total += (new * ELEMENT * fixed.sliced).sum(axis=(1, 2))
         total += (new.any(axis=2) * TENSOR_HEADER * fixed.tensors).sum(axis=1)
         total += (blocks * ELEMENT * fixed.shared).sum(axis=1)
-        return total + ~holds.any(axis=(1, 2)) * fixed.outer_bytes
+        return total + ~cached.any(axis=(1, 2)) * fixed.outer_bytes
 
     def up(self, operations: np.ndarray, ranks: np.ndarray) -> np.ndarray:
         """Bytes that come back: int64 [clients].
@@ -92,13 +92,13 @@ class Traffic:
     def spared_up(self) -> np.ndarray:
         """Bytes that coding spares a subnet that trains on its way up: int64 [blocks, heads]."""
         bits = self.bits_up
-        return self._coded(bits, lambda p: p.trains, lambda p: _spared(p, bits))
+        return self._quantized(bits, lambda p: p.trains, lambda p: _spared(p, bits))
 
     @cached_property
     def spared_down(self) -> np.ndarray:
         """Bytes that coding spares a subnet on its way down: int64 [blocks, heads]."""
         bits = self.bits_down
-        return self._coded(bits, lambda p: True, lambda p: _spared(p, bits))
+        return self._quantized(bits, lambda p: True, lambda p: _spared(p, bits))
 
     @cached_property
     def kept(self) -> np.ndarray:
@@ -106,9 +106,11 @@ class Traffic:
 
         They are held while it trains, in as many bits as they came in.
         """
-        return self._coded(self.bits_up, lambda p: p.trains, lambda p: row_bytes(p, self.bits_down))
+        return self._quantized(
+            self.bits_up, lambda p: p.trains, lambda p: row_bytes(p, self.bits_down)
+        )
 
-    def _coded(self, bits: int, which: Which, each: Callable[[Parameter], int]) -> np.ndarray:
+    def _quantized(self, bits: int, which: Which, each: Callable[[Parameter], int]) -> np.ndarray:
         """Bytes of the rows of each subnet that travel coded: int64 [blocks, heads].
 
         Args:
@@ -116,7 +118,7 @@ class Traffic:
         """
         total = np.zeros((self.arch.blocks, self.arch.heads), dtype=np.int64)
         for p in self.arch.of_kind(Kind.SLICED):
-            if which(p) and is_coded(p, bits):
+            if which(p) and is_quantized(p, bits):
                 total[p.block] += [each(p) * len(rows) for rows in p.rows]
         return total
 

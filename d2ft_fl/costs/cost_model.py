@@ -38,8 +38,8 @@ from functools import cached_property
 
 import numpy as np
 
-from d2ft_fl.config.training_options import AS_CONFIGURED, LocalOptions, Way
-from d2ft_fl.costs.communication import Traffic
+from d2ft_fl.config.training_options import DEFAULT_POLICY, ExecutionPolicy, LocalOptions
+from d2ft_fl.costs.communication import Communication
 from d2ft_fl.costs.compensation import Extras
 from d2ft_fl.costs.flops import BranchFlops
 from d2ft_fl.costs.memory import PassMemory, Saved
@@ -51,7 +51,7 @@ from d2ft_fl.subnets.architecture import Architecture
 from d2ft_fl.subnets.schedule import (
     Operation,
     Schedule,
-    passes,
+    micro_batches,
     residents,
     slot_sizes,
     slot_totals,
@@ -90,17 +90,17 @@ class CostModel:
     bits_up: int = PLAIN
     bits_down: int = PLAIN
 
-    def along(self, way: Way) -> "CostModel":
+    def under(self, policy: ExecutionPolicy) -> "CostModel":
         """The costs of going about it in some way; compensation is for tokens in their places.
 
         Raises:
             ConfigError: When fewer tokens are to be compensated, or there are not so many; for bits
                 in which nothing can travel; for a batch that leaves slots without examples.
         """
-        if way == AS_CONFIGURED:
+        if policy == DEFAULT_POLICY:
             return self
-        tokens, most = way.tokens or 0, self.arch.tokens
-        up, down = way.bits_up or self.bits_up, way.bits_down or self.bits_down
+        tokens, most = policy.tokens or 0, self.arch.tokens
+        up, down = policy.bits_up or self.bits_up, policy.bits_down or self.bits_down
         check_bits(up, down)
         if tokens and not self.arch.prefix < tokens <= most:
             raise ConfigError(
@@ -111,10 +111,10 @@ class CostModel:
                 f"compensation adds a mean to each of {most} tokens, and cannot go with "
                 f"tokens = {tokens}"
             )
-        options = self.options.along(way)
-        if way.batch is not None and way.batch < self.slots:
+        options = self.options.under(policy)
+        if policy.batch is not None and policy.batch < self.slots:
             raise ConfigError(
-                f"a batch of {way.batch} has no example for each of {self.slots} slots"
+                f"a batch of {policy.batch} has no example for each of {self.slots} slots"
             )
         return replace(self, options=options, tokens=tokens, bits_up=up, bits_down=down)
 
@@ -162,7 +162,7 @@ class CostModel:
         return self.arch.embed_flops + 6 * self.arch.dim * self.arch.classes
 
     @cached_property
-    def fold_flops(self) -> np.ndarray:
+    def merge_flops(self) -> np.ndarray:
         """FLOPs of folding a subnet's factors into its weights, by rank: int64 [blocks, heads]."""
         weights = [
             p.role for p in self.arch.parameters if p.role.split(".")[0] in self.arch.targets
@@ -208,7 +208,7 @@ class CostModel:
         flops = self.options.epochs * (per_slot * totals).sum(axis=1)
         if self.arch.rank:
             folded = residents(operations) * (self.arch.rank - ranks)
-            flops += (folded * self.fold_flops).sum(axis=(1, 2))
+            flops += (folded * self.merge_flops).sum(axis=(1, 2))
         return flops
 
     def slot_totals(self, examples: int) -> list[int]:
@@ -263,7 +263,7 @@ class CostModel:
         elements = elements + copies * parts.whole.elements(trained)
         if self.arch.rank:
             elements += parts.factors.elements(ranks) + copies * parts.ranked.elements(ranks)
-        kept = (trained * self.traffic.kept).sum(axis=(1, 2))
+        kept = (trained * self.communication.kept).sum(axis=(1, 2))
         return ELEMENT * elements + kept + self.extras.held(operations)
 
     def copies(self, moments: bool) -> int:
@@ -327,40 +327,42 @@ class CostModel:
         ]
         return ELEMENT * self.arch.input_elements * images + np.max(peaks, axis=0)
 
-    def passes(self, schedule: Schedule, batch: int) -> list[list[int]]:
+    def micro_batches(self, schedule: Schedule, batch: int) -> list[list[int]]:
         """Examples of each slot, for the passes that a batch of this size is run in."""
         sizes = slot_sizes(batch, schedule.slots)
-        return passes(sizes, schedule.active.tolist(), self.options.accumulate)
+        return micro_batches(sizes, schedule.active.tolist(), self.options.accumulate)
 
     # -- bytes -------------------------------------------------------------------------------
 
     @cached_property
-    def traffic(self) -> Traffic:
+    def communication(self) -> Communication:
         """Bytes that travel."""
-        return Traffic(self.parts, self.extras, self.slots, self.bits_up, self.bits_down)
+        return Communication(self.parts, self.extras, self.slots, self.bits_up, self.bits_down)
 
     def bytes_down(self, schedule: Schedule) -> int:
         """Bytes that travel to a client that has nothing: slices, compensation, headers."""
-        return int(self.traffic.down(schedule.operations[None], None, _one(schedule.ranks))[0])
+        return int(
+            self.communication.down(schedule.operations[None], None, _one(schedule.ranks))[0]
+        )
 
     def bytes_up(self, schedule: Schedule) -> int:
         """Bytes that come back: trained slices, means, and their headers."""
         ranks = self.ranks(schedule.operations[None], _one(schedule.ranks))
-        return int(self.traffic.up(schedule.operations[None], ranks)[0])
+        return int(self.communication.up(schedule.operations[None], ranks)[0])
 
     # -- together ----------------------------------------------------------------------------
 
-    def cost(self, schedule: Schedule, examples: int, holds: np.ndarray | None = None) -> Cost:
+    def cost(self, schedule: Schedule, examples: int, cached: np.ndarray | None = None) -> Cost:
         """Everything one round costs a client. Sitting out costs nothing.
 
         Args:
             holds: bool [blocks, heads], subnets whose fixed parameters the client has.
         """
         operations, ranks = schedule.operations[None], _one(schedule.ranks)
-        tables = [None if t is None else t.tobytes() for t in (operations, ranks, holds)]
+        tables = [None if t is None else t.tobytes() for t in (operations, ranks, cached)]
 
         def found() -> Cost:
-            of_one = self.costs(operations, np.array([examples]), _one(holds), ranks)
+            of_one = self.costs(operations, np.array([examples]), _one(cached), ranks)
             return Cost(*of_one[0].tolist())
 
         # Many clients do the same where a strategy has all do all.
@@ -382,7 +384,7 @@ class CostModel:
         self,
         operations: np.ndarray,
         examples: np.ndarray,
-        holds: np.ndarray | None = None,
+        cached: np.ndarray | None = None,
         ranks: np.ndarray | None = None,
     ) -> np.ndarray:
         """The same of many clients: int64 [clients, 4], in the order of ``RESOURCES``.
@@ -395,7 +397,7 @@ class CostModel:
         found = np.zeros((len(operations), len(RESOURCES)), dtype=np.int64)
         for start in range(0, len(operations), CHUNK):
             part = slice(start, start + CHUNK)
-            cut = [None if table is None else table[part] for table in (holds, ranks)]
+            cut = [None if table is None else table[part] for table in (cached, ranks)]
             found[part] = self._costs(operations[part], examples[part], *cut)
         return found
 
@@ -403,15 +405,15 @@ class CostModel:
         self,
         operations: np.ndarray,
         examples: np.ndarray,
-        holds: np.ndarray | None,
+        cached: np.ndarray | None,
         ranks: np.ndarray | None,
     ) -> np.ndarray:
         own = self.ranks(operations, ranks)
         parts = (
             self._flops(operations, examples, own),
             self.memories(operations, examples, ranks),
-            self.traffic.up(operations, own),
-            self.traffic.down(operations, holds, ranks),
+            self.communication.up(operations, own),
+            self.communication.down(operations, cached, ranks),
         )
         works = operations.any(axis=(1, 2, 3)) & (examples > 0)
         return np.stack(parts, axis=1) * works[:, None]
@@ -423,10 +425,10 @@ class CostModel:
     def plain(self) -> "CostModel":
         """The costs of whole batches and examples, without what trades FLOPs or time for memory."""
         options = self.options.plain()
-        one = replace(self.uncoded(), slots=1, options=options, tokens=0)
+        one = replace(self.unquantized(), slots=1, options=options, tokens=0)
         return replace(one, compensated=False, calibrating=False)
 
-    def uncoded(self) -> "CostModel":
+    def unquantized(self) -> "CostModel":
         """The costs where numbers travel as they are."""
         return replace(self, bits_up=PLAIN, bits_down=PLAIN)
 
@@ -441,7 +443,7 @@ class CostModel:
     def _full_cost(self, examples: int) -> Cost:
         plain = self.plain()
         cost = plain.cost(plain.everything(), examples)
-        down = self.uncoded().bytes_down(self.everything())
+        down = self.unquantized().bytes_down(self.everything())
         return replace(cost, bytes_down=down) if examples else cost
 
 

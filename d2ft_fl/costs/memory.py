@@ -324,12 +324,12 @@ class PassMemory:
         own = (s.narrow + s.stream * 3 * s.rms) * n_through + near * n_live
         after = 2 * total * s.stream * (n_through > 0)
         backward = (n_live > 0) * (arriving + own + np.maximum(middle + casts, after))
-        passes = len(n)
+        micro_batches = len(n)
         ends = total[:, 0, 0]
         return cls(
-            saved.reshape(passes, -1),
-            forward.reshape(passes, -1),
-            backward.reshape(passes, -1),
+            saved.reshape(micro_batches, -1),
+            forward.reshape(micro_batches, -1),
+            backward.reshape(micro_batches, -1),
             ends * (s.outer + s.stream * (1 + 3 * s.rms)) + s.classifier,
             3 * ends * s.embedded,
         )
@@ -371,12 +371,12 @@ def _largest(
         column = run.operations[index, :, block, branch]
         through = run.through[index, :, block, branch]
         order = stored[index, :, block]
-        for pieces in _pieces(
+        for head_groups in _head_groups(
             column.tobytes(), through.tobytes(), order.tobytes(), n.shape[1], operation
         ):
             loads = [
                 int(n[index, start:stop].sum()) * int(per_head[branch, list(heads)].sum())
-                for start, stop, heads in pieces
+                for start, stop, heads in head_groups
             ]
             load = sum(loads) if together else max(loads)
             found[index, block, branch] = max(int(found[index, block, branch]), load)
@@ -384,7 +384,7 @@ def _largest(
 
 
 @lru_cache(maxsize=1 << 16)
-def _pieces(
+def _head_groups(
     operations: bytes, through: bytes, stored: bytes, slots: int, operation: Operation
 ) -> list[list[Part]]:
     """The engine's pieces of one operation, segment by segment: of a branch's [slots, heads]."""
@@ -392,6 +392,6 @@ def _pieces(
     def table(data: bytes) -> np.ndarray:
         return np.frombuffer(data, dtype=np.int8).reshape(slots, -1)
 
-    passes = np.frombuffer(through, dtype=bool)
-    found = groups(table(operations), passes, storage_order(table(stored)))
-    return [group.pieces[operation] for group in found if group.pieces[operation]]
+    wanted = np.frombuffer(through, dtype=bool)
+    found = groups(table(operations), wanted, storage_order(table(stored)))
+    return [group.head_groups[operation] for group in found if group.head_groups[operation]]

@@ -13,7 +13,7 @@ Which = Callable[[Parameter], bool]
 
 
 @dataclass(frozen=True)
-class Amounts:
+class ParameterCounts:
     """How much of an architecture some parameters are, by what they belong to.
 
     Attributes:
@@ -29,7 +29,7 @@ class Amounts:
     outer_tensors: int
 
     @classmethod
-    def of(cls, arch: Architecture, which: Which) -> "Amounts":
+    def of(cls, arch: Architecture, which: Which) -> "ParameterCounts":
         """Counted from the parameters."""
         chosen = [p for p in arch.parameters if which(p)]
         outer = [p.numel for p in chosen if p.block < 0]
@@ -62,7 +62,7 @@ class Amounts:
         own = (which * self.sliced).sum(axis=(1, 2))
         return own + (which.max(axis=2) * self.shared).sum(axis=1)
 
-    def per_rank(self, rank: int) -> "Amounts":
+    def per_rank(self, rank: int) -> "ParameterCounts":
         """Of LoRA's factors of a rank, what belongs to one of it."""
         sliced, shared = self.sliced // max(1, rank), self.shared // max(1, rank)
         return replace(self, sliced=sliced, shared=shared)
@@ -75,37 +75,37 @@ class Parts:
     arch: Architecture
 
     @cached_property
-    def own(self) -> Amounts:
+    def own(self) -> ParameterCounts:
         """The model's own parameters: held with every resident subnet."""
-        return Amounts.of(self.arch, lambda p: not p.factor)
+        return ParameterCounts.of(self.arch, lambda p: not p.factor)
 
     @cached_property
-    def factors(self) -> Amounts:
+    def factors(self) -> ParameterCounts:
         """LoRA's factors, by rank: held with trained subnets; those of others are folded in."""
-        return Amounts.of(self.arch, lambda p: bool(p.factor)).per_rank(self.arch.rank)
+        return ParameterCounts.of(self.arch, lambda p: bool(p.factor)).per_rank(self.arch.rank)
 
     @cached_property
-    def trained(self) -> Amounts:
+    def trained(self) -> ParameterCounts:
         """What trains: has gradients and moments, and travels up."""
-        return Amounts.of(self.arch, lambda p: p.trains)
+        return ParameterCounts.of(self.arch, lambda p: p.trains)
 
     @cached_property
-    def whole(self) -> Amounts:
+    def whole(self) -> ParameterCounts:
         """What trains whatever the rank: everything but factors."""
-        return Amounts.of(self.arch, lambda p: p.trains and not p.factor)
+        return ParameterCounts.of(self.arch, lambda p: p.trains and not p.factor)
 
     @cached_property
-    def ranked(self) -> Amounts:
+    def ranked(self) -> ParameterCounts:
         """Of factors that train, what belongs to one of their rank."""
-        chosen = Amounts.of(self.arch, lambda p: p.trains and bool(p.factor))
+        chosen = ParameterCounts.of(self.arch, lambda p: p.trains and bool(p.factor))
         return chosen.per_rank(self.arch.rank)
 
     @cached_property
-    def fixed(self) -> Amounts:
+    def fixed(self) -> ParameterCounts:
         """What never changes: travels down to clients that have it not."""
-        return Amounts.of(self.arch, lambda p: p.fixed)
+        return ParameterCounts.of(self.arch, lambda p: p.fixed)
 
     @cached_property
-    def loose(self) -> Amounts:
+    def loose(self) -> ParameterCounts:
         """What changes: travels down every round."""
-        return Amounts.of(self.arch, lambda p: not p.fixed)
+        return ParameterCounts.of(self.arch, lambda p: not p.fixed)

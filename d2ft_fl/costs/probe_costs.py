@@ -16,7 +16,7 @@ from d2ft_fl.wire.sizes import ELEMENT, TENSOR_HEADER
 
 
 @dataclass(frozen=True)
-class Passes:
+class Probes:
     """What a client does with the whole model before it trains its part.
 
     Attributes:
@@ -33,15 +33,15 @@ class Passes:
         return bool(self.scored or self.viewed)
 
     @property
-    def alternatives(self) -> tuple["Passes", ...]:
+    def alternatives(self) -> tuple["Probes", ...]:
         """What to try in turn where budgets do not afford all: these, selecting alone, none."""
-        return tuple(dict.fromkeys((self, Passes(viewed=self.viewed), NO_PASSES)))
+        return tuple(dict.fromkeys((self, Probes(viewed=self.viewed), NO_PROBES)))
 
 
-NO_PASSES = Passes()
+NO_PROBES = Probes()
 
 
-def passes_cost(costs: CostModel, passes: Passes, holds: np.ndarray | None = None) -> Cost:
+def probes_cost(costs: CostModel, probes: Probes, cached: np.ndarray | None = None) -> Cost:
     """Cost of passes over the whole model, which comes down for them.
 
     Scoring takes one example at a time, everything FULL; selecting a batch at a time, forward. Up
@@ -51,42 +51,42 @@ def passes_cost(costs: CostModel, passes: Passes, holds: np.ndarray | None = Non
     Args:
         holds: bool [blocks, heads], subnets whose fixed parameters the client has.
     """
-    cost = costs.known(passes, lambda: _passes_cost(costs, passes))
-    if holds is None or not passes:
+    cost = costs.known(probes, lambda: _probes_cost(costs, probes))
+    if cached is None or not probes:
         return cost
     everything = costs.everything().operations[None]
-    return replace(cost, bytes_down=int(costs.traffic.down(everything, holds[None])[0]))
+    return replace(cost, bytes_down=int(costs.communication.down(everything, cached[None])[0]))
 
 
-def _passes_cost(costs: CostModel, passes: Passes) -> Cost:
-    if not passes:
+def _probes_cost(costs: CostModel, probes: Probes) -> Cost:
+    if not probes:
         return Cost()
     # Gradients of the likelihood, so without dropout; of the weights themselves, factors folded in.
     a = without_lora(costs.arch)
     still = replace(a, attention_dropout=0.0, hidden_dropout=0.0, output_dropout=0.0, drop_path=0.0)
     one = replace(costs.plain(), arch=still)
     held = sum(p.numel for p in a.parameters)
-    folded = bool(passes.scored) + bool(passes.viewed)
-    flops, memory, up = folded * costs.arch.rank * int(costs.fold_flops.sum()), 0, 0
-    if passes.scored:
+    folded = bool(probes.scored) + bool(probes.viewed)
+    flops, memory, up = folded * costs.arch.rank * int(costs.merge_flops.sum()), 0, 0
+    if probes.scored:
         everything = one.everything()
         widest = max(p.numel for p in a.of_kind(Kind.SLICED))
-        flops += one.flops(everything, 1) * passes.scored
-        memory = ELEMENT * (held + 2 * widest + passes.scored * a.input_elements)
+        flops += one.flops(everything, 1) * probes.scored
+        memory = ELEMENT * (held + 2 * widest + probes.scored * a.input_elements)
         memory += one.peak_bytes(everything, [1])
-        up = len(passes.kinds) * (ELEMENT * a.blocks * a.heads + TENSOR_HEADER)
-    if passes.viewed:
-        batch = min(passes.viewed, costs.options.batch_size)
+        up = len(probes.kinds) * (ELEMENT * a.blocks * a.heads + TENSOR_HEADER)
+    if probes.viewed:
+        batch = min(probes.viewed, costs.options.batch_size)
         forward = Schedule.filled(Operation.FORWARD_ONLY, 1, a.blocks, a.heads)
         blocks = a.blocks * int(one.operation_flops[Operation.FORWARD_ONLY].sum())
-        flops += (a.embed_flops + 2 * a.dim * a.classes + blocks) * passes.viewed
-        viewing = ELEMENT * (held + batch * a.input_elements + passes.viewed)
+        flops += (a.embed_flops + 2 * a.dim * a.classes + blocks) * probes.viewed
+        viewing = ELEMENT * (held + batch * a.input_elements + probes.viewed)
         memory = max(memory, viewing + one.peak_bytes(forward, [batch]))
     down = costs.bytes_down(costs.everything())
     return Cost(flops, memory + memory // MEMORY_MARGIN, up, down)
 
 
-def with_passes(cost: Cost, before: Cost) -> Cost:
+def with_probes(cost: Cost, before: Cost) -> Cost:
     """A round's cost with passes before it, for which everything has come down already."""
     return Cost(
         cost.flops + before.flops,
@@ -100,14 +100,14 @@ def round_cost(
     costs: CostModel,
     schedule: Schedule,
     examples: int,
-    passes: Passes,
-    holds: np.ndarray | None = None,
+    probes: Probes,
+    cached: np.ndarray | None = None,
 ) -> Cost:
     """Cost of a round, with the passes before it, if any.
 
     They need the whole model, of which the schedule then keeps its part, uncompensated.
     """
-    if not passes:
-        return costs.cost(schedule, examples, holds)
+    if not probes:
+        return costs.cost(schedule, examples, cached)
     cost = replace(costs, compensated=False).cost(schedule, examples)
-    return with_passes(cost, passes_cost(costs, passes, holds))
+    return with_probes(cost, probes_cost(costs, probes, cached))

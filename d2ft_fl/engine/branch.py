@@ -26,14 +26,14 @@ from d2ft_fl.config.training_options import Numerics
 from d2ft_fl.engine import fast_path
 from d2ft_fl.engine.branch_autograd import Pass, Sum
 from d2ft_fl.engine.grouping import Status
-from d2ft_fl.engine.head_group import Lora, Observer, Piece
+from d2ft_fl.engine.head_group import HeadGroup, Lora, Observer
 from d2ft_fl.engine.model_adapter import BranchTraits
 from d2ft_fl.engine.packed_heads import PackedHeads
 from d2ft_fl.engine.segments import Segment
 from d2ft_fl.subnets.architecture import Trains
 
 # Told a piece and its z [examples, tokens, depth] as it runs; see `compensation`.
-Tally = Callable[[Piece, Tensor], None]
+Tally = Callable[[HeadGroup, Tensor], None]
 
 
 @dataclass
@@ -65,7 +65,7 @@ class Branch:
     tally: Tally | None = None
 
     def __post_init__(self) -> None:
-        self._only = fast_path.only_piece(self)
+        self._only = fast_path.only_group(self)
 
     def __call__(self, x: Tensor, bounds: Sequence[int]) -> Tensor:
         """x [examples, tokens, dim] plus what the branch adds.
@@ -154,11 +154,11 @@ class Branch:
         full = [p for s in self.segments for p in s.alive if p.full]
         touched: set[int] = set()
         first: set[int] = set()  # heads whose first gradient is added to what is there
-        for piece in full:
-            piece.overwrites = overwrite and touched.isdisjoint(piece.heads)
-            if not piece.overwrites:
-                first.update(set(piece.heads) - touched)
-            touched.update(piece.heads)
+        for head_group in full:
+            head_group.overwrites = overwrite and touched.isdisjoint(head_group.heads)
+            if not head_group.overwrites:
+                first.update(set(head_group.heads) - touched)
+            touched.update(head_group.heads)
         products = (*self.traits.inward, self.traits.outward)
         roles = [role for role in self.store.grads if role.split(".")[0] in products]
         return [

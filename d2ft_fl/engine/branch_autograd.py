@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
 from d2ft_fl.engine.grouping import Status
-from d2ft_fl.engine.head_group import Piece, Taken
+from d2ft_fl.engine.head_group import HeadGroup, SavedActivations
 from d2ft_fl.engine.segments import Segment
 
 if TYPE_CHECKING:
@@ -66,26 +66,28 @@ class _Kept:
     y: Tensor | None
     state: Tensor | None = None
     middles: list[_Graph | None] = field(default_factory=list)
-    taken: list[Taken] = field(default_factory=list)
+    saved: list[SavedActivations] = field(default_factory=list)
 
-    def take(self, index: int) -> tuple[_Graph | None, Taken]:
+    def take(self, index: int) -> tuple[_Graph | None, SavedActivations]:
         """What is kept of one live piece, and then no longer is."""
         if not self.middles:
-            return None, Taken()
-        found = self.middles[index], self.taken[index]
-        self.middles[index], self.taken[index] = None, Taken()
+            return None, SavedActivations()
+        found = self.middles[index], self.saved[index]
+        self.middles[index], self.saved[index] = None, SavedActivations()
         return found
 
     def release(self) -> list[Tensor | None]:
         """The big tensors, which are then no longer here; see :meth:`restore`."""
-        own = [self.y, *(t for taken in self.taken for t in taken)]
-        self.y, self.taken = None, [Taken()] * len(self.taken)
+        own = [self.y, *(t for saved in self.saved for t in saved)]
+        self.y, self.saved = None, [SavedActivations()] * len(self.saved)
         return own
 
     def restore(self, tensors: Iterator[Tensor | None]) -> None:
         """Put back what :meth:`release` gave."""
         self.y = next(tensors)
-        self.taken = [Taken(*(next(tensors) for _ in Taken._fields)) for _ in self.taken]
+        self.saved = [
+            SavedActivations(*(next(tensors) for _ in SavedActivations._fields)) for _ in self.saved
+        ]
 
 
 @dataclass(frozen=True)
@@ -112,12 +114,14 @@ class Pass:
         ends = (self.bounds[start] - first, self.bounds[stop] - first)
         return slice(ends[0] * self.tokens, ends[1] * self.tokens)
 
-    def work(self, segment: Segment, pieces: Sequence[Piece]) -> Iterator[tuple[Piece, slice]]:
+    def work(
+        self, segment: Segment, head_groups: Sequence[HeadGroup]
+    ) -> Iterator[tuple[HeadGroup, slice]]:
         """The pieces that have examples, with their rows."""
-        for piece in pieces:
-            rows = self.span(segment, *piece.slots)
+        for head_group in head_groups:
+            rows = self.span(segment, *head_group.slots)
             if rows.start < rows.stop:
-                yield piece, rows
+                yield head_group, rows
 
     def leaves(
         self, shared: Mapping[str, Tensor], wanted: Mapping[str, bool], segment: Segment
@@ -143,18 +147,18 @@ class Pass:
         return segment.through or (full and self.branch.trains.inward)
 
     def middle(
-        self, piece: Piece, y: Tensor, own: Mapping[str, Tensor], live: bool, graph: bool
-    ) -> tuple[_Graph | None, Taken, Tensor]:
+        self, head_group: HeadGroup, y: Tensor, own: Mapping[str, Tensor], live: bool, graph: bool
+    ) -> tuple[_Graph | None, SavedActivations, Tensor]:
         """A piece up to its product out: its middle's graph, what to keep, and z [rows, depth].
 
         Args:
             live: Whether it is run to be trained. graph: Whether gradient goes through its middle.
         """
         branch = self.branch
-        hs, taken = piece.products_in(y, own, branch.numerics, live and branch.training)
+        hs, saved = head_group.products_in(y, own, branch.numerics, live and branch.training)
         with torch.set_grad_enabled(graph):
             z = branch.middle([h.requires_grad_(graph) for h in hs], self.tokens, own)
-        return (_Graph(hs, z) if graph else None), taken, z.detach()
+        return (_Graph(hs, z) if graph else None), saved, z.detach()
 
     def forward(
         self, x: Tensor, shared: Mapping[str, Tensor], wanted: Mapping[str, bool] | None
@@ -185,42 +189,42 @@ class Pass:
             if live and numerics.recompute and branch.training and branch.random:
                 keep.state = _generator_state(x.device)
             summed: set[int] = set()
-            for piece, rows in self.work(segment, [*segment.alive, *segment.silent]):
-                live_piece = wanted is not None and piece in segment.alive
-                alive = graph and live_piece
-                through = alive and self.deep(segment, piece.full)
-                middle, taken, z = self.middle(
-                    piece, y[rows], own if alive else shared, live_piece, through
+            for head_group, rows in self.work(segment, [*segment.alive, *segment.silent]):
+                live_group = wanted is not None and head_group in segment.alive
+                alive = graph and live_group
+                through = alive and self.deep(segment, head_group.full)
+                middle, saved, z = self.middle(
+                    head_group, y[rows], own if alive else shared, live_group, through
                 )
                 if branch.tally is not None:
-                    branch.tally(piece, z.view(-1, self.tokens, piece.depth))
-                start = self._start(piece, summed, shared, total, into[rows])
-                drop = live_piece and branch.training
-                more = piece.product_out(z, into[rows], shared, numerics, start, drop)
+                    branch.tally(head_group, z.view(-1, self.tokens, head_group.depth))
+                start = self._start(head_group, summed, shared, total, into[rows])
+                drop = live_group and branch.training
+                more = head_group.product_out(z, into[rows], shared, numerics, start, drop)
                 if alive:
                     keep.middles.append(middle)
-                    keep.taken.append(self._kept(piece, z, taken, more))
-                del middle, taken, more, z
+                    keep.saved.append(self._kept(head_group, z, saved, more))
+                del middle, saved, more, z
             if live and wanted:
                 kept.append(keep)
         return total, kept
 
-    def fresh(self, piece: Piece, done: set[int]) -> tuple[list[int], bool]:
+    def fresh(self, head_group: HeadGroup, done: set[int]) -> tuple[list[int], bool]:
         """Slots of a piece that are not ``done`` yet, and whether that is all; they are now."""
-        slots = range(*piece.slots)
+        slots = range(*head_group.slots)
         found = [slot for slot in slots if slot not in done]
         done.update(slots)
         return found, len(found) == len(slots)
 
     def _start(
         self,
-        piece: Piece,
+        head_group: HeadGroup,
         summed: set[int],
         shared: Mapping[str, Tensor],
         total: Tensor,
         own: Tensor,
     ) -> Tensor | None:
-        """What a piece's product out adds to; see ``Piece.product_out``.
+        """What a piece's product out adds to; see ``HeadGroup.product_out``.
 
         The first piece of a slot finds nothing: a bias alone goes into its product; else its rows
         start with what is there anyway, the bias and what skipped heads add on average.
@@ -230,7 +234,7 @@ class Pass:
             total: The sum [examples, tokens, dim]. own: The piece's rows of it.
         """
         bias, offsets = shared.get(self.branch.bias_role), self.branch.offsets
-        slots, first = self.fresh(piece, summed)
+        slots, first = self.fresh(head_group, summed)
         if first and not any(offsets[slot] is not None for slot in slots):
             return None if bias is None else self.branch.numerics.cast(bias)
         for slot in slots:
@@ -270,44 +274,57 @@ class Pass:
             leaf = x.detach().requires_grad_(segment.through and grads.wanted["x"])
             norm, y = self.norm(leaf, own, graph=segment.through)
         common = [r for r in branch.traits.middle_roles if r in own and own[r].requires_grad]
-        pieces = list(enumerate(self.work(segment, segment.alive)))
+        head_groups = list(enumerate(self.work(segment, segment.alive)))
         dy, done = (g.new_empty(g.shape) if segment.through else None), set[int]()
         for full in (True, False):  # all pieces of an operation together
-            group = [(i, piece, rows) for i, (piece, rows) in pieces if piece.full is full]
+            group = [
+                (i, head_group, rows)
+                for i, (head_group, rows) in head_groups
+                if head_group.full is full
+            ]
             deep = self.deep(segment, full)
-            graphs, dzs, all_taken = [], [], []
-            for index, piece, rows in group:
-                graph, taken = kept.take(index)
+            graphs, dzs, all_saved = [], [], []
+            for index, head_group, rows in group:
+                graph, saved = kept.take(index)
                 if x is not None:
                     assert y is not None
-                    graph, taken = self._again(piece, y[rows], own, deep)
-                error = piece.error_out(g[rows], own, numerics, deep)
+                    graph, saved = self._again(head_group, y[rows], own, deep)
+                error = head_group.error_out(g[rows], own, numerics, deep)
                 if full:
-                    piece.gradients_out(taken, g[rows], error, grads.add, branch.observer)
+                    head_group.gradients_out(saved, g[rows], error, grads.add, branch.observer)
                 if deep:
                     assert graph is not None
                     graphs.append(graph)
-                    dzs.append(piece.through_out(g[rows], error, taken.z_mask, numerics))
-                all_taken.append(taken._replace(z=None, v=None, z_dropped=None, z_mask=None))
-                graph, taken, error = None, Taken(), None
+                    dzs.append(head_group.through_out(g[rows], error, saved.z_mask, numerics))
+                all_saved.append(saved._replace(z=None, v=None, z_dropped=None, z_mask=None))
+                graph, saved, error = None, SavedActivations(), None
             if not deep:
                 continue
             inwards, values = _gradients(graphs, dzs, [own[r] for r in common] if group else ())
             graphs, dzs = [], []
             for role, value in zip(common, values, strict=bool(group)):
                 grads.add(role, value)
-            for (_, piece, rows), taken, inward in zip(group, all_taken, inwards, strict=True):
-                error = piece.errors_in(inward, numerics, segment.through)
+            for (_, head_group, rows), saved, inward in zip(group, all_saved, inwards, strict=True):
+                error = head_group.errors_in(inward, numerics, segment.through)
                 if full:
                     part = None if y is None else y[rows]
-                    piece.gradients_in(taken, part, inward, error, grads.add, branch.observer)
+                    head_group.gradients_in(saved, part, inward, error, grads.add, branch.observer)
                 if dy is not None:
-                    slots, first = self.fresh(piece, done)
+                    slots, first = self.fresh(head_group, done)
                     for slot in () if first else slots:
                         dy[self.span(segment, slot, slot + 1)] = 0
-                    mask = taken.y_mask
-                    piece.through_in(inward, error, mask, dy[rows], own, numerics, add=not first)
-            inwards, inward, all_taken, taken, error, part = [], [], [], Taken(), None, None
+                    mask = saved.y_mask
+                    head_group.through_in(
+                        inward, error, mask, dy[rows], own, numerics, add=not first
+                    )
+            inwards, inward, all_saved, saved, error, part = (
+                [],
+                [],
+                [],
+                SavedActivations(),
+                None,
+                None,
+            )
         if dy is None:
             return None
         assert norm is not None
@@ -319,26 +336,28 @@ class Pass:
             grads.add(role, value)
         return dx
 
-    def _kept(self, piece: Piece, z: Tensor, first: Taken, second: Taken) -> Taken:
+    def _kept(
+        self, head_group: HeadGroup, z: Tensor, first: SavedActivations, second: SavedActivations
+    ) -> SavedActivations:
         """What is kept of a live piece, out of what its products in and out gave."""
-        if not piece.full:
-            return Taken()
+        if not head_group.full:
+            return SavedActivations()
         plain = self.branch.trains.z and second.z_dropped is None
         return second._replace(
             z=z if plain else None, u=first.u, y_dropped=first.y_dropped, y_mask=first.y_mask
         )
 
     def _again(
-        self, piece: Piece, y: Tensor, own: Mapping[str, Tensor], deep: bool
-    ) -> tuple[_Graph | None, Taken]:
+        self, head_group: HeadGroup, y: Tensor, own: Mapping[str, Tensor], deep: bool
+    ) -> tuple[_Graph | None, SavedActivations]:
         """A live piece computed once more, as far as its gradients need it."""
         numerics, training = self.branch.numerics, self.branch.training
-        graph, first, z = self.middle(piece, y, own, True, deep)
-        lora, second = piece.outward.lora, Taken()
+        graph, first, z = self.middle(head_group, y, own, True, deep)
+        lora, second = head_group.outward.lora, SavedActivations()
         drops = training and lora is not None and bool(lora.dropout)
-        if piece.full and lora is not None and (lora.far_trains or drops):
-            second = piece.mixed_out(z, numerics, training)
-        return graph, self._kept(piece, z, first, second)
+        if head_group.full and lora is not None and (lora.far_trains or drops):
+            second = head_group.mixed_out(z, numerics, training)
+        return graph, self._kept(head_group, z, first, second)
 
 
 @dataclass

@@ -74,7 +74,7 @@ class Group:
     slots: tuple[int, int]
     status: Status
     through: bool
-    pieces: dict[Operation, list[Part]]
+    head_groups: dict[Operation, list[Part]]
 
 
 def groups(operations: np.ndarray, through: np.ndarray, order: Sequence[int]) -> list[Group]:

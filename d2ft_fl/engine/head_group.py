@@ -109,7 +109,7 @@ class _Product:
         return near.shape[1]
 
 
-class Taken(NamedTuple):
+class SavedActivations(NamedTuple):
     """What a FULL piece keeps for the gradients of its weights; None where they need it not.
 
     Attributes:
@@ -138,7 +138,7 @@ def no_sink(role: str, gradient: Tensor) -> None:
     raise AssertionError(role)
 
 
-class Piece:
+class HeadGroup:
     """Heads that do the same in some neighbouring slots, in one branch: one narrower branch.
 
     Args:
@@ -197,13 +197,13 @@ class Piece:
 
     def products_in(
         self, y: Tensor, shared: Mapping[str, Tensor], numerics: Numerics, drop: bool
-    ) -> tuple[list[Tensor], Taken]:
+    ) -> tuple[list[Tensor], SavedActivations]:
         """``y`` [rows, dim] times the weights of each role in: [rows, width] each.
 
         Args:
             shared: Shared parameters of the block. drop: Whether LoRA's dropout is drawn.
         """
-        out, taken = [], Taken()
+        out, saved = [], SavedActivations()
         for product in self.inward:
             h = _beside_each_other(
                 y,
@@ -226,13 +226,13 @@ class Piece:
                     into, own = _part(h, view, product.views), _first(u, view.near)
                     _add_product(into, own, numerics.cast(view.near).t())
                 if self.full:
-                    taken = Taken(
+                    saved = SavedActivations(
                         u=u if lora.near_trains else None,
                         y_dropped=dropped if mask is not None and lora.far_trains else None,
                         y_mask=mask,
                     )
             out.append(h)
-        return out, taken
+        return out, saved
 
     def product_out(
         self,
@@ -242,7 +242,7 @@ class Piece:
         numerics: Numerics,
         start: Tensor | None,
         drop: bool,
-    ) -> Taken:
+    ) -> SavedActivations:
         """``total`` [rows, dim] becomes ``start`` plus z W_out, for z [rows, depth].
 
         Args:
@@ -258,18 +258,18 @@ class Piece:
                 torch.addmm(start, part, weight, out=total)
             start = total
         if not product.lora or not product.factored:
-            return Taken()
-        taken = self.mixed_out(z, numerics, drop)
-        assert taken.v is not None
-        _add_product(total, taken.v, numerics.cast(product.far(shared)).t())
+            return SavedActivations()
+        saved = self.mixed_out(z, numerics, drop)
+        assert saved.v is not None
+        _add_product(total, saved.v, numerics.cast(product.far(shared)).t())
         if not self.full:
-            return Taken()
-        kept = taken.z_dropped if taken.z_mask is not None and product.lora.near_trains else None
-        v = taken.v if product.lora.far_trains else None
-        return Taken(v=v, z_dropped=kept, z_mask=taken.z_mask)
+            return SavedActivations()
+        kept = saved.z_dropped if saved.z_mask is not None and product.lora.near_trains else None
+        v = saved.v if product.lora.far_trains else None
+        return SavedActivations(v=v, z_dropped=kept, z_mask=saved.z_mask)
 
-    def mixed_out(self, z: Tensor, numerics: Numerics, drop: bool) -> Taken:
-        """What the near factor of the product out makes of z: ``v`` of :class:`Taken`."""
+    def mixed_out(self, z: Tensor, numerics: Numerics, drop: bool) -> SavedActivations:
+        """What the near factor of the product out makes of z, as ``v``."""
         product = self.outward
         assert product.lora is not None
         dropped, mask = z, None
@@ -281,7 +281,7 @@ class Piece:
             part, near = _part(dropped, view, product.views), numerics.cast(view.near)
             v = torch.mm(part, near) if v is None else _add_narrower(v, part, near)
         assert v is not None
-        return Taken(v=v.mul_(product.lora.scaling), z_dropped=dropped, z_mask=mask)
+        return SavedActivations(v=v.mul_(product.lora.scaling), z_dropped=dropped, z_mask=mask)
 
     def error_out(
         self, g: Tensor, shared: Mapping[str, Tensor], numerics: Numerics, deep: bool
@@ -304,7 +304,7 @@ class Piece:
         """Gradient of z: ``g`` [rows, dim] times W_out transposed, [rows, depth].
 
         Args:
-            error: Of :meth:`error_out`. mask: Of :class:`Taken`.
+            error: Of :meth:`error_out`. mask: Of :class:`SavedActivations`.
         """
         product = self.outward
         weights = [(view.columns, numerics.cast(view.weight).t(), None) for view in product.views]
@@ -358,7 +358,7 @@ class Piece:
         """``dy`` [rows, dim] becomes, or is added, each dh times its W_in.
 
         Args:
-            error: Of :meth:`errors_in`. mask: Of :class:`Taken`.
+            error: Of :meth:`errors_in`. mask: Of :class:`SavedActivations`.
         """
         for product, dh in zip(self.inward, dhs, strict=True):
             for view in product.views:
@@ -374,7 +374,7 @@ class Piece:
 
     def gradients_out(
         self,
-        taken: Taken,
+        saved: SavedActivations,
         g: Tensor,
         error: Tensor | None,
         sink: Sink,
@@ -384,13 +384,13 @@ class Piece:
         product, name = self.outward, f"{self.outward.role}.weight"
         for view in product.views:
             if view.weight_grad is not None or observer is not None:
-                assert taken.z is not None
-                part = _part(taken.z, view, product.views)
+                assert saved.z is not None
+                part = _part(saved.z, view, product.views)
                 self._take(name, view, view.weight_grad, part, g, observer)
         lora = product.lora
         if lora is None or observer is not None:
             return
-        into = taken.z_dropped if taken.z_dropped is not None else taken.z
+        into = saved.z_dropped if saved.z_dropped is not None else saved.z
         for view in product.views:
             if view.near_grad is not None:
                 assert into is not None
@@ -398,12 +398,12 @@ class Piece:
                 part, own = _part(into, view, product.views), _first(error, view.near_grad)
                 self._take(lora.near, view, view.near_grad, part, own, None)
         if lora.far_trains:
-            assert taken.v is not None
-            sink(lora.far, torch.mm(g.t(), taken.v))
+            assert saved.v is not None
+            sink(lora.far, torch.mm(g.t(), saved.v))
 
     def gradients_in(
         self,
-        taken: Taken,
+        saved: SavedActivations,
         y: Tensor | None,
         dhs: Sequence[Tensor],
         error: Tensor | None,
@@ -424,11 +424,11 @@ class Piece:
                     self._take(name, view, view.bias_grad, part, None, observer)
                 if view.near_grad is not None and observer is None:
                     assert lora is not None
-                    assert taken.u is not None
-                    own = _first(taken.u, view.near_grad)
+                    assert saved.u is not None
+                    own = _first(saved.u, view.near_grad)
                     self._take(lora.near, view, view.near_grad, part, own, None)
             if lora and lora.far_trains and observer is None:
-                into = taken.y_dropped if taken.y_dropped is not None else y
+                into = saved.y_dropped if saved.y_dropped is not None else y
                 assert error is not None
                 assert into is not None
                 sink(lora.far, torch.mm(error.t(), into))

@@ -12,7 +12,7 @@ from d2ft_fl.subnets.schedule import Schedule
 from d2ft_fl.wire.compensation import mean_name, skip_name, skip_sets
 
 if TYPE_CHECKING:
-    from d2ft_fl.engine.head_group import Piece
+    from d2ft_fl.engine.head_group import HeadGroup
     from d2ft_fl.engine.partial_model import Offsets, PartialModel
 
 
@@ -66,10 +66,10 @@ class _Add:
     counts: dict[int, int]
     rows: Mapping[int, range]
 
-    def __call__(self, piece: "Piece", z: Tensor) -> None:
+    def __call__(self, head_group: "HeadGroup", z: Tensor) -> None:
         summed = z.sum(dim=0, dtype=torch.float32)  # [tokens, depth]
         start = 0
-        for head in piece.heads:
+        for head in head_group.heads:
             own = self.rows[head]
             self.total[:, own.start : own.stop] += summed[:, start : start + len(own)]
             self.counts[head] += len(z)

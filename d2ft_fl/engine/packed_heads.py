@@ -69,7 +69,7 @@ class PackedHeads:
         if self.trained and self.gradients and self.specs[role].trains:
             self.grads[role] = torch.zeros_like(self.weights[role][: self.count(role)])
 
-    def fold(self, target: str, near: str, far: Tensor, scaling: float) -> None:
+    def merge(self, target: str, near: str, far: Tensor, scaling: float) -> None:
         """Add what a product's factors add into its weights, but for what of them trains.
 
         Only that is kept: of head h, the first r_h columns.

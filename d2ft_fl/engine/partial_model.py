@@ -89,7 +89,7 @@ class Block:
             ]
             args = targets, arch.scaling, arch.lora_dropout
             loras = branch_loras(BRANCHES[index], trains, *args)
-            self._fold(loras.values(), ranks, keeps=bool(trained.any()))
+            self._merge_factors(loras.values(), ranks, keeps=bool(trained.any()))
             own = segments(
                 self.store,
                 t.inward,
@@ -102,7 +102,9 @@ class Block:
             branch = Branch(t, self.store, self.shared, own, trains, loras, numerics, skipped)
             self.branches.append(branch)
 
-    def _fold(self, loras: Iterable[Lora], ranks: Mapping[int, int] | None, keeps: bool) -> None:
+    def _merge_factors(
+        self, loras: Iterable[Lora], ranks: Mapping[int, int] | None, keeps: bool
+    ) -> None:
         """Fold in the factors of heads that do not train; what no head needs then goes.
 
         Args:
@@ -113,7 +115,7 @@ class Block:
             target, _, factor = lora.far.partition(".")
             far = self.shared[lora.far].detach()
             far = far.t() if factor == "lora_A" else far  # [dim, rank]
-            self.store.fold(target, lora.near, far, lora.scaling)
+            self.store.merge(target, lora.near, far, lora.scaling)
             if not keeps:
                 del self.shared[lora.far], self.store.weights[lora.near]
             elif ranks is not None:

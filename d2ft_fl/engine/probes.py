@@ -25,7 +25,7 @@ from d2ft_fl.subnets.schedule import Operation, Schedule
 
 
 @dataclass
-class WholeModel:
+class ProbeRunner:
     """A client's model with all of its weights.
 
     Attributes:

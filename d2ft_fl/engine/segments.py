@@ -6,7 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from d2ft_fl.engine.grouping import Group, Status, groups
-from d2ft_fl.engine.head_group import Lora, Piece
+from d2ft_fl.engine.head_group import HeadGroup, Lora
 from d2ft_fl.engine.packed_heads import PackedHeads
 from d2ft_fl.subnets.schedule import Operation
 
@@ -26,8 +26,8 @@ class Segment:
     slots: tuple[int, int]
     status: Status
     through: bool
-    alive: list[Piece]
-    silent: list[Piece]
+    alive: list[HeadGroup]
+    silent: list[HeadGroup]
 
 
 def segments(
@@ -47,11 +47,11 @@ def segments(
         loras: Product -> its factors.
     """
 
-    def pieces(part: Group, operation: Operation) -> list[Piece]:
+    def head_groups(part: Group, operation: Operation) -> list[HeadGroup]:
         full = operation is Operation.FULL
         return [
-            Piece(store, inward, outward, heads, (start, stop), full, loras)
-            for start, stop, heads in part.pieces[operation]
+            HeadGroup(store, inward, outward, heads, (start, stop), full, loras)
+            for start, stop, heads in part.head_groups[operation]
         ]
 
     return [
@@ -59,8 +59,8 @@ def segments(
             part.slots,
             part.status,
             part.through,
-            pieces(part, Operation.FULL) + pieces(part, Operation.FROZEN),
-            pieces(part, Operation.FORWARD_ONLY),
+            head_groups(part, Operation.FULL) + head_groups(part, Operation.FROZEN),
+            head_groups(part, Operation.FORWARD_ONLY),
         )
         for part in groups(operations, through, store.order)
     ]

@@ -12,7 +12,7 @@ from d2ft_fl.config.training_options import LocalOptions
 from d2ft_fl.engine.meter import Meter, tensor_bytes
 from d2ft_fl.engine.partial_model import Entry, PartialModel
 from d2ft_fl.subnets.architecture import Kind
-from d2ft_fl.subnets.schedule import Operation, Schedule, passes, slot_sizes
+from d2ft_fl.subnets.schedule import Operation, Schedule, micro_batches, slot_sizes
 
 Batches = Iterator[tuple[Tensor, Tensor]]  # images [batch, ...], labels [batch]
 
@@ -121,7 +121,7 @@ class Stepper:
         """One batch: its summed loss, and the examples that ran."""
         schedule = self.model.schedule
         sizes = slot_sizes(len(images), schedule.slots)
-        parts = passes(sizes, schedule.active.tolist(), self.options.accumulate)
+        parts = micro_batches(sizes, schedule.active.tolist(), self.options.accumulate)
         if not parts:
             return 0.0, 0
         batch = images

@@ -22,9 +22,9 @@ from flwr.clientapp import ClientApp
 from d2ft_fl.errors import ConfigError, D2FTError, RunError
 from d2ft_fl.flower.records import pack_blobs, unpack_blobs
 from d2ft_fl.runtime import ray_model_store
-from d2ft_fl.runtime.shared_memory import Exchange
-from d2ft_fl.runtime.worker_pool import Crew, Job
-from d2ft_fl.server.dispatch import Fault
+from d2ft_fl.runtime.shared_memory import SharedMemory
+from d2ft_fl.runtime.worker_pool import Job, WorkerPool
+from d2ft_fl.server.dispatch import ClientFailure
 
 app = ClientApp()
 ASK_SECONDS = 600.0
@@ -57,16 +57,16 @@ def _cpus() -> float:
 
 
 @lru_cache(maxsize=1)
-def _crew(options: str) -> Crew:
+def _worker_pool(options: str) -> WorkerPool:
     """The children of this process, under one configuration."""
     entries = json.loads(options)
     size = max(1, int(_cpus() / entries["threads-per-client"])) if simulated() else 1
-    return Crew(entries, size)
+    return WorkerPool(entries, size)
 
 
-def _crew_of(context: Context) -> Crew:
+def _worker_pool_of(context: Context) -> WorkerPool:
     own = {key: context.node_config[key] for key in OWN if key in context.node_config}
-    return _crew(json.dumps({**context.run_config, **own}, sort_keys=True))
+    return _worker_pool(json.dumps({**context.run_config, **own}, sort_keys=True))
 
 
 def _place(context: Context) -> tuple[int, int]:
@@ -98,7 +98,7 @@ def query(message: Message, context: Context) -> Message:
         if asked["clients"] is None:
             answer = {"node": node, "nodes": nodes, "cpus": _cpus() if simulated() else None}
         else:
-            answer["reports"] = _crew_of(context).reports(
+            answer["reports"] = _worker_pool_of(context).reports(
                 asked["clients"], asked["round"], ASK_SECONDS
             )
     except RunError as error:  # not of the configuration: others may answer
@@ -113,29 +113,29 @@ def query(message: Message, context: Context) -> Message:
 def train(message: Message, context: Context) -> Message:
     """Carry out the assignments of a message; in the order that it says, several at once."""
     how = json.loads(str(message.content.config_records["how"]["json"]))
-    model, exchange = _model(how)
+    model, shared_memory = _model(how)
     jobs = [
         Job(
             client,
             blob,
             str(model) if model else None,
-            str(exchange.reply_path(how["round"], client)) if exchange else None,
+            str(shared_memory.reply_path(how["round"], client)) if shared_memory else None,
         )
         for client, blob in unpack_blobs(message.content.array_records["assignments"], how["index"])
     ]
     results: dict[int, bytes] = {}
-    faults: dict[str, str] = {}
-    for client, reply in _crew_of(context).work(jobs, how["seconds"], how["client-seconds"]):
-        if isinstance(reply, Fault):
-            faults[str(client)] = reply.reason
+    failures: dict[str, str] = {}
+    for client, reply in _worker_pool_of(context).work(jobs, how["seconds"], how["client-seconds"]):
+        if isinstance(reply, ClientFailure):
+            failures[str(client)] = reply.reason
         elif reply:
             results[client] = reply
     arrays, index = pack_blobs(results)
-    said = ConfigRecord({"json": json.dumps({"index": index, "faults": faults})})
+    said = ConfigRecord({"json": json.dumps({"index": index, "faults": failures})})
     return Message(RecordDict({"results": arrays, "said": said}), reply_to=message)
 
 
-def _model(how: dict[str, Any]) -> tuple[Path | None, Exchange | None]:
+def _model(how: dict[str, Any]) -> tuple[Path | None, SharedMemory | None]:
     """Where the round's model is, if it did not come with messages, and where replies go then.
 
     On another machine of a Ray cluster, each of its processes fetches it once a round.
@@ -144,5 +144,5 @@ def _model(how: dict[str, Any]) -> tuple[Path | None, Exchange | None]:
         return None, None
     model = Path(how["model"])
     if model.exists():
-        return model, Exchange(model.parent)
+        return model, SharedMemory(model.parent)
     return ray_model_store.fetch(how["shelf"], how["round"]), None

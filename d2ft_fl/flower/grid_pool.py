@@ -29,9 +29,9 @@ from d2ft_fl.errors import ConfigError, D2FTError, RunError
 from d2ft_fl.flower.client_app import simulated
 from d2ft_fl.flower.records import pack_blobs, unpack_blobs
 from d2ft_fl.rounds.federation import Report
-from d2ft_fl.runtime.ray_model_store import Shelf, machines
-from d2ft_fl.runtime.shared_memory import Exchange
-from d2ft_fl.server.dispatch import Fault, Work
+from d2ft_fl.runtime.ray_model_store import ModelStore, machines
+from d2ft_fl.runtime.shared_memory import SharedMemory
+from d2ft_fl.server.dispatch import ClientFailure, RoundDispatch
 
 log = logging.getLogger(__name__)
 POLL_SECONDS = 0.02  # in memory
@@ -43,7 +43,7 @@ NODES_GRACE_SECONDS = 30.0  # where messages are fetched every few seconds, and 
 WORKER_LOST = ("RayActorError", "ActorDiedError", "ActorUnavailableError", "WorkerCrashedError")
 MOST_EXAMPLES = 10**7  # of a client
 
-Reply = bytes | memoryview | Fault
+Reply = bytes | memoryview | ClientFailure
 
 
 class FlowerPool:
@@ -61,17 +61,17 @@ class FlowerPool:
         self.waiting: set[int] = set()  # for another, which serves clients of theirs, to go
         self._asked: dict[str, tuple[int, float]] = {}  # message -> the node, and until when
         self.workers = 0  # of a simulation; 0 on real devices
-        self.exchange: Exchange | None = None
-        self.shelf: Shelf | None = None
+        self.shared_memory: SharedMemory | None = None
+        self.model_store: ModelStore | None = None
 
     def close(self) -> None:
         """Delete what was shared."""
-        if self.exchange:
-            self.exchange.close()
+        if self.shared_memory:
+            self.shared_memory.close()
 
     # -- who is there ------------------------------------------------------------------------
 
-    def clients(self, round: int) -> dict[int, int]:
+    def clients(self, round_number: int) -> dict[int, int]:
         """Those whose SuperNodes are there; waits for all of them when it is called first.
 
         Returns:
@@ -132,10 +132,10 @@ class FlowerPool:
                 self._asked[own] = node, now + PLACE_SECONDS
         self._serve()
 
-    def _place(self, node: int, answer: "dict[str, Any] | Fault") -> None:
+    def _place(self, node: int, answer: "dict[str, Any] | ClientFailure") -> None:
         """Note which clients a node says it serves, or why it cannot."""
         try:
-            if isinstance(answer, Fault):
+            if isinstance(answer, ClientFailure):
                 raise RunError(answer.reason)
             if "error" in answer:
                 raise ConfigError(str(answer["error"]))
@@ -190,7 +190,7 @@ class FlowerPool:
         content = RecordDict({"query": ConfigRecord({"json": json.dumps(question)})})
         return self._push(node, "query", content, seconds)
 
-    def _pulled(self, waiting: Collection[str]) -> Iterator[tuple[str, Message | Fault]]:
+    def _pulled(self, waiting: Collection[str]) -> Iterator[tuple[str, Message | ClientFailure]]:
         """Of messages that are waited for, what came back by now.
 
         Raises:
@@ -205,11 +205,11 @@ class FlowerPool:
                 raise
             except Exception as error:
                 reason = f"its SuperNode's answer cannot be read: {type(error).__name__}: {error}"
-                yield from ((own, Fault(reason)) for own in part)
+                yield from ((own, ClientFailure(reason)) for own in part)
                 continue
             for reply in replies:
                 if (own := reply.metadata.reply_to_message_id) in part:
-                    failed = Fault(self._reason(reply)) if reply.has_error() else None
+                    failed = ClientFailure(self._reason(reply)) if reply.has_error() else None
                     yield own, failed or reply
 
     @property
@@ -218,7 +218,7 @@ class FlowerPool:
 
     def _query(
         self, questions: Mapping[int, Mapping[str, Any]], seconds: float
-    ) -> Iterator[tuple[int, "dict[str, Any] | Fault"]]:
+    ) -> Iterator[tuple[int, "dict[str, Any] | ClientFailure"]]:
         """Ask nodes; yields what each answers, or why it does not."""
         deadline = time.monotonic() + seconds
         waiting = {self._ask(node, questions[node], seconds): node for node in sorted(questions)}
@@ -231,7 +231,9 @@ class FlowerPool:
                 yield node, _answer(reply)
             if waiting:
                 time.sleep(self._poll_seconds)
-        yield from ((node, Fault("its SuperNode does not answer")) for node in sorted(silent))
+        yield from (
+            (node, ClientFailure("its SuperNode does not answer")) for node in sorted(silent)
+        )
 
     def _reason(self, reply: Message) -> str:
         """Why a node failed.
@@ -247,7 +249,9 @@ class FlowerPool:
 
     # -- what clients say --------------------------------------------------------------------
 
-    def reports(self, round: int, clients: Sequence[int]) -> tuple[list[Report], dict[int, Fault]]:
+    def reports(
+        self, round_number: int, clients: Sequence[int]
+    ) -> tuple[list[Report], dict[int, ClientFailure]]:
         """What clients say of themselves.
 
         Raises:
@@ -255,27 +259,27 @@ class FlowerPool:
                 may be the only one that does, and is left out.
         """
         groups = self._groups(clients, [list(part) for part in self._split(clients)])
-        questions = {node: {"round": round, "clients": own} for node, own in groups.items()}
+        questions = {node: {"round": round_number, "clients": own} for node, own in groups.items()}
         found: list[Report] = []
-        silent: dict[int, Fault] = {}
+        silent: dict[int, ClientFailure] = {}
         for node, answer in self._query(questions, self._patience):
             own = groups[node]
-            if isinstance(answer, Fault):
-                fault = answer
+            if isinstance(answer, ClientFailure):
+                failure = answer
             elif "error" in answer and self.workers:
                 raise ConfigError(str(answer["error"]))
             elif reason := answer.get("error") or answer.get("failed"):
-                fault = Fault(str(reason))
+                failure = ClientFailure(str(reason))
             else:
                 try:
                     said = _reports(answer, own)
                 except Exception as error:
-                    fault = Fault(f"its SuperNode's report is malformed: {error}")
+                    failure = ClientFailure(f"its SuperNode's report is malformed: {error}")
                 else:
                     found += said
                     own = sorted(set(own) - {report.client for report in said})
-                    fault = Fault("its SuperNode says nothing of it")
-            silent |= dict.fromkeys(own, fault)
+                    failure = ClientFailure("its SuperNode says nothing of it")
+            silent |= dict.fromkeys(own, failure)
         return found, silent
 
     def _split(self, clients: Sequence[int]) -> list[Sequence[int]]:
@@ -293,13 +297,13 @@ class FlowerPool:
 
     # -- a round -----------------------------------------------------------------------------
 
-    def train(self, work: Work) -> Iterator[tuple[int, Reply]]:
+    def train(self, work: RoundDispatch) -> Iterator[tuple[int, Reply]]:
         """Send everything, and hand on replies as they arrive, until the deadline."""
         deadline = time.monotonic() + self.config.round_timeout + self._grace
-        if self.workers and self.config.transport == "shared" and self.exchange is None:
-            self.exchange = Exchange.create(work.model_bytes, self.workers)
-            self.shelf = Shelf(f"d2ft-{uuid4().hex}") if machines() > 1 else None
-        with work.clock.of("broadcast"):
+        if self.workers and self.config.transport == "shared" and self.shared_memory is None:
+            self.shared_memory = SharedMemory.create(work.model_bytes, self.workers)
+            self.model_store = ModelStore(f"d2ft-{uuid4().hex}") if machines() > 1 else None
+        with work.stopwatch.of("broadcast"):
             waiting = self._send(work)
         missing = set(work.costs)
         while waiting and time.monotonic() < deadline:
@@ -308,15 +312,15 @@ class FlowerPool:
                 yield client, reply
             time.sleep(self._poll_seconds)
         late = "no answer before the round's deadline" if waiting else "its SuperNode said nothing"
-        yield from ((client, Fault(late)) for client in sorted(missing))
+        yield from ((client, ClientFailure(late)) for client in sorted(missing))
 
-    def _send(self, work: Work) -> dict[str, list[int]]:
+    def _send(self, work: RoundDispatch) -> dict[str, list[int]]:
         """Push a round's messages: message -> its clients."""
         model = None
-        if self.exchange:
-            model = self.exchange.publish(work.round, work.weights)
-            if self.shelf:
-                self.shelf.publish(work.round, model)
+        if self.shared_memory:
+            model = self.shared_memory.publish(work.round, work.weights)
+            if self.model_store:
+                self.model_store.publish(work.round, model)
         parts = work.shares(max(1, min(self.workers, len(self.nodes))))
         place = {client: place for place, client in enumerate(work.longest_first)}
         waiting = {}
@@ -329,7 +333,7 @@ class FlowerPool:
         waiting.pop("", None)
         return waiting
 
-    def _content(self, work: Work, order: list[int], model: Path | None) -> RecordDict:
+    def _content(self, work: RoundDispatch, order: list[int], model: Path | None) -> RecordDict:
         arrays, index = pack_blobs({c: work.encode(c, model is not None) for c in order})
         how = {
             "round": work.round,
@@ -337,7 +341,7 @@ class FlowerPool:
             "seconds": self.config.round_timeout,
             "client-seconds": self.config.client_timeout,
             "model": model and str(model),
-            "shelf": self.shelf and self.shelf.name,
+            "shelf": self.model_store and self.model_store.name,
         }
         return RecordDict({"assignments": arrays, "how": ConfigRecord({"json": json.dumps(how)})})
 
@@ -345,28 +349,30 @@ class FlowerPool:
     def _grace(self) -> float:
         return GRACE_SECONDS if self.workers else NODES_GRACE_SECONDS
 
-    def _arrived(self, work: Work, waiting: dict[str, list[int]]) -> Iterator[tuple[int, Reply]]:
+    def _arrived(
+        self, work: RoundDispatch, waiting: dict[str, list[int]]
+    ) -> Iterator[tuple[int, Reply]]:
         """What has arrived by now, in memory and in messages."""
-        if self.exchange:
-            yield from self.exchange.arrived(work.round)
+        if self.shared_memory:
+            yield from self.shared_memory.arrived(work.round)
         for message, reply in self._pulled(list(waiting)):
             own = waiting.pop(message)
-            if self.exchange:  # all that the node wrote is there now
-                yield from self.exchange.arrived(work.round)
-            if isinstance(reply, Fault):
+            if self.shared_memory:  # all that the node wrote is there now
+                yield from self.shared_memory.arrived(work.round)
+            if isinstance(reply, ClientFailure):
                 yield from ((client, reply) for client in own)
             else:
                 yield from _results(reply, own)
 
 
-def _answer(reply: Message | Fault) -> dict[str, Any] | Fault:
+def _answer(reply: Message | ClientFailure) -> dict[str, Any] | ClientFailure:
     """What a node says to a question."""
-    if isinstance(reply, Fault):
+    if isinstance(reply, ClientFailure):
         return reply
     try:
         return dict(json.loads(str(reply.content.config_records["answer"]["json"])))
     except Exception as error:
-        return Fault(f"its SuperNode's answer is malformed: {error}")
+        return ClientFailure(f"its SuperNode's answer is malformed: {error}")
 
 
 def _reports(answer: Mapping[str, Any], own: Sequence[int]) -> list[Report]:
@@ -388,14 +394,16 @@ def _results(reply: Message, own: Sequence[int]) -> Iterator[tuple[int, Reply]]:
     try:
         said = json.loads(str(reply.content.config_records["said"]["json"]))
         results = dict(unpack_blobs(reply.content.array_records["results"], said["index"]))
-        faults = {int(client): str(reason) for client, reason in said["faults"].items()}
-        if others := (results.keys() | faults.keys()) - set(own):
+        failures = {int(client): str(reason) for client, reason in said["faults"].items()}
+        if others := (results.keys() | failures.keys()) - set(own):
             log.warning("a SuperNode answers for %r, which is not its own", min(others))
     except Exception as error:
-        yield from ((c, Fault(f"its SuperNode's answer is malformed: {error}")) for c in own)
+        yield from (
+            (c, ClientFailure(f"its SuperNode's answer is malformed: {error}")) for c in own
+        )
         return
     for client in own:
         if (blob := results.get(client)) is not None:
             yield client, blob
-        if (reason := faults.get(client)) is not None:
-            yield client, Fault(reason)
+        if (reason := failures.get(client)) is not None:
+            yield client, ClientFailure(reason)

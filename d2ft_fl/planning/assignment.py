@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from d2ft_fl.budgets.budget import Budget
-from d2ft_fl.config.training_options import AS_CONFIGURED, Way
-from d2ft_fl.costs.probe_costs import NO_PASSES, Passes
+from d2ft_fl.config.training_options import DEFAULT_POLICY, ExecutionPolicy
+from d2ft_fl.costs.probe_costs import NO_PROBES, Probes
 from d2ft_fl.costs.resources import Cost
 from d2ft_fl.subnets.schedule import Schedule
 
@@ -27,7 +27,7 @@ class Participant:
     examples: int
     budget: Budget
     capacity: np.ndarray
-    holds: np.ndarray | None = None
+    cached: np.ndarray | None = None
     local: int = 0
 
     def __post_init__(self) -> None:
@@ -62,7 +62,7 @@ class Assignment:
     client: int
     schedule: Schedule
     cost: Cost
-    passes: Passes = NO_PASSES
+    probes: Probes = NO_PROBES
     gap: float | None = None
     examples: int | None = None
-    way: Way = AS_CONFIGURED
+    policy: ExecutionPolicy = DEFAULT_POLICY

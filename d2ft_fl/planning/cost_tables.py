@@ -138,7 +138,7 @@ def table_of(
     examples: int,
     active: int,
     rotation: int,
-    holds: np.ndarray | None = None,
+    cached: np.ndarray | None = None,
 ) -> Table:
     """Costs of options, of opening blocks to each level, and of running anything at all.
 
@@ -158,7 +158,9 @@ def table_of(
         )
     ]
     # Passes that a batch is run in: the largest saves no less than their mean.
-    in_passes = [max(1, min(c.options.accumulate, int(sizes.sum()))) for _, sizes, _ in phases]
+    in_micro_batches = [
+        max(1, min(c.options.accumulate, int(sizes.sum()))) for _, sizes, _ in phases
+    ]
 
     totals = np.array(c.slot_totals(examples), dtype=np.int64)
     shifts = shifts_of(c, active, rotation)
@@ -166,8 +168,8 @@ def table_of(
     flops = c.operation_flops[:, head]  # [operations, subnets]
     does = {op: p.operations == op for op in Operation}  # [options, shifts, slots]
     resident = p.runs > 0
-    if holds is None:
-        holds = np.zeros((arch.blocks, arch.heads), dtype=bool)
+    if cached is None:
+        cached = np.zeros((arch.blocks, arch.heads), dtype=bool)
     alive = c.saved.alive.sum(axis=0)[head, None]
     full = (c.saved.full + c.saved.dropped).sum(axis=0)[head, None]
 
@@ -185,35 +187,39 @@ def table_of(
             else:
                 each = each + (near + c.block_flops[operation]) * p.rank
         items[..., FLOPS] += count(operation, totals) * each
-    items[..., FLOPS] += c.fold_flops.reshape(-1, 1) * (resident * (arch.rank - p.rank))
-    down = ELEMENT * (parts.loose.sliced + parts.fixed.sliced * ~holds) - c.traffic.spared_down
+    items[..., FLOPS] += c.merge_flops.reshape(-1, 1) * (resident * (arch.rank - p.rank))
+    down = (
+        ELEMENT * (parts.loose.sliced + parts.fixed.sliced * ~cached) - c.communication.spared_down
+    )
     items[..., UP] = ELEMENT * _of_rank(parts.whole.sliced, parts.ranked.sliced, p)
-    items[..., UP] -= c.traffic.spared_up.reshape(-1, 1) * (p.full > 0)
+    items[..., UP] -= c.communication.spared_up.reshape(-1, 1) * (p.full > 0)
     items[..., DOWN] = down.reshape(-1, 1) * resident
     # Resident, live, trained at the lowest rank, and what each higher one adds.
     steps = np.diff(p.ranks, prepend=0)
     openings = np.zeros((arch.blocks, 2 + len(steps), LATER + 1), dtype=np.int64)
     openings[:, 0, DOWN] = parts.loose.bytes_of_blocks
-    openings[:, 0, DOWN] += ELEMENT * parts.fixed.shared * ~holds.any(axis=1)
-    openings[:, 0, DOWN] += TENSOR_HEADER * parts.fixed.tensors * ~holds.all(axis=1)
+    openings[:, 0, DOWN] += ELEMENT * parts.fixed.shared * ~cached.any(axis=1)
+    openings[:, 0, DOWN] += TENSOR_HEADER * parts.fixed.tensors * ~cached.all(axis=1)
     openings[:, 2, UP] = ELEMENT * parts.whole.shared + TENSOR_HEADER * parts.trained.tensors
     openings[:, 2:, UP] += ELEMENT * parts.ranked.shared[:, None] * steps
     openings[:, 2:, FLOPS] = c.block_flops[Operation.FULL] * int(totals[:active].sum()) * steps
     constant = np.zeros(LATER + 1, dtype=np.int64)
     constant[FLOPS] = c.base_flops * int(totals[:active].sum())
     constant[UP] = parts.trained.outer_bytes + MESSAGE_HEADER
-    constant[DOWN] = parts.loose.outer_bytes + parts.fixed.outer_bytes * (not holds.any())
-    constant[DOWN] += c.traffic.message_bytes + c.traffic.rank_bytes * (len(steps) > 1)
-    for (resource, sizes, copies), passes in zip(phases, in_passes, strict=True):
+    constant[DOWN] = parts.loose.outer_bytes + parts.fixed.outer_bytes * (not cached.any())
+    constant[DOWN] += c.communication.message_bytes + c.communication.rank_bytes * (len(steps) > 1)
+    for (resource, sizes, copies), micro_batches in zip(phases, in_micro_batches, strict=True):
         total, least = int(sizes.sum()), int(sizes[active - 1])
         n_full = count(Operation.FULL, sizes)
         kept = alive * (n_full + count(Operation.FROZEN, sizes)) + full * n_full
-        kept = 0 if c.options.checkpointing else kept // passes
+        kept = 0 if c.options.checkpointing else kept // micro_batches
         held = _of_rank(
             copies * parts.whole.sliced, parts.factors.sliced + copies * parts.ranked.sliced, p
         )
         held = parts.own.sliced.reshape(-1, 1) * resident + held
-        items[..., resource] = ELEMENT * held + c.traffic.kept.reshape(-1, 1) * (p.full > 0) + kept
+        items[..., resource] = (
+            ELEMENT * held + c.communication.kept.reshape(-1, 1) * (p.full > 0) + kept
+        )
         # x of both branches, of all examples; what else training keeps, of each rank and besides.
         live, trains, ranked = 2 * c.saved.stream * total, 0, 0
         if not c.options.checkpointing:
@@ -221,15 +227,15 @@ def table_of(
             keeps = int(c.saved.keeps_y.sum()) * c.saved.narrow + int(c.saved.masked.sum())
             trains, ranked = keeps * least, int(c.saved.ranked.sum()) * least
         openings[:, 0, resource] = ELEMENT * parts.own.shared
-        openings[:, 1, resource] = live // passes
-        paid = (trains + ranked * np.array(p.ranks)) // passes
+        openings[:, 1, resource] = live // micro_batches
+        paid = (trains + ranked * np.array(p.ranks)) // micro_batches
         openings[:, 2:, resource] = np.diff(paid, prepend=0)
         openings[:, 2, resource] += ELEMENT * copies * parts.whole.shared
         shared = parts.factors.shared + copies * parts.ranked.shared
         openings[:, 2:, resource] += ELEMENT * shared[:, None] * steps
         outer = ELEMENT * (parts.own.outer + copies * parts.trained.outer)
         images = ELEMENT * total * arch.input_elements
-        constant[resource] = outer + images + total * c.saved.outer // passes
+        constant[resource] = outer + images + total * c.saved.outer // micro_batches
     if c.calibrating:
         widths = np.array(arch.widths).sum(axis=0)[head][:, None]
         means = ELEMENT * arch.tokens * widths * resident
@@ -248,8 +254,8 @@ def table_of(
         frozen = bool(p.below.any())
         excess[FLOPS] = _excess_flops(c, totals[:active], frozen)
         spared = c.saved.spared_at_the_bottom(frozen, c.options.checkpointing)
-        for (resource, sizes, _), passes in zip(phases, in_passes, strict=True):
-            excess[resource] = -(-spared * int(sizes.sum()) // passes)
+        for (resource, sizes, _), micro_batches in zip(phases, in_micro_batches, strict=True):
+            excess[resource] = -(-spared * int(sizes.sum()) // micro_batches)
     return Table(items, openings, constant, excess)
 
 

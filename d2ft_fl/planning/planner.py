@@ -32,7 +32,7 @@ import numpy as np
 
 from d2ft_fl.budgets.budget import UNLIMITED, Budget
 from d2ft_fl.costs.cost_model import CostModel
-from d2ft_fl.costs.probe_costs import NO_PASSES, Passes, passes_cost, with_passes
+from d2ft_fl.costs.probe_costs import NO_PROBES, Probes, probes_cost, with_probes
 from d2ft_fl.costs.resources import MEMORY_MARGIN, RESOURCES, Cost
 from d2ft_fl.errors import ConfigError, RunError
 from d2ft_fl.planning.assignment import Assignment, Participant
@@ -116,7 +116,7 @@ class Planner:
         backward: np.ndarray,
         forward: np.ndarray,
         rotation: int = 0,
-        passes: Sequence[Passes] | None = None,
+        probes: Sequence[Probes] | None = None,
     ) -> list[Assignment]:
         """Schedules that keep every budget, of clients in order; sitting out when nothing fits.
 
@@ -129,9 +129,9 @@ class Planner:
                 both, else selecting alone, else none.
         """
         capacity = np.array([c.capacity for c in clients], dtype=np.int64).reshape(-1, 4)
-        wanted = list(passes or [NO_PASSES] * len(clients))
+        wanted = list(probes or [NO_PROBES] * len(clients))
         planned: dict[int, Assignment] = {}
-        selecting = [Passes(viewed=w.viewed) for w in wanted]
+        selecting = [Probes(viewed=w.viewed) for w in wanted]
         for first in (wanted, selecting) if selecting != wanted else (wanted,):
             planned |= self._plan_after(first, clients, planned, backward, forward, rotation)
         who = np.array([i for i in range(len(clients)) if i not in planned], dtype=np.int64)
@@ -142,7 +142,7 @@ class Planner:
 
     def _plan_after(
         self,
-        passes: Sequence[Passes],
+        probes: Sequence[Probes],
         clients: Sequence[Participant],
         planned: Container[int],
         backward: np.ndarray,
@@ -151,8 +151,8 @@ class Planner:
     ) -> dict[int, Assignment]:
         """Plans of clients that afford their passes, and something to train after them."""
         before = {
-            index: passes_cost(self.costs, own, c.holds)
-            for index, (c, own) in enumerate(zip(clients, passes, strict=True))
+            index: probes_cost(self.costs, own, c.cached)
+            for index, (c, own) in enumerate(zip(clients, probes, strict=True))
             if own and index not in planned
         }
         able = {i: cost for i, cost in before.items() if clients[i].affords(cost)}
@@ -165,7 +165,7 @@ class Planner:
         # What has the whole model sent down gets no compensation on top.
         found = self._plain._plan(clients, who, reserved, backward, forward, rotation, able)
         return {
-            index: replace(a, cost=with_passes(a.cost, able[index]), passes=passes[index])
+            index: replace(a, cost=with_probes(a.cost, able[index]), probes=probes[index])
             for index, a in zip(able, found, strict=True)
             if not a.schedule.sits_out
         }
@@ -267,15 +267,15 @@ class Planner:
                 )
 
     def table(
-        self, examples: int, active: int, rotation: int, holds: np.ndarray | None = None
+        self, examples: int, active: int, rotation: int, cached: np.ndarray | None = None
     ) -> Table:
         """What everything costs with so many examples and active slots."""
-        key = examples, active, rotation, b"" if holds is None else holds.tobytes()
+        key = examples, active, rotation, b"" if cached is None else cached.tobytes()
         if key not in self._tables:
             if len(self._tables) >= TABLES:
                 self._tables.clear()
             patterns = self.patterns(active)
-            self._tables[key] = table_of(self.costs, patterns, examples, active, rotation, holds)
+            self._tables[key] = table_of(self.costs, patterns, examples, active, rotation, cached)
         return self._tables[key]
 
     @cached_property
@@ -299,7 +299,7 @@ class Planner:
             return np.ones(schedule.operations.shape[1:])
         return (schedule.ranks / most) ** self.rank_exponent
 
-    def rank_worth(self, patterns: Patterns) -> np.ndarray:
+    def rank_utility(self, patterns: Patterns) -> np.ndarray:
         """What training is worth at the ranks of options, as a share: float64 [options]."""
         most = self.offered[-1]
         return (patterns.rank / most) ** self.rank_exponent if most else np.ones(len(patterns.full))
@@ -321,10 +321,10 @@ def _ticks(budget: Budget, before: Cost | None) -> int:
 
 def _holds(clients: Sequence[Participant], operations: np.ndarray) -> np.ndarray | None:
     """What clients have: bool [clients, blocks, heads]; None where nobody has anything."""
-    if all(c.holds is None for c in clients):
+    if all(c.cached is None for c in clients):
         return None
     nothing = np.zeros(operations.shape[2:], dtype=bool)
-    return np.stack([nothing if c.holds is None else c.holds for c in clients])
+    return np.stack([nothing if c.cached is None else c.cached for c in clients])
 
 
 @dataclass(frozen=True)
@@ -352,11 +352,11 @@ class _Chunk:
         planner, active, rotation = self.planner, self.active, self.rotation % self.active
         if any(c.budget.deadline is not None for c in self.clients):
             own = [
-                planner.table(c.examples, active, rotation, c.holds).timed(c.budget)
+                planner.table(c.examples, active, rotation, c.cached).timed(c.budget)
                 for c in self.clients
             ]
             return own, np.arange(len(own))
-        tables = [planner.table(c.examples, active, rotation, c.holds) for c in self.clients]
+        tables = [planner.table(c.examples, active, rotation, c.cached) for c in self.clients]
         distinct = {id(table): table for table in tables}  # clients share objects
         places = {key: place for place, key in enumerate(distinct)}
         return list(distinct.values()), np.array([places[id(table)] for table in tables])
@@ -392,8 +392,8 @@ class _Chunk:
     @cached_property
     def share(self) -> np.ndarray:
         """How far options train, rank and all: float64 [options]."""
-        worth = self.planner.rank_worth(self.patterns)
-        return self.patterns.full / self.planner.costs.slots * worth
+        utility = self.planner.rank_utility(self.patterns)
+        return self.patterns.full / self.planner.costs.slots * utility
 
     def operations(
         self, capacity: np.ndarray, deadlines: np.ndarray

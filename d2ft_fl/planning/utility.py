@@ -35,7 +35,7 @@ BITS_DOWN = {32: 1.0, 8: 0.999}
 
 
 @dataclass(frozen=True)
-class Worth:
+class Utility:
     """Judges rounds by these scores, float64 [blocks, heads]."""
 
     backward: np.ndarray

@@ -150,27 +150,27 @@ def used(c: ClientPreview, name: str, wide: bool = True) -> tuple[str, str]:
     )
 
 
-def way(c: ClientPreview) -> str:
+def policy(c: ClientPreview) -> str:
     """How a client runs its schedule, where that is not as it is configured, in few words."""
     if c.sits_out:
         return ""
     share = f"{c.examples / max(1, c.local):.0%} data" * (c.examples < c.local)
-    return ", ".join(filter(None, [share, policy_words(asdict(c.way))]))
+    return ", ".join(filter(None, [share, policy_words(asdict(c.policy))]))
 
 
 def _clients(clients: list[ClientPreview], width: int) -> Table:
     operations, limits = shown_operations(clients), shown_limits(clients)
     ranks = has_ranks(clients)
     heads = ["client", "device", *(OPERATIONS[op] for op in operations), *["rank"] * ranks]
-    ways = ["way"] * any(way(c) for c in clients)
-    table = _table([*heads, *(LIMIT_LABELS[n] for n in limits), *OUTCOME, *ways], 2)
-    if ways:
+    policies = ["way"] * any(policy(c) for c in clients)
+    table = _table([*heads, *(LIMIT_LABELS[n] for n in limits), *OUTCOME, *policies], 2)
+    if policies:
         table.columns[-1].no_wrap = False  # the longest gives way, before names are cut
 
-    longest = max(len(way(c)) for c in clients) + 1
+    longest = max(len(policy(c)) for c in clients) + 1
 
     def cell(c: ClientPreview, name: str) -> str:
-        amount, share = used(c, name, wide=width >= WIDE + (longest if ways else 0))
+        amount, share = used(c, name, wide=width >= WIDE + (longest if policies else 0))
         return f"{amount} {share or '-':>4}" if amount else share or "-"
 
     for c in clients:
@@ -181,7 +181,7 @@ def _clients(clients: list[ClientPreview], width: int) -> Table:
             *[rank(c)] * ranks,
             *(cell(c, name) for name in limits),
             *outcome(c),
-            *([way(c)] if ways else []),
+            *([policy(c)] if policies else []),
         )
     return table
 

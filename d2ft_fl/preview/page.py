@@ -17,13 +17,13 @@ from d2ft_fl.preview.console import (
     ROUNDS,
     has_ranks,
     outcome,
+    policy,
     rank,
     rounds,
     shown_limits,
     shown_operations,
     totals,
     used,
-    way,
 )
 from d2ft_fl.preview.plan_preview import LIMITS, ClientPreview, Preview, RoundPreview
 from d2ft_fl.report import html
@@ -189,7 +189,7 @@ def _clients(r: RoundPreview) -> str:
         + html.cells(str(c.examples), *(f"{c.operations[op]:.4g}" for op in operations))
         + html.cells(*[rank(c)] * ranks)
         + "".join(_used(c, name) for name in limits)
-        + html.cells(*outcome(c), way(c))
+        + html.cells(*outcome(c), policy(c))
         for c in r.clients
     ]
     return html.table([*heads, *OUTCOME, "way"], rows, 2)

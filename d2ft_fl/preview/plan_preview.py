@@ -16,7 +16,7 @@ from d2ft_fl.aggregation.mean_compensation import MeanBook
 from d2ft_fl.budgets.budget import DEADLINE, LIMITS, UNLIMITED, ClientDescription
 from d2ft_fl.budgets.sources import BudgetSource
 from d2ft_fl.config.run_config import RunConfig
-from d2ft_fl.config.training_options import Way
+from d2ft_fl.config.training_options import ExecutionPolicy
 from d2ft_fl.costs.resources import RESOURCES, Cost, workload_variance
 from d2ft_fl.data.federated_data import open_data
 from d2ft_fl.errors import ConfigError
@@ -27,7 +27,7 @@ from d2ft_fl.report.format import UNNAMED
 from d2ft_fl.rounds.components import Components
 from d2ft_fl.rounds.context import plan_round
 from d2ft_fl.rounds.federation import Federation, Report, State
-from d2ft_fl.rounds.plan import Plan, held_after, last_trained
+from d2ft_fl.rounds.plan import Plan, cached_after, last_trained
 from d2ft_fl.subnets.schedule import Operation, Schedule
 
 NONE = "none"
@@ -60,7 +60,7 @@ class ClientPreview:
     device: str
     examples: int
     local: int
-    way: Way
+    policy: ExecutionPolicy
     operations: dict[str, float]
     trained_layers: int
     rank: float | None
@@ -87,7 +87,7 @@ class ClientPreview:
             device=who.budget.device or UNNAMED,
             examples=who.examples if a.examples is None else a.examples,
             local=who.local,
-            way=a.way,
+            policy=a.policy,
             operations={op.name.lower(): float(counts[op]) for op in Operation},
             trained_layers=int(a.schedule.trained.all(axis=1).sum()),
             rank=a.schedule.mean_rank(),
@@ -97,8 +97,8 @@ class ClientPreview:
             seconds=seconds,
             binding=_binding(used, wanted, a.schedule),
             gap=a.gap,
-            scored=a.passes.scored,
-            viewed=a.passes.viewed,
+            scored=a.probes.scored,
+            viewed=a.probes.viewed,
             sits_out=a.schedule.sits_out,
         )
 
@@ -290,9 +290,9 @@ def preview(
     return Preview(config, arch.blocks, arch.heads, found, _notes(federation, found))
 
 
-def _reports(source: BudgetSource, sizes: Sequence[int], round: int) -> list[Report]:
+def _reports(source: BudgetSource, sizes: Sequence[int], round_number: int) -> list[Report]:
     return [
-        Report(client, size, source(ClientDescription(client, size, len(sizes)), round))
+        Report(client, size, source(ClientDescription(client, size, len(sizes)), round_number))
         for client, size in enumerate(sizes)
     ]
 
@@ -315,8 +315,8 @@ def follow(federation: Federation, state: State, plan: Plan) -> State:
     last = last_trained(state, plan, everyone)
     stacks = bool(federation.arch.rank) and federation.config.lora_aggregation == "stack"
     changed = (plan.trained > 0) & stacks  # what is folded into a weight changes it
-    holds = held_after(federation.arch, state, plan, everyone, changed)
-    return replace(state, round=plan.round, means=means, last_trained=last, holds=holds)
+    cached = cached_after(federation.arch, state, plan, everyone, changed)
+    return replace(state, round=plan.round, means=means, last_trained=last, cached=cached)
 
 
 def _notes(federation: Federation, rounds: list[RoundPreview]) -> list[str]:

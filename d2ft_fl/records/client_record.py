@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from d2ft_fl.config.training_options import Way
+from d2ft_fl.config.training_options import ExecutionPolicy
 from d2ft_fl.costs.resources import Cost
 
 
@@ -16,7 +16,7 @@ class ClientRecord:
     device: str
     examples: int
     operations: dict[str, float]  # shares over slots and subnets
-    way: Way
+    policy: ExecutionPolicy
     predicted: Cost
     allowed: np.ndarray
     used: Cost | None  # None: sat out or failed
@@ -29,9 +29,9 @@ class ClientRecord:
     viewed: int
     gap: float | None
     rank: float | None  # of LoRA, mean over what it trains; None where that is nothing
-    fault: str | None
+    failure: str | None
 
     @property
     def sat_out(self) -> bool:
         """Whether it had nothing to do."""
-        return self.used is None and self.fault is None
+        return self.used is None and self.failure is None

@@ -36,15 +36,16 @@ def policy_words(entries: Mapping[str, Any]) -> str:
     """How a client runs its schedule, where that is not as it is configured, in few words.
 
     Args:
-        entries: Of a :class:`~d2ft_fl.config.training_options.Way`, as ``clients.jsonl`` has them.
+        entries: Of an :class:`~d2ft_fl.config.training_options.ExecutionPolicy`, as
+            ``clients.jsonl`` has them.
     """
     batch = entries.get("batch")
-    tokens, passes = entries.get("tokens"), entries.get("accumulate") or 1
+    tokens, micro_batches = entries.get("tokens"), entries.get("accumulate") or 1
     up, down = entries.get("bits_up"), entries.get("bits_down")
     said = [
         f"batch {batch}" * bool(batch),
         f"{tokens} tokens" * bool(tokens),
-        f"{passes} passes" * (passes > 1),
+        f"{micro_batches} passes" * (micro_batches > 1),
         "again" * bool(entries.get("checkpointing")),
         f"{up} bits both ways" if up and up == down else f"{up} bits up" * bool(up),
         f"{down} bits down" * bool(down and up != down),

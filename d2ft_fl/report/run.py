@@ -35,7 +35,7 @@ def run_html(run: RunFolder) -> list[str]:
     rounds = run_charts.shown_rounds(run)
     plans = [run.plan(r) for r in rounds]
     clients = run.clients
-    faults = [f"round {line['round']}, {x}" for line in run.lines for x in line["faults"]]
+    failures = [f"round {line['round']}, {x}" for line in run.lines for x in line["faults"]]
     broken = [f"round {line['round']}, {x}" for line in run.lines for x in line["violations"]]
     body = [
         _stands(run, options["rounds"]),
@@ -46,7 +46,7 @@ def run_html(run: RunFolder) -> list[str]:
         section("Use of budgets", _budgets(run, rounds)),
         section("Resources", run_tables.resources(run)),
         section("Clients", _clients(run)),
-        section("Faults", listed(faults) if faults else ""),
+        section("Faults", listed(failures) if failures else ""),
         section("Budgets broken", _reference(run), listed(broken)) if broken else "",
         section("Configuration", configuration(run.config)),
         section("Made with", versions([run.versions])),

@@ -139,13 +139,13 @@ class RunFolder:
             raise damaged(path, f"has no line of round {min(missing)}")
         return frame
 
-    def plan(self, round: int) -> "PlanFile":
+    def plan(self, round_number: int) -> "PlanFile":
         """A round's schedules.
 
         Raises:
             ConfigError: When its file is missing or damaged.
         """
-        path = self.folder / "plans" / f"round-{round:03d}.safetensors"
+        path = self.folder / "plans" / f"round-{round_number:03d}.safetensors"
         try:
             tensors = safetensors.numpy.load_file(path)
             return PlanFile(tensors["clients"], tensors["schedules"], tensors.get("ranks"))

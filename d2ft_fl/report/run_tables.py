@@ -51,8 +51,8 @@ def clients(frame: pd.DataFrame, keys: list[str]) -> str:
     heads = keys + ["clients"] * (keys == BY_CLASS) + ["examples"]
     heads += [OPERATIONS[op.name.lower()] for op in operations]
     heads += ["rank"] * ranks + [LABELS[name] for name in RESOURCES] + [DEADLINE] * deadline
-    ways = bool(frame["way"].any())
-    heads += ["time", "loss", "sat out", "faults", *["way"] * ways]
+    policies = bool(frame["way"].any())
+    heads += ["time", "loss", "sat out", "faults", *["way"] * policies]
     groups = _grouped(frame, keys)
     rows = []
     for g in groups[:MOST_ROWS].to_dict("records"):
@@ -66,7 +66,7 @@ def clients(frame: pd.DataFrame, keys: list[str]) -> str:
         row += html.valued(seconds(g["seconds"]), g["seconds"])
         row += html.valued(f"{g['train_loss']:.3g}", g["train_loss"])
         row += html.cells(str(g["sat_out"]), str(g["fault"]))
-        rows.append(row + html.words(g["way"]) * ways)
+        rows.append(row + html.words(g["way"]) * policies)
     more = len(groups) - len(rows)
     note = f'<p class="note">and {more:,} more</p>' if more else ""
     return html.table(heads, rows, len(keys), sortable=True) + note
@@ -77,7 +77,7 @@ def _grouped(frame: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
     means = [op.name for op in Operation] + ["examples", "rank"]
     shares = [f"{name}_share" for name in LIMITS]
     frame = frame.astype(dict.fromkeys(SUMMED, float)).assign(
-        memory=frame["memory"].where(frame["worked"]), fault=frame["fault"].notna()
+        memory=frame["memory"].where(frame["worked"]), failure=frame["fault"].notna()
     )
     grouped = frame.groupby(keys, sort=False)
     out = grouped[[*means, *shares, "memory"]].mean()
@@ -96,9 +96,9 @@ def _grouped(frame: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
     return out.reset_index()
 
 
-def _most_common(ways: "pd.Series[str]") -> str:
+def _most_common(policies: "pd.Series[str]") -> str:
     """The way that clients went most often, and how often, where not always."""
-    counts = ways.value_counts()
+    counts = policies.value_counts()
     often = float(counts.iloc[0] / counts.sum())
     return f"{counts.index[0] or '-'}" + f" ({often:.0%})" * (often < 1)
 

@@ -193,8 +193,8 @@ def checked_options(config: RunConfig) -> RunConfig:
         raise ConfigError(
             "compensation needs rounds in which clients measure: set score-every to 1 or more"
         )
-    no_pass = config.score_every == 0 or config.score_examples == 0
-    if no_pass and (measured := components.measured_scores):
+    no_probe = config.score_every == 0 or config.score_examples == 0
+    if no_probe and (measured := components.measured_scores):
         raise ConfigError(
             f"{' and '.join(measured)} scores need a scoring pass: set score-every and "
             "score-examples to 1 or more, or use magnitude or uniform scores"

@@ -12,8 +12,8 @@ import numpy as np
 
 from d2ft_fl.aggregation.sums import MOST_STEP
 from d2ft_fl.budgets.budget import DEADLINE
-from d2ft_fl.config.training_options import AS_CONFIGURED, Way
-from d2ft_fl.costs.probe_costs import NO_PASSES, Passes, passes_cost, round_cost, with_passes
+from d2ft_fl.config.training_options import DEFAULT_POLICY, ExecutionPolicy
+from d2ft_fl.costs.probe_costs import NO_PROBES, Probes, probes_cost, round_cost, with_probes
 from d2ft_fl.costs.resources import RESOURCES, Cost
 from d2ft_fl.errors import ConfigError, RunError
 from d2ft_fl.planning.assignment import Assignment, Participant
@@ -22,7 +22,7 @@ from d2ft_fl.rounds.federation import Federation, Report, State
 from d2ft_fl.rounds.plan import Plan
 from d2ft_fl.subnets.schedule import Operation, Schedule
 
-__all__ = ["Assignment", "Participant", "Round", "Way", "most", "plan_round"]
+__all__ = ["Assignment", "ExecutionPolicy", "Participant", "Round", "most", "plan_round"]
 
 
 @dataclass(frozen=True)
@@ -89,15 +89,15 @@ class Round:
         turn stays at the head.
         """
         block, head = np.indices(self.shape).reshape(2, -1)
-        worth = backward.mean(axis=1)[block]
+        utility = backward.mean(axis=1)[block]
         last = np.broadcast_to(self.state.last_trained, self.shape).ravel()
-        order = np.lexsort([head, block, -worth, last])
+        order = np.lexsort([head, block, -utility, last])
         due = order[: -(-len(order) // self.federation.config.agenda_rounds)]
         first = backward.copy()
         first.flat[due] += 2 * backward.max()
         return first
 
-    def passes(self, client: Participant, examples: int | None = None) -> Passes:
+    def probes(self, client: Participant, examples: int | None = None) -> Probes:
         """What ``client`` should do with the whole model before it trains in this round.
 
         Args:
@@ -110,7 +110,7 @@ class Round:
             kinds = ()
         scored = min(config.score_examples, count) if kinds else 0
         selects = config.data_selection != "random" and 0 < count < client.local
-        return Passes(scored, client.local if selects else 0, kinds)
+        return Probes(scored, client.local if selects else 0, kinds)
 
     def plan(
         self,
@@ -132,13 +132,13 @@ class Round:
         planner = federation.planner_of(self.state, coupled)
         if method is not None:
             weight = federation.config.forward_weight
-            planner = federation.planner_along(self.state, AS_CONFIGURED, weight, 0.0, method)
+            planner = federation.planner_under(self.state, DEFAULT_POLICY, weight, 0.0, method)
         return planner.plan(
             self.clients,
             backward,
             forward,
             rotation=self.number,
-            passes=[self.passes(c) for c in self.clients],
+            probes=[self.probes(c) for c in self.clients],
         )
 
     def everything(self) -> Schedule:
@@ -150,8 +150,8 @@ class Round:
         client: Participant,
         schedule: Schedule,
         examples: int | None = None,
-        way: Way = AS_CONFIGURED,
-        passes: Passes | None = None,
+        policy: ExecutionPolicy = DEFAULT_POLICY,
+        probes: Probes | None = None,
     ) -> Assignment:
         """A schedule of your own, with its predicted cost; budgets are not looked at.
 
@@ -161,15 +161,15 @@ class Round:
             passes: What it does before; None for what is wanted in this round, if it trains.
         """
         count = client.examples if examples is None else examples
-        if passes is None:
-            passes = NO_PASSES if schedule.sits_out else self.passes(client, count)
-        costs = self.federation.costs_of(self.state, way)
-        cost = round_cost(costs, schedule, count, passes, client.holds)
-        return Assignment(client.client, schedule, cost, passes, examples=count, way=way)
+        if probes is None:
+            probes = NO_PROBES if schedule.sits_out else self.probes(client, count)
+        costs = self.federation.costs_of(self.state, policy)
+        cost = round_cost(costs, schedule, count, probes, client.cached)
+        return Assignment(client.client, schedule, cost, probes, examples=count, policy=policy)
 
-    def pass_counts(self, way: Way = AS_CONFIGURED) -> list[int]:
+    def micro_batch_counts(self, policy: ExecutionPolicy = DEFAULT_POLICY) -> list[int]:
         """In how many passes a batch can be run, where the largest pass differs: ascending."""
-        batch = self.federation.components.training.along(way).batch_size
+        batch = self.federation.components.training.under(policy).batch_size
         return sorted({-(-batch // size) for size in range(1, batch + 1)})
 
     def largest(self, client: Participant, schedules: Sequence[Schedule]) -> Assignment:
@@ -178,28 +178,28 @@ class Round:
         A client that cannot afford passes over the whole model does without scoring, and draws its
         examples; one that affords none of the schedules sits out.
         """
-        for passes in self.passes(client).alternatives:
-            costs = self._costs(client, schedules, passes)
+        for probes in self.probes(client).alternatives:
+            costs = self._costs(client, schedules, probes)
             for schedule, cost in zip(reversed(schedules), reversed(costs), strict=True):
                 if client.affords(cost):
-                    return Assignment(client.client, schedule, cost, passes)
+                    return Assignment(client.client, schedule, cost, probes)
         return self.sit_out(client)
 
     def _costs(
-        self, client: Participant, schedules: Sequence[Schedule], passes: Passes
+        self, client: Participant, schedules: Sequence[Schedule], probes: Probes
     ) -> list[Cost]:
         """What schedules cost a client, with passes before them."""
         costs = self.federation.costs_of(self.state)
         operations = np.stack([s.operations for s in schedules])
         examples = np.full(len(schedules), client.examples)
-        held = None if passes or client.holds is None else client.holds
-        holds = None if held is None else np.broadcast_to(held, (len(schedules), *self.shape))
-        model = replace(costs, compensated=False) if passes else costs
-        found = [Cost(*row) for row in model.costs(operations, examples, holds).tolist()]
-        if not passes:
+        held = None if probes or client.cached is None else client.cached
+        cached = None if held is None else np.broadcast_to(held, (len(schedules), *self.shape))
+        model = replace(costs, compensated=False) if probes else costs
+        found = [Cost(*row) for row in model.costs(operations, examples, cached).tolist()]
+        if not probes:
             return found
-        before = passes_cost(costs, passes, client.holds)
-        return [with_passes(cost, before) for cost in found]
+        before = probes_cost(costs, probes, client.cached)
+        return [with_probes(cost, before) for cost in found]
 
     def sit_out(self, client: Participant) -> Assignment:
         """Nothing to do for a client in this round."""
@@ -266,15 +266,17 @@ def plan_round(federation: Federation, state: State, reports: Iterable[Report]) 
     return Plan(state.round + 1, clients, assignments, time.perf_counter() - started)
 
 
-def _assignments(federation: Federation, round: Round) -> list[Assignment]:
+def _assignments(federation: Federation, context: Round) -> list[Assignment]:
     """What the strategy assigns, in the order of clients, once it keeps what it promises."""
-    assignments = federation.strategy.schedule(round)
+    assignments = federation.strategy.schedule(context)
     by_client = {a.client: a for a in assignments}
-    if sorted(by_client) != [c.client for c in round.clients] or len(assignments) != len(by_client):
+    if sorted(by_client) != [c.client for c in context.clients] or len(assignments) != len(
+        by_client
+    ):
         raise RunError(
             f"strategy {federation.config.strategy!r} must give each client one assignment"
         )
-    for c in round.clients:
+    for c in context.clients:
         a = by_client[c.client]
         over = [r for r, o in zip(RESOURCES, a.cost.vector() > c.capacity, strict=True) if o]
         over += [] if c.on_time(a.cost) else [DEADLINE]
@@ -283,7 +285,10 @@ def _assignments(federation: Federation, round: Round) -> list[Assignment]:
                 f"strategy {federation.config.strategy!r} breaks the budget of client {c.client} "
                 f"in {', '.join(broken)}; use round.plan, or leave that out of KEEPS"
             )
-        for name, value, most in (("weight", a.way.weight, 1e6), ("step", a.way.step, MOST_STEP)):
+        for name, value, most in (
+            ("weight", a.policy.weight, 1e6),
+            ("step", a.policy.step, MOST_STEP),
+        ):
             if not 0 < value <= most:
                 raise RunError(
                     f"strategy {federation.config.strategy!r} gives client {c.client} a {name} of "
@@ -296,4 +301,4 @@ def _assignments(federation: Federation, round: Round) -> list[Assignment]:
                 f"strategy {federation.config.strategy!r} gives client {c.client} {a.examples} "
                 f"examples to train on, of {c.local}"
             )
-    return [by_client[c.client] for c in round.clients]
+    return [by_client[c.client] for c in context.clients]

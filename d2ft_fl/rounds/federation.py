@@ -14,7 +14,7 @@ from d2ft_fl.aggregation.server_optimizer import Moments
 from d2ft_fl.budgets.budget import Budget
 from d2ft_fl.budgets.matching import matched
 from d2ft_fl.config.run_config import RunConfig
-from d2ft_fl.config.training_options import AS_CONFIGURED, Way
+from d2ft_fl.config.training_options import DEFAULT_POLICY, ExecutionPolicy
 from d2ft_fl.costs.cost_model import CostModel
 from d2ft_fl.lora.config import merged
 from d2ft_fl.planning.assignment import Participant
@@ -56,7 +56,7 @@ class State:
     scores: ScoreBook = field(default_factory=ScoreBook)
     means: MeanBook = field(default_factory=MeanBook)
     last_trained: np.ndarray = field(default_factory=lambda: np.zeros((), dtype=np.int64))
-    holds: Mapping[int, np.ndarray] = field(default_factory=dict)
+    cached: Mapping[int, np.ndarray] = field(default_factory=dict)
     digests: Digests = field(default_factory=dict)
     figures: Mapping[str, float | None] = field(default_factory=dict)
     moments: Mapping[str, Moments] = field(default_factory=dict)
@@ -81,13 +81,13 @@ class Federation:
         """The options of the run."""
         return self.components.config
 
-    def at(self, round: int) -> "Federation":
+    def at(self, round_number: int) -> "Federation":
         """The federation of a round: what trains is for the way of tuning to say."""
         choose = getattr(self.tuning, "architecture", None)
         if choose is None:
             return self
         own = self.own or self.arch
-        arch = choose(own, self.components, round)
+        arch = choose(own, self.components, round_number)
         return self._stages.setdefault(arch, Federation(self.components, arch, own))
 
     @cached_property
@@ -113,7 +113,7 @@ class Federation:
                 state = State(number - 1, weights, state.scores, state.means, state.last_trained)
                 state = replace(state, figures=figures)
         if has_fixed(self.arch) and not state.digests:
-            state = replace(state, digests=digests(self.arch, state.weights), holds={})
+            state = replace(state, digests=digests(self.arch, state.weights), cached={})
         return state
 
     def model_weights(self, state: State) -> Mapping[str, Tensor]:
@@ -136,26 +136,28 @@ class Federation:
         costs = CostModel(self.arch, self.components.training, config.slots, config.device)
         return replace(costs, bits_up=config.upload_bits, bits_down=config.download_bits)
 
-    def calibrates(self, round: int) -> bool:
+    def calibrates(self, round_number: int) -> bool:
         """Whether clients measure what subnets add on average in this round."""
-        return self.config.compensation and (round - 1) % max(1, self.config.score_every) == 0
+        return (
+            self.config.compensation and (round_number - 1) % max(1, self.config.score_every) == 0
+        )
 
-    def costs_of(self, state: State, way: Way = AS_CONFIGURED) -> CostModel:
+    def costs_of(self, state: State, policy: ExecutionPolicy = DEFAULT_POLICY) -> CostModel:
         """The cost model of the round after ``state``, gone about in some way."""
         compensated = state.means.known is not None
-        return self.costs_when(compensated, self.calibrates(state.round + 1), way)
+        return self.costs_when(compensated, self.calibrates(state.round + 1), policy)
 
     def costs_when(
-        self, compensated: bool, calibrating: bool, way: Way = AS_CONFIGURED
+        self, compensated: bool, calibrating: bool, policy: ExecutionPolicy = DEFAULT_POLICY
     ) -> CostModel:
         """The cost model of rounds in which this is so; see :meth:`costs_of`."""
-        key = compensated, calibrating, way.priced
-        if key not in self._along:
-            self._along[key] = self.cost_models[compensated, calibrating].along(way.priced)
-        return self._along[key]
+        key = compensated, calibrating, policy.priced
+        if key not in self._under:
+            self._under[key] = self.cost_models[compensated, calibrating].under(policy.priced)
+        return self._under[key]
 
     @cached_property
-    def _along(self) -> dict[tuple[bool, bool, Way], CostModel]:
+    def _under(self) -> dict[tuple[bool, bool, ExecutionPolicy], CostModel]:
         return {}
 
     @cached_property
@@ -173,18 +175,18 @@ class Federation:
         planners = self._planners if coupled else self._uncoupled
         return planners[state.means.known is not None, self.calibrates(state.round + 1)]
 
-    def planner_along(
+    def planner_under(
         self,
         state: State,
-        way: Way,
+        policy: ExecutionPolicy,
         forward_weight: float,
         frozen_weight: float,
         method: str = "joint",
     ) -> Planner:
         """The planner of a way, each client for itself, with other weights than configured."""
-        costs = self.costs_of(state, way)
+        costs = self.costs_of(state, policy)
         kind = costs.compensated, costs.calibrating
-        key = *kind, way.priced, forward_weight, frozen_weight, method
+        key = *kind, policy.priced, forward_weight, frozen_weight, method
         if key not in self._weighted:
             base = self._planners[kind]
             changed = replace(base, costs=costs, method=method, coupling="none")
@@ -194,7 +196,7 @@ class Federation:
         return self._weighted[key]
 
     @cached_property
-    def _weighted(self) -> dict[tuple[bool, bool, Way, float, float, str], Planner]:
+    def _weighted(self) -> dict[tuple[bool, bool, ExecutionPolicy, float, float, str], Planner]:
         return {}
 
     @cached_property
@@ -248,15 +250,15 @@ class Federation:
                 self.config.examples_of(r.examples),
                 budget,
                 budget.capacity(whole),
-                self.holds(state, r.client),
+                self.cached(state, r.client),
                 r.examples,
             )
             for r, budget, whole in zip(ordered, budgets, full, strict=True)
         ]
 
-    def holds(self, state: State, client: int) -> np.ndarray | None:
+    def cached(self, state: State, client: int) -> np.ndarray | None:
         """Subnets whose fixed parameters a client has: bool [blocks, heads]; None if none are."""
         if not has_fixed(self.arch):
             return None
         nothing = np.zeros((self.arch.blocks, self.arch.heads), dtype=bool)
-        return state.holds.get(client, nothing)
+        return state.cached.get(client, nothing)

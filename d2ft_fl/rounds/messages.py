@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from d2ft_fl.budgets.budget import Budget
-from d2ft_fl.config.training_options import Way
-from d2ft_fl.costs.probe_costs import Passes
+from d2ft_fl.config.training_options import ExecutionPolicy
+from d2ft_fl.costs.probe_costs import Probes
 from d2ft_fl.costs.resources import RESOURCES
 from d2ft_fl.planning.assignment import Assignment
 from d2ft_fl.rounds.federation import Federation, State
@@ -19,7 +19,7 @@ from d2ft_fl.subnets.packing import carried, pack_for
 from d2ft_fl.subnets.schedule import Operation, Schedule
 from d2ft_fl.wire import blob as wire
 from d2ft_fl.wire import parameter_cache
-from d2ft_fl.wire.quantization import encoded, is_coded, row_bytes
+from d2ft_fl.wire.quantization import is_quantized, quantize, row_bytes
 from d2ft_fl.wire.sizes import RANK_BYTES
 
 
@@ -39,16 +39,16 @@ def encode_assignment(
         shared: Whether it finds the global model where it is, and takes the slices from there.
     """
     needed = a.schedule
-    if a.passes:
+    if a.probes:
         needed = federation.costs.everything()  # they run everything
     meta = {
         "round": state.round + 1,
         "client": a.client,
         "operations": a.schedule.operations.astype("int8").tobytes().hex(),
         "shape": list(a.schedule.operations.shape),
-        "passes": [a.passes.scored, a.passes.viewed, *a.passes.kinds],
+        "passes": [a.probes.scored, a.probes.viewed, *a.probes.kinds],
         "examples": a.examples,
-        "way": list(astuple(a.way)),
+        "way": list(astuple(a.policy)),
         "calibrate": federation.calibrates(state.round + 1),
         "keeps": [r for r in RESOURCES if r in federation.keeps],
     }
@@ -56,16 +56,16 @@ def encode_assignment(
         meta |= {"budget": budget.to_json(), "held": int(holds_to_it)}
     if a.schedule.ranks is not None:
         meta["ranks"] = a.schedule.ranks.astype(f"<u{RANK_BYTES}").tobytes().hex()
-    holds = federation.holds(state, a.client)
-    if holds is not None:
-        meta["holds"] = np.packbits(holds).tobytes().hex()
+    cached = federation.cached(state, a.client)
+    if cached is not None:
+        meta["holds"] = np.packbits(cached).tobytes().hex()
         meta["digests"] = parameter_cache.write(needed, state.digests)
     tensors = {}
     if not shared:
-        bits = a.way.bits_down or federation.config.download_bits
-        packed = pack_for(federation.arch, state.weights, needed, holds)
-        tensors = encoded(federation.arch, packed, bits)
-    if not a.passes and state.means.known is not None:
+        bits = a.policy.bits_down or federation.config.download_bits
+        packed = pack_for(federation.arch, state.weights, needed, cached)
+        tensors = quantize(federation.arch, packed, bits)
+    if not a.probes and state.means.known is not None:
         weights = federation.model_weights(state)
         tensors |= state.means.offsets(federation.own or federation.arch, weights, a.schedule)
     return wire.encode(tensors, meta)
@@ -90,13 +90,13 @@ class Task:
     client: int
     round: int
     schedule: Schedule
-    passes: Passes
+    probes: Probes
     examples: int
-    way: Way
+    policy: ExecutionPolicy
     calibrates: bool
     keeps: tuple[str, ...]
     budget: Budget | None
-    holds: np.ndarray | None
+    cached: np.ndarray | None
     digests: str
     meta: Mapping[str, Any]
 
@@ -105,19 +105,19 @@ class Task:
         """Read a message of :func:`encode_assignment`: the task, and what came with it, packed."""
         tensors, meta = wire.decode(blob)
         schedule = _schedule(meta)
-        holds = meta.get("holds")
+        cached = meta.get("holds")
         scored, viewed, *kinds = meta["passes"]
         task = cls(
             client=int(meta["client"]),
             round=int(meta["round"]),
             schedule=schedule,
-            passes=Passes(scored, viewed, tuple(kinds)),
+            probes=Probes(scored, viewed, tuple(kinds)),
             examples=int(meta["examples"]),
-            way=Way(*meta["way"]),
+            policy=ExecutionPolicy(*meta["way"]),
             calibrates=bool(meta["calibrate"]),
             keeps=tuple(meta["keeps"]),
             budget=Budget.from_mapping(meta["budget"]) if meta.get("held") else None,
-            holds=None if holds is None else _unpacked(holds, schedule.resident.shape),
+            cached=None if cached is None else _unpacked(cached, schedule.resident.shape),
             digests=meta.get("digests", ""),
             meta=meta,
         )
@@ -138,9 +138,9 @@ class Task:
         """
         slices = [
             (p.name, (p.packed_shape(heads)[0], row_bytes(p, bits)), torch.uint8)
-            if is_coded(p, bits)
+            if is_quantized(p, bits)
             else (p.name, p.packed_shape(heads) if heads else p.shape, weights[p.name].dtype)
-            for p, heads in carried(arch, self.carried, self.holds)
+            for p, heads in carried(arch, self.carried, self.cached)
         ]
         offsets = [(name, tuple(t.shape), t.dtype) for name, t in came.items()]
         return wire.size([*slices, *offsets], self.meta)
@@ -149,7 +149,7 @@ class Task:
     def carried(self) -> Schedule:
         """The schedule whose slices the client gets: everything, for passes before its own."""
         shape = self.schedule.operations.shape[1:]
-        return Schedule.filled(Operation.FULL, 1, *shape) if self.passes else self.schedule
+        return Schedule.filled(Operation.FULL, 1, *shape) if self.probes else self.schedule
 
 
 def _schedule(meta: Mapping[str, Any]) -> Schedule:

@@ -8,7 +8,7 @@ import numpy as np
 
 from d2ft_fl.costs.resources import Cost
 from d2ft_fl.planning.assignment import Assignment, Participant
-from d2ft_fl.planning.utility import Worth
+from d2ft_fl.planning.utility import Utility
 from d2ft_fl.rounds.federation import State
 from d2ft_fl.subnets.architecture import Architecture, has_fixed
 from d2ft_fl.subnets.schedule import Operation, Schedule
@@ -43,19 +43,19 @@ class Plan:
         """How many clients train each subnet: int64 [blocks, heads]."""
         return np.stack([a.schedule.trained for a in self.assignments]).sum(axis=0, dtype=np.int64)
 
-    def utility(self, judge: Worth, bits_up: int, bits_down: int) -> float:
-        """The mean utility over clients; see :meth:`.Worth.mean_of`.
+    def utility(self, judge: Utility, bits_up: int, bits_down: int) -> float:
+        """The mean utility over clients; see :meth:`.Utility.mean_of`.
 
         Args:
             judge: What judges clients' rounds.
             bits_up, bits_down: Bits of numbers, where an assignment does not say.
         """
-        ways = [a.way for a in self.assignments]
+        policies = [a.policy for a in self.assignments]
         return judge.mean_of(
             self.schedules(),
             np.array([c.local for c in self.clients]),
             np.array([a.examples or 0 for a in self.assignments]),
-            [(way.bits_up or bits_up, way.bits_down or bits_down) for way in ways],
+            [(policy.bits_up or bits_up, policy.bits_down or bits_down) for policy in policies],
         )
 
     def schedules(self) -> np.ndarray:
@@ -77,7 +77,7 @@ class Plan:
         return np.stack([s.trained * (rank if s.ranks is None else s.ranks) for s in schedules])
 
 
-def held_after(
+def cached_after(
     arch: Architecture,
     state: State,
     plan: Plan,
@@ -89,12 +89,12 @@ def held_after(
     Args:
         changed: Subnets of which it did change after all: bool [blocks, heads].
     """
-    found = dict(state.holds)
+    found = dict(state.cached)
     if not has_fixed(arch):
         return found
     for a in plan.working:
         if a.client in answered:
-            sent = a.schedule.resident | bool(a.passes)
+            sent = a.schedule.resident | bool(a.probes)
             found[a.client] = found.get(a.client, False) | sent
         else:
             found.pop(a.client, None)

@@ -24,11 +24,11 @@ from itertools import product
 
 import numpy as np
 
-from d2ft_fl.config.training_options import Way
+from d2ft_fl.config.training_options import ExecutionPolicy
 from d2ft_fl.costs.probe_costs import round_cost
 from d2ft_fl.costs.resources import RESOURCES, Cost
 from d2ft_fl.planning.assignment import Assignment, Participant
-from d2ft_fl.planning.utility import Worth
+from d2ft_fl.planning.utility import Utility
 from d2ft_fl.rounds.context import Round, most
 from d2ft_fl.wire.quantization import BITS_DOWN, BITS_UP, PLAIN
 
@@ -42,8 +42,8 @@ STEP, MOST_STEP = 0.25, 1.5  # the server's steps, with that of the examples to 
 # that a gradient is cut, or a subnet skipped, where there is no other way.
 PASSING = (8.0, 8.0)
 
-Coding = tuple[int | None, int | None]  # bits up and down; None for as many as configured
-AS_THEY_ARE: Coding = (None, None)
+BitWidths = tuple[int | None, int | None]  # bits up and down; None for as many as configured
+AS_THEY_ARE: BitWidths = (None, None)
 
 
 @dataclass(frozen=True)
@@ -57,20 +57,20 @@ class Bound:
 
     short: bool
     narrow: bool
-    codings: tuple[Coding, ...]
+    bit_widths: tuple[BitWidths, ...]
 
 
 def _problem(c: Participant) -> Hashable:
     """What a client's best round depends on, beside the scores."""
-    holds = None if c.holds is None else c.holds.tobytes()
-    return c.examples, c.local, c.budget, c.capacity.tobytes(), holds
+    cached = None if c.cached is None else c.cached.tobytes()
+    return c.examples, c.local, c.budget, c.capacity.tobytes(), cached
 
 
 @dataclass
 class _Best:
     """The best found so far of one client, on which share of its examples."""
 
-    worth: float = 0.0
+    utility: float = 0.0
     share: float = 1.0
     assignment: Assignment | None = None
 
@@ -106,25 +106,27 @@ class Search:
 
     def _bound(self, client: Participant) -> Bound:
         """What would keep a client from training everything as configured."""
-        whole = self._whole(client, Way())
+        whole = self._whole(client, ExecutionPolicy())
         over, late = whole.vector() > client.capacity, not client.on_time(whole)
         pairs = self._all_bits if late else self._bits(client, whole, over)
-        codings = tuple(dict.fromkeys(self._coding(*pair) for pair in pairs))
+        bit_widths = tuple(dict.fromkeys(self._bit_widths(*pair) for pair in pairs))
         # What a coded change began with is held, so that more can be too much for memory.
-        coded = self._whole(client, Way(bits_up=codings[0][0], bits_down=codings[0][1]))
+        quantized = self._whole(
+            client, ExecutionPolicy(bits_up=bit_widths[0][0], bits_down=bit_widths[0][1])
+        )
         return Bound(
             short=bool(over[FLOPS]) or late,
-            narrow=coded.memory > client.capacity[MEMORY],
-            codings=codings,
+            narrow=quantized.memory > client.capacity[MEMORY],
+            bit_widths=bit_widths,
         )
 
-    def _whole(self, client: Participant, way: Way) -> Cost:
+    def _whole(self, client: Participant, policy: ExecutionPolicy) -> Cost:
         """What training everything takes."""
-        costs = self.round.federation.costs_of(self.round.state, way)
-        passes = self.round.passes(client)
-        return round_cost(costs, self.round.everything(), client.examples, passes, client.holds)
+        costs = self.round.federation.costs_of(self.round.state, policy)
+        probes = self.round.probes(client)
+        return round_cost(costs, self.round.everything(), client.examples, probes, client.cached)
 
-    def _coding(self, up: int, down: int) -> Coding:
+    def _bit_widths(self, up: int, down: int) -> BitWidths:
         """Bits as a way has them."""
         costs = self.round.federation.costs_of(self.round.state)
         return None if up == costs.bits_up else up, None if down == costs.bits_down else down
@@ -153,11 +155,15 @@ class Search:
     def _bytes_up(self) -> dict[int, int]:
         """Bytes up of everything, by the bits in which changes can travel, descending."""
         costs = self.round.federation.costs_of(self.round.state)
-        coded = {bits: costs.along(Way(bits_up=bits)) for bits in BITS_UP if bits <= costs.bits_up}
+        quantized = {
+            bits: costs.under(ExecutionPolicy(bits_up=bits))
+            for bits in BITS_UP
+            if bits <= costs.bits_up
+        }
         return {
             bits: model.bytes_up(self.round.everything())
-            for bits, model in coded.items()
-            if bits == costs.bits_up or model.traffic.spared_up.any()
+            for bits, model in quantized.items()
+            if bits == costs.bits_up or model.communication.spared_up.any()
         }
 
     @cached_property
@@ -169,40 +175,40 @@ class Search:
     def _search(self, clients: list[Participant], bound: Bound) -> None:
         """Try what may help these clients, who are bound alike."""
         costs = self.round.federation.costs_of(self.round.state)
-        passes = costs.options.batch_size if bound.narrow else None
-        way, *coded = (
-            Way(accumulate=passes, bits_up=up, bits_down=down, in_turn=True)
-            for up, down in bound.codings
+        count = costs.options.batch_size if bound.narrow else None
+        policy, *quantized = (
+            ExecutionPolicy(accumulate=count, bits_up=up, bits_down=down, in_turn=True)
+            for up, down in bound.bit_widths
         )
         for share in COARSE if bound.short else COARSE[:1]:
-            self._attempt(clients, way, PASSING, np.full(len(clients), share))
-        self._refine(clients, way, PASSING, FINE if bound.short else ())
+            self._attempt(clients, policy, PASSING, np.full(len(clients), share))
+        self._refine(clients, policy, PASSING, FINE if bound.short else ())
         config = self.round.federation.config
         cutting = config.forward_weight, config.frozen_weight
-        others = [(way, cutting)]
+        others = [(policy, cutting)]
         if bound.narrow and not costs.options.checkpointing:
-            again = replace(way, checkpointing=True)
+            again = replace(policy, checkpointing=True)
             others = [(again, PASSING), (again, cutting), *others]
-        others += [(other, PASSING) for other in coded]
+        others += [(other, PASSING) for other in quantized]
         for other, weights in others:
             self._refine(clients, other, weights, (1.0, *FINE[:2]) if bound.short else (1.0,))
 
     def _refine(
         self,
         clients: list[Participant],
-        way: Way,
+        policy: ExecutionPolicy,
         weights: tuple[float, float],
         factors: Iterable[float],
     ) -> None:
         """Try a way on the best shares so far times some factors."""
         for factor in factors:
             shares = np.array([self._found[c.client].share for c in clients])
-            self._attempt(clients, way, weights, np.minimum(1.0, shares * factor))
+            self._attempt(clients, policy, weights, np.minimum(1.0, shares * factor))
 
     def _attempt(
         self,
         clients: list[Participant],
-        way: Way,
+        policy: ExecutionPolicy,
         weights: tuple[float, float],
         shares: np.ndarray,
     ) -> None:
@@ -212,25 +218,25 @@ class Search:
             replace(c, examples=max(1, round(share * c.examples)))
             for c, share in zip(clients, shares.tolist(), strict=True)
         ]
-        planner = federation.planner_along(state, way, *weights)
-        passes = [self.round.passes(c) for c in some]
-        planned = planner.plan(some, self.preferred, self.forward, self.round.number, passes)
-        worth = self._worth.of(
+        planner = federation.planner_under(state, policy, *weights)
+        probes = [self.round.probes(c) for c in some]
+        planned = planner.plan(some, self.preferred, self.forward, self.round.number, probes)
+        utility = self._utility.of(
             np.stack([a.schedule.operations for a in planned]),
             np.stack([planner.rank_share(a.schedule) for a in planned]),
             np.array([s.examples / c.examples for s, c in zip(some, clients, strict=True)]),
             [(planner.costs.bits_up, planner.costs.bits_down)] * len(some),
         )
         for value, share, own, a in zip(
-            worth.tolist(), shares.tolist(), some, planned, strict=True
+            utility.tolist(), shares.tolist(), some, planned, strict=True
         ):
-            if value > self._found[own.client].worth and not a.schedule.sits_out:
-                a = replace(a, way=way, examples=own.examples)
+            if value > self._found[own.client].utility and not a.schedule.sits_out:
+                a = replace(a, policy=policy, examples=own.examples)
                 self._found[own.client] = _Best(value, share, a)
 
     @cached_property
-    def _worth(self) -> Worth:
-        return Worth(self.backward, self.forward)
+    def _utility(self) -> Utility:
+        return Utility(self.backward, self.forward)
 
     def _finished(self, client: Participant) -> Assignment:
         """A client's best, with what its budgets leave spent: more examples, fewer passes."""
@@ -238,10 +244,10 @@ class Search:
         if best is None:
             return self.round.sit_out(client)
         best = self._smaller_batches(client, self._more_examples(client, best))
-        best = self._fewer_passes(client, best)
+        best = self._fewer_micro_batches(client, best)
         saved = client.examples / (best.examples or client.examples)
-        way = replace(best.way, rate=self._rate(best), weight=saved, step=self._step(saved))
-        return replace(best, way=way)
+        policy = replace(best.policy, rate=self._rate(best), weight=saved, step=self._step(saved))
+        return replace(best, policy=policy)
 
     def _step(self, saved: float) -> float:
         """Who trains on fewer examples, by this factor, is followed further, where steps count."""
@@ -251,7 +257,7 @@ class Search:
     def _rate(self, a: Assignment) -> float:
         """Who trains less of the model takes larger steps, or it learns less from each."""
         ranks = np.ones((1, *self.round.shape))
-        learned = float(self._worth.learned(a.schedule.operations[None], ranks)[0])
+        learned = float(self._utility.learned(a.schedule.operations[None], ranks)[0])
         return min(MOST_RATE, learned**-RATE)
 
     def _more_examples(self, client: Participant, a: Assignment) -> Assignment:
@@ -271,19 +277,21 @@ class Search:
         share = (a.examples or client.examples) / client.examples
         size = max(config.slots, round(config.batch_size * share**BATCH))
         # In several slots another batch shares examples out differently, at another cost.
-        ways = (replace(a.way, batch=larger) for larger in range(size, config.batch_size))
-        tried = (self._affordable(client, replace(a, way=way)) for way in ways)
+        policies = (replace(a.policy, batch=larger) for larger in range(size, config.batch_size))
+        tried = (self._affordable(client, replace(a, policy=policy)) for policy in policies)
         return next(filter(None, tried), a)
 
-    def _fewer_passes(self, client: Participant, a: Assignment) -> Assignment:
+    def _fewer_micro_batches(self, client: Participant, a: Assignment) -> Assignment:
         """In the fewest passes in which memory still suffices."""
-        if a.way.accumulate is None:
+        if a.policy.accumulate is None:
             return a
-        ways = (replace(a.way, accumulate=passes) for passes in self.round.pass_counts(a.way))
-        tried = (self._affordable(client, replace(a, way=way)) for way in ways)
+        policies = (
+            replace(a.policy, accumulate=count) for count in self.round.micro_batch_counts(a.policy)
+        )
+        tried = (self._affordable(client, replace(a, policy=policy)) for policy in policies)
         return next(filter(None, tried), a)
 
     def _affordable(self, client: Participant, a: Assignment) -> Assignment | None:
         """An assignment at its cost, if that is within every budget."""
-        found = self.round.assign(client, a.schedule, a.examples, a.way, a.passes)
+        found = self.round.assign(client, a.schedule, a.examples, a.policy, a.probes)
         return replace(a, cost=found.cost) if client.affords(found.cost) else None

@@ -14,62 +14,62 @@ from typing import Any
 
 import numpy as np
 
-from d2ft_fl.runtime.shared_memory import Exchange
+from d2ft_fl.runtime.shared_memory import SharedMemory
 
 
-class _Shelf:
+class _ModelStore:
     """Holds references, in lists, for otherwise Ray would hand over what they stand for."""
 
     def __init__(self) -> None:
         self.held: tuple[int, list[Any]] = (0, [])
 
-    def put(self, round: int, references: list[Any]) -> None:
-        self.held = (round, references)
+    def put(self, round_number: int, references: list[Any]) -> None:
+        self.held = (round_number, references)
 
-    def get(self, round: int) -> list[Any]:
+    def get(self, round_number: int) -> list[Any]:
         """References of a round; none where it is another's turn."""
-        return self.held[1] if self.held[0] == round else []
+        return self.held[1] if self.held[0] == round_number else []
 
 
-class Shelf:
+class ModelStore:
     """The server's end. Needs a connection to Ray."""
 
     def __init__(self, name: str):
         import ray
 
         self.name = name
-        self.actor: Any = ray.remote(num_cpus=0)(_Shelf).options(name=name).remote()
+        self.actor: Any = ray.remote(num_cpus=0)(_ModelStore).options(name=name).remote()
 
-    def publish(self, round: int, path: Path) -> None:
+    def publish(self, round_number: int, path: Path) -> None:
         """Put a published model into the object store."""
         import ray
 
         content = ray.put(np.fromfile(path, dtype=np.uint8))
-        ray.get(self.actor.put.remote(round, [content]))
+        ray.get(self.actor.put.remote(round_number, [content]))
 
 
 @lru_cache(maxsize=1)
-def _exchange() -> Exchange:
+def _shared_memory() -> SharedMemory:
     """This machine's folder, as long as this process lives."""
-    own = Exchange.create()
+    own = SharedMemory.create()
     atexit.register(own.close)
     return own
 
 
-def fetch(name: str, round: int) -> Path:
-    """A round's model, from the server's :class:`Shelf`, as a file of this machine.
+def fetch(name: str, round_number: int) -> Path:
+    """A round's model, from the server's :class:`ModelStore`, as a file of this machine.
 
     Raises:
         LookupError: When the server has another round's by now.
     """
     import ray
 
-    path = _exchange().model_path(round)
+    path = _shared_memory().model_path(round_number)
     if not path.exists():
-        found: list[Any] = ray.get(ray.get_actor(name).get.remote(round))
+        found: list[Any] = ray.get(ray.get_actor(name).get.remote(round_number))
         if not found:
-            raise LookupError(f"the model of round {round} is gone")
-        _exchange().store(path, memoryview(ray.get(found[0])))
+            raise LookupError(f"the model of round {round_number} is gone")
+        _shared_memory().store(path, memoryview(ray.get(found[0])))
     return path
 
 

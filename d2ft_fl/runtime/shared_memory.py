@@ -41,7 +41,7 @@ _mapped: dict[Path, dict[str, mmap.mmap]] = {}  # folder -> files of replies, by
 
 
 @dataclass(frozen=True)
-class Exchange:
+class SharedMemory:
     """The folder of one run on one machine. Private to the user; gone when the run is.
 
     Attributes:
@@ -52,7 +52,7 @@ class Exchange:
     held: int | None = None
 
     @classmethod
-    def create(cls, model_bytes: int = 0, workers: int = 1) -> "Exchange":
+    def create(cls, model_bytes: int = 0, workers: int = 1) -> "SharedMemory":
         """A new one; those of ended processes are deleted.
 
         It is in shared memory, if there is enough, and else on disk.
@@ -81,7 +81,7 @@ class Exchange:
 
     # -- the model, down ---------------------------------------------------------------------
 
-    def publish(self, round: int, weights: "Mapping[str, Tensor]") -> Path:
+    def publish(self, round_number: int, weights: "Mapping[str, Tensor]") -> Path:
         """Write a round's model, in place of the one before; returns where.
 
         Raises:
@@ -89,7 +89,7 @@ class Exchange:
         """
         import safetensors.torch
 
-        path = self.model_path(round)
+        path = self.model_path(round_number)
         for left in self.folder.glob("*.part"):  # by who was ended in the round before
             _mapped.get(self.folder, {}).pop(left.stem, None)
             left.unlink(missing_ok=True)
@@ -111,9 +111,9 @@ class Exchange:
         part.write_bytes(content)
         self._put_in_place(part, path)
 
-    def model_path(self, round: int) -> Path:
+    def model_path(self, round_number: int) -> Path:
         """Where a round's model is."""
-        return self.folder / f"{round}.model"
+        return self.folder / f"{round_number}.model"
 
     def _put_in_place(self, part: Path, path: Path) -> None:
         part.replace(path)
@@ -123,17 +123,17 @@ class Exchange:
 
     # -- replies, up -------------------------------------------------------------------------
 
-    def reply_path(self, round: int, client: int) -> Path:
+    def reply_path(self, round_number: int, client: int) -> Path:
         """Where a client's reply goes: what :func:`put` is told."""
-        return self.folder / f"{round}-{client}"
+        return self.folder / f"{round_number}-{client}"
 
-    def arrived(self, round: int) -> Iterator[tuple[int, memoryview]]:
+    def arrived(self, round_number: int) -> Iterator[tuple[int, memoryview]]:
         """Replies that are there; each is gone once the next is asked for."""
         for entry in list(os.scandir(self.folder)):
             if match := _REPLY.fullmatch(entry.name):
                 path, length = Path(entry.path), int(match["length"])
                 try:
-                    if int(match["round"]) == round:  # else it was too late for its own
+                    if int(match["round"]) == round_number:  # else it was too late for its own
                         pages = _pages(path, match["number"], length)
                         yield int(match["client"]), memoryview(pages)[:length]
                 finally:
@@ -145,7 +145,7 @@ def put(path: Path, tensors: "Mapping[str, Tensor]", meta: Mapping[str, Any], un
     """Write a reply, whole or not at all; waits while many others wait to be folded in.
 
     Args:
-        path: Of :meth:`Exchange.reply_path`.
+        path: Of :meth:`SharedMemory.reply_path`.
         until: Of ``time.monotonic``: when not to wait any more.
 
     Raises:

@@ -19,7 +19,7 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from d2ft_fl.errors import ConfigError, RunError
-from d2ft_fl.server.dispatch import Fault
+from d2ft_fl.server.dispatch import ClientFailure
 
 START_SECONDS = 120.0
 # The most that a busy child is sent ahead: it fits into the connection's buffer. A parent that
@@ -45,7 +45,7 @@ class Job:
 
 
 @dataclass(eq=False)
-class _Child:
+class _Worker:
     process: subprocess.Popen
     connection: Connection
     lifeline: int
@@ -76,7 +76,7 @@ class _Child:
         os.close(self.lifeline)
 
 
-class Crew:
+class WorkerPool:
     """Up to ``size`` child processes under one configuration, started when they are needed.
 
     Args:
@@ -86,9 +86,9 @@ class Crew:
 
     def __init__(self, options: Mapping[str, Any], size: int):
         self.options, self.size = dict(options), size
-        self._children: list[_Child] = []
+        self._workers: list[_Worker] = []
 
-    def __enter__(self) -> "Crew":
+    def __enter__(self) -> "WorkerPool":
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -96,13 +96,13 @@ class Crew:
 
     def close(self) -> None:
         """End all children."""
-        for child in self._children:
-            child.end()
-        self._children.clear()
+        for worker in self._workers:
+            worker.end()
+        self._workers.clear()
 
     # -- asking ------------------------------------------------------------------------------
 
-    def reports(self, clients: Sequence[int], round: int, seconds: float) -> list[list[Any]]:
+    def reports(self, clients: Sequence[int], round_number: int, seconds: float) -> list[list[Any]]:
         """What clients say of themselves: [client, examples, budget as JSON] of each.
 
         Raises:
@@ -110,7 +110,7 @@ class Crew:
             RunError: When there is no answer in time.
         """
         deadline = time.monotonic() + seconds
-        request = {"do": "report", "clients": list(clients), "round": round}
+        request = {"do": "report", "clients": list(clients), "round": round_number}
         answer = self._ask(request, deadline) or self._ask(request, deadline, again=True)
         if "error" in answer:
             raise ConfigError(answer["error"])
@@ -124,33 +124,33 @@ class Crew:
         Raises:
             RunError: When there is none in time, or it ends again.
         """
-        if not self._children:
-            self._children.append(self._start())
-        child = self._children[0]
+        if not self._workers:
+            self._workers.append(self._start())
+        worker = self._workers[0]
         try:
-            if not child.ready:
-                self._await(child, min(deadline, child.started + START_SECONDS))
-                self._greet(child)
-            child.send(request)
-            self._await(child, deadline)
-            return json.loads(child.connection.recv_bytes())
+            if not worker.ready:
+                self._await(worker, min(deadline, worker.started + START_SECONDS))
+                self._greet(worker)
+            worker.send(request)
+            self._await(worker, deadline)
+            return json.loads(worker.connection.recv_bytes())
         except (EOFError, OSError):
-            how = child.how_it_ended()
-            self._drop(child)
+            how = worker.how_it_ended()
+            self._drop(worker)
             if again:
                 raise RunError(f"a worker process ended ({how})") from None
             return {}
 
-    def _await(self, child: _Child, deadline: float) -> None:
-        if not child.connection.poll(max(0.0, deadline - time.monotonic())):
-            self._drop(child)
+    def _await(self, worker: _Worker, deadline: float) -> None:
+        if not worker.connection.poll(max(0.0, deadline - time.monotonic())):
+            self._drop(worker)
             raise RunError("a worker process did not answer in time")
 
     # -- working -----------------------------------------------------------------------------
 
     def work(
         self, jobs: Sequence[Job], seconds: float, client_seconds: float = 0.0
-    ) -> Iterator[tuple[int, bytes | Fault]]:
+    ) -> Iterator[tuple[int, bytes | ClientFailure]]:
         """Carry jobs out, in order, several at once; yields replies as they come.
 
         A reply that went to the exchange is empty. At the deadline, every child that is still at
@@ -167,96 +167,98 @@ class Crew:
                 self._hand_out(pending, deadline)
                 ends = [deadline]
                 if client_seconds:
-                    ends += [child.started + client_seconds for child in self._busy]
-                ends += [c.started + START_SECONDS for c in self._children if not c.ready]
-                waiting = [c.connection for c in self._children if c.jobs or not c.ready]
+                    ends += [worker.started + client_seconds for worker in self._busy]
+                ends += [c.started + START_SECONDS for c in self._workers if not c.ready]
+                waiting = [c.connection for c in self._workers if c.jobs or not c.ready]
                 ready = wait(waiting, timeout=max(0.0, min(ends) - time.monotonic()))
-                for child in [c for c in self._children if c.connection in ready]:
-                    yield from self._hear(child, pending)
+                for worker in [c for c in self._workers if c.connection in ready]:
+                    yield from self._hear(worker, pending)
                 now = time.monotonic()
-                for child in self._busy if client_seconds else []:
-                    if now >= child.started + client_seconds and not child.connection.poll():
+                for worker in self._busy if client_seconds else []:
+                    if now >= worker.started + client_seconds and not worker.connection.poll():
                         yield (
-                            self._left(child, pending),
-                            Fault(f"took longer than {client_seconds:g} s"),
+                            self._left(worker, pending),
+                            ClientFailure(f"took longer than {client_seconds:g} s"),
                         )
-                for child in [c for c in self._children if not c.ready]:
-                    if now >= child.started + START_SECONDS:
-                        self._drop(child)  # and another is started
+                for worker in [c for c in self._workers if not c.ready]:
+                    if now >= worker.started + START_SECONDS:
+                        self._drop(worker)  # and another is started
                 if now >= deadline:
                     yield from self._give_up(pending)
                     return
         finally:
-            for child in self._busy:  # nobody waits for it any more
-                self._drop(child)
+            for worker in self._busy:  # nobody waits for it any more
+                self._drop(worker)
 
     @property
-    def _busy(self) -> list[_Child]:
-        return [child for child in self._children if child.jobs]
+    def _busy(self) -> list[_Worker]:
+        return [worker for worker in self._workers if worker.jobs]
 
     def _hand_out(self, pending: deque[Job], deadline: float) -> None:
-        for child in list(self._children):
-            if child.ready and not child.jobs and child.process.poll() is not None:
-                self._drop(child)  # it died while it had nothing to do: nobody's fault
-        for child in self._children:
-            if pending and child.ready and not child.jobs:
-                self._give(child, pending.popleft(), deadline)
-        for child in self._busy:  # so that no child waits for its next job, but at the end
+        for worker in list(self._workers):
+            if worker.ready and not worker.jobs and worker.process.poll() is not None:
+                self._drop(worker)  # it died while it had nothing to do: nobody's fault
+        for worker in self._workers:
+            if pending and worker.ready and not worker.jobs:
+                self._give(worker, pending.popleft(), deadline)
+        for worker in self._busy:  # so that no child waits for its next job, but at the end
             ahead = len(pending) > self.size and len(pending[0].blob) <= AHEAD_BYTES
-            if ahead and len(child.jobs) == 1:
-                self._give(child, pending.popleft(), deadline)
-        starting = sum(not child.ready for child in self._children)
-        while starting < len(pending) and len(self._children) < self.size:
-            self._children.append(self._start())
+            if ahead and len(worker.jobs) == 1:
+                self._give(worker, pending.popleft(), deadline)
+        starting = sum(not worker.ready for worker in self._workers)
+        while starting < len(pending) and len(self._workers) < self.size:
+            self._workers.append(self._start())
             starting += 1
 
-    def _give(self, child: _Child, job: Job, deadline: float) -> None:
-        if not child.jobs:
-            child.started = time.monotonic()
-        child.jobs.append(job)
+    def _give(self, worker: _Worker, job: Job, deadline: float) -> None:
+        if not worker.jobs:
+            worker.started = time.monotonic()
+        worker.jobs.append(job)
         seconds = deadline - time.monotonic()
         with suppress(OSError):  # it is gone, and heard of when it is waited for
-            child.send(
+            worker.send(
                 {"do": "work", "model": job.model, "reply": job.reply, "seconds": seconds},
                 job.blob,
             )
 
-    def _hear(self, child: _Child, pending: deque[Job]) -> Iterator[tuple[int, bytes | Fault]]:
+    def _hear(
+        self, worker: _Worker, pending: deque[Job]
+    ) -> Iterator[tuple[int, bytes | ClientFailure]]:
         try:
-            if not child.ready:
-                self._greet(child)
+            if not worker.ready:
+                self._greet(worker)
                 return
-            reply = child.connection.recv_bytes()
+            reply = worker.connection.recv_bytes()
         except (EOFError, OSError):
-            how = child.how_it_ended()
-            if not child.jobs:
-                self._drop(child)
+            how = worker.how_it_ended()
+            if not worker.jobs:
+                self._drop(worker)
                 raise RunError(f"a worker process ended while it started ({how})") from None
-            yield self._left(child, pending), Fault(f"its process ended ({how})")
+            yield self._left(worker, pending), ClientFailure(f"its process ended ({how})")
             return
-        job, child.started = child.jobs.popleft(), time.monotonic()
+        job, worker.started = worker.jobs.popleft(), time.monotonic()
         yield job.client, reply
 
-    def _left(self, child: _Child, pending: deque[Job]) -> int:
+    def _left(self, worker: _Worker, pending: deque[Job]) -> int:
         """End a child; returns whose work it was at. What it had not begun goes to another."""
-        at, *rest = child.jobs
+        at, *rest = worker.jobs
         pending.extendleft(reversed(rest))
-        self._drop(child)
+        self._drop(worker)
         return at.client
 
-    def _give_up(self, pending: deque[Job]) -> Iterator[tuple[int, bytes | Fault]]:
-        for child in self._busy:
-            if child.connection.poll():  # it was in time; who listens was not
-                yield from self._hear(child, pending)
-        for child in self._busy:
-            client = self._left(child, pending)
-            yield client, Fault("did not end before the round's deadline")
+    def _give_up(self, pending: deque[Job]) -> Iterator[tuple[int, bytes | ClientFailure]]:
+        for worker in self._busy:
+            if worker.connection.poll():  # it was in time; who listens was not
+                yield from self._hear(worker, pending)
+        for worker in self._busy:
+            client = self._left(worker, pending)
+            yield client, ClientFailure("did not end before the round's deadline")
         while pending:
-            yield pending.popleft().client, Fault("not begun before the round's deadline")
+            yield pending.popleft().client, ClientFailure("not begun before the round's deadline")
 
     # -- children ----------------------------------------------------------------------------
 
-    def _start(self) -> _Child:
+    def _start(self) -> _Worker:
         ours, theirs = socket.socketpair()
         lifeline, held = os.pipe()
         environment = {
@@ -264,7 +266,7 @@ class Crew:
             **os.environ,
             "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
         }
-        slot = min(set(range(len(self._children) + 1)) - {c.slot for c in self._children})
+        slot = min(set(range(len(self._workers) + 1)) - {c.slot for c in self._workers})
         if devices := os.environ.get("CUDA_VISIBLE_DEVICES", ""):
             own = devices.split(",")
             environment["CUDA_VISIBLE_DEVICES"] = own[slot % len(own)]
@@ -282,24 +284,24 @@ class Crew:
         )
         theirs.close()
         os.close(lifeline)
-        child = _Child(process, Connection(ours.detach()), held, slot)
-        child.connection.send_bytes(json.dumps(self.options).encode())
-        return child
+        worker = _Worker(process, Connection(ours.detach()), held, slot)
+        worker.connection.send_bytes(json.dumps(self.options).encode())
+        return worker
 
-    def _greet(self, child: _Child) -> None:
+    def _greet(self, worker: _Worker) -> None:
         """Hear that a child is there.
 
         Raises:
             ConfigError: When the configuration cannot be used where it runs.
         """
-        answer = json.loads(child.connection.recv_bytes())
+        answer = json.loads(worker.connection.recv_bytes())
         if "error" in answer:
-            self._drop(child)
+            self._drop(worker)
             raise ConfigError(answer["error"])
-        child.ready = True
+        worker.ready = True
 
-    def _drop(self, child: _Child) -> None:
+    def _drop(self, worker: _Worker) -> None:
         """End a child; another is started when one is needed."""
-        if child in self._children:
-            self._children.remove(child)
-        child.end()
+        if worker in self._workers:
+            self._workers.remove(worker)
+        worker.end()

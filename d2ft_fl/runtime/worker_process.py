@@ -23,11 +23,11 @@ from d2ft_fl.errors import D2FTError
 
 def main(connection: Connection) -> None:
     """Answer requests until there is nobody to ask."""
-    from d2ft_fl.client.trainer import Worker
+    from d2ft_fl.client.trainer import ClientTrainer
     from d2ft_fl.config.run_config import RunConfig
 
     try:
-        who = Worker(RunConfig.from_mapping(json.loads(connection.recv_bytes())))
+        who = ClientTrainer(RunConfig.from_mapping(json.loads(connection.recv_bytes())))
     except D2FTError as error:
         connection.send_bytes(json.dumps({"error": str(error)}).encode())
         return

@@ -154,7 +154,7 @@ def _read(path: Path, config: RunConfig, origin: str) -> Checkpoint:
         raise _Unusable("it is of a run that began with other weights")
     found = _unpack(tensors, meta)
     if meta["config"]["transport"] != config.transport:  # what came through memory nobody kept
-        found = replace(found, state=replace(found.state, holds={}))
+        found = replace(found, state=replace(found.state, cached={}))
     return found
 
 
@@ -175,9 +175,9 @@ def _pack(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if state.means.known is not None:
         tensors["known/means"] = torch.from_numpy(state.means.known).to(torch.int64)
     tensors["last/trained"] = torch.from_numpy(np.asarray(state.last_trained))
-    clients = sorted(state.holds)
+    clients = sorted(state.cached)
     if clients:
-        held = np.stack([state.holds[client] for client in clients])
+        held = np.stack([state.cached[client] for client in clients])
         tensors["holds/all"] = torch.from_numpy(np.packbits(held, axis=None))
     meta = {
         "round": state.round,

@@ -30,8 +30,8 @@ def header(config: RunConfig) -> None:
 def round_line(row: dict[str, Any]) -> None:
     """One finished round."""
     say(format_round(row))
-    for fault in row["faults"]:
-        say(f"        fault: {fault}")
+    for failure in row["faults"]:
+        say(f"        fault: {failure}")
     if out := row["sat_out"]:
         say(f"        {out} of {row['clients']} clients sat out: their budgets afford nothing")
 

@@ -11,13 +11,13 @@ if TYPE_CHECKING:  # those who only carry blobs need no torch
 
 
 @dataclass(frozen=True)
-class Fault:
+class ClientFailure:
     """A client that did not answer, and why."""
 
     reason: str
 
 
-class Clock:
+class Stopwatch:
     """Seconds by what they were spent on."""
 
     def __init__(self) -> None:
@@ -38,7 +38,7 @@ class Clock:
 
 
 @dataclass(frozen=True, eq=False)
-class Work:
+class RoundDispatch:
     """One round's assignments, for a pool of clients to carry out.
 
     Attributes:
@@ -53,7 +53,7 @@ class Work:
     costs: Mapping[int, int]
     weights: "Mapping[str, Tensor]"
     encode: Callable[[int, bool], bytes]
-    clock: "Clock" = field(default_factory=Clock)
+    stopwatch: "Stopwatch" = field(default_factory=Stopwatch)
 
     @property
     def model_bytes(self) -> int:

@@ -33,7 +33,7 @@ from d2ft_fl.costs.resources import RESOURCES, workload_variance
 from d2ft_fl.errors import RunError
 from d2ft_fl.models.spec import ModelSpec
 from d2ft_fl.planning.importance import subnet_scores
-from d2ft_fl.planning.utility import Worth
+from d2ft_fl.planning.utility import Utility
 from d2ft_fl.records.client_record import ClientRecord
 from d2ft_fl.records.run_folder import read_lines, read_rows, write_status, write_whole
 from d2ft_fl.records.summary import summarise
@@ -100,16 +100,16 @@ class Recorder:
         made_with = versions(self.federation.config.device)
         self.folder.joinpath("versions.json").write_text(json.dumps(made_with, indent=2) + "\n")
 
-    def reports(self, round: int, reports: Sequence[Report]) -> None:
+    def reports(self, round_number: int, reports: Sequence[Report]) -> None:
         """Keep what clients said before a round, where they say another thing in each."""
         said = [[r.client, r.examples, r.budget.to_json()] for r in reports]
-        self._append("reports.jsonl", [{"round": round, "reports": said}])
+        self._append("reports.jsonl", [{"round": round_number, "reports": said}])
 
-    def next_reports(self, round: int) -> list[Report] | None:
+    def next_reports(self, round_number: int) -> list[Report] | None:
         """What clients said when a round was begun before this run was resumed: at its first
         attempt, then at its second; None where they are to be asked.
         """
-        attempts = self._said.get(round)
+        attempts = self._said.get(round_number)
         if not attempts:
             return None
         return [Report(c, n, Budget.from_mapping(b)) for c, n, b in attempts.pop(0)]
@@ -143,7 +143,7 @@ class Recorder:
         loss: float | None,
         wall_seconds: float,
         strays: Sequence[str] = (),
-        clock: Mapping[str, float] | None = None,
+        stopwatch: Mapping[str, float] | None = None,
     ) -> dict[str, Any]:
         """Append a round; returns its line.
 
@@ -155,7 +155,7 @@ class Recorder:
         row = self._row(federation, state, plan, records, accuracy, loss, wall_seconds)
         row["faults"] += strays
         training = sum(record.training_seconds for record in records)
-        row["clock"] = {**(clock or {}), "training": training}
+        row["clock"] = {**(stopwatch or {}), "training": training}
         self.rows.append(row)
         self._append("clients.jsonl", (_client_row(plan.round, record) for record in records))
         self._append("rounds.jsonl", [row])
@@ -202,12 +202,12 @@ class Recorder:
             "round_seconds": max((r.seconds for r in records), default=0.0),
             "wall_seconds": wall_seconds,
             "plan_seconds": plan.seconds,
-            "worth": _worth(federation, state, plan),
+            "worth": _utility(federation, state, plan),
             "clients": len(records),
             "worked": len(worked),
             "sat_out": sum(r.sat_out for r in records),
             "scored": sum(r.scored > 0 for r in worked),
-            "faults": [f"client {r.client}: {r.fault}" for r in records if r.fault],
+            "faults": [f"client {r.client}: {r.failure}" for r in records if r.failure],
             "violations": _violations(worked),
             "flops_as_predicted": sum(r.predicted.flops == r.used.flops for r in worked if r.used),
             **state.figures,
@@ -244,11 +244,11 @@ def _write_report(folder: Path) -> None:
         log.warning("report.html was not written: %s: %s", type(error).__name__, error)
 
 
-def _worth(federation: Federation, state: State, plan: Plan) -> float:
+def _utility(federation: Federation, state: State, plan: Plan) -> float:
     """What the round was worth, by what is known of its subnets."""
     known = subnet_scores("fisher", federation.own or federation.arch, {}, state.scores)
     config = federation.config
-    return plan.utility(Worth(known, known), config.upload_bits, config.download_bits)
+    return plan.utility(Utility(known, known), config.upload_bits, config.download_bits)
 
 
 def _resource(index: int, name: str, worked: list[ClientRecord]) -> dict[str, Any]:
@@ -287,18 +287,18 @@ def _violations(worked: list[ClientRecord]) -> list[str]:
     return out
 
 
-def _client_row(round: int, r: ClientRecord) -> dict[str, Any]:
+def _client_row(round_number: int, r: ClientRecord) -> dict[str, Any]:
     allowed = {
         name: int(a) if a < UNLIMITED else None
         for name, a in zip(RESOURCES, r.allowed, strict=True)
     }
     return {
-        "round": round,
+        "round": round_number,
         "client": r.client,
         "device": r.device,
         "examples": r.examples,
         "operations": r.operations,
-        "way": asdict(r.way),
+        "way": asdict(r.policy),
         "used": asdict(r.used) if r.used else None,
         "predicted": asdict(r.predicted),
         "allowed": allowed,
@@ -311,5 +311,5 @@ def _client_row(round: int, r: ClientRecord) -> dict[str, Any]:
         "gap": r.gap,
         "rank": r.rank,
         "sat_out": r.sat_out,
-        "fault": r.fault,
+        "fault": r.failure,
     }

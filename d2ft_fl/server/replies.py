@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from d2ft_fl.aggregation.lora_sums import FactorSums
+from d2ft_fl.aggregation.lora_sums import LoraSums
 from d2ft_fl.aggregation.mean_compensation import MeanSums
-from d2ft_fl.aggregation.private_sums import NoisySums, PrivateRound
+from d2ft_fl.aggregation.private_sums import PrivateRound, PrivateSums
 from d2ft_fl.aggregation.robust import ROBUST, RobustSums, clipped
 from d2ft_fl.aggregation.server_optimizer import Moments
 from d2ft_fl.aggregation.sums import Sums, Update, validate
@@ -21,14 +21,14 @@ from d2ft_fl.planning.assignment import Assignment
 from d2ft_fl.planning.importance import TENSOR
 from d2ft_fl.records.client_record import ClientRecord
 from d2ft_fl.rounds.federation import Federation, State
-from d2ft_fl.rounds.plan import Plan, held_after, last_trained
-from d2ft_fl.server.dispatch import Fault
+from d2ft_fl.rounds.plan import Plan, cached_after, last_trained
+from d2ft_fl.server.dispatch import ClientFailure
 from d2ft_fl.subnets.architecture import Kind
 from d2ft_fl.subnets.packing import GlobalModel
 from d2ft_fl.subnets.schedule import Operation
 from d2ft_fl.wire import blob as wire
 from d2ft_fl.wire.parameter_cache import digests
-from d2ft_fl.wire.quantization import PLAIN, with_changes
+from d2ft_fl.wire.quantization import PLAIN, with_quantized_changes
 
 MOST_SAID = 300  # letters of a reason
 MORE_BYTES = 1 << 16  # than planned: for what a client says when it has failed
@@ -53,7 +53,7 @@ def _short(reason: str) -> str:
     return line if len(line) <= MOST_SAID else line[: MOST_SAID - 3] + "..."
 
 
-class Fold:
+class RoundReplies:
     """Folds the replies of one round in, one at a time, in any order."""
 
     def __init__(
@@ -61,7 +61,7 @@ class Fold:
         federation: Federation,
         state: State,
         plan: Plan,
-        silent: Mapping[int, Fault] = MappingProxyType({}),
+        silent: Mapping[int, ClientFailure] = MappingProxyType({}),
         private: PrivateRound | None = None,
     ):
         self.federation, self.state, self.plan = federation, state, plan
@@ -74,29 +74,29 @@ class Fold:
         self.measured: dict[int, tuple[dict[str, np.ndarray], int]] = {}
         self.records: dict[int, ClientRecord] = {}
         self.strays: list[str] = []  # faults of those who are not waited for
-        for client, fault in silent.items():
-            self.stray(client, fault.reason)
+        for client, failure in silent.items():
+            self.stray(client, failure.reason)
         self.asked = len(plan.working) + len(silent)  # who said nothing is in no plan
 
-    def _make_sums(self, examples: int) -> Sums | FactorSums | RobustSums | NoisySums:
+    def _make_sums(self, examples: int) -> Sums | LoraSums | RobustSums | PrivateSums:
         config, arch, weights = self.federation.config, self.federation.arch, self.state.weights
         if self.private:
-            return NoisySums(arch, weights, examples, self.private)
+            return PrivateSums(arch, weights, examples, self.private)
         if config.aggregation in ROBUST:
             hostile = config.suspects(len(self.plan.working))
             return RobustSums(arch, weights, config.aggregation, hostile, config.neighbor_mixing)
         if arch.rank:
             mode = config.lora_aggregation
-            return FactorSums(arch, weights, examples, mode, config.lora_error)
+            return LoraSums(arch, weights, examples, mode, config.lora_error)
         return Sums(arch, weights, examples)
 
     def _slot_examples(self, a: Assignment) -> list[int]:
         """How many examples a client trains on in each slot."""
-        return self.federation.costs_of(self.state, a.way).slot_totals(a.examples or 0)
+        return self.federation.costs_of(self.state, a.policy).slot_totals(a.examples or 0)
 
     def _counted(self, a: Assignment) -> list[int]:
         """The same times what each counts."""
-        return [max(int(n > 0), round(n * a.way.weight)) for n in self._slot_examples(a)]
+        return [max(int(n > 0), round(n * a.policy.weight)) for n in self._slot_examples(a)]
 
     @cached_property
     def _laid_out(self) -> GlobalModel:
@@ -109,10 +109,10 @@ class Fold:
         return sum(record.used is not None for record in self.records.values())
 
     @property
-    def faults(self) -> list[str]:
+    def failures(self) -> list[str]:
         """What went wrong so far, by client."""
         failed = [self.records[client] for client in sorted(self.records)]
-        return [f"client {r.client}: {r.fault}" for r in failed if r.fault] + self.strays
+        return [f"client {r.client}: {r.failure}" for r in failed if r.failure] + self.strays
 
     def stray(self, client: int, reason: str) -> None:
         """Note a fault of somebody who is not waited for, or not any more."""
@@ -141,7 +141,7 @@ class Fold:
         if reply.means:
             self.mean_sums.add(assignment.schedule, self._slot_examples(assignment), reply.means)
         if reply.measured:
-            self.measured[client] = (reply.measured, assignment.passes.scored)
+            self.measured[client] = (reply.measured, assignment.probes.scored)
         self._record(assignment, reply.used, reply.wall, reply.training, reply.loss)
 
     def _read(self, client: int, blob: bytes | memoryview) -> "_Reply":
@@ -176,15 +176,17 @@ class Fold:
         expected = self._slot_examples(assignment)
         if slot_examples != expected:
             raise ReplyError(f"trained on {sum(slot_examples)} examples, not {sum(expected)}")
-        measured = self._measured(tensors, assignment.passes.kinds)
+        measured = self._measured(tensors, assignment.probes.kinds)
         schedule, means = assignment.schedule, {}
         if self.federation.calibrates(self.plan.round):
             means = {n: tensors.pop(n) for n in list(tensors) if n.startswith("d2ft.mean.")}
             self.mean_sums.check(schedule, means)
-        bits = assignment.way.bits_up or self.federation.config.upload_bits
+        bits = assignment.policy.bits_up or self.federation.config.upload_bits
         if bits < PLAIN:
-            tensors = with_changes(self.federation.arch, self._laid_out, schedule, tensors, bits)
-        step = assignment.way.step if self.federation.config.takes_steps else 1.0
+            tensors = with_quantized_changes(
+                self.federation.arch, self._laid_out, schedule, tensors, bits
+            )
+        step = assignment.policy.step if self.federation.config.takes_steps else 1.0
         update = Update(schedule, self._counted(assignment), tensors, step)
         if (norm := self.federation.config.clip_norm) and not self.private:  # which clips itself
             validate(self.federation.arch, self.state.weights, update)
@@ -214,7 +216,7 @@ class Fold:
     def fail(self, client: int, reason: str) -> None:
         """Leave a client out of this round, with the reason."""
         if assignment := self.pending.pop(client, None):
-            self._record(assignment, None, fault=_short(reason))
+            self._record(assignment, None, failure=_short(reason))
         else:
             self.stray(client, reason)
 
@@ -228,7 +230,7 @@ class Fold:
         answered = {r.client for r in self.records.values() if r.used is not None}
         weights, moments = self._step(self.sums.apply())
         changed = self._changed(weights)
-        holds = held_after(self.federation.arch, self.state, self.plan, answered, changed)
+        cached = cached_after(self.federation.arch, self.state, self.plan, answered, changed)
         names = self.state.digests
         if changed.any():
             names = digests(self.federation.arch, weights, names, changed)
@@ -238,7 +240,7 @@ class Fold:
             self.state.scores.updated(self.measured, self.federation.config.score_momentum),
             self.mean_sums.apply(self.state.means),
             self._last_trained(answered),
-            holds,
+            cached,
             names,
             {**self.state.figures, **self._figures()},
             moments,
@@ -267,7 +269,7 @@ class Fold:
             return {"epsilon": self.private.privacy.epsilon(self.plan.round)}
         if isinstance(self.sums, RobustSums):
             return {"too_few_trainers": self.sums.left}
-        return {"aggregation_error": self.sums.error} if isinstance(self.sums, FactorSums) else {}
+        return {"aggregation_error": self.sums.error} if isinstance(self.sums, LoraSums) else {}
 
     def _changed(self, weights: dict[str, Tensor]) -> np.ndarray:
         """Subnets whose fixed parameters did change, folded into: bool [blocks, heads]."""
@@ -286,7 +288,7 @@ class Fold:
         wall_seconds: float = 0.0,
         training_seconds: float = 0.0,
         train_loss: float | None = None,
-        fault: str | None = None,
+        failure: str | None = None,
     ) -> None:
         participant = self.participants[assignment.client]
         operations = assignment.schedule.operations
@@ -298,7 +300,7 @@ class Fold:
                 operation.name.lower(): float((operations == operation).mean())
                 for operation in Operation
             },
-            way=assignment.way,
+            policy=assignment.policy,
             predicted=assignment.cost,
             allowed=participant.capacity,
             used=used,
@@ -307,9 +309,9 @@ class Fold:
             wall_seconds=wall_seconds,
             training_seconds=training_seconds,
             train_loss=train_loss,
-            scored=assignment.passes.scored,
-            viewed=assignment.passes.viewed,
+            scored=assignment.probes.scored,
+            viewed=assignment.probes.viewed,
             gap=assignment.gap,
             rank=assignment.schedule.mean_rank(self.federation.arch.rank),
-            fault=fault,
+            failure=failure,
         )

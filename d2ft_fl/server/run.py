@@ -28,9 +28,9 @@ from d2ft_fl.rounds.federation import Federation, Report, State
 from d2ft_fl.rounds.messages import encode_assignment
 from d2ft_fl.rounds.plan import Plan
 from d2ft_fl.server import checkpoint
-from d2ft_fl.server.dispatch import Clock, Fault, Work
+from d2ft_fl.server.dispatch import ClientFailure, RoundDispatch, Stopwatch
 from d2ft_fl.server.recorder import Recorder, write_summary
-from d2ft_fl.server.replies import Fold
+from d2ft_fl.server.replies import RoundReplies
 from d2ft_fl.trackers import tracking
 from d2ft_fl.util.torch_device import set_threads
 
@@ -40,7 +40,7 @@ log = logging.getLogger(__name__)
 class Pool(Protocol):
     """The clients of a federation, wherever they run."""
 
-    def clients(self, round: int) -> Mapping[int, int]:
+    def clients(self, round_number: int) -> Mapping[int, int]:
         """Those that can be asked before a round.
 
         Returns:
@@ -48,11 +48,13 @@ class Pool(Protocol):
         """
 
     def reports(
-        self, round: int, clients: Sequence[int]
-    ) -> tuple[list[Report], Mapping[int, Fault]]:
+        self, round_number: int, clients: Sequence[int]
+    ) -> tuple[list[Report], Mapping[int, ClientFailure]]:
         """What these clients say of themselves before a round, and who of them does not answer."""
 
-    def train(self, work: Work) -> Iterable[tuple[int, bytes | memoryview | Fault]]:
+    def train(
+        self, work: RoundDispatch
+    ) -> Iterable[tuple[int, bytes | memoryview | ClientFailure]]:
         """Have clients train; yields their replies as they arrive, in any order.
 
         A reply in memory is good until the next is asked for.
@@ -160,43 +162,43 @@ class _Run:
             Its line.
         """
         config, number = self.config, self.state.round + 1
-        started, clock, faults = time.perf_counter(), Clock(), []
+        started, stopwatch, failures = time.perf_counter(), Stopwatch(), []
         for attempt in range(1, config.attempts + 1):
-            stage, plan, fold = self._replies(number, clock)
-            if fold.answered >= min(config.min_replies, fold.asked):
+            stage, plan, replies = self._replies(number, stopwatch)
+            if replies.answered >= min(config.min_replies, replies.asked):
                 break
             few = (
-                f"{fold.answered} of {fold.asked} clients answered in round {number}, "
-                f"min-replies = {config.min_replies}{_first_fault(fold)}"
+                f"{replies.answered} of {replies.asked} clients answered in round {number}, "
+                f"min-replies = {config.min_replies}{_first_failure(replies)}"
             )
-            self._mistrust(fold)
+            self._mistrust(replies)
             if config.few_replies == "stop" or attempt == config.attempts:
                 raise RunError(few)
             log.warning("%s; the round is repeated", few)
-            faults += [f"attempt {attempt}: {fault}" for fault in fold.faults]
-        with clock.of("fold"):
-            self.state, records = fold.finish()
+            failures += [f"attempt {attempt}: {failure}" for failure in replies.failures]
+        with stopwatch.of("fold"):
+            self.state, records = replies.finish()
         last = number == config.rounds
         accuracy = loss = None
         if last or number % config.eval_every == 0:
-            with clock.of("evaluate"):
+            with stopwatch.of("evaluate"):
                 weights = stage.model_weights(self.state)
                 accuracy, loss = evaluate(self.model, weights, self.data, config.eval_batch_size)
         wall = time.perf_counter() - started
         row = self.recorder.round(
-            stage, self.state, plan, records, accuracy, loss, wall, faults + fold.strays,
-            clock.seconds,
+            stage, self.state, plan, records, accuracy, loss, wall, failures + replies.strays,
+            stopwatch.seconds,
         )  # fmt: skip
         if config.checkpoint_every and (last or number % config.checkpoint_every == 0):
             self._save()
         return row
 
-    def _mistrust(self, fold: Fold) -> None:
+    def _mistrust(self, replies: RoundReplies) -> None:
         """Take nothing for sure of what those hold who failed a round: it may be what they miss."""
-        failed = {client for client, record in fold.records.items() if record.fault}
-        holds = {c: held for c, held in self.state.holds.items() if c not in failed}
-        if len(holds) < len(self.state.holds):
-            self.state = replace(self.state, holds=holds)
+        failed = {client for client, record in replies.records.items() if record.failure}
+        cached = {c: held for c, held in self.state.cached.items() if c not in failed}
+        if len(cached) < len(self.state.cached):
+            self.state = replace(self.state, cached=cached)
             if self.config.checkpoint_every:  # the next process should not believe it either
                 self._save()
 
@@ -204,18 +206,18 @@ class _Run:
         own = checkpoint.Checkpoint(self.state, self.reports)
         checkpoint.save(self.recorder.folder, self.config, self.origin, own)
 
-    def _replies(self, number: int, clock: Clock) -> tuple[Federation, Plan, Fold]:
+    def _replies(self, number: int, stopwatch: Stopwatch) -> tuple[Federation, Plan, RoundReplies]:
         """Ask, plan, send and fold in: a round up to where its state is made."""
         config = self.config
         stage = self.federation.at(number)
         state = stage.prepared(self.state, self.original)
         if self.privacy:  # what clients hold tells who was drawn
-            state = replace(state, holds={})
-        with clock.of("ask"):
+            state = replace(state, cached={})
+        with stopwatch.of("ask"):
             reports, silent = self._ask(number)
         if not reports:
             raise RunError(f"no client answered in round {number}{_said(silent)}")
-        with clock.of("plan"):
+        with stopwatch.of("plan"):
             plan = plan_round(stage, state, reports)
             nobody = not plan.working
             plan, private = self._drawn(plan) if self.privacy else (plan, None)
@@ -230,21 +232,21 @@ class _Run:
                 f"every client sits out round {number}: no budget affords one subnet; raise the "
                 f"budgets ({config.budgets!r}) or take a smaller model or batch-size"
             )
-        fold = Fold(stage, state, plan, silent, private)
-        work = Work(
+        replies = RoundReplies(stage, state, plan, silent, private)
+        work = RoundDispatch(
             number,
             {client: a.cost.flops for client, (_, a) in assignments.items()},
             state.weights,
             partial(self._message, stage, state, assignments),
-            clock,
+            stopwatch,
         )
         for client, reply in self.pool.train(work) if assignments else ():
-            if isinstance(reply, Fault):
-                fold.fail(client, reply.reason)
+            if isinstance(reply, ClientFailure):
+                replies.fail(client, reply.reason)
             else:
-                with clock.of("fold"):
-                    fold.add(client, reply)
-        return stage, plan, fold
+                with stopwatch.of("fold"):
+                    replies.add(client, reply)
+        return stage, plan, replies
 
     def _message(
         self,
@@ -270,7 +272,7 @@ class _Run:
         chosen = privacy.drawn(self.privacy, self.key, plan.round, [c.client for c in plan.clients])
         return plan.only(chosen), PrivateRound(self.privacy, self.key, plan.round, trainers)
 
-    def _ask(self, number: int) -> tuple[list[Report], Mapping[int, Fault]]:
+    def _ask(self, number: int) -> tuple[list[Report], Mapping[int, ClientFailure]]:
         """Reports of the clients that take part in a round, and who does not answer."""
         there = self.pool.clients(number)
         # Plans of private rounds are for all, so that none tells who else was drawn.
@@ -279,7 +281,7 @@ class _Run:
         if self.there:  # else they are as the checkpoint has them
             known = {c: r for c, r in known.items() if there.get(c) == self.there.get(c)}
         self.there = there
-        silent: Mapping[int, Fault] = {}
+        silent: Mapping[int, ClientFailure] = {}
         replayed = self.recorder.next_reports(number)
         self.replays = replayed is not None
         if replayed is not None:
@@ -305,22 +307,22 @@ class _Run:
         return self.recorder.finish(weights, self.seconds_before + wall_seconds)
 
 
-def drawn(config: RunConfig, round: int, clients: Iterable[int]) -> list[int]:
+def drawn(config: RunConfig, round_number: int, clients: Iterable[int]) -> list[int]:
     """Who takes part in a round: all of ``clients``, or as many as are sampled, in order."""
     ordered = sorted(clients)
     if not config.sample_clients or config.sample_clients >= len(ordered):
         return ordered
-    draw = np.random.default_rng([config.seed, round, 3])
+    draw = np.random.default_rng([config.seed, round_number, 3])
     places = draw.choice(len(ordered), config.sample_clients, replace=False)
     return [ordered[place] for place in sorted(places)]
 
 
-def _first_fault(fold: Fold) -> str:
-    return f"; the first said: {fold.faults[0]}" if fold.faults else ""
+def _first_failure(replies: RoundReplies) -> str:
+    return f"; the first said: {replies.failures[0]}" if replies.failures else ""
 
 
-def _said(silent: Mapping[int, Fault]) -> str:
-    return next((f"; client {c} said: {fault.reason}" for c, fault in silent.items()), "")
+def _said(silent: Mapping[int, ClientFailure]) -> str:
+    return next((f"; client {c} said: {failure.reason}" for c, failure in silent.items()), "")
 
 
 @torch.no_grad()

@@ -110,7 +110,7 @@ def _spec(
 
 
 def carried(
-    arch: Architecture, schedule: Schedule, holds: np.ndarray | None = None
+    arch: Architecture, schedule: Schedule, cached: np.ndarray | None = None
 ) -> Iterator[tuple[Parameter, tuple[int, ...]]]:
     """Parameters that come down for a schedule, with the heads of the sliced ones, ascending.
 
@@ -120,7 +120,7 @@ def carried(
     """
     for name in down_spec(arch, schedule):
         p = arch.by_name[name]
-        held = holds if p.fixed else None
+        held = cached if p.fixed else None
         if p.kind is Kind.SLICED:
             wanted = schedule.resident if held is None else schedule.resident & ~held
             if heads := schedule.heads(wanted, p.block):
@@ -133,10 +133,10 @@ def pack_for(
     arch: Architecture,
     weights: Mapping[str, Tensor],
     schedule: Schedule,
-    holds: np.ndarray | None = None,
+    cached: np.ndarray | None = None,
 ) -> dict[str, Tensor]:
     """The tensors of :func:`carried`, cut out of the global ``weights``."""
     return {
         p.name: p.pack(weights[p.name], heads) if p.kind is Kind.SLICED else weights[p.name]
-        for p, heads in carried(arch, schedule, holds)
+        for p, heads in carried(arch, schedule, cached)
     }

@@ -51,8 +51,8 @@ class BranchOperations:
         below[..., 1:] = begun[..., :-1]
         through = below.reshape(own.shape) | (own & norm)
         live = (each >= Operation.FROZEN) & ~full
-        passes = np.where(through[..., None], Operation.FROZEN, Operation.FORWARD_ONLY)
-        return cls(np.where(live, passes, each).astype(np.int8), through)
+        micro_batches = np.where(through[..., None], Operation.FROZEN, Operation.FORWARD_ONLY)
+        return cls(np.where(live, micro_batches, each).astype(np.int8), through)
 
 
 @dataclass(frozen=True, eq=False)
@@ -180,7 +180,7 @@ def slot_sizes(examples: int, slots: int) -> list[int]:
     return [base + (slot < extra) for slot in range(slots)]
 
 
-def passes(sizes: Sequence[int], active: Sequence[bool], parts: int) -> list[list[int]]:
+def micro_batches(sizes: Sequence[int], active: Sequence[bool], parts: int) -> list[list[int]]:
     """Cut a batch into passes that run one after another: per pass, its examples of each slot.
 
     Examples of inactive slots are not run at all; the others, slot by slot, are divided as evenly

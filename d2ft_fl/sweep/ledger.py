@@ -15,7 +15,7 @@ class Watcher(Protocol):
     def started(self, trial: Trial) -> None:
         """A worker began with a trial."""
 
-    def progressed(self, trial: Trial, round: int) -> None:
+    def progressed(self, trial: Trial, round_number: int) -> None:
         """A trial has finished a round."""
 
     def ended(self, trial: Trial, outcome: Outcome, accuracy: float | None) -> None:
@@ -28,7 +28,7 @@ class Nobody:
     def started(self, trial: Trial) -> None:
         """Nothing."""
 
-    def progressed(self, trial: Trial, round: int) -> None:
+    def progressed(self, trial: Trial, round_number: int) -> None:
         """Nothing."""
 
     def ended(self, trial: Trial, outcome: Outcome, accuracy: float | None) -> None:
@@ -78,11 +78,11 @@ class Ledger:
         self._set(id, State("running"))
         self.watcher.started(self._by_id[id])
 
-    def progressed(self, id: str, round: int, accuracy: float, changes: Changes) -> None:
+    def progressed(self, id: str, round_number: int, accuracy: float, changes: Changes) -> None:
         """A trial has finished a round, and left this in its folder."""
         self.folder.write(id, changes)
         self._accuracy[id] = accuracy
-        self.watcher.progressed(self._by_id[id], round)
+        self.watcher.progressed(self._by_id[id], round_number)
 
     def ended(
         self,
@@ -99,10 +99,10 @@ class Ledger:
         known = accuracy if accuracy is not None else self._accuracy.get(id)
         self.watcher.ended(trial, outcome, known)
 
-    def stopped(self, id: str, round: int, seconds: float) -> None:
+    def stopped(self, id: str, round_number: int, seconds: float) -> None:
         """A trial was stopped early."""
         rounds = self._by_id[id].config.rounds
-        reason = f"after round {round} of {rounds}, behind the others"
+        reason = f"after round {round_number} of {rounds}, behind the others"
         self.ended(id, Outcome("stopped", reason, seconds=seconds))
 
     def close(self) -> None:

@@ -98,9 +98,9 @@ class Show:
         self.running.add(trial.id)
         self._update()
 
-    def progressed(self, trial: Trial, round: int) -> None:
+    def progressed(self, trial: Trial, round_number: int) -> None:
         """A trial has finished a round."""
-        self.clock.part(trial.id, round / (trial.config.rounds + 1))
+        self.clock.part(trial.id, round_number / (trial.config.rounds + 1))
         self._update()
 
     def ended(self, trial: Trial, outcome: Outcome, accuracy: float | None) -> None:

@@ -92,12 +92,12 @@ def groups_of(schedule: Schedule) -> Iterator[Group]:
             yield from ((block, int(head)) for head in np.flatnonzero(row))
 
 
-def is_held(group: Group, holds: np.ndarray) -> bool:
+def is_held(group: Group, cached: np.ndarray) -> bool:
     """Whether a client with these subnets' groups (bool [blocks, heads]) has one."""
     block, head = group
     if block < 0:
-        return bool(holds.any())
-    return bool(holds[block, head] if head >= 0 else holds[block].any())
+        return bool(cached.any())
+    return bool(cached[block, head] if head >= 0 else cached[block].any())
 
 
 def write(schedule: Schedule, names: Digests) -> str:
@@ -112,7 +112,7 @@ def read(schedule: Schedule, text: str) -> Digests:
 
 
 @dataclass(frozen=True)
-class Store:
+class ParameterCache:
     """A client's groups, as files.
 
     Attributes:
@@ -123,7 +123,7 @@ class Store:
     intact: set[tuple[str, int, int]] = field(default_factory=set, compare=False, repr=False)
 
     @classmethod
-    def default(cls) -> "Store":
+    def default(cls) -> "ParameterCache":
         """The one in the user's cache folder, or in that which ``D2FT_WEIGHTS`` names."""
         folder = os.environ.get("D2FT_WEIGHTS")
         cache = platformdirs.user_cache_path("d2ft-fl", appauthor=False)
@@ -142,7 +142,7 @@ class Store:
         arch: Architecture,
         schedule: Schedule,
         tensors: Mapping[str, Tensor],
-        holds: np.ndarray,
+        cached: np.ndarray,
         names: Digests,
     ) -> dict[str, Tensor]:
         """What came down together with what was left out, as of ``down_spec``.
@@ -155,10 +155,10 @@ class Store:
         for group in groups_of(schedule):
             block, head = group
             own = by_block.get(block, [])
-            if is_held(group, holds):
+            if is_held(group, cached):
                 found = self._load(names[group])
             else:
-                found = _cut(own, tensors, schedule.resident[block] & ~holds[block], head)
+                found = _cut(own, tensors, schedule.resident[block] & ~cached[block], head)
                 self._save(names[group], found)
             for name, tensor in found.items():
                 parts.setdefault(name, []).append(tensor)

@@ -38,10 +38,10 @@ def check_bits(up: int, down: int) -> None:
     Raises:
         ConfigError: If not.
     """
-    for way, bits, allowed in (("up", up, BITS_UP), ("down", down, BITS_DOWN)):
+    for direction, bits, allowed in (("up", up, BITS_UP), ("down", down, BITS_DOWN)):
         if bits not in allowed:
             raise ConfigError(
-                f"{bits} bits of a number that travels {way} must be "
+                f"{bits} bits of a number that travels {direction} must be "
                 f"{' or '.join(map(str, allowed))}"
             )
     if down < PLAIN <= up:
@@ -51,7 +51,7 @@ def check_bits(up: int, down: int) -> None:
         )
 
 
-def is_coded(p: Parameter, bits: int) -> bool:
+def is_quantized(p: Parameter, bits: int) -> bool:
     """Whether a parameter's slices travel coded."""
     products = p.kind is Kind.SLICED and len(p.shape) == 2 and not p.factor
     return bits < PLAIN and products and not p.fixed
@@ -60,10 +60,10 @@ def is_coded(p: Parameter, bits: int) -> bool:
 def row_bytes(p: Parameter, bits: int) -> int:
     """Bytes of one row of a parameter's slices on the wire."""
     width = p.numel // p.shape[p.axis]
-    return SCALE_BYTES + -(-width * bits // 8) if is_coded(p, bits) else ELEMENT * width
+    return SCALE_BYTES + -(-width * bits // 8) if is_quantized(p, bits) else ELEMENT * width
 
 
-def encode(rows: Tensor, bits: int, generator: torch.Generator | None = None) -> Tensor:
+def quantize_rows(rows: Tensor, bits: int, generator: torch.Generator | None = None) -> Tensor:
     """Numbers [rows, width], coded: uint8 [rows, bytes].
 
     Args:
@@ -80,16 +80,16 @@ def encode(rows: Tensor, bits: int, generator: torch.Generator | None = None) ->
     return torch.cat([scale.view(torch.uint8), codes], dim=1)
 
 
-def decode(coded: Tensor, width: int, bits: int) -> Tensor:
+def dequantize_rows(quantized: Tensor, width: int, bits: int) -> Tensor:
     """What :func:`encode` was given, to its rounding: float32 [rows, width]."""
-    scale = coded[:, :SCALE_BYTES].flatten().view(torch.float32)[:, None]  # [rows, 1]
-    codes = coded[:, SCALE_BYTES:]
+    scale = quantized[:, :SCALE_BYTES].flatten().view(torch.float32)[:, None]  # [rows, 1]
+    codes = quantized[:, SCALE_BYTES:]
     if bits == 4:
         codes = torch.stack([codes & 15, codes >> 4], dim=2).flatten(1)[:, :width]
     return scale * (codes.float() - (2 ** (bits - 1) - 1))
 
 
-def encoded_changes(
+def quantize_changes(
     arch: Architecture,
     old: Mapping[str, Tensor],
     new: Mapping[str, Tensor],
@@ -98,13 +98,13 @@ def encoded_changes(
 ) -> dict[str, Tensor]:
     """Of what became of some packed slices, by name, those that travel coded: as they travel."""
     return {
-        name: encode(new[name] - tensor, bits, generator)
+        name: quantize_rows(new[name] - tensor, bits, generator)
         for name, tensor in old.items()
-        if is_coded(arch.by_name[name], bits)
+        if is_quantized(arch.by_name[name], bits)
     }
 
 
-def with_changes(
+def with_quantized_changes(
     arch: Architecture,
     whole: GlobalModel,
     schedule: Schedule,
@@ -117,34 +117,35 @@ def with_changes(
         ReplyError: For codes of another type or shape than they must have.
     """
     found = dict(tensors)
-    for name, coded in tensors.items():
+    for name, quantized in tensors.items():
         p = arch.by_name.get(name)
-        if p is None or not is_coded(p, bits):
+        if p is None or not is_quantized(p, bits):
             continue  # whoever adds it up says what is wrong with it
         heads = schedule.heads(schedule.trained, p.block)
         shape = p.packed_shape(heads)[0], row_bytes(p, bits)
-        if coded.dtype is not torch.uint8 or tuple(coded.shape) != shape:
+        if quantized.dtype is not torch.uint8 or tuple(quantized.shape) != shape:
             raise ReplyError(
-                f"{name!r} is {coded.dtype} {list(coded.shape)}, not {torch.uint8} {list(shape)}"
+                f"{name!r} is {quantized.dtype} {list(quantized.shape)}, not {torch.uint8} "
+                f"{list(shape)}"
             )
         old = whole.take(p, heads)
-        found[name] = old + decode(coded, old.shape[1], bits)
+        found[name] = old + dequantize_rows(quantized, old.shape[1], bits)
     return found
 
 
-def encoded(arch: Architecture, tensors: Mapping[str, Tensor], bits: int) -> dict[str, Tensor]:
+def quantize(arch: Architecture, tensors: Mapping[str, Tensor], bits: int) -> dict[str, Tensor]:
     """Packed slices as they travel down, by name."""
     return {
-        name: encode(tensor, bits) if is_coded(arch.by_name[name], bits) else tensor
+        name: quantize_rows(tensor, bits) if is_quantized(arch.by_name[name], bits) else tensor
         for name, tensor in tensors.items()
     }
 
 
-def decoded(arch: Architecture, tensors: Mapping[str, Tensor], bits: int) -> dict[str, Tensor]:
+def dequantize(arch: Architecture, tensors: Mapping[str, Tensor], bits: int) -> dict[str, Tensor]:
     """The same as a client takes them."""
     found = dict(tensors)
     for name, tensor in tensors.items():
         p = arch.by_name.get(name)  # compensation is no parameter
-        if p is not None and is_coded(p, bits):
-            found[name] = decode(tensor, p.numel // p.shape[p.axis], bits)
+        if p is not None and is_quantized(p, bits):
+            found[name] = dequantize_rows(tensor, p.numel // p.shape[p.axis], bits)
     return found

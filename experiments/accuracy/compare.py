@@ -22,7 +22,7 @@ import safetensors.numpy
 from scipy.stats import spearmanr
 
 from d2ft_fl.planning.importance import prior
-from d2ft_fl.planning.utility import Worth
+from d2ft_fl.planning.utility import Utility
 from d2ft_fl.report.run_folder import RunFolder
 from d2ft_fl.report.statistics import Interval, differences
 from d2ft_fl.report.sweep_folder import SweepFolder
@@ -72,14 +72,14 @@ class Setting:
         found = Interval.of(differences(self.accuracy, reference.accuracy)).mean
         return float(np.mean(list(reference.accuracy.values())) + found)
 
-    def worth(self, local: dict[int, dict[int, int]]) -> float:
+    def utility(self, local: dict[int, dict[int, int]]) -> float:
         """Predicted from the plans that runs left, the mean over rounds, with the prior for scores.
 
         Args:
             local: Seed -> client -> how many examples it has.
         """
         rounds = [
-            _worth(run, file, local[seed])
+            _utility(run, file, local[seed])
             for seed, run in self.runs.items()
             for file in sorted(run.folder.joinpath("plans").iterdir())
         ]
@@ -103,7 +103,7 @@ def named(run: RunFolder) -> tuple[str, str]:
     return Path(c["budgets"]).stem, ", ".join(filter(None, said))
 
 
-def _worth(run: RunFolder, file: Path, examples: dict[int, int]) -> float:
+def _utility(run: RunFolder, file: Path, examples: dict[int, int]) -> float:
     """Of one round, clients weighted by their examples."""
     plan = safetensors.numpy.load_file(file)
     operations, clients = plan["schedules"], plan["clients"]
@@ -114,12 +114,12 @@ def _worth(run: RunFolder, file: Path, examples: dict[int, int]) -> float:
     local = np.array([examples[client] for client in clients.tolist()])
     bits = [(_bits(run, row, "up"), _bits(run, row, "down")) for row in rows]
     scores = prior(*operations.shape[2:])
-    return Worth(scores, scores).mean_of(operations, local, own, bits)
+    return Utility(scores, scores).mean_of(operations, local, own, bits)
 
 
-def _bits(run: RunFolder, row: dict[str, Any], way: str) -> int:
+def _bits(run: RunFolder, row: dict[str, Any], policy: str) -> int:
     """In which a client's numbers travel up, or down."""
-    return int(row["way"][f"bits_{way}"] or run.config[f"{way}load-bits"])
+    return int(row["way"][f"bits_{policy}"] or run.config[f"{policy}load-bits"])
 
 
 @lru_cache
@@ -191,7 +191,7 @@ def predicted(found: list[Setting], reference: Setting) -> list[tuple[Setting, f
     """Settings of full tuning with seeds that the reference has, and their predicted worth."""
     local = examples(reference)
     able = [s for s in found if not s.lora and s.runs.keys() <= local.keys()]
-    return [(s, s.worth(local)) for s in able]
+    return [(s, s.utility(local)) for s in able]
 
 
 def hues(budgets: Iterable[str]) -> dict[str, tuple[float, ...]]:
@@ -229,10 +229,10 @@ def draw(
             left.plot(FURTHEST, y, "<", color=colors[budget])
         else:
             left.errorbar(i.mean, y, xerr=i.half, fmt=marker, color=colors[budget], capsize=2)
-    for s, worth in worths:
+    for s, utility in worths:
         marker = "D" if s.label == OURS else "o"
         color = colors.get(s.budgets, "0.5")
-        right.plot(worth, s.beside(reference), marker, color=color)
+        right.plot(utility, s.beside(reference), marker, color=color)
     left.set_yticks(range(len(rows)), [f"{b}: {s.label}" for b, s in reversed(rows)], fontsize=7)
     left.set_ylim(-1, len(rows))
     left.axvline(0, color="0.5", linewidth=1)
@@ -292,9 +292,9 @@ def compare(folders: list[Path], picture: Path | None, spent: Path | None) -> No
     for budget, own in groups.items():
         print(table(budget, own, reference), end="\n\n")
     worths = predicted(found, reference)
-    if len({worth for _, worth in worths}) > 2:
+    if len({utility for _, utility in worths}) > 2:
         accuracy = [s.beside(reference) for s, _ in worths]
-        rho = float(spearmanr([worth for _, worth in worths], accuracy).statistic)
+        rho = float(spearmanr([utility for _, utility in worths], accuracy).statistic)
         print(f"Spearman's correlation of predicted worth and accuracy: {rho:.2f} ({len(worths)})")
     if picture:
         draw(found, reference, worths, picture)

@@ -6,10 +6,10 @@ from strategies import d2ft, linear_probe
 PAPER = "Kumar et al., Fine-Tuning can Distort Pretrained Features, ICLR 2022, arXiv 2202.10054"
 
 
-def schedule(round: Round) -> list[Assignment]:
+def schedule(context: Round) -> list[Assignment]:
     """The classifier first, then everything that budgets afford."""
-    wanted = d2ft.schedule(round)
-    if round.number > 1:
+    wanted = d2ft.schedule(context)
+    if context.number > 1:
         return wanted
-    first = linear_probe.schedule(round)
+    first = linear_probe.schedule(context)
     return [w if f.schedule.sits_out else f for f, w in zip(first, wanted, strict=True)]

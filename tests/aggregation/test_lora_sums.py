@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from d2ft_fl.aggregation.lora_sums import MODES, FactorSums, effective_rows, frozen
+from d2ft_fl.aggregation.lora_sums import MODES, LoraSums, effective_rows, frozen
 from d2ft_fl.aggregation.sums import Update
 from d2ft_fl.errors import ConfigError, ReplyError
 from d2ft_fl.lora.config import TARGETS, Lora, factor_name, is_common, targeted, with_lora
@@ -50,7 +50,7 @@ def reply(arch, state, seed, schedule=None, examples=None):
 
 
 def fold(arch, state, mode, replies):
-    sums = FactorSums(arch, state, 1000, mode)
+    sums = LoraSums(arch, state, 1000, mode)
     for r in replies:
         sums.add(r)
     return sums.apply(), sums.error
@@ -396,7 +396,7 @@ def poke(value):
 )
 def test_a_bad_reply_is_refused_and_nothing_of_it_is_added(mode, change, message):
     arch, state = setting(mode)
-    sums = FactorSums(arch, state, 1000, mode)
+    sums = LoraSums(arch, state, 1000, mode)
     sums.add(reply(arch, state, 1))
     before, error = sums.apply(), sums.error
     bad = reply(arch, state, 7, Schedule.filled(Operation.FULL, SLOTS, 2, 4))
@@ -411,7 +411,7 @@ def test_a_bad_reply_is_refused_and_nothing_of_it_is_added(mode, change, message
 @pytest.mark.parametrize("mode", ["factors", "product", "stack"])
 def test_factors_that_can_be_summed_but_whose_product_cannot_are_refused(mode):
     arch, state = setting(mode)
-    sums = FactorSums(arch, state, 1000, mode)
+    sums = LoraSums(arch, state, 1000, mode)
     bad = reply(arch, state, 7, Schedule.filled(Operation.FULL, SLOTS, 2, 4))
     for name in (p.name for p in arch.parameters if p.factor and p.block == 1):
         bad.tensors[name] = torch.full_like(bad.tensors[name], 1e4)
@@ -435,7 +435,7 @@ def test_what_does_not_train():
 @pytest.mark.parametrize("mode", MODES)
 def test_folding_is_the_same_where_the_error_is_not_measured(mode):
     arch, state = setting(mode)
-    told, untold = FactorSums(arch, state, 1000, mode), FactorSums(arch, state, 1000, mode, False)
+    told, untold = LoraSums(arch, state, 1000, mode), LoraSums(arch, state, 1000, mode, False)
     for seed in (1, 2):
         told.add(reply(arch, state, seed))
         untold.add(reply(arch, state, seed))
@@ -447,4 +447,4 @@ def test_folding_is_the_same_where_the_error_is_not_measured(mode):
 
 def test_an_unknown_mode_is_refused():
     with pytest.raises(ConfigError, match="'mean' is unknown"):
-        FactorSums(*setting("factors"), 10, "mean")
+        LoraSums(*setting("factors"), 10, "mean")

@@ -14,7 +14,7 @@ from scipy.stats import kstest, norm
 
 from d2ft_fl.aggregation.keyed_noise import KEY_FILE, Noise
 from d2ft_fl.aggregation.privacy import Privacy, drawn, noise_for
-from d2ft_fl.aggregation.private_sums import NoisySums, PrivateRound, Trainers
+from d2ft_fl.aggregation.private_sums import PrivateRound, PrivateSums, Trainers
 from d2ft_fl.config.run_config import RunConfig
 from d2ft_fl.errors import ConfigError
 from d2ft_fl.rounds.checks import checked, checked_options
@@ -46,7 +46,7 @@ def trainers(schedules, rate=1.0):
 
 def sums(schedules, noise=0.0, clip=1.0, rate=1.0, key=KEY):
     own = PrivateRound(Privacy(clip, noise, rate, 1e-5), key, 1, trainers(schedules, rate))
-    return NoisySums(ARCH, WEIGHTS, 1000, own)
+    return PrivateSums(ARCH, WEIGHTS, 1000, own)
 
 
 def moved(found, new):

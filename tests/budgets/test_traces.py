@@ -39,8 +39,8 @@ def test_a_list_goes_on_from_its_start_for_all_clients_alike():
 
 
 @given(st.sampled_from(["battery", "load"]), st.integers(0, 10**6), st.integers(1, 10**6))
-def test_factors_are_above_0_and_at_most_1(name, client, round):
-    assert 0.29 < Trace(name).factor(client, round) <= 1
+def test_factors_are_above_0_and_at_most_1(name, client, round_number):
+    assert 0.29 < Trace(name).factor(client, round_number) <= 1
 
 
 def test_a_trace_scales_what_it_says_and_nothing_else():

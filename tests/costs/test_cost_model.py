@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 
 from clients.full import learning_rate
 from d2ft_fl.bench.step import saved_bytes
-from d2ft_fl.config.training_options import Way
+from d2ft_fl.config.training_options import ExecutionPolicy
 from d2ft_fl.costs import cost_model as costs
-from d2ft_fl.costs.probe_costs import Passes, passes_cost, round_cost
+from d2ft_fl.costs.probe_costs import Probes, probes_cost, round_cost
 from d2ft_fl.costs.resources import Cost
 from d2ft_fl.engine.meter import Meter
 from d2ft_fl.engine.partial_model import PartialModel
@@ -32,7 +32,7 @@ WEIGHTS = weights_of(MODEL)
 def measure(arch, weights, model, schedule, examples, side=16, tokens=None, **options):
     """FLOPs and peak bytes of a round of training, counted."""
     costs, meter = cost_model(arch, schedule.slots, **options), Meter(verify=True)
-    costs = costs.along(Way(tokens=tokens))
+    costs = costs.under(ExecutionPolicy(tokens=tokens))
     partial = PartialModel(model, arch, costs.options.numerics())
     partial.tokens = tokens
     partial.reset(schedule, pack_for(arch, weights, schedule))
@@ -78,8 +78,8 @@ FEWER = {"fewer tokens": {"tokens": 9}, "most left out": {"tokens": 3, "accumula
 @pytest.mark.parametrize("way", [*WAYS, *FEWER])
 @pytest.mark.parametrize("slots", [1, 4])
 @pytest.mark.parametrize("seed", range(6))
-def test_peak_memory_is_predicted_within_ten_percent(seed, slots, way):
-    schedule, own = random_schedule(ARCH, slots, seed), (WAYS | FEWER)[way]
+def test_peak_memory_is_predicted_within_ten_percent(seed, slots, policy):
+    schedule, own = random_schedule(ARCH, slots, seed), (WAYS | FEWER)[policy]
     predicted, meter = measure(ARCH, WEIGHTS, MODEL, schedule, 24, batch_size=8, **own)
     assert meter.peak_bytes <= predicted.memory <= 1.1 * meter.peak_bytes
 
@@ -123,7 +123,7 @@ ROWS = {
 @pytest.mark.parametrize("way", ["plain", "checkpointing", "bfloat16"])
 @pytest.mark.parametrize("row", ROWS)
 @pytest.mark.parametrize("dropout,side", [(0.1, 16), (0.1, 48), (0.0, 16), (0.0, 48)])
-def test_memory_of_attention_that_is_not_fused(dropout, side, row, way, monkeypatch):
+def test_memory_of_attention_that_is_not_fused(dropout, side, row, policy, monkeypatch):
     # Then there are matrices of tokens by tokens: 145 of them at 48 pixels, beside 12 of a head.
     monkeypatch.setattr(timm_vit, "fused_attention", lambda *_: False)
     monkeypatch.setattr(costs, "fused_attention", lambda *_: False)
@@ -133,7 +133,7 @@ def test_memory_of_attention_that_is_not_fused(dropout, side, row, way, monkeypa
         operations[0, :, :heads] = np.array(ROWS[row])[:, None]
         schedule = Schedule(operations)
         predicted, meter = measure(
-            arch, weights_of(model), model, schedule, 8, side, batch_size=4, **WAYS[way]
+            arch, weights_of(model), model, schedule, 8, side, batch_size=4, **WAYS[policy]
         )
         assert meter.flops == predicted.flops
         assert meter.peak_bytes <= predicted.memory <= 1.35 * meter.peak_bytes
@@ -142,10 +142,10 @@ def test_memory_of_attention_that_is_not_fused(dropout, side, row, way, monkeypa
 @pytest.mark.parametrize("way", ["plain", "checkpointing", "bfloat16"])
 @pytest.mark.parametrize("slots", [1, 3])
 @pytest.mark.parametrize("seed", range(8))
-def test_saved_bytes_are_predicted_within_two_percent(seed, slots, way):
+def test_saved_bytes_are_predicted_within_two_percent(seed, slots, policy):
     schedule = random_schedule(ARCH, slots, seed)
     sizes = running(schedule, 6)
-    costs = cost_model(ARCH, slots, **WAYS[way])
+    costs = cost_model(ARCH, slots, **WAYS[policy])
     partial = PartialModel(MODEL, ARCH, costs.options.numerics())
     partial.reset(schedule, pack_for(ARCH, WEIGHTS, schedule))
     images, labels = images_for(ARCH, sum(sizes))
@@ -228,7 +228,7 @@ def test_the_scoring_pass_costs_what_is_predicted(changes, kinds):
     images, labels = images_for(arch, 4)
     meter = Meter(verify=True)
     found = score_pass(partial, images, labels, kinds, meter)
-    predicted = passes_cost(costs, Passes(scored=4, kinds=tuple(kinds)))
+    predicted = probes_cost(costs, Probes(scored=4, kinds=tuple(kinds)))
     assert meter.flops == predicted.flops
     assert meter.peak_bytes <= predicted.memory <= 1.25 * meter.peak_bytes
     reply = {TENSOR + kind: torch.from_numpy(scores).float() for kind, scores in found.items()}
@@ -240,7 +240,7 @@ def test_the_scoring_pass_costs_what_is_predicted(changes, kinds):
 def test_a_kind_of_score_more_costs_one_tensor_up_and_nothing_else():
     costs = cost_model(ARCH)
     one, two = (
-        round_cost(costs, costs.everything(), 20, Passes(scored=4, kinds=kinds)).vector()
+        round_cost(costs, costs.everything(), 20, Probes(scored=4, kinds=kinds)).vector()
         for kinds in (("fisher",), ("fisher", "taylor"))
     )
     assert (two - one).tolist() == [0, 0, 4 * ARCH.blocks * ARCH.heads + TENSOR_HEADER, 0]
@@ -251,7 +251,7 @@ def test_a_cost_model_believes_nobody_but_its_own_arithmetic(monkeypatch):
 
     def found():
         costs = cost_model(ARCH)
-        return costs.full_cost(20), passes_cost(costs, Passes(scored=4, kinds=("fisher",)))
+        return costs.full_cost(20), probes_cost(costs, Probes(scored=4, kinds=("fisher",)))
 
     right = found()
     monkeypatch.setattr(costs.CostModel, "base_flops", 0)

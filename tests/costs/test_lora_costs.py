@@ -116,7 +116,7 @@ def test_bytes_are_those_of_the_messages(seed):
     slack = (
         TENSOR_HEADER * len(down_spec(arch, schedule))
         + MESSAGE_HEADER
-        + costs.traffic.message_bytes
+        + costs.communication.message_bytes
     )
     assert real <= costs.bytes_down(schedule) <= real + slack
     up = sum(ELEMENT * int(np.prod(shape)) for shape in up_spec(arch, schedule).values())
@@ -131,19 +131,19 @@ def test_a_client_that_has_the_weights_gets_factors_and_classifier():
     operations = np.zeros((1, 3, 4), dtype=np.int8)
     operations[0, 1, :2] = Operation.FULL
     costs, schedule = cost_model(arch), Schedule(operations)
-    holds = np.zeros((3, 4), dtype=bool)
-    holds[1] = True
+    cached = np.zeros((3, 4), dtype=bool)
+    cached[1] = True
     elements = 2 * 3 * (36 + 48 + 12 + 48) + 4 * 3 * 48 + 5 * 48 + 5
-    expected = ELEMENT * elements + TENSOR_HEADER * 10 + costs.traffic.message_bytes
-    assert costs.cost(schedule, 8, holds).bytes_down == expected
+    expected = ELEMENT * elements + TENSOR_HEADER * 10 + costs.communication.message_bytes
+    assert costs.cost(schedule, 8, cached).bytes_down == expected
     assert (
         costs.cost(schedule, 8).bytes_up == ELEMENT * elements + TENSOR_HEADER * 10 + MESSAGE_HEADER
     )
     # Another head: its slices of weights and biases besides.
-    holds[1, 1] = False
+    cached[1, 1] = False
     more = 48 * (36 + 48 + 12 + 48) + 36 + 48
     headers = 6 * TENSOR_HEADER + 6 * TENSOR_HEADER  # fixed tensors of a block, some of them shared
-    found = costs.cost(schedule, 8, holds).bytes_down
+    found = costs.cost(schedule, 8, cached).bytes_down
     assert expected + ELEMENT * more < found <= expected + ELEMENT * more + headers
 
 

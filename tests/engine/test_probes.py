@@ -9,10 +9,10 @@ import torch
 
 from d2ft_fl.client.trainer import worker
 from d2ft_fl.config.training_options import LocalOptions
-from d2ft_fl.costs.probe_costs import Passes, passes_cost, with_passes
+from d2ft_fl.costs.probe_costs import Probes, probes_cost, with_probes
 from d2ft_fl.engine.meter import Meter
 from d2ft_fl.engine.partial_model import PartialModel
-from d2ft_fl.engine.probes import WholeModel
+from d2ft_fl.engine.probes import ProbeRunner
 from d2ft_fl.errors import ConfigError
 from d2ft_fl.rounds.checks import checked, checked_options
 from d2ft_fl.runtime.in_process import run_local
@@ -24,7 +24,7 @@ from tests.runtime.test_in_process import rows
 
 def whole_of(model, arch, meter, batch_size=8):
     packed = pack_for(arch, weights_of(model), all_of(arch))
-    return WholeModel(
+    return ProbeRunner(
         PartialModel(model, arch), arch, arch, packed, LocalOptions(batch_size), meter
     )
 
@@ -50,7 +50,7 @@ def test_selecting_costs_what_is_predicted(changes):
     meter = Meter(verify=True)
     images, labels = images_for(arch, 20)
     whole_of(model, arch, meter).entropy(batches(images, labels, 8), 0.1)
-    predicted = passes_cost(cost_model(arch, 2, batch_size=8), Passes(viewed=20))
+    predicted = probes_cost(cost_model(arch, 2, batch_size=8), Probes(viewed=20))
     assert meter.flops == predicted.flops
     assert meter.peak_bytes <= predicted.memory <= 1.25 * meter.peak_bytes
     assert predicted.bytes_up == 0
@@ -59,13 +59,13 @@ def test_selecting_costs_what_is_predicted(changes):
 def test_passes_add_up_and_peaks_do_not():
     _, arch = build()
     costs = cost_model(arch, batch_size=8)
-    both = passes_cost(costs, Passes(4, 20))
-    one, other = passes_cost(costs, Passes(4)), passes_cost(costs, Passes(viewed=20))
+    both = probes_cost(costs, Probes(4, 20))
+    one, other = probes_cost(costs, Probes(4)), probes_cost(costs, Probes(viewed=20))
     assert both.flops == one.flops + other.flops
     assert both.memory == max(one.memory, other.memory)
     assert both.bytes_down == one.bytes_down == other.bytes_down
     training = costs.cost(all_of(arch, Operation.FORWARD_ONLY), 20)
-    assert with_passes(training, both).bytes_down == both.bytes_down
+    assert with_probes(training, both).bytes_down == both.bytes_down
 
 
 @pytest.mark.parametrize("strategy", ["d2ft", "caff"])
@@ -106,8 +106,8 @@ def test_drawn_examples_are_others_every_round(quick, monkeypatch):
     who, seen = worker(config), {}
     inner = who._epochs
 
-    def epochs(client, round, chosen):
-        seen[client, round] = found = inner(client, round, chosen)
+    def epochs(client, round_number, chosen):
+        seen[client, round_number] = found = inner(client, round_number, chosen)
         return found
 
     monkeypatch.setattr(who, "_epochs", epochs)

@@ -14,12 +14,12 @@ from d2ft_fl.flower import grid_pool
 from d2ft_fl.flower.client_app import simulated
 from d2ft_fl.flower.grid_pool import FlowerPool, _reports, _results
 from d2ft_fl.flower.records import BUNDLE_BYTES, pack_blobs, unpack_blobs
-from d2ft_fl.server.dispatch import Fault
+from d2ft_fl.server.dispatch import ClientFailure
 
 
-def reply(results=None, faults=None, error=None, answer=None, said=None):
+def reply(results=None, failures=None, error=None, answer=None, said=None):
     arrays, index = pack_blobs(results or {})
-    own = {"index": index, "faults": faults or {}} if said is None else said
+    own = {"index": index, "faults": failures or {}} if said is None else said
     records = {"results": arrays, "said": ConfigRecord({"json": json.dumps(own)})}
     if answer is not None:
         records["answer"] = ConfigRecord({"json": answer})
@@ -78,7 +78,7 @@ def test_blobs_come_back_and_small_ones_share_an_array(sizes):
 
 def test_a_node_answers_for_its_own_clients_only():
     given = reply({1: b"one", 2: b"two"}, {"3": "hung", "9": "no"})
-    assert list(_results(given, [1, 3])) == [(1, b"one"), (3, Fault("hung"))]
+    assert list(_results(given, [1, 3])) == [(1, b"one"), (3, ClientFailure("hung"))]
 
 
 @pytest.mark.parametrize(
@@ -93,7 +93,7 @@ def test_a_node_answers_for_its_own_clients_only():
 def test_a_malformed_answer_is_a_fault_of_all_its_clients(said):
     found = list(_results(reply({1: b"one"}, said=said), [1, 3]))
     assert [client for client, _ in found] == [1, 3]
-    assert all("malformed" in fault.reason for _, fault in found)
+    assert all("malformed" in failure.reason for _, failure in found)
 
 
 @pytest.mark.parametrize(
@@ -103,9 +103,9 @@ def test_an_array_that_holds_no_blobs_is_a_fault_and_not_parsed(stype, data):
     odd = reply({1: b"one"})
     array = Array(dtype="uint8", shape=(3,), stype=stype, data=data)
     odd.content["results"] = ArrayRecord({"0": array})
-    ((client, fault),) = _results(odd, [1])
+    ((client, failure),) = _results(odd, [1])
     assert client == 1
-    assert "malformed" in fault.reason
+    assert "malformed" in failure.reason
 
 
 @pytest.mark.parametrize(
@@ -133,7 +133,7 @@ def test_reports_of_nodes_that_fail_answer_nonsense_or_leave_some_out(grid, quic
     pool.nodes = {6: range(0, 1), 7: range(2, 3), 8: range(1, 5, 3), 9: range(5, 6)}
     found, silent = pool.reports(1, [0, 1, 2, 4, 5])
     assert [(r.client, r.examples) for r in found] == [(1, 5)]
-    assert {c: fault.reason for c, fault in silent.items()} == {
+    assert {c: failure.reason for c, failure in silent.items()} == {
         0: "its SuperNode failed: Node Unavailable",
         2: "its SuperNode's answer cannot be read: ValueError: no protobuf",
         4: "its SuperNode says nothing of it",
@@ -146,7 +146,7 @@ def test_a_silent_node_is_not_waited_for_longer_than_a_round(grid, quick):
     pool = FlowerPool(grid(node_7=None), quick(round_timeout=0.3))
     pool.nodes = {7: range(0, 4)}
     found, silent = pool.reports(1, [0])
-    assert (found, silent) == ([], {0: Fault("its SuperNode does not answer")})
+    assert (found, silent) == ([], {0: ClientFailure("its SuperNode does not answer")})
 
 
 def test_a_node_whose_place_cannot_be_is_left_out(grid, quick):

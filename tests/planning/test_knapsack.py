@@ -89,7 +89,7 @@ def used(costs, structure, choice, table=0):
     return total
 
 
-def worth(values, choice):
+def utility(values, choice):
     return sum(float(values[i, k]) for i, k in enumerate(choice))
 
 
@@ -109,7 +109,7 @@ def check(solution, values, costs, capacities, structure, table=0):
     """Every law that a solution of one client keeps."""
     fits = used(costs, structure, solution.choice, table)
     assert all(u <= int(c) for u, c in zip(fits, capacities, strict=True))
-    assert float(solution.value) == pytest.approx(worth(values, solution.choice))
+    assert float(solution.value) == pytest.approx(utility(values, solution.choice))
     assert solution.value <= solution.bound + 1e-9
     assert 0 <= solution.gap <= 1
     assert obeys(structure, solution.choice, values.shape[1])
@@ -559,7 +559,7 @@ def coupled(seed, clients=8, items=10, share=0.4, least=1, reference=2.0):
 
 def together(values, spread, choice):
     """What choices are worth together, by the formula."""
-    own = sum(worth(v, c) for v, c in zip(values, choice, strict=True))
+    own = sum(utility(v, c) for v, c in zip(values, choice, strict=True))
     returns = 0.0
     for i, train in enumerate(spread.train):
         count = sum(n * spread.share[k] for n, k in zip(spread.weight, choice[:, i], strict=True))
@@ -583,7 +583,7 @@ def test_coupled_choices_fit_and_are_worth_what_they_say(seed, share, least):
         fits = used(costs, structure, choice)
         assert all(u <= int(room) for u, room in zip(fits, capacities[c], strict=True))
         priced = values[c] + slope[:, None] * spread.share * spread.weight[c]
-        assert solution.value[c] == pytest.approx(worth(priced, choice))
+        assert solution.value[c] == pytest.approx(utility(priced, choice))
     assert (solution.value <= solution.bound + 1e-9).all()
     assert solution.total == pytest.approx(together(values, spread, solution.choice))
     assert solution.total <= solution.total_bound + 1e-9

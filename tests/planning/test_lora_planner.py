@@ -51,7 +51,7 @@ def everything_there_is(targets, frozen):
     return every, costs.costs(every, np.full(len(every), EXAMPLES))
 
 
-def worth(operations, scores, frozen_weight):
+def utility(operations, scores, frozen_weight):
     """What schedules [n, 1, blocks, heads] are worth, as the planner's docstring says."""
     (operations,) = operations.transpose(1, 0, 2, 3)
     full, runs = operations == Operation.FULL, operations != Operation.SHORTCUT
@@ -78,8 +78,8 @@ def test_no_schedule_there_is_exceeds_the_bound_of_a_plan(targets, frozen, share
         return
     if frozen:  # is worth something where something trains
         fits &= (every == Operation.FULL).any(axis=(1, 2, 3))
-    best = worth(every[fits], scores, frozen).max(initial=0.0)
-    own = worth(found.schedule.operations[None], scores, frozen)[0]
+    best = utility(every[fits], scores, frozen).max(initial=0.0)
+    own = utility(found.schedule.operations[None], scores, frozen)[0]
     assert own >= best * (1 - found.gap) - 1e-9
 
 

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from d2ft_fl.budgets.budget import UNLIMITED, Budget
 from d2ft_fl.config.run_config import RunConfig
-from d2ft_fl.costs.probe_costs import Passes
+from d2ft_fl.costs.probe_costs import Probes
 from d2ft_fl.planning.assignment import Participant
 from d2ft_fl.planning.planner import Planner
 from d2ft_fl.rounds.components import Components
@@ -33,12 +33,12 @@ def plan(shares, slots=1, method="joint", seed=0, examples=40, options=(), **key
     scores = draw.random((2, ARCH.blocks, ARCH.heads))
     planner = Planner(costs, method, **options)
     client = Participant(3, examples, Budget(), capacity)
-    wanted = [Passes(keywords.pop("score_examples", 0))]
-    (assignment,) = planner.plan([client], *scores, passes=wanted, **keywords)
+    wanted = [Probes(keywords.pop("score_examples", 0))]
+    (assignment,) = planner.plan([client], *scores, probes=wanted, **keywords)
     return assignment, capacity, scores, planner
 
 
-def worth(assignment, scores, weight=1.0):
+def utility(assignment, scores, weight=1.0):
     operations = assignment.schedule.operations
     full = (operations == Operation.FULL).mean(axis=0)
     runs = (operations != Operation.SHORTCUT).mean(axis=0)
@@ -80,7 +80,7 @@ def test_joint_is_hardly_ever_worse_than_two_stages_and_better_on_the_mean():
         shares = np.random.default_rng(seed).uniform(0.2, 1.0, 4)
         joint, _, scores, _ = plan(shares, seed=seed)
         staged, *_ = plan(shares, method="two-stage", seed=seed)
-        ratios.append(worth(joint, scores) / max(1e-9, worth(staged, scores)))
+        ratios.append(utility(joint, scores) / max(1e-9, utility(staged, scores)))
     assert np.mean(ratios) > 1.08
     assert np.min(ratios) > 0.98
 
@@ -91,7 +91,7 @@ def test_joint_beats_two_stages_where_compute_binds():
         shares = [0.5, None, None, None]
         joint, _, scores, _ = plan(shares, seed=seed)
         staged, *_ = plan(shares, method="two-stage", seed=seed)
-        gains.append(worth(joint, scores) / worth(staged, scores))
+        gains.append(utility(joint, scores) / utility(staged, scores))
     assert np.mean(gains) > 1.05
 
 
@@ -117,11 +117,11 @@ def test_partly_scheduled_subnets_rotate_over_slots():
 def test_scoring_is_charged_and_skipped_where_it_does_not_fit():
     rich, capacity, *_ = plan([0.6, None, None, None], score_examples=4)
     plain, *_ = plan([0.6, None, None, None])
-    assert rich.passes.scored == 4
+    assert rich.probes.scored == 4
     assert (rich.cost.vector() <= capacity).all()
     assert worth_of_full(rich) <= worth_of_full(plain)
     poor, *_ = plan([0.6, 1.0, 1.0, 0.5], score_examples=4)  # the whole model does not go down
-    assert poor.passes.scored == 0
+    assert poor.probes.scored == 0
 
 
 def worth_of_full(assignment):
@@ -140,7 +140,7 @@ def test_more_memory_is_worth_more_and_is_used(examples):
     before = 0.0
     for share in (0.3, 0.5, 0.7, 0.9):
         assignment, capacity, scores, _ = plan([None, share, None, None], examples=examples)
-        now = worth(assignment, scores)
+        now = utility(assignment, scores)
         assert now >= before
         assert assignment.cost.memory >= 0.85 * capacity[1]
         before = now
@@ -253,8 +253,8 @@ def bytes_of(spec):
 
 @pytest.mark.parametrize("way", [{}, {"accumulate": 3}, {"checkpointing": True}, {"epochs": 2}])
 @pytest.mark.parametrize("slots", [1, 3])
-def test_costs_of_many_clients_are_those_of_each(slots, way):
-    costs = cost_model(ARCH, slots, batch_size=8, **way)
+def test_costs_of_many_clients_are_those_of_each(slots, policy):
+    costs = cost_model(ARCH, slots, batch_size=8, **policy)
     examples = np.array([0, 1, 7, 8, 9, 40, 41, 3])
     schedules = [random_schedule(ARCH, slots, seed) for seed in range(len(examples))]
     operations = np.stack([s.operations for s in schedules])
@@ -292,15 +292,15 @@ def test_planning_many_is_planning_one_by_one(method, slots, frozen_weight):
     clients[7] = replace(clients[7], capacity=np.full(4, UNLIMITED))
     timed = [replace(c, budget=Budget(deadline=0.5, speed=1e8)) for c in clients]
     scores = np.random.default_rng(1).random((2, len(clients), ARCH.blocks, ARCH.heads))
-    wanted = [Passes(4 if i % 3 == 0 else 0) for i in range(len(clients))]
+    wanted = [Probes(4 if i % 3 == 0 else 0) for i in range(len(clients))]
     for everyone in (clients, timed):
-        together = planner.plan(everyone, *scores, rotation=2, passes=wanted)
+        together = planner.plan(everyone, *scores, rotation=2, probes=wanted)
         assert [a.client for a in together] == list(range(len(clients)))
         for i, assignment in enumerate(together):
             (alone,) = planner.plan([everyone[i]], *scores[:, i], 2, wanted[i : i + 1])
             assert np.array_equal(alone.schedule.operations, assignment.schedule.operations)
             assert (alone.cost, alone.gap) == (assignment.cost, assignment.gap)
-            assert alone.passes == assignment.passes
+            assert alone.probes == assignment.probes
     assert together[4].schedule.sits_out
     assert not together[7].schedule.sits_out
 
@@ -323,7 +323,7 @@ def by_deadline(budget, shares=(None,) * 4, slots=1, compensated=False, score_ex
     capacity = [UNLIMITED if s is None else int(s * f) for s, f in zip(shares, full, strict=True)]
     client = Participant(0, 40, budget, np.array(capacity, dtype=np.int64))
     scores = np.random.default_rng(0).random((2, ARCH.blocks, ARCH.heads))
-    (assignment,) = Planner(costs).plan([client], *scores, passes=[Passes(score_examples)])
+    (assignment,) = Planner(costs).plan([client], *scores, probes=[Probes(score_examples)])
     return assignment
 
 

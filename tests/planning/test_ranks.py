@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from d2ft_fl.aggregation.lora_sums import FactorSums, effective_rows, widened
+from d2ft_fl.aggregation.lora_sums import LoraSums, effective_rows, widened
 from d2ft_fl.aggregation.sums import Update
 from d2ft_fl.bench.step import saved_bytes
 from d2ft_fl.budgets.budget import UNLIMITED, Budget
@@ -265,7 +265,7 @@ def test_a_rank_for_all_costs_what_an_architecture_of_that_rank_does():
     ours, theirs = wide.cost(low, 8), slim.cost(schedule, 8)
     assert ours.bytes_up == theirs.bytes_up
     assert ours.memory == theirs.memory
-    folded = 4 * int((schedule.resident * wide.fold_flops).sum())
+    folded = 4 * int((schedule.resident * wide.merge_flops).sum())
     assert ours.flops == theirs.flops + folded
 
 
@@ -346,7 +346,7 @@ def exact_changes(arch, state, replies):
 
 
 def fold(arch, state, mode, replies):
-    sums = FactorSums(arch, state, 1000, mode)
+    sums = LoraSums(arch, state, 1000, mode)
     for r in replies:
         sums.add(r)
     return sums.apply(), sums.error
@@ -405,7 +405,7 @@ def test_the_round_trip_of_the_engine_is_the_effective_weights():
 def test_modes_that_cannot_take_ranks_refuse_them(mode):
     arch, state = setting()
     with pytest.raises(ConfigError, match="cannot fold different ranks; use one of product, stack"):
-        FactorSums(arch, state, 10, mode).add(reply(arch, state, 1))
+        LoraSums(arch, state, 10, mode).add(reply(arch, state, 1))
 
 
 def test_a_reply_with_other_ranks_than_assigned_is_refused():
@@ -413,7 +413,7 @@ def test_a_reply_with_other_ranks_than_assigned_is_refused():
     full = Schedule.filled(Operation.FULL, SLOTS, 2, 4)
     r = reply(arch, state, 1, full)
     other = replace(full, ranks=np.full((2, 4), 1))
-    sums = FactorSums(arch, state, 100, "stack")
+    sums = LoraSums(arch, state, 100, "stack")
     with pytest.raises(ReplyError, match="has shape"):
         sums.add(replace(r, schedule=other))
     assert all(torch.equal(sums.apply()[n], t) for n, t in state.items())

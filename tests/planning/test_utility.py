@@ -8,13 +8,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from d2ft_fl.planning import utility
-from d2ft_fl.planning.utility import Worth
+from d2ft_fl.planning.utility import Utility
 from d2ft_fl.subnets.schedule import Operation
 from tests.conftest import random_schedule
 from tests.strategies.test_strategies import ARCH
 
 FULL, FROZEN, FORWARD, SKIP = 3, 2, 1, 0
-EVEN = Worth(np.ones((4, 3)), np.ones((4, 3)))
+EVEN = Utility(np.ones((4, 3)), np.ones((4, 3)))
 
 
 def of(operations, examples=1.0, bits=(32, 32), judge=EVEN):
@@ -57,7 +57,7 @@ def test_a_gradient_that_passes_is_worth_more_than_one_that_is_cut():
 def test_doing_more_is_never_worth_less(seed, slots, examples):
     draw = np.random.default_rng(seed)
     operations = random_schedule(ARCH, slots, seed).operations.copy()
-    judge = Worth(*draw.random((2, ARCH.blocks, ARCH.heads)) + 0.01)
+    judge = Utility(*draw.random((2, ARCH.blocks, ARCH.heads)) + 0.01)
     before = of(operations, examples, judge=judge)
     place = tuple(int(draw.integers(n)) for n in operations.shape)
     operations[place] = min(Operation.FULL, operations[place] + 1)

@@ -111,7 +111,7 @@ def test_the_first_round_is_that_of_a_run(config, found):
     run = plan_round(Federation(Components(config), describe(model)), state, reports_of(config))
     first = found.rounds[0]
     assert [c.cost for c in first.clients] == [a.cost for a in run.assignments]
-    assert [c.scored for c in first.clients] == [a.passes.scored for a in run.assignments]
+    assert [c.scored for c in first.clients] == [a.probes.scored for a in run.assignments]
     assert np.array_equal(first.trained, sum(a.schedule.trained.astype(int) for a in run.working))
     for c, who in zip(first.clients, run.clients, strict=True):
         allowed = dict(

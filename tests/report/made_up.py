@@ -16,10 +16,10 @@ USED = {"flops": 300, "memory": 200, "bytes_up": 40, "bytes_down": 150}
 DEVICES = ("phone", "laptop")
 
 
-def client_row(round, client, used=None, allowed=None, **changes):
+def client_row(round_number, client, used=None, allowed=None, **changes):
     """A line of clients.jsonl; clients take the devices in turn."""
     return {
-        "round": round,
+        "round": round_number,
         "client": client,
         "device": DEVICES[client % len(DEVICES)],
         "examples": 10,
@@ -39,19 +39,19 @@ def client_row(round, client, used=None, allowed=None, **changes):
     } | changes
 
 
-def sits_out(round, client):
+def sits_out(round_number, client):
     """A line of a client that did nothing."""
     nothing = {"shortcut": 1.0, "forward_only": 0.0, "frozen": 0.0, "full": 0.0}
-    return client_row(round, client, sat_out=True, operations=nothing, seconds=0.0) | {
+    return client_row(round_number, client, sat_out=True, operations=nothing, seconds=0.0) | {
         "used": None,
         "train_loss": None,
     }
 
 
-def round_row(round, accuracy, rows, **changes):
+def round_row(round_number, accuracy, rows, **changes):
     """A line of rounds.jsonl that sums up lines of its clients."""
     worked = [row for row in rows if row["used"]]
-    out = {"round": round, "accuracy": accuracy, "loss": 1 - accuracy, "train_loss": 1.5}
+    out = {"round": round_number, "accuracy": accuracy, "loss": 1 - accuracy, "train_loss": 1.5}
     for name in RESOURCES:
         used = [row["used"][name] for row in worked]
         limited = [row for row in worked if row["allowed"][name] is not None]

@@ -12,7 +12,7 @@ from flwr.serverapp.strategy import FedAvg
 from flwr.supercore.task_identity import TaskIdentity
 
 from clients.full import learning_rate
-from d2ft_fl.client.trainer import Worker
+from d2ft_fl.client.trainer import ClientTrainer
 from d2ft_fl.errors import RunError
 from d2ft_fl.models.build import build_model
 from d2ft_fl.models.timm_vit import describe
@@ -22,7 +22,7 @@ from d2ft_fl.rounds.components import Components
 from d2ft_fl.rounds.context import Round, plan_round
 from d2ft_fl.rounds.federation import Federation, State
 from d2ft_fl.rounds.messages import encode_assignment
-from d2ft_fl.server.replies import Fold
+from d2ft_fl.server.replies import RoundReplies
 from d2ft_fl.subnets.architecture import Kind
 from d2ft_fl.wire import blob as wire
 from d2ft_fl.wire.quantization import SCALE_BYTES
@@ -37,7 +37,7 @@ def first_round(config):
     federation = Federation(Components(config), describe(model))
     state = State(0, {n: p.detach().clone() for n, p in model.named_parameters()})
     plan = plan_round(federation, state, reports_of(config))
-    worker = Worker(config)
+    worker = ClientTrainer(config)
     replies = {a.client: worker.work(encode_assignment(federation, state, a)) for a in plan.working}
     return federation, state, plan, replies
 
@@ -55,7 +55,7 @@ def round_one():
 
 def folded(round_one, replies):
     federation, state, plan, _ = round_one
-    fold = Fold(federation, state, plan)
+    fold = RoundReplies(federation, state, plan)
     for client, blob in replies:
         fold.add(client, blob)
     return fold.finish()
@@ -73,9 +73,16 @@ def test_the_order_of_replies_does_not_matter(round_one):
 def test_what_a_way_says_of_a_clients_examples_and_change_counts_in_the_mean(round_one):
     """The classifier, which everybody trains, by hand from what clients sent."""
     federation, state, plan, replies = round_one
-    ways = {0: (3.0, 1.25), 1: (0.5, 1.0), 2: (1.0, 1.5), 3: (2.0, 1.0)}  # of each: weight, step
+    policies = {
+        0: (3.0, 1.25),
+        1: (0.5, 1.0),
+        2: (1.0, 1.5),
+        3: (2.0, 1.0),
+    }  # of each: weight, step
     assignments = [
-        replace(a, way=replace(a.way, weight=ways[a.client][0], step=ways[a.client][1]))
+        replace(
+            a, policy=replace(a.policy, weight=policies[a.client][0], step=policies[a.client][1])
+        )
         for a in plan.assignments
     ]
     after, _ = folded(
@@ -84,7 +91,7 @@ def test_what_a_way_says_of_a_clients_examples_and_change_counts_in_the_mean(rou
     old = state.weights["head.weight"].double()
     top, bottom = torch.zeros_like(old), 0
     for a in plan.working:
-        weight, step = ways[a.client]
+        weight, step = policies[a.client]
         examples = sum(round(n * weight) for n in federation.costs.slot_totals(a.examples))
         top += examples * step * (wire.decode(replies[a.client])[0]["head.weight"].double() - old)
         bottom += examples
@@ -95,7 +102,7 @@ def test_what_a_way_says_of_a_clients_examples_and_change_counts_in_the_mean(rou
 def test_used_is_measured_and_within_the_budget(round_one):
     _, records = folded(round_one, round_one[3].items())
     for record in records:
-        assert record.fault is None
+        assert record.failure is None
         assert record.used.flops == record.predicted.flops
         assert record.used.bytes_up == len(round_one[3][record.client])
         assert (record.used.vector() <= record.allowed).all()
@@ -133,11 +140,11 @@ def set_nan(tensors, meta):
 )
 def test_a_bad_reply_is_left_out_counted_and_named(round_one, change, reason):
     replies = dict(round_one[3])
-    scored = next(a.client for a in round_one[2].assignments if a.passes.scored)
+    scored = next(a.client for a in round_one[2].assignments if a.probes.scored)
     replies[scored] = tampered(replies[scored], change)
     state, records = folded(round_one, replies.items())
-    assert reason in records[scored].fault
-    assert [r.fault for r in records if r.client != scored] == [None] * 3
+    assert reason in records[scored].failure
+    assert [r.failure for r in records if r.client != scored] == [None] * 3
     without, _ = folded(round_one, [(c, b) for c, b in replies.items() if c != scored])
     assert all(torch.equal(state.weights[n], t) for n, t in without.weights.items())
 
@@ -195,18 +202,18 @@ def test_of_a_thousand_malformed_replies_none_is_accepted_and_none_is_fatal(roun
     federation, state, plan, replies = round_one
     draw = np.random.default_rng(0)
     clients = list(replies)
-    fold = Fold(federation, state, plan)
+    fold = RoundReplies(federation, state, plan)
     for _ in range(1000):
         client = int(draw.choice(clients))
         pending = fold.pending[client]
         fold.add(client, malformed(draw, replies[client]))
-        assert fold.records.pop(client).fault
+        assert fold.records.pop(client).failure
         fold.pending[client] = pending  # it may try again
     assert not fold.measured
     for client, blob in replies.items():
         fold.add(client, blob)
     after, records = fold.finish()
-    assert all(record.fault is None for record in records)
+    assert all(record.failure is None for record in records)
     clean, _ = folded(round_one, replies.items())
     assert all(torch.equal(after.weights[name], t) for name, t in clean.weights.items())
 
@@ -214,9 +221,9 @@ def test_of_a_thousand_malformed_replies_none_is_accepted_and_none_is_fatal(roun
 def test_garbage_silence_and_a_second_answer_change_nothing(round_one):
     replies = list(round_one[3].items())
     state, records = folded(round_one, [*replies[:-1], (replies[-1][0], b"garbage")])
-    assert "not a safetensors message" in records[replies[-1][0]].fault
+    assert "not a safetensors message" in records[replies[-1][0]].failure
     silent, records = folded(round_one, replies[:-1])
-    assert records[replies[-1][0]].fault == "no answer"
+    assert records[replies[-1][0]].failure == "no answer"
     twice, _ = folded(round_one, [*replies[:-1], replies[0]])
     for name, tensor in silent.weights.items():
         assert torch.equal(state.weights[name], tensor)
@@ -231,7 +238,7 @@ def test_one_pass_measures_both_directions_kinds(quick):
     who = [record.client for record in records if record.scored]
     assert len(who) >= 2
     for record in records:
-        assert record.fault is None
+        assert record.failure is None
         assert record.used.flops == record.predicted.flops
         assert record.used.bytes_up <= record.predicted.bytes_up
     for kind in ("gradient", "taylor"):
@@ -265,7 +272,7 @@ def test_scores_that_nobody_measures_are_refused_in_one_line(quick, strategy, ki
 
 
 def test_a_worker_turns_its_own_fault_into_an_answer(quick):
-    _, meta = wire.decode(Worker(quick()).work(b"garbage"))
+    _, meta = wire.decode(ClientTrainer(quick()).work(b"garbage"))
     assert meta["error"].startswith("ReplyError")
 
 
@@ -287,7 +294,7 @@ def test_what_a_strategy_raises_names_it(quick, monkeypatch):
     reports = reports_of(federation.config)
 
     def schedule(error):
-        def fail(round):
+        def fail(round_number):
             raise error
 
         monkeypatch.setattr(federation.strategy, "schedule", fail)
@@ -309,7 +316,7 @@ def test_one_fedavg_round_equals_flowers_own_fedavg(quick, slots, monkeypatch):
 
     for name in ("run_id", "node_id", "task_id"):  # Flower sets these in its own processes
         monkeypatch.setattr(TaskIdentity, f"_{name}", 1)
-    worker = Worker(config)
+    worker = ClientTrainer(config)
     _, data = worker._parts
     options, messages = Components(config).training, []
     for client in range(config.clients):

@@ -12,12 +12,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from d2ft_fl.client.trainer import Worker
-from d2ft_fl.config.training_options import AS_CONFIGURED, Way
+from d2ft_fl.client.trainer import ClientTrainer
+from d2ft_fl.config.training_options import DEFAULT_POLICY, ExecutionPolicy
 from d2ft_fl.costs.resources import RESOURCES
 from d2ft_fl.engine.trainer import Stepper
 from d2ft_fl.errors import ConfigError, RunError
-from d2ft_fl.planning.utility import Worth
+from d2ft_fl.planning.utility import Utility
 from d2ft_fl.rounds.context import Round, plan_round
 from d2ft_fl.rounds.policy_search import PASSING, Search
 from d2ft_fl.runtime.in_process import run_local
@@ -36,7 +36,7 @@ def test_without_budgets_everything_trains_as_configured():
     a, _ = planned({})
     assert (a.schedule.operations == FULL).all()
     assert a.examples == 20
-    assert a.way == Way(in_turn=True)
+    assert a.policy == ExecutionPolicy(in_turn=True)
 
 
 def test_memory_that_suffices_in_smaller_passes_changes_nothing_else():
@@ -45,23 +45,23 @@ def test_memory_that_suffices_in_smaller_passes_changes_nothing_else():
     a, _ = planned({"memory": "60 %"})
     assert (a.schedule.operations == FULL).all()
     assert a.examples == 20
-    assert a.way.accumulate == other.way.accumulate > 1
+    assert a.policy.accumulate == other.policy.accumulate > 1
     assert a.cost.memory == other.cost.memory
 
 
 @pytest.mark.parametrize("share,bits", [("100 %", None), ("40 %", 8), ("28 %", 4)])
 def test_bytes_up_are_saved_by_bits_first(share, bits):
     a, _ = planned({"bytes-up": share})
-    assert (a.way.bits_up, a.way.bits_down) == (bits, None)
+    assert (a.policy.bits_up, a.policy.bits_down) == (bits, None)
     assert (a.schedule.operations == FULL).all()
 
 
 @pytest.mark.parametrize("share,expected", [(1.0, 1.0), (0.25, 2**0.5), (0.1, 1.5)])
 def test_the_server_steps_further_along_what_few_examples_changed(share, expected):
     a, _ = planned({"flops": f"{100 * share} %"}, examples=1000)
-    assert a.way.step == pytest.approx(min(1.5, (a.examples / 1000) ** -0.25))
-    assert a.way.weight == pytest.approx(1000 / a.examples)  # all that it has counts
-    assert a.way.step == pytest.approx(expected, rel=0.12)  # a few heads less, for more examples
+    assert a.policy.step == pytest.approx(min(1.5, (a.examples / 1000) ** -0.25))
+    assert a.policy.weight == pytest.approx(1000 / a.examples)  # all that it has counts
+    assert a.policy.step == pytest.approx(expected, rel=0.12)  # a few heads less, for more examples
 
 
 @pytest.mark.parametrize(
@@ -71,10 +71,10 @@ def test_the_server_steps_further_along_what_few_examples_changed(share, expecte
 def test_fewer_examples_come_in_smaller_batches(batch, share, slots, smaller):
     """About half of the steps on a quarter of the examples."""
     a, _ = planned({"flops": f"{share} %"}, examples=1000, batch_size=batch, slots=slots)
-    assert bool(a.way.batch) == smaller
-    assert a.way.accumulate is None
+    assert bool(a.policy.batch) == smaller
+    assert a.policy.accumulate is None
     if smaller:
-        steps = math.ceil(a.examples / a.way.batch) / math.ceil(1000 / batch)
+        steps = math.ceil(a.examples / a.policy.batch) / math.ceil(1000 / batch)
         assert steps == pytest.approx((a.examples / 1000) ** 0.5, rel=0.25)
 
 
@@ -100,9 +100,12 @@ def test_a_smaller_batch_is_trained_and_charged_as_one(quick, tmp_path, monkeypa
 def test_looking_at_examples_comes_in_the_batches_of_training(quick, monkeypatch):
     """What a look at all examples holds is what was planned, whatever the batch."""
 
-    def schedule(round):
-        everything = round.everything()
-        return [round.assign(c, everything, way=Way(batch=2)) for c in round.clients]
+    def schedule(round_number):
+        everything = round_number.everything()
+        return [
+            round_number.assign(c, everything, policy=ExecutionPolicy(batch=2))
+            for c in round_number.clients
+        ]
 
     monkeypatch.setattr("strategies.fedavg.schedule", schedule)
     config = quick(strategy="fedavg", rounds=1, verify_costs=True, batch_size=32)
@@ -118,13 +121,13 @@ def test_looking_at_examples_comes_in_the_batches_of_training(quick, monkeypatch
 
 def test_bytes_down_are_saved_by_bits_both_ways_and_nothing_is_skipped():
     a, _ = planned({"bytes-down": "50 %"})
-    assert (a.way.bits_up, a.way.bits_down) == (8, 8)
+    assert (a.policy.bits_up, a.policy.bits_down) == (8, 8)
     assert (a.schedule.operations == FULL).all()
 
 
 def test_few_bytes_down_can_need_fewer_heads_besides():
     a, _ = planned({"bytes-down": "35 %"})
-    assert a.way.bits_down == 8
+    assert a.policy.bits_down == 8
     assert 0 < (a.schedule.operations == SKIP).sum() < a.schedule.operations.size / 2
 
 
@@ -132,12 +135,12 @@ def test_compute_is_spent_on_examples_to_the_last():
     a, plan = planned({"flops": "50 %"}, examples=200)
     assert 0 < a.examples < 200
     assert not (a.schedule.operations == SKIP).any()
-    passes = (a.schedule.operations[0] > FORWARD).all(axis=1).astype(int)
-    assert (np.diff(passes) >= 0).all()  # cut only below all that trains
+    probes = (a.schedule.operations[0] > FORWARD).all(axis=1).astype(int)
+    assert (np.diff(probes) >= 0).all()  # cut only below all that trains
     federation, state, _ = round_of("d2ft", [{"flops": "50 %"}], examples=200, **QUIET)
     (client,) = plan.clients
     more = Round(federation, state, [client]).assign(
-        client, a.schedule, a.examples + 1, a.way, a.passes
+        client, a.schedule, a.examples + 1, a.policy, a.probes
     )
     assert not client.affords(more.cost)
 
@@ -145,8 +148,8 @@ def test_compute_is_spent_on_examples_to_the_last():
 @pytest.mark.parametrize("memory,up", [("100 %", "30 %"), ("105 %", "40 %")])
 def test_memory_for_where_a_coded_change_began_is_found_in_smaller_passes(memory, up):
     a, _ = planned({"memory": memory, "bytes-up": up}, batch_size=4)
-    assert a.way.bits_up in (8, 4)
-    assert a.way.accumulate > 1
+    assert a.policy.bits_up in (8, 4)
+    assert a.policy.accumulate > 1
     assert (a.schedule.operations == FULL).all()
 
 
@@ -158,7 +161,7 @@ def test_a_deadline_is_met_in_no_fewer_bits_than_it_takes(slow, bits):
     if slow != "neither":
         budget[f"bandwidth-{slow}"] = "0.8 Mbit/s"  # everything takes 1.3 s
     a, plan = planned(budget)
-    assert (a.way.bits_up, a.way.bits_down) == bits
+    assert (a.policy.bits_up, a.policy.bits_down) == bits
     assert plan.clients[0].on_time(a.cost)
 
 
@@ -167,7 +170,7 @@ def test_a_deadline_is_kept_by_fewer_examples_and_bits():
         {"speed": "1 GFLOP/s", "bandwidth-up": "1 Mbit/s", "deadline": "1 s"}, examples=200
     )
     assert not a.schedule.sits_out
-    assert a.way.bits_up in (8, 4)
+    assert a.policy.bits_up in (8, 4)
     assert plan.clients[0].on_time(a.cost)
 
 
@@ -194,11 +197,11 @@ def test_no_plain_plan_is_worth_more(budget, seed):
     federation, state, reports = round_of("d2ft", [budget], **QUIET)
     round = Round(federation, state, federation.participants(reports, state))
     scores = np.random.default_rng(seed).random((ARCH.blocks, ARCH.heads)) + 0.1
-    judge = Worth(scores, scores)
+    judge = Utility(scores, scores)
     (found,) = Search(round, scores, scores, scores).best()
     best = worth_of(judge, found, round)
     for weights in (PASSING, (1.0, 0.0)):
-        planner = federation.planner_along(state, AS_CONFIGURED, *weights)
+        planner = federation.planner_under(state, DEFAULT_POLICY, *weights)
         (plain,) = planner.plan(round.clients, scores, scores, round.number)
         plain_worth = worth_of(judge, plain, round)
         # Smaller passes and fewer bits are not worth quite the same as more memory and bytes.
@@ -207,13 +210,13 @@ def test_no_plain_plan_is_worth_more(budget, seed):
     assert not over.any(), [r for r, o in zip(RESOURCES, over, strict=True) if o]
 
 
-def worth_of(judge, a, round):
+def worth_of(judge, a, round_number):
     if a.schedule.sits_out:
         return 0.0
-    count = round.clients[0].examples if a.examples is None else a.examples
+    count = round_number.clients[0].examples if a.examples is None else a.examples
     operations = a.schedule.operations[None]
     ranks = np.ones((1, ARCH.blocks, ARCH.heads))
-    bits = a.way.bits_up or 32, a.way.bits_down or 32
+    bits = a.policy.bits_up or 32, a.policy.bits_down or 32
     return float(judge.of(operations, ranks, np.array([count / 20]), [bits])[0])
 
 
@@ -229,21 +232,24 @@ def test_clients_that_chose_their_bits_send_and_get_what_was_planned(quick, tmp_
     assert {(row["way"]["bits_up"], row["way"]["bits_down"]) for row in rows} >= {(8, 8)}
     for row in rows:
         assert not row["fault"]
-        for way in ("bytes_up", "bytes_down"):
-            assert 0 <= row["predicted"][way] - row["used"][way] <= 16_000
-            assert row["allowed"][way] is None or row["used"][way] <= row["allowed"][way]
+        for policy in ("bytes_up", "bytes_down"):
+            assert 0 <= row["predicted"][policy] - row["used"][policy] <= 16_000
+            assert row["allowed"][policy] is None or row["used"][policy] <= row["allowed"][policy]
 
 
 def test_a_batch_has_an_example_for_each_slot():
     federation, state, _ = round_of("d2ft", [{}], **QUIET, batch_size=4, slots=4)
     with pytest.raises(ConfigError, match="a batch of 3 has no example for each of 4 slots"):
-        federation.costs_of(state, Way(batch=3))
+        federation.costs_of(state, ExecutionPolicy(batch=3))
 
 
 @pytest.mark.parametrize("wrong", [{"step": 2.5}, {"step": float("nan")}, {"weight": 0.0}])
 def test_strategies_cannot_have_a_change_count_for_anything(monkeypatch, wrong):
-    def schedule(round):
-        return [replace(round.sit_out(c), way=Way(**wrong)) for c in round.clients]
+    def schedule(round_number):
+        return [
+            replace(round_number.sit_out(c), policy=ExecutionPolicy(**wrong))
+            for c in round_number.clients
+        ]
 
     monkeypatch.setattr("strategies.d2ft.schedule", schedule)
     (name,) = wrong
@@ -253,7 +259,7 @@ def test_strategies_cannot_have_a_change_count_for_anything(monkeypatch, wrong):
 
 @pytest.mark.parametrize("local,each", [(10, 3), (7, 7), (12, 4)])
 def test_in_turn_all_are_seen_as_often(local, each, quick):
-    worker = Worker(quick())
+    worker = ClientTrainer(quick())
     rounds = 2 * local
     seen = Counter()
     for number in range(1, rounds + 1):

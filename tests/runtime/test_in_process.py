@@ -85,7 +85,7 @@ def test_a_planted_wrong_formula_shows_up_as_violations(quick, monkeypatch):
     budgets = {c: allowed["flops"] for c, allowed in full.items()}
     monkeypatch.setattr(
         "d2ft_fl.budgets.device_classes.DeviceClasses.__call__",
-        lambda self, client, round: _only_flops(budgets[client.client]),
+        lambda self, client, round_number: _only_flops(budgets[client.client]),
     )
     trainer.worker.cache_clear()
     summary = run_local(quick(rounds=1, run_folder=quick().run_folder + "-2"))
@@ -217,18 +217,18 @@ def test_a_client_refuses_what_does_not_fit(quick, monkeypatch):
     """The budget that a client finds when the plan arrives is smaller than it was when asked."""
     asked = set()
 
-    def shrinking(self, client, round):
-        first = (client.client, round) not in asked
-        asked.add((client.client, round))
+    def shrinking(self, client, round_number):
+        first = (client.client, round_number) not in asked
+        asked.add((client.client, round_number))
         return _only_flops(10**15 if first or client.client else 1)
 
     monkeypatch.setattr("d2ft_fl.budgets.device_classes.DeviceClasses.__call__", shrinking)
     trainer.worker.cache_clear()
     summary = run_local(quick(rounds=1))
-    faults = [c["fault"] for c in rows(summary["folder"], "clients.jsonl") if c["fault"]]
-    assert len(faults) == 1
-    assert "Refusal: the plan needs" in faults[0]
-    assert "of flops, the budget allows 1" in faults[0]
+    failures = [c["fault"] for c in rows(summary["folder"], "clients.jsonl") if c["fault"]]
+    assert len(failures) == 1
+    assert "Refusal: the plan needs" in failures[0]
+    assert "of flops, the budget allows 1" in failures[0]
 
 
 def test_a_client_refuses_what_its_memory_cannot_hold(quick, monkeypatch):

@@ -14,9 +14,9 @@ from d2ft_fl.errors import ConfigError
 from d2ft_fl.models.export import export_run
 from d2ft_fl.preview.plan_preview import preview
 from d2ft_fl.rounds.checks import checked, checked_options
-from d2ft_fl.runtime.in_process import LocalPool, run_local
+from d2ft_fl.runtime.in_process import InProcessPool, run_local
 from d2ft_fl.server.run import run
-from d2ft_fl.wire.parameter_cache import Store
+from d2ft_fl.wire.parameter_cache import ParameterCache
 
 
 @pytest.fixture
@@ -60,8 +60,13 @@ def test_weights_that_a_client_has_do_not_travel_again(lora):
 
 def test_a_client_that_lost_its_weights_says_so_and_gets_them_again(lora, tmp_path):
     config = lora(strategy="fedavg", rounds=3, clients=2, transport="message")
-    pool = LocalPool(config)
-    work, full, empty, messages = pool.worker.work, pool.worker.store, Store(tmp_path / "empty"), []
+    pool = InProcessPool(config)
+    work, full, empty, messages = (
+        pool.worker.work,
+        pool.worker.store,
+        ParameterCache(tmp_path / "empty"),
+        [],
+    )
 
     def losing(blob, weights):
         messages.append(blob)
@@ -71,9 +76,9 @@ def test_a_client_that_lost_its_weights_says_so_and_gets_them_again(lora, tmp_pa
     pool.worker.work = losing
     first, second, third = rows(run(config, pool)["folder"])
     assert not first["faults"]
-    (fault,) = second["faults"]
-    assert fault.startswith("client 1:")
-    assert "gone" in fault
+    (failure,) = second["faults"]
+    assert failure.startswith("client 1:")
+    assert "gone" in failure
     assert not third["faults"]
     assert len(messages[5]) > 3 * len(messages[4])  # client 1 gets everything again
 

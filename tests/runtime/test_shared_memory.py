@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from d2ft_fl.runtime import shared_memory
-from d2ft_fl.runtime.shared_memory import Exchange
+from d2ft_fl.runtime.shared_memory import SharedMemory
 from d2ft_fl.wire import blob as wire
 
 
 def test_a_model_goes_down_and_replies_come_up_through_files_that_are_used_again():
-    own = Exchange.create()
+    own = SharedMemory.create()
     try:
         assert own.folder.stat().st_mode & 0o077 == 0
         weights = {"a": torch.randn(5, 3), "b": torch.tensor([-0.0])}
@@ -39,7 +39,7 @@ def test_a_model_goes_down_and_replies_come_up_through_files_that_are_used_again
 
 
 def test_a_late_reply_is_of_no_round():
-    own = Exchange.create()
+    own = SharedMemory.create()
     try:
         shared_memory.put(own.reply_path(1, 0), {}, {}, 0.0)
         assert list(own.arrived(2)) == []
@@ -50,7 +50,7 @@ def test_a_late_reply_is_of_no_round():
 
 def test_a_worker_waits_while_many_replies_wait(monkeypatch):
     monkeypatch.setattr(shared_memory, "WAITING", 2)
-    own = Exchange.create()
+    own = SharedMemory.create()
     try:
         for client in range(2):
             shared_memory.put(own.reply_path(1, client), {}, {}, time.monotonic() + 60)
@@ -65,7 +65,7 @@ def test_a_worker_waits_while_many_replies_wait(monkeypatch):
 def test_what_a_killed_process_left_is_deleted():
     ended = subprocess.Popen(["true"])
     ended.wait()
-    root = Exchange.create()
+    root = SharedMemory.create()
     orphan = root.folder.parent / f"{shared_memory.PREFIX}{ended.pid}-x"
     orphan.mkdir()
     own = Path(root.folder)
@@ -77,7 +77,7 @@ def test_what_a_killed_process_left_is_deleted():
 
 
 def test_a_reply_that_there_is_no_room_for_is_an_error_and_no_crash(monkeypatch):
-    own = Exchange.create()
+    own = SharedMemory.create()
 
     def full(*_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

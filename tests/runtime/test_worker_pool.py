@@ -13,8 +13,8 @@ import torch
 
 from d2ft_fl.errors import ConfigError, RunError
 from d2ft_fl.runtime.in_process import run_local
-from d2ft_fl.runtime.worker_pool import Crew, Job
-from d2ft_fl.server.dispatch import Fault, Work
+from d2ft_fl.runtime.worker_pool import Job, WorkerPool
+from d2ft_fl.server.dispatch import ClientFailure, RoundDispatch
 
 
 def rows(folder):
@@ -115,18 +115,18 @@ def test_too_few_replies_repeat_a_round(faulty, monkeypatch, caplog):
 
 
 def test_a_configuration_that_a_child_cannot_use_is_said(quick):
-    crew = Crew(quick().to_mapping() | {"tuning": "gone.module"}, 1)
-    with crew, pytest.raises(ConfigError, match=r"gone\.module"):
-        list(crew.work([Job(0, b"")], 60.0))
+    worker_pool = WorkerPool(quick().to_mapping() | {"tuning": "gone.module"}, 1)
+    with worker_pool, pytest.raises(ConfigError, match=r"gone\.module"):
+        list(worker_pool.work([Job(0, b"")], 60.0))
 
 
 def test_a_child_ends_with_its_parent(quick):
     reader, writer = os.pipe()
     if not (parent := os.fork()):
         try:
-            crew = Crew(quick().to_mapping(), 1)
-            crew.reports([0], 1, 60.0)
-            os.write(writer, str(crew._children[0].process.pid).encode())
+            worker_pool = WorkerPool(quick().to_mapping(), 1)
+            worker_pool.reports([0], 1, 60.0)
+            os.write(writer, str(worker_pool._children[0].process.pid).encode())
         finally:
             os._exit(0)  # nothing is closed in order
     os.waitpid(parent, 0)
@@ -140,13 +140,13 @@ def test_a_child_ends_with_its_parent(quick):
 
 
 def test_what_nobody_began_before_the_deadline_is_said(quick):
-    with Crew(quick().to_mapping(), 1) as crew:
-        found = dict(crew.work([Job(0, b""), Job(1, b"")], 0.5))
-    assert found == {c: Fault("not begun before the round's deadline") for c in (0, 1)}
+    with WorkerPool(quick().to_mapping(), 1) as worker_pool:
+        found = dict(worker_pool.work([Job(0, b""), Job(1, b"")], 0.5))
+    assert found == {c: ClientFailure("not begun before the round's deadline") for c in (0, 1)}
 
 
 def test_shares_cost_about_the_same_and_start_with_the_longest():
-    work = Work(1, {0: 7, 1: 5, 2: 4, 3: 4, 4: 0}, {}, lambda client, shared: b"")
+    work = RoundDispatch(1, {0: 7, 1: 5, 2: 4, 3: 4, 4: 0}, {}, lambda client, shared: b"")
     assert work.longest_first == [0, 1, 2, 3, 4]
     assert work.shares(2) == [[0, 3], [1, 2, 4]]
     assert work.shares(9) == [[0], [1], [2], [3], [4]]

@@ -38,10 +38,10 @@ from d2ft_fl.server.recorder import Recorder
 CLOCKS = ("wall_seconds", "plan_seconds", "clock")
 
 
-def some_state(round=3):
+def some_state(round_number=3):
     draw = np.random.default_rng(0)
     return State(
-        round,
+        round_number,
         {"a.weight": torch.randn(3, 2), "b": torch.tensor([-0.0, 1e-40])},
         ScoreBook({"fisher": np.array([[np.nan, 1.5]])}),
         MeanBook({(0, 1): torch.randn(2, 5)}, np.array([[True, False]])),
@@ -201,12 +201,12 @@ def test_a_run_that_is_killed_goes_on_as_if_it_had_not_been(moment, quick, tmp_p
     same_run(config.run_folder, reference.run_folder)
 
 
-def changing(client, round):
+def changing(client, round_number):
     """A budget that is another one in every round."""
-    return {"flops": f"{np.random.default_rng([client.client, round]).integers(60, 95)} %"}
+    return {"flops": f"{np.random.default_rng([client.client, round_number]).integers(60, 95)} %"}
 
 
-def measured(client, round):
+def measured(client, round_number):
     """A budget that is as it is when it is asked for, whatever the round."""
     return {"flops": os.environ["D2FT_TEST_FLOPS"]}
 

@@ -13,12 +13,12 @@ from typer.testing import CliRunner
 from d2ft_fl.budgets.budget import LIMITS, UNLIMITED, Budget
 from d2ft_fl.cli.main import app
 from d2ft_fl.config.run_config import RunConfig
-from d2ft_fl.costs.probe_costs import NO_PASSES, Passes, round_cost
+from d2ft_fl.costs.probe_costs import NO_PROBES, Probes, round_cost
 from d2ft_fl.costs.resources import RESOURCES, Cost
 from d2ft_fl.errors import ConfigError, RunError
 from d2ft_fl.rounds.checks import checked
 from d2ft_fl.rounds.components import Components
-from d2ft_fl.rounds.context import Participant, Round, Way, plan_round
+from d2ft_fl.rounds.context import ExecutionPolicy, Participant, Round, plan_round
 from d2ft_fl.rounds.federation import Federation, Report, State
 from d2ft_fl.rounds.strategies import STRATEGIES, load_strategy, method_of, methods
 from d2ft_fl.runtime.in_process import run_local
@@ -90,10 +90,10 @@ def test_every_strategy_keeps_the_budgets_that_it_promises(strategy, budgets, nu
     plan = plan_round(federation, state, reports)  # raises where one is broken
     for client, assignment in zip(plan.clients, plan.assignments, strict=True):
         found = round_cost(
-            federation.costs_of(state, assignment.way),
+            federation.costs_of(state, assignment.policy),
             assignment.schedule,
             assignment.examples,
-            assignment.passes,
+            assignment.probes,
         )
         assert found == assignment.cost
         for index, resource in enumerate(RESOURCES):
@@ -209,9 +209,9 @@ def test_pruning_keeps_what_is_worth_most():
 def test_scores_that_a_strategy_names_are_measured_and_charged(strategy, scored):
     federation, state, reports = round_of(strategy, [{}, {"flops": "30 %"}])
     plan = plan_round(federation, state, reports)
-    assert plan.assignments[0].passes.scored == scored
+    assert plan.assignments[0].probes.scored == scored
     second = replace(state, round=1)
-    assert plan_round(federation, second, reports).assignments[0].passes.scored == 0
+    assert plan_round(federation, second, reports).assignments[0].probes.scored == 0
 
 
 def test_fewer_examples_are_as_many_as_compute_affords():
@@ -229,11 +229,13 @@ def test_accumulation_takes_the_fewest_passes_that_fit():
     federation, state, reports = round_of("accumulate", [{}, {"memory": "60 %"}, {"memory": "5 %"}])
     plan = plan_round(federation, state, reports)
     whole, parts, nothing = plan.assignments
-    assert whole.way.accumulate == 1
-    assert parts.way.accumulate > 1
+    assert whole.policy.accumulate == 1
+    assert parts.policy.accumulate > 1
     assert nothing.schedule.sits_out
     fewer = Round(federation, state, plan.clients).assign(
-        plan.clients[1], parts.schedule, way=Way(accumulate=parts.way.accumulate // 2)
+        plan.clients[1],
+        parts.schedule,
+        policy=ExecutionPolicy(accumulate=parts.policy.accumulate // 2),
     )
     assert fewer.cost.memory > plan.clients[1].capacity[1] >= parts.cost.memory
     assert parts.cost.flops == whole.cost.flops
@@ -316,8 +318,8 @@ def test_examples_that_a_client_has_not_are_an_error(examples, monkeypatch):
     federation, state, reports = round_of("fedavg", [{}])
     module = load_strategy("fedavg")
 
-    def schedule(round):
-        a = round.assign(round.clients[0], round.everything())
+    def schedule(round_number):
+        a = round_number.assign(round_number.clients[0], round_number.everything())
         return [replace(a, examples=examples)]
 
     monkeypatch.setattr(module, "schedule", schedule)
@@ -364,9 +366,9 @@ def test_who_cannot_afford_a_look_at_all_examples_draws_fewer():
     plan = plan_round(*round_of("fewer-examples", budgets, data_selection="entropy"))
     drawn = plan_round(*round_of("fewer-examples", budgets))
     assert [a.examples for a in drawn.assignments] == [20, 12, 5]
-    assert [(a.examples, a.passes.viewed) for a in plan.assignments[::2]] == [(20, 0), (5, 0)]
+    assert [(a.examples, a.probes.viewed) for a in plan.assignments[::2]] == [(20, 0), (5, 0)]
     chosen = plan.assignments[1]
-    assert chosen.passes.viewed == 20
+    assert chosen.probes.viewed == 20
     assert 0 < chosen.examples < 12
 
 
@@ -376,7 +378,7 @@ def test_widths_are_drawn_also_where_selecting_is_too_dear():
     for number in range(1, 5):
         plan = plan_round(*round_of("fjord", [{"flops": "30 %"}], number, **options))
         (assignment,) = plan.assignments
-        assert assignment.passes == NO_PASSES
+        assert assignment.probes == NO_PROBES
         widths |= {int(slot.any(axis=0).sum()) for slot in assignment.schedule.operations}
     assert len(widths) > 1
 
@@ -392,18 +394,21 @@ def test_drawing_tries_all_that_a_client_would_train_on():
     """Of ten examples one is wanted: the look at all is too dear, one drawn is not."""
     options = {"data_selection": "entropy", "data_share": 0.1}
     plan = plan_round(*round_of("fewer-examples", [{"flops": "15 %"}], examples=10, **options))
-    assert [(a.examples, a.passes.viewed) for a in plan.assignments] == [(1, 0)]
+    assert [(a.examples, a.probes.viewed) for a in plan.assignments] == [(1, 0)]
     rich = plan_round(*round_of("fewer-examples", [{"flops": "60 %"}], examples=10, **options))
-    assert [(a.examples, a.passes.viewed) for a in rich.assignments] == [(1, 10)]
+    assert [(a.examples, a.probes.viewed) for a in rich.assignments] == [(1, 10)]
 
 
 def test_a_strategy_may_ask_for_passes_of_its_own(quick, monkeypatch):
     """The fold takes the scores that the task asked for, whatever is configured."""
     module = load_strategy("fedavg")
-    passes = Passes(scored=2, kinds=("taylor",))
+    probes = Probes(scored=2, kinds=("taylor",))
 
-    def schedule(round):
-        return [round.assign(c, round.everything(), passes=passes) for c in round.clients]
+    def schedule(round_number):
+        return [
+            round_number.assign(c, round_number.everything(), probes=probes)
+            for c in round_number.clients
+        ]
 
     monkeypatch.setattr(module, "schedule", schedule)
     summary = run_local(checked(quick(strategy="fedavg")))

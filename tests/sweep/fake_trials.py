@@ -14,8 +14,8 @@ TRIALS = [
 ]
 
 
-def row(round, accuracy):
-    return {"round": round, "accuracy": accuracy, "loss": 1 - accuracy, "wall_seconds": 1.0}
+def row(round_number, accuracy):
+    return {"round": round_number, "accuracy": accuracy, "loss": 1 - accuracy, "wall_seconds": 1.0}
 
 
 def summary(config, accuracy):

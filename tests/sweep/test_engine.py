@@ -36,11 +36,11 @@ def ledger(tmp_path):
     return ledger
 
 
-def after(scheduler, id, round, accuracy):
+def after(scheduler, id, round_number, accuracy):
     trial = SimpleNamespace(trial_id=id)
-    if round == 1:
+    if round_number == 1:
         scheduler.on_trial_add(None, trial)
-    return scheduler.on_trial_result(None, trial, {ROUND: round, ACCURACY: accuracy})
+    return scheduler.on_trial_result(None, trial, {ROUND: round_number, ACCURACY: accuracy})
 
 
 def test_early_stopping_knows_the_trials_that_ended_before(ledger):

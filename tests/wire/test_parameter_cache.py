@@ -12,7 +12,7 @@ from d2ft_fl.errors import Refusal
 from d2ft_fl.lora.config import Lora, with_lora
 from d2ft_fl.subnets.packing import down_spec, pack_for
 from d2ft_fl.subnets.schedule import Operation, Schedule
-from d2ft_fl.wire.parameter_cache import Store, digests, groups_of, is_held, read, write
+from d2ft_fl.wire.parameter_cache import ParameterCache, digests, groups_of, is_held, read, write
 from tests.conftest import build, random_schedule, weights_of
 
 MODEL, BASE = build()
@@ -25,30 +25,30 @@ def nothing():
     return np.zeros((ARCH.blocks, ARCH.heads), dtype=bool)
 
 
-def exchange(store, schedule, holds, state=STATE, names=NAMES):
+def exchange(store, schedule, cached, state=STATE, names=NAMES):
     """A message, and what the client makes of it."""
-    sent = pack_for(ARCH, state, schedule, holds)
+    sent = pack_for(ARCH, state, schedule, cached)
     received = read(schedule, write(schedule, names))
-    return sent, store.complete(ARCH, schedule, sent, holds, received)
+    return sent, store.complete(ARCH, schedule, sent, cached, received)
 
 
 @settings(max_examples=25, deadline=None)
 @given(seeds=st.lists(st.integers(0, 10_000), min_size=1, max_size=4))
 def test_rounds_complete_each_other(seeds, tmp_path_factory):
-    store, holds = Store(tmp_path_factory.mktemp("store")), nothing()
+    store, cached = ParameterCache(tmp_path_factory.mktemp("store")), nothing()
     for seed in seeds:
         schedule = random_schedule(ARCH, 2, seed)
-        sent, whole = exchange(store, schedule, holds)
+        sent, whole = exchange(store, schedule, cached)
         expected = pack_for(ARCH, STATE, schedule)
         assert whole.keys() == down_spec(ARCH, schedule).keys()
         assert all(torch.equal(whole[name], tensor) for name, tensor in expected.items())
         for name, tensor in sent.items():
             p = ARCH.by_name[name]
             if p.fixed and p.rows:
-                new = schedule.resident[p.block] & ~holds[p.block]
+                new = schedule.resident[p.block] & ~cached[p.block]
                 assert len(tensor) == sum(len(p.rows[h]) for h in np.flatnonzero(new))
-        holds = holds | schedule.resident
-    again, _ = exchange(store, schedule, holds)
+        cached = cached | schedule.resident
+    again, _ = exchange(store, schedule, cached)
     assert all(not ARCH.by_name[name].fixed for name in again)
 
 
@@ -65,10 +65,10 @@ def test_what_changes_gets_another_name_and_nothing_else_does():
 
 
 def test_a_client_gets_what_has_changed(tmp_path):
-    store, schedule, holds = Store(tmp_path), random_schedule(ARCH, 1, 4), nothing()
-    exchange(store, schedule, holds)
-    holds = schedule.resident.copy()
-    block, head = np.argwhere(holds)[0]
+    store, schedule, cached = ParameterCache(tmp_path), random_schedule(ARCH, 1, 4), nothing()
+    exchange(store, schedule, cached)
+    cached = schedule.resident.copy()
+    block, head = np.argwhere(cached)[0]
     state = dict(STATE)
     for p in ARCH.parameters:
         if p.block == block and p.rows and p.fixed:
@@ -77,7 +77,7 @@ def test_a_client_gets_what_has_changed(tmp_path):
     changed = nothing()
     changed[block, head] = True
     _, whole = exchange(
-        store, schedule, holds & ~changed, state, digests(ARCH, state, NAMES, changed)
+        store, schedule, cached & ~changed, state, digests(ARCH, state, NAMES, changed)
     )
     expected = pack_for(ARCH, state, schedule)
     assert all(torch.equal(whole[name], tensor) for name, tensor in expected.items())
@@ -86,11 +86,11 @@ def test_a_client_gets_what_has_changed(tmp_path):
 def test_what_is_gone_is_missed(tmp_path):
     schedule = Schedule.filled(Operation.FULL, 1, ARCH.blocks, ARCH.heads)
     with pytest.raises(Refusal, match="gone"):
-        exchange(Store(tmp_path), schedule, schedule.resident)
+        exchange(ParameterCache(tmp_path), schedule, schedule.resident)
 
 
 def test_what_was_not_used_for_long_is_deleted(tmp_path):
-    store, schedule = Store(tmp_path), random_schedule(ARCH, 1, 2)
+    store, schedule = ParameterCache(tmp_path), random_schedule(ARCH, 1, 2)
     exchange(store, schedule, nothing())
     files = sorted(tmp_path.glob("*/*"))
     assert len(files) == len(list(groups_of(schedule)))
@@ -101,19 +101,19 @@ def test_what_was_not_used_for_long_is_deleted(tmp_path):
 
 
 def test_a_block_is_held_with_any_of_its_subnets():
-    holds = nothing()
-    assert not is_held((-1, -1), holds)
-    holds[1, 3] = True
-    assert is_held((-1, -1), holds)
-    assert is_held((1, -1), holds)
-    assert is_held((1, 3), holds)
-    assert not is_held((1, 0), holds)
-    assert not is_held((0, -1), holds)
+    cached = nothing()
+    assert not is_held((-1, -1), cached)
+    cached[1, 3] = True
+    assert is_held((-1, -1), cached)
+    assert is_held((1, -1), cached)
+    assert is_held((1, 3), cached)
+    assert not is_held((1, 0), cached)
+    assert not is_held((0, -1), cached)
 
 
 @pytest.mark.parametrize("damage", [lambda d: b"", lambda d: d[:-1] + bytes([d[-1] ^ 1])])
 def test_what_is_damaged_is_missed_and_mended(damage, tmp_path):
-    store = Store(tmp_path)
+    store = ParameterCache(tmp_path)
     schedule = Schedule.filled(Operation.FULL, 1, ARCH.blocks, ARCH.heads)
     exchange(store, schedule, nothing())
     for path in tmp_path.glob("*/*"):

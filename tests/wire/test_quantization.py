@@ -16,14 +16,14 @@ from d2ft_fl.subnets.architecture import Kind
 from d2ft_fl.subnets.packing import GlobalModel, pack_for
 from d2ft_fl.wire.quantization import (
     BITS_UP,
-    decode,
-    decoded,
-    encode,
-    encoded,
-    encoded_changes,
-    is_coded,
+    dequantize,
+    dequantize_rows,
+    is_quantized,
+    quantize,
+    quantize_changes,
+    quantize_rows,
     row_bytes,
-    with_changes,
+    with_quantized_changes,
 )
 from tests.conftest import build, random_schedule, weights_of
 
@@ -48,17 +48,22 @@ def test_a_number_is_off_by_less_than_a_step(seed, rows, width, bits, size):
     numbers = torch.randn(rows, width, generator=generator(seed)) * size
     steps = numbers.abs().amax(dim=1, keepdim=True) / (2 ** (bits - 1) - 1)
     for draws, most in ((generator(seed), 1), (None, 0.5)):
-        coded = encode(numbers, bits, draws)
-        assert coded.dtype == torch.uint8
-        assert coded.shape == (rows, 4 + -(-width * bits // 8))
-        off = (decode(coded, width, bits) - numbers).abs()
+        quantized = quantize_rows(numbers, bits, draws)
+        assert quantized.dtype == torch.uint8
+        assert quantized.shape == (rows, 4 + -(-width * bits // 8))
+        off = (dequantize_rows(quantized, width, bits) - numbers).abs()
         assert (off <= most * steps * (1 + 1e-5)).all()
 
 
 @pytest.mark.parametrize("bits", FEW)
 def test_rounding_is_right_on_average(bits):
     rows = torch.tensor([[1.0, -0.8, 0.3, 0.01, 0.0, -1.0]])
-    draws = torch.cat([decode(encode(rows, bits, g), 6, bits) for g in map(generator, range(4000))])
+    draws = torch.cat(
+        [
+            dequantize_rows(quantize_rows(rows, bits, g), 6, bits)
+            for g in map(generator, range(4000))
+        ]
+    )
     step = 1 / (2 ** (bits - 1) - 1)
     # The mean of 4,000 draws has a standard deviation of at most half a step / sqrt(4000).
     assert ((draws.mean(dim=0) - rows[0]).abs() <= 4 * 0.5 * step / 4000**0.5 + 1e-6).all()
@@ -68,7 +73,7 @@ def test_rounding_is_right_on_average(bits):
 def test_what_is_not_finite_stays_so():
     rows = torch.ones(2, 4)
     rows[0, 1] = float("inf")
-    back = decode(encode(rows, 8, generator()), 4, 8)
+    back = dequantize_rows(quantize_rows(rows, 8, generator()), 4, 8)
     assert not back[0].isfinite().all()
     assert back[1].isfinite().all()
 
@@ -84,12 +89,12 @@ def test_an_update_comes_back_and_takes_the_bytes_that_are_said(bits):
     new = {
         name: t + 0.01 * torch.randn(t.shape, generator=generator()) for name, t in trained.items()
     }
-    sent = {**new, **encoded_changes(ARCH, trained, new, bits, generator())}
+    sent = {**new, **quantize_changes(ARCH, trained, new, bits, generator())}
     for name, tensor in sent.items():
         p = ARCH.by_name[name]
-        assert is_coded(p, bits) == (len(p.shape) == 2) == (tensor.dtype is torch.uint8)
+        assert is_quantized(p, bits) == (len(p.shape) == 2) == (tensor.dtype is torch.uint8)
         assert tensor.nbytes == len(tensor) * row_bytes(p, bits)
-    back = with_changes(ARCH, GlobalModel.of(ARCH, WEIGHTS), schedule, sent, bits)
+    back = with_quantized_changes(ARCH, GlobalModel.of(ARCH, WEIGHTS), schedule, sent, bits)
     for name, tensor in new.items():
         assert back[name].shape == tensor.shape
         torch.testing.assert_close(back[name], tensor, rtol=0, atol=0.05 / (2 ** (bits - 1) - 1))
@@ -102,9 +107,9 @@ def test_weights_come_down_next_to_what_they_are_and_the_same_for_all():
     seen = []
     for schedule in (everything, some):
         packed = pack_for(ARCH, WEIGHTS, schedule)
-        back = decoded(ARCH, encoded(ARCH, packed, 8), 8)
+        back = dequantize(ARCH, quantize(ARCH, packed, 8), 8)
         for name, tensor in packed.items():
-            if not is_coded(ARCH.by_name[name], 8):
+            if not is_quantized(ARCH.by_name[name], 8):
                 assert back[name] is tensor
                 continue
             steps = tensor.abs().amax(dim=1, keepdim=True) / 127
@@ -122,7 +127,7 @@ def test_codes_that_cannot_be_are_refused():
     name = next(n for n in pack_for(ARCH, WEIGHTS, schedule) if n.endswith("qkv.weight"))
     for wrong in (torch.zeros(1, 2, dtype=torch.uint8), torch.zeros(48, 52)):
         with pytest.raises(ReplyError, match="is torch"):
-            with_changes(ARCH, GlobalModel.of(ARCH, WEIGHTS), schedule, {name: wrong}, 8)
+            with_quantized_changes(ARCH, GlobalModel.of(ARCH, WEIGHTS), schedule, {name: wrong}, 8)
 
 
 @pytest.mark.parametrize("up,down", [(8, 32), (4, 32), (8, 8)])
@@ -137,8 +142,8 @@ def test_a_run_sends_what_was_planned(quick, tmp_path, up, down):
     run_local(config)
     rows = [json.loads(line) for line in (tmp_path / "clients.jsonl").read_text().splitlines()]
     for row in rows:
-        for way in ("bytes_up", "bytes_down"):
-            assert 0 <= row["predicted"][way] - row["used"][way] <= 16_000
+        for policy in ("bytes_up", "bytes_down"):
+            assert 0 <= row["predicted"][policy] - row["used"][policy] <= 16_000
         assert row["used"]["memory"] <= row["predicted"]["memory"]
     assert not any(row["fault"] for row in rows)
     assert np.isfinite(json.loads((tmp_path / "rounds.jsonl").read_text().splitlines()[-1])["loss"])

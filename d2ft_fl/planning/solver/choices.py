@@ -9,13 +9,13 @@ from d2ft_fl.util.compiled import inner
 @inner
 def count(p: Instance, x: Picked) -> float:
     """Levels and exact use of ``x.choice``; returns its value."""
-    worth = 0.0
+    utility = 0.0
     x.counts[:] = 0
     x.used[:] = 0
     x.tops[:] = 0
     for i in range(len(x.choice)):
         k, g = x.choice[i], p.group[i]
-        worth += p.value[i, k]
+        utility += p.value[i, k]
         x.counts[g, p.level[k]] += 1
         x.tops[g] = max(x.tops[g], p.level[k])
         for r in range(len(x.used)):
@@ -23,7 +23,7 @@ def count(p: Instance, x: Picked) -> float:
     for g in range(len(x.tops)):
         for r in range(len(x.used)):
             x.used[r] += p.ladder[g, x.tops[g], r]
-    return worth
+    return utility
 
 
 @inner

@@ -27,8 +27,8 @@ def solve_all(
         x = picked(p)
         x.choice[:] = choice[c]
         found, bounds[c] = solve_one(p, x, prices, True, effort)
-        worth = count(p, x)  # once more, from the integers
-        values[c] = worth if found > -np.inf and fits(p, x) else -np.inf
+        utility = count(p, x)  # once more, from the integers
+        values[c] = utility if found > -np.inf and fits(p, x) else -np.inf
         choice[c] = x.choice
 
 

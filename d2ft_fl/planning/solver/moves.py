@@ -96,24 +96,24 @@ def core(p: Instance, q: Priced, x: Picked, case: int, effort: int) -> float:
                 top = max(top, p.level[option[other]])
                 others -= p.level[x.choice[item[other]]] == x.tops[g]
         steady[j] = x.tops[g] == 0 if top == 0 else top <= x.tops[g] and others > 0
-    worth, best, best_set, current = 0.0, EPSILON, 0, 0
+    utility, best, best_set, current = 0.0, EPSILON, 0, 0
     for step in range(1, 1 << n):
         bit = RULER[step]
         current ^= 1 << bit
         on = (current >> bit) & 1
         if steady[bit]:
             if on:
-                worth += gain[bit]
+                utility += gain[bit]
                 for r in range(resources):
                     x.used[r] += more[bit, r]
             else:
-                worth -= gain[bit]
+                utility -= gain[bit]
                 for r in range(resources):
                     x.used[r] -= more[bit, r]
         else:
-            worth += flip(p, x, item[bit], option[bit] if on else old[bit])
-        if worth > best and fits(p, x):
-            best, best_set = worth, current
+            utility += flip(p, x, item[bit], option[bit] if on else old[bit])
+        if utility > best and fits(p, x):
+            best, best_set = utility, current
     for j in range(n):  # where the code ends, steady items were flipped in ``used`` alone
         now, want = (current >> j) & 1, (best_set >> j) & 1
         if steady[j]:
@@ -217,17 +217,17 @@ def close(p: Instance, q: Priced, x: Picked, y: Picked, case: int) -> float:
 
 @inner
 def improve(
-    p: Instance, q: Priced, x: Picked, case: int, worth: float, bound: float, effort: int
+    p: Instance, q: Priced, x: Picked, case: int, utility: float, bound: float, effort: int
 ) -> float:
     """Fill, then core, pairs and fill until nothing is won; returns the value."""
-    worth += fill(p, q, x, case)
+    utility += fill(p, q, x, case)
     if effort and p.ladder.shape[1] > 1:
-        worth += close(p, q, x, picked(p), case)
+        utility += close(p, q, x, picked(p), case)
     for _ in range(SWEEPS * effort):
-        if bound - worth <= TOLERANCE * abs(bound):
+        if bound - utility <= TOLERANCE * abs(bound):
             break
         won = core(p, q, x, case, effort) + pair(p, q, x, case, effort)
         if won <= EPSILON:
             break
-        worth += won + fill(p, q, x, case)
-    return worth
+        utility += won + fill(p, q, x, case)
+    return utility

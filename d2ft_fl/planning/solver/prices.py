@@ -50,14 +50,14 @@ def relax(p: Instance, q: Priced) -> int:
                         best[i] = row[i] if better else best[i]
                         arg[i] = k if better else arg[i]
             for g in range(groups):
-                worth = 0.0
+                utility = 0.0
                 for r in range(resources):
-                    worth -= q.prices[r] * q.charge[g, step, r]
+                    utility -= q.prices[r] * q.charge[g, step, r]
                 for i in range(p.first[g], p.first[g + 1]):
-                    worth += best[i]
-                q.nets[m, step, g] = worth
-                if step == 0 or worth > q.net[m, g]:
-                    q.net[m, g] = worth
+                    utility += best[i]
+                q.nets[m, step, g] = utility
+                if step == 0 or utility > q.net[m, g]:
+                    q.net[m, g] = utility
                     q.opened[m, g] = step
     total, top = q.prices.sum(), 0
     for s in range(len(p.mode)):
@@ -118,22 +118,22 @@ def first_prices(p: Instance, q: Priced, x: Picked, best: np.ndarray) -> float:
     q.prices[:] = 0.0
     best[:] = 0.0
     bound = slack_at(p, q, -1, x, slope)
-    way = np.maximum(-slope, 0.0)
-    if way.sum() == 0.0:  # all fits
+    policy = np.maximum(-slope, 0.0)
+    if policy.sum() == 0.0:  # all fits
         return bound
-    way /= way.sum()
+    policy /= policy.sum()
     low, high = 1e-3 * bound, bound
     for _ in range(BISECTIONS):
         at = np.sqrt(low * high)
-        q.prices[:] = at * way
+        q.prices[:] = at * policy
         now = slack_at(p, q, -1, x, slope)
         if now < bound:
             bound = now
             best[:] = q.prices
-        along = 0.0
-        for r in range(len(way)):
-            along += slope[r] * way[r]
-        if along < 0.0:
+        under = 0.0
+        for r in range(len(policy)):
+            under += slope[r] * policy[r]
+        if under < 0.0:
             low = at
         else:
             high = at
@@ -161,47 +161,47 @@ def lower_prices(
     """
     resources = len(best)
     slope, last, step = np.empty(resources), np.zeros(resources), np.zeros(resources)
-    dilation, way, turned = np.eye(resources), np.empty(resources), np.empty(resources)
+    dilation, policy, turned = np.eye(resources), np.empty(resources), np.empty(resources)
     q.prices[:] = best
     for turn in range(steps + 1):
         now = slack_at(p, q, case, x, slope)
         if now < bound:
             bound = now
             best[:] = q.prices
-        along, norm = 0.0, 0.0
+        under, norm = 0.0, 0.0
         for r in range(resources):
             if q.prices[r] <= 0.0 and slope[r] > 0.0:
                 slope[r] = 0.0  # the price cannot fall further
-            along += slope[r] * step[r] if turn else 0.0
+            under += slope[r] * step[r] if turn else 0.0
         if turn:
-            length *= LONGER if along > 0.0 else SHORTER
+            length *= LONGER if under > 0.0 else SHORTER
             for a in range(resources):  # dilate along the difference of two slopes
-                way[a] = 0.0
+                policy[a] = 0.0
                 for r in range(resources):
-                    way[a] += dilation[r, a] * (slope[r] - last[r])
-                norm += way[a] * way[a]
+                    policy[a] += dilation[r, a] * (slope[r] - last[r])
+                norm += policy[a] * policy[a]
             if norm > EPSILON:
                 norm = np.sqrt(norm)
                 for r in range(resources):
                     turned[r] = 0.0
                     for a in range(resources):
-                        turned[r] += dilation[r, a] * way[a] / norm
+                        turned[r] += dilation[r, a] * policy[a] / norm
                 for r in range(resources):
                     for a in range(resources):
-                        dilation[r, a] -= (1.0 - 1.0 / DILATION) * turned[r] * way[a] / norm
+                        dilation[r, a] -= (1.0 - 1.0 / DILATION) * turned[r] * policy[a] / norm
         norm = 0.0
         for a in range(resources):
-            way[a] = 0.0
+            policy[a] = 0.0
             for r in range(resources):
-                way[a] += dilation[r, a] * slope[r]
-            norm += way[a] * way[a]
+                policy[a] += dilation[r, a] * slope[r]
+            norm += policy[a] * policy[a]
         if norm < EPSILON:
             break
         norm = np.sqrt(norm)
         for r in range(resources):
             step[r] = 0.0
             for a in range(resources):
-                step[r] += dilation[r, a] * way[a] / norm
+                step[r] += dilation[r, a] * policy[a] / norm
             q.prices[r] = max(0.0, q.prices[r] - length * step[r])
             last[r] = slope[r]
     return bound

@@ -29,7 +29,7 @@ def search(
     case: int,
     opened: np.ndarray,
     bound: float,
-    worth: float,
+    utility: float,
     nodes: int,
 ) -> tuple[float, int]:
     """Depth-first over flips from the best choice at the prices, with groups open to ``opened``.
@@ -45,7 +45,7 @@ def search(
     base = picked(p)
     pick(p, q, case, opened, base.choice)
     value = count(p, base)
-    slack = bound - worth
+    slack = bound - utility
     n = 0
     item, option = np.empty(items * options, dtype=np.int64), np.empty(items * options, np.int64)
     regret = np.empty(items * options)
@@ -60,14 +60,14 @@ def search(
                 and loss < slack
             ):
                 n = insert(i, k, loss, item, option, regret, n)
-    if fits(p, base) and value > worth + EPSILON:
-        worth = value
+    if fits(p, base) and value > utility + EPSILON:
+        utility = value
         x.choice[:] = base.choice
     stack, before = np.empty(items + 1, dtype=np.int64), np.empty(items + 1, dtype=np.int64)
     lost = np.zeros(items + 2)
     depth, at = 0, 0
     while nodes > 0:
-        if at < n and depth < items and lost[depth] + regret[at] < bound - worth - EPSILON:
+        if at < n and depth < items and lost[depth] + regret[at] < bound - utility - EPSILON:
             i = item[at]
             taken = False
             for d in range(depth):
@@ -78,8 +78,8 @@ def search(
                 lost[depth + 1] = lost[depth] + regret[at]
                 depth += 1
                 value += flip(p, base, i, option[at])
-                if value > worth + EPSILON and fits(p, base):
-                    worth = value
+                if value > utility + EPSILON and fits(p, base):
+                    utility = value
                     x.choice[:] = base.choice
             at += 1
         elif depth == 0:
@@ -89,7 +89,7 @@ def search(
             at = stack[depth]
             value += flip(p, base, item[at], before[depth])
             at += 1
-    return worth, nodes
+    return utility, nodes
 
 
 @inner
@@ -105,7 +105,7 @@ def settle(p: Instance, q: Priced, y: Picked, case: int, opened: np.ndarray) -> 
 
 @inner
 def solve_case(
-    p: Instance, q: Priced, x: Picked, case: int, bound: float, worth: float, effort: int
+    p: Instance, q: Priced, x: Picked, case: int, bound: float, utility: float, effort: int
 ) -> tuple[float, float]:
     """Improve on ``x``, worth ``worth``, within one case, ``q`` being at its best prices.
 
@@ -119,14 +119,14 @@ def solve_case(
     value = settle(p, q, y, case, opened)
     if value > -np.inf:
         value = improve(p, q, y, case, value, bound, effort)
-        if value > worth + EPSILON:
-            worth = value
+        if value > utility + EPSILON:
+            utility = value
             x.choice[:] = y.choice
-    if effort == 0 or bound - worth <= EASY / effort**2 * abs(bound):
-        return worth, bound
+    if effort == 0 or bound - utility <= EASY / effort**2 * abs(bound):
+        return utility, bound
     # Other sets of open groups, by what they lose at the prices.
     groups, levels = p.ladder.shape[:2]
-    hard = bound - worth > HARD / effort**2 * abs(bound)
+    hard = bound - utility > HARD / effort**2 * abs(bound)
     most = (HARD_PATTERNS if hard else PATTERNS) * effort
     who, to = np.empty(most, dtype=np.int64), np.empty(most, dtype=np.int64)
     regret = np.empty(most)
@@ -135,32 +135,32 @@ def solve_case(
         for m in range(levels):
             if m != base[g]:
                 loss = q.net[p.mode[case, g], g] - q.nets[p.mode[case, g], m, g]
-                if loss < bound - worth and (n < most or loss < regret[n - 1]):
+                if loss < bound - utility and (n < most or loss < regret[n - 1]):
                     n = insert(g, m, loss, who, to, regret, n)
     for j in range(n):
-        if bound - regret[j] <= worth + EPSILON:
+        if bound - regret[j] <= utility + EPSILON:
             break
         opened[:] = base
         opened[who[j]] = to[j]
         value = settle(p, q, y, case, opened)
         if value > -np.inf:
             value += fill(p, q, y, case)
-            if not hard and value < worth - PROMISING * abs(worth):
+            if not hard and value < utility - PROMISING * abs(utility):
                 continue
             value = improve(p, q, y, case, value, bound - regret[j], effort)
-            if value > worth + EPSILON:
-                worth = value
+            if value > utility + EPSILON:
+                utility = value
                 x.choice[:] = y.choice
     if hard:
         nodes = NODES * effort
-        worth, nodes = search(p, q, x, case, base, bound, worth, nodes)
+        utility, nodes = search(p, q, x, case, base, bound, utility, nodes)
         for j in range(n):
-            if nodes == 0 or bound - regret[j] <= worth + EPSILON:
+            if nodes == 0 or bound - regret[j] <= utility + EPSILON:
                 break
             opened[:] = base
             opened[who[j]] = to[j]
-            worth, nodes = search(p, q, x, case, opened, bound - regret[j], worth, nodes)
-    return worth, bound
+            utility, nodes = search(p, q, x, case, opened, bound - regret[j], utility, nodes)
+    return utility, bound
 
 
 @inner
@@ -179,7 +179,7 @@ def solve_one(
     """
     q, y = priced(p), picked(p)
     start = count(p, x)
-    worth = start if fits(p, x) and obeys(p, x.choice) else -np.inf
+    utility = start if fits(p, x) and obeys(p, x.choice) else -np.inf
     resources = len(prices)
     if fresh:
         bound = first_prices(p, q, y, prices)
@@ -204,8 +204,8 @@ def solve_one(
                 value += fill(p, q, y, case)
                 if value > most:
                     likely, most = case, value
-                if value > worth + EPSILON:
-                    worth = value
+                if value > utility + EPSILON:
+                    utility = value
                     x.choice[:] = y.choice
     left = bounds.copy()  # of cases that are not solved yet
     for turn in range(min(max(effort, 1), len(order))):
@@ -213,12 +213,12 @@ def solve_one(
             likely = left.argmax()
         top = left[likely]
         left[likely] = -np.inf
-        if top - worth > TOLERANCE * abs(top):  # so too where nothing is known yet
+        if top - utility > TOLERANCE * abs(top):  # so too where nothing is known yet
             if len(order) > 1:
                 own = prices.copy()
                 top = lower_prices(p, q, y, likely, CASE_STEPS, CASE_STEP * top, top, own)
                 q.prices[:] = own
                 relax(p, q)
-            worth, top = solve_case(p, q, x, likely, top, worth, effort)
+            utility, top = solve_case(p, q, x, likely, top, utility, effort)
         bounds[likely] = top
-    return worth, max(bounds.max(), worth)
+    return utility, max(bounds.max(), utility)
