@@ -2,7 +2,6 @@
 
 from typing import TYPE_CHECKING, Any
 
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
@@ -18,9 +17,6 @@ if TYPE_CHECKING:
     from d2ft_fl.models.export import Exported
     from d2ft_fl.preview.model_selection import Candidate
     from d2ft_fl.rounds.strategies import Method
-
-if not console.is_terminal:  # a log or a pipe: do not fold tables to a width nobody asked for
-    console = Console(highlight=False, soft_wrap=True, width=120)
 
 
 def bench_table(rows: list["Row"], tuning: str) -> None:

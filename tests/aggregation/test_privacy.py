@@ -36,12 +36,7 @@ PRIVATE = {
 
 def trainers(schedules, rate=1.0):
     """Of plans with these schedules."""
-
-    class Planned:
-        def __init__(self, schedule):
-            self.schedule, self.examples = schedule, 4
-
-    return Trainers.of([Planned(s) for s in schedules], rate)
+    return Trainers.of([(schedule, 4) for schedule in schedules], rate)
 
 
 def sums(schedules, noise=0.0, clip=1.0, rate=1.0, key=KEY):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from d2ft_fl.client.trainer import worker
+from d2ft_fl.client.trainer import client_trainer
 from d2ft_fl.config.training_options import LocalOptions
 from d2ft_fl.costs.probe_costs import Probes, probes_cost, with_probes
 from d2ft_fl.engine.meter import Meter
@@ -73,8 +73,8 @@ def test_a_run_selects_what_it_is_least_sure_of(quick, strategy, monkeypatch):
     options = {"data_share": 0.5, "data_selection": "entropy", "strategy": strategy}
     options |= {"match": "flops", "match_share": 0.9, "verify_costs": True, "score_every": 1}
     config = checked(quick(**options))
-    worker.cache_clear()
-    who, seen = worker(config), []
+    client_trainer.cache_clear()
+    who, seen = client_trainer(config), []
     inner = who._epochs
     monkeypatch.setattr(who, "_epochs", lambda *a: seen.append(a) or inner(*a))
     summary = run_local(config)
@@ -102,8 +102,8 @@ def test_who_cannot_afford_to_select_draws(quick):
 
 def test_drawn_examples_are_others_every_round(quick, monkeypatch):
     config = checked(quick(data_share=0.4, strategy="fedavg", epochs=2))
-    worker.cache_clear()
-    who, seen = worker(config), {}
+    client_trainer.cache_clear()
+    who, seen = client_trainer(config), {}
     inner = who._epochs
 
     def epochs(client, round_number, chosen):

@@ -68,7 +68,7 @@ def test_the_way_that_clients_went_most_often(tmp_path):
     again = {"accumulate": 1, "checkpointing": True}
     lines = []
     for number, other in enumerate((again, {}, again), 1):
-        rows = [client_row(number, 0, policy=narrow), client_row(number, 1, policy=other)]
+        rows = [client_row(number, 0, way=narrow), client_row(number, 1, way=other)]
         lines.append((round_row(number, 0.5, rows), rows))
     text = html(write_run(tmp_path, lines))
     assert '<td class="word">4 passes, 8 bits up</td>' in text
@@ -87,7 +87,7 @@ def test_faults_and_sitting_out(tmp_path):
     """In the second round one client failed; in the third everyone sat out."""
     nothing = {"used": None, "train_loss": None}
     first = [client_row(1, 0), client_row(1, 1)]
-    second = [client_row(2, 0), client_row(2, 1, failure="no answer <b>", **nothing) | nothing]
+    second = [client_row(2, 0), client_row(2, 1, fault="no answer <b>", **nothing) | nothing]
     third = [sits_out(3, 0), sits_out(3, 1)]
     rounds = [(round_row(n, 0.5, rows), rows) for n, rows in enumerate((first, second, third), 1)]
     text = html(write_run(tmp_path, rounds))

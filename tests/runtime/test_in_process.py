@@ -54,7 +54,7 @@ def test_a_run_keeps_every_budget_and_leaves_its_folder(quick, strategy):
 def test_the_same_seed_gives_the_same_run_and_another_seed_another(quick, tmp_path):
     results = []
     for seed, name in ((3, "a"), (3, "b"), (4, "c")):
-        trainer.worker.cache_clear()
+        trainer.client_trainer.cache_clear()
         config = quick(seed=seed, run_folder=str(tmp_path / name))
         run_local(config)
         results.append(weights(config.run_folder))
@@ -87,7 +87,7 @@ def test_a_planted_wrong_formula_shows_up_as_violations(quick, monkeypatch):
         "d2ft_fl.budgets.device_classes.DeviceClasses.__call__",
         lambda self, client, round_number: _only_flops(budgets[client.client]),
     )
-    trainer.worker.cache_clear()
+    trainer.client_trainer.cache_clear()
     summary = run_local(quick(rounds=1, run_folder=quick().run_folder + "-2"))
     assert summary["violations"] > 0
     assert summary["flops_as_predicted"] == 0
@@ -223,7 +223,7 @@ def test_a_client_refuses_what_does_not_fit(quick, monkeypatch):
         return _only_flops(10**15 if first or client.client else 1)
 
     monkeypatch.setattr("d2ft_fl.budgets.device_classes.DeviceClasses.__call__", shrinking)
-    trainer.worker.cache_clear()
+    trainer.client_trainer.cache_clear()
     summary = run_local(quick(rounds=1))
     failures = [c["fault"] for c in rows(summary["folder"], "clients.jsonl") if c["fault"]]
     assert len(failures) == 1
@@ -233,11 +233,11 @@ def test_a_client_refuses_what_does_not_fit(quick, monkeypatch):
 
 def test_a_client_refuses_what_its_memory_cannot_hold(quick, monkeypatch):
     monkeypatch.setattr("d2ft_fl.client.trainer.free_memory", lambda device: 1000)
-    trainer.worker.cache_clear()
+    trainer.client_trainer.cache_clear()
     with pytest.raises(RunError, match="bytes of memory, 1000 are free"):
         run_local(quick(rounds=1))
 
 
 def test_fedavg_is_not_refused(quick):
-    trainer.worker.cache_clear()
+    trainer.client_trainer.cache_clear()
     assert run_local(quick(strategy="fedavg", rounds=1))["faults"] == 0

@@ -62,18 +62,18 @@ def test_a_client_that_lost_its_weights_says_so_and_gets_them_again(lora, tmp_pa
     config = lora(strategy="fedavg", rounds=3, clients=2, transport="message")
     pool = InProcessPool(config)
     work, full, empty, messages = (
-        pool.worker.work,
-        pool.worker.store,
+        pool.client_trainer.work,
+        pool.client_trainer.store,
         ParameterCache(tmp_path / "empty"),
         [],
     )
 
     def losing(blob, weights):
         messages.append(blob)
-        pool.worker.store = empty if len(messages) == 4 else full  # client 1 in round 2
+        pool.client_trainer.store = empty if len(messages) == 4 else full  # client 1 in round 2
         return work(blob, weights)
 
-    pool.worker.work = losing
+    pool.client_trainer.work = losing
     first, second, third = rows(run(config, pool)["folder"])
     assert not first["faults"]
     (failure,) = second["faults"]

@@ -126,7 +126,7 @@ def test_a_child_ends_with_its_parent(quick):
         try:
             worker_pool = WorkerPool(quick().to_mapping(), 1)
             worker_pool.reports([0], 1, 60.0)
-            os.write(writer, str(worker_pool._children[0].process.pid).encode())
+            os.write(writer, str(worker_pool._workers[0].process.pid).encode())
         finally:
             os._exit(0)  # nothing is closed in order
     os.waitpid(parent, 0)

@@ -8,7 +8,7 @@ from d2ft_fl.sweep.folder import State, SweepFolder
 from d2ft_fl.sweep.ledger import Ledger
 from d2ft_fl.sweep.remote import Outcome
 from d2ft_fl.sweep.results import Setting
-from d2ft_fl.sweep.show import Show, Stopwatch, duration, setting_text
+from d2ft_fl.sweep.show import Clock, Show, duration, setting_text
 
 
 @pytest.fixture
@@ -23,7 +23,7 @@ def at(monkeypatch):
 
 
 def test_what_is_left_takes_as_long_as_what_is_done(at):
-    clock = Stopwatch(4)
+    clock = Clock(4)
     assert str(clock) == ""
     at(50)  # until the first worker is there
     clock.start()
