@@ -6,7 +6,6 @@ from types import SimpleNamespace
 
 import pytest
 import ray
-from fake_trials import TRIALS
 
 from d2ft_fl.config.run_config import RunConfig
 from d2ft_fl.errors import RunError
@@ -16,6 +15,7 @@ from d2ft_fl.sweep.ledger import Ledger
 from d2ft_fl.sweep.remote import ACCURACY, ROUND, Outcome
 from d2ft_fl.sweep.spec import Asha, RunOptions
 from d2ft_fl.sweep.trials import Trial
+from tests.sweep.fake_trials import TRIALS
 
 
 @pytest.fixture

@@ -7,11 +7,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from fake_trials import TRIALS as trials
 
 from d2ft_fl.errors import ConfigError
 from d2ft_fl.sweep.folder import SCRATCH, State, SweepFolder
 from d2ft_fl.sweep.remote import Outcome
+from tests.sweep.fake_trials import TRIALS as trials
 
 
 @pytest.fixture

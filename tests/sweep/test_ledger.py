@@ -5,8 +5,6 @@ from collections import Counter
 from dataclasses import replace
 
 import pytest
-from fake_trials import TRIALS as trials
-from fake_trials import events
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -15,6 +13,8 @@ from d2ft_fl.sweep.folder import State, SweepFolder
 from d2ft_fl.sweep.ledger import Ledger, Nobody
 from d2ft_fl.sweep.remote import Outcome
 from d2ft_fl.util import files
+from tests.sweep.fake_trials import TRIALS as trials
+from tests.sweep.fake_trials import events
 
 
 @pytest.fixture

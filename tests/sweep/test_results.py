@@ -4,12 +4,12 @@ import math
 
 import pandas as pd
 import pytest
-from fake_trials import TRIALS, FakeEngine
 
 from d2ft_fl.sweep.folder import SweepFolder
 from d2ft_fl.sweep.ledger import Ledger
 from d2ft_fl.sweep.remote import Outcome
 from d2ft_fl.sweep.results import by_setting, trial_rows, write_tables
+from tests.sweep.fake_trials import TRIALS, FakeEngine
 
 
 @pytest.fixture

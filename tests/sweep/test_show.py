@@ -1,5 +1,4 @@
 import pytest
-from fake_trials import TRIALS
 from rich.console import Console
 
 from d2ft_fl.cli import console as display
@@ -9,6 +8,7 @@ from d2ft_fl.sweep.ledger import Ledger
 from d2ft_fl.sweep.remote import Outcome
 from d2ft_fl.sweep.results import Setting
 from d2ft_fl.sweep.show import Clock, Show, duration, setting_text
+from tests.sweep.fake_trials import TRIALS
 
 
 @pytest.fixture

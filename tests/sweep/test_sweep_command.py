@@ -2,13 +2,13 @@ import json
 import tomllib
 
 import pytest
-from fake_trials import FakeEngine
 from typer.testing import CliRunner
 
 from d2ft_fl.cli.main import app
 from d2ft_fl.errors import ConfigError
 from d2ft_fl.sweep.command import sweep
 from d2ft_fl.sweep.remote import Outcome
+from tests.sweep.fake_trials import FakeEngine
 
 TEXT = """
 seeds = 2
