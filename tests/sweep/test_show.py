@@ -1,13 +1,13 @@
 import pytest
 from rich.console import Console
 
-from d2ft_fl.cli import console as display
 from d2ft_fl.sweep import show
 from d2ft_fl.sweep.folder import State, SweepFolder
 from d2ft_fl.sweep.ledger import Ledger
 from d2ft_fl.sweep.remote import Outcome
 from d2ft_fl.sweep.results import Setting
 from d2ft_fl.sweep.show import Clock, Show, duration, setting_text
+from d2ft_fl.util import terminal
 from tests.sweep.fake_trials import TRIALS
 
 
@@ -55,7 +55,7 @@ def test_settings_are_one_line():
 
 def test_a_terminal_has_a_bar_with_what_runs_fails_and_is_best(monkeypatch):
     console = Console(force_terminal=True, width=120, record=True)
-    monkeypatch.setattr(display, "console", console)
+    monkeypatch.setattr(terminal, "console", console)
     with Show(len(TRIALS), 2, quiet=False) as shown:
         for trial in TRIALS[:3]:
             shown.started(trial)
