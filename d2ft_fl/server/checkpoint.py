@@ -61,7 +61,8 @@ class Checkpoint:
     """The end of a round.
 
     Attributes:
-        state: Of the federation. reports: What clients said of themselves, by client.
+        state: The federation's state after the round.
+        reports: Client -> what it reported of itself.
     """
 
     state: State
@@ -69,16 +70,22 @@ class Checkpoint:
 
 
 def save(folder: Path, config: RunConfig, origin: str, checkpoint: Checkpoint) -> Path:
-    """Write the checkpoint of a round into a run's folder; older ones but one go.
+    """Write the checkpoint of a round into a run's folder; older ones but one are deleted.
 
     Args:
+        folder: The run folder.
+        config: The options of the run.
         origin: Says from which weights the run began, see :func:`digest_of`.
+        checkpoint: What to write.
+
+    Returns:
+        The file.
     """
-    own = folder / FOLDER
-    if not own.exists():
-        own.mkdir(mode=0o700)
+    checkpoints = folder / FOLDER
+    if not checkpoints.exists():
+        checkpoints.mkdir(mode=0o700)
         sync(folder)
-    path = own / f"round-{checkpoint.state.round:04d}.safetensors"
+    path = checkpoints / f"round-{checkpoint.state.round:04d}.safetensors"
     tensors, meta = _pack(checkpoint)
     meta |= {"format": FORMAT, "origin": origin, "config": config.to_mapping()}
     part = path.with_suffix(".part")
@@ -91,12 +98,18 @@ def save(folder: Path, config: RunConfig, origin: str, checkpoint: Checkpoint) -
 
 
 def load(folder: Path, config: RunConfig, origin: str) -> Checkpoint | None:
-    """The last checkpoint of a run that can be used; None where there is none.
+    """Read the last checkpoint of a run that can be used; None where there is none.
 
-    One that is damaged or of another run is left out, and the reason logged.
+    A checkpoint that is damaged, or of another run, is left out, and the reason logged.
+
+    Args:
+        folder: The run folder.
+        config: The options of the run that goes on.
+        origin: As for :func:`save`.
 
     Raises:
-        ConfigError: When there are some, and none can be used: with what is wrong with the last.
+        ConfigError: When there are checkpoints, and none can be used: names what is wrong with the
+            last.
     """
     wrong = ""
     for _, path in _found(folder):
@@ -116,13 +129,13 @@ class _Unusable(ValueError):
 
 
 def _found(folder: Path) -> Iterator[tuple[int, Path]]:
-    """Checkpoints, the last first."""
+    """Yield round number and file of every checkpoint, the last first."""
     files = [(m, p) for p in folder.glob(f"{FOLDER}/*") if (m := _NAME.fullmatch(p.name))]
     yield from sorted(((int(m[1]), p) for m, p in files), reverse=True)
 
 
 def digest_of(weights: Mapping[str, Tensor]) -> str:
-    """A name for these weights."""
+    """Return a name for these weights."""
     return _digest(weights, {})
 
 
@@ -138,8 +151,8 @@ def _digest(tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> str:
 def _read(path: Path, config: RunConfig, origin: str) -> Checkpoint:
     mapped, meta = decode(path)  # nothing is read that is larger than it should be
     tensors = {name: tensor.clone() for name, tensor in mapped.items()}
-    said = meta.pop("digest")
-    if _digest(tensors, meta) != said:
+    written = meta.pop("digest")
+    if _digest(tensors, meta) != written:
         raise ValueError("its digest is another")
     if meta["format"] != FORMAT:
         raise _Unusable(f"it has format {meta['format']}, this version writes {FORMAT}")
@@ -194,8 +207,8 @@ def _pack(checkpoint: Checkpoint) -> tuple[dict[str, Tensor], dict[str, Any]]:
 def _unpack(tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> Checkpoint:
     parts: dict[str, dict[str, Tensor]] = {}
     for name, tensor in tensors.items():
-        part, _, own = name.partition("/")
-        parts.setdefault(part, {})[own] = tensor
+        part, _, rest = name.partition("/")
+        parts.setdefault(part, {})[rest] = tensor
     first, second = parts.get("moments.first", {}), parts.get("moments.second", {})
     known = parts["known"]["means"].numpy().astype(bool) if "known" in parts else None
     means = {

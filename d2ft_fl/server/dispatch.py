@@ -1,4 +1,4 @@
-"""What a round wants done, and what comes back when it is not."""
+"""One round's work for the clients, failures of clients, and a stopwatch."""
 
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -18,7 +18,7 @@ class ClientFailure:
 
 
 class Stopwatch:
-    """Seconds by what they were spent on."""
+    """Adds up seconds, by what they were spent on."""
 
     def __init__(self) -> None:
         self.seconds: dict[str, float] = {}
@@ -42,11 +42,11 @@ class RoundDispatch:
     """One round's assignments, for a pool of clients to carry out.
 
     Attributes:
-        round: Counted from 1.
-        costs: Client -> predicted FLOPs of what it has to do.
+        round: The round's number, counted from 1.
+        costs: Client -> predicted FLOPs of its assignment.
         weights: The global model, for those that share memory with the server.
         encode: (client, shared) -> its message, without the model where that is shared.
-        clock: Seconds that the server spent, by what it did.
+        stopwatch: Seconds that the server spent, by what it did.
     """
 
     round: int
@@ -66,7 +66,7 @@ class RoundDispatch:
         return sorted(self.costs, key=lambda client: (-self.costs[client], client))
 
     def shares(self, count: int) -> list[list[int]]:
-        """Clients in so many shares of about the same cost, longest first; none is empty."""
+        """Divide clients into ``count`` shares of about the same cost, longest first; none is empty."""
         shares: list[list[int]] = [[] for _ in range(count)]
         totals = [0] * count
         for client in self.longest_first:
