@@ -1,7 +1,7 @@
-"""The client's side of a round: answer what it can afford, and train what it is assigned.
+"""The client's side of a round: report what it can afford, and train what it is assigned.
 
-One worker serves any number of clients in turn: it builds its model and decodes its data once a
-process, and resets in place for each assignment.
+One client trainer serves any number of clients in turn. It builds its model and decodes its data
+once a process, and resets the model in place for each message.
 """
 
 import time
@@ -16,16 +16,18 @@ import torch
 from torch import Tensor
 
 from d2ft_fl.budgets.budget import Budget, ClientDescription
+from d2ft_fl.client.examples import LocalExamples
+from d2ft_fl.client.job import Job, narrowed
 from d2ft_fl.config.run_config import RunConfig
 from d2ft_fl.config.training_options import LocalOptions
 from d2ft_fl.costs.probe_costs import round_cost
 from d2ft_fl.costs.resources import RESOURCES
 from d2ft_fl.data.federated_data import FederatedData, open_data
-from d2ft_fl.engine.mean_tally import MeanTally, received
+from d2ft_fl.engine.mean_tally import MeanTally
 from d2ft_fl.engine.meter import Meter
 from d2ft_fl.engine.partial_model import PartialModel
 from d2ft_fl.engine.probes import ProbeRunner
-from d2ft_fl.engine.trainer import Batches, train
+from d2ft_fl.engine.trainer import train
 from d2ft_fl.errors import Refusal
 from d2ft_fl.models import timm_vit
 from d2ft_fl.models.build import build_model
@@ -33,24 +35,21 @@ from d2ft_fl.planning.importance import TENSOR
 from d2ft_fl.rounds.components import Components
 from d2ft_fl.rounds.federation import Federation, Report
 from d2ft_fl.rounds.messages import Task
-from d2ft_fl.subnets.architecture import Architecture, Kind
-from d2ft_fl.subnets.packing import GlobalModel, pack_for
-from d2ft_fl.subnets.schedule import Schedule
+from d2ft_fl.subnets.architecture import Architecture
+from d2ft_fl.subnets.packing import GlobalModel
 from d2ft_fl.util.torch_device import free_memory, set_threads, warm_up
 from d2ft_fl.wire import blob as wire
-from d2ft_fl.wire import parameter_cache
 from d2ft_fl.wire.parameter_cache import ParameterCache
-from d2ft_fl.wire.quantization import PLAIN, dequantize, is_quantized, quantize, quantize_changes
 
 
 @lru_cache(maxsize=1)
 def client_trainer(config: RunConfig) -> "ClientTrainer":
-    """This process's worker for a run."""
+    """Return the client trainer of this process for a run."""
     return ClientTrainer(config)
 
 
 class ClientTrainer:
-    """Does clients' work under one configuration."""
+    """Trains for any number of clients, one after another, under one configuration."""
 
     def __init__(self, config: RunConfig):
         self.config = config
@@ -62,199 +61,245 @@ class ClientTrainer:
         self.budgets = self.components.budget_source
         self.store = ParameterCache.default()
         self.store.prune()
-        self._whole: tuple[Architecture, Mapping[str, Tensor], GlobalModel] | None = None
+        self._laid_out: tuple[Architecture, Mapping[str, Tensor], GlobalModel] | None = None
 
     @cached_property
     def _template(self) -> timm_vit.VisionTransformer:
-        """A model whose weights come with every assignment."""
+        """The model of the configuration; weights come with every message."""
         return build_model(replace(self.components.model_spec, pretrained="none"))
 
     @cached_property
-    def _parts(self) -> tuple[PartialModel, FederatedData]:
-        model, arch = self._template, self._federation.arch
-        channels, side = timm_vit.input_shape(model)
-        data = open_data(self.components.data_spec(side, channels))
+    def data(self) -> FederatedData:
+        """The data set, and which examples are whose."""
+        channels, side = timm_vit.input_shape(self._template)
+        return open_data(self.components.data_spec(side, channels))
+
+    @cached_property
+    def examples(self) -> LocalExamples:
+        """Which examples clients train on, in which order."""
+        return LocalExamples(self.data, self.config.seed, self.options.epochs, self.device)
+
+    @cached_property
+    def model(self) -> PartialModel:
+        """The model that trains, reset for every message."""
         warm_up(self.device)
-        return PartialModel(model, arch, self.options.numerics(), self.device), data
+        arch = self._federation.arch
+        return PartialModel(self._template, arch, self.options.numerics(), self.device)
 
     @cached_property
     def _federation(self) -> Federation:
-        own = timm_vit.describe(self._template)
-        return Federation(self.components, own)
+        return Federation(self.components, timm_vit.describe(self._template))
 
     def report(self, client: int, round_number: int) -> Report:
-        """What ``client`` says of itself before ``round``."""
-        return Report(
-            client, len(self._parts[1].partitions[client]), self._budget(client, round_number)
-        )
+        """Return what the server learns of a client before a round: its examples and budget."""
+        return Report(client, self.examples.count(client), self._budget(client, round_number))
 
     def _budget(self, client: int, round_number: int) -> Budget:
-        partitions = self._parts[1].partitions
-        who = ClientDescription(client, len(partitions[client]), len(partitions))
-        return self.budgets(who, round_number)
+        clients = len(self.data.partitions)
+        description = ClientDescription(client, self.examples.count(client), clients)
+        return self.budgets(description, round_number)
 
     def work(self, blob: bytes, weights: Mapping[str, Tensor] | None = None) -> bytes:
-        """Carry one assignment out; returns the reply. See :meth:`answer`."""
+        """Carry one message out and return the encoded reply. See :meth:`answer`."""
         return wire.encode(*self.answer(blob, weights))
 
     def answer(
         self, blob: bytes, weights: Mapping[str, Tensor] | None = None
     ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Carry one assignment out. What goes wrong becomes the reply, named.
+        """Carry one message out. An exception becomes a reply that names it.
 
         Args:
+            blob: The message, as :func:`~d2ft_fl.rounds.messages.encode_assignment` writes it.
             weights: The global model, where it is at hand and did not come with the message.
 
         Returns:
-            Tensors and metadata of the reply. The tensors are good until the next assignment.
+            Tensors and metadata of the reply. The tensors are good until the next message.
         """
         try:
             return self._answer(blob, weights)
-        except Exception as error:  # the one boundary: a fault is an answer, not a lost worker
+        except Exception as error:  # the one boundary: a failure is an answer, not a lost process
             reason = (str(error).strip() or "no message").splitlines()[0]
             return {}, {"error": f"{type(error).__name__}: {reason}"}
 
     def _answer(
         self, blob: bytes, weights: Mapping[str, Tensor] | None
     ) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Carry one message out, step by step; arguments and result of :meth:`answer`."""
         set_threads(self.config.threads_per_client)
         started = time.perf_counter()
-        task, tensors = Task.decode(blob)
-        stage = self._federation.at(task.round)
-        offsets = received(task.schedule, tensors)
-        if task.keeps:
-            self._refuse_unless_it_fits(task, stage, compensated=bool(offsets))
-        costs = stage.costs_when(bool(offsets), task.calibrates, task.policy)
-        bytes_down, up, down = len(blob), costs.bits_up, costs.bits_down
-        in_place = weights is not None and not task.probes and down == PLAIN
-        if weights is not None:
-            bytes_down = task.whole_size(stage.arch, weights, tensors, down)
-            if not in_place:
-                tensors |= quantize(stage.arch, pack_for(stage.arch, weights, task.carried), down)
-        elif task.cached is not None:
-            names = parameter_cache.read(task.carried, task.digests)
-            tensors = self.store.complete(stage.arch, task.carried, tensors, task.cached, names)
-        tensors = dequantize(stage.arch, tensors, down)
-        local = len(self._parts[1].partitions[task.client])
-        if task.policy.in_turn:
-            chosen = self._in_turn(task, local)
-        else:
-            chosen = self._order(task.client, task.round, local)[0][: task.examples]
+        job, tensors = Job.read(blob, self._federation)
+        if job.task.keeps:
+            self._refuse_unless_it_fits(job)
+        bytes_down = job.bytes_down(blob, tensors, weights)
+        tensors = job.complete(tensors, weights, self.store)
+        chosen = self.examples.choose(job.task)
+        model = self.model  # is built before anything is measured
         self.meter.start()
-        result: dict[str, Tensor] = {}
-        if task.probes:
-            chosen, result = self._before(task, stage.arch, tensors, chosen)
-            tensors = self._narrow(stage.arch, tensors, task.schedule)
-        factor = self.config.rate_factor(task.round)
-        options = self.options.under(task.policy).at(factor, task.policy.rate)
-        model = self._parts[0]
-        model.numerics, model.tokens = options.numerics(), task.policy.tokens
-        if model.arch is not stage.arch:
-            model.tune(stage.arch)
-        source: dict[str, Tensor] | GlobalModel = tensors
-        if weights is not None and in_place:
-            source = self._laid_out(stage.arch, weights)
-        reset = partial(model.reset, task.schedule, source, offsets)
-        if stage.arch.rank:  # factors are multiplied out
-            self.meter.count(reset)
-        else:
-            reset()
-        del tensors, source, offsets  # the model has its own
-        hostile, quantized = self.config.hostile(task.client), up < PLAIN
-        before = self._values() if hostile or quantized else {}
-        kept: dict[str, Tensor] = {}
-        if quantized:  # as it came
-            own = {n: t for n, t in before.items() if is_quantized(stage.arch.by_name[n], up)}
-            kept = quantize(stage.arch, own, down)
-            before = before if hostile else {}
-            del own
-        began = time.perf_counter()
-        loss, trained = self._train(task, options, chosen, list(kept.values()))
-        if hostile:
-            for name, old in before.items():
-                trained[name] = old + (trained[name] - old) * self.config.hostile_scale
-        if quantized:
-            draw = np.random.default_rng([*self._seed(task.client, task.round), 2])
-            generator = torch.Generator().manual_seed(int(draw.integers(2**62)))
-            kept = dequantize(stage.arch, kept, down)
-            trained |= quantize_changes(stage.arch, kept, trained, up, generator)
+        scores: dict[str, Tensor] = {}
+        if job.task.probes:
+            chosen, scores = self._probe(job, tensors, chosen)
+            tensors = narrowed(job.arch, tensors, job.task.schedule)
+        options = self._training_options(job.task)
+        self._load(model, job, tensors, weights, options)
+        del tensors  # the model has copies
+        training_started = time.perf_counter()
+        loss, trained = self._train_and_pack(job, options, chosen)
         reply = {
-            "round": task.round,
-            "client": task.client,
-            "slot_examples": costs.slot_totals(task.examples),
+            "round": job.task.round,
+            "client": job.task.client,
+            "slot_examples": job.costs.slot_totals(job.task.examples),
             "loss": loss,
             "used": {
                 "flops": self.meter.flops,
                 "memory": self.meter.peak_bytes,
                 "bytes_down": bytes_down,
                 "seconds": _seconds_since(started),
-                "training": _seconds_since(began),
+                "training": _seconds_since(training_started),
             },
         }
-        return result | trained, reply
+        return scores | trained, reply
 
-    def _laid_out(self, arch: Architecture, weights: Mapping[str, Tensor]) -> GlobalModel:
-        """The global model, laid out once a round."""
-        if self._whole is None or self._whole[0] is not arch or self._whole[1] is not weights:
-            self._whole = None  # the old one goes before a new one comes
-            self._parts[0].let_go()
-            self._whole = arch, weights, GlobalModel.of(arch, weights)
-        return self._whole[2]
+    def _refuse_unless_it_fits(self, job: Job) -> None:
+        """Check a plan against this client's budget and the free memory, before anything starts.
 
-    def _before(
-        self, task: Task, arch: Architecture, tensors: dict[str, Tensor], chosen: np.ndarray
+        Raises:
+            Refusal: When the plan costs more than a budget that it promises to keep, or more
+                memory than is free.
+        """
+        task, costs = job.task, job.costs
+        cost = round_cost(costs, task.schedule, task.examples, task.probes, task.cached)
+        budget = task.budget or self._budget(task.client, task.round)
+        allowed = budget.capacity(job.stage.costs.full_cost(self.examples.count(task.client)))
+        for resource, planned, limit in zip(RESOURCES, cost.vector(), allowed, strict=True):
+            if planned > limit and resource in task.keeps:
+                raise Refusal(f"the plan needs {planned} of {resource}, the budget allows {limit}")
+        if cost.memory > (free := free_memory(self.device)):
+            raise Refusal(f"the plan needs {cost.memory} bytes of memory, {free} are free")
+
+    def _probe(
+        self, job: Job, tensors: dict[str, Tensor], chosen: np.ndarray
     ) -> tuple[np.ndarray, dict[str, Tensor]]:
-        """Run the passes over the whole model.
+        """Run the probes over the whole model: select examples, and score subnets.
 
         Args:
+            job: The message.
+            tensors: Packed slices of every head by name.
             chosen: Numbers of the examples to train on, if none are selected.
 
         Returns:
-            Numbers of those that are, and scores as they travel.
+            Numbers of the examples to train on, and scores as they travel.
         """
-        model, data = self._parts
-        result: dict[str, Tensor] = {}
-        own = self._federation.arch
-        whole = ProbeRunner(model, own, arch, tensors, self.options, self.meter)
-        if task.probes.viewed:
-            everyone = np.arange(len(data.partitions[task.client]))
+        task, probes = job.task, job.task.probes
+        scores: dict[str, Tensor] = {}
+        runner = ProbeRunner(
+            self.model, self._federation.arch, job.arch, tensors, self.options, self.meter
+        )
+        if probes.viewed:
+            everyone = np.arange(self.examples.count(task.client))
             size = self.options.under(task.policy).batch_size
-            batches = self._batches(task.client, everyone, size)
-            unsure = whole.entropy(batches, self.config.selection_temperature)
-            chosen = np.argsort(-unsure, kind="stable")[: task.examples]
-        if task.probes.scored:
-            batch = data.client_batch(task.client, chosen[: task.probes.scored], self.device)
-            measured = whole.scores(*batch, task.probes.kinds)
-            for kind, values in measured.items():
-                result[TENSOR + kind] = torch.from_numpy(values).float()
-        return chosen, result
+            batches = self.examples.batches(task.client, everyone, size)
+            entropy = runner.entropy(batches, self.config.selection_temperature)
+            chosen = np.argsort(-entropy, kind="stable")[: task.examples]
+        if probes.scored:
+            batch = self.data.client_batch(task.client, chosen[: probes.scored], self.device)
+            for kind, values in runner.scores(*batch, probes.kinds).items():
+                scores[TENSOR + kind] = torch.from_numpy(values).float()
+        return chosen, scores
+
+    def _training_options(self, task: Task) -> LocalOptions:
+        """Return the options of training under a message's execution policy, in its round."""
+        factor = self.config.rate_factor(task.round)
+        return self.options.under(task.policy).at(factor, task.policy.rate)
+
+    def _load(
+        self,
+        model: PartialModel,
+        job: Job,
+        tensors: dict[str, Tensor],
+        weights: Mapping[str, Tensor] | None,
+        options: LocalOptions,
+    ) -> None:
+        """Reset the model to what a message's schedule needs, with the values that came."""
+        model.numerics, model.tokens = options.numerics(), job.task.policy.tokens
+        if model.arch is not job.arch:
+            model.tune(job.arch)
+        source: dict[str, Tensor] | GlobalModel = tensors
+        if weights is not None and job.takes_slices_in_place:
+            source = self._lay_out(job.arch, weights)
+        reset = partial(model.reset, job.task.schedule, source, job.offsets)
+        if job.arch.rank:  # LoRA's factors are multiplied out, which costs FLOPs
+            self.meter.count(reset)
+        else:
+            reset()
+
+    def _lay_out(self, arch: Architecture, weights: Mapping[str, Tensor]) -> GlobalModel:
+        """Return the global model laid out for taking slices, once a round."""
+        laid_out = self._laid_out
+        if laid_out is None or laid_out[0] is not arch or laid_out[1] is not weights:
+            self._laid_out = laid_out = None  # the old one goes before a new one comes
+            self.model.let_go()
+            self._laid_out = laid_out = arch, weights, GlobalModel.of(arch, weights)
+        return laid_out[2]
+
+    def _train_and_pack(
+        self, job: Job, options: LocalOptions, chosen: np.ndarray
+    ) -> tuple[float, dict[str, Tensor]]:
+        """Train the model as it is loaded, and make of the result what travels back.
+
+        A hostile client scales what training changed. Changes are quantized where the message says
+        so.
+
+        Returns:
+            The mean loss, and tensors by name, as they travel.
+        """
+        task = job.task
+        hostile = self.config.hostile(task.client)
+        before = self._values() if hostile or job.quantizes_changes else {}
+        sent_down = job.as_sent_down(before) if job.quantizes_changes else {}
+        if not hostile:
+            before = {}  # takes no memory while the model trains
+        loss, trained = self._train(task, options, chosen, list(sent_down.values()))
+        for name, value in before.items():
+            trained[name] = value + (trained[name] - value) * self.config.hostile_scale
+        if job.quantizes_changes:
+            seed = self.examples.seed_of(task.client, task.round)
+            trained |= job.quantized_changes(sent_down, trained, seed)
+        return loss, trained
 
     def _values(self) -> dict[str, Tensor]:
-        """What will train, as it is before."""
-        return {name: tensor.cpu().clone() for name, tensor in self._parts[0].update().items()}
+        """Copy the packed slices of what trains, by name."""
+        return {name: tensor.cpu().clone() for name, tensor in self.model.update().items()}
 
     def _train(
-        self, task: Task, options: LocalOptions, chosen: np.ndarray, beside: list[Tensor]
+        self, task: Task, options: LocalOptions, chosen: np.ndarray, others: list[Tensor]
     ) -> tuple[float, dict[str, Tensor]]:
-        """Follow the schedule over the chosen examples: the loss, and tensors as they travel.
+        """Follow the schedule over the chosen examples.
 
         Args:
-            beside: What else is held meanwhile.
+            task: What the client is told to do.
+            options: How it trains.
+            chosen: Numbers of the examples, among the client's: [examples].
+            others: Tensors that are in memory meanwhile, for the meter.
+
+        Returns:
+            The mean loss, and packed slices and measured means by name, as they travel.
         """
-        model = self._parts[0]
+        model = self.model
         means = MeanTally(model) if task.calibrates else None
-        epochs, size = self._epochs(task.client, task.round, chosen), options.batch_size
+        epochs, size = self.examples.epochs(task.client, task.round, chosen), options.batch_size
         smallest = (task.examples - 1) % size + 1
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
-            draw = np.random.default_rng(self._seed(task.client, task.round))
+            draw = np.random.default_rng(self.examples.seed_of(task.client, task.round))
             torch.manual_seed(int(draw.integers(2**62)))  # of dropout
             loss = train(
                 model,
-                chain.from_iterable(self._batches(task.client, epoch, size) for epoch in epochs),
+                chain.from_iterable(
+                    self.examples.batches(task.client, epoch, size) for epoch in epochs
+                ),
                 options,
                 self.rate,
                 self.meter,
-                [*beside, *(means.held() if means else ())],
+                [*others, *(means.held() if means else ())],
                 every_slot=smallest >= task.schedule.slots,
                 prior=self._prior(task.client),
             )
@@ -262,76 +307,18 @@ class ClientTrainer:
         return loss, result | (means.finish() if means else {})
 
     def _prior(self, client: int) -> Tensor | None:
-        """What is added to a client's logits in its loss: float32 [classes].
+        """Return what is added to a client's logits in its loss: float32 [classes].
 
-        Each label counts once more than the client has it, so that none is impossible.
+        Each label counts once more than the client has it, so that none is impossible. None where
+        logits are not adjusted.
         """
         if not (weight := self.options.logit_adjustment):
             return None
-        data = self._parts[1]
-        own = data.train.labels[data.partitions[client]]
-        counts = np.bincount(own, minlength=data.classes) + 1.0
+        labels = self.data.train.labels[self.data.partitions[client]]
+        counts = np.bincount(labels, minlength=self.data.classes) + 1.0
         return torch.from_numpy(weight * np.log(counts / counts.sum())).float().to(self.device)
-
-    def _refuse_unless_it_fits(self, task: Task, stage: Federation, compensated: bool) -> None:
-        """Hold a plan against this client's budget, and the memory that is there.
-
-        Raises:
-            Refusal: Before anything has started.
-        """
-        costs = stage.costs_when(compensated, task.calibrates, task.policy)
-        cost = round_cost(costs, task.schedule, task.examples, task.probes, task.cached)
-        local = len(self._parts[1].partitions[task.client])
-        budget = task.budget or self._budget(task.client, task.round)
-        allowed = budget.capacity(stage.costs.full_cost(local))
-        for resource, planned, most in zip(RESOURCES, cost.vector(), allowed, strict=True):
-            if planned > most and resource in task.keeps:
-                raise Refusal(f"the plan needs {planned} of {resource}, the budget allows {most}")
-        if cost.memory > (free := free_memory(self.device)):
-            raise Refusal(f"the plan needs {cost.memory} bytes of memory, {free} are free")
-
-    def _seed(self, client: int, round_number: int) -> tuple[int, int, int]:
-        return self.config.seed, round_number, client
-
-    def _order(self, client: int, round_number: int, examples: int) -> list[np.ndarray]:
-        """Each epoch's order of so many examples: a function of seed, round and client."""
-        draw = np.random.default_rng([*self._seed(client, round_number), 1])
-        return [draw.permutation(examples) for _ in range(self.options.epochs)]
-
-    def _in_turn(self, task: Task, local: int) -> np.ndarray:
-        """The examples whose turn it is in a round, if all rounds take as many."""
-        order = np.random.default_rng([self.config.seed, task.client, 3]).permutation(local)
-        start = (task.round - 1) * task.examples
-        return order[np.arange(start, start + task.examples) % local]
-
-    def _epochs(self, client: int, round_number: int, chosen: np.ndarray) -> list[np.ndarray]:
-        """Each epoch's order of the chosen examples, which are numbers among the client's."""
-        everything = self._order(client, round_number, len(self._parts[1].partitions[client]))
-        return [epoch[np.isin(epoch, chosen)] for epoch in everything]
-
-    def _batches(self, client: int, examples: np.ndarray, size: int) -> Batches:
-        """Some of a client's examples, in batches of a size."""
-        for start in range(0, len(examples), size):
-            part = examples[start : start + size]
-            yield self._parts[1].client_batch(client, part, self.device)
-
-    @staticmethod
-    def _narrow(
-        arch: Architecture, tensors: dict[str, Tensor], schedule: Schedule
-    ) -> dict[str, Tensor]:
-        """What the schedule needs, out of packed tensors that hold every head."""
-        out = {}
-        for name, tensor in tensors.items():
-            p = arch.by_name[name]
-            if p.kind is not Kind.SLICED:
-                out[name] = tensor
-                continue
-            heads = schedule.heads(schedule.resident, p.block)
-            rows = [r for h in heads for r in range(p.starts[h], p.starts[h + 1])]
-            out[name] = tensor[torch.tensor(rows, dtype=torch.long)]
-        return out
 
 
 def _seconds_since(started: float) -> str:
-    """Of fixed width, so that the same run is the same number of bytes."""
+    """Format elapsed seconds at a fixed width, so that a reply's bytes depend on no clock."""
     return f"{time.perf_counter() - started:012.3f}"

@@ -75,8 +75,8 @@ def test_a_run_selects_what_it_is_least_sure_of(quick, strategy, monkeypatch):
     config = checked(quick(**options))
     client_trainer.cache_clear()
     who, seen = client_trainer(config), []
-    inner = who._epochs
-    monkeypatch.setattr(who, "_epochs", lambda *a: seen.append(a) or inner(*a))
+    inner = who.examples.epochs
+    monkeypatch.setattr(who.examples, "epochs", lambda *a: seen.append(a) or inner(*a))
     summary = run_local(config)
     assert summary["violations"] == summary["faults"] == 0
     assert summary["flops_as_predicted"] == summary["client_rounds"]
@@ -104,13 +104,13 @@ def test_drawn_examples_are_others_every_round(quick, monkeypatch):
     config = checked(quick(data_share=0.4, strategy="fedavg", epochs=2))
     client_trainer.cache_clear()
     who, seen = client_trainer(config), {}
-    inner = who._epochs
+    inner = who.examples.epochs
 
     def epochs(client, round_number, chosen):
         seen[client, round_number] = found = inner(client, round_number, chosen)
         return found
 
-    monkeypatch.setattr(who, "_epochs", epochs)
+    monkeypatch.setattr(who.examples, "epochs", epochs)
     summary = run_local(config)
     assert summary["flops_as_predicted"] == 8
     assert summary["resources"]["flops"]["share"] == pytest.approx(0.4, abs=1e-3)

@@ -317,7 +317,7 @@ def test_one_fedavg_round_equals_flowers_own_fedavg(quick, slots, monkeypatch):
     for name in ("run_id", "node_id", "task_id"):  # Flower sets these in its own processes
         monkeypatch.setattr(TaskIdentity, f"_{name}", 1)
     worker = ClientTrainer(config)
-    _, data = worker._parts
+    data = worker.data
     options, messages = Components(config).training, []
     for client in range(config.clients):
         model = build_model(Components(config).model_spec)
@@ -331,8 +331,8 @@ def test_one_fedavg_round_equals_flowers_own_fedavg(quick, slots, monkeypatch):
             [{"params": ps, "lr": lr} for lr, ps in groups.items()], momentum=options.momentum
         )
         everyone = np.arange(len(data.partitions[client]))
-        (order,) = worker._epochs(client, 1, everyone)
-        for images, labels in worker._batches(client, order, options.batch_size):
+        (order,) = worker.examples.epochs(client, 1, everyone)
+        for images, labels in worker.examples.batches(client, order, options.batch_size):
             optimizer.zero_grad()
             F.cross_entropy(model(images), labels).backward()
             optimizer.step()

@@ -2,17 +2,14 @@
 
 import json
 import math
-from collections import Counter
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from d2ft_fl.client.trainer import ClientTrainer
 from d2ft_fl.config.training_options import DEFAULT_POLICY, ExecutionPolicy
 from d2ft_fl.costs.resources import RESOURCES
 from d2ft_fl.engine.trainer import Stepper
@@ -255,19 +252,6 @@ def test_strategies_cannot_have_a_change_count_for_anything(monkeypatch, wrong):
     (name,) = wrong
     with pytest.raises(RunError, match=f"gives client 0 a {name} of .* must be above 0"):
         planned({})
-
-
-@pytest.mark.parametrize("local,each", [(10, 3), (7, 7), (12, 4)])
-def test_in_turn_all_are_seen_as_often(local, each, quick):
-    worker = ClientTrainer(quick())
-    rounds = 2 * local
-    seen = Counter()
-    for number in range(1, rounds + 1):
-        task = SimpleNamespace(client=1, round=number, examples=each)
-        own = worker._in_turn(task, local).tolist()
-        assert len(set(own)) == each
-        seen.update(own)
-    assert set(seen.values()) == {rounds * each // local}
 
 
 def test_with_three_operations_skipping_is_left_to_tight_budgets():

@@ -1,0 +1,62 @@
+"""Which examples a client trains on, and in which order: by seed, round and client."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from d2ft_fl.data.federated_data import FederatedData
+from d2ft_fl.engine.trainer import Batches
+from d2ft_fl.rounds.messages import Task
+
+
+@dataclass
+class LocalExamples:
+    """Draws and orders the examples of clients. Examples are numbers among a client's own.
+
+    Attributes:
+        data: The data set, and which examples are whose.
+        seed: Of the run.
+        epochs_per_round: How often a client sees its examples in a round.
+        device: Where batches go.
+    """
+
+    data: FederatedData
+    seed: int
+    epochs_per_round: int
+    device: torch.device
+
+    def count(self, client: int) -> int:
+        """Return how many examples a client has."""
+        return len(self.data.partitions[client])
+
+    def seed_of(self, client: int, round_number: int) -> tuple[int, int, int]:
+        """Return what random numbers of a client's round are seeded with."""
+        return self.seed, round_number, client
+
+    def choose(self, task: Task) -> np.ndarray:
+        """Return the examples to train on, where none are selected: int64 [examples]."""
+        if task.policy.in_turn:
+            return self.in_turn(task)
+        return self._order(task.client, task.round)[0][: task.examples]
+
+    def in_turn(self, task: Task) -> np.ndarray:
+        """Return the examples whose turn it is in a round, if all rounds take as many."""
+        count = self.count(task.client)
+        order = np.random.default_rng([self.seed, task.client, 3]).permutation(count)
+        start = (task.round - 1) * task.examples
+        return order[np.arange(start, start + task.examples) % count]
+
+    def epochs(self, client: int, round_number: int, chosen: np.ndarray) -> list[np.ndarray]:
+        """Return each epoch's order of the chosen examples: int64 [examples] each."""
+        return [epoch[np.isin(epoch, chosen)] for epoch in self._order(client, round_number)]
+
+    def batches(self, client: int, examples: np.ndarray, size: int) -> Batches:
+        """Yield some of a client's examples, in batches of a size."""
+        for start in range(0, len(examples), size):
+            yield self.data.client_batch(client, examples[start : start + size], self.device)
+
+    def _order(self, client: int, round_number: int) -> list[np.ndarray]:
+        """Return each epoch's order of all examples of a client."""
+        draw = np.random.default_rng([*self.seed_of(client, round_number), 1])
+        return [draw.permutation(self.count(client)) for _ in range(self.epochs_per_round)]

@@ -1,0 +1,150 @@
+"""A message as the client reads it: what to do, and how slices get here and back."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from d2ft_fl.costs.cost_model import CostModel
+from d2ft_fl.engine.mean_tally import received
+from d2ft_fl.engine.partial_model import Offsets
+from d2ft_fl.rounds.federation import Federation
+from d2ft_fl.rounds.messages import Task
+from d2ft_fl.subnets.architecture import Architecture, Kind
+from d2ft_fl.subnets.packing import pack_for
+from d2ft_fl.subnets.schedule import Schedule
+from d2ft_fl.wire import parameter_cache
+from d2ft_fl.wire.parameter_cache import ParameterCache
+from d2ft_fl.wire.quantization import PLAIN, dequantize, is_quantized, quantize, quantize_changes
+
+
+@dataclass(frozen=True, eq=False)
+class Job:
+    """What one message asks of a client.
+
+    Attributes:
+        task: What the client is told to do.
+        stage: The federation as it is in the round of the message.
+        offsets: Compensation of shortcuts by block, one entry a slot; empty where there is none.
+    """
+
+    task: Task
+    stage: Federation
+    offsets: dict[int, Offsets]
+
+    @classmethod
+    def read(cls, blob: bytes, federation: Federation) -> "tuple[Job, dict[str, Tensor]]":
+        """Read a message: what to do, and the tensors that came with it, by name."""
+        task, tensors = Task.decode(blob)
+        return cls(task, federation.at(task.round), received(task.schedule, tensors)), tensors
+
+    @property
+    def arch(self) -> Architecture:
+        """The architecture that trains in this round."""
+        return self.stage.arch
+
+    @property
+    def costs(self) -> CostModel:
+        """The cost model of this round, under the execution policy of the message."""
+        task = self.task
+        return self.stage.costs_when(bool(self.offsets), task.calibrates, task.policy)
+
+    @property
+    def takes_slices_in_place(self) -> bool:
+        """Whether the model takes its slices from a global model at hand, without a copy between.
+
+        Probes need the slices of every head, and quantized ones differ from the global model's.
+        """
+        return not self.task.probes and self.costs.bits_down == PLAIN
+
+    @property
+    def quantizes_changes(self) -> bool:
+        """Whether changes travel back in fewer bits than values have."""
+        return self.costs.bits_up < PLAIN
+
+    def bytes_down(
+        self,
+        blob: bytes,
+        tensors: Mapping[str, Tensor],
+        weights: Mapping[str, Tensor] | None,
+    ) -> int:
+        """Count the bytes that came down, as if slices of a global model at hand had travelled.
+
+        Args:
+            blob: The message.
+            tensors: What came with it, by name.
+            weights: The global model, where it is at hand.
+        """
+        if weights is None:
+            return len(blob)
+        return self.task.whole_size(self.arch, weights, tensors, self.costs.bits_down)
+
+    def complete(
+        self,
+        tensors: dict[str, Tensor],
+        weights: Mapping[str, Tensor] | None,
+        cache: ParameterCache,
+    ) -> dict[str, Tensor]:
+        """Add the slices that did not come with the message, and undo quantization.
+
+        A global model at hand gives the slices as they would have travelled; none where the model
+        takes them in place.
+
+        Args:
+            tensors: What came with the message, by name.
+            weights: The global model, where it is at hand.
+            cache: Fixed parameters that came in earlier rounds.
+
+        Returns:
+            Packed slices and compensation, by name.
+        """
+        task, arch, bits = self.task, self.arch, self.costs.bits_down
+        if weights is None and task.cached is not None:
+            digests = parameter_cache.read(task.carried, task.digests)
+            tensors = cache.complete(arch, task.carried, tensors, task.cached, digests)
+        elif weights is not None and not self.takes_slices_in_place:
+            tensors |= quantize(arch, pack_for(arch, weights, task.carried), bits)
+        return dequantize(arch, tensors, bits)
+
+    def as_sent_down(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Quantize, as they came down, the slices whose changes travel quantized.
+
+        Args:
+            values: Packed slices of what trains, by name.
+        """
+        bits_up, by_name = self.costs.bits_up, self.arch.by_name
+        slices = {n: t for n, t in values.items() if is_quantized(by_name[n], bits_up)}
+        return quantize(self.arch, slices, self.costs.bits_down)
+
+    def quantized_changes(
+        self, before: Mapping[str, Tensor], trained: Mapping[str, Tensor], seed: Sequence[int]
+    ) -> dict[str, Tensor]:
+        """Quantize what training changed.
+
+        Args:
+            before: Packed slices by name, of :meth:`as_sent_down`.
+            trained: Packed slices by name, after training.
+            seed: Of stochastic rounding.
+        """
+        draw = np.random.default_rng([*seed, 2])
+        generator = torch.Generator().manual_seed(int(draw.integers(2**62)))
+        values = dequantize(self.arch, before, self.costs.bits_down)
+        return quantize_changes(self.arch, values, trained, self.costs.bits_up, generator)
+
+
+def narrowed(
+    arch: Architecture, tensors: Mapping[str, Tensor], schedule: Schedule
+) -> dict[str, Tensor]:
+    """Return the slices that a schedule needs, out of packed tensors of every head."""
+    slices = {}
+    for name, tensor in tensors.items():
+        p = arch.by_name[name]
+        if p.kind is not Kind.SLICED:
+            slices[name] = tensor
+            continue
+        heads = schedule.heads(schedule.resident, p.block)
+        rows = [r for h in heads for r in range(p.starts[h], p.starts[h + 1])]
+        slices[name] = tensor[torch.tensor(rows, dtype=torch.long)]
+    return slices

@@ -1,0 +1,62 @@
+"""Which examples a client trains on, and in which order."""
+
+from collections import Counter
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from d2ft_fl.client.examples import LocalExamples
+
+
+def local_examples(count: int, seed: int = 3, epochs: int = 1) -> LocalExamples:
+    """Return the examples of clients 0 and 1, of which client 1 has a number."""
+    data = SimpleNamespace(
+        partitions={0: np.arange(5), 1: np.arange(count)},
+        client_batch=lambda client, positions, device: (torch.from_numpy(positions), client),
+    )
+    return LocalExamples(data, seed, epochs, torch.device("cpu"))
+
+
+def a_task(count: int, round_number: int = 1, in_turn: bool = False, client: int = 1):
+    policy = SimpleNamespace(in_turn=in_turn)
+    return SimpleNamespace(client=client, round=round_number, examples=count, policy=policy)
+
+
+@pytest.mark.parametrize("local,each", [(10, 3), (7, 7), (12, 4)])
+def test_in_turn_all_are_seen_as_often(local, each):
+    examples = local_examples(local)
+    rounds = 2 * local
+    seen = Counter()
+    for round_number in range(1, rounds + 1):
+        chosen = examples.choose(a_task(each, round_number, in_turn=True)).tolist()
+        assert len(set(chosen)) == each
+        seen.update(chosen)
+    assert set(seen.values()) == {rounds * each // local}
+
+
+def test_drawn_examples_depend_on_seed_round_and_client():
+    chosen = {
+        (seed, round_number, client): tuple(
+            local_examples(5, seed).choose(a_task(4, round_number, client=client)).tolist()
+        )
+        for seed, round_number, client in [(3, 1, 1), (4, 1, 1), (3, 2, 1), (3, 1, 0)]
+    }
+    assert len(set(chosen.values())) == 4
+    assert tuple(local_examples(5).choose(a_task(4)).tolist()) == chosen[3, 1, 1]
+
+
+def test_epochs_order_the_chosen_examples_each_anew():
+    examples = local_examples(30, epochs=2)
+    chosen = examples.choose(a_task(20))
+    first, second = examples.epochs(1, 1, chosen)
+    assert first.tolist() == chosen.tolist()  # drawn from the order of the first epoch
+    assert sorted(second) == sorted(chosen)
+    assert second.tolist() != first.tolist()
+
+
+def test_batches_are_cut_in_order_and_the_last_is_what_is_left():
+    batches = list(local_examples(10).batches(1, np.array([4, 2, 9, 0, 7]), 2))
+    assert [positions.tolist() for positions, _ in batches] == [[4, 2], [9, 0], [7]]
+    assert {client for _, client in batches} == {1}
