@@ -1,7 +1,6 @@
 """Full fine-tuning: every assigned slice trains; the new classifier has a rate of its own."""
 
-from d2ft_fl.config.training_options import LocalOptions
-from d2ft_fl.subnets.architecture import Kind
+from d2ft_fl import Kind, LocalOptions
 
 
 def learning_rate(kind: Kind, factor: bool, options: LocalOptions) -> float:

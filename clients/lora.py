@@ -9,13 +9,21 @@ from pathlib import Path
 
 from torch import Tensor
 
-from d2ft_fl.aggregation.lora_sums import frozen, unchanging
-from d2ft_fl.config.training_options import LocalOptions
-from d2ft_fl.lora.config import targeted, targets_alone, with_lora, without_lora
-from d2ft_fl.lora.init import begin, from_update
-from d2ft_fl.models.export import save_tuned
-from d2ft_fl.rounds.components import Components
-from d2ft_fl.subnets.architecture import Architecture, Kind
+from d2ft_fl import (
+    Architecture,
+    Components,
+    Kind,
+    LocalOptions,
+    begin_factors,
+    factors_of_update,
+    frozen_factors,
+    save_lora,
+    targeted_weights,
+    targets_alone,
+    unchanging_factors,
+    with_lora,
+    without_lora,
+)
 
 
 def architecture(arch: Architecture, components: Components, round_number: int) -> Architecture:
@@ -24,8 +32,8 @@ def architecture(arch: Architecture, components: Components, round_number: int) 
     if round_number <= components.config.slora_rounds:
         return targets_alone(arch, lora)
     mode = components.config.lora_aggregation
-    still = frozen(mode, lora.targets, round_number - components.config.slora_rounds)
-    return with_lora(arch, lora, still, unchanging(mode, lora.targets))
+    still = frozen_factors(mode, lora.targets, round_number - components.config.slora_rounds)
+    return with_lora(arch, lora, still, unchanging_factors(mode, lora.targets))
 
 
 def prepare(
@@ -43,10 +51,10 @@ def prepare(
     if round_number != components.config.slora_rounds + 1:
         return weights, {}
     if components.config.slora_rounds:
-        names = [weight.name for weight, _, _ in targeted(arch)]
+        names = [weight.name for weight, _, _ in targeted_weights(arch)]
         change = {name: weights[name].double() - original[name].double() for name in names}
         own = {**weights, **{name: original[name] for name in names}}
-        state, discarded = from_update(arch, own, change)
+        state, discarded = factors_of_update(arch, own, change)
         return state, {"slora_discarded": discarded}
     if components.config.lora_adapter:
         return {**weights, **components.adapter(without_lora(arch))}, {}
@@ -57,7 +65,7 @@ def _begun(
     weights: Mapping[str, Tensor], arch: Architecture, components: Components
 ) -> dict[str, Tensor]:
     common = components.config.lora_aggregation == "freeze-common"
-    return begin(arch, weights, components.config.lora_init, components.config.seed, common)
+    return begin_factors(arch, weights, components.config.lora_init, components.config.seed, common)
 
 
 def save(
@@ -68,7 +76,7 @@ def save(
     original: Mapping[str, Tensor],
 ) -> None:
     """Leave in a run's folder what ``d2ft export`` makes an adapter of."""
-    names = [weight.name for weight, _, _ in targeted(arch)]
+    names = [weight.name for weight, _, _ in targeted_weights(arch)]
     first, initial = original, {}
     if components.config.lora_init == "federa":
         first = _begun(original, arch, components)
@@ -76,7 +84,7 @@ def save(
     changed = {}
     if components.config.lora_aggregation == "stack":
         changed = {name: weights[name].double() - first[name].double() for name in names}
-    save_tuned(folder, arch, components.lora, weights, initial, changed)
+    save_lora(folder, arch, components.lora, weights, initial, changed)
 
 
 def learning_rate(kind: Kind, factor: bool, options: LocalOptions) -> float:

@@ -6,8 +6,7 @@ even hold the weights and one example sits out. Compute and bytes are those of f
 of these it keeps no budget.
 """
 
-from d2ft_fl.planning.assignment import Assignment, Participant
-from d2ft_fl.rounds.context import ExecutionPolicy, Round
+from d2ft_fl import Assignment, ExecutionPolicy, Participant, Round
 
 KEEPS = ("memory",)
 SCORES = ()

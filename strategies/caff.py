@@ -11,8 +11,7 @@ the four budgets and the deadline.
 
 import numpy as np
 
-from d2ft_fl.rounds.context import Assignment, Round
-from d2ft_fl.subnets.schedule import Operation, Schedule
+from d2ft_fl import Assignment, Operation, Round, Schedule
 
 PAPER = """Pfeiffer et al., Efficient Federated Finetuning of Tiny Transformers with
 Resource-Constrained Devices, 2024, arXiv 2411.07826"""

@@ -11,8 +11,7 @@ Deviates: the paper's clients take turns, one layer each, and are sent the other
 
 import numpy as np
 
-from d2ft_fl.rounds.context import Assignment, Round
-from d2ft_fl.subnets.schedule import Operation, Schedule, effective
+from d2ft_fl import Assignment, Operation, Round, Schedule, effective
 
 PAPER = """Wang et al., Save It All: Enabling Full Parameter Tuning for Federated Large Language
 Models via Cycle Block Gradient Descent, 2024, arXiv 2406.11187"""

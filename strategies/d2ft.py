@@ -17,8 +17,7 @@ way that is configured.
 
 import numpy as np
 
-from d2ft_fl.rounds.context import Assignment, Round
-from d2ft_fl.rounds.policy_search import Search
+from d2ft_fl import Assignment, PolicySearch, Round
 
 PAPER = """Ding et al., You Don't Need All Attentions: Distributed Dynamic Fine-Tuning for
 Foundation Models, 2025, arXiv 2504.12471"""
@@ -36,4 +35,4 @@ def schedule(context: Round) -> list[Assignment]:
         preferred = backward * (1 + config.exploration * (2 * draws - 1))  # mean 1
     if config.coupling == "spread" or config.planner == "two-stage":
         return context.plan(preferred, forward)
-    return Search(context, backward, forward, preferred).best()
+    return PolicySearch(context, backward, forward, preferred).best()

@@ -8,7 +8,7 @@ Deviates: the paper distributes one model's training over devices and knows one 
 are federated and have up to four budgets and a deadline.
 """
 
-from d2ft_fl.rounds.context import Assignment, Round
+from d2ft_fl import Assignment, Round
 
 PAPER = """Ding et al., You Don't Need All Attentions: Distributed Dynamic Fine-Tuning for
 Foundation Models, 2025, arXiv 2504.12471"""

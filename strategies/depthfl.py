@@ -8,8 +8,7 @@ Deviates: the paper gives every depth a classifier of its own and lets these tea
 
 import numpy as np
 
-from d2ft_fl.rounds.context import Assignment, Round
-from d2ft_fl.subnets.schedule import Operation, Schedule
+from d2ft_fl import Assignment, Operation, Round, Schedule
 
 PAPER = """Kim et al., DepthFL: Depthwise Federated Learning for Heterogeneous Clients, ICLR 2023,
 openreview pf8RIZTMU58"""

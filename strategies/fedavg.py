@@ -7,7 +7,7 @@ Deviates: all clients take part in every round, where the paper draws some, and 
 unless ``optimizer = "sgd"``.
 """
 
-from d2ft_fl.rounds.context import Assignment, Round
+from d2ft_fl import Assignment, Round
 
 PAPER = """McMahan et al., Communication-Efficient Learning of Deep Networks from Decentralized
 Data, AISTATS 2017, arXiv 1602.05629"""

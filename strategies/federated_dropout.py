@@ -8,8 +8,7 @@ the feed-forward layer, as many as a client's budgets do not afford.
 
 import numpy as np
 
-from d2ft_fl.rounds.context import Assignment, Round
-from d2ft_fl.subnets.schedule import Operation
+from d2ft_fl import Assignment, Operation, Round
 
 PAPER = """Caldas et al., Expanding the Reach of Federated Learning by Reducing Client Resource
 Requirements, 2018, arXiv 1812.07210"""

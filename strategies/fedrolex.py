@@ -8,8 +8,9 @@ layer.
 
 import numpy as np
 
-from d2ft_fl.rounds.context import Assignment, Round
-from strategies.heterofl import some_heads
+from d2ft_fl import Assignment, Round
+
+from .heterofl import some_heads
 
 PAPER = """Alam et al., FedRolex: Model-Heterogeneous Federated Learning with Rolling Sub-Model
 Extraction, NeurIPS 2022, arXiv 2212.01548"""

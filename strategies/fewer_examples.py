@@ -7,10 +7,7 @@ train on. It needs the whole model's memory and bytes, so of these it keeps no b
 
 from functools import partial
 
-from d2ft_fl.budgets.budget import DEADLINE
-from d2ft_fl.costs.probe_costs import Probes
-from d2ft_fl.planning.assignment import Assignment, Participant
-from d2ft_fl.rounds.context import Round, most
+from d2ft_fl import DEADLINE, Assignment, Participant, Probes, Round, most
 
 KEEPS = ("flops", DEADLINE)
 SCORES = ()

@@ -7,9 +7,7 @@ of memory what weights and the tokens take, so of these it keeps no budget.
 
 from functools import partial
 
-from d2ft_fl.budgets.budget import DEADLINE
-from d2ft_fl.planning.assignment import Assignment, Participant
-from d2ft_fl.rounds.context import ExecutionPolicy, Round, most
+from d2ft_fl import DEADLINE, Assignment, ExecutionPolicy, Participant, Round, most
 
 PAPER = "Liu et al., PatchDropout, WACV 2023, arXiv 2208.07220"
 KEEPS = ("flops", DEADLINE)

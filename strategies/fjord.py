@@ -8,9 +8,9 @@ Deviates: the paper draws a width every batch from five ratios and lets the larg
 one (self-distillation); here one draw holds for a slot and a round, and nobody teaches.
 """
 
-from d2ft_fl.rounds.context import Assignment, Round
-from d2ft_fl.subnets.schedule import Operation, Schedule
-from strategies.heterofl import some_heads
+from d2ft_fl import Assignment, Operation, Round, Schedule
+
+from .heterofl import some_heads
 
 PAPER = """Horvath et al., FjORD: Fair and Accurate Federated Learning under heterogeneous targets
 with Ordered Dropout, NeurIPS 2021, arXiv 2102.13451"""

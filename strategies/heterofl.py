@@ -8,8 +8,7 @@ left out.
 
 import numpy as np
 
-from d2ft_fl.rounds.context import Assignment, Round
-from d2ft_fl.subnets.schedule import Operation, Schedule
+from d2ft_fl import Assignment, Operation, Round, Schedule
 
 PAPER = """Diao et al., HeteroFL: Computation and Communication Efficient Federated Learning for
 Heterogeneous Clients, ICLR 2021, arXiv 2010.01264"""

@@ -5,8 +5,7 @@ A client that cannot afford to run the whole model forward sits out.
 
 import numpy as np
 
-from d2ft_fl.rounds.context import Assignment, Round
-from d2ft_fl.subnets.schedule import Operation
+from d2ft_fl import Assignment, Operation, Round
 
 SCORES = ()
 

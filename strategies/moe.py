@@ -11,8 +11,7 @@ Experts are not balanced by a loss.
 
 import numpy as np
 
-from d2ft_fl.rounds.context import Assignment, Round
-from d2ft_fl.subnets.schedule import Operation, Schedule
+from d2ft_fl import Assignment, Operation, Round, Schedule
 
 PAPER = """Lepikhin et al., GShard: Scaling Giant Models with Conditional Computation and Automatic
 Sharding, ICLR 2021, arXiv 2006.16668 (as a baseline in arXiv 2504.12471)"""

@@ -10,8 +10,9 @@ not at random, there is one classifier for all stages instead of a head a stage,
 new layers.
 """
 
-from d2ft_fl.rounds.context import Assignment, Round
-from strategies.depthfl import first_layers
+from d2ft_fl import Assignment, Round
+
+from .depthfl import first_layers
 
 PAPER = """Wang et al., ProgFed: Effective, Communication, and Computation Efficient Federated
 Learning by Progressive Training, ICML 2022, arXiv 2110.05323"""

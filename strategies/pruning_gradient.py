@@ -8,7 +8,7 @@ Deviates: pruned for a round instead of an iteration, within every client's budg
 
 import numpy as np
 
-from d2ft_fl.rounds.context import Assignment, Round
+from d2ft_fl import Assignment, Round
 
 PAPER = "Ding et al., 2025, arXiv 2504.12471 (a baseline there)"
 SCORES = ("gradient",)

@@ -6,7 +6,7 @@ of D2FT's paper, which draws operations of micro-batches instead.
 
 import numpy as np
 
-from d2ft_fl.rounds.context import Assignment, Round
+from d2ft_fl import Assignment, Round
 
 PAPER = "Ding et al., 2025, arXiv 2504.12471 (a baseline there)"
 SCORES = ()

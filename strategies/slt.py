@@ -13,8 +13,7 @@ Its first stages train several layers where memory allows; here stages are alike
 
 import numpy as np
 
-from d2ft_fl.rounds.context import Assignment, Round
-from d2ft_fl.subnets.schedule import Operation, Schedule
+from d2ft_fl import Assignment, Operation, Round, Schedule
 
 PAPER = """Pfeiffer et al., Aggregating Capacity in FL through Successive Layer Training for
 Computationally-Constrained Devices, NeurIPS 2023, arXiv 2305.17005"""

@@ -244,7 +244,7 @@ class _Adapter:
             arguments = ", ".join(f"{k}={v!r}" for k, v in self.spec.timm_arguments().items())
             source, made = "import timm", f"timm.create_model({arguments}, pretrained=True)"
         else:
-            source = "from d2ft_fl.models.export import base_model"
+            source = "from d2ft_fl import base_model"
             made = f"base_model({str(self.run)!r})"
         return (
             f"{source}; from peft import PeftModel",

@@ -9,6 +9,7 @@ import importlib
 import logging
 import math
 import os
+import shutil
 import signal
 import socket
 import sys
@@ -85,7 +86,8 @@ class TuneEngine:
                 most = max(1, min(most, torch.cuda.device_count()))  # a GPU each, unless asked
             at_once = min(at_once or most, len(todo))
             os.environ["TUNE_MAX_PENDING_TRIALS_PG"] = str(at_once)
-        with _ray(self.options.address, at_once * threads, scratch, _shipped(todo)):
+        shipped = _shipped(todo, scratch) if self.options.address else []
+        with _ray(self.options.address, at_once * threads, scratch, shipped):
             self._run(todo, ledger, scratch, at_once)
 
     def _run(self, todo: Sequence[Trial], ledger: Ledger, scratch: Path, at_once: int) -> None:
@@ -138,24 +140,46 @@ def _changed(trial: Trial) -> dict[str, Any]:
     return {key: v for key, v in trial.config.to_mapping().items() if v != default[key]}
 
 
-def _shipped(todo: Sequence[Trial]) -> list[ModuleType]:
-    """What machines of a cluster get from here: this package, and plug-ins, unless installed."""
-    names = {"d2ft_fl", "strategies", "clients"}
+def _shipped(todo: Sequence[Trial], scratch: Path) -> list[ModuleType | str]:
+    """Return what machines of a cluster get from here: this package and plug-ins.
+
+    What is installed in ``site-packages`` is left out: it is expected on every machine.
+    """
+    names: set[str] = set()
     for trial in todo:
         config = trial.config
         names |= {name.split(".")[0] for name in (config.strategy, config.tuning) if "." in name}
         if ":" in config.budgets:
             names.add(config.budgets.split(":")[0].split(".")[0])
-    found = [importlib.import_module(name) for name in sorted(names)]
-    return [module for module in found if not _is_installed(module)]
+    modules = [importlib.import_module(name) for name in sorted(names)]
+    shipped: list[ModuleType | str] = [m for m in modules if not _is_installed(_folder_of(m))]
+    package = Path(__file__).resolve().parents[1]
+    return shipped if _is_installed(package) else [*shipped, str(_as_in_a_wheel(package, scratch))]
 
 
-def _is_installed(module: ModuleType) -> bool:
-    return "site-packages" in Path([*getattr(module, "__path__", []), module.__file__][0]).parts
+def _as_in_a_wheel(package: Path, scratch: Path) -> Path:
+    """Copy a checkout's package with its strategies and clients inside, as a wheel has them.
+
+    Ray puts every module into a folder of its own on the other machine, so that what stands beside
+    the package here would not be found there.
+    """
+    copied, ignore = scratch / package.name, shutil.ignore_patterns("__pycache__")
+    shutil.copytree(package, copied, ignore=ignore)
+    for inside in ("strategies", "clients"):
+        shutil.copytree(package.parent / inside, copied / inside, ignore=ignore)
+    return copied
+
+
+def _folder_of(module: ModuleType) -> Path:
+    return Path([*getattr(module, "__path__", []), module.__file__][0])
+
+
+def _is_installed(folder: Path) -> bool:
+    return "site-packages" in folder.parts
 
 
 @contextmanager
-def _ray(address: str, cpus: int, scratch: Path, modules: list[ModuleType]) -> Iterator[None]:
+def _ray(address: str, cpus: int, scratch: Path, modules: list[ModuleType | str]) -> Iterator[None]:
     """A Ray of our own that goes with this process, or a cluster's, which gets some modules.
 
     Raises:

@@ -1,4 +1,8 @@
-"""Names in a configuration that stand for code: ``module:callable`` or a built-in's name."""
+"""Names in a configuration that stand for code: a built-in's name or the path of a user's own.
+
+The built-in strategies and tunings are the packages ``d2ft_fl.strategies`` and ``d2ft_fl.clients``,
+wherever they lie (see :mod:`d2ft_fl`), so that a user's folders of these names never hide them.
+"""
 
 import importlib
 from types import ModuleType
@@ -8,7 +12,11 @@ from d2ft_fl.errors import ConfigError
 
 
 def load_attribute(spec: str, what: str) -> Any:
-    """What ``module:attribute`` names.
+    """Return what ``module:attribute`` names.
+
+    Args:
+        spec: Module and attribute, like ``mine.budgets:of``.
+        what: The option whose value it is, for messages.
 
     Raises:
         ConfigError: When the module or attribute does not exist or does not import.
@@ -21,13 +29,19 @@ def load_attribute(spec: str, what: str) -> Any:
 
 
 def load_module(package: str, spec: str, what: str, builtin: tuple[str, ...]) -> ModuleType:
-    """A built-in module of ``package`` by name, or any importable module by its dotted path.
+    """Return a built-in module by its name, or any importable module by its dotted path.
+
+    Args:
+        package: The built-ins' package inside ``d2ft_fl``: ``strategies`` or ``clients``.
+        spec: The name or dotted path.
+        what: The option whose value it is, for messages.
+        builtin: Names of the built-in modules.
 
     Raises:
-        ConfigError: When there is none of that name.
+        ConfigError: When there is no module of that name, or it does not import.
     """
     if spec in builtin:
-        return importlib.import_module(f"{package}.{spec.replace('-', '_')}")
+        return importlib.import_module(f"d2ft_fl.{package}.{spec.replace('-', '_')}")
     if "." not in spec:
         raise ConfigError(
             f"{what} = {spec!r} is unknown; use one of {', '.join(builtin)}, or the dotted path "

@@ -1,7 +1,7 @@
 """d2ft, but in the first round the classifier alone, for all who can run everything forward."""
 
-from d2ft_fl.rounds.context import Assignment, Round
-from strategies import d2ft, linear_probe
+from d2ft_fl import Assignment, Round
+from d2ft_fl.strategies import d2ft, linear_probe
 
 PAPER = "Kumar et al., Fine-Tuning can Distort Pretrained Features, ICLR 2022, arXiv 2202.10054"
 

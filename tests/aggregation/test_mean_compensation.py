@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from clients.full import learning_rate
 from d2ft_fl.aggregation.mean_compensation import MeanBook, MeanSums
+from d2ft_fl.clients.full import learning_rate
 from d2ft_fl.config.training_options import LocalOptions
 from d2ft_fl.engine.mean_tally import MeanTally, received
 from d2ft_fl.engine.meter import Meter

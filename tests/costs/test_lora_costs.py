@@ -7,8 +7,8 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from clients.full import learning_rate
 from d2ft_fl.bench.step import saved_bytes
+from d2ft_fl.clients.full import learning_rate
 from d2ft_fl.engine.meter import Meter
 from d2ft_fl.engine.partial_model import PartialModel
 from d2ft_fl.engine.trainer import train

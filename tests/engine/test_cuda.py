@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from clients.full import learning_rate
+from d2ft_fl.clients.full import learning_rate
 from d2ft_fl.config.training_options import LocalOptions, Numerics
 from d2ft_fl.engine.meter import Meter
 from d2ft_fl.engine.partial_model import PartialModel

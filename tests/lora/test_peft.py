@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from clients.lora import learning_rate
+from d2ft_fl.clients.lora import learning_rate
 from d2ft_fl.config.training_options import LocalOptions, Numerics
 from d2ft_fl.engine.meter import Meter
 from d2ft_fl.engine.partial_model import PartialModel

@@ -11,8 +11,8 @@ from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp.strategy import FedAvg
 from flwr.supercore.task_identity import TaskIdentity
 
-from clients.full import learning_rate
 from d2ft_fl.client.trainer import ClientTrainer
+from d2ft_fl.clients.full import learning_rate
 from d2ft_fl.errors import RunError
 from d2ft_fl.models.build import build_model
 from d2ft_fl.models.timm_vit import describe

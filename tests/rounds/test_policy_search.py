@@ -104,7 +104,7 @@ def test_looking_at_examples_comes_in_the_batches_of_training(quick, monkeypatch
             for c in round_number.clients
         ]
 
-    monkeypatch.setattr("strategies.fedavg.schedule", schedule)
+    monkeypatch.setattr("d2ft_fl.strategies.fedavg.schedule", schedule)
     config = quick(strategy="fedavg", rounds=1, verify_costs=True, batch_size=32)
     config = replace(config, data_share=0.5, data_selection="entropy")
     run_local(config, report=False)
@@ -248,7 +248,7 @@ def test_strategies_cannot_have_a_change_count_for_anything(monkeypatch, wrong):
             for c in round_number.clients
         ]
 
-    monkeypatch.setattr("strategies.d2ft.schedule", schedule)
+    monkeypatch.setattr("d2ft_fl.strategies.d2ft.schedule", schedule)
     (name,) = wrong
     with pytest.raises(RunError, match=f"gives client 0 a {name} of .* must be above 0"):
         planned({})

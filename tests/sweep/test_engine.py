@@ -1,7 +1,11 @@
 """What needs no Ray that runs; ``integration/test_sweep.py`` has one."""
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -121,8 +125,14 @@ def test_machines_of_a_cluster_get_this_package_and_plug_ins(tmp_path, monkeypat
         trial(budgets="sent_two.more:budget"),
         trial(budgets="some.toml", strategy="scipy.linalg"),
     ]
-    names = {module.__name__ for module in engine._shipped(todo)}
-    assert names == {"d2ft_fl", "strategies", "clients", "sent_one", "sent_two", "sent_three"}
+    *plugins, package = engine._shipped(todo, tmp_path)
+    assert {module.__name__ for module in plugins} == {"sent_one", "sent_two", "sent_three"}
+    # Ray puts it into a folder of its own: what it needs has to be inside.
+    found = "import d2ft_fl.strategies.fedrolex as m; print(m.__file__)"
+    command = [sys.executable, "-P", "-c", found]
+    env = os.environ | {"PYTHONPATH": str(Path(package).parent)}
+    printed = subprocess.run(command, env=env, check=True, capture_output=True, text=True).stdout
+    assert Path(printed.strip()) == tmp_path / "d2ft_fl" / "strategies" / "fedrolex.py"
 
 
 def test_a_worker_that_breaks_off_does_so_for_a_reason_of_one_line():

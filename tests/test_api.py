@@ -1,0 +1,85 @@
+"""The public API: what ``import d2ft_fl`` offers, when it is loaded, and that it works."""
+
+import ast
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import d2ft_fl
+from d2ft_fl import api
+from d2ft_fl.rounds.context import Round
+
+ROOT = Path(__file__).parents[1]
+
+
+def loaded_by(statement):
+    """Modules that are loaded after a statement in a new process."""
+    code = f"{statement}\nimport json, sys; print(json.dumps(list(sys.modules)))"
+    command = [sys.executable, "-c", code]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    return set(json.loads(ended.stdout))
+
+
+def test_importing_it_loads_nothing_heavy():
+    heavy = {"numpy", "torch", "numba", "timm", "flwr", "ray", "pandas", "matplotlib"}
+    assert not heavy & loaded_by("import d2ft_fl; dir(d2ft_fl)")
+
+
+def test_full_tuning_does_not_load_the_solver():
+    """Each worker process imports its tuning, and would load compiled code for nothing."""
+    assert "numba" not in loaded_by("import d2ft_fl.clients.full")
+
+
+def test_every_name_is_there_and_listed():
+    for name in d2ft_fl.__all__:
+        assert getattr(d2ft_fl, name) is getattr(api, name)
+    assert set(d2ft_fl.__all__) <= set(dir(d2ft_fl))
+    functions = {"run", "plan", "load_run"}
+    assert set(api._HOMES) | functions == set(d2ft_fl.__all__)
+
+
+def test_type_checkers_see_what_is_imported():
+    """The imports for them and the table for everyone else name the same homes."""
+    tree = ast.parse(Path(api.__file__).read_text())
+    (block,) = (n for n in tree.body if isinstance(n, ast.If) and isinstance(n.test, ast.Name))
+    seen = {
+        alias.asname or alias.name: (line.module, alias.name)
+        for line in block.body
+        for alias in line.names
+    }
+    assert seen == api._HOMES
+
+
+def test_a_name_that_is_not_there_is_no_attribute():
+    with pytest.raises(AttributeError, match="'d2ft_fl' has no attribute 'Rounds'"):
+        _ = d2ft_fl.Rounds
+
+
+def test_older_imports_of_strategies_work():
+    from d2ft_fl import rounds
+
+    assert rounds.Round is Round
+    assert rounds.Assignment is d2ft_fl.Assignment
+    with pytest.raises(AttributeError, match="no attribute 'Plans'"):
+        _ = rounds.Plans
+
+
+def test_a_run_is_planned_made_and_read(quick):
+    config = quick(rounds=1, strategy="caff")
+    planned = d2ft_fl.plan(config)
+    assert len(planned.rounds[0].clients) == 4
+    lines = []
+    summary = d2ft_fl.run(config, progress=lines.append, report=False)
+    found = d2ft_fl.load_run(summary["folder"])
+    assert found.status == "finished"
+    assert found.config["strategy"] == "caff"
+    assert found.rounds["accuracy"].tolist() == [lines[0]["accuracy"]] == [summary["accuracy"]]
+
+
+def test_options_are_checked_first(quick):
+    for function in (d2ft_fl.run, d2ft_fl.plan):
+        with pytest.raises(d2ft_fl.ConfigError, match="rounds = 0 must be 1 or more"):
+            function(quick(rounds=0))
