@@ -15,7 +15,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 help:
 	@echo "make run     federated fine-tuning of the default job, from nothing"
 	@echo "make test    the tests (make test-slow: those that take minutes)"
-	@echo "make lint    ruff and mypy"
+	@echo "make lint    ruff, mypy, and the contracts of imports between packages"
 
 install: $(READY)
 
@@ -39,6 +39,7 @@ lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache --no-logo
 
 constraints: $(READY)
 	$(BIN)/uv pip compile --quiet --python-version 3.11 --extra dev --no-header --no-annotate \
