@@ -28,7 +28,7 @@ $(READY): pyproject.toml constraints.txt
 run: $(READY)
 	$(BIN)/d2ft run
 
-# Two processes: the tests of Flower, which come first, mostly wait for processes to start.
+# Two processes: the tests of Flower, which tests/conftest.py puts first, mostly wait for others.
 test: $(READY)
 	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 

@@ -1,5 +1,7 @@
 """What tests share: small models, their architecture, and quick configurations."""
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 import timm
@@ -23,6 +25,14 @@ SMALL = {
     "num_heads": 4,
     "num_classes": 5,
 }
+
+
+INTEGRATION = Path(__file__).parent / "integration"
+
+
+def pytest_collection_modifyitems(items):
+    """Run the tests of real processes first: they wait while other workers compute."""
+    items.sort(key=lambda item: not item.path.is_relative_to(INTEGRATION))
 
 
 @pytest.fixture(autouse=True)
