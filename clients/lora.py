@@ -32,8 +32,9 @@ def architecture(arch: Architecture, components: Components, round_number: int) 
     if round_number <= components.config.slora_rounds:
         return targets_alone(arch, lora)
     mode = components.config.lora_aggregation
-    still = frozen_factors(mode, lora.targets, round_number - components.config.slora_rounds)
-    return with_lora(arch, lora, still, unchanging_factors(mode, lora.targets))
+    targets = lora.targets_in(arch)
+    still = frozen_factors(mode, arch, targets, round_number - components.config.slora_rounds)
+    return with_lora(arch, lora, still, unchanging_factors(mode, arch, targets))
 
 
 def prepare(

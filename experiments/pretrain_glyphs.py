@@ -22,8 +22,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 
-from d2ft_fl.models.build import save_weights_json
-from d2ft_fl.models.spec import GLYPH_VIT
+from d2ft_fl.models.timm_build import GLYPH_VIT
+from d2ft_fl.models.weights import save_weights_json
 
 CLASSES = string.ascii_letters
 FONTS = (

@@ -10,7 +10,7 @@ import torch
 from d2ft_fl.config.run_config import RunConfig
 from d2ft_fl.config.training_options import LocalOptions
 from d2ft_fl.costs.cost_model import CostModel
-from d2ft_fl.models import timm_vit
+from d2ft_fl.models.timm_vit import TimmViT, check
 from d2ft_fl.runtime.in_process import InProcessPool
 from d2ft_fl.subnets.architecture import Kind
 from d2ft_fl.subnets.schedule import Operation, Schedule, slot_sizes
@@ -27,6 +27,7 @@ SMALL = {
 }
 
 
+TARGETS = ("qkv", "proj", "fc1", "fc2")  # of LoRA in a vision transformer
 INTEGRATION = Path(__file__).parent / "integration"
 
 
@@ -54,11 +55,16 @@ def build(**changes):
     if gated:  # timm has gated attention, but no name or argument of a model for it
         for block in model.blocks:
             block.attn.gate = torch.nn.Linear(model.embed_dim, model.embed_dim)
-    model = timm_vit.check(model, "small")
-    arch = timm_vit.describe(model)
+    model = check(model, "small")
+    arch = TimmViT(model).describe()
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(arch.by_name[name].kind is not Kind.EMBEDDING)
     return model, arch
+
+
+def embedded(model, images):
+    """The tokens [examples, tokens, dim] that enter the first block."""
+    return model.norm_pre(model._pos_embed(model.patch_embed(images)))
 
 
 def all_of(arch, operation=Operation.FULL, slots=1):

@@ -52,24 +52,33 @@ MODES = ("factors", "freeze-a", "alternate", "freeze-common", "product", "stack"
 MIXED = ("product", "stack")  # which fold clients of different ranks
 
 
-def frozen(mode: str, targets: Iterable[str], round_number: int) -> list[tuple[str, str]]:
-    """(target, factor) of the factors that a mode does not train in a round, for ``with_lora``.
+def frozen(
+    mode: str, arch: Architecture, targets: Iterable[str], round_number: int
+) -> list[tuple[str, str]]:
+    """Return (target, factor) of the factors that a mode does not train in a round.
 
-    Rounds count from 1. Of ``alternate``, B trains first: where it is zero, A has no gradient.
+    They are for ``with_lora``. Of ``alternate``, B trains first: where it is zero, A has no
+    gradient.
+
+    Args:
+        mode: One of :data:`MODES`.
+        arch: Of the model; it may have factors already.
+        targets: Products that have factors.
+        round_number: Rounds of LoRA count from 1.
     """
     pairs = [(target, factor) for target in targets for factor in FACTORS]
     if mode == "freeze-common":
-        return [pair for pair in pairs if is_common(*pair)]
+        return [pair for pair in pairs if is_common(arch, *pair)]
     still = {"freeze-a": "A", "alternate": "A" if round_number % 2 else "B"}.get(mode)
     return [pair for pair in pairs if pair[1] == still]
 
 
-def unchanging(mode: str, targets: Iterable[str]) -> list[tuple[str, str]]:
-    """(target, factor) of the factors that a mode leaves as they began, for ``with_lora``."""
+def unchanging(mode: str, arch: Architecture, targets: Iterable[str]) -> list[tuple[str, str]]:
+    """Return (target, factor) of the factors that a mode leaves as they began."""
     targets = list(targets)
     if mode == "stack":
         return [(target, factor) for target in targets for factor in FACTORS]
-    return [] if mode == "alternate" else frozen(mode, targets, 1)
+    return [] if mode == "alternate" else frozen(mode, arch, targets, 1)
 
 
 @dataclass
@@ -206,7 +215,7 @@ def effective_rows(
         heads = update.schedule.heads(update.schedule.trained, weight.block)
         if not heads:
             continue
-        common, own = (a, b) if is_common(weight.role.split(".")[0], "A") else (b, a)
+        common, own = (a, b) if is_common(arch, weight.role.split(".")[0], "A") else (b, a)
         base = weight.pack(weights[weight.name], heads).double()
         f, g = (_trained_factor(p, weights, update, heads) for p in (own, common))
         g = g if common is a else g.T  # G^T: [rank, dim]

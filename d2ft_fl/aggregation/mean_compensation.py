@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from d2ft_fl.errors import ReplyError
-from d2ft_fl.subnets.architecture import BIASES, OUTWARD, SCALES, Architecture
+from d2ft_fl.subnets.architecture import Architecture
 from d2ft_fl.subnets.schedule import Operation, Schedule
 from d2ft_fl.wire.compensation import mean_name, mean_spec, skip_sets, skip_spec
 
@@ -63,23 +63,23 @@ class MeanBook:
     def _sum(
         self, arch: Architecture, weights: Mapping[str, Tensor], block: int, skipped: np.ndarray
     ) -> Tensor:
-        """float32 [2, tokens, dim]."""
+        """float32 [branches, tokens, dim]."""
         assert self.known is not None
-        out = torch.zeros(2, arch.tokens, arch.dim)
+        out = torch.zeros(len(arch.branches), arch.tokens, arch.dim)
         heads = [int(h) for h in np.flatnonzero(skipped & self.known[block])]
         if not heads:
             return out
         own = {p.role: p for p in arch.parameters if p.block == block}
-        for branch, role in enumerate(OUTWARD):
-            p = own[role]
+        for branch, spec in enumerate(arch.branches):
+            p = own[spec.outward_weight]
             columns = p.index(heads)  # a weight's input columns are z's
             packed = p.pack(weights[p.name], heads)  # [width, dim]
             out[branch] = self.means[block, branch][:, columns] @ packed
             if skipped.all():
-                if BIASES[branch] in own:
-                    out[branch] += weights[own[BIASES[branch]].name]
-                if SCALES[branch] in own:
-                    out[branch] *= weights[own[SCALES[branch]].name]
+                if spec.bias in own:
+                    out[branch] += weights[own[spec.bias].name]
+                if spec.scale in own:
+                    out[branch] *= weights[own[spec.scale].name]
         return out
 
 
@@ -112,7 +112,7 @@ class MeanSums:
         counts = np.tensordot(np.asarray(slot_examples, dtype=np.int64), ran, axes=1)
         for block in range(self.arch.blocks):
             heads = schedule.heads(schedule.resident, block)
-            for branch in range(2 if heads else 0):
+            for branch in range(len(self.arch.branches) if heads else 0):
                 widths = self.arch.widths[branch]
                 total = self._sums.setdefault(
                     (block, branch), torch.zeros(self.arch.tokens, sum(widths), dtype=torch.long)

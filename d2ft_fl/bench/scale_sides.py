@@ -23,8 +23,7 @@ from torch import Tensor
 
 from d2ft_fl.config.run_config import RunConfig
 from d2ft_fl.data.federated_data import FederatedData, open_data
-from d2ft_fl.models import timm_vit
-from d2ft_fl.models.build import build_model
+from d2ft_fl.models.build import build_adapter
 from d2ft_fl.rounds.components import Components
 from d2ft_fl.subnets.architecture import Kind
 from d2ft_fl.util.torch_device import set_threads
@@ -83,8 +82,8 @@ class Trainer:
         config = job.config()
         set_threads(1)
         self.batch_size, self.config = job.batch_size, config
-        self.model = build_model(Components(config).model_spec)
-        arch = timm_vit.describe(self.model)
+        adapter = build_adapter(Components(config).model_spec)
+        self.model, arch = adapter.model, adapter.describe()
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(arch.by_name[name].kind is not Kind.EMBEDDING)
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
@@ -107,9 +106,9 @@ class Trainer:
 
 def data_of(job: Job) -> FederatedData:
     """The images of all clients."""
-    config = job.config()
-    channels, side = timm_vit.input_shape(build_model(Components(config).model_spec))
-    return open_data(Components(config).data_spec(side, channels))
+    components = Components(job.config())
+    shape = build_adapter(components.model_spec).input_shape
+    return open_data(components.data_spec(shape))
 
 
 # -- the floor: plain processes that train and average -------------------------------------------

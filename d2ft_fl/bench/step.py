@@ -26,16 +26,15 @@ from torch.autograd.graph import saved_tensors_hooks
 from d2ft_fl.config.training_options import LocalOptions
 from d2ft_fl.costs.cost_model import CostModel
 from d2ft_fl.engine.meter import Meter, tensor_bytes
+from d2ft_fl.engine.model_adapter import ModelAdapter
 from d2ft_fl.engine.partial_model import PartialModel
 from d2ft_fl.engine.trainer import Stepper, optimizer_state
 from d2ft_fl.errors import ConfigError
 from d2ft_fl.lora.config import Lora, with_lora
 from d2ft_fl.lora.init import begin
 from d2ft_fl.lora.peft_io import target_pattern
-from d2ft_fl.models import timm_vit
-from d2ft_fl.models.build import build_model
+from d2ft_fl.models.build import build_adapter
 from d2ft_fl.models.spec import ModelSpec
-from d2ft_fl.models.timm_vit import VisionTransformer
 from d2ft_fl.subnets.architecture import Architecture, Kind
 from d2ft_fl.subnets.packing import pack_for
 from d2ft_fl.subnets.schedule import Operation, Schedule, micro_batches, slot_sizes
@@ -176,18 +175,17 @@ def bench_step(bench: StepBench, done: Callable[[str], None] = lambda name: None
     set_threads(bench.threads)
     _keep_memory()
     spec = ModelSpec(bench.model, (), "none", bench.image_size, 10, 0)
-    model = build_model(spec).to(bench.device)
-    arch = timm_vit.describe(model)
-    channels, side = timm_vit.input_shape(model)
+    adapter = build_adapter(spec)
+    model, arch = adapter.model.to(bench.device), adapter.describe()
     generator = torch.Generator().manual_seed(0)
-    images = torch.randn(bench.batch_size, channels, side, side, generator=generator)
+    images = torch.randn(bench.batch_size, *adapter.input_shape, generator=generator)
     labels = torch.arange(bench.batch_size) % 10
     weights = {n: p.detach().clone() for n, p in model.named_parameters()}
     if bench.tuning == "lora":
         arch = with_lora(arch, LORA)
         weights = begin(arch, weights, "lora", 0)
     reference = _Reference(
-        model, arch, weights, bench, images.to(bench.device), labels.to(bench.device)
+        adapter, arch, weights, bench, images.to(bench.device), labels.to(bench.device)
     )
     rows = []
     for name, schedule in grid(arch, bench.slots).items():
@@ -214,14 +212,15 @@ class _Reference:
 
     def __init__(
         self,
-        model: VisionTransformer,
+        adapter: ModelAdapter,
         arch: Architecture,
         weights: dict[str, Tensor],
         bench: StepBench,
         images: Tensor,
         labels: Tensor,
     ):
-        self.template, self.arch, self.weights, self.bench = model, arch, weights, bench
+        self.adapter, self.arch, self.weights, self.bench = adapter, arch, weights, bench
+        model = adapter.model
         self.images, self.labels = images, labels
         model.requires_grad_(True)
         for name, parameter in model.named_parameters():
@@ -253,15 +252,15 @@ class _Reference:
         self.optimizer.step()
 
 
-def _adapted(model: VisionTransformer, arch: Architecture) -> torch.nn.Module:
+def _adapted(model: torch.nn.Module, arch: Architecture) -> torch.nn.Module:
     """A copy of the model as peft trains it."""
     from peft import LoraConfig, get_peft_model  # takes seconds to import
 
     config = LoraConfig(
         r=LORA.rank,
         lora_alpha=int(LORA.alpha),
-        target_modules=target_pattern(arch, LORA.targets),
-        modules_to_save=["head"],
+        target_modules=target_pattern(arch, LORA.targets_in(arch)),
+        modules_to_save=[arch.classifier],
     )
     return get_peft_model(copy.deepcopy(model), config)
 
@@ -270,7 +269,7 @@ def _measure(name: str, schedule: Schedule, reference: _Reference) -> Row:
     bench, arch = reference.bench, reference.arch
     images, labels, options = reference.images, reference.labels, bench.options()
     costs = CostModel(arch, options, schedule.slots, images.device.type)
-    partial = PartialModel(reference.template, arch, options.numerics(), images.device)
+    partial = PartialModel(reference.adapter, arch, options.numerics(), images.device)
     packed = pack_for(arch, reference.weights, schedule)
     reset = Meter(device=images.device)
     reset.count(lambda: partial.reset(schedule, packed))  # once a round, factors are folded in

@@ -25,12 +25,12 @@ from d2ft_fl.costs.resources import RESOURCES
 from d2ft_fl.data.federated_data import FederatedData, open_data
 from d2ft_fl.engine.mean_tally import MeanTally
 from d2ft_fl.engine.meter import Meter
+from d2ft_fl.engine.model_adapter import ModelAdapter
 from d2ft_fl.engine.partial_model import PartialModel
 from d2ft_fl.engine.probes import ProbeRunner
 from d2ft_fl.engine.trainer import train
 from d2ft_fl.errors import Refusal
-from d2ft_fl.models import timm_vit
-from d2ft_fl.models.build import build_model
+from d2ft_fl.models.build import build_adapter
 from d2ft_fl.planning.importance import TENSOR
 from d2ft_fl.rounds.components import Components
 from d2ft_fl.rounds.federation import Federation, Report
@@ -64,15 +64,14 @@ class ClientTrainer:
         self._laid_out: tuple[Architecture, Mapping[str, Tensor], GlobalModel] | None = None
 
     @cached_property
-    def _template(self) -> timm_vit.VisionTransformer:
+    def _adapter(self) -> ModelAdapter:
         """The model of the configuration; weights come with every message."""
-        return build_model(replace(self.components.model_spec, pretrained="none"))
+        return build_adapter(replace(self.components.model_spec, pretrained="none"))
 
     @cached_property
     def data(self) -> FederatedData:
         """The data set, and which examples are whose."""
-        channels, side = timm_vit.input_shape(self._template)
-        return open_data(self.components.data_spec(side, channels))
+        return open_data(self.components.data_spec(self._adapter.input_shape))
 
     @cached_property
     def examples(self) -> LocalExamples:
@@ -84,11 +83,11 @@ class ClientTrainer:
         """The model that trains, reset for every message."""
         warm_up(self.device)
         arch = self._federation.arch
-        return PartialModel(self._template, arch, self.options.numerics(), self.device)
+        return PartialModel(self._adapter, arch, self.options.numerics(), self.device)
 
     @cached_property
     def _federation(self) -> Federation:
-        return Federation(self.components, timm_vit.describe(self._template))
+        return Federation(self.components, self._adapter.describe())
 
     def report(self, client: int, round_number: int) -> Report:
         """Return what the server learns of a client before a round: its examples and budget."""

@@ -153,8 +153,8 @@ class CostModel:
     @property
     def fused(self) -> bool:
         """Whether attention is torch's fused one."""
-        a = self.arch
-        return fused_attention(self.device, a.head_dim, a.attention_dropout)
+        attention = self.arch.attention
+        return fused_attention(self.device, attention.head_width, attention.dropout)
 
     @property
     def base_flops(self) -> int:

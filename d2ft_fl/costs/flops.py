@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from d2ft_fl.subnets.architecture import Architecture, Trains
+from d2ft_fl.subnets.architecture import Architecture
+from d2ft_fl.subnets.branches import BranchKind, Trains
 from d2ft_fl.subnets.schedule import BranchOperations, Operation
 
 _ALL = (Operation.FORWARD_ONLY, Operation.FROZEN, Operation.FULL)
@@ -33,23 +34,13 @@ class BranchFlops:
         shape = len(Operation), 2, 2, arch.heads
         base, near = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
         far = np.zeros(shape[:3], dtype=np.int64)
-        one = np.full(arch.heads, arch.head_dim, dtype=np.int64)
-        hidden = np.array(arch.hidden, dtype=np.int64)
-        product = 2 * arch.tokens**2 * one  # one of attention's
-        # Width of the products in, of those of them with factors, and of the product out; FLOPs of
-        # the middle, forward and backward.
-        shapes = [
-            (
-                (4 if arch.gated else 3) * one,
-                3 * one,
-                one,
-                2 * product,
-                (5 if fused else 4) * product,
-            ),
-            (hidden, hidden, hidden, 0 * hidden, 0 * hidden),
-        ]
-        for branch, (inward, adapted, outward, ahead, back) in enumerate(shapes):
-            trains = arch.trains[branch]
+        for branch, spec in enumerate(arch.branches):
+            trains, rows = arch.trains[branch], arch.rows_in(branch)
+            inward, adapted = sum(rows.values(), np.int64(0)), rows[spec.inward[0]]
+            outward = np.array(spec.widths, dtype=np.int64)
+            attends = spec.kind is BranchKind.ATTENTION
+            product = 2 * arch.tokens**2 * outward * attends  # one of attention's
+            ahead, back = 2 * product, (5 if fused else 4) * product
             into, out = (2 * arch.tokens * arch.dim * width for width in (inward, outward))
             again = checkpointing * (into + ahead)
             for through in range(2):
@@ -62,7 +53,7 @@ class BranchFlops:
                 full = full + bool(deep) * (out + back) + through * into
                 full = full + trains.weights[0] * into + trains.weights[1] * out
                 base[Operation.FULL, through, branch] = full
-            first, last = ((t in arch.targets) for t in (("qkv", "proj"), ("fc1", "fc2"))[branch])
+            first, last = (target in arch.targets for target in spec.targets)
             factors = _Factors(arch, trains, checkpointing, first, last)
             for operation in _ALL:
                 for through in range(2):

@@ -37,7 +37,8 @@ import numpy as np
 
 from d2ft_fl.config.training_options import LocalOptions
 from d2ft_fl.engine.grouping import Part, groups, storage_order
-from d2ft_fl.subnets.architecture import BRANCHES, Architecture, BranchRoles, Trains
+from d2ft_fl.subnets.architecture import Architecture
+from d2ft_fl.subnets.branches import BranchSpec, Trains
 from d2ft_fl.subnets.schedule import BranchOperations, Operation, effective
 from d2ft_fl.wire.sizes import ELEMENT
 
@@ -109,35 +110,42 @@ class Saved:
             embedded: Tokens of an example before any are left out.
         """
         c = 2 if options.precision == "bf16" else ELEMENT
-        t, d, hidden = a.tokens, a.head_dim, np.array(a.hidden, dtype=np.int64)
+        attends, feeds = a.branches
+        rows = [list(a.rows_in(branch).values()) for branch in range(len(a.branches))]
+        into = [np.sum(of_branch, axis=0) for of_branch in rows]  # columns of all products in
+        t, d, hidden = a.tokens, attends.head_width, np.array(feeds.widths, dtype=np.int64)
         one = np.ones(a.heads, dtype=np.int64)
-        attention = c * 4 * t * d + ELEMENT * t
+        attended = into[0] + (not attends.gated) * d  # queries, keys, values, output
+        attention = c * t * attended + ELEMENT * t
         within = np.zeros((3, 2, a.heads), dtype=np.int64)
         if not fused:  # in float32: scaled q and k; weights, with dropout their mask and product
-            drops, square, wide = bool(a.attention_dropout), ELEMENT * t * t, ELEMENT * t * d
+            drops, square, wide = bool(attends.dropout), ELEMENT * t * t, ELEMENT * t * d
             cast = c < ELEMENT
-            attention = c * 4 * t * d + (2 + cast) * wide + (1 + 2 * drops) * square
+            attention = c * t * attended + (2 + cast) * wide + (1 + 2 * drops) * square
             # Before the weights there is what they are the softmax of; on the way back there are
             # gradients of both.
             within[0, 0] = max(2 * wide + square, (2 + drops) * square) + cast * 4 * wide
             within[1, 0] = (1 - drops) * square
             within[2, 0] = (2 - drops) * square + cast * 4 * wide
-        attention += a.head_norms * (c * t * d + 2 * ELEMENT * t)  # what was normed
-        attention += 2 * c * t * d * a.gated  # before and behind the sigmoid
+        attention += attends.head_norms * (c * t * d + 2 * ELEMENT * t)  # what was normed
+        attention += 2 * c * t * d * attends.gated  # before and behind the sigmoid
         mask = 1 if device == "cuda" else c  # bytes that dropout keeps of an element
-        out = [attention * one, c * t * hidden + mask * t * hidden * bool(a.hidden_dropout)]
+        kept = into[1] + feeds.gated * hidden  # a gate is kept before and behind the activation
+        out = [attention * one, c * t * kept + mask * t * hidden * bool(feeds.dropout)]
         # Normed heads lie otherwise in memory, so that the product out takes a copy.
-        copies = a.gated + bool(a.head_norms) + a.rms * a.head_norms
+        copies = attends.gated + bool(attends.head_norms) + a.rms * attends.head_norms
         full = [c * t * d * copies * one, c * t * hidden]
         shallow = [c * t * d * one, c * t * hidden]
-        each = zip(BRANCHES, a.trains, shallow, strict=True)
+        each = zip(a.branches, a.trains, shallow, strict=True)
         lora = [_LoraSaved.of(a, c, *branch) for branch in each]
         for branch, own in enumerate(lora):
             if not own.keeps_z:
                 full[branch], shallow[branch] = 0 * one, 0 * one
-        inward = [c * t * d * (4 if a.gated else 3) * one, c * t * hidden]
-        masks = (2 if device == "cpu" else 1) * bool(a.hidden_dropout)  # mask and product
-        extras = a.head_norms + bool(a.head_norms) + 2 * a.gated  # normed, copied; gate, product
+        inward = [c * t * columns for columns in into]
+        masks = (2 if device == "cpu" else 1) * bool(feeds.dropout)  # mask and product
+        masks += feeds.gated
+        # Normed and copied; gate and product.
+        extras = attends.head_norms + bool(attends.head_norms) + 2 * attends.gated
         outward = [c * t * d * (1 + extras) * one, c * t * hidden * (1 + masks)]
         # Final norm: its input, and what the classifier's view of its output keeps alive.
         norm = ELEMENT * (a.dim * (1 + a.rms) + 2) * (1 if a.norm_pooled else t)
@@ -160,10 +168,10 @@ class Saved:
             trains=a.trains,
             hidden=np.stack([np.stack(inward), np.stack(outward)], axis=1),
             within=within,
-            weights=c * a.dim * np.stack([3 * d * one, hidden]),
+            weights=c * a.dim * np.stack([np.max(of_branch, axis=0) for of_branch in rows]),
             outer=norm + ELEMENT * (2 * a.classes + 2),
             classifier=c * a.dim * a.classes * (c < ELEMENT),
-            scaled=a.layer_scale and a.trains[0].scale,
+            scaled=a.trains[0].scale,
             rms=a.rms,
             mask=mask * t * a.dim * bool(a.output_dropout),
             regraded=t * a.dim * ((c - mask) * bool(a.output_dropout) + c * bool(a.drop_path)),
@@ -201,10 +209,10 @@ class _LoraSaved:
 
     @classmethod
     def of(
-        cls, a: Architecture, c: int, roles: BranchRoles, trains: Trains, z: np.ndarray
+        cls, a: Architecture, c: int, spec: BranchSpec, trains: Trains, z: np.ndarray
     ) -> "_LoraSaved":
         """With elements of c bytes, and so many bytes of z an example and head."""
-        into, out = roles.inward[0] in a.targets, roles.outward in a.targets
+        into, out = (target in a.targets for target in spec.targets)
         drops_in, drops_out = into and a.lora_dropout > 0, out and a.lora_dropout > 0
         kept = c * a.tokens * (trains.near[0] + trains.far[1])
         masked = a.tokens * a.dim * (c * trains.far[0] + 1)  # y, and where it was dropped

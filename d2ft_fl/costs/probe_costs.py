@@ -63,8 +63,7 @@ def _probes_cost(costs: CostModel, probes: Probes) -> Cost:
         return Cost()
     # Gradients of the likelihood, so without dropout; of the weights themselves, factors folded in.
     a = without_lora(costs.arch)
-    still = replace(a, attention_dropout=0.0, hidden_dropout=0.0, output_dropout=0.0, drop_path=0.0)
-    one = replace(costs.plain(), arch=still)
+    one = replace(costs.plain(), arch=a.without_dropout())
     held = sum(p.numel for p in a.parameters)
     folded = bool(probes.scored) + bool(probes.viewed)
     flops, memory, up = folded * costs.arch.rank * int(costs.merge_flops.sum()), 0, 0

@@ -19,7 +19,6 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from timm.layers import drop_path
 from torch import Tensor
 
 from d2ft_fl.config.training_options import Numerics
@@ -27,10 +26,10 @@ from d2ft_fl.engine import fast_path
 from d2ft_fl.engine.branch_autograd import Pass, Sum
 from d2ft_fl.engine.grouping import Status
 from d2ft_fl.engine.head_group import HeadGroup, Lora, Observer
-from d2ft_fl.engine.model_adapter import BranchTraits
+from d2ft_fl.engine.model_adapter import BranchTraits, Context
 from d2ft_fl.engine.packed_heads import PackedHeads
 from d2ft_fl.engine.segments import Segment
-from d2ft_fl.subnets.architecture import Trains
+from d2ft_fl.subnets.branches import BranchSpec, Trains
 
 # Told a piece and its z [examples, tokens, depth] as it runs; see `compensation`.
 Tally = Callable[[HeadGroup, Tensor], None]
@@ -52,6 +51,7 @@ class Branch:
         observer: See :data:`Observer`. tally: See :data:`Tally`.
     """
 
+    spec: BranchSpec
     traits: BranchTraits
     store: PackedHeads
     shared: Mapping[str, Tensor]
@@ -67,7 +67,7 @@ class Branch:
     def __post_init__(self) -> None:
         self._only = fast_path.only_group(self)
 
-    def __call__(self, x: Tensor, bounds: Sequence[int]) -> Tensor:
+    def __call__(self, x: Tensor, bounds: Sequence[int], context: Context) -> Tensor:
         """x [examples, tokens, dim] plus what the branch adds.
 
         Slot s has the examples ``bounds[s]`` to before ``bounds[s + 1]``.
@@ -77,12 +77,12 @@ class Branch:
             o is not None and bounds[slot] < bounds[slot + 1] for slot, o in enumerate(self.offsets)
         ):
             return x
-        work = Pass(self, present, tuple(bounds), x.shape[1])
+        work = Pass(self, present, tuple(bounds), x.shape[1], context)
         graph = torch.is_grad_enabled() and any(s.alive for s in present)
         if graph and self._only and self.observer is None and self.tally is None:
-            out = fast_path.run(self, self._only, x)
+            out = fast_path.run(self, self._only, x, context)
         elif graph:
-            roles = tuple(role for role in self._roles if role in self.shared)
+            roles = tuple(role for role in self.spec.shared_roles if role in self.shared)
             anchor = x.new_empty(0, requires_grad=True)
             out = Sum.apply(work, roles, anchor, x, *(self.shared[role] for role in roles))
         else:
@@ -91,48 +91,29 @@ class Branch:
         if self.training and self.traits.output_dropout:
             out = F.dropout(out, self.traits.output_dropout)
         if self.training and self.traits.drop_path:
-            out = drop_path(out, self.traits.drop_path, training=True)
+            out = _drop_path(out, self.traits.drop_path)
         return x + out
-
-    @property
-    def _roles(self) -> tuple[str, ...]:
-        """Every shared role that the branch may have, in a fixed order."""
-        own = (*self.norm_roles, self.bias_role, self.traits.scale_role)
-        return (*own, *self.traits.middle_roles, *self.far_roles)
-
-    @property
-    def bias_role(self) -> str:
-        """Role of the bias of the product out."""
-        return f"{self.traits.outward}.bias"
-
-    @property
-    def far_roles(self) -> tuple[str, str]:
-        """Roles of the LoRA factors that heads have in common."""
-        return f"{self.traits.inward[0]}.lora_A", f"{self.traits.outward}.lora_B"
-
-    @property
-    def norm_roles(self) -> tuple[str, str]:
-        """Roles of the norm's parameters."""
-        return f"{self.traits.norm_role}.weight", f"{self.traits.norm_role}.bias"
 
     def normed(self, x: Tensor, shared: Mapping[str, Tensor]) -> Tensor:
         """The norm of x [examples, tokens, dim]."""
-        named = zip(("weight", "bias"), self.norm_roles, strict=True)
+        named = zip(("weight", "bias"), self.spec.norm_roles, strict=True)
         return self.traits.norm(x, {key: shared[role] for key, role in named if role in shared})
 
-    def middle(self, hs: Sequence[Tensor], tokens: int, shared: Mapping[str, Tensor]) -> Tensor:
+    def middle(
+        self, hs: Sequence[Tensor], tokens: int, shared: Mapping[str, Tensor], context: Context
+    ) -> Tensor:
         """What lies between the products: [rows, width] each -> [rows, depth]."""
         split = [h.view(len(h) // tokens, tokens, h.shape[1]) for h in hs]
         training, middle = self.training, self.traits.middle
         if not self.numerics.mixed:
-            return middle(training, split, shared).flatten(0, 1)
+            return middle(training, split, shared, context).flatten(0, 1)
         with torch.autocast(hs[0].device.type, self.numerics.dtype):
-            return middle(training, split, shared).flatten(0, 1)
+            return middle(training, split, shared, context).flatten(0, 1)
 
     @property
     def keeps_y(self) -> bool:
         """Whether gradients need the norm as it is: not where LoRA drops out of it first."""
-        return self.trains.y and not (self.training and self._drops(self.traits.inward[0]))
+        return self.trains.y and not (self.training and self._drops(self.spec.inward[0]))
 
     @property
     def random(self) -> bool:
@@ -159,7 +140,7 @@ class Branch:
             if not head_group.overwrites:
                 first.update(set(head_group.heads) - touched)
             touched.update(head_group.heads)
-        products = (*self.traits.inward, self.traits.outward)
+        products = (*self.spec.inward, self.spec.outward)
         roles = [role for role in self.store.grads if role.split(".")[0] in products]
         return [
             self.store.grads[role][run.rows]
@@ -167,3 +148,17 @@ class Branch:
             if first
             for run in self.store.runs(role, first)
         ]
+
+
+def _drop_path(branch: Tensor, probability: float) -> Tensor:
+    """Drop what a branch adds for some examples (stochastic depth, Huang et al., arXiv 1603.09382).
+
+    Args:
+        branch: [examples, tokens, dim].
+        probability: Of an example to go without; the others are scaled by 1 / (1 - probability).
+    """
+    kept = 1 - probability
+    mask = branch.new_empty((len(branch), 1, 1)).bernoulli_(kept)
+    if kept > 0:
+        mask.div_(kept)
+    return branch * mask

@@ -18,6 +18,7 @@ from torch.autograd.graph import get_gradient_edge
 
 from d2ft_fl.engine.grouping import Status
 from d2ft_fl.engine.head_group import HeadGroup, SavedActivations
+from d2ft_fl.engine.model_adapter import Context
 from d2ft_fl.engine.segments import Segment
 
 if TYPE_CHECKING:
@@ -103,10 +104,21 @@ class Pass:
     present: list[Segment]
     bounds: tuple[int, ...]
     tokens: int
+    context: Context
 
     def examples(self, segment: Segment) -> slice:
         """The examples of a segment."""
         return slice(self.bounds[segment.slots[0]], self.bounds[segment.slots[1]])
+
+    def context_of(self, head_group: HeadGroup) -> Context:
+        """The context of the examples of a head group."""
+        if not self.context:
+            return self.context
+        first, stop = (self.bounds[slot] for slot in head_group.slots)
+        return {
+            name: tensor if len(tensor) == 1 else tensor[first:stop]
+            for name, tensor in self.context.items()
+        }
 
     def span(self, segment: Segment, start: int, stop: int) -> slice:
         """The rows (examples x tokens) of some slots within their segment's."""
@@ -138,7 +150,7 @@ class Pass:
         """The norm's graph, if asked for, and y [rows, dim] in the type of products."""
         with torch.set_grad_enabled(graph):
             y = self.branch.normed(x, own)
-        leaves = [x, *(own[role] for role in self.branch.norm_roles if role in own)]
+        leaves = [x, *(own[role] for role in self.branch.spec.norm_roles if role in own)]
         flat = self.branch.numerics.cast(y.detach()).flatten(0, 1)
         return (_Graph(leaves, y) if graph else None), flat
 
@@ -157,7 +169,8 @@ class Pass:
         branch = self.branch
         hs, saved = head_group.products_in(y, own, branch.numerics, live and branch.training)
         with torch.set_grad_enabled(graph):
-            z = branch.middle([h.requires_grad_(graph) for h in hs], self.tokens, own)
+            leaves = [h.requires_grad_(graph) for h in hs]
+            z = branch.middle(leaves, self.tokens, own, self.context_of(head_group))
         return (_Graph(hs, z) if graph else None), saved, z.detach()
 
     def forward(
@@ -233,7 +246,7 @@ class Pass:
             summed: Slots whose sum has begun.
             total: The sum [examples, tokens, dim]. own: The piece's rows of it.
         """
-        bias, offsets = shared.get(self.branch.bias_role), self.branch.offsets
+        bias, offsets = shared.get(self.branch.spec.bias), self.branch.offsets
         slots, first = self.fresh(head_group, summed)
         if first and not any(offsets[slot] is not None for slot in slots):
             return None if bias is None else self.branch.numerics.cast(bias)
@@ -248,7 +261,7 @@ class Pass:
 
     def scaled(self, total: Tensor, shared: Mapping[str, Tensor]) -> Tensor:
         """The sum with its layer scale; what stands for a block without work has its own in it."""
-        scale = shared.get(self.branch.traits.scale_role)
+        scale = shared.get(self.branch.spec.scale)
         out = total if scale is None else total * scale
         for segment in self.present:
             if segment.status is Status.IDLE:
@@ -273,7 +286,7 @@ class Pass:
         if x is not None:
             leaf = x.detach().requires_grad_(segment.through and grads.wanted["x"])
             norm, y = self.norm(leaf, own, graph=segment.through)
-        common = [r for r in branch.traits.middle_roles if r in own and own[r].requires_grad]
+        common = [r for r in branch.spec.middle if r in own and own[r].requires_grad]
         head_groups = list(enumerate(self.work(segment, segment.alive)))
         dy, done = (g.new_empty(g.shape) if segment.through else None), set[int]()
         for full in (True, False):  # all pieces of an operation together
@@ -328,7 +341,7 @@ class Pass:
         if dy is None:
             return None
         assert norm is not None
-        wanted = [r for r in branch.norm_roles if r in own and own[r].requires_grad]
+        wanted = [r for r in branch.spec.norm_roles if r in own and own[r].requires_grad]
         y = None
         (found,), _ = _gradients([norm], [dy.view(-1, self.tokens, dy.shape[1])])
         dx = found.pop(0) if grads.wanted["x"] else None
@@ -417,8 +430,8 @@ class Sum(torch.autograd.Function):
         wanted = dict(zip(("x", *roles), ctx.needs_input_grad[3:], strict=True))
         total, ctx.kept = work.forward(x, shared, wanted)
         ctx.work, ctx.roles, ctx.wanted = work, roles, wanted
-        scale = shared.get(branch.traits.scale_role)
-        keep_total = scale is not None and wanted[branch.traits.scale_role]
+        scale = shared.get(branch.spec.scale)
+        keep_total = scale is not None and wanted[branch.spec.scale]
         # Big tensors go through autograd's own store, where hooks see them.
         own = [t for kept in ctx.kept for t in kept.release()]
         ctx.save_for_backward(
@@ -435,7 +448,7 @@ class Sum(torch.autograd.Function):
         shared = dict(zip(roles, rest[: len(roles)], strict=True))
         own = iter(rest[len(roles) :])
         grads, inputs = _Gradients(wanted), list[tuple[slice, Tensor]]()
-        scale = shared.get(branch.traits.scale_role)
+        scale = shared.get(branch.spec.scale)
         scaled = grad if scale is None else grad * scale
         live = [s for s in work.present if s.alive]
         for segment, kept in zip(live, ctx.kept, strict=True):
@@ -444,10 +457,10 @@ class Sum(torch.autograd.Function):
             if segment.status is Status.TRAINS:
                 if total is not None:
                     product = grad[part] * total[part]
-                    grads.add(branch.traits.scale_role, product.flatten(0, 1).sum(0))
+                    grads.add(branch.spec.scale, product.flatten(0, 1).sum(0))
                     del product
-                if wanted.get(branch.bias_role):
-                    grads.add(branch.bias_role, scaled[part].flatten(0, 1).sum(0))
+                if wanted.get(branch.spec.bias):
+                    grads.add(branch.spec.bias, scaled[part].flatten(0, 1).sum(0))
             g = branch.numerics.cast(scaled[part]).flatten(0, 1)
             with _generator(grad.device, kept.state):
                 dx = work.backward(segment, kept, g, None if x is None else x[part], grads)

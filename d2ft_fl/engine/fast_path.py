@@ -13,6 +13,7 @@ from torch import Tensor
 from d2ft_fl.engine.grouping import Status
 from d2ft_fl.engine.head_group import HeadGroup, SavedActivations, no_sink
 from d2ft_fl.engine.matmul import times
+from d2ft_fl.engine.model_adapter import Context
 
 if TYPE_CHECKING:
     from d2ft_fl.engine.branch import Branch
@@ -34,13 +35,13 @@ def only_group(branch: "Branch") -> HeadGroup | None:
     return head_group if len(products) == 2 and all(len(p.views) == 1 for p in products) else None
 
 
-def run(branch: "Branch", head_group: HeadGroup, x: Tensor) -> Tensor:
+def run(branch: "Branch", head_group: HeadGroup, x: Tensor, context: Context) -> Tensor:
     """What the branch adds to x [examples, tokens, dim]."""
     shared = branch.shared
     y = branch.normed(x, shared).flatten(0, 1)
-    z = branch.middle([_In.apply(y, head_group)], x.shape[1], shared)
-    out = _Out.apply(z, shared.get(branch.bias_role), head_group).view(x.shape)
-    scale = shared.get(branch.traits.scale_role)
+    z = branch.middle([_In.apply(y, head_group)], x.shape[1], shared, context)
+    out = _Out.apply(z, shared.get(branch.spec.bias), head_group).view(x.shape)
+    scale = shared.get(branch.spec.scale)
     return out if scale is None else out * scale
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from d2ft_fl.config.training_options import Numerics
 from d2ft_fl.engine.matmul import is_faster, times
 from d2ft_fl.engine.packed_heads import PackedHeads, Run
-from d2ft_fl.subnets.architecture import BranchRoles, Trains
+from d2ft_fl.subnets.branches import BranchSpec, Trains
 
 # Told (role, first row, gradient of a run of rows) instead of adding it up; see
 # `whole.score_pass`.
@@ -41,14 +41,14 @@ class Lora:
 
 
 def branch_loras(
-    roles: BranchRoles,
+    spec: BranchSpec,
     trains: Trains,
     targets: Iterable[str],
     scaling: float,
     dropout: float,
 ) -> dict[str, Lora]:
     """Product -> its factors, for those of a branch that have some."""
-    inward, outward = roles.inward[0], roles.outward
+    inward, outward = spec.targets
     found = {}
     for index, (target, near, far) in enumerate([(inward, "B", "A"), (outward, "A", "B")]):
         if target in targets:

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from d2ft_fl.subnets.architecture import OUTWARD
 from d2ft_fl.subnets.schedule import Schedule
 from d2ft_fl.wire.compensation import mean_name, skip_name, skip_sets
 
@@ -21,10 +20,11 @@ class MeanTally:
 
     def __init__(self, model: "PartialModel"):
         self.model = model
+        self._roles = [branch.outward_weight for branch in model.arch.branches]
         self.sums: dict[tuple[int, int], Tensor] = {}
         self.counts: dict[tuple[int, int], dict[int, int]] = {}
         for index, block in model.blocks.items():
-            for branch, role in enumerate(OUTWARD):
+            for branch, role in enumerate(self._roles):
                 if role not in block.store.weights:
                     continue
                 rows = len(block.store.weights[role])
@@ -36,7 +36,7 @@ class MeanTally:
     def _tally(self, index: int, branch: int) -> "_Add":
         places = self.model.blocks[index].store
         return _Add(
-            self.sums[index, branch], self.counts[index, branch], places.rows[OUTWARD[branch]]
+            self.sums[index, branch], self.counts[index, branch], places.rows[self._roles[branch]]
         )
 
     def held(self) -> list[Tensor]:
@@ -49,7 +49,7 @@ class MeanTally:
         for (index, branch), total in self.sums.items():
             block = self.model.blocks[index]
             block.branches[branch].tally = None
-            counts, rows = self.counts[index, branch], block.store.rows[OUTWARD[branch]]
+            counts, rows = self.counts[index, branch], block.store.rows[self._roles[branch]]
             columns = [
                 total[:, rows[head].start : rows[head].stop] / max(1, counts[head])
                 for head in sorted(block.store.order)

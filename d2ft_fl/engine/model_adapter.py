@@ -1,38 +1,56 @@
-"""What the engine needs of a model family."""
+"""What the engine needs to know of a model family: the :class:`ModelAdapter` protocol.
+
+An adapter stands between one model of a library (a timm vision transformer, say) and everything
+else here. It divides the model into three parts: the embedding, which turns a batch's inputs into
+the residual stream [examples, tokens, dim]; the blocks, each a sequence of residual branches that
+the engine runs itself, head by head; and the head, which turns the stream into outputs. The
+engine, planning, costs, the server and clients see adapters and
+:class:`~d2ft_fl.subnets.architecture.Architecture` only. ``d2ft_fl/models/README.md`` lists what a
+new family needs.
+"""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
+from d2ft_fl.subnets.architecture import Architecture
+
+# What a family's `embed` takes, examples first: images [examples, channels, height, width], or a
+# mapping of tensors such as input_ids and attention_mask [examples, tokens].
+Inputs = Any
+
+# What every block of one forward pass needs besides the stream, by name: a mask, rotary positions.
+# Each tensor's first axis is the examples, or 1 where it is the same for all of them.
+Context = Mapping[str, Tensor]
+
+# (x [examples, tokens, dim], parameters under `weight` and `bias`) -> the norm of x, as large.
 Norm = Callable[[Tensor, Mapping[str, Tensor]], Tensor]
 
-
-# (training; products in, one a role; shared parameters) -> what the product out takes
-Middle = Callable[[bool, Sequence[Tensor], Mapping[str, Tensor]], Tensor]
+# (whether it trains; what each product in made, [examples, tokens, width]; the block's shared
+# parameters, by role; the context) -> what the product out takes, [examples, tokens, depth].
+Middle = Callable[[bool, Sequence[Tensor], Mapping[str, Tensor], Context], Tensor]
 
 
 @dataclass(frozen=True)
 class BranchTraits:
-    """What one branch of a block computes with, beside its weights.
+    """What one branch of one block computes with, besides its parameters.
+
+    Names of parameters, shapes and where the norm stands are the architecture's, see
+    :class:`~d2ft_fl.subnets.architecture.Architecture`.
 
     Attributes:
-        inward: Roles of its products in, without ``.weight``: ``("qkv",)``, ``("fc1",)`` ...
-        outward: Role of its product out.
-        norm_role: Role of the norm before it.
-        middle_roles: Shared parameters of the middle, for example of q/k norms.
-        scale_role: Role of its layer scale, present or not.
-        norm: The norm, as a function of its parameters (roles ``weight`` and ``bias``).
-        middle: What lies between the products, in training (dropout is drawn) or not.
-        random: Whether the middle draws random numbers when training.
-        output_dropout, drop_path: Probabilities, on the sum of all heads.
+        norm: The norm of the branch, as a function of its parameters.
+        middle: What lies between the products in and the product out, for example attention. It
+            takes any number of heads, and must treat each of them by itself.
+        random: Whether the middle draws random numbers in training.
+        output_dropout: Probability of dropout on the sum of all heads.
+        drop_path: Probability of stochastic depth: an example goes without the branch.
     """
 
-    inward: tuple[str, ...]
-    outward: str
-    norm_role: str
-    middle_roles: tuple[str, ...]
-    scale_role: str
     norm: Norm
     middle: Middle
     random: bool = False
@@ -40,9 +58,73 @@ class BranchTraits:
     drop_path: float = 0.0
 
 
-@dataclass(frozen=True)
-class BlockTraits:
-    """What a block computes with beside its weights."""
+# The traits of a block's branches, in the order of the architecture's.
+BlockTraits = tuple[BranchTraits, ...]
 
-    attention: BranchTraits
-    feed_forward: BranchTraits
+
+class ModelAdapter(Protocol):
+    """One model, as the rest of the project sees it.
+
+    An adapter is cheap to make and never changes its model's weights. Names of parameters are those
+    of ``model.named_parameters()`` everywhere.
+    """
+
+    @property
+    def model(self) -> nn.Module:
+        """The whole, unmodified model; its parameters are the state that a run begins with."""
+
+    @property
+    def input_shape(self) -> tuple[int, ...]:
+        """Shape of one example: (channels, height, width) of images, (tokens,) of text."""
+
+    def describe(self) -> Architecture:
+        """Return how the model divides into subnets: every parameter, and the shape of branches."""
+
+    def block_traits(self, device: torch.device) -> list[BlockTraits]:
+        """Return what each block computes with, from the first to the last.
+
+        Args:
+            device: Where it will run: kernels of attention depend on it.
+        """
+
+    def without_blocks(self) -> nn.Module:
+        """Return a copy of all that lies outside the blocks: the ``outer`` of other methods.
+
+        Its parameters keep their names; those of ``Kind.FINAL`` want gradients.
+        """
+
+    def embed(self, outer: nn.Module, inputs: Inputs, tokens: int | None) -> tuple[Tensor, Context]:
+        """Return the stream [examples, tokens, dim] that enters the first block, and its context.
+
+        Args:
+            outer: See :meth:`without_blocks`.
+            inputs: Of some examples, on the device of ``outer``.
+            tokens: How many tokens of each example to keep, chosen at random, those that the
+                architecture counts as ``prefix`` in any case; None for all of them.
+        """
+
+    def features(self, outer: nn.Module, x: Tensor, context: Context) -> Tensor:
+        """Return what the last linear layer takes: normed and, where the model does so, pooled.
+
+        Args:
+            outer: See :meth:`without_blocks`.
+            x: The stream behind the last block, [examples, tokens, dim].
+            context: What :meth:`embed` returned.
+        """
+
+    def logits(self, outer: nn.Module, features: Tensor) -> Tensor:
+        """Return the outputs of the last linear layer, [..., classes] for features [..., dim].
+
+        Rows do not depend on each other, so that a loss may take some of them at a time.
+        """
+
+    def forward(self, inputs: Inputs) -> Tensor:
+        """Return the logits of the whole :attr:`model`, run by its own library."""
+
+    def export(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
+        """Write weights into a folder as the library of the family loads them.
+
+        Args:
+            folder: It exists; ``model.safetensors`` and ``model.json`` are written.
+            weights: By the names of the model's parameters.
+        """

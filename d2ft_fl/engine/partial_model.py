@@ -22,12 +22,10 @@ from d2ft_fl.config.training_options import Numerics
 from d2ft_fl.engine.branch import Branch
 from d2ft_fl.engine.grouping import storage_order
 from d2ft_fl.engine.head_group import Lora, branch_loras
-from d2ft_fl.engine.model_adapter import BlockTraits
+from d2ft_fl.engine.model_adapter import BlockTraits, Inputs, ModelAdapter
 from d2ft_fl.engine.packed_heads import PackedHeads
 from d2ft_fl.engine.segments import segments
-from d2ft_fl.models import timm_vit
-from d2ft_fl.models.timm_vit import VisionTransformer
-from d2ft_fl.subnets.architecture import BRANCHES, Architecture, Kind, Parameter
+from d2ft_fl.subnets.architecture import Architecture, Kind, Parameter
 from d2ft_fl.subnets.packing import Arrived, GlobalModel, Take, down_spec
 from d2ft_fl.subnets.schedule import BranchOperations, Operation, Schedule
 
@@ -82,25 +80,24 @@ class Block:
         self.operations = operations
         self.specs = specs
         self.branches = []
-        for index, t in enumerate((traits.attention, traits.feed_forward)):
+        for index, (spec, of_block) in enumerate(zip(arch.branches, traits, strict=True)):
             trains = arch.trains[index]
             targets = [
                 target for target in arch.targets if f"{target}.weight" in self.store.weights
             ]
-            args = targets, arch.scaling, arch.lora_dropout
-            loras = branch_loras(BRANCHES[index], trains, *args)
+            loras = branch_loras(spec, trains, targets, arch.scaling, arch.lora_dropout)
             self._merge_factors(loras.values(), ranks, keeps=bool(trained.any()))
             own = segments(
                 self.store,
-                t.inward,
-                t.outward,
+                spec.inward,
+                spec.outward,
                 run.operations[:, block, index],
                 run.through[:, block, index],
                 loras if trained.any() else {},
             )
             skipped = [None if o is None else o[index] for o in offsets or [None] * schedule.slots]
-            branch = Branch(t, self.store, self.shared, own, trains, loras, numerics, skipped)
-            self.branches.append(branch)
+            args = self.store, self.shared, own, trains, loras, numerics, skipped
+            self.branches.append(Branch(spec, of_block, *args))
 
     def _merge_factors(
         self, loras: Iterable[Lora], ranks: Mapping[int, int] | None, keeps: bool
@@ -156,15 +153,15 @@ class PartialModel:
     In training, blocks see ``tokens`` tokens of each example; None is all.
 
     Args:
-        model: The whole timm model, used as a template: its blocks' weights are dropped.
-        arch: Its architecture.
+        adapter: Of the whole model, which stays as it is.
+        arch: Its architecture, as it is tuned.
         numerics: Precision, and whether activations are kept or computed again.
         device: Where it runs.
     """
 
     def __init__(
         self,
-        model: VisionTransformer,
+        adapter: ModelAdapter,
         arch: Architecture,
         numerics: Numerics | None = None,
         device: torch.device | str = "cpu",
@@ -172,8 +169,9 @@ class PartialModel:
         self.numerics = numerics or Numerics()
         self.tokens: int | None = None
         self.device = torch.device(device)
-        self.traits = timm_vit.block_traits(model, self.device)
-        self.outer = timm_vit.without_blocks(model).to(self.device)  # embedding and classifier
+        self.adapter = adapter
+        self.traits = adapter.block_traits(self.device)
+        self.outer = adapter.without_blocks().to(self.device)  # embedding and head
         self.tune(arch)
         self.train(False)
 
@@ -310,21 +308,27 @@ class PartialModel:
         for block in self.blocks.values():
             yield from block.branches
 
-    def __call__(self, images: Tensor, sizes: Sequence[int]) -> Tensor:
-        """Logits [examples, classes] of ``images``: the first ``sizes[0]`` in slot 0, and so on."""
+    def __call__(self, inputs: Inputs, sizes: Sequence[int]) -> Tensor:
+        """Return the logits of some examples: the first ``sizes[0]`` in slot 0, and so on.
+
+        Args:
+            inputs: See :meth:`ModelAdapter.embed`.
+            sizes: Examples of each slot.
+        """
         bounds = [0, *accumulate(sizes)]
         dtype, mixed = self.numerics.dtype, self.numerics.mixed
         autocast = torch.autocast(self.device.type, dtype, enabled=mixed)
         with autocast, torch.no_grad():
             kept = self.tokens if self.training else None
-            x = timm_vit.embed(self.outer, images, kept)  # [examples, tokens, dim]
+            x, context = self.adapter.embed(self.outer, inputs, kept)  # [examples, tokens, dim]
         for branch in self.branches():
-            x = branch(x, bounds)
+            x = branch(x, bounds, context)
         if torch.is_grad_enabled() and not x.requires_grad:
             # The classifier's backward pass is the same whether anything below it trains or not.
             x = x.requires_grad_()
         with autocast:
-            return timm_vit.classify(self.outer, x)
+            features = self.adapter.features(self.outer, x, context)
+            return self.adapter.logits(self.outer, features)
 
     # -- what is held ------------------------------------------------------------------------
 

@@ -2,9 +2,10 @@
 
 A product with weights W [out, in] becomes ``W + scaling * B A`` with B [out, rank] and A [rank, in]
 (Hu et al., ICLR 2022, arXiv 2106.09685), ``scaling = alpha / rank``, or ``alpha / sqrt(rank)`` with
-rsLoRA (Kalajdzievski, arXiv 2312.03732). Of ``qkv`` and ``fc1``, which are sliced on their output,
-a subnet owns its rows of B; of ``proj`` and ``fc2``, sliced on their input, its columns of A. The
-other factor is common to the block. Packed (see :mod:`d2ft_fl.subnets.architecture`) both are
+rsLoRA (Kalajdzievski, arXiv 2312.03732). Of a branch's product in (a vision transformer's ``qkv``
+and ``fc1``), which is sliced on its output, a subnet owns its rows of B; of its product out
+(``proj`` and ``fc2``), sliced on its input, its columns of A. The other factor is common to the
+block. Packed (see :mod:`d2ft_fl.subnets.architecture`) both are
 
     W_packed + scaling * F G^T      F [rows, rank] of the subnets, G [dim, rank] of the block
 
@@ -20,9 +21,7 @@ from torch import Tensor
 from d2ft_fl.errors import ConfigError
 from d2ft_fl.subnets.architecture import Architecture, Kind, Parameter
 
-TARGETS = ("qkv", "proj", "fc1", "fc2")
 FACTORS = ("A", "B")
-HEAD = "head."  # the classifier's name in timm, and in `LoraConfig.modules_to_save`
 
 
 @dataclass(frozen=True)
@@ -32,14 +31,14 @@ class Lora:
     Attributes:
         rank: Of every product.
         alpha: See the module's docstring.
-        targets: Products, of :data:`TARGETS`.
+        targets: Products, of an architecture's ``possible_targets``; empty for all of them.
         rslora: Whether the scaling is alpha / sqrt(rank).
         dropout: Of what goes into A, in training.
     """
 
     rank: int = 8
     alpha: float = 8.0
-    targets: tuple[str, ...] = TARGETS
+    targets: tuple[str, ...] = ()
     rslora: bool = False
     dropout: float = 0.0
 
@@ -48,26 +47,33 @@ class Lora:
         """What B A is multiplied by."""
         return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
 
-    def check_targets(self) -> None:
-        """Raises ConfigError unless targets are what they can be."""
-        if not self.targets:
-            raise ConfigError(f"lora-targets is empty; use some of {', '.join(TARGETS)}")
+    def targets_in(self, arch: Architecture) -> tuple[str, ...]:
+        """Return the products that are targeted.
+
+        Raises:
+            ConfigError: When the model has no such products, or one is named twice.
+        """
+        possible = arch.possible_targets
         for target in self.targets:
-            if target not in TARGETS:
+            if target not in possible:
                 raise ConfigError(
-                    f"lora-targets: {target!r} is unknown; use some of {', '.join(TARGETS)}"
+                    f"lora-targets: {target!r} is unknown; use some of {', '.join(possible)}"
                 )
+        self.check_targets()
+        return self.targets or possible
+
+    def check_targets(self) -> None:
+        """Raise ConfigError when a product is named twice."""
         if len(set(self.targets)) < len(self.targets):
             raise ConfigError(f"lora-targets = {', '.join(self.targets)!r} names one twice")
 
     def most_rank(self, arch: Architecture) -> int:
-        """The rank of the smallest product that is targeted."""
+        """Return the rank of the smallest product that is targeted."""
         shapes = {p.role.split(".")[0]: p.shape for p in weights(arch)}
-        return min(min(shapes[target]) for target in self.targets)
+        return min(min(shapes[target]) for target in self.targets_in(arch))
 
     def check(self, arch: Architecture) -> None:
-        """Raises ConfigError unless this fits the model."""
-        self.check_targets()
+        """Raise ConfigError unless this fits the model."""
         most = self.most_rank(arch)
         if not 1 <= self.rank <= most:
             raise ConfigError(
@@ -77,14 +83,14 @@ class Lora:
 
 
 def weights(arch: Architecture) -> list[Parameter]:
-    """The weights that LoRA may target, of every block."""
-    wanted = {f"{target}.weight" for target in TARGETS}
+    """Return the weights that LoRA may target, of every block."""
+    wanted = {f"{target}.weight" for target in arch.possible_targets}
     return [p for p in arch.of_kind(Kind.SLICED) if p.role in wanted]
 
 
-def is_common(target: str, factor: str) -> bool:
+def is_common(arch: Architecture, target: str, factor: str) -> bool:
     """Whether a target's factor belongs to the block; the other is divided over its subnets."""
-    return factor == ("A" if target in ("qkv", "fc1") else "B")
+    return factor == ("B" if target in {branch.outward for branch in arch.branches} else "A")
 
 
 def factor_name(weight: str, factor: str) -> str:
@@ -105,18 +111,19 @@ def with_lora(
         fixed: Of those that never change; the frozen ones, unless told otherwise.
     """
     lora.check(arch)
+    targets = lora.targets_in(arch)
     still = set(frozen)
     forever = still if fixed is None else set(fixed)
     found = []
     for p in arch.parameters:
-        trains = p.kind is Kind.FINAL and p.name.startswith(HEAD)
+        trains = arch.is_classifier(p)
         found.append(replace(p, trains=trains, fixed=not trains))
         target, _, part = p.role.partition(".")
-        if part != "weight" or target not in lora.targets:
+        if part != "weight" or target not in targets:
             continue
         out, into = p.shape
         for factor in FACTORS:
-            common = is_common(target, factor)
+            common = is_common(arch, target, factor)
             found.append(
                 replace(
                     p,
@@ -143,10 +150,10 @@ def with_lora(
 def targets_alone(arch: Architecture, lora: Lora) -> Architecture:
     """The architecture without factors, of which the targeted weights and the classifier train."""
     lora.check(arch)
-    roles = {f"{target}.weight" for target in lora.targets}
+    roles = {f"{target}.weight" for target in lora.targets_in(arch)}
 
     def trains(p: Parameter) -> bool:
-        return p.role in roles or (p.kind is Kind.FINAL and p.name.startswith(HEAD))
+        return p.role in roles or arch.is_classifier(p)
 
     own = [replace(p, trains=trains(p), fixed=not trains(p)) for p in arch.parameters]
     return replace(arch, parameters=tuple(own))
@@ -174,7 +181,7 @@ def delta(a: Tensor, b: Tensor, scaling: float) -> Tensor:
 
 @torch.no_grad()
 def merged(arch: Architecture, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The model's own weights, with what the factors add: a timm state dict."""
+    """The model's own weights, with what the factors add: a state dict of it."""
     found = {name: tensor for name, tensor in state.items() if not arch.by_name[name].factor}
     for weight, a, b in targeted(arch):
         change = delta(state[a.name], state[b.name], arch.scaling)
@@ -189,7 +196,7 @@ def merged_packed(arch: Architecture, tensors: Mapping[str, Tensor]) -> dict[str
     for weight, a, b in targeted(arch):
         if weight.name not in found:
             continue
-        inward = is_common(weight.role.split(".")[0], "A")
+        inward = is_common(arch, weight.role.split(".")[0], "A")
         near, far = (b, a) if inward else (a, b)
         common = tensors[far.name] if inward else tensors[far.name].t()  # [rank, dim]
         found[weight.name] = torch.addmm(

@@ -73,7 +73,7 @@ def begin(
             continue
         target = weight.role.split(".")[0]
         for p in (a, b):
-            drawn = is_common(target, p.factor) if frozen_common else p.factor == "A"
+            drawn = is_common(arch, target, p.factor) if frozen_common else p.factor == "A"
             state[p.name] = (_uniform(p, seed) if drawn else torch.zeros(p.shape)).to(own.dtype)
     return state
 

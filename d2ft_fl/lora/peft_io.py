@@ -28,13 +28,12 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from d2ft_fl.errors import ConfigError
-from d2ft_fl.lora.config import FACTORS, HEAD, TARGETS, Lora, delta, factor_name, targeted, weights
-from d2ft_fl.subnets.architecture import Architecture, Kind
+from d2ft_fl.lora.config import FACTORS, Lora, delta, factor_name, targeted, weights
+from d2ft_fl.subnets.architecture import Architecture
 
 PREFIX = "base_model.model."  # peft's, before the model's own names
 TENSORS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
-CLASSIFIER = HEAD.removesuffix(".")
 PRECISION = 1e-7  # of a change's largest singular value: what float32 tells from nothing
 
 # Initialisations after which an adapter belongs to the weights as they were. All others of peft's
@@ -99,7 +98,7 @@ def write_adapter(
         target_modules=target_pattern(arch, {arch.by_name[w].role.split(".")[0] for w in pairs}),
         lora_dropout=lora.dropout,
         use_rslora=lora.rslora,
-        modules_to_save=[CLASSIFIER],
+        modules_to_save=[arch.classifier],
         base_model_name_or_path=base or None,
         inference_mode=True,
         **_ranks(lora, ranks),
@@ -169,9 +168,9 @@ def _factored(
     if surplus := sorted(changes.keys() - known.keys()):
         raise ConfigError(
             f"a change of {surplus[0]!r} cannot be part of an adapter; only those of "
-            f"{', '.join(TARGETS)} of a block can: export the whole model instead"
+            f"{', '.join(arch.possible_targets)} of a block can: export the whole model instead"
         )
-    targets = {known[name].role.split(".")[0] for name in changes} | set(lora.targets)
+    targets = {known[name].role.split(".")[0] for name in changes} | set(lora.targets_in(arch))
     return {
         p.name: _product(changes.get(p.name, torch.zeros(p.shape)), state.get(p.name), lora.scaling)
         for p in known.values()
@@ -216,7 +215,7 @@ def _alpha(lora: Lora, rank: int) -> float:
 
 
 def _classifier(arch: Architecture) -> list[str]:
-    return [p.name for p in arch.of_kind(Kind.FINAL) if p.name.startswith(HEAD)]
+    return [p.name for p in arch.parameters if arch.is_classifier(p)]
 
 
 # -- reading ---------------------------------------------------------------------------------
@@ -231,15 +230,16 @@ def read_adapter(folder: Path, arch: Architecture) -> tuple[Lora, dict[str, Tens
         arch: Of the model, without factors.
 
     Raises:
-        ConfigError: When it cannot be read, is more than LoRA of ``qkv``, ``proj``, ``fc1`` and
-            ``fc2``, or belongs to another model.
+        ConfigError: When it cannot be read, is more than LoRA of the products of a
+            block that may have factors, or belongs to another model.
     """
     folder = Path(folder)
     try:
         config = _read_config(folder)
-        _check_config(config)
+        _check_config(config, arch.classifier)
         found = _read_tensors(folder)
-        head = {n: t for n, t in found.items() if n.startswith(HEAD) and ".lora_" not in n}
+        prefix = f"{arch.classifier}."
+        head = {n: t for n, t in found.items() if n.startswith(prefix) and ".lora_" not in n}
         factors = {n: t for n, t in found.items() if n not in head}
         lora = _lora(config, arch, _modules(arch, factors))
         _check_shapes(arch, lora, factors)
@@ -286,7 +286,7 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
     return {name.removeprefix(PREFIX): tensor.float() for name, tensor in tensors.items()}
 
 
-def _check_config(config: Mapping[str, Any]) -> None:
+def _check_config(config: Mapping[str, Any], classifier: str) -> None:
     """Raises ConfigError unless a configuration is of plain LoRA."""
     if (kind := config.get("peft_type")) != "LORA":
         raise ConfigError(f"peft_type = {kind!r} is not 'LORA'; use an adapter of LoRA")
@@ -309,17 +309,19 @@ def _check_config(config: Mapping[str, Any]) -> None:
     saved = [saved] if isinstance(saved, str) else saved
     if not isinstance(saved, list):
         raise ConfigError(f"modules_to_save = {saved!r} is not a list; save the adapter again")
-    if others := [name for name in saved if name != CLASSIFIER]:
+    if others := [name for name in saved if name != classifier]:
         raise ConfigError(
-            f"modules_to_save names {others[0]!r}; only {CLASSIFIER!r} is known: make one with "
-            f"modules_to_save=[{CLASSIFIER!r}] or without"
+            f"modules_to_save names {others[0]!r}; only {classifier!r} is known: make one with "
+            f"modules_to_save=[{classifier!r}] or without"
         )
 
 
 def _modules(arch: Architecture, factors: Iterable[str]) -> dict[str, str]:
     """Target by module, of every block, of what the factors belong to."""
     known = {p.name.removesuffix(".weight"): p.role.split(".")[0] for p in weights(arch)}
-    anywhere, found = re.compile(target_pattern(arch, TARGETS)), set()
+    possible = arch.possible_targets
+    pattern = target_pattern(arch, possible)
+    anywhere, found = re.compile(pattern), set()
     for name in factors:
         module, part, _ = name.partition(".lora_")
         if not part:
@@ -333,8 +335,8 @@ def _modules(arch: Architecture, factors: Iterable[str]) -> dict[str, str]:
             )
         if module not in known:
             raise ConfigError(
-                f"it adapts {module!r}; only {', '.join(TARGETS)} of a block can be: make one with "
-                f"target_modules={target_pattern(arch, TARGETS)!r}"
+                f"it adapts {module!r}; only {', '.join(possible)} of a block can be: make one "
+                f"with target_modules={pattern!r}"
             )
         found.add(known[module])
     if not found:
@@ -353,7 +355,7 @@ def _lora(config: Mapping[str, Any], arch: Architecture, modules: Mapping[str, s
                 "modules is known: make one without rank_pattern and alpha_pattern"
             )
     rank, alpha = int(ranks.pop()), float(alphas.pop())
-    targets = tuple(t for t in TARGETS if t in modules.values())
+    targets = tuple(t for t in arch.possible_targets if t in modules.values())
     most = Lora(targets=targets).most_rank(arch)
     if not 1 <= rank <= most:
         raise ConfigError(
@@ -405,7 +407,7 @@ def _check_shapes(arch: Architecture, lora: Lora, factors: Mapping[str, Tensor])
         if factor == "A"
         else (p.shape[0], lora.rank)
         for p in weights(arch)
-        if p.role.split(".")[0] in lora.targets
+        if p.role.split(".")[0] in lora.targets_in(arch)
         for factor in FACTORS
     }
     for name, shape in wanted.items():

@@ -22,15 +22,13 @@ from typing import Any
 
 import safetensors.torch
 from safetensors import SafetensorError
-from timm.models.vision_transformer import VisionTransformer
-from torch import Tensor
+from torch import Tensor, nn
 
 from d2ft_fl.config.run_config import BUILTIN, resolve_path
 from d2ft_fl.errors import ConfigError
-from d2ft_fl.lora.config import HEAD, Lora, weights, with_lora
+from d2ft_fl.lora.config import Lora, weights, with_lora
 from d2ft_fl.lora.peft_io import total_changes, write_adapter
-from d2ft_fl.models import timm_vit
-from d2ft_fl.models.build import build_model
+from d2ft_fl.models.build import build_adapter
 from d2ft_fl.models.spec import ModelSpec
 from d2ft_fl.subnets.architecture import Architecture
 from d2ft_fl.util.toml import read_toml
@@ -66,7 +64,7 @@ def save_tuned(
     changed: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write what LoRA tuned to a run's folder; of ``state``, factors and classifier are kept."""
-    own = [p.name for p in arch.parameters if p.factor or p.name.startswith(HEAD)]
+    own = [p.name for p in arch.parameters if p.factor or arch.is_classifier(p)]
     tensors = {name: state[name] for name in own}
     tensors |= {INITIAL + name: tensor for name, tensor in (initial or {}).items()}
     tensors |= {CHANGE + name: tensor for name, tensor in (changed or {}).items()}
@@ -185,13 +183,13 @@ def _written(folder: Path) -> Iterator[Path]:
             shutil.rmtree(part, ignore_errors=True)
 
 
-def base_model(run: Path | str) -> VisionTransformer:
-    """The model that a run began with: what the run's adapter is an adapter of.
+def base_model(run: Path | str) -> nn.Module:
+    """Build the model that a run began with: what the run's adapter is an adapter of.
 
     Raises:
         ConfigError: When the run cannot be read, or its weights cannot be had any more.
     """
-    return build_model(_spec(Path(run)))
+    return build_adapter(_spec(Path(run))).model
 
 
 @dataclass(frozen=True)
@@ -208,9 +206,9 @@ class _Adapter:
     def of(cls, run: Path, tuned: Tuned) -> "_Adapter":
         spec = _spec(run)
         bare = ModelSpec(**{**vars(spec), "pretrained": "none"})
-        arch = with_lora(timm_vit.describe(build_model(bare)), tuned.lora)
+        arch = with_lora(build_adapter(bare).describe(), tuned.lora)
         own = {p.name: p.shape for p in arch.parameters if p.factor}
-        head = {p.name: p.shape for p in arch.parameters if p.name.startswith(HEAD)}
+        head = {p.name: p.shape for p in arch.parameters if arch.is_classifier(p)}
         known = {p.name: p.shape for p in weights(arch)}
         if not (
             _shapes(tuned.state) == own | head
@@ -229,7 +227,7 @@ class _Adapter:
     @property
     def targets(self) -> tuple[str, ...]:
         """The products that it adapts."""
-        return self.tuned.lora.targets
+        return self.tuned.lora.targets_in(self.arch)
 
     def write(self, folder: Path) -> int:
         """Write it, and return its largest rank."""
@@ -241,7 +239,9 @@ class _Adapter:
     def load(self, folder: Path) -> tuple[str, str]:
         """Two lines that load it, without this project where others have the weights."""
         if self.spec.pretrained == "hub":
-            arguments = ", ".join(f"{k}={v!r}" for k, v in self.spec.timm_arguments().items())
+            from d2ft_fl.models.timm_build import timm_arguments
+
+            arguments = ", ".join(f"{k}={v!r}" for k, v in timm_arguments(self.spec).items())
             source, made = "import timm", f"timm.create_model({arguments}, pretrained=True)"
         else:
             source = "from d2ft_fl import base_model"

@@ -1,15 +1,20 @@
-"""The adapter for timm's plain vision transformers: the only code that knows timm's names.
+"""The adapter for timm's plain vision transformers: with ``timm_build``, all that knows timm.
 
-It says how a model divides into subnets (:func:`describe`), and runs the parts that do not
-divide: the embedding before the blocks and the classifier after them.
+A block is attention with a fused product in, ``qkv``, and a feed-forward layer, each with a norm
+before it; gated attention, norms of queries and keys, and layer scale are known.
 """
 
 import copy
+import json
+import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import Any
 
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 from timm.layers import (
@@ -26,9 +31,10 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from d2ft_fl.engine.attention import fused_attention
-from d2ft_fl.engine.model_adapter import BlockTraits, BranchTraits, Middle, Norm
+from d2ft_fl.engine.model_adapter import BlockTraits, BranchTraits, Context, Middle, Norm
 from d2ft_fl.errors import ConfigError
 from d2ft_fl.subnets.architecture import Architecture, Kind, Parameter
+from d2ft_fl.subnets.branches import BranchKind, BranchSpec
 
 # A block's parameters, by the role the engine knows them under.
 SLICED_ON_OUTPUT = ("fc1.weight", "fc1.bias")
@@ -149,8 +155,83 @@ def _block_parameter(model: VisionTransformer, name: str, shape: tuple[int, ...]
     return make(Kind.SHARED)
 
 
-def describe(model: VisionTransformer) -> Architecture:
-    """How a checked model divides into subnets."""
+@dataclass(frozen=True, eq=False)
+class TimmViT:
+    """The adapter of one plain vision transformer; see :class:`~.model_adapter.ModelAdapter`.
+
+    Attributes:
+        model: A model that :func:`check` has passed.
+        arguments: The keyword arguments of ``timm.create_model`` that build it, for its export.
+    """
+
+    model: VisionTransformer
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def input_shape(self) -> tuple[int, int, int]:
+        """Channels, height and width in pixels of the images that the model takes."""
+        patches: Any = self.model.patch_embed
+        height, width = patches.img_size
+        return int(patches.proj.in_channels), int(height), int(width)
+
+    def describe(self) -> Architecture:
+        """Return how the model divides into subnets."""
+        return _describe(self.model, self.input_shape)
+
+    def block_traits(self, device: torch.device) -> list[BlockTraits]:
+        """Return what each block computes with, from the first to the last."""
+        blocks: Any = self.model.blocks
+        return [_block_traits(block, device) for block in blocks]
+
+    def without_blocks(self) -> VisionTransformer:
+        """Return a copy of the embedding and the head alone; final parameters want gradients."""
+        blocks, self.model.blocks = self.model.blocks, nn.Sequential()
+        try:
+            outer = copy.deepcopy(self.model)
+        finally:
+            self.model.blocks = blocks
+        for name, parameter in outer.named_parameters():
+            parameter.requires_grad_(name.startswith(FINAL_MODULES))
+        return outer
+
+    def embed(self, outer: Any, inputs: Tensor, tokens: int | None) -> tuple[Tensor, Context]:
+        """Return images [examples, channels, height, width] as tokens [examples, tokens, dim].
+
+        Args:
+            outer: See :meth:`without_blocks`.
+            inputs: The images.
+            tokens: How many to keep of each image, prefix tokens included, the rest drawn; None
+                for all.
+        """
+        x = outer._pos_embed(outer.patch_embed(inputs))
+        patches, prefix = x.shape[1] - outer.num_prefix_tokens, outer.num_prefix_tokens
+        if tokens is not None and tokens < x.shape[1]:
+            # It keeps int(patches * (1 - prob)): half a patch more does away with rounding.
+            prob = 1 - (tokens - prefix + 0.5) / patches
+            x, _ = patch_dropout_forward(x, prob, prefix, ordered=True, training=True)
+        return outer.norm_pre(x), {}
+
+    def features(self, outer: Any, x: Tensor, context: Context) -> Tensor:
+        """Return tokens [examples, tokens, dim] normed and pooled: [examples, dim]."""
+        return outer.forward_head(outer.norm(x), pre_logits=True)
+
+    def logits(self, outer: Any, features: Tensor) -> Tensor:
+        """Return what the classifier makes of features [examples, dim]: [examples, classes]."""
+        return outer.head(features)
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        """Return the logits of timm's own model."""
+        return self.model(inputs)
+
+    def export(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
+        """Write ``model.safetensors``, and ``model.json``: how ``timm.create_model`` builds it."""
+        safetensors.torch.save_file(
+            {n: t.contiguous() for n, t in weights.items()}, folder / "model.safetensors"
+        )
+        (folder / "model.json").write_text(json.dumps(dict(self.arguments), indent=2) + "\n")
+
+
+def _describe(model: VisionTransformer, input_shape: tuple[int, int, int]) -> Architecture:
     parameters = []
     for name, tensor in model.named_parameters():
         shape = tuple(tensor.shape)
@@ -162,65 +243,75 @@ def describe(model: VisionTransformer) -> Architecture:
             parameters.append(Parameter(name, shape, Kind.EMBEDDING, trains=False))
     blocks: Any = model.blocks
     block = blocks[0]
-    attn, mlp = block.attn, block.mlp
+    attn = block.attn
     patches = model.patch_embed.num_patches
     return Architecture(
         blocks=len(blocks),
         heads=attn.num_heads,
         dim=model.embed_dim,
-        head_dim=attn.head_dim,
-        hidden=tuple(len(run) for run in _split(mlp.fc1.out_features, attn.num_heads)),
         tokens=patches + model.num_prefix_tokens,
         prefix=model.num_prefix_tokens,
         classes=model.num_classes,
-        layer_scale=isinstance(block.ls1, LayerScale),
+        branches=_branches(block, {p.role for p in parameters}),
+        classifier="head",
         rms=isinstance(block.norm1, RmsNorm),
-        gated=getattr(attn, "gate", None) is not None,
-        head_norms=sum(not isinstance(n, nn.Identity) for n in (attn.q_norm, attn.k_norm)),
-        attention_dropout=float(attn.attn_drop.p),
-        hidden_dropout=float(mlp.drop1.p),
         output_dropout=float(attn.proj_drop.p),
         drop_path=max(_drop_path(b.drop_path1) for b in blocks),
         # A convolution is one product of [patches, kernel] by [kernel, dim].
         embed_flops=2 * patches * model.patch_embed.proj.weight.numel(),
-        input_elements=input_shape(model)[0] * input_shape(model)[1] ** 2,
+        input_elements=math.prod(input_shape),
         norm_pooled=isinstance(model.norm, nn.Identity),
         parameters=tuple(parameters),
     )
 
 
-def block_traits(model: VisionTransformer, device: torch.device) -> list[BlockTraits]:
-    """The traits of every block, in order."""
-    blocks: Any = model.blocks
-    return [
-        BlockTraits(
-            BranchTraits(
-                inward=("qkv",) if getattr(block.attn, "gate", None) is None else ("qkv", "gate"),
-                outward="proj",
-                norm_role="norm1",
-                middle_roles=tuple(r for r in ROLES.values() if r.startswith(("q_norm", "k_norm"))),
-                scale_role="ls1.gamma",
-                norm=_norm(block.norm1),
-                middle=_attention(block.attn, device),
-                random=block.attn.attn_drop.p > 0,
-                output_dropout=block.attn.proj_drop.p,
-                drop_path=_drop_path(block.drop_path1),
-            ),
-            BranchTraits(
-                inward=("fc1",),
-                outward="fc2",
-                norm_role="norm2",
-                middle_roles=(),
-                scale_role="ls2.gamma",
-                norm=_norm(block.norm2),
-                middle=_feed_forward(block.mlp),
-                random=block.mlp.drop1.p > 0,
-                output_dropout=block.mlp.drop2.p,
-                drop_path=_drop_path(block.drop_path2),
-            ),
-        )
-        for block in blocks
-    ]
+def _branches(block: Any, roles: set[str]) -> tuple[BranchSpec, BranchSpec]:
+    """Return what the blocks consist of, by the first of them and the roles that there are."""
+    attn, mlp = block.attn, block.mlp
+    gated = getattr(attn, "gate", None) is not None
+    norms = tuple(role for role in ROLES.values() if role.startswith(("q_norm.", "k_norm.")))
+    attention = BranchSpec(
+        kind=BranchKind.ATTENTION,
+        norm="norm1",
+        inward=("qkv", "gate") if gated else ("qkv",),
+        outward="proj",
+        widths=(attn.head_dim,) * attn.num_heads,
+        middle=tuple(role for role in norms if role in roles),
+        scale="ls1.gamma" if isinstance(block.ls1, LayerScale) else "",
+        gated=gated,
+        head_norms=sum(not isinstance(n, nn.Identity) for n in (attn.q_norm, attn.k_norm)),
+        dropout=float(attn.attn_drop.p),
+    )
+    feed_forward = BranchSpec(
+        kind=BranchKind.FEED_FORWARD,
+        norm="norm2",
+        inward=("fc1",),
+        outward="fc2",
+        widths=tuple(map(len, _split(mlp.fc1.out_features, attn.num_heads))),
+        scale="ls2.gamma" if isinstance(block.ls2, LayerScale) else "",
+        dropout=float(mlp.drop1.p),
+    )
+    return attention, feed_forward
+
+
+def _block_traits(block: Any, device: torch.device) -> BlockTraits:
+    """Return the traits of attention and feed-forward layer."""
+    return (
+        BranchTraits(
+            norm=_norm(block.norm1),
+            middle=_attention(block.attn, device),
+            random=block.attn.attn_drop.p > 0,
+            output_dropout=block.attn.proj_drop.p,
+            drop_path=_drop_path(block.drop_path1),
+        ),
+        BranchTraits(
+            norm=_norm(block.norm2),
+            middle=_feed_forward(block.mlp),
+            random=block.mlp.drop1.p > 0,
+            output_dropout=block.mlp.drop2.p,
+            drop_path=_drop_path(block.drop_path2),
+        ),
+    )
 
 
 def _drop_path(module: nn.Module) -> float:
@@ -242,7 +333,9 @@ def _attention(attn: Attention, device: torch.device) -> Middle:
     gated = getattr(attn, "gate", None) is not None
     plain = not fused_attention(device.type, width, 0.0)
 
-    def middle(training: bool, hs: Sequence[Tensor], shared: Mapping[str, Tensor]) -> Tensor:
+    def middle(
+        training: bool, hs: Sequence[Tensor], shared: Mapping[str, Tensor], context: Context
+    ) -> Tensor:
         qkv = hs[0]  # [examples, tokens, heads * 3 * width]
         examples, tokens, _ = qkv.shape
         split = qkv.view(examples, tokens, -1, 3, width).permute(3, 0, 2, 1, 4)
@@ -263,7 +356,9 @@ def _feed_forward(mlp: Mlp) -> Middle:
     # Not the module itself: its hooks, a counter's say, would hold on to what it is given.
     act, dropout = mlp.act.forward, float(mlp.drop1.p)
 
-    def middle(training: bool, hs: Sequence[Tensor], shared: Mapping[str, Tensor]) -> Tensor:
+    def middle(
+        training: bool, hs: Sequence[Tensor], shared: Mapping[str, Tensor], context: Context
+    ) -> Tensor:
         if training and dropout:
             return F.dropout(act(hs[0]), dropout)
         return act(hs[0])  # [examples, tokens, hidden]
@@ -273,41 +368,3 @@ def _feed_forward(mlp: Mlp) -> Middle:
 
 def _under(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): t for name, t in tensors.items() if name.startswith(prefix)}
-
-
-def without_blocks(model: VisionTransformer) -> VisionTransformer:
-    """A copy of the embedding and the classifier alone; final parameters want gradients."""
-    blocks, model.blocks = model.blocks, nn.Sequential()
-    try:
-        outer = copy.deepcopy(model)
-    finally:
-        model.blocks = blocks
-    for name, parameter in outer.named_parameters():
-        parameter.requires_grad_(name.startswith(FINAL_MODULES))
-    return outer
-
-
-def input_shape(model: VisionTransformer) -> tuple[int, int]:
-    """(channels, side in pixels) of the images that a model takes."""
-    return model.patch_embed.proj.in_channels, int(model.patch_embed.img_size[0])
-
-
-def embed(model: VisionTransformer, images: Tensor, tokens: int | None = None) -> Tensor:
-    """Images [batch, channels, height, width] to tokens [batch, tokens, dim].
-
-    Args:
-        tokens: How many to keep of each image, prefix tokens included, the rest drawn; None for
-            all.
-    """
-    x = model._pos_embed(model.patch_embed(images))
-    patches, prefix = x.shape[1] - model.num_prefix_tokens, model.num_prefix_tokens
-    if tokens is not None and tokens < x.shape[1]:
-        # It keeps int(patches * (1 - prob)): half a patch more does away with rounding.
-        prob = 1 - (tokens - prefix + 0.5) / patches
-        x, _ = patch_dropout_forward(x, prob, prefix, ordered=True, training=True)
-    return model.norm_pre(x)
-
-
-def classify(model: VisionTransformer, x: Tensor) -> Tensor:
-    """Tokens [batch, tokens, dim] to logits [batch, classes]."""
-    return model.forward_head(model.norm(x))

@@ -20,8 +20,7 @@ from d2ft_fl.config.training_options import ExecutionPolicy
 from d2ft_fl.costs.resources import RESOURCES, Cost, workload_variance
 from d2ft_fl.data.federated_data import open_data
 from d2ft_fl.errors import ConfigError
-from d2ft_fl.models import timm_vit
-from d2ft_fl.models.build import build_model
+from d2ft_fl.models.build import build_adapter
 from d2ft_fl.planning.assignment import Assignment, Participant
 from d2ft_fl.report.format import UNNAMED
 from d2ft_fl.rounds.components import Components
@@ -264,15 +263,14 @@ def preview(
         if value is not None and value < 1:
             raise ConfigError(f"{option} {value} must be 1 or more")
     components = Components(config)
-    model = build_model(components.model_spec)
-    arch = timm_vit.describe(model)
+    adapter = build_adapter(components.model_spec)
+    arch = adapter.describe()
     if examples is None:
-        channels, side = timm_vit.input_shape(model)
-        sizes = [len(p) for p in open_data(components.data_spec(side, channels)).partitions]
+        sizes = [len(p) for p in open_data(components.data_spec(adapter.input_shape)).partitions]
     else:
         sizes = [examples] * config.clients
     federation = Federation(components, arch)
-    original = {n: p.detach() for n, p in model.named_parameters()}
+    original = {n: p.detach() for n, p in adapter.model.named_parameters()}
     state = State(0, original)
     source = components.budget_source
     reports: list[Report] = []

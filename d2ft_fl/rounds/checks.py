@@ -123,19 +123,17 @@ def checked(config: RunConfig) -> RunConfig:
     """
     # They take seconds to import, and options need none of them.
     from d2ft_fl.data.federated_data import open_data
-    from d2ft_fl.models import timm_vit
-    from d2ft_fl.models.build import build_model
+    from d2ft_fl.models.build import build_adapter
 
     components = Components(checked_options(config))
     _ = components.device
-    model = build_model(components.model_spec)
-    channels, side = timm_vit.input_shape(model)
-    arch = timm_vit.describe(model)
+    adapter = build_adapter(components.model_spec)
+    arch = adapter.describe()
     if config.tuning == "lora":
         components.lora.check(arch)
         if config.lora_adapter:
             components.adapter(arch)
-    partitions = open_data(components.data_spec(side, channels)).partitions
+    partitions = open_data(components.data_spec(adapter.input_shape)).partitions
     _check_budgets(components, arch, [len(own) for own in partitions])
     return config
 

@@ -72,6 +72,10 @@ class Components:
         """What LoRA tunes, and how."""
         c = self.config
         targets = tuple(t.strip() for t in c.lora_targets.split(",") if t.strip())
+        if not targets:
+            raise ConfigError(
+                "lora-targets is empty; name products of a block, such as qkv, proj, fc1, fc2"
+            )
         return Lora(c.lora_rank, c.lora_alpha, targets, c.lora_rslora, c.lora_dropout)
 
     @cached_property
@@ -140,13 +144,18 @@ class Components:
             seed=c.seed,
         )
 
-    def data_spec(self, image_size: int, channels: int) -> DataSpec:
-        """The data to open, for images of ``image_size`` pixels a side."""
+    def data_spec(self, input_shape: tuple[int, ...]) -> DataSpec:
+        """Return the data to open, for a model that takes examples of this shape.
+
+        Args:
+            input_shape: Channels, height and width of images.
+        """
         c = self.config
+        channels, side, _ = input_shape
         return DataSpec(
             dataset=self._dataset,
             label_column=c.label_column,
-            image_size=image_size,
+            image_size=side,
             channels=channels,
             clients=c.clients,
             partitioner=c.partitioner,

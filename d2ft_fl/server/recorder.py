@@ -30,8 +30,8 @@ from torch import Tensor
 
 from d2ft_fl.budgets.budget import UNLIMITED, Budget
 from d2ft_fl.costs.resources import RESOURCES, workload_variance
+from d2ft_fl.engine.model_adapter import ModelAdapter
 from d2ft_fl.errors import RunError
-from d2ft_fl.models.spec import ModelSpec
 from d2ft_fl.planning.importance import subnet_scores
 from d2ft_fl.planning.utility import Utility
 from d2ft_fl.records.client_record import ClientRecord
@@ -56,7 +56,7 @@ class Recorder:
 
     folder: Path
     federation: Federation
-    model: ModelSpec
+    adapter: ModelAdapter
     rows: list[dict[str, Any]] = field(default_factory=list)
     _said: dict[int, list[Any]] = field(default_factory=dict)
 
@@ -216,9 +216,7 @@ class Recorder:
 
     def finish(self, weights: Mapping[str, Tensor], wall_seconds: float) -> dict[str, Any]:
         """Write the model; returns the summary, for :func:`write_summary`."""
-        from d2ft_fl.models.build import export
-
-        export(self.folder, weights, self.model)
+        self.adapter.export(self.folder, weights)
         return summarise(self.rows, self.federation, self.folder, wall_seconds)
 
 

@@ -18,9 +18,9 @@ from d2ft_fl.aggregation.keyed_noise import noise_key
 from d2ft_fl.aggregation.private_sums import PrivateRound, Trainers
 from d2ft_fl.config.run_config import RunConfig
 from d2ft_fl.data.federated_data import FederatedData, open_data
+from d2ft_fl.engine.model_adapter import ModelAdapter
 from d2ft_fl.errors import ConfigError, RunError
-from d2ft_fl.models import timm_vit
-from d2ft_fl.models.build import build_model
+from d2ft_fl.models.build import build_adapter
 from d2ft_fl.records.run_folder import claim_folder, only_one, read_rows
 from d2ft_fl.rounds.components import Components
 from d2ft_fl.rounds.context import Assignment, Participant, plan_round
@@ -113,18 +113,18 @@ class _Run:
         set_threads(config.threads_per_client)
         self.config, self.pool = config, pool
         self.components = Components(config)
-        self.model = build_model(self.components.model_spec)
-        channels, side = timm_vit.input_shape(self.model)
-        self.data = open_data(self.components.data_spec(side, channels))
-        self.federation = Federation(self.components, timm_vit.describe(self.model))
-        self.original = {n: p.detach().clone() for n, p in self.model.named_parameters()}
+        self.adapter = build_adapter(self.components.model_spec)
+        self.data = open_data(self.components.data_spec(self.adapter.input_shape))
+        self.federation = Federation(self.components, self.adapter.describe())
+        model = self.adapter.model
+        self.original = {n: p.detach().clone() for n, p in model.named_parameters()}
         self.state = State(0, self.original)
         self.reports: dict[int, Report] = {}
         self.replays = False  # whether this round was begun before
         self.there: Mapping[int, int] = {}
         self.seconds_before = 0.0  # that a resumed run took so far
-        self.model.to(self.components.device)
-        self.recorder = Recorder(folder, self.federation, self.components.model_spec)
+        model.to(self.components.device)
+        self.recorder = Recorder(folder, self.federation, self.adapter)
         self.budgets_vary = self.components.budget_source.varies
         self.privacy = self.components.privacy
 
@@ -183,7 +183,7 @@ class _Run:
         if last or number % config.eval_every == 0:
             with stopwatch.of("evaluate"):
                 weights = stage.model_weights(self.state)
-                accuracy, loss = evaluate(self.model, weights, self.data, config.eval_batch_size)
+                accuracy, loss = evaluate(self.adapter, weights, self.data, config.eval_batch_size)
         wall = time.perf_counter() - started
         row = self.recorder.round(
             stage, self.state, plan, records, accuracy, loss, wall, failures + replies.strays,
@@ -303,7 +303,7 @@ class _Run:
         weights, last = stage.model_weights(state), self.recorder.rows[-1]
         if last["accuracy"] is None:  # of a run that ends before it was meant to
             size = config.eval_batch_size
-            last["accuracy"], last["loss"] = evaluate(self.model, weights, self.data, size)
+            last["accuracy"], last["loss"] = evaluate(self.adapter, weights, self.data, size)
         return self.recorder.finish(weights, self.seconds_before + wall_seconds)
 
 
@@ -327,19 +327,19 @@ def _said(silent: Mapping[int, ClientFailure]) -> str:
 
 @torch.no_grad()
 def evaluate(
-    model: timm_vit.VisionTransformer,
+    adapter: ModelAdapter,
     weights: Mapping[str, Tensor],
     data: FederatedData,
     batch_size: int,
 ) -> tuple[float, float]:
     """Accuracy and mean loss of the global model on the held-out split."""
-    for name, parameter in model.named_parameters():
+    for name, parameter in adapter.model.named_parameters():
         parameter.copy_(weights[name])
     right, loss = 0, 0.0
-    device = next(model.parameters()).device
+    device = next(adapter.model.parameters()).device
     for images, labels in _test_batches(data, batch_size):
         images, labels = images.to(device), labels.to(device)
-        logits = model(images)  # [batch, classes]
+        logits = adapter.forward(images)  # [batch, classes]
         right += int((logits.argmax(dim=1) == labels).sum())
         loss += float(F.cross_entropy(logits, labels, reduction="sum"))
     return right / data.test_size, loss / data.test_size

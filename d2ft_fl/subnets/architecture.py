@@ -16,7 +16,7 @@ each its rows of r_h; of G what is cut off at the largest rank.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from functools import cached_property
 from itertools import accumulate
@@ -25,9 +25,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-OUTWARD = ("proj.weight", "fc2.weight")  # the product out of each branch, by role
-BIASES = ("proj.bias", "fc2.bias")
-SCALES = ("ls1.gamma", "ls2.gamma")
+from d2ft_fl.subnets.branches import BranchKind, BranchSpec, Trains
 
 
 class Kind(Enum):
@@ -37,28 +35,6 @@ class Kind(Enum):
     SHARED = "shared"  # of a block: needed, and trained, with any of its subnets
     SLICED = "sliced"  # divides over the block's subnets
     FINAL = "final"  # final norm and classifier; every client that runs anything needs it
-
-
-@dataclass(frozen=True)
-class BranchRoles:
-    """Names, within a block, of what a branch consists of; see :class:`Parameter` for roles."""
-
-    norm: str
-    inward: tuple[str, ...]
-    middle: tuple[str, ...]
-    outward: str
-    scale: str
-
-    def owns(self, role: str) -> bool:
-        """Whether a parameter of this role is the branch's."""
-        named = (self.norm, *self.inward, *self.middle, self.outward, self.scale)
-        return role.split(".")[0] in named
-
-
-BRANCHES = (
-    BranchRoles("norm1", ("qkv", "gate"), ("q_norm", "k_norm"), "proj", "ls1"),
-    BranchRoles("norm2", ("fc1",), (), "fc2", "ls2"),
-)
 
 
 @dataclass(frozen=True)
@@ -144,40 +120,37 @@ class Architecture:
     """The shape of a model, as far as planning, costs and aggregation need to know it.
 
     Attributes:
-        blocks, heads: The grid of subnets.
+        blocks: Blocks, which are alike.
+        heads: Subnets of a block. Of attention in which queries share keys and values, a subnet is
+            such a group.
         dim: Width of the residual stream.
-        head_dim: Width of one attention head.
-        hidden: Width of each head's feed-forward slice, ``[heads]``.
         tokens: Tokens of one example, prefix tokens included.
-        prefix: How many of them are no patches.
-        classes: Outputs of the classifier.
-        layer_scale: Whether branches are scaled before they are added.
-        rms: Whether blocks are normed by root mean square, instead of LayerNorm.
-        gated: Whether attention outputs are gated. head_norms: Of queries and keys, how many.
-        attention_dropout, hidden_dropout, output_dropout: Probabilities in training.
-        drop_path: Of stochastic depth, in the block where it is most.
+        prefix: How many of them must always be there: no patches, no text.
+        classes: Outputs of the last linear layer.
+        branches: What a block consists of, in the order in which it runs.
+        classifier: Module of the last linear layer, which trains under LoRA too.
+        rms: Whether norms are by root mean square, instead of LayerNorm.
+        output_dropout: Probability of dropout on the sum of a branch's heads.
+        drop_path: Probability of stochastic depth, in the block where it is most.
         embed_flops: FLOPs of embedding one example (frozen: forward only).
-        input_elements: Elements of one input image.
+        input_elements: Elements of one example's input.
         norm_pooled: True when the final norm sees pooled tokens, False when it sees all of them.
         parameters: Every parameter of the model, LoRA's factors included.
-        rank, scaling, lora_dropout: Of LoRA: a product is ``W + scaling * B A``, with A of shape
-            [rank, in] and B [out, rank], and its input is dropped out for A; rank 0 for none.
+        rank: Of LoRA: a product is ``W + scaling * B A`` with A of shape [rank, in] and B
+            [out, rank]; 0 for none.
+        scaling: Of LoRA, see ``rank``.
+        lora_dropout: Probability of dropout on what goes into A.
     """
 
     blocks: int
     heads: int
     dim: int
-    head_dim: int
-    hidden: tuple[int, ...]
     tokens: int
     prefix: int
     classes: int
-    layer_scale: bool
+    branches: tuple[BranchSpec, ...]
+    classifier: str
     rms: bool
-    gated: bool
-    head_norms: int
-    attention_dropout: float
-    hidden_dropout: float
     output_dropout: float
     drop_path: float
     embed_flops: int
@@ -190,7 +163,7 @@ class Architecture:
 
     def __hash__(self) -> int:
         # Enough to tell models apart, and quick beside thousands of rows.
-        return hash((self.blocks, self.heads, self.dim, self.hidden, self.tokens, self.rank))
+        return hash((self.blocks, self.heads, self.dim, self.widths, self.tokens, self.rank))
 
     @cached_property
     def by_name(self) -> dict[str, Parameter]:
@@ -218,69 +191,51 @@ class Architecture:
         return sizes
 
     @cached_property
-    def trains(self) -> "tuple[Trains, ...]":
-        """What of each of a block's branches trains where a subnet is FULL; blocks are alike."""
+    def trains(self) -> tuple[Trains, ...]:
+        """What of each branch trains where a subnet is FULL."""
         roles = {p.role for p in self.parameters if p.block == 0 and p.trains}
-        return tuple(Trains.of(roles, branch) for branch in BRANCHES)
+        return tuple(Trains.of(roles, branch) for branch in self.branches)
 
     @cached_property
     def targets(self) -> frozenset[str]:
         """The products that have LoRA's factors."""
         return frozenset(p.role.split(".")[0] for p in self.parameters if p.factor)
 
+    @cached_property
+    def possible_targets(self) -> tuple[str, ...]:
+        """The products that may have LoRA's factors, in the order in which a block runs them."""
+        return tuple(target for branch in self.branches for target in branch.targets)
+
     @property
-    def widths(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
-        """Width of what each head hands to the product out, of attention and feed-forward."""
-        return (self.head_dim,) * self.heads, self.hidden
+    def widths(self) -> tuple[tuple[int, ...], ...]:
+        """Columns that each head hands to the product out, of each branch: [branches][heads]."""
+        return tuple(branch.widths for branch in self.branches)
+
+    @property
+    def attention(self) -> BranchSpec:
+        """The branch that attends."""
+        return next(b for b in self.branches if b.kind is BranchKind.ATTENTION)
+
+    def rows_in(self, branch: int) -> dict[str, np.ndarray]:
+        """Rows of each head of the weights of a branch's products in: product -> int64 [heads]."""
+        first = {p.role: p for p in self.parameters if p.block == 0}
+        return {
+            product: np.array([len(rows) for rows in first[f"{product}.weight"].rows])
+            for product in self.branches[branch].inward
+        }
+
+    def without_dropout(self) -> "Architecture":
+        """Return the architecture of the model in evaluation: nothing is dropped."""
+        branches = tuple(replace(branch, dropout=0.0) for branch in self.branches)
+        return replace(self, branches=branches, output_dropout=0.0, drop_path=0.0)
+
+    def is_classifier(self, p: Parameter) -> bool:
+        """Whether a parameter is one of the last linear layer."""
+        return p.name.startswith(f"{self.classifier}.")
 
     def of_kind(self, kind: Kind, block: int | None = None) -> list[Parameter]:
         """Parameters of one kind, of one block or of all."""
         return [p for p in self.parameters if p.kind is kind and block in (None, p.block)]
-
-
-@dataclass(frozen=True)
-class Trains:
-    """What of a branch trains where one of its subnets is FULL.
-
-    Attributes:
-        anything: Any parameter of the branch.
-        norm: Its norm; else gradient is wanted at its input for lower branches alone.
-        scale: Its layer scale.
-        inward: Anything between norm and product out.
-        y, z: Whether a gradient is a product with what goes into the products in, or out.
-        weights: Whether the weights of the products (in, out) train.
-        near, far: Of LoRA's factors, whether F and G train, of the products (in, out) each; see
-            :mod:`d2ft_fl.lora.config`.
-    """
-
-    anything: bool
-    norm: bool
-    scale: bool
-    inward: bool
-    y: bool
-    z: bool
-    weights: tuple[bool, bool]
-    near: tuple[bool, bool]
-    far: tuple[bool, bool]
-
-    @classmethod
-    def of(cls, roles: set[str], branch: BranchRoles) -> "Trains":
-        """By the roles of a block that train."""
-        own = {role for role in roles if branch.owns(role)}
-        first = {role.split(".")[0] for role in own}
-        into = [f"{r}.{part}" for r in branch.inward for part in ("weight", "lora_A")]
-        out = [f"{branch.outward}.{part}" for part in ("weight", "lora_A")]
-        return cls(
-            anything=bool(own),
-            norm=branch.norm in first,
-            scale=branch.scale in first,
-            inward=bool(first & {*branch.inward, *branch.middle}),
-            y=bool(own & set(into)),
-            z=bool(own & set(out)),
-            weights=(f"{branch.inward[0]}.weight" in own, f"{branch.outward}.weight" in own),
-            near=(f"{branch.inward[0]}.lora_B" in own, f"{branch.outward}.lora_A" in own),
-            far=(f"{branch.inward[0]}.lora_A" in own, f"{branch.outward}.lora_B" in own),
-        )
 
 
 def has_fixed(arch: Architecture) -> bool:

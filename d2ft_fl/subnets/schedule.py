@@ -9,7 +9,7 @@ from itertools import pairwise
 import numpy as np
 
 from d2ft_fl.errors import ConfigError
-from d2ft_fl.subnets.architecture import Trains
+from d2ft_fl.subnets.branches import Trains
 
 
 class Operation(IntEnum):

@@ -10,7 +10,7 @@ def mean_name(block: int, branch: int) -> str:
 
 
 def skip_name(block: int) -> str:
-    """Under which name compensation travels down: float32 [sets, 2, tokens, dim]."""
+    """Under which name compensation travels down: float32 [sets, branches, tokens, dim]."""
     return f"d2ft.skip.{block}"
 
 
@@ -19,8 +19,8 @@ def mean_spec(arch: Architecture, schedule: Schedule) -> dict[str, tuple[int, ..
     spec: dict[str, tuple[int, ...]] = {}
     for block in range(arch.blocks):
         if heads := schedule.heads(schedule.resident, block):
-            for branch in range(2):
-                width = sum(arch.widths[branch][h] for h in heads)
+            for branch, widths in enumerate(arch.widths):
+                width = sum(widths[h] for h in heads)
                 spec[mean_name(block, branch)] = (arch.tokens, width)
     return spec
 
@@ -43,5 +43,5 @@ def skip_spec(arch: Architecture, schedule: Schedule) -> dict[str, tuple[int, ..
     spec: dict[str, tuple[int, ...]] = {}
     for block in range(arch.blocks):
         if count := max(skip_sets(schedule, block)) + 1:
-            spec[skip_name(block)] = (count, 2, arch.tokens, arch.dim)
+            spec[skip_name(block)] = (count, len(arch.branches), arch.tokens, arch.dim)
     return spec

@@ -17,8 +17,7 @@ from torch import Tensor
 from d2ft_fl.config.run_config import RunConfig
 from d2ft_fl.data.federated_data import open_data
 from d2ft_fl.engine.partial_model import PartialModel
-from d2ft_fl.models import timm_vit
-from d2ft_fl.models.build import build_model
+from d2ft_fl.models.build import build_adapter
 from d2ft_fl.rounds.components import Components
 from d2ft_fl.subnets.packing import GlobalModel
 from d2ft_fl.subnets.schedule import Operation, Schedule
@@ -32,16 +31,15 @@ class Ablation:
 
     def __init__(self, run: Path, count: int):
         config = RunConfig.from_mapping(read_toml(run / "config.toml"))
-        model = build_model(Components(config).model_spec)
-        self.arch = timm_vit.describe(model)
+        adapter = build_adapter(Components(config).model_spec)
+        self.arch = adapter.describe()
         weights = safetensors.torch.load_file(run / "model.safetensors")
         self.weights = GlobalModel.of(self.arch, weights)
-        channels, side = timm_vit.input_shape(model)
-        data = open_data(Components(config).data_spec(side, channels))
+        data = open_data(Components(config).data_spec(adapter.input_shape))
         images, labels = data.test_batch(0, data.test_size)
         drawn = torch.from_numpy(np.random.default_rng(0).permutation(len(labels))[:count])
         self.images, self.labels = images[drawn], labels[drawn]
-        self.model = PartialModel(model, self.arch)
+        self.model = PartialModel(adapter, self.arch)
         self.whole = self.accuracy(self._all())
 
     def _all(self) -> np.ndarray:

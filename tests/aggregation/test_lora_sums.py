@@ -11,11 +11,11 @@ from hypothesis import strategies as st
 from d2ft_fl.aggregation.lora_sums import MODES, LoraSums, effective_rows, frozen
 from d2ft_fl.aggregation.sums import Update
 from d2ft_fl.errors import ConfigError, ReplyError
-from d2ft_fl.lora.config import TARGETS, Lora, factor_name, is_common, targeted, with_lora
+from d2ft_fl.lora.config import Lora, factor_name, is_common, targeted, with_lora
 from d2ft_fl.subnets.architecture import Kind, Parameter
 from d2ft_fl.subnets.packing import up_spec
 from d2ft_fl.subnets.schedule import Operation, Schedule
-from tests.conftest import build, random_schedule, weights_of
+from tests.conftest import TARGETS, build, random_schedule, weights_of
 
 torch.manual_seed(0)
 MODEL, BASE = build(depth=2)
@@ -27,7 +27,7 @@ CASES = settings(max_examples=15, deadline=None)
 
 def setting(mode, turn=1, lora=LORA):
     """An architecture in which the factors of a mode train, and a state with non-zero factors."""
-    arch = with_lora(BASE, lora, frozen(mode, lora.targets, turn))
+    arch = with_lora(BASE, lora, frozen(mode, BASE, TARGETS, turn))
     state = weights_of(MODEL)
     generator = torch.Generator().manual_seed(7)
     for p in arch.parameters:
@@ -176,7 +176,7 @@ def test_where_all_train_the_same_heads_only_the_others_are_off(mode, turn, seed
         torch.testing.assert_close(
             weight.pack(got, heads), weight.pack(wanted, heads), rtol=0, atol=1e-6
         )
-        g_trains = (a if is_common(weight.role.split(".")[0], "A") else b).trains
+        g_trains = (a if is_common(arch, weight.role.split(".")[0], "A") else b).trains
         if heads and others:
             assert bool(weight.pack(got, others).any()) == g_trains
 
@@ -423,13 +423,13 @@ def test_factors_that_can_be_summed_but_whose_product_cannot_are_refused(mode):
 
 
 def test_what_does_not_train():
-    assert frozen("factors", TARGETS, 1) == frozen("stack", TARGETS, 1) == []
-    assert frozen("freeze-a", TARGETS, 2) == [(target, "A") for target in TARGETS]
-    assert frozen("alternate", ("qkv",), 1) == [("qkv", "A")]
-    assert frozen("alternate", ("qkv",), 2) == [("qkv", "B")]
-    common = frozen("freeze-common", TARGETS, 1)
+    assert frozen("factors", BASE, TARGETS, 1) == frozen("stack", BASE, TARGETS, 1) == []
+    assert frozen("freeze-a", BASE, TARGETS, 2) == [(target, "A") for target in TARGETS]
+    assert frozen("alternate", BASE, ("qkv",), 1) == [("qkv", "A")]
+    assert frozen("alternate", BASE, ("qkv",), 2) == [("qkv", "B")]
+    common = frozen("freeze-common", BASE, TARGETS, 1)
     assert common == [("qkv", "A"), ("proj", "B"), ("fc1", "A"), ("fc2", "B")]
-    assert all(is_common(*pair) for pair in common)
+    assert all(is_common(BASE, *pair) for pair in common)
 
 
 @pytest.mark.parametrize("mode", MODES)

@@ -14,17 +14,25 @@ from d2ft_fl.engine.meter import Meter
 from d2ft_fl.engine.partial_model import PartialModel
 from d2ft_fl.engine.trainer import train
 from d2ft_fl.errors import ReplyError
-from d2ft_fl.models import timm_vit
+from d2ft_fl.models.timm_vit import TimmViT
 from d2ft_fl.subnets.packing import down_spec, pack_for, up_spec
 from d2ft_fl.subnets.schedule import Operation, Schedule
 from d2ft_fl.wire.blob import encode
 from d2ft_fl.wire.compensation import mean_spec, skip_sets
-from tests.conftest import all_of, build, cost_model, images_for, random_schedule, weights_of
+from tests.conftest import (
+    all_of,
+    build,
+    cost_model,
+    embedded,
+    images_for,
+    random_schedule,
+    weights_of,
+)
 
 
 def measured(model, arch, schedule, images, labels, **options):
     """The means that one client measures over its examples, in one pass without a step."""
-    partial = PartialModel(model, arch)
+    partial = PartialModel(TimmViT(model), arch)
     partial.reset(schedule, pack_for(arch, weights_of(model), schedule))
     tally = MeanTally(partial)
     options = LocalOptions(lr=0.0, head_lr=0.0, batch_size=len(images), **options)
@@ -43,7 +51,7 @@ def book_of(model, arch, images, labels):
 
 def branch_outputs(model, arch, images):
     """What each block's branches add to the stream, before layer scale, by timm's own modules."""
-    x = timm_vit.embed(model, images)
+    x = embedded(model, images)
     found = []
     for block in model.blocks:
         attention = block.attn(block.norm1(x))
@@ -69,14 +77,14 @@ def test_a_whole_block_is_replaced_by_its_mean(changes):
     attention, feed_forward = branch_outputs(model, arch, images)[1]
     expected = torch.stack([block.ls1(attention).mean(0), block.ls2(feed_forward).mean(0)])
     torch.testing.assert_close(offsets["d2ft.skip.1"][0], expected, rtol=1e-4, atol=1e-5)
-    partial = PartialModel(model, arch)
+    partial = PartialModel(TimmViT(model), arch)
     partial.reset(
         schedule, pack_for(arch, weights_of(model), schedule), received(schedule, offsets)
     )
-    x = model.blocks[0](timm_vit.embed(model, images))
+    x = model.blocks[0](embedded(model, images))
     x = model.blocks[2](x + expected[0] + expected[1])
     torch.testing.assert_close(
-        partial(images, [6]), timm_vit.classify(model, x), rtol=1e-3, atol=1e-4
+        partial(images, [6]), model.forward_head(model.norm(x)), rtol=1e-3, atol=1e-4
     )
 
 
@@ -92,7 +100,7 @@ def test_with_one_example_a_shortcut_changes_nothing():
         operations[0, block, 1:3] = Operation.SHORTCUT
         schedule = Schedule(operations)
         offsets = book.offsets(arch, weights_of(model), schedule)
-        partial = PartialModel(model, arch)
+        partial = PartialModel(TimmViT(model), arch)
         packed = pack_for(arch, weights_of(model), schedule)
         partial.reset(schedule, packed, received(schedule, offsets))
         torch.testing.assert_close(partial(images, [1]), whole, rtol=1e-4, atol=1e-5)
@@ -110,7 +118,7 @@ def test_means_are_those_of_the_examples_that_ran():
     spec = mean_spec(arch, schedule)
     assert {n: tuple(t.shape) for n, t in means.items()} == spec
     block = model.blocks[0]
-    x = timm_vit.embed(model, images)
+    x = embedded(model, images)
     qkv = block.attn.qkv(block.norm1(x)).view(4, arch.tokens, 3, arch.heads, -1)
     q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind(0)
     z = torch.nn.functional.scaled_dot_product_attention(q, k, v)  # [examples, heads, tokens, d]
@@ -137,7 +145,7 @@ def test_sums_do_not_depend_on_order_and_keep_what_nobody_ran():
     for key, tensor in books[0].means.items():
         assert torch.equal(tensor, books[1].means[key])
     ran = np.any([s.resident for s in schedules], axis=0)
-    width = arch.head_dim
+    width = arch.widths[0][0]
     for head in range(arch.heads):
         own = slice(head * width, (head + 1) * width)
         same = torch.equal(books[0].means[0, 0][:, own], old.means[0, 0][:, own])
@@ -183,7 +191,7 @@ def test_costs_count_compensation_and_means(seed):
     real = len(encode({**tensors, **offsets}, {"operations": "00" * schedule.operations.size}))
     slack = 160 * (len(down_spec(arch, schedule)) + arch.blocks) + 2048
     assert real <= costs.bytes_down(schedule) <= real + slack
-    partial = PartialModel(model, arch)
+    partial = PartialModel(TimmViT(model), arch)
     partial.reset(schedule, tensors, received(schedule, offsets))
     tally, meter = MeanTally(partial), Meter(verify=True)
     data = ((images[i : i + 8].clone(), labels[i : i + 8]) for i in (0, 8))

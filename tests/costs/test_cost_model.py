@@ -17,7 +17,7 @@ from d2ft_fl.engine.meter import Meter
 from d2ft_fl.engine.partial_model import PartialModel
 from d2ft_fl.engine.probes import score_pass
 from d2ft_fl.engine.trainer import train
-from d2ft_fl.models import timm_vit
+from d2ft_fl.models.timm_vit import TimmViT
 from d2ft_fl.planning.importance import MEASURED, TENSOR
 from d2ft_fl.subnets.packing import down_spec, pack_for
 from d2ft_fl.subnets.schedule import Operation, Schedule
@@ -33,7 +33,7 @@ def measure(arch, weights, model, schedule, examples, side=16, tokens=None, **op
     """FLOPs and peak bytes of a round of training, counted."""
     costs, meter = cost_model(arch, schedule.slots, **options), Meter(verify=True)
     costs = costs.under(ExecutionPolicy(tokens=tokens))
-    partial = PartialModel(model, arch, costs.options.numerics())
+    partial = PartialModel(TimmViT(model), arch, costs.options.numerics())
     partial.tokens = tokens
     partial.reset(schedule, pack_for(arch, weights, schedule))
     images, labels = images_for(arch, examples, side=side)
@@ -125,7 +125,7 @@ ROWS = {
 @pytest.mark.parametrize("dropout,side", [(0.1, 16), (0.1, 48), (0.0, 16), (0.0, 48)])
 def test_memory_of_attention_that_is_not_fused(dropout, side, row, policy, monkeypatch):
     # Then there are matrices of tokens by tokens: 145 of them at 48 pixels, beside 12 of a head.
-    monkeypatch.setattr(timm_vit, "fused_attention", lambda *_: False)
+    monkeypatch.setattr("d2ft_fl.models.timm_vit.fused_attention", lambda *_: False)
     monkeypatch.setattr(costs, "fused_attention", lambda *_: False)
     model, arch = build(embed_dim=48, depth=3, num_heads=4, img_size=side, attn_drop_rate=dropout)
     for heads in (1, 4):
@@ -146,7 +146,7 @@ def test_saved_bytes_are_predicted_within_two_percent(seed, slots, policy):
     schedule = random_schedule(ARCH, slots, seed)
     sizes = running(schedule, 6)
     costs = cost_model(ARCH, slots, **WAYS[policy])
-    partial = PartialModel(MODEL, ARCH, costs.options.numerics())
+    partial = PartialModel(TimmViT(MODEL), ARCH, costs.options.numerics())
     partial.reset(schedule, pack_for(ARCH, WEIGHTS, schedule))
     images, labels = images_for(ARCH, sum(sizes))
     held = [t for _, t in partial.held()]
@@ -220,7 +220,7 @@ def test_sitting_out_costs_nothing():
 def test_the_scoring_pass_costs_what_is_predicted(changes, kinds):
     model, arch = build(embed_dim=48, **changes)
     costs = cost_model(arch, 3)
-    partial = PartialModel(model, arch)
+    partial = PartialModel(TimmViT(model), arch)
     everything = Schedule.filled(Operation.FULL, 1, arch.blocks, arch.heads)
     packed = pack_for(arch, weights_of(model), everything)
     partial.reset(everything, packed, gradients=False)

@@ -12,12 +12,21 @@ from d2ft_fl.clients.full import learning_rate
 from d2ft_fl.engine.meter import Meter
 from d2ft_fl.engine.partial_model import PartialModel
 from d2ft_fl.engine.trainer import train
-from d2ft_fl.lora.config import TARGETS, Lora, with_lora
+from d2ft_fl.lora.config import Lora, with_lora
+from d2ft_fl.models.timm_vit import TimmViT
 from d2ft_fl.subnets.packing import down_spec, pack_for, up_spec
 from d2ft_fl.subnets.schedule import Operation, Schedule
 from d2ft_fl.wire.blob import encode
 from d2ft_fl.wire.sizes import ELEMENT, MESSAGE_HEADER, TENSOR_HEADER
-from tests.conftest import build, cost_model, images_for, random_schedule, running, weights_of
+from tests.conftest import (
+    TARGETS,
+    build,
+    cost_model,
+    images_for,
+    random_schedule,
+    running,
+    weights_of,
+)
 
 MODEL, BASE = build(embed_dim=48, depth=3, num_heads=4)
 SUBSETS = st.lists(st.sampled_from(TARGETS), min_size=1, max_size=4, unique=True)
@@ -34,7 +43,7 @@ def adapted(base=BASE, model=MODEL, frozen=(), **changes):
 def measure(arch, state, model, schedule, examples, **options):
     """FLOPs and peak bytes of a round of training, counted."""
     costs, meter = cost_model(arch, schedule.slots, **options), Meter(verify=True)
-    partial = PartialModel(model, arch, costs.options.numerics())
+    partial = PartialModel(TimmViT(model), arch, costs.options.numerics())
     packed = pack_for(arch, state, schedule)
     meter.count(lambda: partial.reset(schedule, packed))
     images, labels = images_for(arch, examples)
@@ -88,7 +97,7 @@ def test_saved_bytes_are_predicted_within_two_percent(seed, targets, checkpointi
     schedule = random_schedule(arch, 2, seed)
     sizes = running(schedule, 6)
     costs = cost_model(arch, 2, checkpointing=checkpointing)
-    partial = PartialModel(MODEL, arch, costs.options.numerics())
+    partial = PartialModel(TimmViT(MODEL), arch, costs.options.numerics())
     partial.reset(schedule, pack_for(arch, state, schedule))
     partial.train(True)
     images, labels = images_for(arch, sum(sizes))

@@ -48,10 +48,10 @@ def run(code, endpoint, home):
 
 WEIGHTS = f"""
 import json
-from d2ft_fl.models.build import build_model
+from d2ft_fl.models.build import build_adapter
 from d2ft_fl.models.spec import ModelSpec
 spec = ModelSpec({MODEL!r}, (("depth", 2),), "hub", 64, 7, 0)
-model = build_model(spec)
+model = build_adapter(spec).model
 state = model.state_dict()
 print(json.dumps({{n: [float(p.double().sum()), list(p.shape)] for n, p in state.items()}}))
 """
@@ -64,7 +64,7 @@ from d2ft_fl.config.run_config import RunConfig
 from d2ft_fl.data.federated_data import open_data
 name = "hub:someone/pictures"
 config = RunConfig(dataset=name, clients=3, partitioner="Iid", partitioner_args="")
-data = open_data(Components(config).data_spec(16, 1))
+data = open_data(Components(config).data_spec((1, 16, 16)))
 images, labels = data.client_batch(0, numpy.arange(2))
 sizes = [len(p) for p in data.partitions]
 print(json.dumps([data.test_size, data.classes, sizes, list(images.shape)]))
@@ -72,11 +72,11 @@ print(json.dumps([data.test_size, data.classes, sizes, list(images.shape)]))
 
 ABSENT = """
 from d2ft_fl.errors import ConfigError
-from d2ft_fl.models.build import build_model
+from d2ft_fl.models.build import build_adapter
 from d2ft_fl.models.spec import ModelSpec
 from d2ft_fl.data.federated_data import class_count
 for call in (
-    lambda: build_model(ModelSpec("vit_tiny_patch16_224", (), "hub", 0, 10, 0)),
+    lambda: build_adapter(ModelSpec("vit_tiny_patch16_224", (), "hub", 0, 10, 0)).model,
     lambda: class_count("hub:no/where", "label"),
 ):
     try:

@@ -10,6 +10,7 @@ from d2ft_fl.engine.meter import Meter
 from d2ft_fl.engine.partial_model import PartialModel
 from d2ft_fl.engine.probes import score_pass
 from d2ft_fl.engine.trainer import Stepper, train
+from d2ft_fl.models.timm_vit import TimmViT
 from d2ft_fl.planning.importance import MEASURED
 from d2ft_fl.subnets.packing import pack_for
 from d2ft_fl.util.torch_device import warm_up
@@ -25,7 +26,7 @@ WIDE = {"img_size": 64, "embed_dim": 128, "num_heads": 4, "depth": 4}  # heads o
 
 def ready(schedule, model, arch, options, device=CUDA):
     warm_up(device)
-    partial = PartialModel(model, arch, options.numerics(), device)
+    partial = PartialModel(TimmViT(model), arch, options.numerics(), device)
     partial.reset(schedule, pack_for(arch, weights_of(model), schedule))
     return partial
 
@@ -57,7 +58,7 @@ def test_bfloat16_is_torchs_autocast():
     images, labels = data(arch, 8)
     with torch.autocast("cuda", torch.bfloat16):
         expected = model(images)
-    partial = PartialModel(model, arch, Numerics(torch.bfloat16), CUDA)
+    partial = PartialModel(TimmViT(model), arch, Numerics(torch.bfloat16), CUDA)
     partial.reset(all_of(arch), pack_for(arch, weights_of(model), all_of(arch)))
     torch.testing.assert_close(partial(images, [8]), expected, rtol=0.05, atol=0.02)
     F.cross_entropy(partial(images, [8]).float(), labels).backward()

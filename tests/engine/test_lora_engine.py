@@ -10,12 +10,21 @@ from hypothesis import strategies as st
 
 from d2ft_fl.config.training_options import Numerics
 from d2ft_fl.engine.partial_model import PartialModel
-from d2ft_fl.lora.config import TARGETS, Lora, merged, targeted, with_lora
-from d2ft_fl.models import timm_vit
+from d2ft_fl.lora.config import Lora, merged, targeted, with_lora
+from d2ft_fl.models.timm_vit import TimmViT
 from d2ft_fl.subnets.architecture import Kind
 from d2ft_fl.subnets.packing import pack_for, up_spec
 from d2ft_fl.subnets.schedule import Operation
-from tests.conftest import all_of, build, images_for, random_schedule, running, weights_of
+from tests.conftest import (
+    TARGETS,
+    all_of,
+    build,
+    embedded,
+    images_for,
+    random_schedule,
+    running,
+    weights_of,
+)
 from tests.engine.test_partial_model import gradients, relative, shake
 
 SUBSETS = st.lists(st.sampled_from(TARGETS), min_size=1, max_size=4, unique=True)
@@ -37,7 +46,7 @@ def adapted(lora, frozen=(), dtype=torch.float64, **changes):
 
 def held(arch, state, schedule, dtype=torch.float64, recompute=False):
     model, _ = build()
-    partial = PartialModel(model.to(dtype), arch, Numerics(dtype, recompute))
+    partial = PartialModel(TimmViT(model.to(dtype)), arch, Numerics(dtype, recompute))
     partial.reset(schedule, pack_for(arch, state, schedule))
     partial.gradients()
     partial.settle(overwrite=False)
@@ -46,7 +55,7 @@ def held(arch, state, schedule, dtype=torch.float64, recompute=False):
 
 def reference(model, arch, leaves, state, images, operations):
     """Logits of one slot [blocks, heads], head by head, with whole LoRA weights."""
-    x = timm_vit.embed(model, images)
+    x = embedded(model, images)
     pairs = {w.name: (a.name, b.name) for w, a, b in targeted(arch)}
 
     def weight(block, role, trains):
@@ -64,7 +73,7 @@ def reference(model, arch, leaves, state, images, operations):
     for index, row in enumerate(operations):
         if not row.any():
             continue
-        block, width = model.blocks[index], arch.hidden[0]
+        block, width = model.blocks[index], arch.widths[1][0]
         for norm in (block.norm1, block.norm2):
             y = F.layer_norm(x, (arch.dim,), norm.weight, norm.bias, norm.eps)
             first = norm is block.norm1
@@ -74,7 +83,7 @@ def reference(model, arch, leaves, state, images, operations):
                     continue
                 trains = operation == Operation.FULL
                 if first:
-                    d = arch.head_dim
+                    d = arch.widths[0][0]
                     rows = slice(head * d, (head + 1) * d)
                     q, k, v = (
                         F.linear(y, w[rows], b[rows])
@@ -94,7 +103,7 @@ def reference(model, arch, leaves, state, images, operations):
                 part = z @ out.t()
                 total = total + (part.detach() if operation == Operation.FORWARD_ONLY else part)
             x = x + total
-    return timm_vit.classify(model, x)
+    return model.forward_head(model.norm(x))
 
 
 @settings(max_examples=30, deadline=None)

@@ -11,6 +11,7 @@ from d2ft_fl.engine import matmul
 from d2ft_fl.engine.matmul import times
 from d2ft_fl.engine.meter import Flops
 from d2ft_fl.engine.partial_model import PartialModel
+from d2ft_fl.models.timm_vit import TimmViT
 from d2ft_fl.subnets.packing import pack_for
 from d2ft_fl.subnets.schedule import Operation, Schedule
 from tests.conftest import build, random_schedule, weights_of
@@ -96,7 +97,7 @@ def test_one_piece_alone_gives_what_the_general_way_gives(name):
     model, schedule = model.double(), schedule_of_two(arch, 1, 3)
     found = []
     for alone in (True, False):
-        partial = PartialModel(model, arch)
+        partial = PartialModel(TimmViT(model), arch)
         partial.reset(schedule, pack_for(arch, weights_of(model), schedule))
         partial.gradients()
         ones = [branch for branch in partial.branches() if branch._only is not None]

@@ -9,11 +9,11 @@ from hypothesis import strategies as st
 
 from d2ft_fl.config.training_options import Numerics
 from d2ft_fl.engine.partial_model import PartialModel
-from d2ft_fl.models import timm_vit
+from d2ft_fl.models.timm_vit import TimmViT
 from d2ft_fl.subnets.architecture import Kind
 from d2ft_fl.subnets.packing import pack_for, up_spec
 from d2ft_fl.subnets.schedule import Operation, Schedule
-from tests.conftest import all_of, build, images_for, random_schedule, running, weights_of
+from tests.conftest import all_of, build, embedded, images_for, random_schedule, running, weights_of
 
 FULL, FROZEN, FORWARD_ONLY, SHORTCUT = (
     Operation.FULL,
@@ -42,7 +42,7 @@ VARIANTS = {
 def partial_model(model, arch, schedule, **numerics):
     dtype = next(model.parameters()).dtype
     numerics = Numerics(**{"dtype": dtype, **numerics})
-    partial = PartialModel(model.to(dtype), arch, numerics)
+    partial = PartialModel(TimmViT(model.to(dtype)), arch, numerics)
     partial.reset(schedule, pack_for(arch, weights_of(model), schedule))
     partial.gradients()
     return partial
@@ -114,7 +114,7 @@ def reference(model, images, labels, operations):
     Every head is a whole block's branch with the other heads' columns left out; FORWARD_ONLY is
     detached, FROZEN has detached weights.
     """
-    x = timm_vit.embed(model, images)
+    x = embedded(model, images)
     for block, row in zip(model.blocks, operations, strict=True):
         if not row.any():
             continue
@@ -135,7 +135,7 @@ def reference(model, images, labels, operations):
             if gamma is not None:
                 total = total * (gamma if trains else gamma.detach())
             x = x + total
-    return timm_vit.classify(model, x)
+    return model.forward_head(model.norm(x))
 
 
 def attention_head(block, y, head, trains):
@@ -219,10 +219,10 @@ def test_a_block_without_work_is_the_identity():
     operations[0, 1] = SHORTCUT
     partial = partial_model(model, arch, Schedule(operations))
     images, _ = images_for(arch, 2)
-    x = timm_vit.embed(model, images)
+    x = embedded(model, images)
     for index in (0, 2):
         x = model.blocks[index](x)
-    torch.testing.assert_close(partial(images, [2]), timm_vit.classify(model, x))
+    torch.testing.assert_close(partial(images, [2]), model.forward_head(model.norm(x)))
     assert 1 not in partial.blocks
 
 
@@ -270,7 +270,7 @@ def test_permuting_heads_permutes_gradients():
     operations = random_schedule(arch, 1, 3).operations
     found = []
     for values, ops in ((weights, operations), (permuted, operations[:, :, order])):
-        partial, schedule = PartialModel(model, arch), Schedule(np.ascontiguousarray(ops))
+        partial, schedule = PartialModel(TimmViT(model), arch), Schedule(np.ascontiguousarray(ops))
         partial.reset(schedule, pack_for(arch, values, schedule))
         partial.gradients()
         F.cross_entropy(partial(images, [3]), labels).backward()
@@ -303,7 +303,7 @@ def test_an_update_travels_as_it_came():
     for seed in range(5):
         schedule = random_schedule(arch, 3, seed)
         packed = pack_for(arch, weights_of(model), schedule)
-        partial = PartialModel(model, arch)
+        partial = PartialModel(TimmViT(model), arch)
         partial.reset(schedule, packed)
         update = partial.update()
         assert {n: tuple(t.shape) for n, t in update.items()} == up_spec(arch, schedule)

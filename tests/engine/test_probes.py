@@ -14,6 +14,7 @@ from d2ft_fl.engine.meter import Meter
 from d2ft_fl.engine.partial_model import PartialModel
 from d2ft_fl.engine.probes import ProbeRunner
 from d2ft_fl.errors import ConfigError
+from d2ft_fl.models.timm_vit import TimmViT
 from d2ft_fl.rounds.checks import checked, checked_options
 from d2ft_fl.runtime.in_process import run_local
 from d2ft_fl.subnets.packing import pack_for
@@ -25,7 +26,7 @@ from tests.runtime.test_in_process import rows
 def whole_of(model, arch, meter, batch_size=8):
     packed = pack_for(arch, weights_of(model), all_of(arch))
     return ProbeRunner(
-        PartialModel(model, arch), arch, arch, packed, LocalOptions(batch_size), meter
+        PartialModel(TimmViT(model), arch), arch, arch, packed, LocalOptions(batch_size), meter
     )
 
 

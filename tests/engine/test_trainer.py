@@ -12,6 +12,7 @@ from d2ft_fl.engine.meter import Meter
 from d2ft_fl.engine.partial_model import PartialModel
 from d2ft_fl.engine.probes import score_pass
 from d2ft_fl.engine.trainer import Stepper, build_optimizer, train
+from d2ft_fl.models.timm_vit import TimmViT
 from d2ft_fl.planning.importance import MEASURED
 from d2ft_fl.subnets.architecture import Kind
 from d2ft_fl.subnets.packing import pack_for, up_spec
@@ -25,7 +26,7 @@ def batches(images, labels, size):
 
 
 def trained(model, arch, schedule, images, labels, options):
-    partial = PartialModel(model, arch)
+    partial = PartialModel(TimmViT(model), arch)
     partial.numerics = options.numerics()
     partial.reset(schedule, pack_for(arch, weights_of(model), schedule))
     data = batches(images, labels, options.batch_size)
@@ -76,7 +77,7 @@ def test_a_slice_that_no_slot_of_a_batch_ran_full_is_not_stepped():
     schedule = Schedule(operations)
     options = LocalOptions(batch_size=4, lr=0.01)
     images, labels = images_for(arch, 5)
-    partial = PartialModel(model, arch)
+    partial = PartialModel(TimmViT(model), arch)
     partial.reset(schedule, pack_for(arch, weights_of(model), schedule))
     stepper = Stepper(partial, options, learning_rate, Meter())
     seen = []
@@ -93,7 +94,7 @@ def test_a_slice_that_no_slot_of_a_batch_ran_full_is_not_stepped():
 def test_gradient_and_optimiser_state_exist_for_trained_slices_only():
     model, arch = build()
     schedule = random_schedule(arch, 2, 4)
-    partial = PartialModel(model, arch)
+    partial = PartialModel(TimmViT(model), arch)
     partial.reset(schedule, pack_for(arch, weights_of(model), schedule))
     entries = partial.entries()
     optimizer = build_optimizer(entries, LocalOptions(), learning_rate)
@@ -127,7 +128,7 @@ def test_shared_parameters_go_on_training_after_a_batch_without_them():
     operations[1, 0, 0] = Operation.FULL
     schedule = Schedule(operations)
     options = LocalOptions(batch_size=4, optimizer="sgd", momentum=0.0, lr=0.1)
-    partial = PartialModel(model, arch)
+    partial = PartialModel(TimmViT(model), arch)
     partial.reset(schedule, pack_for(arch, weights_of(model), schedule))
     stepper = Stepper(partial, options, learning_rate, Meter())
     images, labels = images_for(arch, 4)
@@ -168,7 +169,7 @@ def test_a_slot_without_work_is_skipped_and_its_examples_do_not_count():
 
 def scored(model, arch, images, labels, kinds):
     schedule = Schedule.filled(Operation.FULL, 1, arch.blocks, arch.heads)
-    partial = PartialModel(model, arch)
+    partial = PartialModel(TimmViT(model), arch)
     partial.reset(schedule, pack_for(arch, weights_of(model), schedule), gradients=False)
     found = score_pass(partial, images, labels, kinds, Meter())
     assert all(t.grad is None for t in partial.whole().values())
@@ -269,7 +270,7 @@ def test_the_proximal_term_leaves_what_was_not_stepped():
     operations[0, 0, 0] = operations[1, 0, 1] = Operation.FULL
     schedule = Schedule(operations)
     options = LocalOptions(batch_size=4, lr=0.01, proximal=0.5)
-    partial = PartialModel(model, arch)
+    partial = PartialModel(TimmViT(model), arch)
     partial.reset(schedule, pack_for(arch, weights_of(model), schedule))
     stepper = Stepper(partial, options, learning_rate, Meter())
     seen = []

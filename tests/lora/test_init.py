@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from d2ft_fl.errors import ConfigError
-from d2ft_fl.lora.config import TARGETS, Lora, delta, is_common, merged, targeted, with_lora
+from d2ft_fl.lora.config import Lora, delta, is_common, merged, targeted, with_lora
 from d2ft_fl.lora.init import begin, factorise, from_update
-from tests.conftest import build, weights_of
+from tests.conftest import TARGETS, build, weights_of
 
 torch.manual_seed(0)
 MODEL, BASE = build(depth=2)
@@ -33,7 +33,7 @@ def test_lora_starts_as_the_model_was(frozen_common):
     for weight, a, b in targeted(arch):
         target = weight.role.split(".")[0]
         for p in (a, b):
-            drawn = is_common(target, p.factor) if frozen_common else p.factor == "A"
+            drawn = is_common(arch, target, p.factor) if frozen_common else p.factor == "A"
             assert bool(state[p.name].any()) == drawn
             assert state[p.name].dtype == torch.float32
             assert tuple(state[p.name].shape) == p.shape

@@ -14,6 +14,7 @@ from d2ft_fl.engine.trainer import train
 from d2ft_fl.lora.config import Lora, with_lora
 from d2ft_fl.lora.init import begin
 from d2ft_fl.lora.peft_io import target_pattern
+from d2ft_fl.models.timm_vit import TimmViT
 from d2ft_fl.subnets.architecture import Kind
 from d2ft_fl.subnets.packing import pack_for
 from tests.conftest import all_of, build, images_for, weights_of
@@ -55,7 +56,7 @@ def test_an_epoch_is_pefts(lora, dtype, optimizer, tolerance):
         r=lora.rank,
         lora_alpha=lora.alpha,
         use_rslora=lora.rslora,
-        target_modules=target_pattern(arch, lora.targets),
+        target_modules=target_pattern(arch, lora.targets_in(arch)),
         modules_to_save=["head"],
     )
     theirs = get_peft_model(copy.deepcopy(model), config)
@@ -82,7 +83,7 @@ def test_an_epoch_is_pefts(lora, dtype, optimizer, tolerance):
         step.step()
 
     schedule = all_of(arch)
-    partial = PartialModel(model, arch, Numerics(dtype))
+    partial = PartialModel(TimmViT(model), arch, Numerics(dtype))
     partial.reset(schedule, pack_for(arch, state, schedule))
     train(partial, iter(batches(images, labels, 8)), options, learning_rate, Meter())
     for name, tensor in partial.update().items():

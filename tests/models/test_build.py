@@ -6,16 +6,16 @@ import timm
 import torch
 
 from d2ft_fl.errors import ConfigError
-from d2ft_fl.models.build import GLYPH_WEIGHTS, build_model, export
+from d2ft_fl.models.build import build_adapter
 from d2ft_fl.models.spec import ModelSpec
-from d2ft_fl.models.timm_vit import describe
+from d2ft_fl.models.weights import GLYPH_WEIGHTS
 
 SPEC = ModelSpec("vit_glyphs", (), "bundled", 0, 10, seed=0)
 TINY = ModelSpec("vit_tiny_patch16_224", (("depth", 2),), "none", 32, 10, seed=0)
 
 
 def test_the_bundled_model_has_36_subnets_and_travels_in_a_flower_app_bundle():
-    arch = describe(build_model(SPEC))
+    arch = build_adapter(SPEC).describe()
     assert (arch.blocks, arch.heads, arch.classes) == (6, 6, 10)
     assert GLYPH_WEIGHTS.suffix == ".json"
     assert GLYPH_WEIGHTS.stat().st_size <= 2e6
@@ -23,9 +23,9 @@ def test_the_bundled_model_has_36_subnets_and_travels_in_a_flower_app_bundle():
 
 def test_the_classifier_depends_on_the_seed_and_nothing_else_does():
     a, same, b = (
-        build_model(SPEC),
-        build_model(SPEC),
-        build_model(ModelSpec(**{**vars(SPEC), "seed": 1})),
+        build_adapter(SPEC).model,
+        build_adapter(SPEC).model,
+        build_adapter(ModelSpec(**{**vars(SPEC), "seed": 1})).model,
     )
     assert torch.equal(a.head.weight, same.head.weight)
     assert not torch.equal(a.head.weight, b.head.weight)
@@ -36,7 +36,7 @@ def test_building_leaves_the_global_generator_alone():
     torch.manual_seed(5)
     expected = torch.rand(1)
     torch.manual_seed(5)
-    build_model(TINY)
+    build_adapter(TINY)
     assert torch.equal(torch.rand(1), expected)
 
 
@@ -44,7 +44,7 @@ def test_weights_load_at_another_image_size_and_class_count(tmp_path):
     source = timm.create_model("vit_tiny_patch16_224", depth=2, img_size=64)
     path = tmp_path / "weights.safetensors"
     safetensors.torch.save_file(source.state_dict(), path)
-    model = build_model(ModelSpec(**{**vars(TINY), "pretrained": str(path)}))
+    model = build_adapter(ModelSpec(**{**vars(TINY), "pretrained": str(path)})).model
     assert model.pos_embed.shape == (1, 1 + 2 * 2, 192)
     assert torch.equal(model.blocks[1].attn.qkv.weight, source.blocks[1].attn.qkv.weight)
     assert model.head.out_features == 10
@@ -71,7 +71,7 @@ def save(tmp_path, change):
 )
 def test_weights_that_disagree_are_refused(tmp_path, change, message):
     with pytest.raises(ConfigError, match=message) as error:
-        build_model(save(tmp_path, change))
+        build_adapter(save(tmp_path, change))
     assert "\n" not in str(error.value)
 
 
@@ -79,7 +79,7 @@ def test_a_file_that_is_not_safetensors_is_refused(tmp_path):
     path = tmp_path / "weights.safetensors"
     path.write_bytes(b"not a weights file")
     with pytest.raises(ConfigError, match="is not safetensors"):
-        build_model(ModelSpec(**{**vars(TINY), "pretrained": str(path)}))
+        build_adapter(ModelSpec(**{**vars(TINY), "pretrained": str(path)}))
 
 
 @pytest.mark.parametrize(
@@ -102,19 +102,20 @@ def test_a_file_that_is_not_safetensors_is_refused(tmp_path):
 )
 def test_everything_else_is_refused_by_name(name, arguments, reason):
     with pytest.raises(ConfigError, match=reason) as error:
-        build_model(ModelSpec(name, arguments, "none", 0, 10, 0))
+        build_adapter(ModelSpec(name, arguments, "none", 0, 10, 0))
     assert name in str(error.value)
     assert "\n" not in str(error.value)
 
 
 def test_deit_is_a_plain_vit():
-    model = build_model(ModelSpec("deit_tiny_patch16_224", (("depth", 1),), "none", 32, 10, 0))
-    assert len(model.blocks) == 1
+    spec = ModelSpec("deit_tiny_patch16_224", (("depth", 1),), "none", 32, 10, 0)
+    assert len(build_adapter(spec).model.blocks) == 1
 
 
 def test_the_exported_model_is_what_timm_takes(tmp_path):
-    model = build_model(SPEC)
-    export(tmp_path, {n: p.detach() for n, p in model.named_parameters()}, SPEC)
+    adapter = build_adapter(SPEC)
+    model = adapter.model
+    adapter.export(tmp_path, {n: p.detach() for n, p in model.named_parameters()})
     again = timm.create_model(**json.loads((tmp_path / "model.json").read_text()))
     again.load_state_dict(safetensors.torch.load_file(tmp_path / "model.safetensors"))
     images = torch.randn(2, 1, 16, 16)

@@ -14,10 +14,9 @@ from d2ft_fl.cli.main import app
 from d2ft_fl.config.run_config import RunConfig
 from d2ft_fl.errors import ConfigError
 from d2ft_fl.lora.config import Lora, with_lora
-from d2ft_fl.models.build import build_model, export
+from d2ft_fl.models.build import build_adapter
 from d2ft_fl.models.export import base_model, load_tuned, save_tuned
 from d2ft_fl.models.spec import ModelSpec
-from d2ft_fl.models.timm_vit import describe
 from d2ft_fl.records.run_folder import write_status
 from d2ft_fl.util.toml import dump_toml
 from tests.conftest import SMALL, images_for
@@ -29,16 +28,17 @@ SPEC = ModelSpec(SMALL["model_name"], ARGUMENTS, "none", 0, SMALL["num_classes"]
 
 def finished_run(folder, lora=None):
     """A run's folder as the recorder leaves it, with the model it began with; model, arch."""
-    model = build_model(SPEC)
+    adapter = build_adapter(SPEC)
+    model = adapter.model
     folder.mkdir()
     config = RunConfig(
         model=SPEC.name, pretrained="none", seed=SPEC.seed, run_folder=str(folder),
         tuning="lora" if lora else "full",
     )  # fmt: skip
     folder.joinpath("config.toml").write_text(dump_toml(config.to_mapping()))
-    export(folder, model.state_dict(), SPEC)
+    adapter.export(folder, model.state_dict())
     write_status(folder, "finished")
-    arch = describe(model)
+    arch = adapter.describe()
     return model, with_lora(arch, lora) if lora else arch
 
 
@@ -126,7 +126,7 @@ def test_json_is_all_that_is_printed(tmp_path):
         "bytes": sum(path.stat().st_size for path in folder.iterdir()),
     }
     state = safetensors.torch.load_file(folder / "model.safetensors")
-    assert state.keys() == build_model(SPEC).state_dict().keys()
+    assert state.keys() == build_adapter(SPEC).model.state_dict().keys()
 
 
 def test_an_adapter_of_a_run_without_lora_is_refused(tmp_path):

@@ -10,13 +10,13 @@ from hypothesis import strategies as st
 
 from d2ft_fl.budgets.budget import UNLIMITED, Budget
 from d2ft_fl.costs.resources import MEMORY_MARGIN, RESOURCES
-from d2ft_fl.lora.config import TARGETS, Lora, with_lora
+from d2ft_fl.lora.config import Lora, with_lora
 from d2ft_fl.planning.assignment import Participant
 from d2ft_fl.planning.cost_tables import FLOPS, MEMORIES
 from d2ft_fl.planning.knapsack import used
 from d2ft_fl.planning.planner import Planner, _Chunk
 from d2ft_fl.subnets.schedule import Operation, Schedule
-from tests.conftest import build, cost_model
+from tests.conftest import TARGETS, build, cost_model
 
 EXAMPLES = 20
 SUBSETS = st.lists(st.sampled_from(TARGETS), min_size=1, max_size=4, unique=True).map(tuple)

@@ -21,6 +21,7 @@ from d2ft_fl.engine.grouping import storage_order
 from d2ft_fl.engine.partial_model import PartialModel
 from d2ft_fl.errors import ConfigError, ReplyError
 from d2ft_fl.lora.config import Lora, targeted, with_lora
+from d2ft_fl.models.timm_vit import TimmViT
 from d2ft_fl.planning.assignment import Participant
 from d2ft_fl.planning.cost_tables import DOWN, FLOPS, MEMORIES, MEMORY, UP
 from d2ft_fl.planning.knapsack import used
@@ -239,7 +240,7 @@ def test_saved_bytes_are_predicted_within_two_percent(seed, dropout, checkpointi
     schedule = ranked_schedule(arch, 2, seed)
     sizes = running(schedule, 6)
     costs = cost_model(arch, 2, checkpointing=checkpointing)
-    partial = PartialModel(WIDE_MODEL, arch, costs.options.numerics())
+    partial = PartialModel(TimmViT(WIDE_MODEL), arch, costs.options.numerics())
     partial.reset(schedule, pack_for(arch, state, schedule))
     partial.train(True)
     images, labels = images_for(arch, sum(sizes))
@@ -385,7 +386,7 @@ def test_the_round_trip_of_the_engine_is_the_effective_weights():
     """What a client's model computes is what the server takes it for, whatever trained."""
     arch, state = setting()
     schedule = with_ranks(Schedule.filled(Operation.FULL, 1, 2, 4), 3)
-    partial = PartialModel(build(depth=2)[0], arch)
+    partial = PartialModel(TimmViT(build(depth=2)[0]), arch)
     partial.reset(schedule, pack_for(arch, state, schedule))
     for tensor in (*partial.whole().values(), *(e.value for e in partial.entries())):
         with torch.no_grad():

@@ -13,8 +13,7 @@ from d2ft_fl.budgets.budget import UNLIMITED, Amount, Budget
 from d2ft_fl.cli.main import app
 from d2ft_fl.config.run_config import RunConfig
 from d2ft_fl.costs.resources import Cost
-from d2ft_fl.models.build import build_model
-from d2ft_fl.models.timm_vit import describe
+from d2ft_fl.models.build import build_adapter
 from d2ft_fl.planning.assignment import Assignment, Participant
 from d2ft_fl.preview import console as preview_tables
 from d2ft_fl.preview import page as preview_page
@@ -106,9 +105,9 @@ def found(config):
 
 
 def test_the_first_round_is_that_of_a_run(config, found):
-    model = build_model(Components(config).model_spec)
-    state = State(0, dict(model.named_parameters()))
-    run = plan_round(Federation(Components(config), describe(model)), state, reports_of(config))
+    adapter = build_adapter(Components(config).model_spec)
+    state = State(0, dict(adapter.model.named_parameters()))
+    run = plan_round(Federation(Components(config), adapter.describe()), state, reports_of(config))
     first = found.rounds[0]
     assert [c.cost for c in first.clients] == [a.cost for a in run.assignments]
     assert [c.scored for c in first.clients] == [a.probes.scored for a in run.assignments]
@@ -165,9 +164,9 @@ def test_budgets_are_asked_for_every_round(tmp_path, monkeypatch):
 def test_compensated_shortcuts_are_charged_once_means_are_measured(config):
     """score-every is 5: round 1 measures, from round 2 on shortcuts cost their mean."""
     config = replace(config, compensation=True)
-    model = build_model(Components(config).model_spec)
-    federation = Federation(Components(config), describe(model))
-    state = State(0, dict(model.named_parameters()))
+    adapter = build_adapter(Components(config).model_spec)
+    federation = Federation(Components(config), adapter.describe())
+    state = State(0, dict(adapter.model.named_parameters()))
     assert not federation.costs_of(state).compensated
     state = follow(federation, state, plan_round(federation, state, reports_of(config)))
     assert federation.costs_of(state).compensated

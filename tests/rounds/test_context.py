@@ -14,8 +14,8 @@ from flwr.supercore.task_identity import TaskIdentity
 from d2ft_fl.client.trainer import ClientTrainer
 from d2ft_fl.clients.full import learning_rate
 from d2ft_fl.errors import RunError
-from d2ft_fl.models.build import build_model
-from d2ft_fl.models.timm_vit import describe
+from d2ft_fl.models.build import build_adapter
+from d2ft_fl.models.timm_vit import TimmViT
 from d2ft_fl.planning.importance import TENSOR
 from d2ft_fl.rounds.checks import checked
 from d2ft_fl.rounds.components import Components
@@ -33,8 +33,8 @@ FISHER = TENSOR + "fisher"
 
 def first_round(config):
     """State, pool, plan and blobs of a configuration's first round."""
-    model = build_model(Components(config).model_spec)
-    federation = Federation(Components(config), describe(model))
+    model = build_adapter(Components(config).model_spec).model
+    federation = Federation(Components(config), TimmViT(model).describe())
     state = State(0, {n: p.detach().clone() for n, p in model.named_parameters()})
     plan = plan_round(federation, state, reports_of(config))
     worker = ClientTrainer(config)
@@ -262,9 +262,9 @@ def test_one_pass_measures_both_directions_kinds(quick):
 )
 def test_scores_that_nobody_measures_are_refused_in_one_line(quick, strategy, kind, message):
     config = quick(strategy=strategy)
-    model = build_model(Components(config).model_spec)
+    model = build_adapter(Components(config).model_spec).model
     state = State(0, {n: p.detach() for n, p in model.named_parameters()})
-    now = Round(Federation(Components(config), describe(model)), state, [])
+    now = Round(Federation(Components(config), TimmViT(model).describe()), state, [])
     with pytest.raises(RunError, match=message) as error:
         now.scores(kind)
     assert "\n" not in str(error.value)
@@ -320,7 +320,7 @@ def test_one_fedavg_round_equals_flowers_own_fedavg(quick, slots, monkeypatch):
     data = worker.data
     options, messages = Components(config).training, []
     for client in range(config.clients):
-        model = build_model(Components(config).model_spec)
+        model = build_adapter(Components(config).model_spec).model
         groups: dict = {}
         for name, p in model.named_parameters():
             kind = federation.arch.by_name[name].kind

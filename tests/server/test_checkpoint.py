@@ -16,8 +16,7 @@ from d2ft_fl.aggregation.mean_compensation import MeanBook
 from d2ft_fl.aggregation.server_optimizer import Moments
 from d2ft_fl.budgets.budget import Budget
 from d2ft_fl.errors import ConfigError, RunError
-from d2ft_fl.models import timm_vit
-from d2ft_fl.models.build import build_model
+from d2ft_fl.models.build import build_adapter
 from d2ft_fl.planning.importance import ScoreBook
 from d2ft_fl.records.run_folder import (
     claim_folder,
@@ -359,7 +358,7 @@ def test_what_was_said_before_is_replayed_attempt_by_attempt(quick):
     text = "".join(json.dumps({"round": r, "reports": own}) + "\n" for r, own in lines)
     folder.joinpath("reports.jsonl").write_text(text)
     federation = Federation(
-        Components(config), timm_vit.describe(build_model(Components(config).model_spec))
+        Components(config), build_adapter(Components(config).model_spec).describe()
     )
     recorder = Recorder(folder, federation, Components(config).model_spec)
     recorder.resume(1)

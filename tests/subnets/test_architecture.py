@@ -27,8 +27,8 @@ def test_a_head_of_a_fused_qkv_owns_its_own_queries_keys_and_values():
 
 def test_feed_forward_slices_may_be_uneven():
     _, arch = build(embed_dim=28, num_heads=7, mlp_ratio=66 / 28)
-    assert arch.hidden == (10, 10, 10, 9, 9, 9, 9)
-    assert sum(arch.hidden) == 66
+    assert arch.widths[1] == (10, 10, 10, 9, 9, 9, 9)
+    assert sum(arch.widths[1]) == 66
     # qkv with its bias, proj, fc1 with its bias, fc2; heads of width 4
     assert arch.subnet_sizes[0, 0] == 12 * 29 + 4 * 28 + 10 * 29 + 10 * 28
     assert arch.subnet_sizes[2, 6] == 12 * 29 + 4 * 28 + 9 * 29 + 9 * 28
