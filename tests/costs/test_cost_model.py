@@ -75,7 +75,7 @@ WAYS = {
 FEWER = {"fewer tokens": {"tokens": 9}, "most left out": {"tokens": 3, "accumulate": 2}}
 
 
-@pytest.mark.parametrize("way", [*WAYS, *FEWER])
+@pytest.mark.parametrize("policy", [*WAYS, *FEWER])
 @pytest.mark.parametrize("slots", [1, 4])
 @pytest.mark.parametrize("seed", range(6))
 def test_peak_memory_is_predicted_within_ten_percent(seed, slots, policy):
@@ -120,7 +120,7 @@ ROWS = {
 }
 
 
-@pytest.mark.parametrize("way", ["plain", "checkpointing", "bfloat16"])
+@pytest.mark.parametrize("policy", ["plain", "checkpointing", "bfloat16"])
 @pytest.mark.parametrize("row", ROWS)
 @pytest.mark.parametrize("dropout,side", [(0.1, 16), (0.1, 48), (0.0, 16), (0.0, 48)])
 def test_memory_of_attention_that_is_not_fused(dropout, side, row, policy, monkeypatch):
@@ -139,7 +139,7 @@ def test_memory_of_attention_that_is_not_fused(dropout, side, row, policy, monke
         assert meter.peak_bytes <= predicted.memory <= 1.35 * meter.peak_bytes
 
 
-@pytest.mark.parametrize("way", ["plain", "checkpointing", "bfloat16"])
+@pytest.mark.parametrize("policy", ["plain", "checkpointing", "bfloat16"])
 @pytest.mark.parametrize("slots", [1, 3])
 @pytest.mark.parametrize("seed", range(8))
 def test_saved_bytes_are_predicted_within_two_percent(seed, slots, policy):

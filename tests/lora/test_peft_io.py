@@ -152,7 +152,7 @@ def test_what_is_written_is_read(lora, tmp_path):
     _, arch, state = tuned(lora)
     write_adapter(tmp_path, arch, lora, state)
     found, tensors = read_adapter(tmp_path, build()[1])
-    assert set(found.targets) == set(lora.targets_in(BASE))
+    assert set(found.targets) == set(lora.targets_in(arch))
     assert found == Lora(lora.rank, lora.alpha, found.targets, lora.rslora, lora.dropout)
     factors = {p.name for p in arch.parameters if p.factor}
     assert tensors.keys() == factors | {"head.weight", "head.bias"}
