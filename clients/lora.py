@@ -13,7 +13,7 @@ from d2ft_fl import (
     Architecture,
     Components,
     Kind,
-    LocalOptions,
+    TrainingOptions,
     begin_factors,
     factors_of_update,
     frozen_factors,
@@ -88,7 +88,7 @@ def save(
     save_lora(folder, arch, components.lora, weights, initial, changed)
 
 
-def learning_rate(kind: Kind, factor: bool, options: LocalOptions) -> float:
+def learning_rate(kind: Kind, factor: bool, options: TrainingOptions) -> float:
     """``head-lr`` of the classifier, ``lora-lr`` of factors, ``lr`` of weights (SLoRA's stage)."""
     if kind is Kind.FINAL:
         return options.head_lr

@@ -12,7 +12,7 @@ what a strategy decides with (``Round`` first of all), what a tuning is made of,
 Everything else in ``d2ft_fl`` is internal and free to move.
 
 Names are imported when they are first used: a client's process does not load the planner's compiled
-solver because its tuning imports ``LocalOptions``.
+solver because its tuning imports ``TrainingOptions``.
 """
 
 import importlib
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
     from d2ft_fl.budgets.budget import DEADLINE, LIMITS, UNLIMITED, Budget, ClientDescription
     from d2ft_fl.budgets.sources import BudgetSource
     from d2ft_fl.config.run_config import RunConfig
-    from d2ft_fl.config.training_options import DEFAULT_POLICY, ExecutionPolicy, LocalOptions
+    from d2ft_fl.config.training_options import DEFAULT_POLICY, ExecutionPolicy, TrainingOptions
     from d2ft_fl.costs.probe_costs import NO_PROBES, Probes
     from d2ft_fl.costs.resources import RESOURCES, Cost
     from d2ft_fl.errors import (
@@ -71,7 +71,6 @@ __all__ = [
     "D2FTError",
     "ExecutionPolicy",
     "Kind",
-    "LocalOptions",
     "Lora",
     "Operation",
     "Participant",
@@ -86,6 +85,7 @@ __all__ = [
     "RunError",
     "RunFolder",
     "Schedule",
+    "TrainingOptions",
     "UnkeptBudget",
     "base_model",
     "begin_factors",
@@ -111,7 +111,7 @@ _MODULES = {
     "budgets.budget": "DEADLINE LIMITS UNLIMITED Budget ClientDescription",
     "budgets.sources": "BudgetSource",
     "config.run_config": "RunConfig",
-    "config.training_options": "DEFAULT_POLICY ExecutionPolicy LocalOptions",
+    "config.training_options": "DEFAULT_POLICY ExecutionPolicy TrainingOptions",
     "costs.probe_costs": "NO_PROBES Probes",
     "costs.resources": "RESOURCES Cost",
     "errors": "ConfigError D2FTError Refusal ReplyError RunError UnkeptBudget",

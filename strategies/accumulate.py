@@ -20,7 +20,7 @@ def schedule(context: Round) -> list[Assignment]:
 def _fewest_micro_batches(context: Round, client: Participant) -> Assignment:
     for count in context.micro_batch_counts():
         found = context.assign(
-            client, context.everything(), policy=ExecutionPolicy(accumulate=count)
+            client, context.everything(), policy=ExecutionPolicy(micro_batches=count)
         )
         if found.cost.memory <= client.capacity[1]:
             return found

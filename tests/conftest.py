@@ -8,7 +8,7 @@ import timm
 import torch
 
 from d2ft_fl.config.run_config import RunConfig
-from d2ft_fl.config.training_options import LocalOptions
+from d2ft_fl.config.training_options import TrainingOptions
 from d2ft_fl.costs.cost_model import CostModel
 from d2ft_fl.models.timm_vit import TimmViT, check
 from d2ft_fl.runtime.in_process import InProcessPool
@@ -96,8 +96,13 @@ def random_schedule(arch, slots, seed):
     return Schedule(operations.astype(np.int8))
 
 
+def training_options(**changes):
+    """How clients train where all but a few options are the defaults."""
+    return TrainingOptions.of(RunConfig(**changes))
+
+
 def cost_model(arch, slots=1, **options):
-    return CostModel(arch, LocalOptions(**options), slots)
+    return CostModel(arch, training_options(**options), slots)
 
 
 @pytest.fixture

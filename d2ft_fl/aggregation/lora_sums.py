@@ -42,14 +42,12 @@ import torch
 from torch import Tensor
 
 from d2ft_fl.aggregation.sums import Sums, Update, validate
+from d2ft_fl.config.choices import LORA_AGGREGATIONS, MIXED_RANK_AGGREGATIONS
 from d2ft_fl.errors import ConfigError
 from d2ft_fl.lora.config import FACTORS, delta, is_common, targeted
 from d2ft_fl.lora.init import factorise, silent_factor
 from d2ft_fl.subnets.architecture import Architecture, Kind, Parameter
 from d2ft_fl.subnets.schedule import Schedule
-
-MODES = ("factors", "freeze-a", "alternate", "freeze-common", "product", "stack")
-MIXED = ("product", "stack")  # which fold clients of different ranks
 
 
 def frozen(
@@ -88,7 +86,7 @@ class LoraSums:
     Attributes:
         arch, weights: The model with its factors, and all values before the round.
         examples: Examples that all updates together can count.
-        mode: One of :data:`MODES`.
+        mode: One of :data:`.LORA_AGGREGATIONS`.
         measure: Whether to know the error where folding itself does not need the exact change: it
             multiplies every client's factors out, which takes seconds with a large model.
         error: After :meth:`apply`, Frobenius norm of achieved minus exact change of the effective
@@ -104,13 +102,14 @@ class LoraSums:
     error: float | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
-        if self.mode not in MODES:
+        if self.mode not in LORA_AGGREGATIONS:
             raise ConfigError(
-                f"lora-aggregation = {self.mode!r} is unknown; use one of {', '.join(MODES)}"
+                f"lora-aggregation = {self.mode!r} is unknown; use one of "
+                f"{', '.join(LORA_AGGREGATIONS)}"
             )
         self._own = Sums(self.arch, self.weights, self.examples)
         self._exact: Sums | None = None
-        if not (self.measure or self.mode in MIXED):
+        if not (self.measure or self.mode in MIXED_RANK_AGGREGATIONS):
             return
         whole = {
             weight.name: self.weights[weight.name].double()
@@ -127,10 +126,10 @@ class LoraSums:
             ConfigError: When subnets have ranks of their own and the mode has no answer to that.
         """
         if update.schedule.ranks is not None:
-            if self.mode not in MIXED:
+            if self.mode not in MIXED_RANK_AGGREGATIONS:
                 raise ConfigError(
                     f"lora-aggregation = {self.mode!r} cannot fold different ranks; use one of "
-                    f"{', '.join(MIXED)}"
+                    f"{', '.join(MIXED_RANK_AGGREGATIONS)}"
                 )
             validate(self.arch, self.weights, update)
         own = self._own.terms(widened(self.arch, self.weights, update))

@@ -22,9 +22,6 @@ from torch import Tensor
 
 from d2ft_fl.subnets.architecture import Architecture
 
-ADAPTIVE = ("fedadam", "fedyogi")
-SERVER_OPTIMIZERS = ("mean", "fedavgm", *ADAPTIVE)
-
 
 @dataclass(frozen=True)
 class Moments:
@@ -39,7 +36,7 @@ class ServerOptimizer:
     """Steps of one kind; see the module's docstring.
 
     Attributes:
-        kind: One of :data:`SERVER_OPTIMIZERS` but ``mean``.
+        kind: One of :data:`.SERVER_OPTIMIZERS` but ``mean``.
         lr, beta_1, beta_2, tau: As in the formulas.
     """
 

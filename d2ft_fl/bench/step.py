@@ -23,10 +23,12 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from d2ft_fl.config.training_options import LocalOptions
+from d2ft_fl.config.run_config import RunConfig
+from d2ft_fl.config.training_options import TrainingOptions
 from d2ft_fl.costs.cost_model import CostModel
 from d2ft_fl.engine.meter import Meter, tensor_bytes
 from d2ft_fl.engine.model_adapter import ModelAdapter
+from d2ft_fl.engine.numerics import Numerics
 from d2ft_fl.engine.partial_model import PartialModel
 from d2ft_fl.engine.trainer import Stepper, optimizer_state
 from d2ft_fl.errors import ConfigError
@@ -60,12 +62,12 @@ class StepBench:
     slots: int
     pairs: int = PAIRS
     checkpointing: bool = False
-    accumulate: int = 1
+    micro_batches: int = 1
     tuning: str = "full"
 
     def check(self) -> None:
         """Raises ConfigError where nothing could be measured."""
-        for name in ("batch_size", "threads", "slots", "pairs", "accumulate"):
+        for name in ("batch_size", "threads", "slots", "pairs", "micro_batches"):
             if getattr(self, name) < 1:
                 option = name.replace("_", "-")
                 raise ConfigError(f"--{option} {getattr(self, name)} must be 1 or more")
@@ -76,13 +78,15 @@ class StepBench:
             )
         usable_device(self.device)
 
-    def options(self) -> LocalOptions:
+    def options(self) -> TrainingOptions:
         """How the scheduled side trains; the other does the same, in whole batches."""
-        return LocalOptions(
-            batch_size=self.batch_size,
-            precision=self.precision,
-            checkpointing=self.checkpointing,
-            accumulate=self.accumulate,
+        return TrainingOptions.of(
+            RunConfig(
+                batch_size=self.batch_size,
+                precision=self.precision,
+                checkpointing=self.checkpointing,
+                micro_batches=self.micro_batches,
+            )
         )
 
 
@@ -269,7 +273,7 @@ def _measure(name: str, schedule: Schedule, reference: _Reference) -> Row:
     bench, arch = reference.bench, reference.arch
     images, labels, options = reference.images, reference.labels, bench.options()
     costs = CostModel(arch, options, schedule.slots, images.device.type)
-    partial = PartialModel(reference.adapter, arch, options.numerics(), images.device)
+    partial = PartialModel(reference.adapter, arch, Numerics.of(options), images.device)
     packed = pack_for(arch, reference.weights, schedule)
     reset = Meter(device=images.device)
     reset.count(lambda: partial.reset(schedule, packed))  # once a round, factors are folded in

@@ -16,11 +16,11 @@ from d2ft_fl.budgets import device_classes
 from d2ft_fl.cli import console
 from d2ft_fl.cli.strategies_page import to_markdown
 from d2ft_fl.config.run_config import RunConfig
-from d2ft_fl.config.sources import collect, gather
+from d2ft_fl.config.sources import collect
 from d2ft_fl.errors import ConfigError, D2FTError
 from d2ft_fl.models.spec import GLYPH_NAME
 from d2ft_fl.records.run_folder import claim_folder, note_failure
-from d2ft_fl.rounds.checks import checked_options
+from d2ft_fl.rounds.checks import checked, checked_options
 from d2ft_fl.server import console as run_console
 from d2ft_fl.util import terminal
 
@@ -120,7 +120,8 @@ def run(
     with failures():
         if workers and backend is not Backend.local:
             raise ConfigError("--workers belongs to --backend local; Flower starts its own")
-        _run(gather(config or [], set_ or [], resume), backend, supernodes, workers, as_json)
+        options = checked(collect(config or [], set_ or [], resume))
+        _run(options, backend, supernodes, workers, as_json)
 
 
 @bench_app.command("step")
@@ -137,8 +138,11 @@ def bench_step_command(
     checkpointing: Annotated[
         bool, typer.Option("--checkpointing", help="Scheduled side: compute activations again.")
     ] = False,
-    accumulate: Annotated[
-        int, typer.Option(help="Scheduled side: passes that a batch is run in.")
+    micro_batches: Annotated[
+        int,
+        typer.Option(
+            "--micro-batches", "--accumulate", help="Scheduled side: passes that a batch is run in."
+        ),
     ] = 1,
     output: Annotated[
         Path | None, typer.Option(help="A picture to write: .png, .svg or .pdf.")
@@ -152,7 +156,7 @@ def bench_step_command(
     with failures():
         what = step.StepBench(
             model, image_size, batch_size, threads, device.value, precision.value, slots, pairs,
-            checkpointing, accumulate, tuning.value,
+            checkpointing, micro_batches, tuning.value,
         )  # fmt: skip
         if output is not None:
             plan_figure.check_output(output, step.SUFFIXES)

@@ -7,6 +7,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from d2ft_fl.config.choices import PLAIN_BITS
 from d2ft_fl.costs.cost_model import CostModel
 from d2ft_fl.engine.mean_tally import received
 from d2ft_fl.engine.partial_model import Offsets
@@ -17,7 +18,7 @@ from d2ft_fl.subnets.packing import pack_for
 from d2ft_fl.subnets.schedule import Schedule
 from d2ft_fl.wire import parameter_cache
 from d2ft_fl.wire.parameter_cache import ParameterCache
-from d2ft_fl.wire.quantization import PLAIN, dequantize, is_quantized, quantize, quantize_changes
+from d2ft_fl.wire.quantization import dequantize, is_quantized, quantize, quantize_changes
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,12 +58,12 @@ class Job:
 
         Probes need the slices of every head, and quantized ones differ from the global model's.
         """
-        return not self.task.probes and self.costs.bits_down == PLAIN
+        return not self.task.probes and self.costs.bits_down == PLAIN_BITS
 
     @property
     def quantizes_changes(self) -> bool:
         """Whether changes travel back in fewer bits than values have."""
-        return self.costs.bits_up < PLAIN
+        return self.costs.bits_up < PLAIN_BITS
 
     def bytes_down(
         self,

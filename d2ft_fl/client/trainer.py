@@ -19,13 +19,14 @@ from d2ft_fl.budgets.budget import Budget, ClientDescription
 from d2ft_fl.client.examples import LocalExamples
 from d2ft_fl.client.job import Job, narrowed
 from d2ft_fl.config.run_config import RunConfig
-from d2ft_fl.config.training_options import LocalOptions
+from d2ft_fl.config.training_options import TrainingOptions
 from d2ft_fl.costs.probe_costs import round_cost
 from d2ft_fl.costs.resources import RESOURCES
 from d2ft_fl.data.federated_data import FederatedData, open_data
 from d2ft_fl.engine.mean_tally import MeanTally
 from d2ft_fl.engine.meter import Meter
 from d2ft_fl.engine.model_adapter import ModelAdapter
+from d2ft_fl.engine.numerics import Numerics
 from d2ft_fl.engine.partial_model import PartialModel
 from d2ft_fl.engine.probes import ProbeRunner
 from d2ft_fl.engine.trainer import train
@@ -83,7 +84,7 @@ class ClientTrainer:
         """The model that trains, reset for every message."""
         warm_up(self.device)
         arch = self._federation.arch
-        return PartialModel(self._adapter, arch, self.options.numerics(), self.device)
+        return PartialModel(self._adapter, arch, Numerics.of(self.options), self.device)
 
     @cached_property
     def _federation(self) -> Federation:
@@ -205,7 +206,7 @@ class ClientTrainer:
                 scores[TENSOR + kind] = torch.from_numpy(values).float()
         return chosen, scores
 
-    def _training_options(self, task: Task) -> LocalOptions:
+    def _training_options(self, task: Task) -> TrainingOptions:
         """Return the options of training under a message's execution policy, in its round."""
         factor = self.config.rate_factor(task.round)
         return self.options.under(task.policy).at(factor, task.policy.rate)
@@ -216,10 +217,10 @@ class ClientTrainer:
         job: Job,
         tensors: dict[str, Tensor],
         weights: Mapping[str, Tensor] | None,
-        options: LocalOptions,
+        options: TrainingOptions,
     ) -> None:
         """Reset the model to what a message's schedule needs, with the values that came."""
-        model.numerics, model.tokens = options.numerics(), job.task.policy.tokens
+        model.numerics, model.tokens = Numerics.of(options), job.task.policy.tokens
         if model.arch is not job.arch:
             model.tune(job.arch)
         source: dict[str, Tensor] | GlobalModel = tensors
@@ -241,7 +242,7 @@ class ClientTrainer:
         return laid_out[2]
 
     def _train_and_pack(
-        self, job: Job, options: LocalOptions, chosen: np.ndarray
+        self, job: Job, options: TrainingOptions, chosen: np.ndarray
     ) -> tuple[float, dict[str, Tensor]]:
         """Train the model as it is loaded, and make of the result what travels back.
 
@@ -270,7 +271,7 @@ class ClientTrainer:
         return {name: tensor.cpu().clone() for name, tensor in self.model.update().items()}
 
     def _train(
-        self, task: Task, options: LocalOptions, chosen: np.ndarray, others: list[Tensor]
+        self, task: Task, options: TrainingOptions, chosen: np.ndarray, others: list[Tensor]
     ) -> tuple[float, dict[str, Tensor]]:
         """Follow the schedule over the chosen examples.
 

@@ -7,26 +7,22 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from d2ft_fl.config.run_config import BUILTIN, HUB, RunConfig, resolve_path
+from d2ft_fl.config.choices import HUB
+from d2ft_fl.config.renamed import renamed
+from d2ft_fl.config.run_config import NO_PATHS, RunConfig, resolve_path
 from d2ft_fl.errors import ConfigError
-from d2ft_fl.rounds.checks import checked
 from d2ft_fl.util.toml import read_toml
 
 
-def gather(files: list[Path], pairs: list[str], resume: Path | None = None) -> RunConfig:
-    """The configuration of some files and ``key=value`` pairs, checked, its paths absolute.
+def collect(files: list[Path], pairs: list[str], resume: Path | None = None) -> RunConfig:
+    """Return the configuration of some files and ``key=value`` pairs, its paths absolute.
+
+    It is not checked yet; see :func:`d2ft_fl.rounds.checks.checked`.
 
     Args:
+        files: TOML files of options, of which a later one wins.
+        pairs: Options as ``key=value``, which win over files.
         resume: The folder of a run to go on with, whose options come before all others.
-
-    Raises:
-        ConfigError: When anything does not fit.
-    """
-    return checked(collect(files, pairs, resume))
-
-
-def collect(files: list[Path], pairs: list[str], resume: Path | None = None) -> RunConfig:
-    """The same, not checked yet.
 
     Raises:
         ConfigError: For a file that cannot be read, an unknown key or a wrong type.
@@ -36,19 +32,31 @@ def collect(files: list[Path], pairs: list[str], resume: Path | None = None) -> 
         folder = resolve_path(str(resume))
         if not folder.joinpath("config.toml").is_file():
             raise ConfigError(f"--resume {str(resume)!r} holds no run: there is no config.toml")
-        entries |= read_toml(folder / "config.toml") | {"resume": str(folder), "run-folder": ""}
+        entries |= renamed(read_toml(folder / "config.toml")) | {
+            "resume": str(folder),
+            "run-folder": "",
+        }
     for file in files:
-        entries |= absolute(read_toml(file), file.parent)
+        entries |= read_options(file)
     entries |= parse_pairs(pairs)
     import_from_here()
     return RunConfig.from_mapping(entries)
 
 
-def parse_pairs(pairs: Iterable[str]) -> dict[str, Any]:
-    """Options given as ``key=value``, their paths absolute.
+def read_options(file: Path) -> dict[str, Any]:
+    """Return the options of a TOML file under their present names, their paths absolute.
 
     Raises:
-        ConfigError: For what is no such pair.
+        ConfigError: When the file cannot be read, or gives an option under two names.
+    """
+    return absolute(renamed(read_toml(file)), file.parent)
+
+
+def parse_pairs(pairs: Iterable[str]) -> dict[str, Any]:
+    """Return options given as ``key=value`` under their present names, their paths absolute.
+
+    Raises:
+        ConfigError: For what is no such pair, and for an option that is given under two names.
     """
     entries: dict[str, Any] = {}
     for pair in pairs:
@@ -56,11 +64,11 @@ def parse_pairs(pairs: Iterable[str]) -> dict[str, Any]:
         if not sign:
             raise ConfigError(f"--set {pair!r} is not key=value")
         entries |= absolute({key.strip(): parse_value(text.strip())}, Path())
-    return entries
+    return renamed(entries)
 
 
 def parse_value(text: str) -> Any:
-    """A value as TOML spells it; what TOML does not know is a string."""
+    """Return a value as TOML spells it; what TOML does not know is a string."""
     try:
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
@@ -68,11 +76,16 @@ def parse_value(text: str) -> Any:
 
 
 def absolute(entries: Mapping[str, Any], base: Path) -> dict[str, Any]:
-    """Paths among the options, made absolute from the folder of the file that names them."""
+    """Return options whose paths are absolute.
+
+    Args:
+        entries: Options by their present names.
+        base: The folder that relative paths start from: that of the file that names them.
+    """
     out = dict(entries)
-    for key, builtin in BUILTIN.items():
+    for key, no_path in NO_PATHS.items():
         value = out.get(key)
-        if isinstance(value, str) and value not in builtin and not value.startswith(HUB):
+        if isinstance(value, str) and value not in no_path and not value.startswith(HUB):
             out[key] = str(resolve_path(str(base / Path(out[key]).expanduser())))
     if isinstance(out.get("budgets"), str) and out["budgets"].endswith(".toml"):
         out["budgets"] = str(resolve_path(str(base / Path(out["budgets"]).expanduser())))

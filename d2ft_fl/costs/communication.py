@@ -6,11 +6,12 @@ from functools import cached_property
 
 import numpy as np
 
+from d2ft_fl.config.choices import PLAIN_BITS
 from d2ft_fl.costs.compensation import Extras
 from d2ft_fl.costs.parameter_counts import Parts, Which
 from d2ft_fl.subnets.architecture import Architecture, Kind, Parameter, has_fixed
 from d2ft_fl.subnets.schedule import residents, trainees
-from d2ft_fl.wire.quantization import PLAIN, is_quantized, row_bytes
+from d2ft_fl.wire.quantization import is_quantized, row_bytes
 from d2ft_fl.wire.sizes import ELEMENT, MESSAGE_HEADER, RANK_BYTES, TENSOR_HEADER
 
 
@@ -125,4 +126,4 @@ class Communication:
 
 def _spared(p: Parameter, bits: int) -> int:
     """Bytes by which a row is shorter in so many bits."""
-    return row_bytes(p, PLAIN) - row_bytes(p, bits)
+    return row_bytes(p, PLAIN_BITS) - row_bytes(p, bits)

@@ -38,7 +38,8 @@ from functools import cached_property
 
 import numpy as np
 
-from d2ft_fl.config.training_options import DEFAULT_POLICY, ExecutionPolicy, LocalOptions
+from d2ft_fl.config.choices import PLAIN_BITS
+from d2ft_fl.config.training_options import DEFAULT_POLICY, ExecutionPolicy, TrainingOptions
 from d2ft_fl.costs.communication import Communication
 from d2ft_fl.costs.compensation import Extras
 from d2ft_fl.costs.flops import BranchFlops
@@ -57,7 +58,7 @@ from d2ft_fl.subnets.schedule import (
     slot_totals,
     trainees,
 )
-from d2ft_fl.wire.quantization import PLAIN, check_bits
+from d2ft_fl.wire.quantization import check_bits
 from d2ft_fl.wire.sizes import ELEMENT
 
 CHUNK = 128  # clients whose costs are worked out at once: more take memory, and not less time
@@ -81,14 +82,14 @@ class CostModel:
     """
 
     arch: Architecture
-    options: LocalOptions
+    options: TrainingOptions
     slots: int
     device: str = "cpu"
     compensated: bool = False
     calibrating: bool = False
     tokens: int = 0
-    bits_up: int = PLAIN
-    bits_down: int = PLAIN
+    bits_up: int = PLAIN_BITS
+    bits_down: int = PLAIN_BITS
 
     def under(self, policy: ExecutionPolicy) -> "CostModel":
         """The costs of going about it in some way; compensation is for tokens in their places.
@@ -315,7 +316,7 @@ class CostModel:
         ends = np.cumsum(np.pad(running, [(0, 0), (1, 0)]), axis=1)
         total = ends[:, -1]
         images = batch + np.where(total < batch, total, 0)  # put together in a batch of their own
-        parts = self.options.accumulate
+        parts = self.options.micro_batches
         cuts = np.cumsum(np.pad(_sizes(total, parts), [(0, 0), (1, 0)]), axis=1)
         within = np.clip(ends[:, None], cuts[:, :-1, None], cuts[:, 1:, None])
         sizes = np.diff(within, axis=2)  # [clients, parts, slots], as of `subnets.passes`
@@ -330,7 +331,7 @@ class CostModel:
     def micro_batches(self, schedule: Schedule, batch: int) -> list[list[int]]:
         """Examples of each slot, for the passes that a batch of this size is run in."""
         sizes = slot_sizes(batch, schedule.slots)
-        return micro_batches(sizes, schedule.active.tolist(), self.options.accumulate)
+        return micro_batches(sizes, schedule.active.tolist(), self.options.micro_batches)
 
     # -- bytes -------------------------------------------------------------------------------
 
@@ -430,7 +431,7 @@ class CostModel:
 
     def unquantized(self) -> "CostModel":
         """The costs where numbers travel as they are."""
-        return replace(self, bits_up=PLAIN, bits_down=PLAIN)
+        return replace(self, bits_up=PLAIN_BITS, bits_down=PLAIN_BITS)
 
     def full_cost(self, examples: int) -> Cost:
         """The cost of training everything on this many examples: what 100 % means.

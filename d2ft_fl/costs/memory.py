@@ -35,7 +35,7 @@ from functools import lru_cache
 
 import numpy as np
 
-from d2ft_fl.config.training_options import LocalOptions
+from d2ft_fl.config.training_options import TrainingOptions
 from d2ft_fl.engine.grouping import Part, groups, storage_order
 from d2ft_fl.subnets.architecture import Architecture
 from d2ft_fl.subnets.branches import BranchSpec, Trains
@@ -102,7 +102,7 @@ class Saved:
 
     @classmethod
     def of(
-        cls, a: Architecture, options: LocalOptions, fused: bool, device: str, embedded: int
+        cls, a: Architecture, options: TrainingOptions, fused: bool, device: str, embedded: int
     ) -> "Saved":
         """By architecture and precision; see the module's docstring.
 

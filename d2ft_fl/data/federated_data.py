@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torchvision.transforms import v2
 
-from d2ft_fl.config.run_config import DIGITS, EMBEDDED, MADE_UP
+from d2ft_fl.config.choices import DIGITS, EMBEDDED_DATASETS, MADE_UP
 from d2ft_fl.data.partition import partition_of
 from d2ft_fl.data.sources import (
     SPLIT_SEED,
@@ -117,7 +117,7 @@ def open_data(spec: DataSpec) -> FederatedData:
 
 def class_count(dataset: str, label_column: str) -> int:
     """How many classes a data set has, without sharing it out."""
-    if dataset in EMBEDDED:
+    if dataset in EMBEDDED_DATASETS:
         return 10
     return len(_load_splits(dataset, label_column)[0].features[label_column].names)
 

@@ -8,7 +8,7 @@ import datasets
 import flwr_datasets.partitioner as partitioners
 import numpy as np
 
-from d2ft_fl.config.run_config import EMBEDDED
+from d2ft_fl.config.choices import EMBEDDED_DATASETS
 from d2ft_fl.data.sources import Split, first_line
 from d2ft_fl.data.spec import DataSpec
 from d2ft_fl.errors import ConfigError
@@ -53,7 +53,7 @@ def partition_of(spec: DataSpec, train: Split) -> list[np.ndarray]:
     arguments = dict(spec.partitioner_arguments)
     for key, value in (
         ("num_partitions", spec.clients),
-        ("partition_by", spec.label_column if spec.dataset not in EMBEDDED else "label"),
+        ("partition_by", spec.label_column if spec.dataset not in EMBEDDED_DATASETS else "label"),
         ("seed", spec.seed),
     ):
         if key in accepted:

@@ -11,7 +11,7 @@ import numpy as np
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 
-from d2ft_fl.config.run_config import DIGITS, HUB, MADE_UP
+from d2ft_fl.config.choices import DIGITS, HUB, MADE_UP
 from d2ft_fl.data.spec import DataSpec
 from d2ft_fl.errors import ConfigError
 

@@ -21,12 +21,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from d2ft_fl.config.training_options import Numerics
 from d2ft_fl.engine import fast_path
 from d2ft_fl.engine.branch_autograd import Pass, Sum
 from d2ft_fl.engine.grouping import Status
 from d2ft_fl.engine.head_group import HeadGroup, Lora, Observer
 from d2ft_fl.engine.model_adapter import BranchTraits, Context
+from d2ft_fl.engine.numerics import Numerics
 from d2ft_fl.engine.packed_heads import PackedHeads
 from d2ft_fl.engine.segments import Segment
 from d2ft_fl.subnets.branches import BranchSpec, Trains

@@ -11,8 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from d2ft_fl.config.training_options import Numerics
 from d2ft_fl.engine.matmul import is_faster, times
+from d2ft_fl.engine.numerics import Numerics
 from d2ft_fl.engine.packed_heads import PackedHeads, Run
 from d2ft_fl.subnets.branches import BranchSpec, Trains
 

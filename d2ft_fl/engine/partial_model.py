@@ -18,11 +18,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from d2ft_fl.config.training_options import Numerics
 from d2ft_fl.engine.branch import Branch
 from d2ft_fl.engine.grouping import storage_order
 from d2ft_fl.engine.head_group import Lora, branch_loras
 from d2ft_fl.engine.model_adapter import BlockTraits, Inputs, ModelAdapter
+from d2ft_fl.engine.numerics import Numerics
 from d2ft_fl.engine.packed_heads import PackedHeads
 from d2ft_fl.engine.segments import segments
 from d2ft_fl.subnets.architecture import Architecture, Kind, Parameter

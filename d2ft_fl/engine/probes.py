@@ -12,10 +12,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from d2ft_fl.config.training_options import LocalOptions
+from d2ft_fl.config.training_options import TrainingOptions
 from d2ft_fl.engine.head_group import Observer
 from d2ft_fl.engine.importance_measures import MEASURES, Measure
 from d2ft_fl.engine.meter import Meter, tensor_bytes
+from d2ft_fl.engine.numerics import Numerics
 from d2ft_fl.engine.packed_heads import PackedHeads
 from d2ft_fl.engine.partial_model import PartialModel
 from d2ft_fl.engine.trainer import Batches, run_pass
@@ -37,12 +38,12 @@ class ProbeRunner:
     arch: Architecture
     tuned: Architecture
     tensors: Mapping[str, Tensor]
-    options: LocalOptions
+    options: TrainingOptions
     meter: Meter
 
     def _reset(self, operation: Operation) -> None:
         self.model.tune(self.arch)
-        self.model.numerics = self.options.plain().numerics()
+        self.model.numerics = Numerics.of(self.options.plain())
         schedule = Schedule.filled(operation, 1, self.arch.blocks, self.arch.heads)
         # For each pass anew: the model has its own, and these go before it runs.
         weights = self.meter.count(partial(merged_packed, self.tuned, self.tensors))

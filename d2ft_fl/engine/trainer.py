@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from d2ft_fl.config.training_options import LocalOptions
+from d2ft_fl.config.training_options import TrainingOptions
 from d2ft_fl.engine.meter import Meter, tensor_bytes
 from d2ft_fl.engine.partial_model import Entry, PartialModel
 from d2ft_fl.subnets.architecture import Kind
@@ -18,11 +18,11 @@ Batches = Iterator[tuple[Tensor, Tensor]]  # images [batch, ...], labels [batch]
 
 # What a way of tuning decides here: the learning rate of a kind of parameter, and whether it is one
 # of LoRA's factors (see `clients/`).
-LearningRate = Callable[[Kind, bool, LocalOptions], float]
+LearningRate = Callable[[Kind, bool, TrainingOptions], float]
 
 
 def build_optimizer(
-    entries: list[Entry], options: LocalOptions, rate: LearningRate
+    entries: list[Entry], options: TrainingOptions, rate: LearningRate
 ) -> torch.optim.Optimizer:
     """torch's optimiser over compact slices: moments and step counts are per slice."""
     by_rate: dict[float, list[Tensor]] = {}
@@ -38,7 +38,7 @@ def build_optimizer(
 def train(
     model: PartialModel,
     batches: Batches,
-    options: LocalOptions,
+    options: TrainingOptions,
     rate: LearningRate,
     meter: Meter,
     beside: Sequence[Tensor] = (),
@@ -47,9 +47,9 @@ def train(
 ) -> float:
     """Follow the model's schedule over the batches; its tensors end as the client's update.
 
-    A batch is divided over slots, and run in ``accumulate`` passes whose gradients add up weighted
-    by examples; one optimiser step a batch. A slice that no slot of a batch ran FULL is not
-    stepped.
+    A batch is divided over slots, and run in ``micro_batches`` parts whose gradients add up
+    weighted by examples; one optimiser step a batch. A slice that no slot of a batch ran FULL is
+    not stepped.
 
     Args:
         beside, every_slot, prior: See :class:`Stepper`.
@@ -83,7 +83,7 @@ class Stepper:
     """
 
     model: PartialModel
-    options: LocalOptions
+    options: TrainingOptions
     rate: LearningRate
     meter: Meter
     beside: Sequence[Tensor] = ()
@@ -121,7 +121,7 @@ class Stepper:
         """One batch: its summed loss, and the examples that ran."""
         schedule = self.model.schedule
         sizes = slot_sizes(len(images), schedule.slots)
-        parts = micro_batches(sizes, schedule.active.tolist(), self.options.accumulate)
+        parts = micro_batches(sizes, schedule.active.tolist(), self.options.micro_batches)
         if not parts:
             return 0.0, 0
         batch = images

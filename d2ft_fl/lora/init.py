@@ -24,11 +24,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from d2ft_fl.config.choices import LORA_INITS
 from d2ft_fl.errors import ConfigError
 from d2ft_fl.lora.config import delta, is_common, targeted
 from d2ft_fl.subnets.architecture import Architecture, Parameter
-
-INITS = ("lora", "federa")
 
 
 class Factors(NamedTuple):
@@ -56,12 +55,12 @@ def begin(
 
     Args:
         weights: The model's own, by timm's names.
-        init: One of :data:`INITS`.
+        init: One of :data:`.LORA_INITS`.
         seed: Decides draws, each together with the name of its tensor.
         frozen_common: Whether the factor common to a block does not train; only ``lora`` asks.
     """
-    if init not in INITS:
-        raise ConfigError(f"lora-init = {init!r} is unknown; use one of {', '.join(INITS)}")
+    if init not in LORA_INITS:
+        raise ConfigError(f"lora-init = {init!r} is unknown; use one of {', '.join(LORA_INITS)}")
     state = dict(weights)
     for weight, a, b in targeted(arch):
         own = weights[weight.name]

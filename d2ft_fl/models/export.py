@@ -24,7 +24,7 @@ import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from d2ft_fl.config.run_config import BUILTIN, resolve_path
+from d2ft_fl.config.run_config import NO_PATHS, resolve_path
 from d2ft_fl.errors import ConfigError
 from d2ft_fl.lora.config import Lora, weights, with_lora
 from d2ft_fl.lora.peft_io import total_changes, write_adapter
@@ -233,7 +233,7 @@ class _Adapter:
         """Write it, and return its largest rank."""
         t, spec = self.tuned, self.spec
         changes = total_changes(self.arch, t.state, t.initial, t.changed) if t.changed else None
-        base = spec.name if spec.pretrained in BUILTIN["pretrained"] else spec.pretrained
+        base = spec.name if spec.pretrained in NO_PATHS["pretrained"] else spec.pretrained
         return write_adapter(folder, self.arch, t.lora, self.state, t.initial, base, changes)
 
     def load(self, folder: Path) -> tuple[str, str]:
@@ -317,7 +317,7 @@ def _spec(run: Path) -> ModelSpec:
         raise ConfigError(
             f"{str(run / MODEL_FILES[1])!r} does not say how the model is built; run it again"
         ) from None
-    if pretrained not in BUILTIN["pretrained"]:
+    if pretrained not in NO_PATHS["pretrained"]:
         pretrained = str(resolve_path(pretrained))
     return ModelSpec(name, tuple(arguments.items()), pretrained, 0, classes, seed)
 

@@ -159,7 +159,7 @@ def table_of(
     ]
     # Passes that a batch is run in: the largest saves no less than their mean.
     in_micro_batches = [
-        max(1, min(c.options.accumulate, int(sizes.sum()))) for _, sizes, _ in phases
+        max(1, min(c.options.micro_batches, int(sizes.sum()))) for _, sizes, _ in phases
     ]
 
     totals = np.array(c.slot_totals(examples), dtype=np.int64)

@@ -59,8 +59,6 @@ from d2ft_fl.planning.knapsack import (
 )
 from d2ft_fl.subnets.schedule import Operation, Schedule, effective
 
-PLANNERS = ("joint", "two-stage")
-COUPLINGS = ("none", "spread", "agenda")
 TRIES = 24  # of shrinking what is shown to the solver
 OPTIMISTIC_TRIES = 6  # of them with more FLOPs than the budget has
 CHUNK = 128  # clients that are solved for at once: more take memory, and not less time

@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from d2ft_fl.budgets.budget import DEADLINE
+from d2ft_fl.config.renamed import policy_entries
 
 LABELS = {"flops": "FLOPs", "memory": "memory", "bytes_up": "up", "bytes_down": "down"}
 
@@ -39,8 +40,9 @@ def policy_words(entries: Mapping[str, Any]) -> str:
         entries: Of an :class:`~d2ft_fl.config.training_options.ExecutionPolicy`, as
             ``clients.jsonl`` has them.
     """
+    entries = policy_entries(entries)
     batch = entries.get("batch")
-    tokens, micro_batches = entries.get("tokens"), entries.get("accumulate") or 1
+    tokens, micro_batches = entries.get("tokens"), entries.get("micro_batches") or 1
     up, down = entries.get("bits_up"), entries.get("bits_down")
     said = [
         f"batch {batch}" * bool(batch),

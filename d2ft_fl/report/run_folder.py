@@ -11,6 +11,7 @@ import safetensors.numpy
 from safetensors import SafetensorError
 
 from d2ft_fl.budgets.budget import DEADLINE, LIMITS
+from d2ft_fl.config.renamed import renamed
 from d2ft_fl.costs.resources import RESOURCES
 from d2ft_fl.errors import ConfigError
 from d2ft_fl.records.run_folder import stands
@@ -68,7 +69,7 @@ class RunFolder:
         lines = list(read_lines(folder / ROUNDS)) if folder.joinpath(ROUNDS).exists() else []
         found = cls(
             folder=folder,
-            config=read_toml(folder / "config.toml") if lines else {},
+            config=renamed(read_toml(folder / "config.toml"), quietly=True) if lines else {},
             status=_status(status, summary is not None),
             reason=str(status.get("reason", "")),
             versions=read_json(folder / "versions.json", dict) or {},

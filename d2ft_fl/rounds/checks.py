@@ -1,118 +1,23 @@
-"""What a configuration needs to run: a refusal is one line that says what to write instead."""
+"""What options need of each other to run, and of what they name.
 
-from collections.abc import Callable
+The range or choices of each option alone are checked by :meth:`.RunConfig.check_values`. A refusal
+is one line that says what to write instead.
+"""
 
-from d2ft_fl.aggregation.lora_sums import MIXED, MODES
-from d2ft_fl.aggregation.server_optimizer import ADAPTIVE, SERVER_OPTIMIZERS
 from d2ft_fl.budgets.budget import ClientDescription
 from d2ft_fl.budgets.matching import MATCHES
+from d2ft_fl.config.choices import (
+    ADAPTIVE_OPTIMIZERS,
+    MIXED_RANK_AGGREGATIONS,
+    PLAIN_BITS,
+    SERVER_OPTIMIZERS,
+)
 from d2ft_fl.config.run_config import RunConfig
-from d2ft_fl.config.training_options import PRECISIONS, SCHEDULES
 from d2ft_fl.errors import ConfigError, UnkeptBudget
-from d2ft_fl.lora.init import INITS
-from d2ft_fl.planning import importance
-from d2ft_fl.planning.planner import COUPLINGS, PLANNERS
 from d2ft_fl.rounds.components import Components
 from d2ft_fl.rounds.strategies import Method
 from d2ft_fl.subnets.architecture import Architecture
-from d2ft_fl.util.torch_device import DEVICES
-from d2ft_fl.wire.quantization import BITS_DOWN, BITS_UP, PLAIN, check_bits
-
-SELECTIONS = ("random", "entropy")
-AGGREGATIONS = ("mean", "trimmed-mean", "median", "mean-around-median")
-TRANSPORTS = ("shared", "message")
-FEW_REPLIES = ("stop", "repeat")
-
-
-# What numbers must be: whether one is, and of which options.
-RANGES: dict[str, tuple[Callable[[float], bool], tuple[str, ...]]] = {
-    "1 or more": (
-        lambda v: v >= 1,
-        (
-            "rounds",
-            "clients",
-            "batch-size",
-            "epochs",
-            "slots",
-            "threads-per-client",
-            "accumulate",
-            "agenda-rounds",
-            "eval-batch-size",
-            "eval-every",
-            "attempts",
-            "lora-rank",
-        ),
-    ),
-    "0 or more": (
-        lambda v: v >= 0,
-        (
-            "train-examples",
-            "test-examples",
-            "image-size",
-            "score-every",
-            "score-examples",
-            "least-clients",
-            "stage-rounds",
-            "seed",
-            "sample-clients",
-            "min-replies",
-            "checkpoint-every",
-            "slora-rounds",
-        ),
-    ),
-    "-1 or more": (lambda v: v >= -1, ("noise-seed",)),
-    " or ".join(map(str, BITS_UP)): (lambda v: v in BITS_UP, ("upload-bits",)),
-    " or ".join(map(str, BITS_DOWN)): (lambda v: v in BITS_DOWN, ("download-bits",)),
-    "a finite number, 0 or more": (
-        lambda v: 0 <= v < float("inf"),
-        (
-            "lr",
-            "head-lr",
-            "logit-adjustment",
-            "lora-lr",
-            "lora-rank-exponent",
-            "momentum",
-            "weight-decay",
-            "proximal",
-            "client-timeout",
-            "clip-norm",
-            "noise-multiplier",
-            "epsilon",
-            "server-lr",
-            "forward-weight",
-            "frozen-weight",
-        ),
-    ),
-    "a finite number": (lambda v: abs(v) < float("inf"), ("hostile-scale",)),
-    "a finite number above 0": (
-        lambda v: 0 < v < float("inf"),
-        ("round-timeout", "spread-clients", "selection-temperature", "server-tau", "lora-alpha"),
-    ),
-    "between 0 and 1": (lambda v: 0 <= v <= 1, ("exploration", "match-share", "hostile-share")),
-    "above 0, and 1 at most": (lambda v: 0 < v <= 1, ("data-share",)),
-    "0 or more, and below 1": (
-        lambda v: 0 <= v < 1,
-        ("score-momentum", "server-momentum", "server-second-momentum", "lora-dropout"),
-    ),
-    "0 or more, and below 0.5": (lambda v: 0 <= v < 0.5, ("trim-share",)),
-}
-CHOICES = {
-    "transport": TRANSPORTS,
-    "few-replies": FEW_REPLIES,
-    "optimizer": ("adamw", "sgd"),
-    "precision": PRECISIONS,
-    "lr-schedule": tuple(SCHEDULES),
-    "device": DEVICES,
-    "planner": PLANNERS,
-    "coupling": COUPLINGS,
-    "backward-score": importance.KINDS,
-    "forward-score": importance.KINDS,
-    "data-selection": SELECTIONS,
-    "server-optimizer": SERVER_OPTIMIZERS,
-    "aggregation": AGGREGATIONS,
-    "lora-init": INITS,
-    "lora-aggregation": MODES,
-}
+from d2ft_fl.wire.quantization import check_bits
 
 
 def checked(config: RunConfig) -> RunConfig:
@@ -157,13 +62,7 @@ def checked_options(config: RunConfig) -> RunConfig:
     Raises:
         ConfigError: In one line, what to write instead.
     """
-    components, entries = Components(config), config.to_mapping()
-    for what, (holds, keys) in RANGES.items():
-        for key in keys:
-            if not holds(value := entries[key]):
-                raise ConfigError(f"{key} = {value} must be {what}")
-    for key, allowed in CHOICES.items():
-        _one_of(key, entries[key], allowed)
+    components = Components(config.check_values())
     if config.sample_clients > config.clients:
         raise ConfigError(
             f"sample-clients = {config.sample_clients} is more than clients = {config.clients}; "
@@ -207,8 +106,6 @@ def checked_options(config: RunConfig) -> RunConfig:
 
 def _check_match(config: RunConfig, method: Method) -> None:
     """Raises ConfigError unless the strategy keeps the budget that is matched."""
-    if config.match:
-        _one_of("match", config.match, tuple(MATCHES))
     if config.match_share and not config.match:
         raise ConfigError(
             f"match-share = {config.match_share} belongs to match: set that to one of "
@@ -224,7 +121,7 @@ def _check_match(config: RunConfig, method: Method) -> None:
 
 def _check_server(config: RunConfig) -> None:
     """Raises ConfigError unless the server's optimiser fits the rest."""
-    if config.server_optimizer in ADAPTIVE and config.server_lr >= 1:
+    if config.server_optimizer in ADAPTIVE_OPTIMIZERS and config.server_lr >= 1:
         raise ConfigError(
             f"server-lr = {config.server_lr} moves every weight by about that much in the first "
             f"rounds of server-optimizer = {config.server_optimizer!r}; set it to 0.01 or so"
@@ -234,7 +131,7 @@ def _check_server(config: RunConfig) -> None:
             f"server-lr = {config.server_lr} belongs to an optimiser: set server-optimizer to "
             f"one of {', '.join(SERVER_OPTIMIZERS[1:])}"
         )
-    exact = config.lora_aggregation in MIXED
+    exact = config.lora_aggregation in MIXED_RANK_AGGREGATIONS
     if config.tuning == "lora" and exact and config.server_optimizer != "mean":
         raise ConfigError(
             f"server-optimizer = {config.server_optimizer!r} steps factors by their means, which "
@@ -255,7 +152,7 @@ def _check_robust(config: RunConfig) -> None:
         )
     asked = "clip-norm" if config.clip_norm else "aggregation"
     if (config.clip_norm or config.aggregation != "mean") and (
-        config.tuning == "lora" and config.lora_aggregation in MIXED
+        config.tuning == "lora" and config.lora_aggregation in MIXED_RANK_AGGREGATIONS
     ):
         raise ConfigError(
             f"{asked} acts on factors, which lora-aggregation = {config.lora_aggregation!r} does "
@@ -267,10 +164,10 @@ def _check_tuning(components: Components) -> None:
     """Raises ConfigError unless the options of tuning fit together."""
     config, _ = components.config, components.tuning
     _check_ranks(config)
-    if config.tuning == "lora" and config.upload_bits < PLAIN:
+    if config.tuning == "lora" and config.upload_bits < PLAIN_BITS:
         raise ConfigError(
             f"upload-bits = {config.upload_bits} codes the weights of heads, which LoRA does not "
-            f"train: leave it at {PLAIN}, or set tuning to 'full'"
+            f"train: leave it at {PLAIN_BITS}, or set tuning to 'full'"
         )
     check_bits(config.upload_bits, config.download_bits)
     if config.tuning != "lora":
@@ -310,17 +207,12 @@ def _check_ranks(config: RunConfig) -> None:
                 f"lora-ranks = {config.lora_ranks!r}: {text.strip()!r} is no whole number from 1 "
                 f"to lora-rank = {most}; write ranks like '2, 4'"
             )
-    if config.lora_aggregation not in MIXED:
+    if config.lora_aggregation not in MIXED_RANK_AGGREGATIONS:
         raise ConfigError(
             f"lora-aggregation = {config.lora_aggregation!r} cannot fold different ranks: use "
-            f"{' or '.join(MIXED)}, or leave lora-ranks empty"
+            f"{' or '.join(MIXED_RANK_AGGREGATIONS)}, or leave lora-ranks empty"
         )
     if config.planner == "two-stage":
         raise ConfigError(
             "planner = 'two-stage' knows one rank: use planner = 'joint', or leave lora-ranks empty"
         )
-
-
-def _one_of(key: str, value: str, allowed: tuple[str, ...]) -> None:
-    if value not in allowed:
-        raise ConfigError(f"{key} = {value!r} is unknown; use one of {', '.join(allowed)}")

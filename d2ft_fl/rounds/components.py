@@ -14,8 +14,9 @@ from torch import Tensor
 from d2ft_fl.aggregation.privacy import Privacy
 from d2ft_fl.aggregation.server_optimizer import ServerOptimizer
 from d2ft_fl.budgets.sources import BudgetSource, budget_source
-from d2ft_fl.config.run_config import BUILTIN, HUB, RunConfig, inline_table, resolve_path
-from d2ft_fl.config.training_options import LocalOptions
+from d2ft_fl.config.choices import HUB
+from d2ft_fl.config.run_config import NO_PATHS, RunConfig, inline_table, resolve_path
+from d2ft_fl.config.training_options import TrainingOptions
 from d2ft_fl.data.federated_data import class_count
 from d2ft_fl.data.spec import DataSpec
 from d2ft_fl.errors import ConfigError
@@ -90,24 +91,9 @@ class Components:
         return budget_source(c.budgets, resolve_path, c.device, c.threads_per_client)
 
     @cached_property
-    def training(self) -> LocalOptions:
+    def training(self) -> TrainingOptions:
         """How clients train."""
-        c = self.config
-        return LocalOptions(
-            batch_size=c.batch_size,
-            epochs=c.epochs,
-            optimizer=c.optimizer,
-            lr=c.lr,
-            head_lr=c.head_lr,
-            lora_lr=c.lora_lr,
-            momentum=c.momentum,
-            weight_decay=c.weight_decay,
-            precision=c.precision,
-            checkpointing=c.checkpointing,
-            accumulate=c.accumulate,
-            proximal=c.proximal,
-            logit_adjustment=c.logit_adjustment,
-        )
+        return TrainingOptions.of(self.config)
 
     @cached_property
     def server_optimizer(self) -> ServerOptimizer | None:
@@ -133,7 +119,7 @@ class Components:
         """The model to build."""
         c = self.config
         pretrained = c.pretrained
-        if pretrained not in BUILTIN["pretrained"]:
+        if pretrained not in NO_PATHS["pretrained"]:
             pretrained = str(resolve_path(pretrained))
         return ModelSpec(
             name=c.model,
@@ -168,7 +154,7 @@ class Components:
     @cached_property
     def _dataset(self) -> str:
         dataset = self.config.dataset
-        if dataset in BUILTIN["dataset"] or dataset.startswith(HUB):
+        if dataset in NO_PATHS["dataset"] or dataset.startswith(HUB):
             return dataset
         return str(resolve_path(dataset))
 

@@ -24,13 +24,13 @@ from itertools import product
 
 import numpy as np
 
+from d2ft_fl.config.choices import DOWNLOAD_BITS, PLAIN_BITS, UPLOAD_BITS
 from d2ft_fl.config.training_options import ExecutionPolicy
 from d2ft_fl.costs.probe_costs import round_cost
 from d2ft_fl.costs.resources import RESOURCES, Cost
 from d2ft_fl.planning.assignment import Assignment, Participant
 from d2ft_fl.planning.utility import Utility
 from d2ft_fl.rounds.context import Round, most
-from d2ft_fl.wire.quantization import BITS_DOWN, BITS_UP, PLAIN
 
 FLOPS, MEMORY, UP, DOWN = map(RESOURCES.index, ("flops", "memory", "bytes_up", "bytes_down"))
 COARSE = (1.0, 0.5, 0.25, 0.125)  # shares of the examples that are tried first
@@ -137,11 +137,11 @@ class Search:
         if not (over[UP] or over[DOWN]) or len(self._bytes_up) == 1:
             return [configured]
         down = min(self._bits_down) if over[DOWN] else configured[1]
-        able = [bits for bits in self._bytes_up if bits < PLAIN or down == PLAIN]
+        able = [bits for bits in self._bytes_up if bits < PLAIN_BITS or down == PLAIN_BITS]
         room = int(client.capacity[UP]) - (whole.bytes_up - self._bytes_up[configured[0]])
         up = next((bits for bits in able if self._bytes_up[bits] <= room), min(able))
         found = [(up, down), configured]
-        if up < PLAIN:  # what a change began with is held in as many bits as it came in
+        if up < PLAIN_BITS:  # what a change began with is held in as many bits as it came in
             found.insert(1, (up, min(self._bits_down)))
         return found
 
@@ -149,7 +149,7 @@ class Search:
     def _all_bits(self) -> list[tuple[int, int]]:
         """All bits up and down that go together, the fewest first."""
         pairs = product(sorted(self._bytes_up), sorted(self._bits_down))
-        return [(up, down) for up, down in pairs if up < PLAIN or down == PLAIN]
+        return [(up, down) for up, down in pairs if up < PLAIN_BITS or down == PLAIN_BITS]
 
     @cached_property
     def _bytes_up(self) -> dict[int, int]:
@@ -157,7 +157,7 @@ class Search:
         costs = self.round.federation.costs_of(self.round.state)
         quantized = {
             bits: costs.under(ExecutionPolicy(bits_up=bits))
-            for bits in BITS_UP
+            for bits in UPLOAD_BITS
             if bits <= costs.bits_up
         }
         return {
@@ -170,14 +170,14 @@ class Search:
     def _bits_down(self) -> list[int]:
         """Bits in which weights can travel, where changes can in fewer than 32."""
         costs = self.round.federation.costs_of(self.round.state)
-        return [bits for bits in BITS_DOWN if bits <= costs.bits_down]
+        return [bits for bits in DOWNLOAD_BITS if bits <= costs.bits_down]
 
     def _search(self, clients: list[Participant], bound: Bound) -> None:
         """Try what may help these clients, who are bound alike."""
         costs = self.round.federation.costs_of(self.round.state)
         count = costs.options.batch_size if bound.narrow else None
         policy, *quantized = (
-            ExecutionPolicy(accumulate=count, bits_up=up, bits_down=down, in_turn=True)
+            ExecutionPolicy(micro_batches=count, bits_up=up, bits_down=down, in_turn=True)
             for up, down in bound.bit_widths
         )
         for share in COARSE if bound.short else COARSE[:1]:
@@ -283,10 +283,11 @@ class Search:
 
     def _fewer_micro_batches(self, client: Participant, a: Assignment) -> Assignment:
         """In the fewest passes in which memory still suffices."""
-        if a.policy.accumulate is None:
+        if a.policy.micro_batches is None:
             return a
         policies = (
-            replace(a.policy, accumulate=count) for count in self.round.micro_batch_counts(a.policy)
+            replace(a.policy, micro_batches=count)
+            for count in self.round.micro_batch_counts(a.policy)
         )
         tried = (self._affordable(client, replace(a, policy=policy)) for policy in policies)
         return next(filter(None, tried), a)

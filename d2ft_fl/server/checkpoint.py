@@ -23,6 +23,7 @@ from torch import Tensor
 from d2ft_fl.aggregation.mean_compensation import MeanBook
 from d2ft_fl.aggregation.server_optimizer import Moments
 from d2ft_fl.budgets.budget import Budget
+from d2ft_fl.config.renamed import renamed
 from d2ft_fl.config.run_config import RunConfig
 from d2ft_fl.errors import ConfigError, ReplyError
 from d2ft_fl.planning.importance import ScoreBook
@@ -158,11 +159,10 @@ def _read(path: Path, config: RunConfig, origin: str) -> Checkpoint:
         raise _Unusable(f"it has format {meta['format']}, this version writes {FORMAT}")
     now = config.to_mapping()
     free = FREE - {"rounds"} if Components(config).depends_on_rounds else FREE
+    then = renamed(meta["config"], quietly=True)
     for key, value in now.items():
-        if key not in free and meta["config"].get(key) != value:
-            raise _Unusable(
-                f"it is of a run with {key} = {meta['config'].get(key)!r}, not {value!r}"
-            )
+        if key not in free and then.get(key) != value:
+            raise _Unusable(f"it is of a run with {key} = {then.get(key)!r}, not {value!r}")
     if meta["origin"] != origin:
         raise _Unusable("it is of a run that began with other weights")
     found = _unpack(tensors, meta)

@@ -15,6 +15,7 @@ from d2ft_fl.aggregation.private_sums import PrivateRound, PrivateSums
 from d2ft_fl.aggregation.robust import ROBUST, RobustSums, clipped
 from d2ft_fl.aggregation.server_optimizer import Moments
 from d2ft_fl.aggregation.sums import Sums, Update, validate
+from d2ft_fl.config.choices import PLAIN_BITS
 from d2ft_fl.costs.resources import Cost
 from d2ft_fl.errors import ReplyError
 from d2ft_fl.planning.assignment import Assignment
@@ -28,7 +29,7 @@ from d2ft_fl.subnets.packing import GlobalModel
 from d2ft_fl.subnets.schedule import Operation
 from d2ft_fl.wire import blob as wire
 from d2ft_fl.wire.parameter_cache import digests
-from d2ft_fl.wire.quantization import PLAIN, with_quantized_changes
+from d2ft_fl.wire.quantization import with_quantized_changes
 
 MOST_SAID = 300  # letters of a reason
 MORE_BYTES = 1 << 16  # than planned: for what a client says when it has failed
@@ -182,7 +183,7 @@ class RoundReplies:
             means = {n: tensors.pop(n) for n in list(tensors) if n.startswith("d2ft.mean.")}
             self.mean_sums.check(schedule, means)
         bits = assignment.policy.bits_up or self.federation.config.upload_bits
-        if bits < PLAIN:
+        if bits < PLAIN_BITS:
             tensors = with_quantized_changes(
                 self.federation.arch, self._laid_out, schedule, tensors, bits
             )

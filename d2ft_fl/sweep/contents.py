@@ -5,7 +5,7 @@ import importlib.util
 from functools import lru_cache
 from pathlib import Path
 
-from d2ft_fl.config.run_config import BUILTIN, RunConfig, resolve_path
+from d2ft_fl.config.run_config import NO_PATHS, RunConfig, resolve_path
 
 
 def contents(config: RunConfig) -> dict[str, str]:
@@ -16,7 +16,7 @@ def contents(config: RunConfig) -> dict[str, str]:
     it will say so.
     """
     paths = [config.lora_adapter]
-    if config.pretrained not in BUILTIN["pretrained"]:
+    if config.pretrained not in NO_PATHS["pretrained"]:
         paths.append(config.pretrained)
     if config.budgets.endswith(".toml"):
         paths.append(config.budgets)
@@ -26,7 +26,7 @@ def contents(config: RunConfig) -> dict[str, str]:
             modules.append(name.strip().split(":")[0])
     found = {name: _file(resolve_path(name)) for name in paths if name}
     found |= {name: _module(name) for name in modules}
-    if config.dataset not in BUILTIN["dataset"]:
+    if config.dataset not in NO_PATHS["dataset"]:
         found[config.dataset] = _listing(resolve_path(config.dataset))
     return {name: digest for name, digest in found.items() if digest}
 

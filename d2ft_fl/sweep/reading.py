@@ -7,13 +7,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from d2ft_fl.config.renamed import renamed
 from d2ft_fl.config.run_config import RunConfig, nearest
-from d2ft_fl.config.sources import absolute, parse_pairs
+from d2ft_fl.config.sources import absolute, parse_pairs, read_options
 from d2ft_fl.errors import ConfigError
 from d2ft_fl.sweep.draws import Choice, Draw, Span
 from d2ft_fl.sweep.spec import Asha, Group, RunOptions, Sweep, place_name
 from d2ft_fl.sweep.written import toml_value
-from d2ft_fl.util.toml import read_toml
 from d2ft_fl.util.toml_lines import Locator, error_line
 
 TOP = ("name", "config", "seeds", "base", "grid", "search", "group", "run")
@@ -21,6 +21,7 @@ GROUP = ("seeds", "base", "grid", "search")
 RUN = ("at-once", "address", "asha", "keep-models")
 ASHA = ("grace-rounds", "reduction-factor")
 SAMPLING = ("samples", "draw-seed")
+OF_OPTIONS = ("base", "grid", "search")  # tables with options for keys
 OWN = "run-folder"  # every trial has its own
 
 
@@ -198,18 +199,26 @@ class _Reader:
         found, given = {}, {}
         for name in names:
             path = self.folder / Path(name).expanduser()
-            for key, value in absolute(read_toml(path), path.parent).items():
+            for key, value in read_options(path).items():
                 found[key], given[key] = self.option(key, value, path.name), path.name
         return found, given
 
     def table(self, table: dict[str, Any], place: tuple[str, ...]) -> dict[str, Any]:
-        """A copy of the table of that name, empty where there is none."""
+        """Return a copy of the table of that name, empty where there is none.
+
+        Options are under their present names.
+        """
         value = table.get(place[-1], {})
         if not isinstance(value, dict):
             raise self.error(place, f"{value!r} is no table; write [{place[-1]}]")
         if place[-1] == "grid" and value == {} and "grid" in table:
             raise self.error(place, "the grid is empty; name options, or leave it out")
-        return dict(value)
+        if place[-1] not in OF_OPTIONS:
+            return dict(value)
+        try:
+            return renamed(value)
+        except ConfigError as error:
+            raise self.error(place, str(error)) from None
 
     def whole(self, value: Any, place: tuple[str, ...], least: int) -> int:
         if type(value) is not int or value < least:

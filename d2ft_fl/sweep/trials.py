@@ -9,6 +9,7 @@ from functools import cached_property
 from itertools import product
 from typing import Any
 
+from d2ft_fl.config.renamed import first_names
 from d2ft_fl.config.run_config import RunConfig
 from d2ft_fl.errors import ConfigError, UnkeptBudget
 from d2ft_fl.rounds.checks import checked_options
@@ -41,7 +42,8 @@ class Trial:
         """
         strategy = re.sub(r"[^A-Za-z0-9_.-]", "_", self.config.strategy)[-40:]
         named = contents(self.config)
-        whole = self.config.to_mapping() | ({"contents": named} if named else {})
+        options = first_names(self.config.to_mapping())  # a renaming leaves the folder's name
+        whole = options | ({"contents": named} if named else {})
         return f"{strategy}-seed{self.config.seed}-{_hash(whole)}"
 
 

@@ -20,15 +20,13 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from d2ft_fl.config.choices import DOWNLOAD_BITS, PLAIN_BITS, UPLOAD_BITS
 from d2ft_fl.errors import ConfigError, ReplyError
 from d2ft_fl.subnets.architecture import Architecture, Kind, Parameter
 from d2ft_fl.subnets.packing import GlobalModel
 from d2ft_fl.subnets.schedule import Schedule
 from d2ft_fl.wire.sizes import ELEMENT
 
-BITS_UP = (32, 8, 4)  # 32: nothing is coded
-BITS_DOWN = (32, 8)
-PLAIN = BITS_UP[0]
 SCALE_BYTES = 4
 
 
@@ -38,23 +36,23 @@ def check_bits(up: int, down: int) -> None:
     Raises:
         ConfigError: If not.
     """
-    for direction, bits, allowed in (("up", up, BITS_UP), ("down", down, BITS_DOWN)):
+    for direction, bits, allowed in (("up", up, UPLOAD_BITS), ("down", down, DOWNLOAD_BITS)):
         if bits not in allowed:
             raise ConfigError(
                 f"{bits} bits of a number that travels {direction} must be "
                 f"{' or '.join(map(str, allowed))}"
             )
-    if down < PLAIN <= up:
+    if down < PLAIN_BITS <= up:
         raise ConfigError(
             f"numbers come down in {down} bits (download-bits) only where changes come back coded: "
-            f"set upload-bits to {' or '.join(map(str, BITS_UP[1:]))}, not {up}"
+            f"set upload-bits to {' or '.join(map(str, UPLOAD_BITS[1:]))}, not {up}"
         )
 
 
 def is_quantized(p: Parameter, bits: int) -> bool:
     """Whether a parameter's slices travel coded."""
     products = p.kind is Kind.SLICED and len(p.shape) == 2 and not p.factor
-    return bits < PLAIN and products and not p.fixed
+    return bits < PLAIN_BITS and products and not p.fixed
 
 
 def row_bytes(p: Parameter, bits: int) -> int:

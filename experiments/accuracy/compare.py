@@ -21,12 +21,12 @@ import numpy as np
 import safetensors.numpy
 from scipy.stats import spearmanr
 
+from d2ft_fl.config.choices import PLAIN_BITS
 from d2ft_fl.planning.importance import prior
 from d2ft_fl.planning.utility import Utility
 from d2ft_fl.report.run_folder import RunFolder
 from d2ft_fl.report.statistics import Interval, differences
 from d2ft_fl.report.sweep_folder import SweepFolder
-from d2ft_fl.wire.quantization import PLAIN
 
 REFERENCE = "fedavg"  # without limits
 OURS = "d2ft"
@@ -95,8 +95,8 @@ def named(run: RunFolder) -> tuple[str, str]:
         c["strategy"],
         f"{c['lora-init']} {c['lora-rank']}" * lora,
         f"{c['slots']} slots" * (c["slots"] > 1),
-        f"{c['upload-bits']} bits up" * (c["upload-bits"] < PLAIN),
-        f"{c['download-bits']} down" * (c["download-bits"] < PLAIN),
+        f"{c['upload-bits']} bits up" * (c["upload-bits"] < PLAIN_BITS),
+        f"{c['download-bits']} down" * (c["download-bits"] < PLAIN_BITS),
         f"server momentum {momentum}" * bool(momentum),
         f"server step {c['server-lr']}" * (c["server-lr"] != 1),
     ]

@@ -8,8 +8,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from d2ft_fl.aggregation.lora_sums import MODES, LoraSums, effective_rows, frozen
+from d2ft_fl.aggregation.lora_sums import LoraSums, effective_rows, frozen
 from d2ft_fl.aggregation.sums import Update
+from d2ft_fl.config.choices import LORA_AGGREGATIONS
 from d2ft_fl.errors import ConfigError, ReplyError
 from d2ft_fl.lora.config import Lora, factor_name, is_common, targeted, with_lora
 from d2ft_fl.subnets.architecture import Kind, Parameter
@@ -114,7 +115,7 @@ def trains_anything(replies):
     return any((r.schedule.operations == Operation.FULL).any() for r in replies)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", LORA_AGGREGATIONS)
 @CASES
 @given(seeds=SEEDS, turn=st.integers(1, 2))
 def test_the_error_is_that_of_dense_matrices(mode, seeds, turn):
@@ -230,7 +231,7 @@ def test_a_product_of_lower_rank_leaves_factors_that_can_train(rests):
         assert used == ((every, one) if rests == "A" else (one, every))
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", LORA_AGGREGATIONS)
 @CASES
 @given(seeds=SEEDS, random=st.randoms())
 def test_order_of_replies_does_not_matter(mode, seeds, random):
@@ -247,7 +248,7 @@ def bits(tensor):
     return tensor.numpy().view(np.int32)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", LORA_AGGREGATIONS)
 @CASES
 @given(seeds=SEEDS)
 def test_what_nobody_trained_keeps_its_bits(mode, seeds):
@@ -278,7 +279,7 @@ def test_what_nobody_trained_keeps_its_bits(mode, seeds):
             assert np.array_equal(before, after)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", LORA_AGGREGATIONS)
 def test_the_classifier_is_the_weighted_mean(mode):
     arch, state = setting(mode)
     replies = [reply(arch, state, seed, examples=[2 * seed, seed]) for seed in (1, 2)]
@@ -351,7 +352,7 @@ def test_a_common_factor_that_rests_counts_as_it_was():
     assert error == 0.0
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", LORA_AGGREGATIONS)
 def test_nobody_and_nothing(mode):
     """No error where nobody trained; zero where what came back is what went out."""
     arch, state = setting(mode)
@@ -381,7 +382,7 @@ def poke(value):
     return change
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", LORA_AGGREGATIONS)
 @pytest.mark.parametrize(
     "change,message",
     [
@@ -432,7 +433,7 @@ def test_what_does_not_train():
     assert all(is_common(BASE, *pair) for pair in common)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", LORA_AGGREGATIONS)
 def test_folding_is_the_same_where_the_error_is_not_measured(mode):
     arch, state = setting(mode)
     told, untold = LoraSums(arch, state, 1000, mode), LoraSums(arch, state, 1000, mode, False)

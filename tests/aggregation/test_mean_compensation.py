@@ -8,7 +8,6 @@ import torch
 
 from d2ft_fl.aggregation.mean_compensation import MeanBook, MeanSums
 from d2ft_fl.clients.full import learning_rate
-from d2ft_fl.config.training_options import LocalOptions
 from d2ft_fl.engine.mean_tally import MeanTally, received
 from d2ft_fl.engine.meter import Meter
 from d2ft_fl.engine.partial_model import PartialModel
@@ -26,6 +25,7 @@ from tests.conftest import (
     embedded,
     images_for,
     random_schedule,
+    training_options,
     weights_of,
 )
 
@@ -35,7 +35,7 @@ def measured(model, arch, schedule, images, labels, **options):
     partial = PartialModel(TimmViT(model), arch)
     partial.reset(schedule, pack_for(arch, weights_of(model), schedule))
     tally = MeanTally(partial)
-    options = LocalOptions(lr=0.0, head_lr=0.0, batch_size=len(images), **options)
+    options = training_options(lr=0.0, head_lr=0.0, batch_size=len(images), **options)
     train(partial, iter([(images, labels)]), options, learning_rate, Meter(), tally.held())
     return tally.finish()
 

@@ -1,6 +1,6 @@
 import pytest
 
-from d2ft_fl.config.sources import gather, parse_value
+from d2ft_fl.config.sources import collect, parse_value
 
 
 def test_later_files_and_pairs_win_and_paths_start_at_their_file(tmp_path):
@@ -10,7 +10,7 @@ def test_later_files_and_pairs_win_and_paths_start_at_their_file(tmp_path):
     first, second = tmp_path / "a.toml", tmp_path / "sub" / "b.toml"
     first.write_text("rounds = 3\nclients = 4")
     second.write_text("rounds = 5\nbudgets = 'mine.toml'")
-    config = gather([first, second], ["clients=6", "strategy=random"])
+    config = collect([first, second], ["clients=6", "strategy=random"])
     assert (config.rounds, config.clients, config.strategy) == (5, 6, "random")
     assert config.budgets == str(budgets)
 

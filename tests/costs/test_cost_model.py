@@ -14,6 +14,7 @@ from d2ft_fl.costs import cost_model as costs
 from d2ft_fl.costs.probe_costs import Probes, probes_cost, round_cost
 from d2ft_fl.costs.resources import Cost
 from d2ft_fl.engine.meter import Meter
+from d2ft_fl.engine.numerics import Numerics
 from d2ft_fl.engine.partial_model import PartialModel
 from d2ft_fl.engine.probes import score_pass
 from d2ft_fl.engine.trainer import train
@@ -33,7 +34,7 @@ def measure(arch, weights, model, schedule, examples, side=16, tokens=None, **op
     """FLOPs and peak bytes of a round of training, counted."""
     costs, meter = cost_model(arch, schedule.slots, **options), Meter(verify=True)
     costs = costs.under(ExecutionPolicy(tokens=tokens))
-    partial = PartialModel(TimmViT(model), arch, costs.options.numerics())
+    partial = PartialModel(TimmViT(model), arch, Numerics.of(costs.options))
     partial.tokens = tokens
     partial.reset(schedule, pack_for(arch, weights, schedule))
     images, labels = images_for(arch, examples, side=side)
@@ -52,7 +53,7 @@ def measure(arch, weights, model, schedule, examples, side=16, tokens=None, **op
     optimizer=st.sampled_from(["adamw", "sgd"]),
     precision=st.sampled_from(["fp32", "bf16"]),
     checkpointing=st.booleans(),
-    accumulate=st.integers(1, 4),
+    micro_batches=st.integers(1, 4),
     tokens=st.integers(2, ARCH.tokens),
 )
 def test_counted_equals_predicted(seed, slots, batch, examples, **options):
@@ -68,11 +69,11 @@ def test_counted_equals_predicted(seed, slots, batch, examples, **options):
 WAYS = {
     "plain": {},
     "checkpointing": {"checkpointing": True},
-    "accumulated": {"accumulate": 3},
+    "accumulated": {"micro_batches": 3},
     "bfloat16": {"precision": "bf16"},
-    "all of it": {"precision": "bf16", "checkpointing": True, "accumulate": 2},
+    "all of it": {"precision": "bf16", "checkpointing": True, "micro_batches": 2},
 }
-FEWER = {"fewer tokens": {"tokens": 9}, "most left out": {"tokens": 3, "accumulate": 2}}
+FEWER = {"fewer tokens": {"tokens": 9}, "most left out": {"tokens": 3, "micro_batches": 2}}
 
 
 @pytest.mark.parametrize("policy", [*WAYS, *FEWER])
@@ -146,7 +147,7 @@ def test_saved_bytes_are_predicted_within_two_percent(seed, slots, policy):
     schedule = random_schedule(ARCH, slots, seed)
     sizes = running(schedule, 6)
     costs = cost_model(ARCH, slots, **WAYS[policy])
-    partial = PartialModel(TimmViT(MODEL), ARCH, costs.options.numerics())
+    partial = PartialModel(TimmViT(MODEL), ARCH, Numerics.of(costs.options))
     partial.reset(schedule, pack_for(ARCH, WEIGHTS, schedule))
     images, labels = images_for(ARCH, sum(sizes))
     held = [t for _, t in partial.held()]

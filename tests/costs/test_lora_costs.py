@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from d2ft_fl.bench.step import saved_bytes
 from d2ft_fl.clients.full import learning_rate
 from d2ft_fl.engine.meter import Meter
+from d2ft_fl.engine.numerics import Numerics
 from d2ft_fl.engine.partial_model import PartialModel
 from d2ft_fl.engine.trainer import train
 from d2ft_fl.lora.config import Lora, with_lora
@@ -43,7 +44,7 @@ def adapted(base=BASE, model=MODEL, frozen=(), **changes):
 def measure(arch, state, model, schedule, examples, **options):
     """FLOPs and peak bytes of a round of training, counted."""
     costs, meter = cost_model(arch, schedule.slots, **options), Meter(verify=True)
-    partial = PartialModel(TimmViT(model), arch, costs.options.numerics())
+    partial = PartialModel(TimmViT(model), arch, Numerics.of(costs.options))
     packed = pack_for(arch, state, schedule)
     meter.count(lambda: partial.reset(schedule, packed))
     images, labels = images_for(arch, examples)
@@ -64,7 +65,7 @@ def measure(arch, state, model, schedule, examples, **options):
     dropout=st.sampled_from([0.0, 0.1]),
     precision=st.sampled_from(["fp32", "bf16"]),
     checkpointing=st.booleans(),
-    accumulate=st.integers(1, 3),
+    micro_batches=st.integers(1, 3),
 )
 def test_counted_equals_predicted(
     seed, slots, batch, examples, targets, frozen, dropout, **options
@@ -97,7 +98,7 @@ def test_saved_bytes_are_predicted_within_two_percent(seed, targets, checkpointi
     schedule = random_schedule(arch, 2, seed)
     sizes = running(schedule, 6)
     costs = cost_model(arch, 2, checkpointing=checkpointing)
-    partial = PartialModel(TimmViT(MODEL), arch, costs.options.numerics())
+    partial = PartialModel(TimmViT(MODEL), arch, Numerics.of(costs.options))
     partial.reset(schedule, pack_for(arch, state, schedule))
     partial.train(True)
     images, labels = images_for(arch, sum(sizes))

@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 
 from d2ft_fl.clients.full import learning_rate
-from d2ft_fl.config.training_options import LocalOptions, Numerics
 from d2ft_fl.engine.meter import Meter
+from d2ft_fl.engine.numerics import Numerics
 from d2ft_fl.engine.partial_model import PartialModel
 from d2ft_fl.engine.probes import score_pass
 from d2ft_fl.engine.trainer import Stepper, train
@@ -14,7 +14,15 @@ from d2ft_fl.models.timm_vit import TimmViT
 from d2ft_fl.planning.importance import MEASURED
 from d2ft_fl.subnets.packing import pack_for
 from d2ft_fl.util.torch_device import warm_up
-from tests.conftest import all_of, build, cost_model, images_for, random_schedule, weights_of
+from tests.conftest import (
+    all_of,
+    build,
+    cost_model,
+    images_for,
+    random_schedule,
+    training_options,
+    weights_of,
+)
 
 pytestmark = [
     pytest.mark.cuda,
@@ -26,7 +34,7 @@ WIDE = {"img_size": 64, "embed_dim": 128, "num_heads": 4, "depth": 4}  # heads o
 
 def ready(schedule, model, arch, options, device=CUDA):
     warm_up(device)
-    partial = PartialModel(TimmViT(model), arch, options.numerics(), device)
+    partial = PartialModel(TimmViT(model), arch, Numerics.of(options), device)
     partial.reset(schedule, pack_for(arch, weights_of(model), schedule))
     return partial
 
@@ -40,7 +48,7 @@ def data(arch, count, device=CUDA):
 def test_a_round_is_the_cpus_up_to_rounding(seed):
     model, arch = build(**WIDE)
     schedule = random_schedule(arch, 3, seed)
-    options = LocalOptions(batch_size=8, optimizer="sgd", lr=0.05, head_lr=0.05)
+    options = training_options(batch_size=8, optimizer="sgd", lr=0.05, head_lr=0.05)
     updates = []
     for device in (torch.device("cpu"), CUDA):
         partial = ready(schedule, model, arch, options, device)
@@ -88,7 +96,7 @@ def test_nothing_waits_for_the_gpu():
     """torch raises at the first call that would make a step wait for results."""
     model, arch = build(**WIDE)
     schedule = random_schedule(arch, 3, 2)
-    options = LocalOptions(batch_size=12, precision="bf16")
+    options = training_options(batch_size=12, precision="bf16")
     partial = ready(schedule, model, arch, options)
     partial.train(True)
     images, labels = data(arch, 12)
@@ -107,7 +115,7 @@ def test_scores_are_the_cpus():
     model, arch = build(**WIDE)
     found = []
     for device in (torch.device("cpu"), CUDA):
-        partial = ready(all_of(arch), model, arch, LocalOptions(), device)
+        partial = ready(all_of(arch), model, arch, training_options(), device)
         found.append(score_pass(partial, *data(arch, 3, device), MEASURED, Meter(device=device)))
     for kind in MEASURED:
         assert found[0][kind] == pytest.approx(found[1][kind], rel=1e-2), kind

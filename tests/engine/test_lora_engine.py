@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from d2ft_fl.config.training_options import Numerics
+from d2ft_fl.engine.numerics import Numerics
 from d2ft_fl.engine.partial_model import PartialModel
 from d2ft_fl.lora.config import Lora, merged, targeted, with_lora
 from d2ft_fl.models.timm_vit import TimmViT

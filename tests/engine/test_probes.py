@@ -8,7 +8,6 @@ import pytest
 import torch
 
 from d2ft_fl.client.trainer import client_trainer
-from d2ft_fl.config.training_options import LocalOptions
 from d2ft_fl.costs.probe_costs import Probes, probes_cost, with_probes
 from d2ft_fl.engine.meter import Meter
 from d2ft_fl.engine.partial_model import PartialModel
@@ -19,14 +18,19 @@ from d2ft_fl.rounds.checks import checked, checked_options
 from d2ft_fl.runtime.in_process import run_local
 from d2ft_fl.subnets.packing import pack_for
 from d2ft_fl.subnets.schedule import Operation
-from tests.conftest import all_of, build, cost_model, images_for, weights_of
+from tests.conftest import all_of, build, cost_model, images_for, training_options, weights_of
 from tests.runtime.test_in_process import rows
 
 
 def whole_of(model, arch, meter, batch_size=8):
     packed = pack_for(arch, weights_of(model), all_of(arch))
     return ProbeRunner(
-        PartialModel(TimmViT(model), arch), arch, arch, packed, LocalOptions(batch_size), meter
+        PartialModel(TimmViT(model), arch),
+        arch,
+        arch,
+        packed,
+        training_options(batch_size=batch_size),
+        meter,
     )
 
 

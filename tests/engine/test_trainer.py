@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from d2ft_fl.clients.full import learning_rate
-from d2ft_fl.config.training_options import LocalOptions
 from d2ft_fl.engine.meter import Meter
+from d2ft_fl.engine.numerics import Numerics
 from d2ft_fl.engine.partial_model import PartialModel
 from d2ft_fl.engine.probes import score_pass
 from d2ft_fl.engine.trainer import Stepper, build_optimizer, train
@@ -17,7 +17,7 @@ from d2ft_fl.planning.importance import MEASURED
 from d2ft_fl.subnets.architecture import Kind
 from d2ft_fl.subnets.packing import pack_for, up_spec
 from d2ft_fl.subnets.schedule import Operation, Schedule
-from tests.conftest import build, images_for, random_schedule, weights_of
+from tests.conftest import build, images_for, random_schedule, training_options, weights_of
 
 
 def batches(images, labels, size):
@@ -27,7 +27,7 @@ def batches(images, labels, size):
 
 def trained(model, arch, schedule, images, labels, options):
     partial = PartialModel(TimmViT(model), arch)
-    partial.numerics = options.numerics()
+    partial.numerics = Numerics.of(options)
     partial.reset(schedule, pack_for(arch, weights_of(model), schedule))
     data = batches(images, labels, options.batch_size)
     train(partial, data, options, learning_rate, Meter())
@@ -41,7 +41,7 @@ def test_all_full_equals_plain_training(optimizer, slots):
     model, arch = build()
     model.double()
     images, labels = images_for(arch, 20, torch.float64)
-    options = LocalOptions(batch_size=8, optimizer=optimizer, lr=0.01, head_lr=0.05)
+    options = training_options(batch_size=8, optimizer=optimizer, lr=0.01, head_lr=0.05)
     schedule = Schedule.filled(Operation.FULL, slots, arch.blocks, arch.heads)
     ours = trained(model, arch, schedule, images, labels, options)
 
@@ -75,7 +75,7 @@ def test_a_slice_that_no_slot_of_a_batch_ran_full_is_not_stepped():
     operations = np.full((2, 1, 4), Operation.FORWARD_ONLY, dtype=np.int8)
     operations[0, 0, 0] = operations[1, 0, 1] = Operation.FULL
     schedule = Schedule(operations)
-    options = LocalOptions(batch_size=4, lr=0.01)
+    options = training_options(batch_size=4, lr=0.01)
     images, labels = images_for(arch, 5)
     partial = PartialModel(TimmViT(model), arch)
     partial.reset(schedule, pack_for(arch, weights_of(model), schedule))
@@ -97,7 +97,7 @@ def test_gradient_and_optimiser_state_exist_for_trained_slices_only():
     partial = PartialModel(TimmViT(model), arch)
     partial.reset(schedule, pack_for(arch, weights_of(model), schedule))
     entries = partial.entries()
-    optimizer = build_optimizer(entries, LocalOptions(), learning_rate)
+    optimizer = build_optimizer(entries, training_options(), learning_rate)
     for entry in entries:
         entry.value.grad = entry.grad
     optimizer.step()
@@ -107,13 +107,13 @@ def test_gradient_and_optimiser_state_exist_for_trained_slices_only():
     assert moments == gradients == sent
 
 
-@pytest.mark.parametrize("options", [{"accumulate": 3}, {"checkpointing": True}])
+@pytest.mark.parametrize("options", [{"micro_batches": 3}, {"checkpointing": True}])
 def test_what_saves_memory_changes_no_result(options):
     model, arch = build(init_values=0.1)
     model.double()
     images, labels = images_for(arch, 20, torch.float64)
     schedule = random_schedule(arch, 3, 8)
-    base = LocalOptions(batch_size=8, optimizer="sgd", lr=0.05, head_lr=0.05)
+    base = training_options(batch_size=8, optimizer="sgd", lr=0.05, head_lr=0.05)
     expected = trained(model, arch, schedule, images, labels, base)
     ours = trained(model, arch, schedule, images, labels, replace(base, **options))
     for name, tensor in ours.items():
@@ -127,7 +127,7 @@ def test_shared_parameters_go_on_training_after_a_batch_without_them():
     operations = np.full((2, 1, 4), Operation.FORWARD_ONLY, dtype=np.int8)
     operations[1, 0, 0] = Operation.FULL
     schedule = Schedule(operations)
-    options = LocalOptions(batch_size=4, optimizer="sgd", momentum=0.0, lr=0.1)
+    options = training_options(batch_size=4, optimizer="sgd", momentum=0.0, lr=0.1)
     partial = PartialModel(TimmViT(model), arch)
     partial.reset(schedule, pack_for(arch, weights_of(model), schedule))
     stepper = Stepper(partial, options, learning_rate, Meter())
@@ -148,9 +148,9 @@ def test_a_smaller_last_batch_leaves_no_stale_gradients():
     operations[0, 0, 1] = Operation.FORWARD_ONLY  # head 1 trains in the second slot only
     schedule = Schedule(operations)
     images, labels = images_for(arch, 5, torch.float64)
-    options = LocalOptions(batch_size=4, optimizer="sgd", momentum=0.0, lr=0.1, head_lr=0.1)
+    options = training_options(batch_size=4, optimizer="sgd", momentum=0.0, lr=0.1, head_lr=0.1)
     ours = trained(model, arch, schedule, images, labels, options)
-    slow = trained(model, arch, schedule, images, labels, replace(options, accumulate=4))
+    slow = trained(model, arch, schedule, images, labels, replace(options, micro_batches=4))
     for name, tensor in ours.items():
         torch.testing.assert_close(tensor, slow[name], rtol=1e-10, atol=1e-12)
 
@@ -160,7 +160,7 @@ def test_a_slot_without_work_is_skipped_and_its_examples_do_not_count():
     operations = np.zeros((2, 2, 4), dtype=np.int8)
     operations[0] = Operation.FULL
     images, labels = images_for(arch, 8)
-    options = LocalOptions(batch_size=8, optimizer="sgd", momentum=0.0, lr=0.1)
+    options = training_options(batch_size=8, optimizer="sgd", momentum=0.0, lr=0.1)
     half = trained(model, arch, Schedule(operations), images, labels, options)
     only = trained(model, arch, Schedule(operations[:1]), images[:4], labels[:4], options)
     for name, tensor in half.items():
@@ -245,7 +245,7 @@ def test_the_proximal_term_is_that_of_the_loss(slots):
     model, arch = build(depth=2)
     model.double()
     images, labels = images_for(arch, 20, torch.float64)
-    options = LocalOptions(batch_size=8, optimizer="sgd", lr=0.05, head_lr=0.05, proximal=0.7)
+    options = training_options(batch_size=8, optimizer="sgd", lr=0.05, head_lr=0.05, proximal=0.7)
     schedule = Schedule.filled(Operation.FULL, slots, arch.blocks, arch.heads)
     ours = trained(model, arch, schedule, images, labels, options)
     free = [p for p in model.parameters() if p.requires_grad]
@@ -269,7 +269,7 @@ def test_the_proximal_term_leaves_what_was_not_stepped():
     operations = np.full((2, 1, 4), Operation.FORWARD_ONLY, dtype=np.int8)
     operations[0, 0, 0] = operations[1, 0, 1] = Operation.FULL
     schedule = Schedule(operations)
-    options = LocalOptions(batch_size=4, lr=0.01, proximal=0.5)
+    options = training_options(batch_size=4, lr=0.01, proximal=0.5)
     partial = PartialModel(TimmViT(model), arch)
     partial.reset(schedule, pack_for(arch, weights_of(model), schedule))
     stepper = Stepper(partial, options, learning_rate, Meter())

@@ -15,9 +15,10 @@ import pytest
 import safetensors.torch
 import torch
 
-from d2ft_fl.config.sources import gather
+from d2ft_fl.config.sources import collect
 from d2ft_fl.flower.records import pack_blobs, unpack_blobs
 from d2ft_fl.flower.superlink import free_ports, stop_family
+from d2ft_fl.rounds.checks import checked
 from d2ft_fl.runtime.in_process import run_local
 
 ROOT = Path(__file__).parent.parent.parent
@@ -79,7 +80,7 @@ def test_d2ft_run_gives_the_local_result_and_leaves_nothing_behind(tmp_path):
     changes = ["tuning=lora", "lora-init=federa", "lora-aggregation=product", "score-every=2"]
     changes.append("trackers=tensorboard")
     local, folder = tmp_path / "local", tmp_path / "run"
-    run_local(gather([], [*pairs(local), *changes]))
+    run_local(checked(collect([], [*pairs(local), *changes])))
     options = [x for pair in [*pairs(folder), *changes] for x in ("--set", pair)]
     ended = subprocess.run(
         [BIN / "d2ft", "run", *options, "--supernodes", "3"],
@@ -182,7 +183,7 @@ def test_a_cluster_whose_machines_share_no_files_gives_the_same_result(tmp_path,
     """The plug-in names a client's machine by its mount namespace, as a device."""
     folder, local = tmp_path / "run", tmp_path / "local"
     changes = ["budgets=tests.machines:budget", "clients=6", "slots=1"]
-    run_local(gather([], [*pairs(local), *changes]))
+    run_local(checked(collect([], [*pairs(local), *changes])))
     options = [x for pair in [*pairs(folder), *changes] for x in ("--set", pair)]
     ended = subprocess.run(
         [BIN / "d2ft", "run", *options], cwd=ROOT, check=False, capture_output=True, text=True,
@@ -216,8 +217,8 @@ def test_a_run_whose_worker_is_lost_ends_with_a_line_and_can_be_resumed(tmp_path
         "d2ft: a worker process of Flower's simulation died; the run can be resumed"
     )
     assert left_behind(tmp_path) == []
-    run_local(gather([], [f"run-folder={folder}"], folder))
-    run_local(gather([], [*pairs(reference), "rounds=12"]))
+    run_local(checked(collect([], [f"run-folder={folder}"], folder)))
+    run_local(checked(collect([], [*pairs(reference), "rounds=12"])))
     same_run(folder, reference)
 
 
@@ -252,7 +253,7 @@ def flower_pairs(folder):
 
 def test_bare_flwr_run_is_the_same_job(tmp_path, bare):
     local, folder = tmp_path / "local", tmp_path / "run"
-    run_local(gather([], pairs(local)))
+    run_local(checked(collect([], pairs(local))))
     ended = bare(flower_pairs(folder))
     assert f"run folder: {folder}" in ended.stdout, ended.stdout + ended.stderr
     same_run(folder, local)

@@ -7,8 +7,8 @@ import torch
 import torch.nn.functional as F
 
 from d2ft_fl.clients.lora import learning_rate
-from d2ft_fl.config.training_options import LocalOptions, Numerics
 from d2ft_fl.engine.meter import Meter
+from d2ft_fl.engine.numerics import Numerics
 from d2ft_fl.engine.partial_model import PartialModel
 from d2ft_fl.engine.trainer import train
 from d2ft_fl.lora.config import Lora, with_lora
@@ -17,7 +17,7 @@ from d2ft_fl.lora.peft_io import target_pattern
 from d2ft_fl.models.timm_vit import TimmViT
 from d2ft_fl.subnets.architecture import Kind
 from d2ft_fl.subnets.packing import pack_for
-from tests.conftest import all_of, build, images_for, weights_of
+from tests.conftest import all_of, build, images_for, training_options, weights_of
 
 
 def batches(images, labels, size):
@@ -50,7 +50,7 @@ def test_an_epoch_is_pefts(lora, dtype, optimizer, tolerance):
     arch = with_lora(base, lora)
     state = begin(arch, weights_of(model), "lora", 0)
     images, labels = images_for(arch, 20, dtype)
-    options = LocalOptions(batch_size=8, optimizer=optimizer, lora_lr=0.01, head_lr=0.02)
+    options = training_options(batch_size=8, optimizer=optimizer, lora_lr=0.01, head_lr=0.02)
 
     config = LoraConfig(
         r=lora.rank,

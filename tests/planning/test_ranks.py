@@ -18,6 +18,7 @@ from d2ft_fl.bench.step import saved_bytes
 from d2ft_fl.budgets.budget import UNLIMITED, Budget
 from d2ft_fl.costs.resources import RESOURCES
 from d2ft_fl.engine.grouping import storage_order
+from d2ft_fl.engine.numerics import Numerics
 from d2ft_fl.engine.partial_model import PartialModel
 from d2ft_fl.errors import ConfigError, ReplyError
 from d2ft_fl.lora.config import Lora, targeted, with_lora
@@ -205,7 +206,7 @@ def test_ranks_are_checked():
     dropout=st.sampled_from([0.0, 0.1]),
     precision=st.sampled_from(["fp32", "bf16"]),
     checkpointing=st.booleans(),
-    accumulate=st.integers(1, 2),
+    micro_batches=st.integers(1, 2),
 )
 def test_counted_equals_predicted(
     seed, slots, batch, examples, targets, frozen, dropout, **options
@@ -240,7 +241,7 @@ def test_saved_bytes_are_predicted_within_two_percent(seed, dropout, checkpointi
     schedule = ranked_schedule(arch, 2, seed)
     sizes = running(schedule, 6)
     costs = cost_model(arch, 2, checkpointing=checkpointing)
-    partial = PartialModel(TimmViT(WIDE_MODEL), arch, costs.options.numerics())
+    partial = PartialModel(TimmViT(WIDE_MODEL), arch, Numerics.of(costs.options))
     partial.reset(schedule, pack_for(arch, state, schedule))
     partial.train(True)
     images, labels = images_for(arch, sum(sizes))

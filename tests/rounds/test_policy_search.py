@@ -42,7 +42,7 @@ def test_memory_that_suffices_in_smaller_passes_changes_nothing_else():
     a, _ = planned({"memory": "60 %"})
     assert (a.schedule.operations == FULL).all()
     assert a.examples == 20
-    assert a.policy.accumulate == other.policy.accumulate > 1
+    assert a.policy.micro_batches == other.policy.micro_batches > 1
     assert a.cost.memory == other.cost.memory
 
 
@@ -69,7 +69,7 @@ def test_fewer_examples_come_in_smaller_batches(batch, share, slots, smaller):
     """About half of the steps on a quarter of the examples."""
     a, _ = planned({"flops": f"{share} %"}, examples=1000, batch_size=batch, slots=slots)
     assert bool(a.policy.batch) == smaller
-    assert a.policy.accumulate is None
+    assert a.policy.micro_batches is None
     if smaller:
         steps = math.ceil(a.examples / a.policy.batch) / math.ceil(1000 / batch)
         assert steps == pytest.approx((a.examples / 1000) ** 0.5, rel=0.25)
@@ -146,7 +146,7 @@ def test_compute_is_spent_on_examples_to_the_last():
 def test_memory_for_where_a_coded_change_began_is_found_in_smaller_passes(memory, up):
     a, _ = planned({"memory": memory, "bytes-up": up}, batch_size=4)
     assert a.policy.bits_up in (8, 4)
-    assert a.policy.accumulate > 1
+    assert a.policy.micro_batches > 1
     assert (a.schedule.operations == FULL).all()
 
 

@@ -201,7 +201,7 @@ def test_compensation_runs_within_budgets_and_is_charged(quick):
     "options",
     [
         {"checkpointing": True},
-        {"accumulate": 3, "slots": 2},
+        {"micro_batches": 3, "slots": 2},
         {"precision": "bf16"},
         {"proximal": 0.1},
     ],

@@ -9,7 +9,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from d2ft_fl.aggregation.lora_sums import MODES
+from d2ft_fl.config.choices import LORA_AGGREGATIONS
 from d2ft_fl.errors import ConfigError
 from d2ft_fl.models.export import export_run
 from d2ft_fl.preview.plan_preview import preview
@@ -31,7 +31,7 @@ def rows(folder, name="rounds.jsonl"):
     return [json.loads(line) for line in Path(folder, name).read_text().splitlines()]
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", LORA_AGGREGATIONS)
 def test_a_run_keeps_its_predictions_and_reports_its_error(lora, mode):
     summary = run_local(lora(lora_aggregation=mode, verify_costs=True))
     assert summary["violations"] == 0
@@ -168,7 +168,7 @@ def test_the_same_seed_gives_the_same_run(lora):
     assert all(np.array_equal(one[name].numpy(), two[name].numpy()) for name in one)
 
 
-@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize("mode", LORA_AGGREGATIONS)
 def test_the_bytes_of_plan_are_those_of_a_run(lora, mode):
     """Round after round, also where folding changes weights that clients have."""
     config = lora(lora_aggregation=mode, rounds=3, strategy="fedavg", lora_error=False)

@@ -229,13 +229,13 @@ def test_accumulation_takes_the_fewest_passes_that_fit():
     federation, state, reports = round_of("accumulate", [{}, {"memory": "60 %"}, {"memory": "5 %"}])
     plan = plan_round(federation, state, reports)
     whole, parts, nothing = plan.assignments
-    assert whole.policy.accumulate == 1
-    assert parts.policy.accumulate > 1
+    assert whole.policy.micro_batches == 1
+    assert parts.policy.micro_batches > 1
     assert nothing.schedule.sits_out
     fewer = Round(federation, state, plan.clients).assign(
         plan.clients[1],
         parts.schedule,
-        policy=ExecutionPolicy(accumulate=parts.policy.accumulate // 2),
+        policy=ExecutionPolicy(micro_batches=parts.policy.micro_batches // 2),
     )
     assert fewer.cost.memory > plan.clients[1].capacity[1] >= parts.cost.memory
     assert parts.cost.flops == whole.cost.flops

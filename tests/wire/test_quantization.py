@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from d2ft_fl.config.choices import UPLOAD_BITS
 from d2ft_fl.config.run_config import RunConfig
 from d2ft_fl.errors import ConfigError, ReplyError
 from d2ft_fl.rounds.checks import checked
@@ -15,7 +16,6 @@ from d2ft_fl.runtime.in_process import run_local
 from d2ft_fl.subnets.architecture import Kind
 from d2ft_fl.subnets.packing import GlobalModel, pack_for
 from d2ft_fl.wire.quantization import (
-    BITS_UP,
     dequantize,
     dequantize_rows,
     is_quantized,
@@ -27,7 +27,7 @@ from d2ft_fl.wire.quantization import (
 )
 from tests.conftest import build, random_schedule, weights_of
 
-FEW = [bits for bits in BITS_UP if bits < 32]
+FEW = [bits for bits in UPLOAD_BITS if bits < 32]
 MODEL, ARCH = build(embed_dim=48, depth=2, num_heads=4, mlp_ratio=66 / 48)
 WEIGHTS = weights_of(MODEL)
 
