@@ -14,7 +14,9 @@ from d2ft_fl.models.timm_vit import TimmViT, check
 from d2ft_fl.runtime.in_process import InProcessPool
 from d2ft_fl.subnets.architecture import Kind
 from d2ft_fl.subnets.schedule import Operation, Schedule, slot_sizes
+from d2ft_fl.tasks.image_classification import ImageClassification
 
+CLASSIFY = ImageClassification()
 SMALL = {
     "model_name": "vit_tiny_patch16_224",
     "img_size": 16,

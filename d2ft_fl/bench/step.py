@@ -40,6 +40,8 @@ from d2ft_fl.models.spec import ModelSpec
 from d2ft_fl.subnets.architecture import Architecture, Kind
 from d2ft_fl.subnets.packing import pack_for
 from d2ft_fl.subnets.schedule import Operation, Schedule, micro_batches, slot_sizes
+from d2ft_fl.tasks.image_classification import ImageClassification
+from d2ft_fl.tasks.task import Batch
 from d2ft_fl.util.plugins import load_module
 from d2ft_fl.util.torch_device import set_threads, usable_device
 
@@ -288,17 +290,18 @@ def _measure(name: str, schedule: Schedule, reference: _Reference) -> Row:
     )
     counted = Meter(verify=True, device=images.device)
     rate = load_module("clients", bench.tuning, "--tuning", TUNINGS).learning_rate
-    stepper = Stepper(partial, options, rate, counted, every_slot=True)
+    stepper = Stepper(partial, ImageClassification(), options, rate, counted, every_slot=True)
+    batch = Batch(images, labels)
     for _ in range(2):  # the second finds the optimiser's state
         counted.start()
-        stepper.step(images, labels)
+        stepper.step(batch)
     stepper.meter = _NoMeter(device=images.device)
     ours, theirs = [], []
     reference.step()
-    stepper.step(images, labels)
+    stepper.step(batch)
     for _ in range(bench.pairs):
         theirs.append(_timed(reference.step, images.device))
-        ours.append(_timed(lambda: stepper.step(images, labels), images.device))
+        ours.append(_timed(lambda: stepper.step(batch), images.device))
     predicted = costs.saved_bytes(schedule, sizes)
     return Row(
         schedule=name,

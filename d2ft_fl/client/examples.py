@@ -8,6 +8,8 @@ import torch
 from d2ft_fl.data.federated_data import FederatedData
 from d2ft_fl.engine.trainer import Batches
 from d2ft_fl.rounds.messages import Task
+from d2ft_fl.tasks.task import Batch
+from d2ft_fl.tasks.task import Task as LearningTask
 
 
 @dataclass
@@ -16,12 +18,14 @@ class LocalExamples:
 
     Attributes:
         data: The data set, and which examples are whose.
+        task: What is learnt, by all clients together.
         seed: Of the run.
         epochs_per_round: How often a client sees its examples in a round.
         device: Where batches go.
     """
 
     data: FederatedData
+    task: LearningTask
     seed: int
     epochs_per_round: int
     device: torch.device
@@ -54,7 +58,16 @@ class LocalExamples:
     def batches(self, client: int, examples: np.ndarray, size: int) -> Batches:
         """Yield some of a client's examples, in batches of a size."""
         for start in range(0, len(examples), size):
-            yield self.data.client_batch(client, examples[start : start + size], self.device)
+            yield self.batch(client, examples[start : start + size])
+
+    def batch(self, client: int, examples: np.ndarray) -> Batch:
+        """Return some of a client's examples as one batch."""
+        return self.task.collate(self.data.client_batch(client, examples, self.device))
+
+    def task_of(self, client: int) -> LearningTask:
+        """Return what a client learns, which may depend on the labels that it has."""
+        labels = self.data.train.labels[self.data.partitions[client]]
+        return self.task.for_client(labels, self.data.classes, self.device)
 
     def _order(self, client: int, round_number: int) -> list[np.ndarray]:
         """Return each epoch's order of all examples of a client."""

@@ -77,7 +77,9 @@ class ClientTrainer:
     @cached_property
     def examples(self) -> LocalExamples:
         """Which examples clients train on, in which order."""
-        return LocalExamples(self.data, self.config.seed, self.options.epochs, self.device)
+        return LocalExamples(
+            self.data, self.components.task, self.config.seed, self.options.epochs, self.device
+        )
 
     @cached_property
     def model(self) -> PartialModel:
@@ -201,8 +203,8 @@ class ClientTrainer:
             entropy = runner.entropy(batches, self.config.selection_temperature)
             chosen = np.argsort(-entropy, kind="stable")[: task.examples]
         if probes.scored:
-            batch = self.data.client_batch(task.client, chosen[: probes.scored], self.device)
-            for kind, values in runner.scores(*batch, probes.kinds).items():
+            batch = self.examples.batch(task.client, chosen[: probes.scored])
+            for kind, values in runner.scores(batch, self.components.task, probes.kinds).items():
                 scores[TENSOR + kind] = torch.from_numpy(values).float()
         return chosen, scores
 
@@ -296,27 +298,15 @@ class ClientTrainer:
                 chain.from_iterable(
                     self.examples.batches(task.client, epoch, size) for epoch in epochs
                 ),
+                self.examples.task_of(task.client),
                 options,
                 self.rate,
                 self.meter,
                 [*others, *(means.held() if means else ())],
                 every_slot=smallest >= task.schedule.slots,
-                prior=self._prior(task.client),
             )
         result = {name: tensor.cpu() for name, tensor in model.update().items()}
         return loss, result | (means.finish() if means else {})
-
-    def _prior(self, client: int) -> Tensor | None:
-        """Return what is added to a client's logits in its loss: float32 [classes].
-
-        Each label counts once more than the client has it, so that none is impossible. None where
-        logits are not adjusted.
-        """
-        if not (weight := self.options.logit_adjustment):
-            return None
-        labels = self.data.train.labels[self.data.partitions[client]]
-        counts = np.bincount(labels, minlength=self.data.classes) + 1.0
-        return torch.from_numpy(weight * np.log(counts / counts.sum())).float().to(self.device)
 
 
 def _seconds_since(started: float) -> str:

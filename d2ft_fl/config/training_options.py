@@ -25,7 +25,6 @@ class TrainingOptions:
     checkpointing: bool
     micro_batches: int
     proximal: float
-    logit_adjustment: float
 
     @classmethod
     def of(cls, config: RunConfig) -> "TrainingOptions":

@@ -23,6 +23,7 @@ from d2ft_fl.engine.trainer import Batches, run_pass
 from d2ft_fl.lora.config import merged_packed
 from d2ft_fl.subnets.architecture import Architecture
 from d2ft_fl.subnets.schedule import Operation, Schedule
+from d2ft_fl.tasks.task import Batch, Task
 
 
 @dataclass
@@ -49,10 +50,10 @@ class ProbeRunner:
         weights = self.meter.count(partial(merged_packed, self.tuned, self.tensors))
         self.model.reset(schedule, weights, gradients=False)
 
-    def scores(self, images: Tensor, labels: Tensor, kinds: Sequence[str]) -> dict[str, np.ndarray]:
+    def scores(self, batch: Batch, task: Task, kinds: Sequence[str]) -> dict[str, np.ndarray]:
         """See :func:`score_pass`."""
         self._reset(Operation.FULL)
-        return score_pass(self.model, images, labels, kinds, self.meter)
+        return score_pass(self.model, batch, task, kinds, self.meter)
 
     def entropy(self, batches: Batches, temperature: float) -> np.ndarray:
         """See :func:`entropy_pass`."""
@@ -71,10 +72,10 @@ def entropy_pass(
     held = [t for _, t in model.held()]
     base = tensor_bytes(held)
     found: list[Tensor] = []
-    for images, _ in batches:
-        key = id(model), "entropy", len(images)
-        step = partial(_entropy, model, images, temperature)
-        found.append(meter.run(step, key, base + images.nbytes, lambda: held))
+    for batch in batches:
+        key = id(model), "entropy", len(batch)
+        step = partial(_entropy, model, batch.inputs, temperature)
+        found.append(meter.run(step, key, base + batch.inputs.nbytes, lambda: held))
     return torch.cat(found).cpu().numpy() if found else np.zeros(0)
 
 
@@ -85,7 +86,7 @@ def _entropy(model: PartialModel, images: Tensor, temperature: float) -> Tensor:
 
 
 def score_pass(
-    model: PartialModel, images: Tensor, labels: Tensor, kinds: Sequence[str], meter: Meter
+    model: PartialModel, batch: Batch, task: Task, kinds: Sequence[str], meter: Meter
 ) -> dict[str, np.ndarray]:
     """Measure scores of some kinds: kind -> float64 [blocks, heads].
 
@@ -103,15 +104,15 @@ def score_pass(
             branch.observer = observer
     whole = list(model.whole().values())
     held = [t for _, t in model.held()]
-    base = tensor_bytes(held) + images.nbytes
+    base = tensor_bytes(held) + batch.inputs.nbytes
     try:
-        for index in range(len(images)):
-            one = slice(index, index + 1)
+        for index in range(len(batch)):
+            one = batch.rows(index, index + 1)
             meter.run(
-                partial(run_pass, model, images[one], labels[one], [1], 1),
+                partial(run_pass, model, one, task, [1], task.weight(one)),
                 key=(id(model), "scores", *kinds),
                 base=base,
-                known=lambda: [*held, images, labels],
+                known=lambda: [*held, batch.inputs, batch.targets],
             )
             total += sums.abs()
             sums.zero_()
@@ -120,7 +121,7 @@ def score_pass(
     finally:
         for branch in model.branches():
             branch.observer = None
-    means = (total.cpu() / max(1, len(images))).numpy()
+    means = (total.cpu() / max(1, len(batch))).numpy()
     return {
         kind: mean / arch.subnet_sizes if MEASURES[kind].per_parameter else mean
         for kind, mean in zip(kinds, means, strict=True)

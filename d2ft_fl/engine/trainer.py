@@ -5,7 +5,6 @@ from dataclasses import dataclass, field
 from functools import cached_property, partial
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from d2ft_fl.config.training_options import TrainingOptions
@@ -13,8 +12,9 @@ from d2ft_fl.engine.meter import Meter, tensor_bytes
 from d2ft_fl.engine.partial_model import Entry, PartialModel
 from d2ft_fl.subnets.architecture import Kind
 from d2ft_fl.subnets.schedule import Operation, Schedule, micro_batches, slot_sizes
+from d2ft_fl.tasks.task import Batch, Outputs, Task
 
-Batches = Iterator[tuple[Tensor, Tensor]]  # images [batch, ...], labels [batch]
+Batches = Iterator[Batch]
 
 # What a way of tuning decides here: the learning rate of a kind of parameter, and whether it is one
 # of LoRA's factors (see `clients/`).
@@ -38,12 +38,12 @@ def build_optimizer(
 def train(
     model: PartialModel,
     batches: Batches,
+    task: Task,
     options: TrainingOptions,
     rate: LearningRate,
     meter: Meter,
     beside: Sequence[Tensor] = (),
     every_slot: bool = False,
-    prior: Tensor | None = None,
 ) -> float:
     """Follow the model's schedule over the batches; its tensors end as the client's update.
 
@@ -52,23 +52,25 @@ def train(
     not stepped.
 
     Args:
-        beside, every_slot, prior: See :class:`Stepper`.
+        task: See :class:`Stepper`.
+        beside: See :class:`Stepper`.
+        every_slot: See :class:`Stepper`.
 
     Returns:
-        The mean training loss over the examples that ran.
+        The training loss of what ran, divided by its weight: of images, the mean over examples.
     """
     model.train(True)
-    stepper = Stepper(model, options, rate, meter, beside, every_slot, prior)
+    stepper = Stepper(model, task, options, rate, meter, beside, every_slot)
     total_loss: Tensor | float = 0.0
-    total_examples = 0
+    total_weight = 0
     try:
-        for images, labels in batches:
-            loss, examples = stepper.step(images, labels)
+        for batch in batches:
+            loss, weight = stepper.step(batch)
             total_loss += loss  # stays on its device: nothing waits for it
-            total_examples += examples
+            total_weight += weight
     finally:
         model.train(False)
-    return float(total_loss) / max(1, total_examples)
+    return float(total_loss) / max(1, total_weight)
 
 
 @dataclass
@@ -76,19 +78,19 @@ class Stepper:
     """One optimiser step after another on a model's schedule.
 
     Attributes:
+        task: What is learnt.
         beside: What else is held meanwhile.
         every_slot: Whether each batch will have examples in every slot: then all trained heads of
             a tensor step together, which is faster.
-        prior: What is added to logits in the loss, [classes]; None for nothing.
     """
 
     model: PartialModel
+    task: Task
     options: TrainingOptions
     rate: LearningRate
     meter: Meter
     beside: Sequence[Tensor] = ()
     every_slot: bool = False
-    prior: Tensor | None = None
     _overwrite: bool | None = None
     _zeroed: list[Tensor] = field(default_factory=list)
 
@@ -117,18 +119,17 @@ class Stepper:
         held = (t for _, t in self.model.held())
         return [*held, *self.model.gradients(), *self._began, *self.beside]
 
-    def step(self, images: Tensor, labels: Tensor) -> tuple[Tensor | float, int]:
-        """One batch: its summed loss, and the examples that ran."""
+    def step(self, batch: Batch) -> tuple[Tensor | float, int]:
+        """Run one batch and step; returns its summed loss, and the weight of what ran."""
         schedule = self.model.schedule
-        sizes = slot_sizes(len(images), schedule.slots)
+        sizes = slot_sizes(len(batch), schedule.slots)
         parts = micro_batches(sizes, schedule.active.tolist(), self.options.micro_batches)
         if not parts:
             return 0.0, 0
-        batch = images
-        images, labels = _running(images, sizes, schedule), _running(labels, sizes, schedule)
-        examples = len(images)
+        running = _running(batch, sizes, schedule)
+        weight = self.task.weight(running)
         empty = any(on and not size for on, size in zip(schedule.active, sizes, strict=True))
-        base = self._held_bytes() + tensor_bytes([batch, images])
+        base = self._held_bytes() + tensor_bytes([batch.inputs, running.inputs])
         self._prepare(overwrite=len(parts) == 1 and not empty)
         loss: Tensor | float = 0.0
         start = 0
@@ -138,20 +139,19 @@ class Stepper:
                 partial(
                     run_pass,
                     self.model,
-                    images[start:stop],
-                    labels[start:stop],
+                    running.rows(start, stop),
+                    self.task,
                     part,
-                    examples,
-                    self.prior,
+                    weight,
                 ),
                 key=_pattern(self.model, part),
                 base=base,
                 known=lambda: [
                     *self._fixed,
                     *optimizer_state(self.optimizer),
-                    batch,
-                    images,
-                    labels,
+                    batch.inputs,
+                    running.inputs,
+                    running.targets,
                 ],
             )
             start = stop
@@ -159,7 +159,7 @@ class Stepper:
         self._pull_back()
         self.optimizer.step()
         self.meter.note(self._held_bytes())
-        return loss, examples
+        return loss, weight
 
     def _prepare(self, overwrite: bool) -> None:
         """Zero the gradients that passes add to; the others are replaced."""
@@ -194,12 +194,16 @@ class Stepper:
         return self.meter.bytes_of(lambda: [*self._fixed, *optimizer_state(self.optimizer)], key)
 
 
-def _running(tensor: Tensor, sizes: list[int], schedule: Schedule) -> Tensor:
-    """The examples of the slots that run anything."""
+def _running(batch: Batch, sizes: list[int], schedule: Schedule) -> Batch:
+    """Return the examples of the slots that run anything."""
     if schedule.active.all():
-        return tensor
-    pieces = tensor.split(sizes)
-    return torch.cat([piece for piece, on in zip(pieces, schedule.active, strict=True) if on])
+        return batch
+
+    def active_rows(tensor: Tensor) -> Tensor:
+        slots = zip(tensor.split(sizes), schedule.active, strict=True)
+        return torch.cat([rows for rows, active in slots if active])
+
+    return Batch(active_rows(batch.inputs), active_rows(batch.targets))
 
 
 def _pattern(model: PartialModel, sizes: list[int]) -> Hashable:
@@ -220,20 +224,25 @@ def _pattern(model: PartialModel, sizes: list[int]) -> Hashable:
 
 def run_pass(
     model: PartialModel,
-    images: Tensor,
-    labels: Tensor,
+    batch: Batch,
+    task: Task,
     sizes: list[int],
-    examples: int,
-    prior: Tensor | None = None,
+    weight: int,
 ) -> Tensor:
-    """Forward and backward of one pass of a batch of ``examples``; its summed loss."""
-    logits = model(images, sizes)
+    """Run one micro-batch forward and backward; returns its summed loss.
+
+    Args:
+        model: Accumulates the gradient.
+        batch: The micro-batch.
+        task: What is learnt.
+        sizes: Examples in each active slot.
+        weight: Of the whole batch, which its summed loss is divided by.
+    """
+    logits = model(batch.inputs, sizes)
     if model.numerics.mixed:
         logits = logits.float()
-    if prior is not None:
-        logits = logits.add_(prior)
-    loss = F.cross_entropy(logits, labels, reduction="sum")
-    (loss / examples).backward()
+    loss = task.loss(Outputs(logits), batch)
+    (loss / weight).backward()
     return loss.detach()
 
 

@@ -14,6 +14,7 @@ import platformdirs
 
 from d2ft_fl.config.run_config import RunConfig, resolve_path
 from d2ft_fl.errors import ConfigError, RunError
+from d2ft_fl.records.metrics import with_metrics
 from d2ft_fl.util.files import put_in_place, unlock
 
 
@@ -101,8 +102,8 @@ def only_one(folder: Path) -> Iterator[None]:
 
 
 def read_rows(folder: Path) -> list[dict[str, Any]]:
-    """The rounds' lines of a run, up to the first that is not whole."""
-    return read_lines(folder / "rounds.jsonl")
+    """Return the rounds of a run as today's runs write them, up to the first broken line."""
+    return [with_metrics(line) for line in read_lines(folder / "rounds.jsonl")]
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

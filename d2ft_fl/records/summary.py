@@ -1,6 +1,6 @@
 """The totals of a run."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,8 +8,10 @@ import numpy as np
 
 from d2ft_fl.budgets.budget import LIMITS
 from d2ft_fl.costs.resources import RESOURCES
+from d2ft_fl.records.metrics import primary_of
 from d2ft_fl.rounds.components import Components
 from d2ft_fl.rounds.federation import Federation
+from d2ft_fl.tasks.metrics import MetricSpec
 
 
 def summarise(
@@ -48,10 +50,11 @@ def _privacy(components: Components, rows: list[dict[str, Any]]) -> dict[str, An
 def totals(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Totals over rounds, beside what full fine-tuning of the same clients would have cost.
 
-    Accuracy and loss are those of the last round that was evaluated, None where none was.
+    Metrics are those of the last round that was evaluated, None where none was; the best of the
+    primary metric is over all rounds.
 
     Args:
-        rows: The lines of ``rounds.jsonl``, one at least.
+        rows: Lines of ``rounds.jsonl``, one at least, as :func:`read_rows` returns them.
     """
     resources = {}
     for name in RESOURCES:
@@ -67,14 +70,9 @@ def totals(rows: list[dict[str, Any]]) -> dict[str, Any]:
             "share": spent / whole,
             "worst": max(worst, default=None),
         }
-    accuracies, losses = (
-        [row[key] for row in rows if row[key] is not None] for key in ("accuracy", "loss")
-    )
     return {
         "rounds": len(rows),
-        "accuracy": accuracies[-1] if accuracies else None,
-        "best_accuracy": max(accuracies, default=None),
-        "loss": losses[-1] if losses else None,
+        **_metrics(rows),
         "resources": resources,
         "round_seconds": sum(row["round_seconds"] for row in rows),
         "coverage": rows[-1]["covered_so_far"],
@@ -89,6 +87,19 @@ def totals(rows: list[dict[str, Any]]) -> dict[str, Any]:
         "aggregation_error": _mean([row.get("aggregation_error") for row in rows]),
         "too_few_trainers": _mean([row.get("too_few_trainers") for row in rows]),
     }
+
+
+def _metrics(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the last metrics and the best of the primary one, as JSON.
+
+    Beside ``metrics`` and ``best``, each stands alone under its own name and ``best_`` with the
+    name of the primary metric.
+    """
+    spec = MetricSpec.from_entries(rows[-1])
+    evaluated = [row["metrics"] for row in rows if primary_of(row) is not None]
+    best = spec.best(metrics[spec.primary] for metrics in evaluated)
+    entries = spec.entries(evaluated[-1] if evaluated else None)
+    return {**entries, "best": best, f"best_{spec.primary}": best}
 
 
 def _mean(values: Iterable[float | None]) -> float | None:

@@ -26,6 +26,8 @@ from d2ft_fl.models.spec import ModelSpec
 from d2ft_fl.planning import importance
 from d2ft_fl.rounds.strategies import Method, load_strategy, method_of
 from d2ft_fl.subnets.architecture import Architecture
+from d2ft_fl.tasks.image_classification import ImageClassification
+from d2ft_fl.tasks.task import Task
 from d2ft_fl.trackers import Factory, load_trackers
 from d2ft_fl.util.plugins import load_module
 from d2ft_fl.util.torch_device import usable_device
@@ -62,6 +64,11 @@ class Components:
                 f"tuning = {name!r} has no function learning_rate(kind, factor, options)"
             )
         return module
+
+    @cached_property
+    def task(self) -> Task:
+        """What is learnt."""
+        return ImageClassification(self.config.logit_adjustment)
 
     @cached_property
     def trackers(self) -> dict[str, Factory]:

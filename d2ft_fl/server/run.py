@@ -10,7 +10,6 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from d2ft_fl.aggregation import privacy
@@ -21,6 +20,7 @@ from d2ft_fl.data.federated_data import FederatedData, open_data
 from d2ft_fl.engine.model_adapter import ModelAdapter
 from d2ft_fl.errors import ConfigError, RunError
 from d2ft_fl.models.build import build_adapter
+from d2ft_fl.records.metrics import primary_of
 from d2ft_fl.records.run_folder import claim_folder, only_one, read_rows
 from d2ft_fl.rounds.components import Components
 from d2ft_fl.rounds.context import Assignment, Participant, plan_round
@@ -31,6 +31,8 @@ from d2ft_fl.server import checkpoint
 from d2ft_fl.server.dispatch import ClientFailure, RoundDispatch, Stopwatch
 from d2ft_fl.server.recorder import Recorder, write_summary
 from d2ft_fl.server.replies import RoundReplies
+from d2ft_fl.tasks.metrics import MetricSpec
+from d2ft_fl.tasks.task import Batch, Outputs, Task, add_sums
 from d2ft_fl.trackers import tracking
 from d2ft_fl.util.torch_device import set_threads
 
@@ -179,14 +181,14 @@ class _Run:
         with stopwatch.of("fold"):
             self.state, records = replies.finish()
         last = number == config.rounds
-        accuracy = loss = None
+        figures = None
         if last or number % config.eval_every == 0:
             with stopwatch.of("evaluate"):
                 weights = stage.model_weights(self.state)
-                accuracy, loss = evaluate(self.adapter, weights, self.data, config.eval_batch_size)
+                figures = self._evaluate(weights)
         wall = time.perf_counter() - started
         row = self.recorder.round(
-            stage, self.state, plan, records, accuracy, loss, wall, failures + replies.strays,
+            stage, self.state, plan, records, figures, wall, failures + replies.strays,
             stopwatch.seconds,
         )  # fmt: skip
         if config.checkpoint_every and (last or number % config.checkpoint_every == 0):
@@ -297,14 +299,19 @@ class _Run:
 
     def finish(self, wall_seconds: float) -> dict[str, Any]:
         """Write what the run has come to; returns the summary."""
-        stage, state, config = self.federation.at(self.state.round), self.state, self.config
+        stage, state = self.federation.at(self.state.round), self.state
         if save := getattr(stage.tuning, "save", None):
             save(self.recorder.folder, state.weights, stage.arch, self.components, self.original)
         weights, last = stage.model_weights(state), self.recorder.rows[-1]
-        if last["accuracy"] is None:  # of a run that ends before it was meant to
-            size = config.eval_batch_size
-            last["accuracy"], last["loss"] = evaluate(self.adapter, weights, self.data, size)
+        if primary_of(last) is None:  # of a run that ends before it was meant to
+            metrics = MetricSpec.of(self.components.task)
+            last |= metrics.entries(self._evaluate(weights))
         return self.recorder.finish(weights, self.seconds_before + wall_seconds)
+
+    def _evaluate(self, weights: Mapping[str, Tensor]) -> dict[str, float]:
+        """Compute the task's figures of a global model on the held-out split."""
+        size, task = self.config.eval_batch_size, self.components.task
+        return evaluate(self.adapter, weights, task, self.data, size)
 
 
 def drawn(config: RunConfig, round_number: int, clients: Iterable[int]) -> list[int]:
@@ -329,22 +336,29 @@ def _said(silent: Mapping[int, ClientFailure]) -> str:
 def evaluate(
     adapter: ModelAdapter,
     weights: Mapping[str, Tensor],
+    task: Task,
     data: FederatedData,
     batch_size: int,
-) -> tuple[float, float]:
-    """Accuracy and mean loss of the global model on the held-out split."""
+) -> dict[str, float]:
+    """Compute the task's figures of the global model on the held-out split.
+
+    Args:
+        adapter: Runs the model, whose weights are overwritten.
+        weights: The global model, by name.
+        task: What is learnt.
+        data: Holds the held-out split.
+        batch_size: Examples that are run together.
+    """
     for name, parameter in adapter.model.named_parameters():
         parameter.copy_(weights[name])
-    right, loss = 0, 0.0
     device = next(adapter.model.parameters()).device
-    for images, labels in _test_batches(data, batch_size):
-        images, labels = images.to(device), labels.to(device)
-        logits = adapter.forward(images)  # [batch, classes]
-        right += int((logits.argmax(dim=1) == labels).sum())
-        loss += float(F.cross_entropy(logits, labels, reduction="sum"))
-    return right / data.test_size, loss / data.test_size
+    totals: dict[str, Tensor] = {}
+    for batch in _test_batches(task, data, batch_size):
+        batch = batch.to(device)
+        totals = add_sums(totals, task.sums(Outputs(adapter.forward(batch.inputs)), batch))
+    return task.figures(totals)
 
 
-def _test_batches(data: FederatedData, size: int) -> Iterator[tuple[Tensor, Tensor]]:
+def _test_batches(task: Task, data: FederatedData, size: int) -> Iterator[Batch]:
     for start in range(0, data.test_size, size):
-        yield data.test_batch(start, start + size)
+        yield task.collate(data.test_batch(start, start + size))

@@ -1,1 +1,1 @@
-"""What is learnt: loss, weights and metrics of a model's outputs."""
+"""What a run learns: batches, the loss, and the figures by which a model is judged."""

@@ -16,9 +16,11 @@ from d2ft_fl.errors import ReplyError
 from d2ft_fl.models.timm_vit import TimmViT
 from d2ft_fl.subnets.packing import down_spec, pack_for, up_spec
 from d2ft_fl.subnets.schedule import Operation, Schedule
+from d2ft_fl.tasks.task import Batch
 from d2ft_fl.wire.blob import encode
 from d2ft_fl.wire.compensation import mean_spec, skip_sets
 from tests.conftest import (
+    CLASSIFY,
     all_of,
     build,
     cost_model,
@@ -36,7 +38,15 @@ def measured(model, arch, schedule, images, labels, **options):
     partial.reset(schedule, pack_for(arch, weights_of(model), schedule))
     tally = MeanTally(partial)
     options = training_options(lr=0.0, head_lr=0.0, batch_size=len(images), **options)
-    train(partial, iter([(images, labels)]), options, learning_rate, Meter(), tally.held())
+    train(
+        partial,
+        iter([Batch(images, labels)]),
+        CLASSIFY,
+        options,
+        learning_rate,
+        Meter(),
+        tally.held(),
+    )
     return tally.finish()
 
 
@@ -194,8 +204,8 @@ def test_costs_count_compensation_and_means(seed):
     partial = PartialModel(TimmViT(model), arch)
     partial.reset(schedule, tensors, received(schedule, offsets))
     tally, meter = MeanTally(partial), Meter(verify=True)
-    data = ((images[i : i + 8].clone(), labels[i : i + 8]) for i in (0, 8))
-    train(partial, data, costs.options, learning_rate, meter, tally.held())
+    data = (Batch(images[i : i + 8].clone(), labels[i : i + 8]) for i in (0, 8))
+    train(partial, data, CLASSIFY, costs.options, learning_rate, meter, tally.held())
     means = tally.finish()
     up = len(encode({**partial.update(), **means}, {}))
     slack = 160 * (len(up_spec(arch, schedule)) + len(means)) + 2048

@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from d2ft_fl.client.examples import LocalExamples
+from d2ft_fl.tasks.image_classification import ImageClassification
+from tests.conftest import CLASSIFY
 
 
 def local_examples(count: int, seed: int = 3, epochs: int = 1) -> LocalExamples:
@@ -16,7 +18,7 @@ def local_examples(count: int, seed: int = 3, epochs: int = 1) -> LocalExamples:
         partitions={0: np.arange(5), 1: np.arange(count)},
         client_batch=lambda client, positions, device: (torch.from_numpy(positions), client),
     )
-    return LocalExamples(data, seed, epochs, torch.device("cpu"))
+    return LocalExamples(data, CLASSIFY, seed, epochs, torch.device("cpu"))
 
 
 def a_task(count: int, round_number: int = 1, in_turn: bool = False, client: int = 1):
@@ -58,5 +60,17 @@ def test_epochs_order_the_chosen_examples_each_anew():
 
 def test_batches_are_cut_in_order_and_the_last_is_what_is_left():
     batches = list(local_examples(10).batches(1, np.array([4, 2, 9, 0, 7]), 2))
-    assert [positions.tolist() for positions, _ in batches] == [[4, 2], [9, 0], [7]]
-    assert {client for _, client in batches} == {1}
+    assert [batch.inputs.tolist() for batch in batches] == [[4, 2], [9, 0], [7]]
+    assert {batch.targets for batch in batches} == {1}
+
+
+def test_what_a_client_learns_depends_on_its_own_labels():
+    """Client 0 has labels 0 and 1 of 3, once each: with one more of each, 2/5, 2/5 and 1/5."""
+    data = SimpleNamespace(
+        partitions=[np.array([1, 3]), np.array([0, 2])],
+        train=SimpleNamespace(labels=np.array([2, 0, 2, 1])),
+        classes=3,
+    )
+    examples = LocalExamples(data, ImageClassification(1.0), 3, 1, torch.device("cpu"))
+    shares = examples.task_of(0).prior.exp().tolist()
+    assert shares == pytest.approx([0.4, 0.4, 0.2])

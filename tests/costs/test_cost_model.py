@@ -22,9 +22,18 @@ from d2ft_fl.models.timm_vit import TimmViT
 from d2ft_fl.planning.importance import MEASURED, TENSOR
 from d2ft_fl.subnets.packing import down_spec, pack_for
 from d2ft_fl.subnets.schedule import Operation, Schedule
+from d2ft_fl.tasks.task import Batch
 from d2ft_fl.wire.blob import encode
 from d2ft_fl.wire.sizes import MESSAGE_HEADER, TENSOR_HEADER
-from tests.conftest import build, cost_model, images_for, random_schedule, running, weights_of
+from tests.conftest import (
+    CLASSIFY,
+    build,
+    cost_model,
+    images_for,
+    random_schedule,
+    running,
+    weights_of,
+)
 
 MODEL, ARCH = build(embed_dim=48, depth=3, num_heads=4)
 WEIGHTS = weights_of(MODEL)
@@ -39,8 +48,10 @@ def measure(arch, weights, model, schedule, examples, side=16, tokens=None, **op
     partial.reset(schedule, pack_for(arch, weights, schedule))
     images, labels = images_for(arch, examples, side=side)
     size = options["batch_size"]
-    data = ((images[i : i + size].clone(), labels[i : i + size]) for i in range(0, examples, size))
-    train(partial, data, costs.options, learning_rate, meter)
+    data = (
+        Batch(images[i : i + size].clone(), labels[i : i + size]) for i in range(0, examples, size)
+    )
+    train(partial, data, CLASSIFY, costs.options, learning_rate, meter)
     return costs.cost(schedule, examples), meter
 
 
@@ -228,7 +239,7 @@ def test_the_scoring_pass_costs_what_is_predicted(changes, kinds):
     assert not any(block.store.grads for block in partial.blocks.values())
     images, labels = images_for(arch, 4)
     meter = Meter(verify=True)
-    found = score_pass(partial, images, labels, kinds, meter)
+    found = score_pass(partial, Batch(images, labels), CLASSIFY, kinds, meter)
     predicted = probes_cost(costs, Probes(scored=4, kinds=tuple(kinds)))
     assert meter.flops == predicted.flops
     assert meter.peak_bytes <= predicted.memory <= 1.25 * meter.peak_bytes

@@ -17,9 +17,11 @@ from d2ft_fl.lora.config import Lora, with_lora
 from d2ft_fl.models.timm_vit import TimmViT
 from d2ft_fl.subnets.packing import down_spec, pack_for, up_spec
 from d2ft_fl.subnets.schedule import Operation, Schedule
+from d2ft_fl.tasks.task import Batch
 from d2ft_fl.wire.blob import encode
 from d2ft_fl.wire.sizes import ELEMENT, MESSAGE_HEADER, TENSOR_HEADER
 from tests.conftest import (
+    CLASSIFY,
     TARGETS,
     build,
     cost_model,
@@ -49,8 +51,10 @@ def measure(arch, state, model, schedule, examples, **options):
     meter.count(lambda: partial.reset(schedule, packed))
     images, labels = images_for(arch, examples)
     size = options["batch_size"]
-    data = ((images[i : i + size].clone(), labels[i : i + size]) for i in range(0, examples, size))
-    train(partial, data, costs.options, learning_rate, meter)
+    data = (
+        Batch(images[i : i + size].clone(), labels[i : i + size]) for i in range(0, examples, size)
+    )
+    train(partial, data, CLASSIFY, costs.options, learning_rate, meter)
     return costs.cost(schedule, examples), meter
 
 

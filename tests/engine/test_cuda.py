@@ -13,8 +13,10 @@ from d2ft_fl.engine.trainer import Stepper, train
 from d2ft_fl.models.timm_vit import TimmViT
 from d2ft_fl.planning.importance import MEASURED
 from d2ft_fl.subnets.packing import pack_for
+from d2ft_fl.tasks.task import Batch
 from d2ft_fl.util.torch_device import warm_up
 from tests.conftest import (
+    CLASSIFY,
     all_of,
     build,
     cost_model,
@@ -53,8 +55,8 @@ def test_a_round_is_the_cpus_up_to_rounding(seed):
     for device in (torch.device("cpu"), CUDA):
         partial = ready(schedule, model, arch, options, device)
         images, labels = data(arch, 16, device)
-        batches = ((images[i : i + 8], labels[i : i + 8]) for i in (0, 8))
-        train(partial, batches, options, learning_rate, Meter(device=device))
+        batches = (Batch(images[i : i + 8], labels[i : i + 8]) for i in (0, 8))
+        train(partial, batches, CLASSIFY, options, learning_rate, Meter(device=device))
         updates.append(partial.update())
     for name, tensor in updates[0].items():
         torch.testing.assert_close(updates[1][name].cpu(), tensor, rtol=1e-3, atol=1e-4)
@@ -84,9 +86,9 @@ def test_counted_equals_predicted(precision, checkpointing, slots):
     costs = type(costs)(arch, costs.options, slots, "cuda")
     partial = ready(schedule, model, arch, costs.options)
     images, labels = data(arch, 96)
-    batches = ((images[i : i + 32].clone(), labels[i : i + 32]) for i in range(0, 96, 32))
+    batches = (Batch(images[i : i + 32].clone(), labels[i : i + 32]) for i in range(0, 96, 32))
     meter = Meter(verify=True, device=CUDA)
-    train(partial, batches, costs.options, learning_rate, meter)
+    train(partial, batches, CLASSIFY, costs.options, learning_rate, meter)
     predicted = costs.cost(schedule, 96)
     assert meter.flops == predicted.flops
     assert meter.peak_bytes == pytest.approx(predicted.memory, rel=0.1)
@@ -101,12 +103,12 @@ def test_nothing_waits_for_the_gpu():
     partial.train(True)
     images, labels = data(arch, 12)
     meter = Meter(device=CUDA)
-    stepper = Stepper(partial, options, learning_rate, meter)
+    stepper = Stepper(partial, CLASSIFY, options, learning_rate, meter)
     for _ in range(2):
-        stepper.step(images, labels)
+        stepper.step(Batch(images, labels))
     torch.cuda.set_sync_debug_mode("error")
     try:
-        stepper.step(images, labels)
+        stepper.step(Batch(images, labels))
     finally:
         torch.cuda.set_sync_debug_mode("default")
 
@@ -116,6 +118,10 @@ def test_scores_are_the_cpus():
     found = []
     for device in (torch.device("cpu"), CUDA):
         partial = ready(all_of(arch), model, arch, training_options(), device)
-        found.append(score_pass(partial, *data(arch, 3, device), MEASURED, Meter(device=device)))
+        found.append(
+            score_pass(
+                partial, Batch(*data(arch, 3, device)), CLASSIFY, MEASURED, Meter(device=device)
+            )
+        )
     for kind in MEASURED:
         assert found[0][kind] == pytest.approx(found[1][kind], rel=1e-2), kind

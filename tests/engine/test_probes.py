@@ -18,6 +18,7 @@ from d2ft_fl.rounds.checks import checked, checked_options
 from d2ft_fl.runtime.in_process import run_local
 from d2ft_fl.subnets.packing import pack_for
 from d2ft_fl.subnets.schedule import Operation
+from d2ft_fl.tasks.task import Batch
 from tests.conftest import all_of, build, cost_model, images_for, training_options, weights_of
 from tests.runtime.test_in_process import rows
 
@@ -36,7 +37,7 @@ def whole_of(model, arch, meter, batch_size=8):
 
 def batches(images, labels, size):
     for start in range(0, len(images), size):
-        yield images[start : start + size], labels[start : start + size]
+        yield Batch(images[start : start + size], labels[start : start + size])
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.1])

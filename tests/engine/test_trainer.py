@@ -17,7 +17,15 @@ from d2ft_fl.planning.importance import MEASURED
 from d2ft_fl.subnets.architecture import Kind
 from d2ft_fl.subnets.packing import pack_for, up_spec
 from d2ft_fl.subnets.schedule import Operation, Schedule
-from tests.conftest import build, images_for, random_schedule, training_options, weights_of
+from d2ft_fl.tasks.task import Batch
+from tests.conftest import (
+    CLASSIFY,
+    build,
+    images_for,
+    random_schedule,
+    training_options,
+    weights_of,
+)
 
 
 def batches(images, labels, size):
@@ -30,7 +38,7 @@ def trained(model, arch, schedule, images, labels, options):
     partial.numerics = Numerics.of(options)
     partial.reset(schedule, pack_for(arch, weights_of(model), schedule))
     data = batches(images, labels, options.batch_size)
-    train(partial, data, options, learning_rate, Meter())
+    train(partial, (Batch(*rows) for rows in data), CLASSIFY, options, learning_rate, Meter())
     return partial.update()
 
 
@@ -79,10 +87,10 @@ def test_a_slice_that_no_slot_of_a_batch_ran_full_is_not_stepped():
     images, labels = images_for(arch, 5)
     partial = PartialModel(TimmViT(model), arch)
     partial.reset(schedule, pack_for(arch, weights_of(model), schedule))
-    stepper = Stepper(partial, options, learning_rate, Meter())
+    stepper = Stepper(partial, CLASSIFY, options, learning_rate, Meter())
     seen = []
     for x, y in batches(images, labels, 4):
-        stepper.step(x, y)
+        stepper.step(Batch(x, y))
         seen.append(partial.update()["blocks.0.attn.qkv.weight"].clone().chunk(2))  # heads 0 and 1
     first, second = seen
     assert not torch.equal(first[0], second[0])
@@ -130,12 +138,12 @@ def test_shared_parameters_go_on_training_after_a_batch_without_them():
     options = training_options(batch_size=4, optimizer="sgd", momentum=0.0, lr=0.1)
     partial = PartialModel(TimmViT(model), arch)
     partial.reset(schedule, pack_for(arch, weights_of(model), schedule))
-    stepper = Stepper(partial, options, learning_rate, Meter())
+    stepper = Stepper(partial, CLASSIFY, options, learning_rate, Meter())
     images, labels = images_for(arch, 4)
     moved = []
     for count in (4, 1, 4):
         before = partial.update()["blocks.0.norm1.weight"].clone()
-        stepper.step(images[:count], labels[:count])
+        stepper.step(Batch(images[:count], labels[:count]))
         moved.append(not torch.equal(before, partial.update()["blocks.0.norm1.weight"]))
     assert moved == [True, False, True]
 
@@ -171,7 +179,7 @@ def scored(model, arch, images, labels, kinds):
     schedule = Schedule.filled(Operation.FULL, 1, arch.blocks, arch.heads)
     partial = PartialModel(TimmViT(model), arch)
     partial.reset(schedule, pack_for(arch, weights_of(model), schedule), gradients=False)
-    found = score_pass(partial, images, labels, kinds, Meter())
+    found = score_pass(partial, Batch(images, labels), CLASSIFY, kinds, Meter())
     assert all(t.grad is None for t in partial.whole().values())
     assert all(branch.observer is None for branch in partial.branches())
     return found
@@ -272,9 +280,9 @@ def test_the_proximal_term_leaves_what_was_not_stepped():
     options = training_options(batch_size=4, lr=0.01, proximal=0.5)
     partial = PartialModel(TimmViT(model), arch)
     partial.reset(schedule, pack_for(arch, weights_of(model), schedule))
-    stepper = Stepper(partial, options, learning_rate, Meter())
+    stepper = Stepper(partial, CLASSIFY, options, learning_rate, Meter())
     seen = []
     for x, y in batches(*images_for(arch, 5), 4):
-        stepper.step(x, y)
+        stepper.step(Batch(x, y))
         seen.append(partial.update()["blocks.0.attn.qkv.weight"].clone().chunk(2))
     assert torch.equal(seen[0][1], seen[1][1])

@@ -17,7 +17,8 @@ from d2ft_fl.lora.peft_io import target_pattern
 from d2ft_fl.models.timm_vit import TimmViT
 from d2ft_fl.subnets.architecture import Kind
 from d2ft_fl.subnets.packing import pack_for
-from tests.conftest import all_of, build, images_for, training_options, weights_of
+from d2ft_fl.tasks.task import Batch
+from tests.conftest import CLASSIFY, all_of, build, images_for, training_options, weights_of
 
 
 def batches(images, labels, size):
@@ -85,7 +86,8 @@ def test_an_epoch_is_pefts(lora, dtype, optimizer, tolerance):
     schedule = all_of(arch)
     partial = PartialModel(TimmViT(model), arch, Numerics(dtype))
     partial.reset(schedule, pack_for(arch, state, schedule))
-    train(partial, iter(batches(images, labels, 8)), options, learning_rate, Meter())
+    data = (Batch(*rows) for rows in batches(images, labels, 8))
+    train(partial, data, CLASSIFY, options, learning_rate, Meter())
     for name, tensor in partial.update().items():
         p, expected = arch.by_name[name], named[name].detach()
         if p.kind is Kind.SLICED:

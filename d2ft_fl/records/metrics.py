@@ -1,0 +1,25 @@
+"""Metrics in the lines of ``rounds.jsonl``, of today's runs and of older ones."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from d2ft_fl.tasks.image_classification import ImageClassification
+from d2ft_fl.tasks.metrics import MetricSpec
+
+
+def with_metrics(line: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a line of ``rounds.jsonl`` with ``metrics`` and ``task``, whenever it was written.
+
+    Runs that did not write these two keys were of image classification, and wrote its metrics under
+    their names alone.
+    """
+    if "metrics" in line:
+        return dict(line)
+    task = ImageClassification()
+    values = {name: line.get(name) for name in task.metrics}
+    return {**line, **MetricSpec.of(task).entries(values)}
+
+
+def primary_of(line: Mapping[str, Any]) -> float | None:
+    """Return the primary metric of a line of ``rounds.jsonl``; None where it was not evaluated."""
+    return line["metrics"][line["task"]["primary"]]
