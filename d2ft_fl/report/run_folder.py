@@ -14,6 +14,7 @@ from d2ft_fl.budgets.budget import DEADLINE, LIMITS
 from d2ft_fl.config.renamed import renamed
 from d2ft_fl.costs.resources import RESOURCES
 from d2ft_fl.errors import ConfigError
+from d2ft_fl.records.metrics import with_metrics
 from d2ft_fl.records.run_folder import stands
 from d2ft_fl.records.summary import totals
 from d2ft_fl.report.format import UNNAMED, policy_words
@@ -66,7 +67,8 @@ class RunFolder:
         """The same, of a run that may have no finished round."""
         status = read_json(folder / STATUS, dict) or {}
         summary = read_json(folder / "summary.json", dict)
-        lines = list(read_lines(folder / ROUNDS)) if folder.joinpath(ROUNDS).exists() else []
+        path = folder / ROUNDS
+        lines = [with_metrics(line) for line in read_lines(path)] if path.exists() else []
         found = cls(
             folder=folder,
             config=renamed(read_toml(folder / "config.toml"), quietly=True) if lines else {},

@@ -20,12 +20,13 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from d2ft_fl.errors import ConfigError
+from d2ft_fl.records.run_folder import read_rows
 from d2ft_fl.sweep.remote import Changes, Outcome
 from d2ft_fl.sweep.trials import Trial
 from d2ft_fl.util.files import put_in_place, sync, unlock
@@ -108,12 +109,8 @@ class SweepFolder:
         return State() if state.status in ("waiting", "running") else state
 
     def rows(self, id: str) -> list[dict[str, Any]]:
-        """The rounds that a trial has on record."""
-        rows = []
-        with suppress(OSError, ValueError):
-            for line in self.trial(id).joinpath("rounds.jsonl").read_text().splitlines():
-                rows.append(json.loads(line))
-        return rows
+        """Return the rounds that a trial has on record, as today's runs write them."""
+        return read_rows(self.trial(id))
 
     # -- what becomes of a trial ---------------------------------------------------------------
 
