@@ -1,54 +1,58 @@
-"""A residual branch of a block, run for some of its heads.
+"""A residual branch of a block as far as a client has it: some of its heads, and what they do.
 
 A branch (attention or feed-forward) is
 
     x <- x + drop(scale * (bias + sum_h mid(norm(x) W_in[h]) W_out[h]))
 
-By operation:
+and a head runs in it by its operation:
 
     FULL          gradient to its weights and through it
     FROZEN        gradient through it; its weights get none
     FORWARD_ONLY  runs outside the graph
 
-and a SHORTCUT is not there at all, but for its mean contribution where compensation is on. The
-arithmetic of the sum is in :mod:`d2ft_fl.engine.branch_autograd`.
+A SHORTCUT is not there at all, but for its mean contribution where compensation is on.
+:func:`d2ft_fl.engine.run_branch.run_branch` runs a branch.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from d2ft_fl.engine import fast_path
-from d2ft_fl.engine.branch_autograd import Pass, Sum
-from d2ft_fl.engine.grouping import Status
-from d2ft_fl.engine.head_group import HeadGroup, Lora, Observer
-from d2ft_fl.engine.model_adapter import BranchTraits, Context
 from d2ft_fl.engine.numerics import Numerics
+from d2ft_fl.engine.grouping import Status
+from d2ft_fl.engine.head_group import HeadGroup
+from d2ft_fl.engine.model_adapter import BranchTraits, Context
 from d2ft_fl.engine.packed_heads import PackedHeads
+from d2ft_fl.engine.product import ProductFactors
+from d2ft_fl.engine.saved_activations import Observer
 from d2ft_fl.engine.segments import Segment
 from d2ft_fl.subnets.branches import BranchSpec, Trains
 
-# Told a piece and its z [examples, tokens, depth] as it runs; see `compensation`.
+# Told a head group and its z [examples, tokens, depth] as it runs; see `mean_tally`.
 Tally = Callable[[HeadGroup, Tensor], None]
 
 
 @dataclass
 class Branch:
-    """One branch of one block, as far as a client holds it.
+    """One branch of one block.
 
     Attributes:
+        spec: Names and shapes of the branch.
+        traits: What it computes with besides its parameters.
         store: The block's slices.
-        shared: role -> shared parameters of the block.
+        shared: Role -> shared parameter of the block.
         segments: What its slots do.
-        trains: What of it trains. loras: Product -> its LoRA factors.
+        trains: What of it trains.
+        factors: Product -> its LoRA factors.
         numerics: How arithmetic is done.
         offsets: Per slot, the compensation of what is skipped, [tokens, dim] or None; scaled and
             biased like the sum it is part of, or as it is where nothing runs.
         training: Whether dropout and stochastic depth are drawn.
-        observer: See :data:`Observer`. tally: See :data:`Tally`.
+        observer: Takes gradients instead of the store; see :data:`Observer`.
+        tally: Is told what goes into products out; see :data:`Tally`.
     """
 
     spec: BranchSpec
@@ -57,52 +61,34 @@ class Branch:
     shared: Mapping[str, Tensor]
     segments: list[Segment]
     trains: Trains
-    loras: Mapping[str, Lora]
+    factors: Mapping[str, ProductFactors]
     numerics: Numerics
     offsets: Sequence[Tensor | None]
     training: bool = False
     observer: Observer | None = None
     tally: Tally | None = None
 
-    def __post_init__(self) -> None:
-        self._only = fast_path.only_group(self)
-
-    def __call__(self, x: Tensor, bounds: Sequence[int], context: Context) -> Tensor:
-        """x [examples, tokens, dim] plus what the branch adds.
-
-        Slot s has the examples ``bounds[s]`` to before ``bounds[s + 1]``.
-        """
-        present = [s for s in self.segments if bounds[s.slots[0]] < bounds[s.slots[1]]]
-        if all(s.status is Status.IDLE for s in present) and not any(
-            o is not None and bounds[slot] < bounds[slot + 1] for slot, o in enumerate(self.offsets)
-        ):
-            return x
-        work = Pass(self, present, tuple(bounds), x.shape[1], context)
-        graph = torch.is_grad_enabled() and any(s.alive for s in present)
-        if graph and self._only and self.observer is None and self.tally is None:
-            out = fast_path.run(self, self._only, x, context)
-        elif graph:
-            roles = tuple(role for role in self.spec.shared_roles if role in self.shared)
-            anchor = x.new_empty(0, requires_grad=True)
-            out = Sum.apply(work, roles, anchor, x, *(self.shared[role] for role in roles))
-        else:
-            with torch.no_grad():
-                out = work.scaled(work.forward(x.detach(), self.shared, None)[0], self.shared)
-        if self.training and self.traits.output_dropout:
-            out = F.dropout(out, self.traits.output_dropout)
-        if self.training and self.traits.drop_path:
-            out = _drop_path(out, self.traits.drop_path)
-        return x + out
+    @cached_property
+    def shared_roles(self) -> tuple[str, ...]:
+        """Roles of the branch's shared parameters, in a fixed order."""
+        return tuple(role for role in self.spec.shared_roles if role in self.shared)
 
     def normed(self, x: Tensor, shared: Mapping[str, Tensor]) -> Tensor:
-        """The norm of x [examples, tokens, dim]."""
+        """Return the norm of x [examples, tokens, dim]."""
         named = zip(("weight", "bias"), self.spec.norm_roles, strict=True)
         return self.traits.norm(x, {key: shared[role] for key, role in named if role in shared})
 
     def middle(
         self, hs: Sequence[Tensor], tokens: int, shared: Mapping[str, Tensor], context: Context
     ) -> Tensor:
-        """What lies between the products: [rows, width] each -> [rows, depth]."""
+        """Return what the middle makes of the products in: [rows, width] each -> [rows, depth].
+
+        Args:
+            hs: What each product in made, rows being examples x tokens.
+            tokens: Of an example.
+            shared: Shared parameters of the block.
+            context: Of these examples.
+        """
         split = [h.view(len(h) // tokens, tokens, h.shape[1]) for h in hs]
         training, middle = self.training, self.traits.middle
         if not self.numerics.mixed:
@@ -118,26 +104,46 @@ class Branch:
     @property
     def random(self) -> bool:
         """Whether random numbers are drawn between x and the sum, when training."""
-        return self.traits.random or any(map(self._drops, self.loras))
+        return self.traits.random or any(map(self._drops, self.factors))
 
     def _drops(self, product: str) -> bool:
-        return product in self.loras and self.loras[product].dropout > 0
+        return product in self.factors and self.factors[product].dropout > 0
+
+    @cached_property
+    def only_group(self) -> HeadGroup | None:
+        """The head group that is all of the branch, if :mod:`.fast_path` can run it; else None.
+
+        It is FULL in every slot, nothing else runs, and its weights lie side by side.
+        """
+        if self.numerics.mixed or self.numerics.recompute or self.factors:
+            return None
+        if len(self.segments) != 1 or any(offset is not None for offset in self.offsets):
+            return None
+        (segment,) = self.segments
+        if segment.status is not Status.TRAINS or not segment.through or not self.trains.norm:
+            return None
+        if len(segment.alive) != 1 or segment.silent or not segment.alive[0].full:
+            return None
+        products = segment.alive[0].products
+        one_in = len(products) == 2 and all(len(p.views) == 1 for p in products)
+        return segment.alive[0] if one_in else None
 
     def settle(self, overwrite: bool) -> list[Tensor]:
-        """Decide which pieces replace the gradients that they find, and which add to them.
+        """Decide which head groups replace the gradients that they find, and which add to them.
 
         Args:
-            overwrite: Whether one pass makes a step's gradients; otherwise all add up.
+            overwrite: Whether one micro-batch makes a step's gradients; otherwise all add up.
 
         Returns:
             Gradients that must be zeroed before a step.
         """
-        full = [p for s in self.segments for p in s.alive if p.full]
+        full = [group for s in self.segments for group in s.alive if group.full]
         touched: set[int] = set()
         first: set[int] = set()  # heads whose first gradient is added to what is there
         for head_group in full:
-            head_group.overwrites = overwrite and touched.isdisjoint(head_group.heads)
-            if not head_group.overwrites:
+            overwrites = overwrite and touched.isdisjoint(head_group.heads)
+            head_group.set_overwrites(overwrites)
+            if not overwrites:
                 first.update(set(head_group.heads) - touched)
             touched.update(head_group.heads)
         products = (*self.spec.inward, self.spec.outward)
@@ -148,17 +154,3 @@ class Branch:
             if first
             for run in self.store.runs(role, first)
         ]
-
-
-def _drop_path(branch: Tensor, probability: float) -> Tensor:
-    """Drop what a branch adds for some examples (stochastic depth, Huang et al., arXiv 1603.09382).
-
-    Args:
-        branch: [examples, tokens, dim].
-        probability: Of an example to go without; the others are scaled by 1 / (1 - probability).
-    """
-    kept = 1 - probability
-    mask = branch.new_empty((len(branch), 1, 1)).bernoulli_(kept)
-    if kept > 0:
-        mask.div_(kept)
-    return branch * mask

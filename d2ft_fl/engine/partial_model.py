@@ -20,10 +20,11 @@ from torch import Tensor
 
 from d2ft_fl.engine.branch import Branch
 from d2ft_fl.engine.grouping import storage_order
-from d2ft_fl.engine.head_group import Lora, branch_loras
 from d2ft_fl.engine.model_adapter import BlockTraits, Inputs, ModelAdapter
 from d2ft_fl.engine.numerics import Numerics
 from d2ft_fl.engine.packed_heads import PackedHeads
+from d2ft_fl.engine.product import ProductFactors, branch_factors
+from d2ft_fl.engine.run_branch import run_branch
 from d2ft_fl.engine.segments import segments
 from d2ft_fl.subnets.architecture import Architecture, Kind, Parameter
 from d2ft_fl.subnets.packing import Arrived, GlobalModel, Take, down_spec
@@ -85,22 +86,22 @@ class Block:
             targets = [
                 target for target in arch.targets if f"{target}.weight" in self.store.weights
             ]
-            loras = branch_loras(spec, trains, targets, arch.scaling, arch.lora_dropout)
-            self._merge_factors(loras.values(), ranks, keeps=bool(trained.any()))
+            factors = branch_factors(spec, trains, targets, arch.scaling, arch.lora_dropout)
+            self._merge_factors(factors.values(), ranks, keeps=bool(trained.any()))
             own = segments(
                 self.store,
                 spec.inward,
                 spec.outward,
                 run.operations[:, block, index],
                 run.through[:, block, index],
-                loras if trained.any() else {},
+                factors if trained.any() else {},
             )
             skipped = [None if o is None else o[index] for o in offsets or [None] * schedule.slots]
-            args = self.store, self.shared, own, trains, loras, numerics, skipped
+            args = self.store, self.shared, own, trains, factors, numerics, skipped
             self.branches.append(Branch(spec, of_block, *args))
 
     def _merge_factors(
-        self, loras: Iterable[Lora], ranks: Mapping[int, int] | None, keeps: bool
+        self, loras: Iterable[ProductFactors], ranks: Mapping[int, int] | None, keeps: bool
     ) -> None:
         """Fold in the factors of heads that do not train; what no head needs then goes.
 
@@ -322,7 +323,7 @@ class PartialModel:
             kept = self.tokens if self.training else None
             x, context = self.adapter.embed(self.outer, inputs, kept)  # [examples, tokens, dim]
         for branch in self.branches():
-            x = branch(x, bounds, context)
+            x = run_branch(branch, x, bounds, context)
         if torch.is_grad_enabled() and not x.requires_grad:
             # The classifier's backward pass is the same whether anything below it trains or not.
             x = x.requires_grad_()

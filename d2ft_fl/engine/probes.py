@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from d2ft_fl.config.training_options import TrainingOptions
-from d2ft_fl.engine.head_group import Observer
 from d2ft_fl.engine.importance_measures import MEASURES, Measure
 from d2ft_fl.engine.meter import Meter, tensor_bytes
 from d2ft_fl.engine.numerics import Numerics
 from d2ft_fl.engine.packed_heads import PackedHeads
 from d2ft_fl.engine.partial_model import PartialModel
+from d2ft_fl.engine.saved_activations import Observer
 from d2ft_fl.engine.trainer import Batches, run_pass
 from d2ft_fl.lora.config import merged_packed
 from d2ft_fl.subnets.architecture import Architecture

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from d2ft_fl.engine.grouping import Group, Status, groups
-from d2ft_fl.engine.head_group import HeadGroup, Lora
+from d2ft_fl.engine.head_group import HeadGroup
 from d2ft_fl.engine.packed_heads import PackedHeads
+from d2ft_fl.engine.product import ProductFactors
 from d2ft_fl.subnets.schedule import Operation
 
 
@@ -19,8 +20,8 @@ class Segment:
         slots: From which slot to before which.
         status: What they ask.
         through: Whether gradient is wanted at their input.
-        alive: FULL and FROZEN pieces: gradient passes through them.
-        silent: FORWARD_ONLY pieces.
+        alive: FULL and FROZEN head groups: gradient passes through them.
+        silent: FORWARD_ONLY head groups.
     """
 
     slots: tuple[int, int]
@@ -36,21 +37,23 @@ def segments(
     outward: str,
     operations: np.ndarray,
     through: np.ndarray,
-    loras: Mapping[str, Lora],
+    factors: Mapping[str, ProductFactors],
 ) -> list[Segment]:
-    """A branch's segments; see :func:`d2ft_fl.engine.grouping.groups`.
+    """Return a branch's segments; see :func:`d2ft_fl.engine.grouping.groups`.
 
     Args:
         store: The block's slices.
-        inward, outward: Roles of the branch's products.
-        operations: int8 [slots, heads]. through: bool [slots].
-        loras: Product -> its factors.
+        inward: Modules of the branch's products in.
+        outward: Module of its product out.
+        operations: What heads do, int8 [slots, heads].
+        through: Whether gradient is wanted at the branch's input, bool [slots].
+        factors: Product -> its LoRA factors.
     """
 
     def head_groups(part: Group, operation: Operation) -> list[HeadGroup]:
         full = operation is Operation.FULL
         return [
-            HeadGroup(store, inward, outward, heads, (start, stop), full, loras)
+            HeadGroup(store, inward, outward, heads, (start, stop), full, factors)
             for start, stop, heads in part.head_groups[operation]
         ]
 

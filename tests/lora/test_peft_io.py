@@ -18,7 +18,7 @@ from d2ft_fl.errors import ConfigError
 from d2ft_fl.lora.config import Lora, delta, factor_name, merged, targeted, weights, with_lora
 from d2ft_fl.lora.peft_io import CONFIG, PREFIX, TENSORS, read_adapter, total_changes, write_adapter
 from d2ft_fl.models.export import base_model, save_tuned
-from tests.conftest import build, images_for
+from tests.conftest import TARGETS, build, images_for
 from tests.engine.test_lora_engine import adapted
 from tests.engine.test_partial_model import relative
 from tests.models.test_export import finished_run
@@ -136,7 +136,7 @@ def test_equal_ranks_need_no_patterns(tmp_path):
     config = config_of(tmp_path)
     assert (config["r"], config["lora_alpha"]) == (4, 12)
     assert config["rank_pattern"] == config["alpha_pattern"] == {}
-    assert read_adapter(tmp_path, build()[1])[0] == Lora(rank=4, alpha=12.0)
+    assert read_adapter(tmp_path, build()[1])[0] == Lora(rank=4, alpha=12.0, targets=TARGETS)
 
 
 def test_a_change_of_anything_else_is_refused(tmp_path):

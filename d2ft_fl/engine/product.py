@@ -1,0 +1,234 @@
+"""One product of a head group: the rows of its heads' weights, and their LoRA factors.
+
+Weights are views of packed slices (see :mod:`d2ft_fl.engine.packed_heads`). The gradient of a
+group's weights is added into the gradient rows of its heads by the product that computes it.
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from d2ft_fl.engine.matmul import is_faster, times
+from d2ft_fl.engine.packed_heads import PackedHeads, Run
+from d2ft_fl.engine.saved_activations import Observer
+from d2ft_fl.subnets.branches import BranchSpec, Trains
+
+
+@dataclass(frozen=True)
+class ProductFactors:
+    """How the engine reaches a product's LoRA factors: ``W + scaling * F G^T``.
+
+    Attributes:
+        near: Role of F, which heads divide: [rows, rank].
+        far: Role of G, the block's: [rank, dim] for products in, [dim, rank] for the product out.
+        near_trains: Whether F gets gradients.
+        far_trains: Whether G gets gradients.
+        scaling: What F G^T is multiplied by.
+        dropout: Probability of dropout on what goes into A.
+    """
+
+    near: str
+    far: str
+    near_trains: bool
+    far_trains: bool
+    scaling: float
+    dropout: float
+
+
+def branch_factors(
+    spec: BranchSpec, trains: Trains, targets: Iterable[str], scaling: float, dropout: float
+) -> dict[str, ProductFactors]:
+    """Return product -> its factors, for those products of a branch that have some."""
+    inward, outward = spec.targets
+    found = {}
+    for index, (target, near, far) in enumerate([(inward, "B", "A"), (outward, "A", "B")]):
+        if target in targets:
+            found[target] = ProductFactors(
+                f"{target}.lora_{near}",
+                f"{target}.lora_{far}",
+                trains.near[index],
+                trains.far[index],
+                scaling,
+                dropout,
+            )
+    return found
+
+
+@dataclass(frozen=True)
+class View:
+    """A run of rows of a product's weights: views of all that belongs to them, made once a round.
+
+    Attributes:
+        columns: Where the run lies among the columns of what the product makes, or takes.
+        weight: [rows, dim].
+        bias: [rows], or None.
+        near: Their rows of the factor F, [rows, rank], or None.
+        weight_grad: Where the gradient of ``weight`` adds up; None where it does not train.
+        bias_grad: Where the gradient of ``bias`` adds up, or None.
+        near_grad: Where the gradient of ``near`` adds up, or None.
+        first_row: The first of the rows in storage.
+    """
+
+    columns: slice
+    weight: Tensor
+    bias: Tensor | None
+    near: Tensor | None
+    weight_grad: Tensor | None
+    bias_grad: Tensor | None
+    near_grad: Tensor | None
+    first_row: int
+
+
+@dataclass
+class Product:
+    """One product of a head group.
+
+    Attributes:
+        role: Module of its weights.
+        views: Its runs of rows, in storage order.
+        factors: Its LoRA factors, or None.
+        full: Whether what trains of its weights gets gradients.
+        overwrites: Whether its gradients replace those that are there; see ``Branch.settle``.
+    """
+
+    role: str
+    views: list[View]
+    factors: ProductFactors | None
+    full: bool
+    overwrites: bool = False
+
+    @classmethod
+    def of(
+        cls,
+        store: PackedHeads,
+        role: str,
+        heads: Sequence[int],
+        full: bool,
+        factors: ProductFactors | None,
+    ) -> "Product":
+        """Make the views of some heads' rows."""
+        weight, bias = f"{role}.weight", f"{role}.bias"
+        near = factors.near if factors else ""
+        trained = store.count(weight)
+
+        def factor(of: Mapping[str, Tensor], rows: slice) -> Tensor | None:
+            present = near in of and rows.stop <= trained
+            return store.factor(of, weight, near, rows) if present else None
+
+        def view(run: Run) -> View:
+            return View(
+                run.columns,
+                store.weights[weight][run.rows],
+                store.weights[bias][run.rows] if bias in store.weights else None,
+                factor(store.weights, run.rows),
+                _rows(store.grads.get(weight), run) if full else None,
+                _rows(store.grads.get(bias), run) if full else None,
+                factor(store.grads, run.rows) if full else None,
+                run.rows.start,
+            )
+
+        runs = store.runs(weight, heads)
+        if factors:  # heads that train have factors; those of the others are part of their weights
+            for rows, _ in store.stretches(weight):
+                runs = [part for run in runs for part in run.cut(rows.stop)]
+        return cls(role, [view(run) for run in runs], factors, full)
+
+    @property
+    def width(self) -> int:
+        """Columns of what a product in makes, or of what the product out takes."""
+        return self.views[-1].columns.stop
+
+    @property
+    def factored(self) -> list[View]:
+        """Runs that have factors, those of the largest rank first."""
+        return [view for view in self.views if view.near is not None]
+
+    def far(self, shared: Mapping[str, Tensor]) -> Tensor:
+        """Return the common factor as far as these runs need it: of the largest of their ranks."""
+        assert self.factors is not None
+        far, near = shared[self.factors.far], self.factored[0].near
+        assert near is not None
+        rank = near.shape[1]
+        return far[:rank] if self.factors.far.endswith("A") else far[:, :rank]
+
+    def part(self, wide: Tensor, view: View) -> Tensor:
+        """Return a run's columns of a tensor that has those of all runs."""
+        return wide if len(self.views) == 1 else wide[:, view.columns]
+
+    def take_gradient(
+        self,
+        name: str,
+        view: View,
+        grad: Tensor | None,
+        left: Tensor,
+        right: Tensor | None,
+        observer: Observer | None,
+    ) -> None:
+        """Add up the gradient of a run's rows: left transposed times right.
+
+        Args:
+            name: Role of the parameter, for the observer.
+            view: The run.
+            grad: Where to add it up.
+            left: [examples x tokens, rows].
+            right: [examples x tokens, columns]; None for a bias, whose gradient sums ``left``.
+            observer: Takes the gradient instead, if there is one.
+        """
+        kind = view.weight.dtype
+        # What oneDNN makes has room where gradients of as many rows will be, or were.
+        new = right is not None and len(right) >= right.shape[1] and is_faster(left.t(), right)
+        if observer is None and right is not None and kind is left.dtype and not new:
+            assert grad is not None
+            torch.addmm(grad, left.t(), right, beta=0 if self.overwrites else 1, out=grad)
+            return
+        value = left.sum(0, dtype=kind) if right is None else times(left.t(), right)
+        if observer is not None:
+            observer(name, view.first_row, value.to(kind))
+            return
+        assert grad is not None
+        if self.overwrites:
+            grad.copy_(value)
+        else:
+            grad.add_(value)
+
+
+def beside_each_other(
+    left: Tensor, rights: Sequence[tuple[slice, Tensor, Tensor | None]]
+) -> Tensor:
+    """Return ``left`` times several matrices, plus a bias each, in the columns that they name."""
+    if len(rights) == 1:
+        return times(left, *rights[0][1:])
+    wide = left.new_empty(len(left), rights[-1][0].stop)
+    for columns, right, bias in rights:
+        if bias is None:
+            torch.mm(left, right, out=wide[:, columns])
+        else:
+            torch.addmm(bias, left, right, out=wide[:, columns])
+    return wide
+
+
+def add_product(total: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """Do ``total += left @ right``. Not by ``addmm_``, which torch's FLOP counter does not know."""
+    return torch.addmm(total, left, right, out=total)
+
+
+def add_narrower(total: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """Add a product into as many of the first columns of ``total`` as the product has."""
+    add_product(first_columns(total, right), left, right)
+    return total
+
+
+def first_columns(wide: Tensor, like: Tensor) -> Tensor:
+    """Return as many of the first columns as another tensor has."""
+    return wide if wide.shape[1] == like.shape[1] else wide[:, : like.shape[1]]
+
+
+def dropped(back: Tensor, mask: Tensor, factors: ProductFactors) -> Tensor:
+    """Return the gradient of what was dropped out, from that of what was left, in place."""
+    return back.mul_(mask).div_(1 - factors.dropout)
+
+
+def _rows(grads: Tensor | None, run: Run) -> Tensor | None:
+    return None if grads is None else grads[run.rows]
