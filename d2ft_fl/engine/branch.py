@@ -21,10 +21,10 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from d2ft_fl.engine.numerics import Numerics
 from d2ft_fl.engine.grouping import Status
 from d2ft_fl.engine.head_group import HeadGroup
 from d2ft_fl.engine.model_adapter import BranchTraits, Context
+from d2ft_fl.engine.numerics import Numerics
 from d2ft_fl.engine.packed_heads import PackedHeads
 from d2ft_fl.engine.product import ProductFactors
 from d2ft_fl.engine.saved_activations import Observer

@@ -12,6 +12,7 @@ JSON; see ``test_made_up_architecture``.
 import json
 import sys
 import traceback
+from functools import partial
 
 sys.modules["timm"] = None  # importing it fails from here on
 
@@ -23,11 +24,13 @@ from torch import nn  # noqa: E402
 from d2ft_fl.aggregation.mean_compensation import MeanBook, MeanSums  # noqa: E402
 from d2ft_fl.aggregation.sums import Sums, Update  # noqa: E402
 from d2ft_fl.budgets.budget import Budget  # noqa: E402
-from d2ft_fl.config.training_options import LocalOptions, Numerics  # noqa: E402
+from d2ft_fl.config.run_config import RunConfig  # noqa: E402
+from d2ft_fl.config.training_options import TrainingOptions  # noqa: E402
 from d2ft_fl.costs.cost_model import CostModel  # noqa: E402
 from d2ft_fl.engine.mean_tally import MeanTally, received  # noqa: E402
 from d2ft_fl.engine.meter import Meter  # noqa: E402
 from d2ft_fl.engine.model_adapter import BranchTraits  # noqa: E402
+from d2ft_fl.engine.numerics import Numerics  # noqa: E402
 from d2ft_fl.engine.partial_model import PartialModel  # noqa: E402
 from d2ft_fl.engine.trainer import train  # noqa: E402
 from d2ft_fl.lora.config import Lora, merged, with_lora  # noqa: E402
@@ -38,6 +41,8 @@ from d2ft_fl.subnets.architecture import Architecture, Kind, Parameter  # noqa: 
 from d2ft_fl.subnets.branches import BranchKind, BranchSpec  # noqa: E402
 from d2ft_fl.subnets.packing import pack_for  # noqa: E402
 from d2ft_fl.subnets.schedule import Operation, Schedule  # noqa: E402
+from d2ft_fl.tasks.image_classification import ImageClassification  # noqa: E402
+from d2ft_fl.tasks.task import Batch  # noqa: E402
 
 WORDS, DIM, BLOCKS, GROUPS, SHARING, WIDTH, HIDDEN, TOKENS, CLASSES = 11, 20, 3, 2, 3, 4, 13, 7, 3
 FULL, FROZEN, FORWARD_ONLY, SHORTCUT = (
@@ -185,18 +190,15 @@ class Adapter:
             embed_flops=0,
             input_elements=TOKENS,
             norm_pooled=False,
-            parameters=tuple(
-                map(self._parameter, *zip(*self.model.named_parameters(), strict=True))
-            ),
+            parameters=tuple(self._parameter(*named) for named in self.model.named_parameters()),
         )
 
     def _parameter(self, name, tensor):
         shape = tuple(tensor.shape)
         if not name.startswith("tower."):
-            embeds = name.startswith("stem.")
-            return Parameter(
-                name, shape, Kind.EMBEDDING if embeds else Kind.FINAL, trains=not embeds
-            )
+            if name.startswith("stem."):
+                return Parameter(name, shape, Kind.EMBEDDING, trains=False)
+            return Parameter(name, shape, Kind.FINAL)
         _, block, role = name.split(".", 2)
         if role not in CUTS:
             return Parameter(name, shape, Kind.SHARED, f"{role}.weight", int(block))
@@ -279,20 +281,20 @@ def compare(operations, reference):
     """The engine beside a reference's logits: values, and gradients of all that trains."""
     model, adapter, arch, weights, ids, labels = made()
     schedule = schedule_of(operations)
-    partial = PartialModel(adapter, arch, Numerics(torch.float64))
-    partial.reset(schedule, pack_for(arch, weights, schedule))
-    found, expected = partial(ids, [len(ids)]), reference(model, ids)
+    engine = PartialModel(adapter, arch, Numerics(torch.float64))
+    engine.reset(schedule, pack_for(arch, weights, schedule))
+    found, expected = engine(ids, [len(ids)]), reference(model, ids)
     close(found, expected, "logits")
     F.cross_entropy(found, labels).backward()
     F.cross_entropy(expected, labels).backward()
     plain = dict(model.named_parameters())
     compared = set()
-    for name, tensor in partial.whole().items():
+    for name, tensor in engine.whole().items():
         close(tensor.grad, plain[name].grad, name)
         compared.add(name)
-    for index, block in partial.blocks.items():
+    for index, block in engine.blocks.items():
         for role, grad in block.store.grads.items():
-            p = partial.specs[index][role]
+            p = engine.specs[index][role]
             close(grad, p.pack(plain[p.name].grad, block.store.trained), p.name)
             compared.add(p.name)
             rest = [head for head in range(GROUPS) if head not in block.store.trained]
@@ -307,9 +309,8 @@ def check_everything_full_is_the_plain_model():
 
 def check_a_mixture_of_operations_is_the_model_head_by_head():
     for operations in (MIXED, OTHER, LOW):
-        compared, plain = compare(
-            operations, lambda model, ids, o=operations: model.by_heads(ids, o)
-        )
+        reference = partial(Plain.by_heads, operations=operations)
+        compared, plain = compare(operations, reference)
         for name in plain.keys() - compared:  # nothing else has any gradient
             grad = plain[name].grad
             assert name == "stem.weight" or grad is None or not grad.any(), name
@@ -318,13 +319,18 @@ def check_a_mixture_of_operations_is_the_model_head_by_head():
 def check_skipped_heads_have_no_gradient_and_no_weights():
     _, adapter, arch, weights, ids, _ = made()
     schedule = schedule_of(OTHER)
-    partial = PartialModel(adapter, arch, Numerics(torch.float64))
-    partial.reset(schedule, pack_for(arch, weights, schedule))
-    partial(ids, [len(ids)]).sum().backward()
-    assert sorted(partial.blocks) == [0, 2]
-    assert partial.blocks[0].store.order == (1,)
-    assert partial.blocks[0].store.weights["rise.weight"].shape == (6, DIM)
-    assert partial.blocks[2].store.trained == (1,)
+    engine = PartialModel(adapter, arch, Numerics(torch.float64))
+    engine.reset(schedule, pack_for(arch, weights, schedule))
+    engine(ids, [len(ids)]).sum().backward()
+    assert sorted(engine.blocks) == [0, 2]
+    assert engine.blocks[0].store.order == (1,)
+    assert engine.blocks[0].store.weights["rise.weight"].shape == (6, DIM)
+    assert engine.blocks[2].store.trained == (1,)
+
+
+def options_of(**changes):
+    plain = {"batch_size": 4, "optimizer": "sgd", "momentum": 0.0}
+    return TrainingOptions.of(RunConfig(**plain, **changes))
 
 
 def rate(kind, factor, options):
@@ -333,14 +339,14 @@ def rate(kind, factor, options):
 
 def trained(schedule, arch, weights, adapter, ids, labels, **options):
     """What a client sends after a round, its meter, and the cost model."""
-    local = LocalOptions(batch_size=4, optimizer="sgd", momentum=0.0, **options)
+    local = options_of(**options)
     costs = CostModel(arch, local, schedule.slots)
-    partial = PartialModel(adapter, arch, local.numerics())
+    engine = PartialModel(adapter, arch, Numerics.of(local))
     meter = Meter(verify=True)
-    meter.count(lambda: partial.reset(schedule, pack_for(arch, weights, schedule)))
-    batches = [(ids[i : i + 4], labels[i : i + 4]) for i in range(0, len(ids), 4)]
-    train(partial, iter(batches), local, rate, meter)
-    return partial.update(), meter, costs
+    meter.count(lambda: engine.reset(schedule, pack_for(arch, weights, schedule)))
+    batches = [Batch(ids[i : i + 4], labels[i : i + 4]) for i in range(0, len(ids), 4)]
+    train(engine, iter(batches), ImageClassification(), local, rate, meter)
+    return engine.update(), meter, costs
 
 
 def check_counted_flops_are_those_predicted():
@@ -391,7 +397,7 @@ def check_lora_finds_its_products_and_costs_what_it_counts():
 
 def check_the_planner_keeps_budgets_that_the_meter_confirms():
     _, adapter, arch, weights, ids, labels = made(torch.float32)
-    local = LocalOptions(batch_size=4, optimizer="sgd")
+    local = options_of()
     costs = CostModel(arch, local, 2)
     full = costs.full_cost(len(ids)).vector()
     scores = np.random.default_rng(0).random((2, BLOCKS, GROUPS))
@@ -432,11 +438,11 @@ def check_the_mean_of_a_skipped_head_stands_for_it():
     """With one example the mean is what the head adds, so that skipping it changes nothing."""
     _, adapter, arch, weights, ids, _ = made(torch.float32)
     one, everything = ids[:1], schedule_of([[FORWARD_ONLY] * GROUPS] * BLOCKS)
-    partial = PartialModel(adapter, arch)
-    partial.reset(everything, pack_for(arch, weights, everything))
-    tally = MeanTally(partial)
+    engine = PartialModel(adapter, arch)
+    engine.reset(everything, pack_for(arch, weights, everything))
+    tally = MeanTally(engine)
     with torch.no_grad():
-        expected = partial(one, [1])
+        expected = engine(one, [1])
     sums = MeanSums(arch, 1)
     means = tally.finish()
     sums.check(everything, means)
@@ -444,9 +450,9 @@ def check_the_mean_of_a_skipped_head_stands_for_it():
     book = sums.apply(MeanBook())
     skips = schedule_of([[FORWARD_ONLY, SHORTCUT], *[[FORWARD_ONLY] * GROUPS] * 2])
     offsets = received(skips, book.offsets(arch, weights, skips))
-    partial.reset(skips, pack_for(arch, weights, skips), offsets)
+    engine.reset(skips, pack_for(arch, weights, skips), offsets)
     with torch.no_grad():
-        torch.testing.assert_close(partial(one, [1]), expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(engine(one, [1]), expected, rtol=1e-4, atol=1e-5)
 
 
 def main():
