@@ -1,6 +1,6 @@
 """The totals of a run."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +8,9 @@ import numpy as np
 
 from d2ft_fl.budgets.budget import LIMITS
 from d2ft_fl.costs.resources import RESOURCES
-from d2ft_fl.records.metrics import primary_of
+from d2ft_fl.records.metrics import metric_totals
 from d2ft_fl.rounds.components import Components
 from d2ft_fl.rounds.federation import Federation
-from d2ft_fl.tasks.metrics import MetricSpec
 
 
 def summarise(
@@ -72,7 +71,7 @@ def totals(rows: list[dict[str, Any]]) -> dict[str, Any]:
         }
     return {
         "rounds": len(rows),
-        **_metrics(rows),
+        **metric_totals(rows),
         "resources": resources,
         "round_seconds": sum(row["round_seconds"] for row in rows),
         "coverage": rows[-1]["covered_so_far"],
@@ -87,19 +86,6 @@ def totals(rows: list[dict[str, Any]]) -> dict[str, Any]:
         "aggregation_error": _mean([row.get("aggregation_error") for row in rows]),
         "too_few_trainers": _mean([row.get("too_few_trainers") for row in rows]),
     }
-
-
-def _metrics(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return the last metrics and the best of the primary one, as JSON.
-
-    Beside ``metrics`` and ``best``, each stands alone under its own name and ``best_`` with the
-    name of the primary metric.
-    """
-    spec = MetricSpec.from_entries(rows[-1])
-    evaluated = [row["metrics"] for row in rows if primary_of(row) is not None]
-    best = spec.best(metrics[spec.primary] for metrics in evaluated)
-    entries = spec.entries(evaluated[-1] if evaluated else None)
-    return {**entries, "best": best, f"best_{spec.primary}": best}
 
 
 def _mean(values: Iterable[float | None]) -> float | None:

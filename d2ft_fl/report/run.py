@@ -5,7 +5,7 @@ import math
 from d2ft_fl.config.run_config import RunConfig
 from d2ft_fl.costs.resources import RESOURCES
 from d2ft_fl.report import client_charts, run_charts, run_tables
-from d2ft_fl.report.format import seconds
+from d2ft_fl.report.format import heading, metric_format, metric_label, seconds
 from d2ft_fl.report.frame import (
     NAMES,
     cards,
@@ -40,7 +40,7 @@ def run_html(run: RunFolder) -> list[str]:
     body = [
         _stands(run, options["rounds"]),
         _headline(run),
-        section("Accuracy", run_charts.progress(run).html(), _rounds(run)),
+        section(_title(run), run_charts.progress(run).html(), _rounds(run)),
         section("Coverage", run_charts.coverage(rounds, plans).html()),
         section("Who trained what", client_charts.who_trained(clients, rounds, plans).html()),
         section("Use of budgets", _budgets(run, rounds)),
@@ -70,14 +70,7 @@ def _rounds(run: RunFolder) -> str:
 
 def _headline(run: RunFolder) -> str:
     t = run.totals
-    known = run.rounds[run.rounds["accuracy"].notna()]
-    figures = [("accuracy", "-", "not evaluated yet")]
-    if len(known):
-        best = known.loc[known["accuracy"].idxmax(), "round"]
-        figures = [
-            ("accuracy", f"{t['accuracy']:.1%}", f"after round {known['round'].iloc[-1]}"),
-            ("best accuracy", f"{t['best_accuracy']:.1%}", f"after round {best}"),
-        ]
+    figures = _primary(run)
     for name in RESOURCES:
         share = t["resources"][name]["share"]
         figures.append((NAMES[name], f"{share:.0%}", "of training everything"))
@@ -97,6 +90,24 @@ def _headline(run: RunFolder) -> str:
     if not math.isnan(epsilon):
         figures.append(("epsilon", f"{epsilon:.3g}", f"delta {run.config['delta']:.1g}, to here"))
     return cards(figures)
+
+
+def _title(run: RunFolder) -> str:
+    return heading(metric_label(run.spec.primary))
+
+
+def _primary(run: RunFolder) -> list[tuple[str, str, str]]:
+    """Return the cards of the primary metric: its last value and its best."""
+    spec, name = run.spec, metric_label(run.spec.primary)
+    values = run.metrics[spec.primary].dropna()
+    if not len(values):
+        return [(name, "-", "not evaluated yet")]
+    written = metric_format(spec, spec.primary)
+    best = values.idxmax() if spec.maximise else values.idxmin()
+    return [
+        (label, written.text(values[place]), f"after round {run.rounds['round'][place]}")
+        for label, place in ((name, values.index[-1]), (f"best {name}", best))
+    ]
 
 
 def _wall(run: RunFolder) -> str:

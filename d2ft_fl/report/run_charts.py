@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 import numpy as np
+import pandas as pd
 import plotly.graph_objects as go
 
 from d2ft_fl.report.axes import short, x_choice
@@ -19,8 +20,10 @@ from d2ft_fl.report.charts import (
     blank,
     scale_key,
 )
+from d2ft_fl.report.format import heading, metric_format, metric_label
 from d2ft_fl.report.run_folder import PlanFile, RunFolder
 from d2ft_fl.subnets.schedule import Operation
+from d2ft_fl.tasks.metrics import MetricSpec
 
 MOST_STEPS = 200  # of a slider, and columns of a map of rounds
 MOST_NUMBERS = 400  # subnets, beyond which cells hold no numbers
@@ -35,62 +38,91 @@ MEANINGS = {
 }
 
 
+TRAIN_LOSS = "train_loss"  # column of the clients' mean training loss
+LOSS = "loss"  # of a task whose figures have the mean of its training loss: drawn together
+FURTHER = {
+    "aggregation_error": "How far aggregating LoRA's factors was from the exact mean of the "
+    "changes that clients made to the weights, relative to that change.",
+    "epsilon": "Differential privacy: what all rounds up to here promise every client together.",
+}
+
+
 def progress(run: RunFolder) -> Chart:
-    """Accuracy, losses and what folding was off by, over rounds or over what was spent."""
-    frame = run.rounds
-    further = [n for n in ("aggregation_error", "epsilon") if frame[n].notna().any()]
-    columns = ["accuracy", "loss", "train_loss", *further]
+    """Draw metrics, losses, aggregation error and epsilon, over rounds or what was spent."""
+    frame, spec = run.rounds, run.spec
+    further = [name for name in FURTHER if frame[name].notna().any()]
+    columns = {name: run.metrics[name] for name in spec.names}
+    columns |= {name: frame[name] for name in (TRAIN_LOSS, *further)}
     figure = blank(340, xaxis_title_text="round")
-    for name in columns:
-        percent, client = name == "accuracy", int(name == "train_loss")
-        figure.add_scatter(
-            x=short(frame["round"]), y=short(frame[name]), mode="lines+markers",
-            name=name.replace("_", " "), visible=percent, customdata=frame["round"].tolist(),
-            line={"color": LINES[client], "dash": DASHES[client], "width": 2},
-            marker={"size": 6, "symbol": SYMBOLS[client]},
-            hovertemplate="round %{customdata}: %{y:" + (".1%" if percent else ".3g") + "}"
-            "<extra>%{fullData.name}</extra>",
-        )  # fmt: skip
-
-    def shows(label: str, *names: str, form: str, note: str) -> Option:
-        layout = {"yaxis.title.text": label, "yaxis.tickformat": form, "yaxis.autorange": True}
-        return Option(label, {"visible": [name in names for name in columns]}, layout, note)
-
-    quantities = [
-        shows(
-            "accuracy", "accuracy", form=".0%",
-            note="Accuracy of the global model on the held-out examples.",
-        ),
-        shows(
-            "loss", "loss", "train_loss", form="",
-            note="Solid line, dots: the global model on the held-out examples. Dashed line, "
-            "squares: clients while they train.",
-        ),
-        shows(
-            "aggregation error", "aggregation_error", form="",
-            note="How far folding factors in was from the exact mean of what clients made of the "
-            "weights, relative to that change.",
-        ),
-        shows(
-            "epsilon", "epsilon", form="",
-            note="Differential privacy: what all rounds up to here promise every client together.",
-        ),
-    ]  # fmt: skip
+    for name, values in columns.items():
+        _line(figure, frame["round"], name, values, spec)
+    quantities = _quantities(spec, further, list(columns))
     figure.update_layout(quantities[0].layout)
     over = x_choice(lambda column: [frame[column].to_numpy(dtype=float)] * len(columns))
     figure.update_layout(over.options[0].layout)
-    offered = [q for q in quantities if any(q.data["visible"])]
-    known = frame[frame["accuracy"].notna()]
-    so_far = ""
-    if len(known):
-        last = known.iloc[-1]
-        so_far = f" After round {last['round']} accuracy is {last['accuracy']:.1%}."
     return Chart(
         "progress",
-        f"Line chart of accuracy and loss.{so_far}",
+        f"Line chart of {' and '.join(map(metric_label, spec.names))}.{_so_far(run)}",
         figure,
-        choices=[Choice("show", offered), over],
+        choices=[Choice("show", quantities), over],
     )
+
+
+def _line(
+    figure: go.Figure, rounds: "pd.Series[int]", name: str, values: "pd.Series[float]",
+    spec: MetricSpec,
+) -> None:  # fmt: skip
+    """Add the line of one quantity to a figure over rounds."""
+    client, hover = int(name == TRAIN_LOSS), metric_format(spec, name).hover
+    figure.add_scatter(
+        x=short(rounds), y=short(values), mode="lines+markers",
+        name=metric_label(name), visible=name == spec.primary, customdata=rounds.tolist(),
+        line={"color": LINES[client], "dash": DASHES[client], "width": 2},
+        marker={"size": 6, "symbol": SYMBOLS[client]},
+        hovertemplate="round %{customdata}: %{y:" + hover + "}<extra>%{fullData.name}</extra>",
+    )  # fmt: skip
+
+
+def _quantities(spec: MetricSpec, further: Sequence[str], columns: Sequence[str]) -> list[Option]:
+    """Return what a reader can choose to see, the primary metric first.
+
+    Args:
+        spec: What the task is measured by.
+        further: Names of ``FURTHER`` that the run has.
+        columns: Names of the figure's lines, in order.
+    """
+
+    def shows(label: str, *names: str, note: str) -> Option:
+        tick = metric_format(spec, names[0]).tick
+        layout = {"yaxis.title.text": label, "yaxis.tickformat": tick, "yaxis.autorange": True}
+        return Option(label, {"visible": [name in names for name in columns]}, layout, note)
+
+    both = (
+        "Solid line, dots: the global model on the held-out examples. Dashed line, squares: "
+        "clients while they train."
+    )
+    out = []
+    for name in sorted(spec.names, key=lambda name: name != spec.primary):
+        label = metric_label(name)
+        if name == LOSS:
+            out.append(shows(label, LOSS, TRAIN_LOSS, note=both))
+        else:
+            note = f"{heading(label)} of the global model on the held-out examples."
+            out.append(shows(label, name, note=note))
+    if LOSS not in spec.names:
+        out.append(shows("training loss", TRAIN_LOSS, note="Loss of clients while they train."))
+    return out + [shows(metric_label(name), name, note=FURTHER[name]) for name in further]
+
+
+def _so_far(run: RunFolder) -> str:
+    """Say where the primary metric is after the last round in which it was evaluated."""
+    primary = run.spec.primary
+    values = run.metrics[primary].dropna()
+    if not len(values):
+        return ""
+    last = metric_format(run.spec, primary).text(values.iloc[-1])
+    number = run.rounds["round"][values.index[-1]]
+    return f" After round {number} {metric_label(primary)} is {last}."
 
 
 def shown_rounds(run: RunFolder) -> list[int]:

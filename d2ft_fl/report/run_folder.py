@@ -20,6 +20,7 @@ from d2ft_fl.records.summary import totals
 from d2ft_fl.report.format import UNNAMED, policy_words
 from d2ft_fl.report.reading import damaged, read_json, read_lines
 from d2ft_fl.subnets.schedule import Operation
+from d2ft_fl.tasks.metrics import MetricSpec
 from d2ft_fl.util.toml import read_toml
 
 ROUNDS, STATUS = "rounds.jsonl", "status.json"
@@ -32,10 +33,12 @@ class RunFolder:
 
     Attributes:
         config: Options, by the keys of ``config.toml``.
-        status: starting, running, finished or failed. reason: Of a failure.
+        folder: The run folder.
+        status: starting, running, finished or failed.
+        reason: Why the run failed.
         versions: As :func:`d2ft_fl.records.versions.versions` found them; empty when not recorded.
         summary: Of a finished run.
-        lines: Of ``rounds.jsonl``, one at least.
+        lines: Lines of ``rounds.jsonl``, one at least.
     """
 
     folder: Path
@@ -64,7 +67,7 @@ class RunFolder:
 
     @classmethod
     def begun(cls, folder: Path) -> "RunFolder":
-        """The same, of a run that may have no finished round."""
+        """Read a run's folder as :meth:`read` does, of a run that may have no finished round."""
         status = read_json(folder / STATUS, dict) or {}
         summary = read_json(folder / "summary.json", dict)
         path = folder / ROUNDS
@@ -79,7 +82,7 @@ class RunFolder:
             lines=lines,
         )
         try:
-            _ = found.rounds, found.totals if lines else None  # a damaged line is found now
+            _ = found.rounds, found.metrics, found.totals if lines else None  # find damaged lines
         except (KeyError, TypeError) as error:
             raise damaged(folder / ROUNDS, f"lacks something a round has ({error})") from None
         return found
@@ -100,13 +103,23 @@ class RunFolder:
         return totals(self.lines)
 
     @cached_property
+    def spec(self) -> MetricSpec:
+        """What the run's task is measured by."""
+        return MetricSpec.from_entries(self.lines[-1])
+
+    @cached_property
+    def metrics(self) -> pd.DataFrame:
+        """One row a round, one column a metric; NaN where the model was not evaluated."""
+        return pd.DataFrame([line["metrics"] for line in self.lines], dtype=float)
+
+    @cached_property
     def rounds(self) -> pd.DataFrame:
         """One row a round.
 
         Beside the scalars of ``rounds.jsonl``: ``<resource>_share``, the mean client's use of
         training everything; ``<resource>_allowed`` and ``<resource>_worst`` of its budget; ``cum_``
         with ``flops``, ``bytes_up``, ``bytes_down`` and ``seconds``, sums so far over all clients;
-        how many ``faults`` and ``violations``.
+        how many ``faults`` and ``violations``; metrics under their names.
         """
         frame = pd.DataFrame([_round(line) for line in self.lines])
         for name in (*SUMMED, "seconds"):
@@ -143,7 +156,7 @@ class RunFolder:
         return frame
 
     def plan(self, round_number: int) -> "PlanFile":
-        """A round's schedules.
+        """Read the schedules of a round.
 
         Raises:
             ConfigError: When its file is missing or damaged.
@@ -161,7 +174,8 @@ class PlanFile:
     """A round's schedules.
 
     Attributes:
-        clients: int64 [clients]. schedules: int8 [clients, slots, blocks, heads].
+        clients: int64 [clients].
+        schedules: int8 [clients, slots, blocks, heads].
         ranks: int64 [clients, blocks, heads]; None where clients do not choose among ranks.
     """
 
@@ -198,11 +212,12 @@ def _status(entries: dict[str, Any], has_summary: bool) -> str:
 
 
 def _round(line: dict[str, Any]) -> dict[str, Any]:
-    out = {
+    out = {name: _number(value) for name, value in line["metrics"].items()}
+    out |= {
         key: line[key]
         for key in (
-            "round", "accuracy", "loss", "train_loss", "coverage", "covered_so_far", "worked",
-            "clients", "sat_out", "wall_seconds",
+            "round", "train_loss", "coverage", "covered_so_far", "worked", "clients", "sat_out",
+            "wall_seconds",
         )
     }  # fmt: skip
     if not line["worked"]:  # nobody trained, so there was no loss

@@ -8,7 +8,17 @@ import pandas as pd
 from d2ft_fl.budgets.budget import DEADLINE, LIMITS
 from d2ft_fl.costs.resources import RESOURCES
 from d2ft_fl.report import html
-from d2ft_fl.report.format import LABELS, OPERATIONS, USED, quantity, seconds, unit_of
+from d2ft_fl.report.format import (
+    LABELS,
+    NUMBER,
+    OPERATIONS,
+    USED,
+    metric_format,
+    metric_label,
+    quantity,
+    seconds,
+    unit_of,
+)
 from d2ft_fl.report.run_folder import SUMMED, RunFolder, limits_of
 from d2ft_fl.subnets.schedule import Operation
 
@@ -117,23 +127,28 @@ def _used(group: dict[str, Any], name: str) -> str:
 
 def rounds(run: RunFolder) -> str:
     """Every round in a line."""
-    frame = run.rounds
+    frame, metrics, spec = run.rounds, run.metrics, run.spec
     error = bool(frame["aggregation_error"].notna().any())
     private = bool(frame["epsilon"].notna().any())
-    heads = ["round", "accuracy", "loss", "train loss", *(LABELS[name] for name in RESOURCES)]
+    heads = ["round", *map(metric_label, spec.names), "train loss"]
+    heads += [LABELS[name] for name in RESOURCES]
     heads += ["covered", "time", *["aggregation error"] * error]
     heads += [*["epsilon"] * private, "sat out", "faults", "violations"]
     rows = [
         html.cells(
-            str(r["round"]), _known(r["accuracy"], ".1%"), _known(r["loss"], ".3f"),
-            _known(r["train_loss"], ".3f"),
+            str(r["round"]),
+            *(_known(m[name], metric_format(spec, name).value) for name in spec.names),
+            _known(r["train_loss"], NUMBER.value),
             *(f"{r[f'{name}_share']:.0%}" for name in RESOURCES),
             f"{r['coverage']:.0%}", seconds(r["sum_seconds"]),
             *[_known(r["aggregation_error"], ".2g")] * error,
             *[_known(r["epsilon"], ".3g")] * private,
             str(r["sat_out"]), str(r["faults"]), str(r["violations"]),
         )
-        for r in frame[-MOST_ROWS:].to_dict("records")
+        for r, m in zip(
+            frame[-MOST_ROWS:].to_dict("records"), metrics[-MOST_ROWS:].to_dict("records"),
+            strict=True,
+        )
     ]  # fmt: skip
     return html.table(heads, rows)
 

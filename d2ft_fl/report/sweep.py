@@ -2,9 +2,9 @@
 
 from html import escape
 
-from d2ft_fl.errors import ConfigError
 from d2ft_fl.report import sweep_charts, sweep_tables
 from d2ft_fl.report.curves import curves
+from d2ft_fl.report.format import heading, metric_format, metric_label
 from d2ft_fl.report.frame import (
     FOLDER,
     cards,
@@ -27,12 +27,8 @@ def sweep_html(sweep: SweepFolder) -> list[str]:
     Raises:
         ConfigError: When no trial has a finished round.
     """
-    ranked = sweep.ranked()
-    if not ranked:
-        raise ConfigError(
-            f"no trial of the sweep in {str(sweep.folder)!r} has a finished round yet; there is "
-            "nothing to show"
-        )
+    spec, ranked = sweep.spec, sweep.ranked()
+    primary = metric_label(spec.primary)
     finished = [s for s in ranked if s.finished]
     rest = [s for s in sweep.settings if s not in ranked]
     unfinished = [t for t in sweep.trials if t.status != FINISHED]
@@ -43,8 +39,8 @@ def sweep_html(sweep: SweepFolder) -> list[str]:
         _stands(sweep),
         _headline(sweep, finished),
         section("Settings", _settings(sweep, [*ranked, *rest])),
-        section("Accuracy", curves(ranked).html()),
-        section("Final accuracy", sweep_charts.dots(finished).html() if finished else ""),
+        section(heading(primary), curves(ranked, spec).html()),
+        section(f"Final {primary}", sweep_charts.dots(finished, spec).html() if finished else ""),
         *_over_keys(sweep, [s for s in finished if not s.selected]),
         *_compared(sweep),
         section("Not finished", sweep_tables.unfinished(sweep, unfinished)) if unfinished else "",
@@ -71,8 +67,10 @@ def _headline(sweep: SweepFolder, finished: list[Setting]) -> str:
         ("trials", f"{len(trials):,}", f"{sum(t.finished for t in trials):,} finished"),
     ]
     if finished and not (best := finished[0]).selected:
-        accuracy = sweep_charts.percent(best.figure("accuracy"))
-        figures.append(("best final accuracy", accuracy, best.label))
+        primary = sweep.spec.primary
+        mean = best.metric(primary)
+        text = metric_format(sweep.spec, primary).mean_text(mean.mean, mean.half)
+        figures.append((f"best final {metric_label(primary)}", text, best.label))
     bound = [t.run for t in trials if t.run and not t.run.reference]
     broken = sum(run.totals["violations"] for run in bound)
     some = len(bound) < sum(t.run is not None for t in trials)
@@ -82,9 +80,9 @@ def _headline(sweep: SweepFolder, finished: list[Setting]) -> str:
 
 def _settings(sweep: SweepFolder, rows: list[Setting]) -> str:
     said = (
-        "Means over finished seeds, of accuracy with the 95 % confidence interval (Student's t) "
-        "where there are two seeds or more. Shares are of training everything, bytes and simulated "
-        "time of a whole run."
+        f"Means over finished seeds, of {metric_label(sweep.spec.primary)} with the 95 % "
+        "confidence interval (Student's t) where there are two seeds or more. Shares are of "
+        "training everything, bytes and simulated time of a whole run."
     )
     if any(s.selected for s in rows):
         said += (
@@ -95,12 +93,12 @@ def _settings(sweep: SweepFolder, rows: list[Setting]) -> str:
 
 
 def _over_keys(sweep: SweepFolder, finished: list[Setting]) -> list[str]:
-    """Final accuracy over each varied number, where there are one or two."""
-    keys = sweep.numeric_keys
+    """Draw the final primary metric over each varied number, where there are one or two."""
+    keys, primary = sweep.numeric_keys, metric_label(sweep.spec.primary)
     if not finished or len(keys) > MOST_NUMERIC:
         return []
     return [
-        section(f"Final accuracy over {key}", sweep_charts.over_key(sweep, finished, key).html())
+        section(f"Final {primary} over {key}", sweep_charts.over_key(sweep, finished, key).html())
         for key in keys
     ]
 

@@ -14,6 +14,7 @@ from d2ft_fl.errors import ConfigError
 from d2ft_fl.report.reading import damaged, read_json
 from d2ft_fl.report.run_folder import RunFolder
 from d2ft_fl.report.statistics import Interval, differences
+from d2ft_fl.tasks.metrics import MetricSpec
 
 TRIALS = "trials.json"
 SEED = "seed"
@@ -27,7 +28,9 @@ class Trial:
     """One run of a sweep.
 
     Attributes:
-        name: Its folder's. settings: What it varies, by key. status: See ``trials.json``.
+        name: Name of its folder.
+        settings: What it varies, by key.
+        status: How it stands, as ``trials.json`` has it.
         reason: Of a trial that failed, was refused, or was stopped early.
         run: What it left behind; None before its first finished round.
     """
@@ -54,8 +57,10 @@ class Setting:
     """Trials that differ in nothing but the seed.
 
     Attributes:
-        number: Counted from 1. values: By varied key, the seed left out.
-        label: Names it beside the others.
+        number: Counted from 1.
+        values: Its values by varied key, the seed left out.
+        label: Names it beside other settings.
+        trials: Its trials, one for each seed.
     """
 
     number: int
@@ -74,8 +79,16 @@ class Setting:
         return self.finished or [t.run for t in self.trials if t.run]
 
     def figure(self, *path: str) -> Interval:
-        """Of a figure of :func:`d2ft_fl.records.summary.totals`, over finished runs."""
+        """Return the mean of a figure over finished runs.
+
+        Args:
+            path: Keys that lead to it in :func:`d2ft_fl.records.summary.totals`.
+        """
         return Interval.of([_at(run.totals, path) for run in self.finished])
+
+    def metric(self, name: str) -> Interval:
+        """Return the mean of a metric after the last round, over finished runs."""
+        return self.figure("metrics", name)
 
     @property
     def selected(self) -> bool:
@@ -121,6 +134,21 @@ class SweepFolder:
         except (KeyError, TypeError, AttributeError) as error:
             raise damaged(path, f"lacks something a trial has ({error})") from None
         return cls(folder, trials)
+
+    @cached_property
+    def spec(self) -> MetricSpec:
+        """What the task of the sweep is measured by.
+
+        Raises:
+            ConfigError: When no trial has a finished round.
+        """
+        for trial in self.trials:
+            if trial.run:
+                return trial.run.spec
+        raise ConfigError(
+            f"no trial of the sweep in {str(self.folder)!r} has a finished round yet; there is "
+            "nothing to show"
+        )
 
     @cached_property
     def keys(self) -> list[str]:
@@ -206,44 +234,61 @@ class SweepFolder:
         return [key for key in self.several if key not in self.numeric_keys]
 
     def ranked(self) -> list[Setting]:
-        """Settings with rounds to draw: the best final accuracy first.
+        """Return the settings with rounds to draw, the best final primary metric first.
 
-        Then those of which some trials were stopped early, and those without a finished one.
+        Settings of which some trials were stopped early come behind, and those without a finished
+        trial last.
         """
+        shown = [s for s in self.settings if s.shown]
 
         def place(setting: Setting) -> tuple[bool, bool, float]:
-            mean = setting.figure("accuracy").mean
-            return math.isnan(mean), setting.selected, 0.0 if math.isnan(mean) else -mean
+            mean = setting.metric(self.spec.primary).mean
+            unknown = math.isnan(mean)
+            return unknown, setting.selected, 0.0 if unknown else self.spec.order(mean)
 
-        return sorted((s for s in self.settings if s.shown), key=place)
+        return sorted(shown, key=place)
 
     def best_first(self, key: str) -> list[Any]:
-        """Values of a key, by the mean final accuracy of all finished trials that have it."""
+        """Order the values of a key by the final primary metric, the best first.
+
+        It is the mean over all finished trials that have the value; values without one are left
+        out, and so are settings of which trials were stopped early.
+        """
+        primary = self.spec.primary
 
         def mean(value: Any) -> float:
             own = (s for s in self.settings if not s.selected and s.values.get(key) == value)
-            return Interval.of([r.totals["accuracy"] for s in own for r in s.finished]).mean
+            runs = [run for setting in own for run in setting.finished]
+            return Interval.of([_at(run.totals, ("metrics", primary)) for run in runs]).mean
 
         means = [(mean(value), value) for value in self.values[key]]
-        return [v for _, v in sorted((p for p in means if p[0] == p[0]), key=lambda p: -p[0])]
+        known = [pair for pair in means if not math.isnan(pair[0])]
+        return [value for _, value in sorted(known, key=lambda pair: self.spec.order(pair[0]))]
 
-    def paired(self, key: str, baseline: Any, figure: str = "accuracy") -> dict[Any, "Paired"]:
-        """What other values of a key come to less a baseline, at equal other settings and seeds.
+    def paired(self, key: str, baseline: Any, metric: str = "") -> dict[Any, "Paired"]:
+        """Subtract a baseline from other values of a key, at equal other settings and seeds.
 
         Pairs of the same seed share its data and first weights. So each seed's differences are
         averaged first, and the interval is over seeds. Settings with trials that were stopped early
         are left out.
 
         Args:
-            key: Varied. baseline: One of its values.
-            figure: Of :func:`d2ft_fl.records.summary.totals`.
+            key: An option that varies.
+            baseline: One of its values.
+            metric: Name of a metric; the primary one if empty.
+
+        Returns:
+            By other value of the key, the mean difference of the metric after the last round.
         """
+        metric = metric or self.spec.primary
         of: dict[Any, dict[Any, dict[str, float]]] = {value: {} for value in self.values[key]}
         for trial in (t for s in self.settings if not s.selected for t in s.trials):
             if trial.finished and trial.run and key in trial.settings:
                 others = {k: v for k, v in trial.settings.items() if k not in (key, SEED)}
                 seed = of[trial.settings[key]].setdefault(trial.settings.get(SEED), {})
-                seed[json.dumps(others, sort_keys=True)] = float(trial.run.totals[figure])
+                seed[json.dumps(others, sort_keys=True)] = _at(
+                    trial.run.totals, ("metrics", metric)
+                )
         out = {}
         for value in (v for v in of if v != baseline):
             found = [differences(ours, of[baseline].get(n, {})) for n, ours in of[value].items()]

@@ -4,14 +4,15 @@ from typing import Any
 
 from d2ft_fl.costs.resources import RESOURCES
 from d2ft_fl.errors import ConfigError
-from d2ft_fl.report.statistics import Interval
+from d2ft_fl.report.format import metric_format, metric_label
 from d2ft_fl.report.sweep_folder import STOPPED, Setting, SweepFolder
+from d2ft_fl.tasks.metrics import MetricSpec
 
 SHARES = ("FLOPs", "memory", "bytes up", "bytes down")  # of training everything, as RESOURCES
 
 
 def sweep_markdown(sweep: SweepFolder, across: str = "") -> str:
-    """Settings with a finished trial, the best first; accuracies in per cent.
+    """Make a table of settings with a finished trial, the best first; shares in per cent.
 
     Args:
         sweep: The sweep.
@@ -30,17 +31,16 @@ def sweep_markdown(sweep: SweepFolder, across: str = "") -> str:
         raise ConfigError(f"{across!r} does not vary in this sweep; {known} does")
     if across:
         return _pivot(sweep, ranked, across)
-    heads = ["setting", "accuracy", *SHARES, "sat out", "seeds"]
-    return _table(heads, [_line(setting) for setting in ranked])
+    heads = ["setting", metric_label(sweep.spec.primary), *SHARES, "sat out", "seeds"]
+    return _table(heads, [_line(setting, sweep.spec) for setting in ranked])
 
 
-def _line(setting: Setting) -> list[str]:
+def _line(setting: Setting, spec: MetricSpec) -> list[str]:
     shares = [setting.figure("resources", name, "share").mean for name in RESOURCES]
     out, worked = (setting.figure(name).mean for name in ("sat_out", "client_rounds"))
     rest = [f"{share:.0%}" for share in (*shares, out / (out + worked))]
-    accuracy = setting.figure("accuracy")
-    seeds = f"{accuracy.count}" + f", {setting.count(STOPPED)} stopped" * setting.selected
-    return [setting.label, _accuracy(accuracy), *rest, seeds]
+    seeds = f"{len(setting.finished)}" + f", {setting.count(STOPPED)} stopped" * setting.selected
+    return [setting.label, _primary(setting, spec), *rest, seeds]
 
 
 def _pivot(sweep: SweepFolder, ranked: list[Setting], across: str) -> str:
@@ -49,13 +49,14 @@ def _pivot(sweep: SweepFolder, ranked: list[Setting], across: str) -> str:
     rows: dict[str, dict[Any, str]] = {}
     for s in ranked:
         row = rows.setdefault(sweep.label(s.values, without=across), {})
-        row[s.values[across]] = _accuracy(s.figure("accuracy"))
+        row[s.values[across]] = _primary(s, sweep.spec)
     heads = ["setting", *(f"{across} {sweep.word(across, value)}" for value in values)]
     return _table(heads, [[k, *(row.get(v, "") for v in values)] for k, row in rows.items()])
 
 
-def _accuracy(i: Interval) -> str:
-    return f"{100 * i.mean:.1f}" + ("" if i.half is None else f" ± {100 * i.half:.1f}")
+def _primary(setting: Setting, spec: MetricSpec) -> str:
+    i = setting.metric(spec.primary)
+    return metric_format(spec, spec.primary).bare_text(i.mean, i.half)
 
 
 def _table(heads: list[str], rows: list[list[str]]) -> str:

@@ -5,9 +5,8 @@ from typing import Any
 
 from d2ft_fl.costs.resources import RESOURCES
 from d2ft_fl.report import html
-from d2ft_fl.report.format import LABELS, quantity, seconds
+from d2ft_fl.report.format import LABELS, metric_format, metric_label, quantity, seconds
 from d2ft_fl.report.statistics import Interval
-from d2ft_fl.report.sweep_charts import percent, points
 from d2ft_fl.report.sweep_folder import FINISHED, SEED, Setting, SweepFolder, Trial, spelled
 
 MOST_KEYS = 3  # that have a column each
@@ -15,17 +14,19 @@ COUNTED = {"violations": "violations", "sat out": "sat_out", "faults": "faults"}
 
 
 def settings(sweep: SweepFolder, rows: Sequence[Setting]) -> str:
-    """Means over the finished runs of each setting; of accuracy with an interval."""
+    """Make a table of means over the finished runs of each setting; metrics with intervals."""
     others = [s for s in dict.fromkeys(t.status for t in sweep.trials) if s != FINISHED]
     keys = sweep.keys if len(sweep.keys) <= MOST_KEYS else []  # else in words, which are narrower
-    heads = [*(keys or ["setting"]), "final accuracy", "best accuracy"]
+    primary = sweep.spec.primary
+    written, label = metric_format(sweep.spec, primary), metric_label(primary)
+    heads = [*(keys or ["setting"]), f"final {label}", f"best {label}"]
     heads += [f"{LABELS[name]} share" for name in RESOURCES] + ["bytes up", "time", *COUNTED]
     lines = []
     for s in rows:
         line = "".join(_value(sweep, key, s.values.get(key)) for key in keys)
         line = line or html.words(s.label)
-        for figure in ("accuracy", "best_accuracy"):
-            line += html.valued(percent(i := s.figure(figure)), i.mean)
+        for i in (s.metric(primary), s.figure("best")):
+            line += html.valued(written.mean_text(i.mean, i.half), i.mean)
         for name in RESOURCES:
             line += html.valued(f"{(i := s.figure('resources', name, 'share')).mean:.0%}", i.mean)
         up, time = s.figure("resources", "bytes_up", "used"), s.figure("round_seconds")
@@ -47,17 +48,19 @@ def _mean(i: Interval) -> str:
 
 
 def pairs(sweep: SweepFolder, key: str) -> str:
-    """Every value of a key beside every other."""
+    """Make a table of every value of a key beside every other."""
+    written = metric_format(sweep.spec, sweep.spec.primary)
     values = sweep.best_first(key)
     rows = [
         html.words(sweep.word(key, value), sweep.word(key, baseline))
-        + html.valued(points(found.difference), found.difference.mean)
-        + html.cells(str(found.difference.count), str(found.pairs))
+        + html.valued(written.difference_text(i.mean, i.half), i.mean)
+        + html.cells(str(i.count), str(found.pairs))
         for baseline in values
         for value, found in sweep.paired(key, baseline).items()
         if value in values
+        for i in [found.difference]
     ]
-    heads = [key, "compared with", "difference, points", "seeds", "pairs"]
+    heads = [key, "compared with", written.difference_head, "seeds", "pairs"]
     return html.table(heads, rows, 2, sortable=True)
 
 

@@ -19,7 +19,7 @@ from d2ft_fl.sweep.ledger import Ledger
 from d2ft_fl.sweep.reading import read_sweep
 from d2ft_fl.sweep.results import by_setting, trial_rows, write_tables
 from d2ft_fl.sweep.spec import Sweep
-from d2ft_fl.sweep.trials import Trial, expand, sweep_hash, varied
+from d2ft_fl.sweep.trials import Trial, expand, sweep_hash, sweep_metrics, varied
 from d2ft_fl.sweep.written import toml_sweep
 from d2ft_fl.util import terminal
 from d2ft_fl.util.torch_device import usable_device
@@ -46,7 +46,8 @@ def sweep(
         file: Of the sweep.
         pairs: ``key=value``, over the options that all trials have in common.
         output: The folder; by default one that the sweep decides, so that it is found again.
-        at_once, address: In place of the file's.
+        at_once: Trials that run at once, in place of the file's.
+        address: Of a Ray cluster, in place of the file's.
         retry_failed: Run trials again that failed.
         dry_run: Only list the trials.
         as_json: Print JSON and nothing else.
@@ -87,7 +88,7 @@ def sweep(
 
 
 def default_folder(asked: Sweep, trials: Sequence[Trial]) -> Path:
-    """The folder of a sweep: the same for the same sweep."""
+    """Return the folder of a sweep, which its trials decide."""
     root = platformdirs.user_data_path("d2ft-fl", appauthor=False) / "sweeps"
     return root / f"{asked.name}-{sweep_hash(asked, trials)}"
 
@@ -122,7 +123,8 @@ def _sweep(
     if todo:
         for config in {trial.config.coupling: trial.config for trial in todo}.values():
             prepare(config, as_json)
-        with show.Show(len(todo), len(trials) - len(todo), as_json) as ledger.watcher:
+        metrics = sweep_metrics(trials)
+        with show.Show(len(todo), len(trials) - len(todo), metrics, as_json) as ledger.watcher:
             try:
                 (engine or TuneEngine(asked.run))(todo, ledger, scratch)
             except KeyboardInterrupt:
@@ -140,13 +142,14 @@ def _conclude(
 ) -> int:
     rows = trial_rows(folder, trials, ledger.states)
     write_tables(folder.path, rows)
-    settings = by_setting(rows, varied(asked))
+    metrics = sweep_metrics(trials)
+    settings = by_setting(rows, varied(asked), metrics)
     if as_json:
-        found = [asdict(setting) for setting in settings]
-        typer.echo(json.dumps({"folder": str(folder.path), "trials": rows, "settings": found}))
+        entries = [setting.to_json(metrics) for setting in settings]
+        typer.echo(json.dumps({"folder": str(folder.path), "trials": rows, "settings": entries}))
         _page(folder.path)
     else:
-        show.settings_table(settings)
+        show.settings_table(settings, metrics)
         show.ends(ledger)
         terminal.say(_page(folder.path))
         terminal.say(f"sweep folder: {folder.path}")

@@ -13,7 +13,7 @@ import shutil
 import signal
 import socket
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,10 +23,11 @@ from typing import Any, Protocol
 import torch
 
 from d2ft_fl.errors import RunError
+from d2ft_fl.records.metrics import primary_of
 from d2ft_fl.sweep.ledger import Ledger
-from d2ft_fl.sweep.remote import ACCURACY, CHANGES, OUTCOME, ROUND, Outcome, trainable
+from d2ft_fl.sweep.remote import CHANGES, METRIC, OUTCOME, ROUND, Outcome, trainable
 from d2ft_fl.sweep.spec import Asha, RunOptions
-from d2ft_fl.sweep.trials import Trial
+from d2ft_fl.sweep.trials import Trial, sweep_metrics
 
 CONNECT_SECONDS = 10.0
 OBJECT_STORE_BYTES = 512 * 2**20  # reports pass through it; models, where they are kept
@@ -122,7 +123,7 @@ class TuneEngine:
 
 
 def cores() -> int:
-    """Cores that this process may use."""
+    """Return how many cores this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -135,7 +136,7 @@ def _id(trial: Any) -> str:
 
 
 def _changed(trial: Trial) -> dict[str, Any]:
-    """The options of a trial that are not the default."""
+    """Return the options of a trial that are not the default."""
     default = type(trial.config)().to_mapping()
     return {key: v for key, v in trial.config.to_mapping().items() if v != default[key]}
 
@@ -180,7 +181,7 @@ def _is_installed(folder: Path) -> bool:
 
 @contextmanager
 def _ray(address: str, cpus: int, scratch: Path, modules: list[ModuleType | str]) -> Iterator[None]:
-    """A Ray of our own that goes with this process, or a cluster's, which gets some modules.
+    """Start a Ray that ends with this process, or connect to a cluster and send it modules.
 
     Raises:
         RunError: When it cannot be started or reached.
@@ -223,7 +224,7 @@ def _ray(address: str, cpus: int, scratch: Path, modules: list[ModuleType | str]
 
 
 def _needs(todo: Sequence[Trial], at_once: int) -> list[dict[str, float]]:
-    """What Ray sets aside for each trial: a core a thread, and a share of a GPU.
+    """Return what Ray sets aside for each trial: a core for each thread, and a share of a GPU.
 
     All ask for as many cores, so that a worker serves whichever trial is next.
 
@@ -253,7 +254,7 @@ def _needs(todo: Sequence[Trial], at_once: int) -> list[dict[str, float]]:
 
 
 def _watch(ledger: Ledger) -> Any:
-    """Tune's callback that tells the ledger."""
+    """Make the callback by which Tune tells the ledger."""
     from ray import tune
 
     class Watch(tune.Callback):
@@ -272,9 +273,9 @@ def _watch(ledger: Ledger) -> Any:
             outcome = result.pop(OUTCOME, None)
             if outcome is not None:
                 self.ended.add(_id(trial))
-                ledger.ended(_id(trial), Outcome(**outcome), result.get(ACCURACY), changes)
+                ledger.ended(_id(trial), Outcome(**outcome), result.get(METRIC), changes)
             else:
-                ledger.progressed(_id(trial), result[ROUND], result[ACCURACY], changes)
+                ledger.progressed(_id(trial), result[ROUND], result[METRIC], changes)
 
         def on_trial_complete(self, iteration: int, trials: list, trial: Any, **_: Any) -> None:
             if _id(trial) not in self.ended:  # the scheduler stopped it
@@ -289,7 +290,7 @@ def _watch(ledger: Ledger) -> Any:
 
 
 def _reason(text: str) -> str:
-    """Why a worker broke off, in a line, from what Ray says."""
+    """Say in one line why a worker broke off, from what Ray says."""
     if "worker process has died" in text:
         return "its worker process died: out of memory, or a crash; error.txt has what Ray says"
     lines = [line.strip() for line in text.splitlines() if line.strip()]
@@ -297,13 +298,13 @@ def _reason(text: str) -> str:
 
 
 def _scheduler(asha: Asha, ledger: Ledger) -> Any:
-    """Tune's ASHA, which knows the accuracies of trials that ended before."""
+    """Make Tune's ASHA, which knows the primary metric of trials that ended before."""
     from ray.tune.schedulers import ASHAScheduler
 
     scheduler = ASHAScheduler(
         time_attr=ROUND,
-        metric=ACCURACY,
-        mode="max",
+        metric=METRIC,
+        mode="max" if sweep_metrics(ledger.trials).maximise else "min",
         max_t=max(trial.config.rounds for trial in ledger.trials),
         grace_period=asha.grace_rounds,
         reduction_factor=asha.reduction_factor,
@@ -313,8 +314,8 @@ def _scheduler(asha: Asha, ledger: Ledger) -> Any:
         if ledger.states[trial.id].status in ("finished", "stopped"):
             before: Any = SimpleNamespace(trial_id=trial.id)
             scheduler.on_trial_add(None, before)  # type: ignore[arg-type]
-            evaluated = [r for r in ledger.folder.rows(trial.id) if r["accuracy"] is not None]
-            for row in evaluated:
-                known: Mapping[str, Any] = {ROUND: row["round"], ACCURACY: row["accuracy"]}
-                scheduler.on_trial_result(None, before, dict(known))  # type: ignore[arg-type]
+            for row in ledger.folder.rows(trial.id):
+                known: dict[str, Any] = {ROUND: row["round"], METRIC: primary_of(row)}
+                if known[METRIC] is not None:
+                    scheduler.on_trial_result(None, before, known)  # type: ignore[arg-type]
     return scheduler

@@ -1,4 +1,4 @@
-"""Keeps the books while a sweep runs: what trials report goes to the folder and to who watches."""
+"""What trials report while a sweep runs goes to its folder and to whoever watches."""
 
 from collections.abc import Sequence
 from contextlib import suppress
@@ -10,35 +10,42 @@ from d2ft_fl.sweep.trials import Trial
 
 
 class Watcher(Protocol):
-    """Somebody who watches a sweep."""
+    """Whoever is told how a sweep goes on."""
 
     def started(self, trial: Trial) -> None:
-        """A worker began with a trial."""
+        """Hear that a worker began with a trial."""
 
     def progressed(self, trial: Trial, round_number: int) -> None:
-        """A trial has finished a round."""
+        """Hear that a trial has finished a round."""
 
-    def ended(self, trial: Trial, outcome: Outcome, accuracy: float | None) -> None:
-        """A trial has come to its end, with this accuracy after its last round."""
+    def ended(self, trial: Trial, outcome: Outcome, metric: float | None) -> None:
+        """Hear that a trial has ended.
+
+        Args:
+            trial: The trial.
+            outcome: How it ended.
+            metric: The primary metric after the last round that was evaluated; None for none.
+        """
 
 
 class Nobody:
-    """Does not watch."""
+    """A watcher that does nothing."""
 
     def started(self, trial: Trial) -> None:
-        """Nothing."""
+        """Do nothing."""
 
     def progressed(self, trial: Trial, round_number: int) -> None:
-        """Nothing."""
+        """Do nothing."""
 
-    def ended(self, trial: Trial, outcome: Outcome, accuracy: float | None) -> None:
-        """Nothing."""
+    def ended(self, trial: Trial, outcome: Outcome, metric: float | None) -> None:
+        """Do nothing."""
 
 
 class Ledger:
     """The trials of a sweep and how they stand.
 
     Attributes:
+        folder: The sweep's folder.
         trials: All of them, in order.
         states: By id.
         watcher: Is told what happens.
@@ -49,10 +56,10 @@ class Ledger:
         self.watcher: Watcher = Nobody()
         self.states = {trial.id: folder.state(trial.id) for trial in trials}
         self._by_id = {trial.id: trial for trial in trials}
-        self._accuracy: dict[str, float | None] = {}
+        self._metric: dict[str, float | None] = {}
 
     def open(self, retry_failed: bool = False) -> list[Trial]:
-        """Begin, or go on; returns the trials that are left to run.
+        """Begin or continue the sweep; returns the trials that are left to run.
 
         Trials that never came to an end are forgotten and begin anew; what is known not to run is
         refused.
@@ -73,34 +80,48 @@ class Ledger:
         return [trial for trial in self.trials if self.states[trial.id].status == "waiting"]
 
     def started(self, id: str) -> None:
-        """A worker begins with a trial."""
+        """Take down that a worker begins with a trial."""
         self.folder.begin(self._by_id[id])
         self._set(id, State("running"))
         self.watcher.started(self._by_id[id])
 
-    def progressed(self, id: str, round_number: int, accuracy: float, changes: Changes) -> None:
-        """A trial has finished a round, and left this in its folder."""
+    def progressed(self, id: str, round_number: int, metric: float, changes: Changes) -> None:
+        """Take down that a trial has finished a round.
+
+        Args:
+            id: Of the trial.
+            round_number: Of the round.
+            metric: The primary metric after it.
+            changes: What the round left in the trial's folder.
+        """
         self.folder.write(id, changes)
-        self._accuracy[id] = accuracy
+        self._metric[id] = metric
         self.watcher.progressed(self._by_id[id], round_number)
 
     def ended(
         self,
         id: str,
         outcome: Outcome,
-        accuracy: float | None = None,
+        metric: float | None = None,
         changes: Changes | None = None,
     ) -> None:
-        """A trial has come to its end."""
+        """Take down that a trial has ended.
+
+        Args:
+            id: Of the trial.
+            outcome: How it ended.
+            metric: The primary metric after the last round; None if only earlier rounds have one.
+            changes: What the trial left in its folder since its last report.
+        """
         trial = self._by_id[id]
         self.folder.write(id, changes or {})
         self.folder.end(trial, outcome)
         self._set(id, State(outcome.status, outcome.reason))
-        known = accuracy if accuracy is not None else self._accuracy.get(id)
-        self.watcher.ended(trial, outcome, known)
+        last = metric if metric is not None else self._metric.get(id)
+        self.watcher.ended(trial, outcome, last)
 
     def stopped(self, id: str, round_number: int, seconds: float) -> None:
-        """A trial was stopped early."""
+        """Take down that a trial was stopped early."""
         rounds = self._by_id[id].config.rounds
         reason = f"after round {round_number} of {rounds}, behind the others"
         self.ended(id, Outcome("stopped", reason, seconds=seconds))
@@ -117,7 +138,7 @@ class Ledger:
                 self._write()
 
     def count(self, *statuses: str) -> int:
-        """How many trials stand so."""
+        """Count the trials with one of some statuses."""
         return sum(state.status in statuses for state in self.states.values())
 
     def _set(self, id: str, state: State) -> None:

@@ -17,11 +17,12 @@ from typing import Any
 
 from d2ft_fl.config.run_config import RunConfig
 from d2ft_fl.errors import ConfigError, D2FTError
+from d2ft_fl.records.metrics import primary_of
 from d2ft_fl.rounds.checks import checked
 
 Changes = dict[str, tuple[int, bytes]]  # by path in the run folder: from which byte on, and what
 Report = Callable[[dict[str, Any]], None]
-ROUND, ACCURACY, CHANGES, OUTCOME = "round", "accuracy", "changes", "outcome"
+ROUND, METRIC, CHANGES, OUTCOME = "round", "metric", "changes", "outcome"
 MODELS = (".safetensors", "model.json")
 OWN = ("config.toml", "status.json")  # of the folder that the sweep keeps
 
@@ -56,7 +57,7 @@ class Files:
     _sent: dict[str, tuple[int, int]] = field(default_factory=dict)  # bytes, time of change
 
     def changes(self, end: bool = False) -> Changes:
-        """What is new since the last time. Models change every round, and wait for the end."""
+        """Return what is new since the last call; models, which change every round, at the end."""
         found: Changes = {}
         for path in sorted(p for p in self.folder.rglob("*") if p.is_file()):
             name = path.relative_to(self.folder).as_posix()
@@ -98,7 +99,7 @@ def run_trial(config: RunConfig, progress: Report) -> Outcome:
 
 
 def trainable(settings: Mapping[str, Any]) -> None:
-    """What Ray Tune calls in a worker, in a folder of the worker's own.
+    """Run a trial; Ray Tune calls this in a worker, in a folder of the worker's own.
 
     The last round is reported with the outcome, so that nobody stops a trial that has run them all.
 
@@ -120,9 +121,9 @@ def trainable(settings: Mapping[str, Any]) -> None:
         last: dict[str, Any] = {}
 
         def progress(row: dict[str, Any]) -> None:
-            if row["accuracy"] is None:
+            if (metric := primary_of(row)) is None:
                 return
-            last.update({ROUND: row["round"], ACCURACY: row["accuracy"]})
+            last.update({ROUND: row["round"], METRIC: metric})
             if row["round"] < config.rounds:
                 tune.report({**last, CHANGES: files.changes()})
 

@@ -8,10 +8,12 @@ from rich.markup import escape
 from rich.progress import BarColumn, Progress, TextColumn
 from rich.table import Table
 
+from d2ft_fl.report.format import heading, metric_format, metric_label
 from d2ft_fl.sweep.ledger import Ledger
 from d2ft_fl.sweep.remote import Outcome
 from d2ft_fl.sweep.results import Setting
 from d2ft_fl.sweep.trials import Trial
+from d2ft_fl.tasks.metrics import MetricSpec
 from d2ft_fl.util import terminal
 
 MOST_ROWS, MOST_REASONS = 40, 10
@@ -68,11 +70,13 @@ class Show:
     Args:
         todo: How many trials are left to run.
         done: How many need not run any more.
+        metrics: What trials are compared by.
         quiet: Show nothing.
     """
 
-    def __init__(self, todo: int, done: int, quiet: bool):
+    def __init__(self, todo: int, done: int, metrics: MetricSpec, quiet: bool):
         self.total, self.done, self.quiet = todo + done, done, quiet
+        self.metrics, self.format = metrics, metric_format(metrics, metrics.primary)
         self.running: set[str] = set()
         self.failed = 0
         self.best: float | None = None
@@ -93,50 +97,50 @@ class Show:
         self.progress.stop()
 
     def started(self, trial: Trial) -> None:
-        """A worker began with a trial."""
+        """Show that a worker began with a trial."""
         self.clock.start()
         self.running.add(trial.id)
         self._update()
 
     def progressed(self, trial: Trial, round_number: int) -> None:
-        """A trial has finished a round."""
+        """Show that a trial has finished a round."""
         self.clock.part(trial.id, round_number / (trial.config.rounds + 1))
         self._update()
 
-    def ended(self, trial: Trial, outcome: Outcome, accuracy: float | None) -> None:
-        """A trial has come to its end."""
+    def ended(self, trial: Trial, outcome: Outcome, metric: float | None) -> None:
+        """Show that a trial has ended, and its primary metric."""
         self.clock.part(trial.id, 1.0)
         self.running.discard(trial.id)
         self.done += 1
         self.failed += outcome.status == "failed"
-        if outcome.status == "finished" and accuracy is not None:
-            self.best = max(self.best or 0.0, accuracy)
+        if outcome.status == "finished":
+            self.best = self.metrics.best([self.best, metric])
         self._update()
         if not self.quiet:
             self.progress.console.print(
-                self._line(trial, outcome, accuracy), markup=False, soft_wrap=True
+                self._line(trial, outcome, metric), markup=False, soft_wrap=True
             )
 
-    def _line(self, trial: Trial, outcome: Outcome, accuracy: float | None) -> str:
+    def _line(self, trial: Trial, outcome: Outcome, metric: float | None) -> str:
         """``  7/24 d2ft-seed0-3ef72b156f strategy=d2ft lr=0.001: accuracy 96.4%, 28 s``."""
-        said = [] if outcome.status == "finished" else [f"{outcome.status}: {outcome.reason}"]
-        if accuracy is not None:
-            said.append(f"accuracy {accuracy:.1%}")
-        said.append(f"{outcome.seconds:.0f} s")
+        parts = [] if outcome.status == "finished" else [f"{outcome.status}: {outcome.reason}"]
+        if metric is not None:
+            parts.append(f"{metric_label(self.metrics.primary)} {self.format.text(metric)}")
+        parts.append(f"{outcome.seconds:.0f} s")
         left = f" ({self.clock})" if self.progress.disable and str(self.clock) else ""
         count = f"{self.done:>{len(str(self.total))}}/{self.total}"
-        return f"{count} {trial.id} {setting_text(trial.settings)}: {', '.join(said)}{left}"
+        return f"{count} {trial.id} {setting_text(trial.settings)}: {', '.join(parts)}{left}"
 
-    def _update(self, said: str = "") -> None:
-        said = said or f"{len(self.running)} running"
+    def _update(self, description: str = "") -> None:
+        description = description or f"{len(self.running)} running"
         if self.failed:
-            said += f", {self.failed} failed"
+            description += f", {self.failed} failed"
         if self.best is not None:
-            said += f", best {self.best:.1%}"
+            description += f", best {self.format.text(self.best)}"
         self.progress.update(
             self.task,
             completed=self.total - self.clock.left,
-            description=said,
+            description=description,
             count=f"{self.done}/{self.total}",
             left=str(self.clock),
         )
@@ -156,21 +160,21 @@ def trial_list(rows: Sequence[Mapping[str, Any]]) -> None:
             terminal.say(f"{row['status']}: {row['trial']}: {row['reason']}")
 
 
-def settings_table(found: Sequence[Setting]) -> None:
-    """What every setting came to."""
-    table = Table(title="Accuracy after the last round, mean and deviation over seeds",
-                  title_justify="left")  # fmt: skip
-    for key in found[0].settings:
+def settings_table(settings: Sequence[Setting], metrics: MetricSpec) -> None:
+    """Show means over seeds of each setting."""
+    primary, written = metric_label(metrics.primary), metric_format(metrics, metrics.primary)
+    title = f"{heading(primary)} after the last round, mean and deviation over seeds"
+    table = Table(title=title, title_justify="left")
+    for key in settings[0].settings:
         table.add_column(escape(key), no_wrap=True)
-    for head in ("finished", "accuracy", "FLOPs", "MB", "seconds"):
+    for head in ("finished", primary, "FLOPs", "MB", "seconds"):
         table.add_column(head, justify="right", no_wrap=True)
-    done = [s for s in found if s.accuracy is not None]
+    done = [s for s in settings if s.mean is not None]
     for s in done[:MOST_ROWS]:
-        spread = "" if s.deviation is None else f" ± {100 * s.deviation:.1f}"
         table.add_row(
             *(escape(value_text(value)) for value in s.settings.values()),
             f"{s.finished} of {s.trials}" + f" ({s.stopped} stopped)" * (s.stopped > 0),
-            f"{100 * (s.accuracy or 0):.1f}{spread}",
+            written.bare_text(s.mean or 0.0, s.deviation),
             f"{s.flops_share:.0%}",
             f"{s.megabytes:.4g}",
             f"{s.seconds:.0f}",
@@ -178,8 +182,8 @@ def settings_table(found: Sequence[Setting]) -> None:
     terminal.console.print(table)
     if len(done) > MOST_ROWS:
         terminal.say(f"the best {MOST_ROWS} of {len(done)} settings; results.csv has all trials")
-    if len(done) < len(found):
-        terminal.say(f"{len(found) - len(done)} of {len(found)} settings without a finished trial")
+    if missing := len(settings) - len(done):
+        terminal.say(f"{missing} of {len(settings)} settings without a finished trial")
 
 
 def ends(ledger: Ledger) -> None:

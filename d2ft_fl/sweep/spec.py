@@ -67,7 +67,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Asha:
-    """Asynchronous successive halving (Li et al., arXiv 1810.05934), by accuracy after a round.
+    """Asynchronous successive halving (Li et al., arXiv 1810.05934) by the primary metric.
 
     Attributes:
         grace_rounds: Rounds that every trial may run; the first rung.

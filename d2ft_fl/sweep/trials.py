@@ -3,7 +3,7 @@
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import product
@@ -13,9 +13,11 @@ from d2ft_fl.config.renamed import first_names
 from d2ft_fl.config.run_config import RunConfig
 from d2ft_fl.errors import ConfigError, UnkeptBudget
 from d2ft_fl.rounds.checks import checked_options
+from d2ft_fl.rounds.components import Components
 from d2ft_fl.sweep.contents import contents
 from d2ft_fl.sweep.draws import uniform
 from d2ft_fl.sweep.spec import Group, Sweep, place_name
+from d2ft_fl.tasks.metrics import MetricSpec
 
 ID_DIGITS = 10
 
@@ -55,6 +57,11 @@ def _hash(value: Any) -> str:
 def sweep_hash(sweep: Sweep, trials: Iterable[Trial]) -> str:
     """What tells one sweep from another: its trials, in any order, and what stops them early."""
     return _hash([sorted(trial.id for trial in trials), repr(sweep.run.asha)])
+
+
+def sweep_metrics(trials: Sequence[Trial]) -> MetricSpec:
+    """Return what the trials of a sweep are compared by: the metrics of their task."""
+    return MetricSpec.of(Components(trials[0].config).task)
 
 
 def varied(sweep: Sweep) -> list[str]:

@@ -28,13 +28,21 @@ class Sink(Protocol):
     """A started tracker of one run."""
 
     def round(self, row: dict[str, Any]) -> None:
-        """A round has ended; ``row`` is its line in ``rounds.jsonl``. See :func:`scalars`."""
+        """Hear that a round has ended; see :func:`scalars`.
+
+        Args:
+            row: The round's line of ``rounds.jsonl``.
+        """
 
     def finish(self, summary: dict[str, Any]) -> None:
-        """The run has ended well; ``summary`` is what ``summary.json`` holds."""
+        """Hear that the run has ended well.
+
+        Args:
+            summary: What ``summary.json`` holds.
+        """
 
     def fail(self, reason: str) -> None:
-        """The run has failed, or this tracker has raised; nothing follows."""
+        """Hear that the run has failed, or that this tracker has raised; nothing follows."""
 
 
 # Starts a tracker, given the configuration by its keys in TOML and the run folder.
@@ -84,16 +92,21 @@ def _is_installed(package: str) -> bool:
 
 
 def scalars(entries: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
-    """Every figure of a round's row or of a summary, by a name that is the same in all runs.
+    """Return every figure of a round's row or of a summary, by a name that is the same in all runs.
 
-    Figures of a resource are called like ``flops/used_mean``, and ``flops/share`` is the mean
-    client's use as a share of training everything. Of faults and violations it is their number.
-    What is missing (None) is left out, as is a row's ``round``, which is the step.
+    A metric of the task has its name alone. Figures of a resource are called like
+    ``flops/used_mean``, and ``flops/share`` is the mean client's use as a share of training
+    everything. Of faults and violations the figure is their number. Values of None are left out, as
+    is a row's ``round``, which is the step.
+
+    Args:
+        entries: A line of ``rounds.jsonl``, or what ``summary.json`` holds.
+        prefix: What all names begin with.
     """
     found: dict[str, float] = {}
     for key, value in entries.items():
         if isinstance(value, Mapping):
-            found |= scalars(value, f"{prefix}{key}/")
+            found |= scalars(value, prefix if key == "metrics" else f"{prefix}{key}/")
         elif key in _COUNTED and isinstance(value, list):
             found[prefix + key] = float(len(value))
         elif isinstance(value, int | float) and not isinstance(value, bool) and key != "round":
@@ -145,7 +158,7 @@ class Trackers:
 
 
 def _give_up(sink: Sink, reason: str) -> None:
-    """Let a sink that has raised end what it started, if it still can."""
+    """Let a sink that has raised end what it started, if it can."""
     try:
         sink.fail(reason)
     except (Exception, SystemExit):

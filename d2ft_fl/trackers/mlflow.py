@@ -36,7 +36,7 @@ class MLflow:
             self._client.log_batch(self._run, params=params[first : first + MOST_PARAMS])
 
     def _experiment(self, name: str) -> str:
-        """An experiment's id; made where there is none."""
+        """Return the id of an experiment, which is made where there is none."""
         if found := self._client.get_experiment_by_name(name):
             return str(found.experiment_id)
         try:
@@ -47,17 +47,17 @@ class MLflow:
             raise
 
     def round(self, row: dict[str, Any]) -> None:
-        """One step of every metric."""
+        """Log one step of every metric."""
         self._step = int(row["round"])
         self._log(scalars(row))
 
     def finish(self, summary: dict[str, Any]) -> None:
-        """The totals, as metrics at the last round."""
+        """Log the totals, as metrics at the last round."""
         self._log(scalars(summary, "summary/"))
         self._client.set_terminated(self._run, "FINISHED")
 
     def fail(self, reason: str) -> None:
-        """The reason, as a tag."""
+        """Set the reason as a tag."""
         self._client.set_tag(self._run, "failure", reason)
         self._client.set_terminated(self._run, "FAILED")
 

@@ -4,7 +4,7 @@ Look at all runs with ``tensorboard --logdir`` and the folder that holds them.
 """
 
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -28,24 +28,37 @@ class TensorBoard:
         own = folder / "tensorboard"
         own.mkdir(exist_ok=True)
         self._events = EventsWriter(str(own / "events"))
-        # For the tab that compares runs by their options.
-        experiment, begin, self._end = hparams(dict(config), {"accuracy": 0, "loss": 0})
-        self._write(experiment, begin)
+        self._config = dict(config)
+        self._end: Summary | None = None
 
     def round(self, row: dict[str, Any]) -> None:
-        """One point of every curve."""
+        """Add one point to every curve."""
+        self._begin(row.get("metrics", ()))
         self._step = int(row["round"])
         self._write(_points(scalars(row)))
 
     def finish(self, summary: dict[str, Any]) -> None:
-        """The totals, as points at the last round."""
-        self._write(_points(scalars(summary, "summary/")), self._end)
+        """Write the totals, as points at the last round."""
+        end = self._begin(summary.get("metrics", ()))
+        self._write(_points(scalars(summary, "summary/")), end)
         self._events.close()
 
     def fail(self, reason: str) -> None:
-        """The reason, as a text."""
+        """Write the reason, as a text."""
+        self._begin(())
         self._write(text("failure", reason))
         self._events.close()
+
+    def _begin(self, metrics: Iterable[str]) -> Summary:
+        """Write once what the tab that compares runs by their options needs; returns its end.
+
+        Args:
+            metrics: Names of the task's metrics, which only the run knows.
+        """
+        if self._end is None:
+            experiment, begin, self._end = hparams(self._config, dict.fromkeys(metrics, 0))
+            self._write(experiment, begin)
+        return self._end
 
     def _write(self, *summaries: Summary) -> None:
         for summary in summaries:

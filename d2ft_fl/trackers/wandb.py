@@ -35,16 +35,16 @@ class WandB:
             raise
 
     def round(self, row: dict[str, Any]) -> None:
-        """One step of the history."""
+        """Log one step of the history."""
         self._run.log(scalars(row), step=int(row["round"]))
 
     def finish(self, summary: dict[str, Any]) -> None:
-        """The totals, in the run's summary."""
+        """Write the totals into the run's summary."""
         self._run.summary.update(scalars(summary, "summary/"))
         self._close(0)
 
     def fail(self, reason: str) -> None:
-        """The reason, in the run's summary."""
+        """Write the reason into the run's summary."""
         try:
             self._run.summary.update({"failure": reason})
         finally:

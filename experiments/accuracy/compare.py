@@ -50,8 +50,9 @@ class Setting:
 
     @property
     def accuracy(self) -> dict[str, float]:
-        """Seed -> per cent."""
-        return {str(s): 100 * run.totals["accuracy"] for s, run in self.runs.items()}
+        """Seed -> per cent of the primary metric, which is accuracy in all of these sweeps."""
+        totals = {str(seed): run.totals for seed, run in self.runs.items()}
+        return {seed: 100 * t["metrics"][t["task"]["primary"]] for seed, t in totals.items()}
 
     def share(self, resource: str) -> float:
         """What was used of training everything, on average."""
@@ -63,9 +64,19 @@ class Setting:
         return float(np.mean([run.totals["round_seconds"] for run in self.runs.values()]))
 
     def measured(self, column: str) -> np.ndarray:
-        """Of a run's rounds, wherever accuracy was measured; mean over runs: float64 [points]."""
-        frames = [run.rounds for run in self.runs.values()]
-        return np.mean([f.loc[f["accuracy"].notna(), column] for f in frames], axis=0, dtype=float)
+        """Return a column of rounds in which the model was evaluated, mean over runs.
+
+        Args:
+            column: Of a run's rounds.
+
+        Returns:
+            float64 [points].
+        """
+        values = [
+            run.rounds.loc[run.metrics[run.spec.primary].notna(), column]
+            for run in self.runs.values()
+        ]
+        return np.mean(values, axis=0, dtype=float)
 
     def beside(self, reference: "Setting") -> float:
         """Accuracy on the reference's seeds: theirs, and the mean difference on common seeds."""

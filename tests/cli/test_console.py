@@ -2,14 +2,18 @@ import numpy as np
 from matplotlib.image import imread
 
 from d2ft_fl.budgets.budget import Budget
-from d2ft_fl.costs.resources import Cost
+from d2ft_fl.config.run_config import RunConfig
+from d2ft_fl.costs.resources import RESOURCES, Cost
 from d2ft_fl.planning.assignment import Assignment
+from d2ft_fl.records.metrics import with_metrics
 from d2ft_fl.report.format import quantity
 from d2ft_fl.report.plan_figure import draw_plan
+from d2ft_fl.rounds.components import Components
 from d2ft_fl.rounds.context import Participant
 from d2ft_fl.rounds.plan import Plan
-from d2ft_fl.server.console import format_round
+from d2ft_fl.server.console import format_round, header
 from d2ft_fl.subnets.schedule import Operation, Schedule
+from tests.tasks.made_up import DISTANCE, Distance
 
 
 def test_quantities_carry_a_prefix():
@@ -25,10 +29,27 @@ def test_a_rounds_line_says_used_allowed_and_worst():
         "round": 3, "accuracy": 0.875, "loss": 0.5, "coverage": 0.9, "round_seconds": 1.25,
         "flops": part, "memory": part, "bytes_up": part, "bytes_down": free,
     }  # fmt: skip
-    line = format_round(row)
+    line = format_round(with_metrics(row))
     assert "87.5%" in line
     assert "50% /  60% ( 98%)" in line
     assert "70% /  any" in line
+
+
+def test_a_rounds_line_has_the_metrics_of_its_task_below_their_names(capsys, monkeypatch):
+    monkeypatch.setattr(Components, "task", Distance())
+    header(RunConfig())
+    heads = capsys.readouterr().out.splitlines()[-1]
+    part = {"used_mean": 50.0, "full_mean": 100.0, "allowed_share": 0.6, "worst": 0.98}
+    row = {
+        "round": 3, **DISTANCE.entries({"distance": 12.3456, "within": 0.5}), "coverage": 0.9,
+        "round_seconds": 1.25, **dict.fromkeys(RESOURCES, part),
+    }  # fmt: skip
+    line = format_round(row)
+    for head, text in (("round", "3"), ("distance", "12.346"), ("within", "50.0%")):
+        end = heads.index(head) + len(head)
+        assert line[:end].split()[-1] == text
+    line = format_round(row | DISTANCE.entries(None))
+    assert line.split()[:3] == ["3", "-", "-"]
 
 
 def test_a_picture_shows_each_operation_in_its_colour(tmp_path):

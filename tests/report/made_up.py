@@ -8,6 +8,7 @@ import safetensors.numpy
 from d2ft_fl.config.run_config import RunConfig
 from d2ft_fl.subnets.schedule import Operation
 from d2ft_fl.util.toml import dump_toml
+from tests.tasks.made_up import DISTANCE
 
 RESOURCES = ("flops", "memory", "bytes_up", "bytes_down")
 FULL = {"flops": 1000, "memory": 500, "bytes_up": 100, "bytes_down": 200}  # of every client
@@ -109,8 +110,20 @@ def write_run(folder, rounds, plans=None, config=None, status="finished", reason
     return folder
 
 
+def distance_run(folder, distances, **more):
+    """A run of the made-up task whose primary metric is minimised, with these distances."""
+    rows = [client_row(1, client) for client in range(2)]
+    rounds = []
+    for number, distance in enumerate(distances, 1):
+        line = round_row(number, 0.0, rows)
+        del line["accuracy"], line["loss"]
+        line |= DISTANCE.entries({"distance": distance, "within": 1 / (1 + distance)})
+        rounds.append((line, [row | {"round": number} for row in rows]))
+    return write_run(folder, rounds, **more)
+
+
 def simple_run(folder, accuracies=(0.5, 0.75), clients=2, **more):
-    """A run whose clients all do the same, with these accuracies."""
+    """A run whose clients all do the same, with these accuracies, in the format of old runs."""
     rounds = []
     for number, accuracy in enumerate(accuracies, 1):
         rows = [client_row(number, client) for client in range(clients)]
@@ -118,13 +131,18 @@ def simple_run(folder, accuracies=(0.5, 0.75), clients=2, **more):
     return write_run(folder, rounds, **more)
 
 
-def write_sweep(folder, trials):
-    """A sweep's folder: of each trial settings, final accuracy (None: no run), other entries."""
+def write_sweep(folder, trials, run=simple_run):
+    """A sweep's folder.
+
+    Args:
+        trials: Of each its settings, final primary metric (None: no run), other entries.
+        run: Writes a run's folder with the primary metrics of its rounds.
+    """
     entries = []
-    for number, (settings, accuracy, *changes) in enumerate(trials):
+    for number, (settings, metric, *changes) in enumerate(trials):
         name = f"trial-{number}"
-        if accuracy is not None:
-            simple_run(folder / "trials" / name, (accuracy / 2, accuracy), config=settings)
+        if metric is not None:
+            run(folder / "trials" / name, (metric / 2, metric), config=settings)
         entry = {"trial": name, "settings": settings, "status": "finished", "reason": ""}
         entries.append(entry | (changes[0] if changes else {}))
     folder.mkdir(parents=True, exist_ok=True)

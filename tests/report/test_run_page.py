@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from d2ft_fl.report import html as pages
-from d2ft_fl.report import run_page
+from d2ft_fl.report import run_charts, run_page
 from d2ft_fl.report.run import run_html
 from d2ft_fl.report.run_folder import RunFolder
 from d2ft_fl.rounds.checks import checked
@@ -16,6 +16,7 @@ from tests.report.made_up import (
     ALLOWED,
     FULL,
     client_row,
+    distance_run,
     plan_of,
     round_row,
     simple_run,
@@ -50,6 +51,29 @@ def test_headline_figures(tmp_path):
     assert "<h1>d2ft: 2 clients of vit_glyphs on digits, seed 0</h1>" in text
     assert 'role="alert"' not in text
     assert 'class="alert"' not in text
+
+
+def test_a_metric_that_is_minimised_is_a_number_whose_best_is_the_least(tmp_path):
+    folder = distance_run(tmp_path, (3.0, 1.25, 2.0))
+    text = html(folder)
+    assert card(text, "distance") == "2.000"
+    assert card(text, "best distance") == "1.250"
+    assert "after round 2</dd>" in text
+    assert "<h2>Distance</h2>" in text
+    assert "After round 3 distance is 2.000." in text
+    assert '<th class="number" scope="col">distance</th>' in text
+    assert "<td>1.250</td><td>44.4%</td>" in text  # within 1 of 2.25
+    offered = re.findall(r'name="progress-0".*?<span>(.*?)</span>', text)
+    assert offered == ["distance", "within", "training loss"]
+
+
+def test_charts_of_metrics_have_their_formats(tmp_path):
+    chart = run_charts.progress(RunFolder.read(distance_run(tmp_path, (3.0, 1.25))))
+    options = {option.label: option for option in chart.choices[0].options}
+    assert options["distance"].layout["yaxis.tickformat"] == ""
+    assert options["within"].layout["yaxis.tickformat"] == ".0%"
+    assert options["within"].note == "Within of the global model on the held-out examples."
+    assert options["training loss"].data["visible"] == [False, False, True]
 
 
 def test_the_tables_hold_the_figures(tmp_path):

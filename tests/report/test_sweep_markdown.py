@@ -2,7 +2,7 @@
 
 import pytest
 
-from tests.report.made_up import simple_run, write_sweep
+from tests.report.made_up import distance_run, simple_run, write_sweep
 from tests.report.test_report_command import report
 
 
@@ -29,6 +29,15 @@ def test_a_row_a_setting_the_best_first(folder):
         "| a\\|b, share 0.6 | 75.0 | 30% | 40% | 40% | 75% | 0% | 1 |\n"
         "| d2ft, share 0.4 | 70.0 | 30% | 40% | 40% | 75% | 0% | 1 |\n"
     )
+
+
+def test_a_metric_that_is_minimised_is_a_number_and_the_least_comes_first(tmp_path):
+    trials = [({"lr": lr, "seed": 0}, distance) for lr, distance in ((0.1, 12.5), (0.2, 1.25))]
+    folder = write_sweep(tmp_path / "sweep", trials, distance_run)
+    heads, _, first, second = report(folder, "--markdown").output.splitlines()
+    assert heads.startswith("| setting | distance | FLOPs |")
+    assert first.startswith("| lr 0.2 | 1.25 |")
+    assert second.startswith("| lr 0.1 | 12.5 |")
 
 
 def test_a_column_for_each_value_of_a_key(folder):

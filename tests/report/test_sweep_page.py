@@ -12,7 +12,7 @@ from d2ft_fl.report.charts import MOST_LINES
 from d2ft_fl.report.curves import Curve, curves
 from d2ft_fl.report.sweep import sweep_html
 from d2ft_fl.report.sweep_folder import SweepFolder
-from tests.report.made_up import write_sweep
+from tests.report.made_up import distance_run, write_sweep
 
 STRATEGIES = {"d2ft": 0.1, "random": 0.0, "fedavg": 0.2}
 
@@ -97,10 +97,30 @@ def test_curves_are_means_over_seeds_at_equal_rounds(tmp_path):
     assert curve.around_y("accuracy").tolist() == pytest.approx(expected, rel=1e-4)
 
 
+def test_the_least_of_a_metric_that_is_minimised_is_the_best(tmp_path):
+    """Distances 3 and 4, 1 and 1, 2 and 3, each halved in the first of two rounds."""
+    trials = [
+        ({"strategy": strategy, "seed": seed}, distance)
+        for strategy, distances in (("a", (3.0, 4.0)), ("b", (1.0, 1.0)), ("c", (2.0, 3.0)))
+        for seed, distance in enumerate(distances)
+    ]
+    sweep = SweepFolder.read(write_sweep(tmp_path, trials, distance_run))
+    assert [setting.values["strategy"] for setting in sweep.ranked()] == ["b", "c", "a"]
+    assert sweep.best_first("strategy") == ["b", "c", "a"]
+    text = html(tmp_path)
+    assert re.search(r"<dt>best final distance</dt><dd>(.*?)</dd>", text)[1] == "1 ± 0"
+    assert "3.5 ± 6.4</td>" in text  # 12.7062 * 0.7071 / sqrt 2
+    assert "1.75 ± 3.2</td>" in text  # the best of each run is its first round
+    assert "+2.5 ± 6.4</td>" in text
+    assert "points" not in text
+    assert "<h2>Final distance</h2>" in text
+    assert spec("".join(sweep_html(sweep)), "dots")["layout"]["xaxis"]["range"][1] > 9
+
+
 def test_many_settings_show_the_best(tmp_path):
     trials = [({"lr": n / 100, "seed": 0}, 0.5 + n / 200) for n in range(40)]
     sweep = SweepFolder.read(write_sweep(tmp_path, trials))
-    chart = curves(sweep.ranked())
+    chart = curves(sweep.ranked(), sweep.spec)
     assert len(chart.legend) == MOST_LINES
     assert chart.legend[0].name == "lr 0.39"
     assert sum(entry.shown for entry in chart.legend) == 8

@@ -13,13 +13,15 @@ import ray
 
 from d2ft_fl.config.run_config import RunConfig
 from d2ft_fl.errors import RunError
+from d2ft_fl.rounds.components import Components
 from d2ft_fl.sweep import engine
 from d2ft_fl.sweep.folder import SweepFolder
 from d2ft_fl.sweep.ledger import Ledger
-from d2ft_fl.sweep.remote import ACCURACY, ROUND, Outcome
+from d2ft_fl.sweep.remote import METRIC, ROUND, Outcome
 from d2ft_fl.sweep.spec import Asha, RunOptions
 from d2ft_fl.sweep.trials import Trial
 from tests.sweep.fake_trials import TRIALS
+from tests.tasks.made_up import DISTANCE, Distance
 
 
 @pytest.fixture
@@ -40,11 +42,11 @@ def ledger(tmp_path):
     return ledger
 
 
-def after(scheduler, id, round_number, accuracy):
+def after(scheduler, id, round_number, metric):
     trial = SimpleNamespace(trial_id=id)
     if round_number == 1:
         scheduler.on_trial_add(None, trial)
-    return scheduler.on_trial_result(None, trial, {ROUND: round_number, ACCURACY: accuracy})
+    return scheduler.on_trial_result(None, trial, {ROUND: round_number, METRIC: metric})
 
 
 def test_early_stopping_knows_the_trials_that_ended_before(ledger):
@@ -54,6 +56,22 @@ def test_early_stopping_knows_the_trials_that_ended_before(ledger):
     scheduler = engine._scheduler(Asha(1, 2.0), ledger)
     assert after(scheduler, "new", 1, 0.41) == "CONTINUE"
     assert after(scheduler, "new", 2, 0.59) == "STOP"  # that rung knows 60 % alone
+
+
+def test_early_stopping_of_a_metric_that_is_minimised_stops_the_large(tmp_path, monkeypatch):
+    """Of distances 2 and 6 after round 1, the better half is at most 4."""
+    monkeypatch.setattr(Components, "task", Distance())
+    trials = [replace(t, config=replace(t.config, rounds=8)) for t in TRIALS]
+    ledger = Ledger(SweepFolder(tmp_path), trials)
+    for trial, distance in zip(trials, (2.0, 6.0), strict=False):
+        ledger.started(trial.id)
+        row = {"round": 1, **DISTANCE.entries({"distance": distance, "within": 0.5})}
+        lines = (json.dumps(row) + "\n").encode()
+        ledger.ended(trial.id, Outcome("stopped"), distance, {"rounds.jsonl": (0, lines)})
+    scheduler = engine._scheduler(Asha(1, 2.0), ledger)
+    assert after(scheduler, "new", 1, 4.1) == "STOP"
+    scheduler = engine._scheduler(Asha(1, 2.0), ledger)
+    assert after(scheduler, "new", 1, 3.9) == "CONTINUE"
 
 
 def test_early_stopping_without_others_stops_nobody(tmp_path):

@@ -9,7 +9,12 @@ from d2ft_fl.sweep.folder import SweepFolder
 from d2ft_fl.sweep.ledger import Ledger
 from d2ft_fl.sweep.remote import Outcome
 from d2ft_fl.sweep.results import by_setting, trial_rows, write_tables
+from d2ft_fl.tasks.image_classification import ImageClassification
+from d2ft_fl.tasks.metrics import MetricSpec
 from tests.sweep.fake_trials import TRIALS, FakeEngine
+from tests.tasks.made_up import DISTANCE
+
+ACCURACY = MetricSpec.of(ImageClassification())
 
 
 @pytest.fixture
@@ -69,15 +74,46 @@ def test_a_setting_is_the_mean_over_seeds_that_finished():
         [row(1, 0, 0.7), row(2, 0, 0.9), row(1, 1, 0.8), row(1, 2, 0.1, "stopped"),
          row(3, 0, 0.2, "stopped")],
         ["lr", "seed"],
+        ACCURACY,
     )  # fmt: skip
     assert [s.settings for s in found] == [{"lr": 2}, {"lr": 1}, {"lr": 3}]
     assert [(s.finished, s.trials) for s in found] == [(1, 1), (2, 3), (0, 1)]
     assert found[0].deviation is None
-    assert found[1].accuracy == pytest.approx(0.75)
+    assert found[1].mean == pytest.approx(0.75)
     assert found[1].deviation == pytest.approx(math.sqrt(2 * 0.05**2))
     assert (found[1].flops_share, found[1].megabytes, found[1].seconds) == (0.5, 4.0, 4.0)
-    assert found[2].accuracy is None
+    assert found[2].mean is None
+
+
+def test_settings_of_a_metric_that_is_minimised_begin_with_the_least():
+    figures = {"flops_share": 0.5, "bytes_up_used": 1e6, "bytes_down_used": 3e6}
+    rows = [
+        {"lr": lr, "status": "finished", "distance": distance, "wall_seconds": 4.0, **figures}
+        for lr, distance in ((1, 3.0), (2, 1.0), (3, 2.0))
+    ]
+    found = by_setting(rows, ["lr"], DISTANCE)
+    assert [(s.settings["lr"], s.mean) for s in found] == [(2, 1), (3, 2), (1, 3)]
+    assert found[0].to_json(DISTANCE)["distance"] == 1
+
+
+def test_a_trial_that_was_stopped_early_has_its_own_metrics(tmp_path):
+    ledger = Ledger(SweepFolder(tmp_path), TRIALS[:1])
+    (trial,) = ledger.open()
+    ledger.started(trial.id)
+    rows = [
+        {"round": number, "wall_seconds": 1.0, **DISTANCE.entries({"distance": d, "within": 0.5})}
+        for number, d in ((1, 2.0), (2, 3.0))
+    ]
+    lines = "".join(json.dumps(row) + "\n" for row in rows).encode()
+    ledger.progressed(trial.id, 2, 3.0, {"rounds.jsonl": (0, lines)})
+    ledger.stopped(trial.id, 2, 2.0)
+    (row,) = rows_of(ledger)
+    assert (row["distance"], row["best_distance"], row["best"]) == (3, 2, 2)
+    assert row["within"] == 0.5
+    assert "metrics" not in row
 
 
 def test_a_sweep_of_nothing_but_seeds_is_one_setting():
-    assert [s.settings for s in by_setting([{"seed": 0, "status": "failed"}], ["seed"])] == [{}]
+    assert [
+        s.settings for s in by_setting([{"seed": 0, "status": "failed"}], ["seed"], ACCURACY)
+    ] == [{}]

@@ -7,8 +7,13 @@ from d2ft_fl.sweep.ledger import Ledger
 from d2ft_fl.sweep.remote import Outcome
 from d2ft_fl.sweep.results import Setting
 from d2ft_fl.sweep.show import Clock, Show, duration, setting_text
+from d2ft_fl.tasks.image_classification import ImageClassification
+from d2ft_fl.tasks.metrics import MetricSpec
 from d2ft_fl.util import terminal
 from tests.sweep.fake_trials import TRIALS
+from tests.tasks.made_up import DISTANCE
+
+ACCURACY = MetricSpec.of(ImageClassification())
 
 
 @pytest.fixture
@@ -56,7 +61,7 @@ def test_settings_are_one_line():
 def test_a_terminal_has_a_bar_with_what_runs_fails_and_is_best(monkeypatch):
     console = Console(force_terminal=True, width=120, record=True)
     monkeypatch.setattr(terminal, "console", console)
-    with Show(len(TRIALS), 2, quiet=False) as shown:
+    with Show(len(TRIALS), 2, ACCURACY, quiet=False) as shown:
         for trial in TRIALS[:3]:
             shown.started(trial)
         shown.progressed(TRIALS[2], 1)
@@ -71,9 +76,24 @@ def test_a_terminal_has_a_bar_with_what_runs_fails_and_is_best(monkeypatch):
     assert f"4/6 {TRIALS[1].id} lr=0.002 seed=0: failed: OSError: no disk, 1 s\n" in said
 
 
+def test_a_metric_that_is_minimised_is_shown_as_a_number_and_the_least_is_best(monkeypatch, capsys):
+    console = Console(force_terminal=True, width=120, record=True)
+    monkeypatch.setattr(terminal, "console", console)
+    with Show(len(TRIALS), 0, DISTANCE, quiet=False) as shown:
+        for trial, distance in zip(TRIALS, (3.0, 1.5, 2.0), strict=False):
+            shown.started(trial)
+            shown.ended(trial, Outcome("finished", seconds=3.0), distance)
+        assert shown.progress.tasks[0].description == "0 running, best 1.500"
+    show.settings_table([Setting({"lr": 1}, 2, 2, 0, 1.5, 0.25, 0.5, 3.0, 2.0)], DISTANCE)
+    said = console.export_text()
+    assert "lr=0.001 seed=0: distance 3.000, 3 s\n" in said
+    assert "Distance after the last round, mean and deviation" in said
+    assert "1.5 ± 0.25" in said
+
+
 def test_long_lists_are_cut_and_say_so(capsys, tmp_path):
     best = [Setting({"lr": n}, 1, 1, 0, 1 - n / 100, None, 0.5, 3.0, 2.0) for n in range(50)]
-    show.settings_table([*best, Setting({"lr": 99}, 1, 0)])
+    show.settings_table([*best, Setting({"lr": 99}, 1, 0)], ACCURACY)
     said = capsys.readouterr().out
     assert "the best 40 of 50 settings; results.csv has all trials" in said
     assert "1 of 51 settings without a finished trial" in said
