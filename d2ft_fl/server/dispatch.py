@@ -66,7 +66,7 @@ class RoundDispatch:
         return sorted(self.costs, key=lambda client: (-self.costs[client], client))
 
     def shares(self, count: int) -> list[list[int]]:
-        """Divide clients into ``count`` shares of about equal cost, longest first; none is empty."""
+        """Divide clients into ``count`` shares of about equal cost, longest first; none empty."""
         shares: list[list[int]] = [[] for _ in range(count)]
         totals = [0] * count
         for client in self.longest_first:
