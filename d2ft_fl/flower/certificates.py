@@ -1,7 +1,7 @@
 """Certificates and keys for a deployment: one authority, the SuperLink's, and a key for each node.
 
     ca.crt                       what nodes and ``flwr`` trust
-    superlink.pem, superlink.key    the SuperLink's certificate, signed by it, and its key
+    superlink.pem, superlink.key    the SuperLink's certificate, which the authority signed, and key
     nodes/node-0, nodes/node-0.pub ...   a SuperNode's key, and the half that is registered
 
 Elliptic keys on P-384, SuperNodes' in OpenSSH's format, as Flower wants them. The authority's own
@@ -38,6 +38,8 @@ def make(folder: Path, hosts: Sequence[str], nodes: int) -> list[Path]:
     """Make an authority, a SuperLink's certificate for these hosts, and so many SuperNodes' keys.
 
     Args:
+        folder: Where to write; it is made, and must be empty.
+        nodes: How many SuperNodes' keys to make.
         hosts: Names and addresses under which the SuperLink is reached; localhost is always one.
 
     Returns:
@@ -65,21 +67,21 @@ def make(folder: Path, hosts: Sequence[str], nodes: int) -> list[Path]:
 
 
 def make_node(folder: Path, name: str) -> tuple[Path, Path]:
-    """Make a SuperNode's key; returns where it is, and the half to register.
+    """Make a SuperNode's key; return its file, and that of the half to register.
 
     Raises:
-        ConfigError: When there is one of that name.
+        ConfigError: When there is a key of that name.
     """
-    own = folder / "nodes"
-    own.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if own.joinpath(name).exists():
-        raise ConfigError(f"{str(own / name)!r} is there already; name another node")
+    keys = folder / "nodes"
+    keys.mkdir(mode=0o700, parents=True, exist_ok=True)
+    if keys.joinpath(name).exists():
+        raise ConfigError(f"{str(keys / name)!r} is there already; name another node")
     key = _key()
     secret = key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption())
     public = key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH)
     return (
-        _write(own / name, secret, PRIVATE),
-        _write(own / f"{name}.pub", public + b"\n", PUBLIC),
+        _write(keys / name, secret, PRIVATE),
+        _write(keys / f"{name}.pub", public + b"\n", PUBLIC),
     )
 
 
@@ -155,7 +157,7 @@ def _host(text: str) -> x509.GeneralName:
 
 
 def _write(path: Path, content: bytes, mode: int) -> Path:
-    """Never readable by more than it should be, not even for a moment."""
+    """Write a file that has its mode from the start, so that nobody else can ever read it."""
     with open(path, "xb", opener=lambda name, flags: os.open(name, flags, mode)) as file:
         file.write(content)
     return path

@@ -2,12 +2,12 @@
 
 A SuperNode serves the clients p = k (mod N), where k and N are the ``partition-id`` and
 ``num-partitions`` of its node configuration; in a simulation, where every process could serve all
-clients, those that it is sent. What else stands there of :data:`OWN` is the node's own and comes
-before the run's: its data, how they are shared out, its budgets.
+clients, those that it is sent. Options of :data:`NODE_OPTIONS` in it take the place of the run's: the
+node's data, how they are shared out, its budgets.
 
-Work is done in child processes (:mod:`d2ft_fl.runtime.worker_pool`), which live from message to
+Clients train in worker processes (:mod:`d2ft_fl.runtime.worker_pool`), which live from message to
 message as long as this process does: one for each of a simulated SuperNode's CPUs, one on a real
-    device.
+device.
 """
 
 import json
@@ -29,7 +29,7 @@ from d2ft_fl.server.dispatch import ClientFailure
 app = ClientApp()
 ASK_SECONDS = 600.0
 # Options of a run that a node may set for itself, in its node configuration.
-OWN = (
+NODE_OPTIONS = (
     "dataset",
     "label-column",
     "partitioner",
@@ -43,14 +43,14 @@ PLACE = ("partition-id", "num-partitions")
 
 
 def simulated() -> bool:
-    """Whether this process belongs to Flower's simulation engine."""
+    """Return whether this process belongs to Flower's simulation engine."""
     # Flower imports it beside a running ServerApp: it may be there and not have that yet.
     is_initialized = getattr(sys.modules.get("ray"), "is_initialized", None)
     return is_initialized is not None and is_initialized()
 
 
 def _cpus() -> float:
-    """What the simulation sets aside for this process."""
+    """Return the CPUs that the simulation sets aside for this process."""
     import ray
 
     return float(ray.get_runtime_context().get_assigned_resources().get("CPU", 1.0))
@@ -58,28 +58,28 @@ def _cpus() -> float:
 
 @lru_cache(maxsize=1)
 def _worker_pool(options: str) -> WorkerPool:
-    """The children of this process, under one configuration."""
+    """Return the worker processes of this process, under one configuration."""
     entries = json.loads(options)
     size = max(1, int(_cpus() / entries["threads-per-client"])) if simulated() else 1
     return WorkerPool(entries, size)
 
 
 def _worker_pool_of(context: Context) -> WorkerPool:
-    own = {key: context.node_config[key] for key in OWN if key in context.node_config}
-    return _worker_pool(json.dumps({**context.run_config, **own}, sort_keys=True))
+    node_options = {k: context.node_config[k] for k in NODE_OPTIONS if k in context.node_config}
+    return _worker_pool(json.dumps({**context.run_config, **node_options}, sort_keys=True))
 
 
 def _place(context: Context) -> tuple[int, int]:
-    """The number of this node, and of how many.
+    """Return the number of this node, counted from 0, and how many nodes there are.
 
     Raises:
-        ConfigError: When its configuration says nothing of it, or what cannot be.
+        ConfigError: When the node's configuration does not say it, or says what cannot be.
     """
-    found = context.node_config
-    if unknown := sorted(found.keys() - {*OWN, *PLACE}):
-        allowed = ", ".join((*PLACE, *OWN))
+    node_config = context.node_config
+    if unknown := sorted(node_config.keys() - {*NODE_OPTIONS, *PLACE}):
+        allowed = ", ".join((*PLACE, *NODE_OPTIONS))
         raise ConfigError(f"node-config: {unknown[0]!r} is unknown; allowed are {allowed}")
-    node, nodes = (found.get(key) for key in PLACE)
+    node, nodes = (node_config.get(key) for key in PLACE)
     if type(node) is not int or type(nodes) is not int or not 0 <= node < nodes:
         raise ConfigError(
             f"node-config has partition-id = {node!r} and num-partitions = {nodes!r}: of N nodes, "
@@ -90,7 +90,7 @@ def _place(context: Context) -> tuple[int, int]:
 
 @app.query()
 def query(message: Message, context: Context) -> Message:
-    """Which clients this node serves; or, of some, what they say of themselves."""
+    """Answer which clients this node serves, or with the reports of some of them."""
     asked = json.loads(str(message.content.config_records["query"]["json"]))
     answer: dict[str, object] = {}
     try:
@@ -111,38 +111,41 @@ def query(message: Message, context: Context) -> Message:
 
 @app.train()
 def train(message: Message, context: Context) -> Message:
-    """Carry out the assignments of a message; in the order that it says, several at once."""
-    how = json.loads(str(message.content.config_records["how"]["json"]))
-    model, shared_memory = _model(how)
+    """Carry out the assignments of a message in its order, several at once."""
+    dispatch = json.loads(str(message.content.config_records["dispatch"]["json"]))
+    model, shared_memory = _model(dispatch)
     jobs = [
         Job(
             client,
             blob,
             str(model) if model else None,
-            str(shared_memory.reply_path(how["round"], client)) if shared_memory else None,
+            str(shared_memory.reply_path(dispatch["round"], client)) if shared_memory else None,
         )
-        for client, blob in unpack_blobs(message.content.array_records["assignments"], how["index"])
+        for client, blob in unpack_blobs(
+            message.content.array_records["assignments"], dispatch["index"]
+        )
     ]
     results: dict[int, bytes] = {}
     failures: dict[str, str] = {}
-    for client, reply in _worker_pool_of(context).work(jobs, how["seconds"], how["client-seconds"]):
+    pool = _worker_pool_of(context)
+    for client, reply in pool.work(jobs, dispatch["seconds"], dispatch["client-seconds"]):
         if isinstance(reply, ClientFailure):
             failures[str(client)] = reply.reason
         elif reply:
             results[client] = reply
     arrays, index = pack_blobs(results)
-    said = ConfigRecord({"json": json.dumps({"index": index, "faults": failures})})
-    return Message(RecordDict({"results": arrays, "said": said}), reply_to=message)
+    outcome = ConfigRecord({"json": json.dumps({"index": index, "failures": failures})})
+    return Message(RecordDict({"results": arrays, "outcome": outcome}), reply_to=message)
 
 
-def _model(how: dict[str, Any]) -> tuple[Path | None, SharedMemory | None]:
-    """Where the round's model is, if it did not come with messages, and where replies go then.
+def _model(dispatch: dict[str, Any]) -> tuple[Path | None, SharedMemory | None]:
+    """Return where the round's model is, and where replies go; None for what messages carry.
 
-    On another machine of a Ray cluster, each of its processes fetches it once a round.
+    On another machine of a Ray cluster, each process fetches the model once a round.
     """
-    if how["model"] is None:
+    if dispatch["model"] is None:
         return None, None
-    model = Path(how["model"])
+    model = Path(dispatch["model"])
     if model.exists():
         return model, SharedMemory(model.parent)
-    return ray_model_store.fetch(how["shelf"], how["round"]), None
+    return ray_model_store.fetch(dispatch["model-store"], dispatch["round"]), None

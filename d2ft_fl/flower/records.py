@@ -6,19 +6,16 @@ from itertools import accumulate
 from flwr.app import Array, ArrayRecord
 
 BUNDLE_BYTES = 1 << 20
-
-
-BLOB = "d2ft.blob"  # in place of the name of a way to serialise arrays
-
+BLOB = "d2ft.blob"  # the arrays' serialization type: no other reader takes them for its own
 
 Index = list[list[tuple[int, int]]]  # of each array, the clients whose blobs are in it, and sizes
 
 
 def pack_blobs(blobs: Mapping[int, bytes]) -> tuple[ArrayRecord, Index]:
-    """Clients' blobs as Flower carries them, and where each is.
+    """Pack clients' blobs as Flower carries them; return the arrays and where each blob is.
 
     They are the data of arrays, which nothing but :func:`unpack_blobs` reads. Small ones share an
-    array: of each Flower makes several objects, which take 50 kB and two milliseconds.
+    array: of each array Flower makes several objects, which take 50 kB and two milliseconds.
     """
     index: Index = []
     size = 0
@@ -29,26 +26,26 @@ def pack_blobs(blobs: Mapping[int, bytes]) -> tuple[ArrayRecord, Index]:
         index[-1].append((client, len(blob)))
         size += len(blob)
     arrays = {
-        str(number): _array(b"".join(blobs[client] for client, _ in own))
-        for number, own in enumerate(index)
+        str(number): _array(b"".join(blobs[client] for client, _ in contents))
+        for number, contents in enumerate(index)
     }
     return ArrayRecord(arrays), index
 
 
 def unpack_blobs(arrays: Mapping[str, Array], index: Index) -> Iterator[tuple[int, bytes]]:
-    """The blobs of :func:`pack_blobs`.
+    """Yield clients and their blobs, as :func:`pack_blobs` packed them.
 
     Raises:
-        Exception: Of any kind, when they are none.
+        Exception: Of any kind, when the arrays have another form.
     """
-    for number, own in enumerate(index):
+    for number, contents in enumerate(index):
         array = arrays[str(number)]
         if array.stype != BLOB or type(array.data) is not bytes:
             raise ValueError(f"an array of {array.stype!r}, not {BLOB!r}")
-        ends = list(accumulate((size for _, size in own), initial=0))
-        if ends[-1] != len(array.data) or any(size < 0 for _, size in own):
+        ends = list(accumulate((size for _, size in contents), initial=0))
+        if ends[-1] != len(array.data) or any(size < 0 for _, size in contents):
             raise ValueError(f"{ends[-1]} bytes, and {len(array.data)} in the array")
-        for (client, size), start in zip(own, ends, strict=False):
+        for (client, size), start in zip(contents, ends, strict=False):
             yield client, array.data[start : start + size]
 
 

@@ -1,4 +1,4 @@
-"""Flower's ServerApp: drives the pure round over Flower's messages; see ``flower_pool``."""
+"""Flower's ServerApp: drives the round over Flower's messages, through :class:`.FlowerPool`."""
 
 import contextlib
 import logging
@@ -22,7 +22,7 @@ app = ServerApp()
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Run the configured federation; its lines and tables go to the log."""
+    """Run the configured federation and log its lines and tables."""
     folder: Path | None = None
     try:
         config = checked(RunConfig.from_mapping(context.run_config))
@@ -37,8 +37,8 @@ def main(grid: Grid, context: Context) -> None:
         known = isinstance(error, D2FTError)
         reason = str(error) if known else f"{type(error).__name__}: {error}"
         named = str(context.run_config.get("run-folder", ""))
-        # Where it could not be claimed: for who made it and waits, not over a run that is in it.
-        if folder is None and named and not _holds_a_run(Path(named)):
+        # The folder could not be claimed: whoever made it waits for a word, unless it has a run.
+        if folder is None and named and not _has_a_run(Path(named)):
             folder = Path(named)
         if folder:
             note_failure(folder, reason)
@@ -47,7 +47,7 @@ def main(grid: Grid, context: Context) -> None:
         raise  # so that Flower calls the run failed
 
 
-def _holds_a_run(folder: Path) -> bool:
+def _has_a_run(folder: Path) -> bool:
     return read_status(folder).get("status", "starting") != "starting"
 
 

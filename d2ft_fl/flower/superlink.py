@@ -1,7 +1,7 @@
-"""Running the app through Flower: a SuperLink of our own, the run, its progress, its end.
+"""Running the app through Flower: a private SuperLink, the run, its progress, its end.
 
 ``flwr run`` leaves its SuperLink running and exits 0 when a run failed. Here the SuperLink is a
-child on free ports with a home of its own, and everything it started goes when the run does.
+child process on free ports with a home of its own, and what it started ends with the run.
 """
 
 import contextlib
@@ -39,7 +39,7 @@ SIMULATION = "flwr-simulation"  # Flower's program
 
 
 def app_folder() -> Path:
-    """The checkout that holds the Flower app.
+    """Return the checkout that has the Flower app.
 
     Raises:
         RunError: When the package was installed without it.
@@ -54,7 +54,7 @@ def app_folder() -> Path:
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports nobody listens on just now."""
+    """Return ports that nobody listens on just now."""
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
         for s in sockets:
@@ -63,7 +63,7 @@ def free_ports(count: int) -> list[int]:
 
 
 def flower_environment(home: Path) -> dict[str, str]:
-    """Our environment, with Flower kept to itself and off the network."""
+    """Return this process's environment, with Flower in a home of its own and off the network."""
     tools = str(Path(sys.executable).parent)
     paths = [*filter(None, [os.environ.get("PYTHONPATH")]), os.getcwd()]
     return {
@@ -83,7 +83,7 @@ def flower_environment(home: Path) -> dict[str, str]:
 
 
 def stop_family(home: Path) -> None:
-    """End every process that belongs to a Flower home of ours, orphans included."""
+    """End every process that belongs to a private Flower home, orphans included."""
     family = {p for p in psutil.process_iter() if _lives_in(p, home)}
     for member in list(family):  # Ray's agents write their title over their environment
         with contextlib.suppress(psutil.NoSuchProcess):
@@ -105,7 +105,7 @@ def _lives_in(process: psutil.Process, home: Path) -> bool:
 
 @contextlib.contextmanager
 def superlink() -> Iterator[tuple[dict[str, str], Path, subprocess.Popen]]:
-    """A SuperLink of our own, in simulation mode.
+    """Start a private SuperLink in simulation mode, and end it with all that it started.
 
     Yields:
         The environment in which ``flwr`` finds it, its log file, and its process.
@@ -130,7 +130,7 @@ def superlink() -> Iterator[tuple[dict[str, str], Path, subprocess.Popen]]:
             stdout=output,
             stderr=subprocess.STDOUT,
             cwd=home,
-            start_new_session=True,  # Ctrl-C is for us; we stop it
+            start_new_session=True,  # Ctrl-C is for this process, which stops it
         )
     try:
         _wait_healthy(process, port, log)
@@ -162,7 +162,7 @@ def _last_line(log: Path) -> str:
 def run_flower(
     config: RunConfig, folder: Path, supernodes: int, progress: Progress
 ) -> dict[str, Any]:
-    """Run a checked configuration on Flower's simulation engine; returns the summary.
+    """Run a checked configuration on Flower's simulation engine; return the summary.
 
     Args:
         config: The configuration; its paths are absolute.
@@ -190,15 +190,15 @@ def run_flower(
             return _follow(folder, run_id, environment, process, progress)
         except RunError:
             folder.mkdir(parents=True, exist_ok=True)
-            said = log.read_text(errors="replace")
+            output = log.read_text(errors="replace")
             if process.poll() is None:
-                said += _said(run_id, environment)
-            folder.joinpath("flower.log").write_text(said)
+                output += _output_of_run(run_id, environment)
+            folder.joinpath("flower.log").write_text(output)
             raise
 
 
-def _said(run_id: str, environment: dict[str, str]) -> str:
-    """What the run's own processes printed: Flower keeps it apart."""
+def _output_of_run(run_id: str, environment: dict[str, str]) -> str:
+    """Return what the processes of a run printed, which Flower keeps apart from its log."""
     try:
         return subprocess.run(
             ["flwr", "log", run_id, CONNECTION, "--show"],
@@ -209,10 +209,11 @@ def _said(run_id: str, environment: dict[str, str]) -> str:
 
 
 def _simulation(config: RunConfig, supernodes: int) -> str:
-    """How many SuperNodes, and what Ray sets aside for each; it hides GPUs from those without.
+    """Return the number of SuperNodes and what Ray sets aside for each, as Flower's options.
 
-    A SuperNode trains as many clients at once as it has cores for, so that one is best on one
-    machine. On a cluster, whose machines may have fewer cores than this one, each has one.
+    A SuperNode trains as many clients at once as it has cores for, so that one SuperNode is best on
+    one machine. On a cluster, whose machines may have fewer cores than this one, each has one core.
+    Ray hides GPUs from SuperNodes for which none is set aside.
     """
     cores = os.cpu_count() or 1
     cluster = os.environ.get("RAY_ADDRESS", "local") != "local"
@@ -273,7 +274,7 @@ def _show_new(folder: Path, shown: int, progress: Progress) -> int:
 
 
 def _simulates(process: subprocess.Popen) -> bool:
-    """Whether a SuperLink has a simulation's process going."""
+    """Return whether a process of a simulation runs under a SuperLink."""
     with contextlib.suppress(psutil.NoSuchProcess):
         for child in psutil.Process(process.pid).children(recursive=True):
             with contextlib.suppress(psutil.Error):
@@ -283,7 +284,7 @@ def _simulates(process: subprocess.Popen) -> bool:
 
 
 def _ended(run_id: str, environment: dict[str, str]) -> str:
-    """How Flower says the run ended, or empty while it goes on."""
+    """Return how Flower says the run ended, or nothing while it goes on."""
     try:
         listed = subprocess.run(
             ["flwr", "ls", CONNECTION, "--run-id", run_id, "--format", "json"],

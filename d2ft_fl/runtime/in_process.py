@@ -1,6 +1,6 @@
-"""Back ends without Flower: the same round in this process, or in a few of its own.
+"""Back ends without Flower: a run in this process, or in worker processes of its own.
 
-The first is what most tests and sweeps use.
+Most tests, and trials of sweeps, run in this process.
 """
 
 import contextlib
@@ -19,17 +19,22 @@ from d2ft_fl.server.dispatch import ClientFailure, RoundDispatch
 
 
 class _Everyone:
-    """A pool whose clients are always there."""
+    """A client pool whose clients are always there."""
 
     config: RunConfig
 
     def clients(self, round_number: int) -> dict[int, int]:
-        """All of them."""
+        """Return all clients: client -> 0."""
         return dict.fromkeys(range(self.config.clients), 0)
 
 
 class InProcessPool(_Everyone):
-    """All clients in this process, one after the other; nobody can end one that hangs."""
+    """All clients in this process, one after the other; nobody can end one that hangs.
+
+    Attributes:
+        config: The options of the run.
+        client_trainer: Trains the clients.
+    """
 
     def __init__(self, config: RunConfig):
         self.config = config
@@ -38,11 +43,11 @@ class InProcessPool(_Everyone):
     def reports(
         self, round_number: int, clients: Sequence[int]
     ) -> tuple[list[Report], dict[int, ClientFailure]]:
-        """What clients say of themselves."""
+        """Return the reports of clients, and why others do not report."""
         return [self.client_trainer.report(client, round_number) for client in clients], {}
 
     def train(self, work: RoundDispatch) -> Iterator[tuple[int, bytes]]:
-        """Train client after client."""
+        """Train client after client, and yield each reply."""
         shared = self.config.transport == "shared"
         for client in work.costs:
             message = work.encode(client, shared)
@@ -50,13 +55,17 @@ class InProcessPool(_Everyone):
 
 
 class WorkerProcessPool(_Everyone):
-    """All clients in child processes of this one, several at once."""
+    """All clients in worker processes of this one, several at once.
+
+    Attributes:
+        config: The options of the run.
+        worker_pool: The worker processes.
+        shared_memory: Where model and replies go, from the first round with shared transport on.
+    """
 
     def __init__(self, config: RunConfig, worker_pool: WorkerPool):
         self.config, self.worker_pool = config, worker_pool
-        self.shared_memory: SharedMemory | None = (
-            None  # from the first round on, if that is asked for
-        )
+        self.shared_memory: SharedMemory | None = None
 
     def close(self) -> None:
         """Delete what was shared."""
@@ -66,7 +75,7 @@ class WorkerProcessPool(_Everyone):
     def reports(
         self, round_number: int, clients: Sequence[int]
     ) -> tuple[list[Report], dict[int, ClientFailure]]:
-        """What clients say of themselves."""
+        """Return the reports of clients, and why others do not report."""
         try:
             rows = self.worker_pool.reports(clients, round_number, self.config.round_timeout)
         except RunError as error:
@@ -76,7 +85,7 @@ class WorkerProcessPool(_Everyone):
     def train(
         self, work: RoundDispatch
     ) -> Iterator[tuple[int, bytes | memoryview | ClientFailure]]:
-        """Train the longest first, each where there is room next."""
+        """Train the longest first, each in the worker process that is free next."""
         config = self.config
         if config.transport == "shared" and self.shared_memory is None:
             self.shared_memory = SharedMemory.create(work.model_bytes, self.worker_pool.size)
@@ -111,10 +120,17 @@ def run_local(
     report: bool = True,
     workers: int = 0,
 ) -> dict[str, Any]:
-    """Run a checked configuration without Flower; returns the summary. See :func:`loop.run`.
+    """Run a checked configuration without Flower; return the summary.
 
     Args:
-        workers: Processes to train in; 0 for this one.
+        config: A checked configuration.
+        progress: Called with each round's line.
+        report: Whether to write the run's page at its end.
+        workers: Worker processes to train in; 0 trains in this process.
+
+    Raises:
+        ConfigError: When ``workers`` and options do not fit together.
+        RunError: See :func:`d2ft_fl.server.run.run`.
     """
     if workers < 0:
         raise ConfigError(f"--workers {workers} must be 0 (this process) or more")

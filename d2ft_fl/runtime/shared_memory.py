@@ -1,14 +1,14 @@
 """A folder in memory that the processes of one machine share: the model down, replies up.
 
-The server writes the global model once a round, and workers map it; a worker writes each client's
-reply, and the server folds it in where it lies. Files of replies are used again and stay mapped on
-both sides: pages that are there already are written and read several times as fast as new ones.
-Nothing else of either travels.
+The server writes the global model once a round, and worker processes map it; a worker process
+writes each client's reply, and the server aggregates it where it lies. Files of replies are used
+again and stay mapped on both sides: pages that are there already are written and read several times
+as fast as new ones. Model and replies are copied nowhere else.
 
 A file of replies has a number of its own, and is called
 
     NUMBER.spare                        while nobody needs it
-    NUMBER.part                         while a worker writes it
+    NUMBER.part                         while a worker process writes it
     NUMBER.ROUND-CLIENT-LENGTH.reply    with a reply of so many bytes at its beginning
 """
 
@@ -30,12 +30,12 @@ from uuid import uuid4
 from d2ft_fl.errors import RunError
 from d2ft_fl.util.files import unlock
 
-if TYPE_CHECKING:  # those who only pass its path on need no torch
+if TYPE_CHECKING:  # a process that only passes paths on needs no torch
     from torch import Tensor
 
 PREFIX = "d2ft-exchange-"
 MEMORY = Path("/dev/shm")
-WAITING = 4  # replies that may wait to be folded in, before workers wait
+WAITING = 4  # replies that may wait to be aggregated, before worker processes wait
 _REPLY = re.compile(r"(?P<number>\w+)\.(?P<round>\d+)-(?P<client>\d+)-(?P<length>\d+)\.reply")
 _mapped: dict[Path, dict[str, mmap.mmap]] = {}  # folder -> files of replies, by number
 
@@ -45,54 +45,56 @@ class SharedMemory:
     """The folder of one run on one machine. Private to the user; gone when the run is.
 
     Attributes:
-        held: The open folder, locked by who made it: whoever can lock it may delete it.
+        folder: Where it is.
+        lock: File descriptor of the folder, locked by the process that made it: whoever can lock
+            the folder may delete it. None in other processes.
     """
 
     folder: Path
-    held: int | None = None
+    lock: int | None = None
 
     @classmethod
     def create(cls, model_bytes: int = 0, workers: int = 1) -> "SharedMemory":
-        """A new one; those of ended processes are deleted.
+        """Make a folder, in shared memory if there is enough of it, and else on disk.
 
-        It is in shared memory, if there is enough, and else on disk.
+        Folders of processes that have ended are deleted.
 
         Args:
-            model_bytes: Of the global model; no reply is longer.
-            workers: How many write replies at once.
+            model_bytes: Size of the global model; no reply is longer.
+            workers: How many worker processes write replies at once.
         """
         prune()
         root, needed = _memory(), (2 + WAITING + workers) * model_bytes
         if root is None or shutil.disk_usage(root).free < needed:
             root = Path(tempfile.gettempdir())
         new = Path(tempfile.mkdtemp(prefix=".d2ft-", dir=root))
-        held = os.open(new, os.O_RDONLY)
-        fcntl.flock(held, fcntl.LOCK_EX)  # before anybody could take it for one that is not held
+        lock = os.open(new, os.O_RDONLY)
+        fcntl.flock(lock, fcntl.LOCK_EX)  # before another process could find it without a lock
         name = new.name.removeprefix(".d2ft-")
-        return cls(new.rename(root / f"{PREFIX}{os.getpid()}-{name}"), held)
+        return cls(new.rename(root / f"{PREFIX}{os.getpid()}-{name}"), lock)
 
     def close(self) -> None:
-        """Delete it."""
+        """Delete the folder."""
         _mapped.pop(self.folder, None)
         shutil.rmtree(self.folder, ignore_errors=True)
-        if self.held is not None:
-            unlock(self.held)
-            os.close(self.held)
+        if self.lock is not None:
+            unlock(self.lock)
+            os.close(self.lock)
 
     # -- the model, down ---------------------------------------------------------------------
 
     def publish(self, round_number: int, weights: "Mapping[str, Tensor]") -> Path:
-        """Write a round's model, in place of the one before; returns where.
+        """Write a round's model in place of the one before; return its path.
 
         Raises:
-            RunError: When there is no room for it.
+            RunError: When there is no room for the model.
         """
         import safetensors.torch
 
         path = self.model_path(round_number)
-        for left in self.folder.glob("*.part"):  # by who was ended in the round before
-            _mapped.get(self.folder, {}).pop(left.stem, None)
-            left.unlink(missing_ok=True)
+        for unfinished in self.folder.glob("*.part"):  # of workers ended in the round before
+            _mapped.get(self.folder, {}).pop(unfinished.stem, None)
+            unfinished.unlink(missing_ok=True)
         part = path.with_suffix(".part")
         try:
             safetensors.torch.save_file(dict(weights), part)
@@ -106,13 +108,13 @@ class SharedMemory:
         return path
 
     def store(self, path: Path, content: memoryview) -> None:
-        """The same of what was published on another machine."""
+        """Write a model that was published on another machine, in place of the one before."""
         part = path.with_suffix(f".{os.getpid()}.part")
         part.write_bytes(content)
         self._put_in_place(part, path)
 
     def model_path(self, round_number: int) -> Path:
-        """Where a round's model is."""
+        """Return the path of a round's model."""
         return self.folder / f"{round_number}.model"
 
     def _put_in_place(self, part: Path, path: Path) -> None:
@@ -124,16 +126,18 @@ class SharedMemory:
     # -- replies, up -------------------------------------------------------------------------
 
     def reply_path(self, round_number: int, client: int) -> Path:
-        """Where a client's reply goes: what :func:`put` is told."""
+        """Return where a client's reply goes, for :func:`put`."""
         return self.folder / f"{round_number}-{client}"
 
     def arrived(self, round_number: int) -> Iterator[tuple[int, memoryview]]:
-        """Replies that are there; each is gone once the next is asked for."""
+        """Yield the replies that are there, and whose; each is gone when the next is asked for."""
         for entry in list(os.scandir(self.folder)):
             if match := _REPLY.fullmatch(entry.name):
                 path, length = Path(entry.path), int(match["length"])
                 try:
-                    if int(match["round"]) == round_number:  # else it was too late for its own
+                    if (
+                        int(match["round"]) == round_number
+                    ):  # else the reply is late, of an earlier round
                         pages = _pages(path, match["number"], length)
                         yield int(match["client"]), memoryview(pages)[:length]
                 finally:
@@ -142,21 +146,23 @@ class SharedMemory:
 
 
 def put(path: Path, tensors: "Mapping[str, Tensor]", meta: Mapping[str, Any], until: float) -> None:
-    """Write a reply, whole or not at all; waits while many others wait to be folded in.
+    """Write a reply, whole or not at all; wait while many others wait to be aggregated.
 
     Args:
-        path: Of :meth:`SharedMemory.reply_path`.
-        until: Of ``time.monotonic``: when not to wait any more.
+        path: As :meth:`SharedMemory.reply_path` returns it.
+        tensors: The reply's tensors, by name.
+        meta: What else the reply says, as JSON.
+        until: When to wait no more, in seconds of ``time.monotonic``.
 
     Raises:
-        OSError: When it cannot be written.
+        OSError: When the reply cannot be written.
     """
     from d2ft_fl.wire import blob
 
     folder = path.parent
     while time.monotonic() < until and _waiting(folder) >= WAITING:
         time.sleep(0.005)
-    number = _taken(folder)
+    number = _take_file(folder)
     part = folder / f"{number}.part"
     try:
         length = blob.fill(partial(_pages, part, number), tensors, meta)
@@ -166,8 +172,8 @@ def put(path: Path, tensors: "Mapping[str, Tensor]", meta: Mapping[str, Any], un
     part.replace(folder / f"{number}.{path.name}-{length}.reply")
 
 
-def _taken(folder: Path) -> str:
-    """The number of a file for a reply, which is nobody else's now."""
+def _take_file(folder: Path) -> str:
+    """Take a file for a reply that no other worker uses now; return its number."""
     for spare in folder.glob("*.spare"):
         with suppress(FileNotFoundError):  # another worker was faster
             spare.replace(spare.with_suffix(".part"))
@@ -178,19 +184,19 @@ def _taken(folder: Path) -> str:
 
 
 def _pages(path: Path, number: str, length: int) -> mmap.mmap:
-    """A file of replies in memory, so many bytes of it at least.
+    """Return a file of replies, mapped into memory, with ``length`` bytes at least.
 
     Raises:
-        OSError: When there is no room for them. Nothing is left to find that out by writing, which
-            would end this process.
+        OSError: When there is no room for them. The bytes are allocated here, since writing to a
+            mapped page without room would end this process.
     """
-    own = _mapped.setdefault(path.parent, {})
-    if number not in own or len(own[number]) < length:
+    files = _mapped.setdefault(path.parent, {})
+    if number not in files or len(files[number]) < length:
         with path.open("r+b") as file:
             if os.fstat(file.fileno()).st_size < length:
                 os.posix_fallocate(file.fileno(), 0, length)
-            own[number] = mmap.mmap(file.fileno(), 0)
-    return own[number]
+            files[number] = mmap.mmap(file.fileno(), 0)
+    return files[number]
 
 
 def _waiting(folder: Path) -> int:
@@ -199,35 +205,35 @@ def _waiting(folder: Path) -> int:
 
 @lru_cache(maxsize=1)
 def read_model(path: Path) -> "dict[str, Tensor]":
-    """A published model, mapped into memory and not copied."""
+    """Return a published model, mapped into memory and not copied."""
     from d2ft_fl.wire import blob
 
     return blob.mapped(path)[1]
 
 
 def _memory() -> Path | None:
-    """A folder in memory that others of this machine see too, if there is one."""
+    """Return the folder of shared memory of this machine, if there is one."""
     return MEMORY if os.access(MEMORY, os.W_OK) else None
 
 
 def prune() -> None:
-    """Delete the folders of processes that have ended without doing so, wherever these ran."""
+    """Delete the folders that processes of this machine left when they ended."""
     for root in filter(None, {_memory(), Path(tempfile.gettempdir())}):
         for folder in root.glob(f"{PREFIX}*"):
             with suppress(OSError):
                 if folder.stat().st_uid == os.getuid():
-                    _delete_unless_held(folder)
+                    _delete_unless_locked(folder)
 
 
-def _delete_unless_held(folder: Path) -> None:
-    """Delete a folder, if it is not another's at the moment.
+def _delete_unless_locked(folder: Path) -> None:
+    """Delete a folder unless a process has locked it.
 
     Raises:
-        OSError: When it is.
+        OSError: When it is locked.
     """
-    held = os.open(folder, os.O_RDONLY)
+    lock = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         shutil.rmtree(folder, ignore_errors=True)
     finally:
-        os.close(held)
+        os.close(lock)

@@ -1,7 +1,7 @@
-"""Child processes that do clients' work: several at once, and none that cannot be ended.
+"""Worker processes that train clients: several at once, and each can be ended.
 
 Training may hang, or take its process with it (memory, a library's fault). Here that costs one
-client and a restart. The parent carries blobs and needs no torch.
+client and a restart. This process only carries blobs and needs no torch.
 """
 
 import json
@@ -22,8 +22,8 @@ from d2ft_fl.errors import ConfigError, RunError
 from d2ft_fl.server.dispatch import ClientFailure
 
 START_SECONDS = 120.0
-# The most that a busy child is sent ahead: it fits into the connection's buffer. A parent that
-# waited for a child to read could not end one that hangs, nor read the reply that it sends.
+# The longest message that a busy worker is sent ahead: it fits into the connection's buffer.
+# Waiting for a worker to read would mean neither ending one that hangs nor reading its reply.
 AHEAD_BYTES = 1 << 15
 # Have glibc keep freed memory: a client's weights fit where those of the one before were.
 KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 25), "MALLOC_TRIM_THRESHOLD_": str(1 << 30)}
@@ -31,11 +31,13 @@ KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 25), "MALLOC_TRIM_THRESHOLD_":
 
 @dataclass(frozen=True)
 class Job:
-    """One client's work: its message, and where model and reply are exchanged, if not in it.
+    """One client's work.
 
     Attributes:
-        client, blob: Whose, and what it is told.
-        model, reply: Files; None where they come, or go, with messages.
+        client: The client's number.
+        blob: The message with its assignment.
+        model: File of the model in shared memory; None where the message has the model.
+        reply: Where the reply goes in shared memory; None where it is sent back.
     """
 
     client: int
@@ -49,9 +51,9 @@ class _Worker:
     process: subprocess.Popen
     connection: Connection
     lifeline: int
-    slot: int  # of the crew: no other child has it at the same time
+    slot: int  # its place in the pool: no other worker has it at the same time
     ready: bool = False
-    jobs: deque[Job] = field(default_factory=deque)  # the one it is at, and what it does next
+    jobs: deque[Job] = field(default_factory=deque)  # the one it works on, and the one after
     started: float = field(default_factory=time.monotonic)
 
     def send(self, request: Mapping[str, Any], blob: bytes = b"") -> None:
@@ -59,7 +61,7 @@ class _Worker:
         self.connection.send_bytes(blob)
 
     def how_it_ended(self) -> str:
-        """Of a child whose connection is closed."""
+        """Return how a worker process ended whose connection is closed."""
         with suppress(subprocess.TimeoutExpired):
             self.process.wait(1.0)
         code = self.process.poll()
@@ -69,7 +71,7 @@ class _Worker:
         return f"exit code {code}"
 
     def end(self) -> None:
-        """Kill it."""
+        """Kill the process."""
         self.process.kill()
         self.process.wait()
         self.connection.close()
@@ -77,11 +79,11 @@ class _Worker:
 
 
 class WorkerPool:
-    """Up to ``size`` child processes under one configuration, started when they are needed.
+    """Up to ``size`` worker processes under one configuration, started when they are needed.
 
-    Args:
-        options: The configuration, as it stands in TOML.
-        size: How many work at once.
+    Attributes:
+        options: The configuration, by its keys in TOML.
+        size: How many clients train at once.
     """
 
     def __init__(self, options: Mapping[str, Any], size: int):
@@ -95,7 +97,7 @@ class WorkerPool:
         self.close()
 
     def close(self) -> None:
-        """End all children."""
+        """End all worker processes."""
         for worker in self._workers:
             worker.end()
         self._workers.clear()
@@ -103,10 +105,10 @@ class WorkerPool:
     # -- asking ------------------------------------------------------------------------------
 
     def reports(self, clients: Sequence[int], round_number: int, seconds: float) -> list[list[Any]]:
-        """What clients say of themselves: [client, examples, budget as JSON] of each.
+        """Return reports of clients: [client, examples, budget as JSON] of each.
 
         Raises:
-            ConfigError: With what a client found wrong with the configuration.
+            ConfigError: With what a client reports to be wrong with the configuration.
             RunError: When there is no answer in time.
         """
         deadline = time.monotonic() + seconds
@@ -119,10 +121,15 @@ class WorkerPool:
         return answer["reports"]
 
     def _ask(self, request: dict[str, Any], deadline: float, again: bool = False) -> dict[str, Any]:
-        """A child's answer; of one that ends meanwhile nothing, the first time.
+        """Return a worker's answer; at the first attempt nothing, if the worker ends meanwhile.
+
+        Args:
+            request: What to ask.
+            deadline: Until when to wait, in seconds of ``time.monotonic``.
+            again: Whether this is the second attempt.
 
         Raises:
-            RunError: When there is none in time, or it ends again.
+            RunError: When there is no answer in time, or the worker ends at the second attempt.
         """
         if not self._workers:
             self._workers.append(self._start())
@@ -151,12 +158,13 @@ class WorkerPool:
     def work(
         self, jobs: Sequence[Job], seconds: float, client_seconds: float = 0.0
     ) -> Iterator[tuple[int, bytes | ClientFailure]]:
-        """Carry jobs out, in order, several at once; yields replies as they come.
+        """Carry jobs out in order, several at once; yield clients and replies as they come.
 
-        A reply that went to the exchange is empty. At the deadline, every child that is still at
-        work is ended, and what nobody began is left.
+        A reply that went to shared memory is empty. At the deadline every busy worker is ended, and
+        jobs that none began are left.
 
         Args:
+            jobs: What to do.
             seconds: Until the deadline.
             client_seconds: The most that one client may take; 0 for no limit but the deadline.
         """
@@ -168,10 +176,10 @@ class WorkerPool:
                 ends = [deadline]
                 if client_seconds:
                     ends += [worker.started + client_seconds for worker in self._busy]
-                ends += [c.started + START_SECONDS for c in self._workers if not c.ready]
-                waiting = [c.connection for c in self._workers if c.jobs or not c.ready]
+                ends += [w.started + START_SECONDS for w in self._workers if not w.ready]
+                waiting = [w.connection for w in self._workers if w.jobs or not w.ready]
                 ready = wait(waiting, timeout=max(0.0, min(ends) - time.monotonic()))
-                for worker in [c for c in self._workers if c.connection in ready]:
+                for worker in [w for w in self._workers if w.connection in ready]:
                     yield from self._hear(worker, pending)
                 now = time.monotonic()
                 for worker in self._busy if client_seconds else []:
@@ -180,14 +188,14 @@ class WorkerPool:
                             self._left(worker, pending),
                             ClientFailure(f"took longer than {client_seconds:g} s"),
                         )
-                for worker in [c for c in self._workers if not c.ready]:
+                for worker in [w for w in self._workers if not w.ready]:
                     if now >= worker.started + START_SECONDS:
                         self._drop(worker)  # and another is started
                 if now >= deadline:
                     yield from self._give_up(pending)
                     return
         finally:
-            for worker in self._busy:  # nobody waits for it any more
+            for worker in self._busy:  # nothing waits for its reply any more
                 self._drop(worker)
 
     @property
@@ -201,7 +209,7 @@ class WorkerPool:
         for worker in self._workers:
             if pending and worker.ready and not worker.jobs:
                 self._give(worker, pending.popleft(), deadline)
-        for worker in self._busy:  # so that no child waits for its next job, but at the end
+        for worker in self._busy:  # so that none waits for its next job, except at the end
             ahead = len(pending) > self.size and len(pending[0].blob) <= AHEAD_BYTES
             if ahead and len(worker.jobs) == 1:
                 self._give(worker, pending.popleft(), deadline)
@@ -215,7 +223,7 @@ class WorkerPool:
             worker.started = time.monotonic()
         worker.jobs.append(job)
         seconds = deadline - time.monotonic()
-        with suppress(OSError):  # it is gone, and heard of when it is waited for
+        with suppress(OSError):  # it has ended, which shows when its reply is waited for
             worker.send(
                 {"do": "work", "model": job.model, "reply": job.reply, "seconds": seconds},
                 job.blob,
@@ -240,15 +248,15 @@ class WorkerPool:
         yield job.client, reply
 
     def _left(self, worker: _Worker, pending: deque[Job]) -> int:
-        """End a child; returns whose work it was at. What it had not begun goes to another."""
-        at, *rest = worker.jobs
-        pending.extendleft(reversed(rest))
+        """End a worker; return the client it trained. A job it had not begun goes to another."""
+        current, *later = worker.jobs
+        pending.extendleft(reversed(later))
         self._drop(worker)
-        return at.client
+        return current.client
 
     def _give_up(self, pending: deque[Job]) -> Iterator[tuple[int, bytes | ClientFailure]]:
         for worker in self._busy:
-            if worker.connection.poll():  # it was in time; who listens was not
+            if worker.connection.poll():  # the reply was in time; this process was not
                 yield from self._hear(worker, pending)
         for worker in self._busy:
             client = self._left(worker, pending)
@@ -256,20 +264,20 @@ class WorkerPool:
         while pending:
             yield pending.popleft().client, ClientFailure("not begun before the round's deadline")
 
-    # -- children ----------------------------------------------------------------------------
+    # -- processes ---------------------------------------------------------------------------
 
     def _start(self) -> _Worker:
         ours, theirs = socket.socketpair()
-        lifeline, held = os.pipe()
+        lifeline, lifeline_end = os.pipe()
         environment = {
             **KEEP_MEMORY,
             **os.environ,
             "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
         }
-        slot = min(set(range(len(self._workers) + 1)) - {c.slot for c in self._workers})
+        slot = min(set(range(len(self._workers) + 1)) - {w.slot for w in self._workers})
         if devices := os.environ.get("CUDA_VISIBLE_DEVICES", ""):
-            own = devices.split(",")
-            environment["CUDA_VISIBLE_DEVICES"] = own[slot % len(own)]
+            names = devices.split(",")
+            environment["CUDA_VISIBLE_DEVICES"] = names[slot % len(names)]
         process = subprocess.Popen(
             [
                 sys.executable,
@@ -284,15 +292,15 @@ class WorkerPool:
         )
         theirs.close()
         os.close(lifeline)
-        worker = _Worker(process, Connection(ours.detach()), held, slot)
+        worker = _Worker(process, Connection(ours.detach()), lifeline_end, slot)
         worker.connection.send_bytes(json.dumps(self.options).encode())
         return worker
 
     def _greet(self, worker: _Worker) -> None:
-        """Hear that a child is there.
+        """Receive a new worker's word that it is ready.
 
         Raises:
-            ConfigError: When the configuration cannot be used where it runs.
+            ConfigError: When the configuration cannot be used where the worker runs.
         """
         answer = json.loads(worker.connection.recv_bytes())
         if "error" in answer:
@@ -301,7 +309,7 @@ class WorkerPool:
         worker.ready = True
 
     def _drop(self, worker: _Worker) -> None:
-        """End a child; another is started when one is needed."""
+        """End a worker; another is started when one is needed."""
         if worker in self._workers:
             self._workers.remove(worker)
         worker.end()

@@ -1,12 +1,12 @@
-"""A worker in a process of its own, which can be ended when it hangs.
+"""A worker process, which trains clients and can be ended when it hangs.
 
 See :mod:`d2ft_fl.runtime.worker_pool`, which starts it as
 
     python -m d2ft_fl.runtime.worker_process CONNECTION LIFELINE
 
-Both are file descriptors. Over the first come, after the configuration as JSON, requests of two
-frames, JSON and a blob, and go answers of one. When nobody holds the other end of the second any
-more, this process ends at once, whatever it is doing.
+Both are file descriptors. Over the connection come, after the configuration as JSON, requests of
+two frames, JSON and a blob, and go answers of one. When no process has the lifeline's other end open
+any more, this process ends at once, whatever it is doing.
 """
 
 import json
@@ -27,7 +27,7 @@ def main(connection: Connection) -> None:
     from d2ft_fl.config.run_config import RunConfig
 
     try:
-        who = ClientTrainer(RunConfig.from_mapping(json.loads(connection.recv_bytes())))
+        trainer = ClientTrainer(RunConfig.from_mapping(json.loads(connection.recv_bytes())))
     except D2FTError as error:
         connection.send_bytes(json.dumps({"error": str(error)}).encode())
         return
@@ -37,53 +37,53 @@ def main(connection: Connection) -> None:
             request, blob = json.loads(connection.recv_bytes()), connection.recv_bytes()
         except EOFError:
             return
-        connection.send_bytes(_answer(who, request, blob))
+        connection.send_bytes(_answer(trainer, request, blob))
 
 
-def _answer(who: Any, request: dict[str, Any], blob: bytes) -> bytes:
+def _answer(trainer: Any, request: dict[str, Any], blob: bytes) -> bytes:
     if request["do"] == "report":
-        return _reports(who, request)
-    return _work(who, request, blob)
+        return _reports(trainer, request)
+    return _work(trainer, request, blob)
 
 
-def _reports(who: Any, request: dict[str, Any]) -> bytes:
-    """What clients say of themselves, as JSON."""
+def _reports(trainer: Any, request: dict[str, Any]) -> bytes:
+    """Return the reports of clients, as JSON."""
     try:
-        reports = [who.report(client, request["round"]) for client in request["clients"]]
+        reports = [trainer.report(client, request["round"]) for client in request["clients"]]
     except D2FTError as error:
         return json.dumps({"error": str(error)}).encode()
-    except Exception as error:  # of a budget that is anybody's code
+    except Exception as error:  # a budget may be a user's function
         return json.dumps({"failed": f"{type(error).__name__}: {error}"}).encode()
     rows = [[r.client, r.examples, r.budget.to_json()] for r in reports]
     return json.dumps({"reports": rows}).encode()
 
 
-def _work(who: Any, request: dict[str, Any], blob: bytes) -> bytes:
-    """A client's reply; empty where it went to the exchange."""
+def _work(trainer: Any, request: dict[str, Any], blob: bytes) -> bytes:
+    """Return a client's reply; empty where it went to shared memory."""
     from d2ft_fl.runtime import shared_memory
     from d2ft_fl.wire import blob as wire
 
     model = request["model"]
     weights = None if model is None else shared_memory.read_model(Path(model))
     if request["reply"] is None:
-        return who.work(blob, weights)
+        return trainer.work(blob, weights)
     until = time.monotonic() + request["seconds"]
-    tensors, meta = who.answer(blob, weights)
+    tensors, meta = trainer.answer(blob, weights)
     try:
         shared_memory.put(Path(request["reply"]), tensors, meta, until)
-    except OSError as error:  # there is no room, say
+    except OSError as error:  # such as no room
         return wire.encode({}, {"error": f"its answer cannot be written: {error.strerror}"})
     return b""
 
 
 def _end_with(lifeline: int) -> None:
-    """End this process when nobody holds the other end."""
+    """End this process when no other has the other end of the lifeline open."""
     while os.read(lifeline, 1):
         pass
     os._exit(1)
 
 
 if __name__ == "__main__":
-    ours, lifeline = int(sys.argv[1]), int(sys.argv[2])
+    requests, lifeline = int(sys.argv[1]), int(sys.argv[2])
     threading.Thread(target=_end_with, args=(lifeline,), daemon=True).start()
-    main(Connection(ours))
+    main(Connection(requests))

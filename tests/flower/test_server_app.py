@@ -10,17 +10,18 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from d2ft_fl.errors import ConfigError, RunError
-from d2ft_fl.flower import grid_pool
+from d2ft_fl.flower import grid_messages, nodes
+from d2ft_fl.flower.answers import reports_of, results_of
 from d2ft_fl.flower.client_app import simulated
-from d2ft_fl.flower.grid_pool import FlowerPool, _reports, _results
+from d2ft_fl.flower.grid_pool import FlowerPool
 from d2ft_fl.flower.records import BUNDLE_BYTES, pack_blobs, unpack_blobs
 from d2ft_fl.server.dispatch import ClientFailure
 
 
-def reply(results=None, failures=None, error=None, answer=None, said=None):
+def reply(results=None, failures=None, error=None, answer=None, outcome=None):
     arrays, index = pack_blobs(results or {})
-    own = {"index": index, "faults": failures or {}} if said is None else said
-    records = {"results": arrays, "said": ConfigRecord({"json": json.dumps(own)})}
+    told = {"index": index, "failures": failures or {}} if outcome is None else outcome
+    records = {"results": arrays, "outcome": ConfigRecord({"json": json.dumps(told)})}
     if answer is not None:
         records["answer"] = ConfigRecord({"json": answer})
     return SimpleNamespace(
@@ -38,7 +39,7 @@ def grid(monkeypatch):
     def sent(content, dst_node_id, message_type, ttl):
         return dst_node_id
 
-    monkeypatch.setattr(grid_pool, "Message", sent)
+    monkeypatch.setattr(grid_messages, "Message", sent)
 
     class Nodes:
         def __init__(self, **replies):
@@ -78,20 +79,20 @@ def test_blobs_come_back_and_small_ones_share_an_array(sizes):
 
 def test_a_node_answers_for_its_own_clients_only():
     given = reply({1: b"one", 2: b"two"}, {"3": "hung", "9": "no"})
-    assert list(_results(given, [1, 3])) == [(1, b"one"), (3, ClientFailure("hung"))]
+    assert list(results_of(given, [1, 3])) == [(1, b"one"), (3, ClientFailure("hung"))]
 
 
 @pytest.mark.parametrize(
-    "said",
+    "outcome",
     [
-        3, [1], {}, {"index": [], "faults": 3}, {"index": [], "faults": {"x": "y"}},
-        {"index": [[[1, 2]]], "faults": {}}, {"index": [[[1, -1], [3, 4]]], "faults": {}},
-        {"index": [[[1]]], "faults": {}}, {"index": [[[[], 3]]], "faults": {}},
-        {"index": [[], [[1, 3]]], "faults": {}},
+        3, [1], {}, {"index": [], "failures": 3}, {"index": [], "failures": {"x": "y"}},
+        {"index": [[[1, 2]]], "failures": {}}, {"index": [[[1, -1], [3, 4]]], "failures": {}},
+        {"index": [[[1]]], "failures": {}}, {"index": [[[[], 3]]], "failures": {}},
+        {"index": [[], [[1, 3]]], "failures": {}},
     ],
 )  # fmt: skip
-def test_a_malformed_answer_is_a_fault_of_all_its_clients(said):
-    found = list(_results(reply({1: b"one"}, said=said), [1, 3]))
+def test_a_malformed_answer_is_a_fault_of_all_its_clients(outcome):
+    found = list(results_of(reply({1: b"one"}, outcome=outcome), [1, 3]))
     assert [client for client, _ in found] == [1, 3]
     assert all("malformed" in failure.reason for _, failure in found)
 
@@ -103,7 +104,7 @@ def test_an_array_that_holds_no_blobs_is_a_fault_and_not_parsed(stype, data):
     odd = reply({1: b"one"})
     array = Array(dtype="uint8", shape=(3,), stype=stype, data=data)
     odd.content["results"] = ArrayRecord({"0": array})
-    ((client, failure),) = _results(odd, [1])
+    ((client, failure),) = results_of(odd, [1])
     assert client == 1
     assert "malformed" in failure.reason
 
@@ -114,11 +115,11 @@ def test_an_array_that_holds_no_blobs_is_a_fault_and_not_parsed(stype, data):
 )
 def test_reports_that_cannot_be_true_are_refused(rows):
     with pytest.raises((ConfigError, ValueError, TypeError)):
-        _reports({"reports": rows}, [0])
+        reports_of({"reports": rows}, [0])
 
 
-def place(node, nodes):
-    return reply(answer=json.dumps({"node": node, "nodes": nodes, "cpus": None}))
+def place(node, count):
+    return reply(answer=json.dumps({"node": node, "nodes": count, "cpus": None}))
 
 
 def test_reports_of_nodes_that_fail_answer_nonsense_or_leave_some_out(grid, quick):
@@ -130,7 +131,7 @@ def test_reports_of_nodes_that_fail_answer_nonsense_or_leave_some_out(grid, quic
         node_9=reply(answer="{"),
     )
     pool = FlowerPool(own, quick(clients=16))
-    pool.nodes = {6: range(0, 1), 7: range(2, 3), 8: range(1, 5, 3), 9: range(5, 6)}
+    pool.nodes.serving = {6: range(0, 1), 7: range(2, 3), 8: range(1, 5, 3), 9: range(5, 6)}
     found, silent = pool.reports(1, [0, 1, 2, 4, 5])
     assert [(r.client, r.examples) for r in found] == [(1, 5)]
     assert {c: failure.reason for c, failure in silent.items()} == {
@@ -144,7 +145,7 @@ def test_reports_of_nodes_that_fail_answer_nonsense_or_leave_some_out(grid, quic
 
 def test_a_silent_node_is_not_waited_for_longer_than_a_round(grid, quick):
     pool = FlowerPool(grid(node_7=None), quick(round_timeout=0.3))
-    pool.nodes = {7: range(0, 4)}
+    pool.nodes.serving = {7: range(0, 4)}
     found, silent = pool.reports(1, [0])
     assert (found, silent) == ([], {0: ClientFailure("its SuperNode does not answer")})
 
@@ -152,9 +153,9 @@ def test_a_silent_node_is_not_waited_for_longer_than_a_round(grid, quick):
 def test_a_node_whose_place_cannot_be_is_left_out(grid, quick):
     pool = FlowerPool(grid(node_7=place(0, 0), node_8=place(1, 2)), quick())
     for _ in range(2):
-        pool._meet()
-    assert list(pool.nodes) == [8]
-    assert list(pool.refused) == [7]
+        pool.nodes.meet()
+    assert list(pool.nodes.serving) == [8]
+    assert list(pool.nodes.refused) == [7]
 
 
 def test_a_newcomer_that_says_nothing_holds_nobody_up(grid, quick):
@@ -167,8 +168,8 @@ def test_a_newcomer_that_says_nothing_holds_nobody_up(grid, quick):
 
 
 def test_a_simulation_goes_on_with_all_of_its_nodes_or_not_at_all(grid, quick, monkeypatch):
-    monkeypatch.setattr(grid_pool, "simulated", lambda: True)
-    monkeypatch.setattr(grid_pool, "NODES_TIMEOUT", 0.5)
+    monkeypatch.setattr(nodes, "simulated", lambda: True)
+    monkeypatch.setattr(nodes, "NODES_TIMEOUT", 0.5)
     own = grid(node_7=place(0, 2), node_8=None)
     with pytest.raises(RunError, match="SuperNodes of 2 of 4 clients answer, after 0 s"):
         FlowerPool(own, quick(round_timeout=0.4)).clients(1)
@@ -191,16 +192,16 @@ def test_ray_that_is_still_being_imported_is_no_simulation_yet(monkeypatch):
 
 
 def test_a_node_that_was_slow_to_say_its_place_is_asked_again(grid, quick, monkeypatch):
-    monkeypatch.setattr(grid_pool, "PLACE_SECONDS", 0.3)
-    monkeypatch.setattr(grid_pool, "NODES_TIMEOUT", 0.5)
+    monkeypatch.setattr(nodes, "PLACE_SECONDS", 0.3)
+    monkeypatch.setattr(nodes, "NODES_TIMEOUT", 0.5)
     own = grid(node_7=place(0, 2), node_8=None)
     pool = FlowerPool(own, quick(round_timeout=0.1, min_replies=2))
     assert sorted(pool.clients(1)) == [0, 2]
     assert own.asked.count(8) >= 2
-    assert pool.refused == {}
+    assert pool.nodes.refused == {}
     own.replies[8] = place(1, 2)
     for _ in range(2):
-        pool._meet()
+        pool.nodes.meet()
     assert len(pool.clients(2)) == 4
 
 
@@ -211,7 +212,7 @@ def test_of_two_nodes_with_the_same_clients_one_waits_until_the_other_is_gone(gr
     own.replies[3] = place(0, 2)  # in place of 9, which has died and is not yet given up
     for _ in range(2):
         pool.clients(2)
-    assert pool.nodes == {9: range(0, 4, 2), 8: range(1, 4, 2)}
+    assert pool.nodes.serving == {9: range(0, 4, 2), 8: range(1, 4, 2)}
     del own.replies[9]
-    assert pool.clients(3) == {0: 3, 2: 3, 1: pool.joined[8], 3: pool.joined[8]}
-    assert pool.nodes == {3: range(0, 4, 2), 8: range(1, 4, 2)}
+    assert pool.clients(3) == {0: 3, 2: 3, 1: pool.nodes.joined[8], 3: pool.nodes.joined[8]}
+    assert pool.nodes.serving == {3: range(0, 4, 2), 8: range(1, 4, 2)}
