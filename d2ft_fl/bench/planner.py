@@ -1,13 +1,10 @@
 """The planner's solver at scale, on made-up clients: ``d2ft bench planner``.
 
-Clients come from three families of costs in equal parts: memory falls with depth; hierarchical, in
-four stages of which each holds four times the weights and half the memory of the one before; and
-costs that differ from client to client. Budgets are uniform between 3 % and 90 % of everything
-FULL, each of four on its own; blocks charge for being opened. Every row is measured in a process of
-its own, which holds nothing but NumPy and the compiled solver, in one thread.
+Every row is measured in a process of its own, which has nothing but NumPy and the compiled solver
+in memory and one thread.
 
-The gap is to the optimum of HiGHS (``scipy.optimize.milp``, openings and cases as binaries) on the
-first ``sample`` clients; of coupled clients, of all together to their dual bound.
+The gap of clients that are planned alone is to the optimum of HiGHS (:mod:`.optimum`), for the
+first ``sample`` of them; the gap of coupled clients is that of all together to their dual bound.
 """
 
 import json
@@ -22,11 +19,13 @@ from pathlib import Path
 
 import numpy as np
 
+from d2ft_fl.bench.optimum import optimum
+from d2ft_fl.bench.planner_clients import Clients, make_clients
 from d2ft_fl.errors import ConfigError, RunError
 from d2ft_fl.planning.knapsack import (
     Solution,
     Spread,
-    Structure,
+    SpreadSolution,
     solve,
     solve_spread,
     solve_two_stages,
@@ -35,26 +34,30 @@ from d2ft_fl.planning.knapsack import (
 
 COUPLINGS = ("none", "spread")
 OPERATIONS = (3, 4)
-STAGES = 4
 REPEATS = 3
-UNIT = 100_000  # integers per unit of cost
-SECONDS_OF_HIGHS = 20.0
+LEAST = 2  # coupled: clients that should train every subnet
 PRECISION = 1e-4  # of the value: HiGHS stops within 1e-5, and counts budgets in floats
 
 
 @dataclass(frozen=True)
 class Row:
-    """What one number of clients took.
+    """What planning one number of clients took.
 
     Attributes:
-        seconds: Median of planning all clients, inputs at hand.
-        gap_mean, gap_worst: Fractions; see the module's docstring. ``None`` without a sample.
-        certified_mean, certified_worst: Of all clients, as the solver itself certifies.
-        violations: Budgets broken, counted anew in integers.
-        short_subnets: Subnets that fewer than ``least`` clients train.
-        peak_mb: The process's largest resident memory, in 10^6 bytes.
-        two_stage_gain: Mean gain in value over D2FT's two stages, hierarchical clients.
-        two_stage_worst: The least gain of any client.
+        clients: How many clients were planned.
+        subnets: Subnets of the model.
+        coupling: One of :data:`COUPLINGS`.
+        operations: How many operations a subnet chooses from.
+        seconds: Median time of planning all clients, inputs at hand.
+        gap_mean: Mean gap, a fraction; ``None`` without a sample.
+        gap_worst: Largest gap, a fraction; ``None`` without a sample.
+        certified_mean: Mean gap that the solver itself certifies, over all clients.
+        certified_worst: Largest gap that the solver itself certifies.
+        violations: Clients whose budgets are broken, recounted in integers.
+        short_subnets: Subnets that fewer than :data:`LEAST` clients train.
+        peak_mb: Largest resident memory of the process, in 10^6 bytes.
+        two_stage_gain: Mean gain in value over D2FT's two stages, of hierarchical clients.
+        two_stage_worst: Smallest gain of any client.
         sampled: Clients that HiGHS solved to a proven optimum.
     """
 
@@ -75,147 +78,15 @@ class Row:
     sampled: int
 
 
-@dataclass(frozen=True, eq=False)
-class Clients:
-    """Made-up clients, as :func:`~d2ft_fl.planning.knapsack.solve` takes them.
-
-    Client c of a seed is always the same.
-
-    Attributes:
-        train: float64 [I], worth of training a subnet. rest: float64 [1, I, K], of all else.
-        share: float64 [K], how far an option trains.
-        family: int64 [C].
-    """
-
-    train: np.ndarray
-    rest: np.ndarray
-    share: np.ndarray
-    costs: np.ndarray
-    capacities: np.ndarray
-    tables: np.ndarray
-    structure: Structure
-    family: np.ndarray
-
-    @property
-    def values(self) -> np.ndarray:
-        """float64 [1, I, K]."""
-        return self.rest + self.train[:, None] * self.share
-
-
-def make_clients(count: int, subnets: int, operations: int) -> Clients:
-    """``count`` clients of all families in turn."""
-    blocks = max(b for b in range(1, min(12, subnets) + 1) if subnets % b == 0)
-    block = np.repeat(np.arange(blocks), subnets // blocks)
-    draw = np.random.default_rng(0)
-    train, forward = draw.gamma(2.0, 0.5, (2, subnets))
-    # SHORTCUT, FORWARD_ONLY, FULL; or with FROZEN, and FORWARD_ONLY where it is worth as much.
-    frozen = operations == 4
-    compute = np.array([0, 1 / 3, 3 / 4, 1, 1 / 3] if frozen else [0, 1 / 3, 1])
-    live = np.array([0, 0, 1, 1, 0] if frozen else [0, 0, 1])
-    runs = (compute > 0).astype(float)
-    share = (compute == 1).astype(float)
-    uncut = np.array([0, 0, 1, 1, 1] if frozen else [0, 0, 0])
-    rest = (forward[:, None] * (runs + 0.5 * uncut))[None]
-
-    def costs_of(flops: np.ndarray, memory: np.ndarray, size: np.ndarray) -> tuple:
-        """Costs [I, K, 4] and openings [blocks, 2 or 3, 4], from relative costs of subnets [I]."""
-        items = np.empty((subnets, len(compute), 4))
-        items[..., 0] = np.outer(flops, compute)
-        items[..., 1] = 0.7 * np.outer(memory, live) + np.outer(size, 0.1 * runs + 0.3 * share)
-        items[..., 2], items[..., 3] = np.outer(size, share), np.outer(size, runs)
-        of_blocks = [np.bincount(block, x) / np.bincount(block) for x in (memory, size)]
-        openings = np.zeros((blocks, 3, 4))  # resident, live, trained
-        openings[:, 0, 3] = openings[:, 2, 2] = 0.2 * of_blocks[1]
-        openings[:, 1, 1] = 2.0 * of_blocks[0]
-        if not frozen:
-            openings = np.stack([openings[:, 0], openings[:, 1] + openings[:, 2]], axis=1)
-        return (items * UNIT).astype(np.int64), (openings * UNIT).astype(np.int64)
-
-    one = np.ones(subnets)
-    stage = block * STAGES // blocks
-    common = [
-        costs_of(one, 2.0 - (block + 1) / blocks, one),
-        costs_of(one, 2.0 ** (STAGES - 1 - stage), 4.0**stage / 8),
-    ]
-    family = np.arange(count) % 3
-    own = [np.random.default_rng([1, c]) for c in range(count)]
-    varied = [costs_of(*own[c].uniform(0.5, 1.5, (3, subnets))) for c in np.flatnonzero(family > 1)]
-    items, openings = (np.stack(parts) for parts in zip(*common, *varied, strict=True))
-    tables = np.where(family < 2, family, 2 + np.arange(count) // 3)
-    full = items[:, :, share.argmax()].sum(axis=1) + openings.sum(axis=(1, 2))
-    shares = np.stack([draw.uniform(0.03, 0.9, 4) for draw in own])
-    groups, modes, allowed = block, None, None
-    levels = np.array([0, 1, 2, 3, 1] if frozen else [0, 1, 2])
-    if frozen:
-        modes = (np.arange(blocks) < np.arange(blocks)[:, None]).astype(np.int64)
-        allowed = np.array([[1, 1, 1, 1, 0], [1, 0, 0, 0, 1]], dtype=bool)
-    return Clients(
-        train,
-        rest,
-        share,
-        items,
-        (full[tables] * shares).astype(np.int64),
-        tables,
-        Structure(groups, levels, openings, modes, allowed),
-        family,
-    )
-
-
-def optimum(c: Clients, client: int) -> float:
-    """The exact optimum by HiGHS; NaN when it is not proven in time."""
-    from scipy.optimize import Bounds, LinearConstraint, milp
-    from scipy.sparse import coo_matrix
-
-    s, capacity = c.structure, c.capacities[client]
-    values, costs = c.values[0], c.costs[c.tables[client]]
-    openings = s.openings[c.tables[client]]  # [G, M, R]
-    (items, options), (groups, level_count) = values.shape, openings.shape[:2]
-    modes = np.zeros((1, groups), dtype=int) if s.modes is None else s.modes
-    allowed = np.ones((1, options), dtype=bool) if s.allowed is None else s.allowed
-    x, y = items * options, groups * level_count
-    size = x + y + len(modes)  # choices, openings, cases
-    entries: list[tuple[int, int, float]] = []
-    above: list[float] = []
-    i, k = np.divmod(np.arange(x), options)
-    for level in range(1, level_count + 1):  # options of an item need its block open
-        for item in range(items):
-            mine = [int(j) for j in np.flatnonzero((i == item) & (s.levels[k] >= level))]
-            entries += [(len(above), j, 1.0) for j in mine]
-            entries.append((len(above), x + int(s.groups[item]) * level_count + level - 1, -1.0))
-            above.append(0.0)
-    for j in range(x):  # an option needs a case that allows it
-        cases = np.flatnonzero(allowed[modes[:, s.groups[i[j]]], k[j]])
-        if len(cases) < len(modes):
-            entries.append((len(above), j, 1.0))
-            entries += [(len(above), x + y + int(case), -1.0) for case in cases]
-            above.append(0.0)
-    rows, columns, weights = zip(*entries, strict=True)
-    links = coo_matrix((weights, (rows, columns)), shape=(len(above), size)).tocsr()
-    ones = coo_matrix((np.ones(x), (i, np.arange(x))), shape=(items, size)).tocsr()
-    case = np.zeros((1, size))
-    case[0, x + y :] = 1
-    budget = np.zeros((size, len(capacity)))
-    budget[:x], budget[x : x + y] = costs.reshape(x, -1), openings.reshape(y, -1)
-    found = milp(
-        -np.concatenate([values.ravel(), np.zeros(size - x)]),
-        constraints=[
-            LinearConstraint(ones, 1, 1),
-            LinearConstraint(case, 1, 1),
-            LinearConstraint((budget / capacity).T, -np.inf, 1),
-            LinearConstraint(links, -np.inf, above),
-        ],
-        integrality=np.ones(size),
-        bounds=Bounds(0, 1),
-        options={"time_limit": SECONDS_OF_HIGHS, "mip_rel_gap": 1e-5},
-    )
-    return -float(found.fun) if found.status == 0 else float("nan")
-
-
 def gap_to(best: float, value: float) -> float:
-    """How far a value is from a proven optimum, as a share of it.
+    """Return how far a value is from a proven optimum, as a share of the optimum.
+
+    Args:
+        best: The proven optimum.
+        value: The solver's value.
 
     Raises:
-        RunError: When it is above: the solver then solves something else than the oracle.
+        RunError: When the value is above the optimum: solver and oracle solve different problems.
     """
     if value > best + PRECISION * abs(best):
         raise RunError(f"the solver's value {value} is above the proven optimum {best}")
@@ -223,72 +94,92 @@ def gap_to(best: float, value: float) -> float:
 
 
 def measure(clients: int, subnets: int, coupling: str, operations: int, sample: int) -> Row:
-    """One row, in this process."""
+    """Measure one row, in this process.
+
+    Args:
+        clients: How many clients to plan.
+        subnets: Subnets of the model.
+        coupling: One of :data:`COUPLINGS`.
+        operations: One of :data:`OPERATIONS`.
+        sample: How many clients HiGHS solves as well.
+    """
     c = make_clients(clients, subnets, operations)
-    least = 2
-
-    def plan() -> Solution:
-        if coupling == "spread":
-            spread = Spread(c.train, c.share, np.ones(clients), max(1.0, clients / 10), least)
-            return solve_spread(c.rest, c.costs, c.capacities, spread, c.structure, c.tables)
-        return solve(c.values, c.costs, c.capacities, c.structure, c.tables, effort=1)
-
-    few = make_clients(3, subnets, operations)  # so that what is timed is compiled
-    if coupling == "spread":
-        spread = Spread(few.train, few.share, np.ones(3), 1.0, least)
-        solve_spread(few.rest, few.costs, few.capacities, spread, few.structure, few.tables)
-    solve(few.values, few.costs, few.capacities, few.structure, few.tables, effort=1)
+    # A few clients first, so that what is timed is compiled: coupled ones use more of the solver.
+    few = make_clients(3, subnets, operations)
+    for kind in dict.fromkeys([coupling, "none"]):
+        _plan(few, kind)
     seconds = []
     for _ in range(REPEATS):
         started = time.perf_counter()
-        solution = plan()
+        solution = _plan(c, coupling)
         seconds.append(time.perf_counter() - started)
     peak = _peak_bytes() / 1e6
-    gaps, gain, worst = [], None, None
-    if coupling == "none":
-        for client in range(min(sample, clients)):
-            best = optimum(c, client)
-            if not np.isnan(best):  # HiGHS was done in time
-                gaps.append(gap_to(best, float(solution.value[client])))
-        if operations == 3:
-            only = (c.share > 0) | (np.arange(len(c.share)) == 0)
-            two = solve_two_stages(
-                c.train[None, :, None] * c.share,
-                c.rest,
-                c.share,
-                only,
-                c.costs,
-                c.capacities,
-                c.structure,
-                c.tables,
-            )
-            ratio = solution.value / np.maximum(two.value, 1e-9) - 1
-            gain, worst = float(ratio[c.family == 1].mean()), float(ratio.min())
+    gain = worst = None
+    if isinstance(solution, SpreadSolution):
+        gaps = [solution.total_gap]
     else:
-        gaps = [solution.total_gap]  # type: ignore[attr-defined]
+        gaps = _gaps(c, solution, min(sample, clients))
+        if operations == 3:
+            gain, worst = _two_stage_gains(c, solution)
     trained = (c.share[solution.choice] > 0).sum(axis=0)
     spent = used(solution.choice, c.costs, c.structure, c.tables)
     return Row(
-        clients,
-        subnets,
-        coupling,
-        operations,
-        statistics.median(seconds),
-        float(np.mean(gaps)) if gaps else None,
-        float(np.max(gaps)) if gaps else None,
-        float(solution.gap.mean()),
-        float(solution.gap.max()),
-        int((spent > c.capacities).any(axis=1).sum()),
-        int((trained < least).sum()),
-        peak,
-        gain,
-        worst,
-        len(gaps) if coupling == "none" else 0,
+        clients=clients,
+        subnets=subnets,
+        coupling=coupling,
+        operations=operations,
+        seconds=statistics.median(seconds),
+        gap_mean=float(np.mean(gaps)) if gaps else None,
+        gap_worst=float(np.max(gaps)) if gaps else None,
+        certified_mean=float(solution.gap.mean()),
+        certified_worst=float(solution.gap.max()),
+        violations=int((spent > c.capacities).any(axis=1).sum()),
+        short_subnets=int((trained < LEAST).sum()),
+        peak_mb=peak,
+        two_stage_gain=gain,
+        two_stage_worst=worst,
+        sampled=len(gaps) if coupling == "none" else 0,
     )
 
 
+def _plan(c: Clients, coupling: str) -> Solution:
+    """Plan all clients."""
+    if coupling == "none":
+        return solve(c.values, c.costs, c.capacities, c.structure, c.tables, effort=1)
+    count = len(c.capacities)
+    spread = Spread(c.train, c.share, np.ones(count), max(1.0, count / 10), LEAST)
+    return solve_spread(c.rest, c.costs, c.capacities, spread, c.structure, c.tables)
+
+
+def _gaps(c: Clients, solution: Solution, sample: int) -> list[float]:
+    """Return the gaps to the optimum of the first clients, where HiGHS proves it in time."""
+    best = [optimum(c, client) for client in range(sample)]
+    return [
+        gap_to(most, float(solution.value[client]))
+        for client, most in enumerate(best)
+        if not np.isnan(most)
+    ]
+
+
+def _two_stage_gains(c: Clients, solution: Solution) -> tuple[float, float]:
+    """Return the mean gain over D2FT's two stages of hierarchical clients, and the least of any."""
+    only = (c.share > 0) | (np.arange(len(c.share)) == 0)
+    two = solve_two_stages(
+        c.train[None, :, None] * c.share,
+        c.rest,
+        c.share,
+        only,
+        c.costs,
+        c.capacities,
+        c.structure,
+        c.tables,
+    )
+    gain = solution.value / np.maximum(two.value, 1e-9) - 1
+    return float(gain[c.family == 1].mean()), float(gain.min())
+
+
 def _peak_bytes() -> int:
-    """Largest resident memory of this process."""
+    """Return the largest resident memory of this process, in bytes."""
     status = Path("/proc/self/status")
     if status.is_file():  # what `resource` says includes the process that started this one
         lines = dict(line.split(":", 1) for line in status.read_text().splitlines())
@@ -299,10 +190,17 @@ def _peak_bytes() -> int:
 def bench_planner(
     clients: list[int], subnets: int, sample: int, done: Callable[[str], None] = lambda name: None
 ) -> list[Row]:
-    """A row for every number of clients, coupling and number of operations.
+    """Measure a row for every number of clients, coupling and number of operations.
+
+    Args:
+        clients: Numbers of clients.
+        subnets: Subnets of the model.
+        sample: How many clients HiGHS solves as well.
+        done: Told what is measured next.
 
     Raises:
-        ConfigError: For numbers that cannot be. RunError: When a measuring process fails.
+        ConfigError: When a number is too small.
+        RunError: When a measuring process fails.
     """
     for name, value, low in [("clients", min(clients), 3), ("subnets", subnets, 1)]:
         if value < low:
@@ -323,13 +221,13 @@ def bench_planner(
 
 
 def _apart(*arguments: int | str) -> Row:
-    """:func:`measure` in a process of its own."""
+    """Run :func:`measure` in a process of its own."""
     command = [sys.executable, "-m", __name__, json.dumps(arguments)]
-    child = subprocess.run(command, capture_output=True, text=True, check=False)
-    if child.returncode:
-        reason = (child.stderr.strip() or "no message").splitlines()[-1]
+    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    if ended.returncode:
+        reason = (ended.stderr.strip() or "no message").splitlines()[-1]
         raise RunError(f"measuring {arguments[0]} clients failed: {reason}")
-    return Row(**json.loads(child.stdout.splitlines()[-1]))
+    return Row(**json.loads(ended.stdout.splitlines()[-1]))
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ from d2ft_fl.rounds.checks import checked
 SIDES = ("floor", "flower", "full", "d2ft")
 FREE = "[classes.any]\n"
 D2FT = '[classes.any]\nflops = "60 %"\nbytes-up = "50 %"\nbytes-down = "50 %"\n'
-# Whose process it is, by what its command line holds.
+# Role of a process, by what its command line contains.
 ROLES = {
     "worker": ("d2ft_fl.runtime.worker_process", "ray::ClientAppActor", "multiprocessing.spawn"),
     "server": ("flwr-simulation", "d2ft_fl.bench.scale_sides"),
@@ -40,7 +40,19 @@ SAMPLE_SECONDS = 0.5
 
 @dataclass(frozen=True)
 class ScaleBench:
-    """What to measure, and how; see :class:`~d2ft_fl.bench.scale_sides.Job`."""
+    """What to measure, and how.
+
+    Attributes:
+        clients: Clients that take part in a round.
+        examples: Examples of each client.
+        model: Name of the model.
+        image_size: Pixels a side; 0 keeps the model's own.
+        batch_size: Examples of a step.
+        rounds: Rounds of a run that count, besides one before them.
+        repeats: Runs of each side.
+        sides: Sides to measure, of :data:`SIDES`.
+        workers: Processes that train.
+    """
 
     clients: int
     examples: int
@@ -53,7 +65,11 @@ class ScaleBench:
     workers: int = field(default_factory=lambda: os.cpu_count() or 1)
 
     def check(self) -> "ScaleBench":
-        """Raises ConfigError where nothing could be measured."""
+        """Return this, once it is known that it can be measured.
+
+        Raises:
+            ConfigError: When a number or side cannot be, or the job's configuration is refused.
+        """
         for name in ("clients", "examples", "batch_size", "rounds", "repeats"):
             if getattr(self, name) < 1:
                 option = name.replace("_", "-")
@@ -65,7 +81,7 @@ class ScaleBench:
 
     @property
     def job(self) -> Job:
-        """The same as every side knows it."""
+        """What every side does."""
         return Job(
             self.model, self.image_size, self.clients, self.examples, self.batch_size,
             self.rounds, self.workers,
@@ -77,8 +93,9 @@ class Side:
     """What one side took.
 
     Attributes:
-        seconds: Of each round. parts: Of each round, seconds by what they were spent on.
-        peak: Most bytes resident, of the server's process and of the largest worker.
+        seconds: Seconds of each round.
+        parts: Of each round, seconds by what they were spent on.
+        peak: Largest resident memory in bytes, of the server's process and of any worker.
     """
 
     seconds: list[float] = field(default_factory=list)
@@ -86,7 +103,7 @@ class Side:
     peak: dict[str, int] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
-        """Medians, and every round's seconds."""
+        """Return medians, and every round's seconds, as a mapping."""
         names = sorted({name for parts in self.parts for name in parts})
         split = {n: statistics.median(p.get(n, 0.0) for p in self.parts) for n in names}
         return {
@@ -98,32 +115,33 @@ class Side:
 
 
 def bench_scale(bench: ScaleBench, done: Callable[[str], None]) -> dict[str, Any]:
-    """Measure all sides; returns what ``--json`` prints.
+    """Measure all sides; return what ``--json`` prints.
 
     Args:
+        bench: What to measure, checked.
         done: Told what has been measured.
     """
-    found = {side: Side() for side in bench.sides}
+    measured = {side: Side() for side in bench.sides}
     for repeat in range(bench.repeats):
-        for name, side in found.items():
+        for name, side in measured.items():
             with _peaks(side.peak):
                 _SIDES[name](bench, side)
             done(f"{name}, {repeat + 1} of {bench.repeats}")
-    return {**asdict(bench), **_ratios(bench, found)} | {
-        "measured": {name: side.to_json() for name, side in found.items()}
+    return {**asdict(bench), **_ratios(bench, measured)} | {
+        "measured": {name: side.to_json() for name, side in measured.items()}
     }
 
 
-def _ratios(bench: ScaleBench, found: dict[str, Side]) -> dict[str, float | None]:
-    """The keys that sum it up; None where a side was left out."""
-    seconds = {name: statistics.median(side.seconds) for name, side in found.items()}
+def _ratios(bench: ScaleBench, measured: dict[str, Side]) -> dict[str, float | None]:
+    """Return the ratios between sides; None where a side was left out."""
+    seconds = {name: statistics.median(side.seconds) for name, side in measured.items()}
 
     def ratio(side: str, over: str) -> float | None:
         return seconds[side] / seconds[over] if {side, over} <= seconds.keys() else None
 
     overhead = beyond = None
-    if "full" in found:
-        rounds = zip(found["full"].seconds, found["full"].parts, strict=True)
+    if "full" in measured:
+        rounds = zip(measured["full"].seconds, measured["full"].parts, strict=True)
         gone = [(s, s - parts["train"]) for s, parts in rounds]
         overhead = statistics.median(rest / s for s, rest in gone)
         beyond = 1000 * statistics.median(rest for _, rest in gone) / bench.clients
@@ -149,8 +167,8 @@ def _plain(name: str) -> Callable[[ScaleBench, Side], None]:
             )  # fmt: skip
         rounds = [float(line) for line in ended.stdout.splitlines() if _is_number(line)]
         if ended.returncode or len(rounds) != bench.rounds + 1:
-            said = ended.stderr.strip().splitlines()
-            raise RunError(f"the side {name!r} failed: {said[-1] if said else 'no output'}")
+            output = ended.stderr.strip().splitlines()
+            raise RunError(f"the side {name!r} failed: {output[-1] if output else 'no output'}")
         side.seconds += rounds[1:]
 
     return run
@@ -170,7 +188,7 @@ def _ours(strategy: str, budgets: str) -> Callable[[ScaleBench, Side], None]:
         )
         rows: list[dict[str, Any]] = []
         run_flower(checked(config), folder, 0, rows.append)
-        shutil.rmtree(scratch)  # of one that failed, the log is there to be looked at
+        shutil.rmtree(scratch)  # that of a run that failed stays, with its log
         for row in rows[1:]:
             if row["faults"]:
                 raise RunError(f"round {row['round']}: {row['faults'][0]}")
@@ -181,7 +199,7 @@ def _ours(strategy: str, budgets: str) -> Callable[[ScaleBench, Side], None]:
 
 
 def _parts(row: dict[str, Any], workers: int) -> dict[str, float]:
-    """A round's seconds by what they were spent on; folding goes on beside training."""
+    """Return a round's seconds by what they were spent on; aggregation goes on beside training."""
     clock = row["clock"]
     parts = {
         "plan": clock["ask"] + clock["plan"],
@@ -203,7 +221,7 @@ _SIDES: dict[str, Callable[[ScaleBench, Side], None]] = {
 
 @contextmanager
 def _peaks(peak: dict[str, int]) -> Iterator[None]:
-    """Watch how much memory this process's descendants hold at most, by their roles."""
+    """Record the largest resident memory of this process's descendants, by their roles."""
     stop = threading.Event()
 
     def watch() -> None:

@@ -34,11 +34,13 @@ class Job:
     """What every side does.
 
     Attributes:
-        model, image_size: Of timm; 0 keeps the model's own.
-        clients, examples: How many, and of each.
-        batch_size: Of a step; an epoch each round.
-        rounds: Counted ones; one more comes before them.
-        workers: Processes.
+        model: Name of a timm model.
+        image_size: Pixels a side; 0 keeps the model's own.
+        clients: How many clients take part in a round.
+        examples: Examples of each client, all of which it trains on once a round.
+        batch_size: Examples of a step.
+        rounds: Rounds that count; one more comes before them.
+        workers: Processes that train.
     """
 
     model: str
@@ -50,7 +52,7 @@ class Job:
     workers: int
 
     def config(self, **changes: Any) -> RunConfig:
-        """The project's configuration of it, everything FULL."""
+        """Return the project's configuration of the job, everything FULL, with changed options."""
         base = RunConfig(
             strategy="fedavg",
             rounds=self.rounds + 1,
@@ -71,12 +73,12 @@ class Job:
         return replace(base, **changes)
 
     def to_json(self) -> str:
-        """As the command line takes it."""
+        """Return the job as the command line takes it."""
         return json.dumps(asdict(self))
 
 
 class Trainer:
-    """A plain client: the whole timm model, one epoch."""
+    """A plain client, which trains the whole timm model for one epoch."""
 
     def __init__(self, job: Job):
         config = job.config()
@@ -89,13 +91,13 @@ class Trainer:
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
 
     def batches(self, data: FederatedData, client: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """A client's examples, in order."""
+        """Yield a client's examples in batches, in order."""
         positions = torch.arange(len(data.partitions[client])).numpy()
         for start in range(0, len(positions), self.batch_size):
             yield data.client_batch(client, positions[start : start + self.batch_size])
 
     def train(self, batches: Iterable[tuple[Tensor, Tensor]]) -> None:
-        """One epoch from the weights that the model has."""
+        """Train one epoch from the weights that the model has."""
         self.model.train()
         optimizer = torch.optim.AdamW(self.trained, lr=self.config.lr, weight_decay=0.0, fused=True)
         for images, labels in batches:
@@ -105,7 +107,7 @@ class Trainer:
 
 
 def data_of(job: Job) -> FederatedData:
-    """The images of all clients."""
+    """Open the images of all clients."""
     components = Components(job.config())
     shape = build_adapter(components.model_spec).input_shape
     return open_data(components.data_spec(shape))
@@ -115,7 +117,7 @@ def data_of(job: Job) -> FederatedData:
 
 
 def floor(job: Job) -> None:
-    """Rounds of two plain processes: each trains its share of the clients and sums up changes."""
+    """Run rounds of plain processes, each of which trains its share of clients and sums changes."""
     context = multiprocessing.get_context("spawn")
     pipes, processes = [], []
     for rank in range(job.workers):
@@ -126,7 +128,7 @@ def floor(job: Job) -> None:
         processes.append(process)
     for pipe in pipes:
         pipe.recv()
-    shared = [pipe.recv() for pipe in pipes]  # each one's sums, in shared memory
+    shared = [pipe.recv() for pipe in pipes]  # sums of every process, in shared memory
     named = Trainer(job).model.named_parameters()
     weights = {n: p.detach().clone().share_memory_() for n, p in named}
     for pipe in pipes:
@@ -149,8 +151,8 @@ def floor(job: Job) -> None:
 
 def _floor_worker(job: Job, rank: int, pipe: Any) -> None:
     trainer, data = Trainer(job), data_of(job)
-    own = range(rank, job.clients, job.workers)
-    for client in own:  # decoded before anything is timed
+    clients = range(rank, job.clients, job.workers)
+    for client in clients:  # decoded before anything is timed
         next(trainer.batches(data, client))
     named = trainer.model.named_parameters()
     sums = {n: torch.zeros_like(p, requires_grad=False).share_memory_() for n, p in named}
@@ -160,7 +162,7 @@ def _floor_worker(job: Job, rank: int, pipe: Any) -> None:
     while pipe.recv():
         for tensor in sums.values():
             tensor.zero_()
-        for client in own:
+        for client in clients:
             with torch.no_grad():
                 for name, parameter in trainer.model.named_parameters():
                     parameter.copy_(weights[name])
@@ -182,7 +184,7 @@ def _data(job: Job) -> FederatedData:
 
 
 def flower(job: Job) -> None:
-    """Rounds of Flower's own FedAvg, a simulated SuperNode a client."""
+    """Run rounds of Flower's own FedAvg, with a simulated SuperNode for each client."""
     from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
     from flwr.clientapp import ClientApp
     from flwr.serverapp import Grid, ServerApp
@@ -202,7 +204,7 @@ def flower(job: Job) -> None:
         return Message(RecordDict({"arrays": arrays, "metrics": metrics}), reply_to=message)
 
     class Timed(FedAvg):
-        """FedAvg that says how long its rounds take."""
+        """FedAvg that prints how long its rounds take."""
 
         def configure_train(self, *args: Any) -> Any:
             self.started = time.perf_counter()
@@ -212,9 +214,9 @@ def flower(job: Job) -> None:
             replies = list(replies)
             if any(reply.has_error() for reply in replies) or len(replies) != job.clients:
                 raise RuntimeError("a client failed")
-            found = super().aggregate_train(server_round, replies)
+            aggregated = super().aggregate_train(server_round, replies)
             print(json.dumps(time.perf_counter() - self.started), flush=True)
-            return found
+            return aggregated
 
     @server_app.main()
     def main(grid: Grid, context: Context) -> None:

@@ -53,7 +53,21 @@ LORA = Lora(rank=8, alpha=8.0)
 
 @dataclass(frozen=True)
 class StepBench:
-    """What to measure, and how."""
+    """What to measure, and how.
+
+    Attributes:
+        model: Name of a timm model.
+        image_size: Pixels a side; 0 keeps the model's own.
+        batch_size: Examples of a step.
+        threads: Threads of torch, on a CPU.
+        device: ``cpu`` or ``cuda``.
+        precision: ``fp32`` or ``bf16``, of both sides.
+        slots: Slots of a batch.
+        pairs: Pairs of steps of the two sides, for each schedule.
+        checkpointing: Whether the scheduled side computes activations again.
+        micro_batches: Micro-batches of a batch, on the scheduled side.
+        tuning: ``full`` or ``lora``.
+    """
 
     model: str
     image_size: int
@@ -68,7 +82,11 @@ class StepBench:
     tuning: str = "full"
 
     def check(self) -> None:
-        """Raises ConfigError where nothing could be measured."""
+        """Check that this can be measured.
+
+        Raises:
+            ConfigError: When a number or the device cannot be.
+        """
         for name in ("batch_size", "threads", "slots", "pairs", "micro_batches"):
             if getattr(self, name) < 1:
                 option = name.replace("_", "-")
@@ -81,7 +99,7 @@ class StepBench:
         usable_device(self.device)
 
     def options(self) -> TrainingOptions:
-        """How the scheduled side trains; the other does the same, in whole batches."""
+        """Return how the scheduled side trains; the reference trains alike, in whole batches."""
         return TrainingOptions.of(
             RunConfig(
                 batch_size=self.batch_size,
@@ -94,16 +112,20 @@ class StepBench:
 
 @dataclass(frozen=True)
 class Row:
-    """One schedule beside training all of the timm model the same way, which is 1 everywhere.
+    """One schedule beside the reference, which trains all of the timm model and is 1 everywhere.
 
     Attributes:
-        schedule: Its name. slots: Its slots.
-        flop_ratio: Counted FLOPs. time_ratio: Median time of a step.
-        activation_ratio: Bytes saved for backward; predicted_activation_ratio: by the cost model.
-        peak_memory_ratio: Peak bytes of a step, everything held included;
-            predicted_peak_memory_ratio: by the cost model, its margin included.
-        reset_ratio: Time to reset the model to this schedule.
-        seconds: Median step. flops_as_predicted: Whether counted FLOPs are the predicted ones.
+        schedule: Name of the schedule.
+        slots: Slots of the schedule.
+        flop_ratio: Counted FLOPs of a step.
+        time_ratio: Median time of a step.
+        activation_ratio: Bytes saved for the backward pass.
+        predicted_activation_ratio: Bytes saved for the backward pass, by the cost model.
+        peak_memory_ratio: Peak bytes of a step, with everything that is resident.
+        predicted_peak_memory_ratio: Peak bytes by the cost model, with its margin.
+        reset_ratio: Time to reset the model to the schedule, over that of a reference step.
+        seconds: Median seconds of a step.
+        flops_as_predicted: Whether the cost model predicted the counted FLOPs.
     """
 
     schedule: str
@@ -119,12 +141,12 @@ class Row:
     flops_as_predicted: bool
 
     def to_json(self) -> dict[str, object]:
-        """As a mapping."""
+        """Return the row as a mapping."""
         return asdict(self)
 
 
 def grid(arch: Architecture, slots: int) -> dict[str, Schedule]:
-    """The schedules of the benchmark, by name."""
+    """Return the schedules of the benchmark, by name."""
     full, frozen, forward = Operation.FULL, Operation.FROZEN, Operation.FORWARD_ONLY
     cut = arch.blocks - max(1, arch.blocks // 3)
     upper = np.arange(arch.blocks)[:, None] >= cut  # the last third of the blocks
@@ -154,7 +176,7 @@ def grid(arch: Architecture, slots: int) -> dict[str, Schedule]:
 
 
 def mixture(arch: Architecture, slots: int, shares: dict[Operation, float]) -> Schedule:
-    """A schedule with these shares of operations, evenly over blocks and slots, rest SHORTCUT.
+    """Return a schedule with shares of operations, evenly over blocks and slots, rest SHORTCUT.
 
     Which heads do what moves on by one from block to block, and from slot to slot by as many as
     it takes to go round once.
@@ -175,6 +197,7 @@ def bench_step(bench: StepBench, done: Callable[[str], None] = lambda name: None
     """Measure every schedule of the grid.
 
     Args:
+        bench: What to measure.
         done: Told the name of each schedule when it has been measured.
     """
     bench.check()
@@ -214,7 +237,7 @@ def _keep_memory() -> None:
 
 
 class _Reference:
-    """Training all of the unmodified timm model; under LoRA, peft's model of it."""
+    """The reference: training all of the unmodified timm model; under LoRA, peft's model of it."""
 
     def __init__(
         self,
@@ -245,21 +268,21 @@ class _Reference:
         self.flops, self.peak_bytes = meter.flops, meter.peak_bytes
 
     def forward(self) -> Tensor:
-        """The loss of the batch."""
+        """Return the loss of the batch."""
         mixed = self.bench.precision == "bf16"
         with torch.autocast(self.images.device.type, torch.bfloat16, enabled=mixed):
             logits = self.model(self.images)
         return F.cross_entropy(logits.float(), self.labels)
 
     def step(self) -> None:
-        """One training step."""
+        """Run one training step."""
         self.optimizer.zero_grad(set_to_none=True)
         self.forward().backward()
         self.optimizer.step()
 
 
 def _adapted(model: torch.nn.Module, arch: Architecture) -> torch.nn.Module:
-    """A copy of the model as peft trains it."""
+    """Return a copy of the model as peft trains it."""
     from peft import LoraConfig, get_peft_model  # takes seconds to import
 
     config = LoraConfig(
@@ -319,7 +342,7 @@ def _measure(name: str, schedule: Schedule, reference: _Reference) -> Row:
 
 
 class _NoMeter(Meter):
-    """Measures nothing, so that nothing but training is timed."""
+    """A meter that measures nothing, so that nothing but training is timed."""
 
     def run(self, step: Callable[[], Tensor], *_: object, **__: object) -> Tensor:
         return step()
@@ -336,13 +359,13 @@ def _timed(step: Callable[[], object], device: torch.device) -> float:
 
 
 def saved_bytes(forward: Callable[[], Tensor], held: Iterable[Tensor]) -> int:
-    """Bytes of the distinct storages that autograd saves in ``forward``, ``held`` left out."""
-    own = {t.untyped_storage().data_ptr() for t in held}
+    """Return bytes of distinct storages that autograd saves in ``forward``, without ``held``."""
+    resident = {t.untyped_storage().data_ptr() for t in held}
     storages: dict[int, int] = {}
 
     def keep(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
+        if storage.data_ptr() not in resident:
             storages[storage.data_ptr()] = storage.nbytes()
         return tensor
 
@@ -352,7 +375,7 @@ def saved_bytes(forward: Callable[[], Tensor], held: Iterable[Tensor]) -> int:
 
 
 def draw(rows: list[Row], bench: StepBench, path: Path) -> None:
-    """Time over FLOPs, with the diagonal: on it, saved arithmetic is saved time."""
+    """Plot time over FLOPs, with the diagonal, on which saved arithmetic is saved time."""
     figure = Figure(figsize=(8.6, 5.6))
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()

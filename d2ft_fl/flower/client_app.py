@@ -2,8 +2,8 @@
 
 A SuperNode serves the clients p = k (mod N), where k and N are the ``partition-id`` and
 ``num-partitions`` of its node configuration; in a simulation, where every process could serve all
-clients, those that it is sent. Options of :data:`NODE_OPTIONS` in it take the place of the run's: the
-node's data, how they are shared out, its budgets.
+clients, those that it is sent. Options of :data:`NODE_OPTIONS` in it take the place of the run's:
+the node's data, how they are shared out, its budgets.
 
 Clients train in worker processes (:mod:`d2ft_fl.runtime.worker_pool`), which live from message to
 message as long as this process does: one for each of a simulated SuperNode's CPUs, one on a real

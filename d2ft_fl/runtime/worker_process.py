@@ -5,8 +5,8 @@ See :mod:`d2ft_fl.runtime.worker_pool`, which starts it as
     python -m d2ft_fl.runtime.worker_process CONNECTION LIFELINE
 
 Both are file descriptors. Over the connection come, after the configuration as JSON, requests of
-two frames, JSON and a blob, and go answers of one. When no process has the lifeline's other end open
-any more, this process ends at once, whatever it is doing.
+two frames, JSON and a blob, and go answers of one. When no process has the lifeline's other end
+open any more, this process ends at once, whatever it is doing.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""A whole run: ask, plan, send, train, fold, record, round after round."""
+"""A whole run: ask, plan, send, train, aggregate, record, round after round."""
 
 import logging
 import time
@@ -39,27 +39,27 @@ from d2ft_fl.util.torch_device import set_threads
 log = logging.getLogger(__name__)
 
 
-class Pool(Protocol):
+class ClientPool(Protocol):
     """The clients of a federation, wherever they run."""
 
     def clients(self, round_number: int) -> Mapping[int, int]:
-        """Those that can be asked before a round.
+        """Return the clients that can be asked before a round.
 
         Returns:
-            Client -> a number that is another one when it may have changed meanwhile.
+            Client -> a number that is another one when the client may have changed meanwhile.
         """
 
     def reports(
         self, round_number: int, clients: Sequence[int]
     ) -> tuple[list[Report], Mapping[int, ClientFailure]]:
-        """What these clients say of themselves before a round, and who of them does not answer."""
+        """Return reports of clients before a round, and why other clients do not report."""
 
     def train(
         self, work: RoundDispatch
     ) -> Iterable[tuple[int, bytes | memoryview | ClientFailure]]:
-        """Have clients train; yields their replies as they arrive, in any order.
+        """Have clients train; yield their replies as they arrive, in any order.
 
-        A reply in memory is good until the next is asked for.
+        A reply in shared memory is valid until the next one is asked for.
         """
 
 
@@ -68,11 +68,11 @@ Progress = Callable[[dict[str, Any]], None]
 
 def run(
     config: RunConfig,
-    pool: Pool,
+    pool: ClientPool,
     progress: Progress = lambda row: None,
     report: bool = True,
 ) -> dict[str, Any]:
-    """Run a federation from start to end; returns the summary.
+    """Run a federation from start to end; return the summary.
 
     Args:
         config: A checked configuration.
@@ -98,8 +98,8 @@ def run(
     return summary
 
 
-def _run(config: RunConfig, pool: Pool, progress: Progress, folder: Path) -> dict[str, Any]:
-    """All rounds, recorded in ``folder``; returns the summary."""
+def _run(config: RunConfig, pool: ClientPool, progress: Progress, folder: Path) -> dict[str, Any]:
+    """Run all rounds, recorded in ``folder``; return the summary."""
     started = time.perf_counter()
     run = _Run(config, pool, folder)
     run.begin()
@@ -109,9 +109,9 @@ def _run(config: RunConfig, pool: Pool, progress: Progress, folder: Path) -> dic
 
 
 class _Run:
-    """A run between rounds: the federation's state, what clients said, and where it is recorded."""
+    """A run between rounds: the federation's state, its clients' reports, and the record."""
 
-    def __init__(self, config: RunConfig, pool: Pool, folder: Path):
+    def __init__(self, config: RunConfig, pool: ClientPool, folder: Path):
         set_threads(config.threads_per_client)
         self.config, self.pool = config, pool
         self.components = Components(config)
@@ -132,12 +132,12 @@ class _Run:
 
     @cached_property
     def origin(self) -> str:
-        """From which weights the run began, for its checkpoints."""
+        """Digest of the weights that the run began with, for its checkpoints."""
         return checkpoint.digest_of(self.original)
 
     @cached_property
     def key(self) -> bytes:
-        """Of private rounds' noise and draws."""
+        """Key of the noise and draws of private rounds."""
         return noise_key(self.config, self.recorder.folder)
 
     def begin(self) -> None:
@@ -145,10 +145,10 @@ class _Run:
         if not self.config.resume:
             self.recorder.start()
             return
-        found = checkpoint.load(self.recorder.folder, self.config, self.origin)
+        loaded = checkpoint.load(self.recorder.folder, self.config, self.origin)
         rows = read_rows(self.recorder.folder)
-        if found is not None:
-            self.state, self.reports = found.state, dict(found.reports)
+        if loaded is not None:
+            self.state, self.reports = loaded.state, dict(loaded.reports)
         elif len(rows) > self.config.checkpoint_every:
             raise ConfigError(
                 f"resume = {self.config.resume!r} has {len(rows)} rounds and no checkpoint to go "
@@ -161,7 +161,7 @@ class _Run:
         """Run the next round, again if too few clients answer and that is asked for.
 
         Returns:
-            Its line.
+            The line of the round in ``rounds.jsonl``.
         """
         config, number = self.config, self.state.round + 1
         started, stopwatch, failures = time.perf_counter(), Stopwatch(), []
@@ -196,29 +196,29 @@ class _Run:
         return row
 
     def _mistrust(self, replies: RoundReplies) -> None:
-        """Take nothing for sure of what those hold who failed a round: it may be what they miss."""
+        """Take the caches of clients that failed for empty: a gap may be why they failed."""
         failed = {client for client, record in replies.records.items() if record.failure}
-        cached = {c: held for c, held in self.state.cached.items() if c not in failed}
+        cached = {c: subnets for c, subnets in self.state.cached.items() if c not in failed}
         if len(cached) < len(self.state.cached):
             self.state = replace(self.state, cached=cached)
-            if self.config.checkpoint_every:  # the next process should not believe it either
+            if self.config.checkpoint_every:  # a process that resumes must not rely on them either
                 self._save()
 
     def _save(self) -> None:
-        own = checkpoint.Checkpoint(self.state, self.reports)
-        checkpoint.save(self.recorder.folder, self.config, self.origin, own)
+        saved = checkpoint.Checkpoint(self.state, self.reports)
+        checkpoint.save(self.recorder.folder, self.config, self.origin, saved)
 
     def _replies(self, number: int, stopwatch: Stopwatch) -> tuple[Federation, Plan, RoundReplies]:
-        """Ask, plan, send and fold in: a round up to where its state is made."""
+        """Ask, plan, send and aggregate: a round up to where its state is made."""
         config = self.config
         stage = self.federation.at(number)
         state = stage.prepared(self.state, self.original)
-        if self.privacy:  # what clients hold tells who was drawn
+        if self.privacy:  # what clients have cached tells who was drawn
             state = replace(state, cached={})
         with stopwatch.of("ask"):
             reports, silent = self._ask(number)
         if not reports:
-            raise RunError(f"no client answered in round {number}{_said(silent)}")
+            raise RunError(f"no client answered in round {number}{_first_silent(silent)}")
         with stopwatch.of("plan"):
             plan = plan_round(stage, state, reports)
             nobody = not plan.working
@@ -260,13 +260,13 @@ class _Run:
     ) -> bytes:
         participant, assignment = assignments[client]
         matched = bool(self.config.match)
-        # A round that is begun again keeps to what clients said then, whatever they would say now;
-        # its messages are as long as they were.
+        # A round that is begun again keeps to the reports it had, whatever clients report now; its
+        # messages are as long as they were.
         budget = participant.budget if matched or self.budgets_vary else None
         return encode_assignment(stage, state, assignment, budget, matched or self.replays, shared)
 
     def _drawn(self, plan: Plan) -> tuple[Plan, PrivateRound]:
-        """Of a plan for all clients, that of those who take part, and what of it may be known."""
+        """Return the part of a plan for the clients that are drawn, and what of it may be known."""
         assert self.privacy is not None
         trainers = Trainers.of(
             [(a.schedule, a.examples or 0) for a in plan.assignments], self.privacy.rate
@@ -275,7 +275,7 @@ class _Run:
         return plan.only(chosen), PrivateRound(self.privacy, self.key, plan.round, trainers)
 
     def _ask(self, number: int) -> tuple[list[Report], Mapping[int, ClientFailure]]:
-        """Reports of the clients that take part in a round, and who does not answer."""
+        """Return reports of the clients that take part in a round, and why others do not report."""
         there = self.pool.clients(number)
         # Plans of private rounds are for all, so that none tells who else was drawn.
         chosen = sorted(there) if self.privacy else drawn(self.config, number, there)
@@ -292,13 +292,13 @@ class _Run:
             fresh, silent = self.pool.reports(number, missing)
             known = {**known, **{r.client: r for r in fresh}}
         self.reports = known
-        found = [known[client] for client in chosen if client in known]
+        reports = [known[client] for client in chosen if client in known]
         if self.budgets_vary:
-            self.recorder.reports(number, found)
-        return found, silent
+            self.recorder.reports(number, reports)
+        return reports, silent
 
     def finish(self, wall_seconds: float) -> dict[str, Any]:
-        """Write what the run has come to; returns the summary."""
+        """Write the results of the run; return the summary."""
         stage, state = self.federation.at(self.state.round), self.state
         if save := getattr(stage.tuning, "save", None):
             save(self.recorder.folder, state.weights, stage.arch, self.components, self.original)
@@ -315,7 +315,7 @@ class _Run:
 
 
 def drawn(config: RunConfig, round_number: int, clients: Iterable[int]) -> list[int]:
-    """Who takes part in a round: all of ``clients``, or as many as are sampled, in order."""
+    """Draw who takes part in a round: all of ``clients``, or as many as are sampled, in order."""
     ordered = sorted(clients)
     if not config.sample_clients or config.sample_clients >= len(ordered):
         return ordered
@@ -328,7 +328,7 @@ def _first_failure(replies: RoundReplies) -> str:
     return f"; the first said: {replies.failures[0]}" if replies.failures else ""
 
 
-def _said(silent: Mapping[int, ClientFailure]) -> str:
+def _first_silent(silent: Mapping[int, ClientFailure]) -> str:
     return next((f"; client {c} said: {failure.reason}" for c, failure in silent.items()), "")
 
 

@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from d2ft_fl.bench.planner import gap_to, make_clients, optimum
+from d2ft_fl.bench.optimum import optimum
+from d2ft_fl.bench.planner import gap_to
+from d2ft_fl.bench.planner_clients import make_clients
 from d2ft_fl.cli.main import app
 from d2ft_fl.errors import RunError
 from d2ft_fl.planning.knapsack import solve, used
