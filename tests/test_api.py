@@ -2,6 +2,7 @@
 
 import ast
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -83,3 +84,20 @@ def test_options_are_checked_first(quick):
     for function in (d2ft_fl.run, d2ft_fl.plan):
         with pytest.raises(d2ft_fl.ConfigError, match="rounds = 0 must be 1 or more"):
             function(quick(rounds=0))
+
+
+def samples():
+    """The Python code of README, the tutorial and all other documents for users."""
+    for document in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
+        for code in re.findall(r"^```python.*\n((?s:.*?))^```", document.read_text(), re.M):
+            yield pytest.param(ast.parse(code), id=f"{document.name}: {code[:30]!r}")
+
+
+@pytest.mark.parametrize("code", samples())
+def test_samples_use_the_public_api_only(code):
+    for node in ast.walk(code):
+        if isinstance(node, ast.ImportFrom) and node.module.split(".")[0] == "d2ft_fl":
+            assert node.module == "d2ft_fl"
+            assert {alias.name for alias in node.names} <= set(d2ft_fl.__all__)
+        elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
+            assert node.value.id != "d2ft_fl" or node.attr in d2ft_fl.__all__
