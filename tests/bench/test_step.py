@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from d2ft_fl.bench import step
+from d2ft_fl.bench import step_schedules
 from d2ft_fl.cli.main import app
 from d2ft_fl.subnets.schedule import Operation
 from tests.conftest import build
@@ -53,7 +53,7 @@ def test_rows_are_a_contract_and_predictions_hold(slots, tmp_path):
 @pytest.mark.parametrize("slots", [1, 5])
 def test_mixtures_have_the_shares_they_say(slots):
     _, arch = build(depth=5, num_heads=4)
-    schedule = step.mixture(arch, slots, {Operation.FULL: 0.4, Operation.FROZEN: 0.2})
+    schedule = step_schedules.mixture(arch, slots, {Operation.FULL: 0.4, Operation.FROZEN: 0.2})
     shares = {op: float((schedule.operations == op).mean()) for op in Operation}
     assert shares[Operation.FULL] == pytest.approx(0.4, abs=0.03)
     assert shares[Operation.FROZEN] == pytest.approx(0.2, abs=0.03)
