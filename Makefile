@@ -10,7 +10,7 @@ export FLWR_DISABLE_UPDATE_CHECK := 1
 export FLWR_TELEMETRY_ENABLED := 0
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help install run test test-slow lint constraints clean
+.PHONY: help install run test test-slow lint options constraints clean
 
 help:
 	@echo "make run     federated fine-tuning of the default job, from nothing"
@@ -40,6 +40,10 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports --no-cache --no-logo
+
+# After a change of an option: its comment in pyproject.toml, and docs/options.md.
+options: $(READY)
+	$(BIN)/python -m d2ft_fl.cli.options_page
 
 constraints: $(READY)
 	$(BIN)/uv pip compile --quiet --python-version 3.11 --extra dev --no-header --no-annotate \

@@ -14,7 +14,7 @@ from d2ft_fl.aggregation.robust import ROBUST, RobustSums, clipped, mixed
 from d2ft_fl.aggregation.sums import Sums, Update
 from d2ft_fl.errors import ConfigError, ReplyError
 from d2ft_fl.records.run_folder import read_rows
-from d2ft_fl.rounds.checks import AGGREGATIONS, checked_options
+from d2ft_fl.rounds.checks import checked_options
 from d2ft_fl.runtime.in_process import run_local
 from d2ft_fl.server.console import summary
 from d2ft_fl.subnets.architecture import Kind
@@ -223,10 +223,6 @@ def test_a_run_says_which_share_of_its_slices_too_few_trained(quick, tmp_path, c
     summary(json.loads(Path(config.run_folder, "summary.json").read_text()))
     said = " ".join(capsys.readouterr().out.split())
     assert f"{sum(left) / 2:.0%} of the slices that clients trained stayed as they were" in said
-
-
-def test_the_ways_are_those_that_are_configured():
-    assert ("mean", *ROBUST) == AGGREGATIONS
 
 
 def test_more_hostile_clients_than_the_rest_can_bear_are_refused(quick):

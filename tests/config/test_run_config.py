@@ -1,12 +1,18 @@
 import tomllib
+from dataclasses import MISSING, asdict, fields
 from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
 
+from d2ft_fl.aggregation.robust import ROBUST
+from d2ft_fl.budgets.matching import MATCHES
 from d2ft_fl.cli.main import app
-from d2ft_fl.config.run_config import RunConfig
+from d2ft_fl.config.choices import AGGREGATIONS, MATCHED_BUDGETS, SCORES
+from d2ft_fl.config.run_config import OPTIONS, RunConfig
+from d2ft_fl.config.training_options import TrainingOptions
 from d2ft_fl.errors import ConfigError
+from d2ft_fl.planning import importance
 from d2ft_fl.rounds.checks import checked
 from d2ft_fl.rounds.components import Components
 
@@ -21,12 +27,37 @@ def test_pyproject_and_the_record_agree_on_keys_types_and_defaults():
     }
 
 
-def test_every_option_is_documented_where_it_is_declared():
-    text = (ROOT / "pyproject.toml").read_text()
-    section = text[text.index("[tool.flwr.app.config]") : text.index("[tool.ruff]")]
-    options = [line for line in section.splitlines() if " = " in line and line[0] != "#"]
-    assert len(options) == len(APP)
-    assert all("  # " in line for line in options)
+def test_every_number_has_its_range():
+    """But for delta, whose range depends on the number of clients, and a factor that has none."""
+    numbers = [one for one in OPTIONS.values() if one.kind in (int, float)]
+    free = {one.key for one in numbers if not (one.to_json()["range"] or one.choices)}
+    assert free == {"delta", "hostile-scale"}
+
+
+def test_keys_stand_in_run_folders_in_the_order_that_they_always_had():
+    keys = list(RunConfig().to_mapping())
+    some = (
+        "strategy dataset model tuning lora-lr batch-size aggregation upload-bits budgets device "
+        "run-folder"
+    )
+    places = [keys.index(key) for key in some.split()]
+    assert places == sorted(places)
+    assert (places[0], places[-1]) == (0, len(keys) - 1)
+
+
+def test_training_options_are_options_of_a_run_and_have_no_defaults_of_their_own():
+    own = {f.name: f for f in fields(TrainingOptions)}
+    run = {f.name: f.type for f in fields(RunConfig)}
+    assert {name: f.type for name, f in own.items()} == {name: run[name] for name in own}
+    assert all(f.default is MISSING for f in own.values())
+    config = RunConfig(lr=0.25, micro_batches=3)
+    assert asdict(TrainingOptions.of(config)) == {name: getattr(config, name) for name in own}
+
+
+def test_names_that_functions_are_found_by_are_the_choices_of_options():
+    assert importance.KINDS == SCORES
+    assert tuple(MATCHES) == MATCHED_BUDGETS
+    assert ("mean", *ROBUST) == AGGREGATIONS
 
 
 def test_the_default_configuration_checks():

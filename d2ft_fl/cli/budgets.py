@@ -1,0 +1,117 @@
+"""``d2ft budgets`` and ``d2ft profile``: what clients can afford."""
+
+import json
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from d2ft_fl.budgets import device_classes
+from d2ft_fl.budgets.budget import Amount, Budget
+from d2ft_fl.cli.common import DEVICE, failures
+from d2ft_fl.util.terminal import console, say
+
+if TYPE_CHECKING:
+    from d2ft_fl.budgets.device_classes import DeviceClasses
+    from d2ft_fl.budgets.machine import Profile
+
+
+def budgets_command(
+    source: Annotated[
+        str, typer.Argument(help="A TOML file of device classes, devices, or hardware.")
+    ],
+    clients: Annotated[int, typer.Option(min=1, help="Clients to spread over the classes.")] = 10,
+    as_json: Annotated[bool, typer.Option("--json", help="Print classes as JSON only.")] = False,
+) -> None:
+    """Check a file of budgets and show what it means."""
+    with failures():
+        found = device_classes.named(source)
+    rows = found.to_json(clients)
+    if as_json:
+        typer.echo(json.dumps({"varies": found.varies, "classes": rows}))
+        return
+    _budgets_table(source, clients, found)
+
+
+def _budgets_table(source: str, clients: int, found: "DeviceClasses") -> None:
+    """Device classes, one a row; columns that no class has anything in are left out."""
+    from d2ft_fl.report.format import LABELS
+
+    counts = found.counts(clients)
+    heads = ("share", "clients", *LABELS.values(), "speed", "net up", "net down", "deadline")
+    rows = [
+        (
+            f"{found.mix.share(name):.1%}",
+            str(counts[name]),
+            *_budget_cells(device.budget),
+            str(device.trace or "-"),
+        )
+        for name, device in found.classes.items()
+    ]
+    shown = [i for i in range(len(rows[0])) if any(row[i] != "-" for row in rows)]
+    table = Table(title=f"{escape(source)}, for {clients} clients", title_justify="left")
+    table.add_column("class", no_wrap=True)
+    for i in shown:
+        table.add_column((*heads, "trace")[i], justify="right")
+    for name, row in zip(found.classes, rows, strict=True):
+        table.add_row(escape(name), *(row[i] for i in shown))
+    console.print(table)
+    say("% of training everything on a client's own data; no figure, no limit")
+    if found.varies:
+        say("traces lower budgets by round; clients are asked before each")
+
+
+def _budget_cells(budget: Budget) -> list[str]:
+    from d2ft_fl.report.format import LABELS, quantity, unit_of
+
+    def amount(value: Amount | None, unit: str) -> str:
+        if value is None:
+            return "-"
+        return f"{100 * value.value:.3g} %" if value.relative else quantity(value.value, unit)
+
+    def rate(value: float | None, unit: str) -> str:
+        return "-" if value is None else quantity(value, unit)
+
+    bits_up, bits_down = (
+        None if b is None else 8 * b for b in (budget.bandwidth_up, budget.bandwidth_down)
+    )
+    return [
+        *(amount(getattr(budget, name), unit_of(name)) for name in LABELS),
+        rate(budget.speed, "FLOP/s"),
+        rate(bits_up, "bit/s"),
+        rate(bits_down, "bit/s"),
+        "-" if budget.deadline is None else f"{budget.deadline:g} s",
+    ]
+
+
+def profile_command(
+    threads: Annotated[int, typer.Option(help="Threads of torch, on a CPU.")] = 1,
+    device: Annotated[str, typer.Option(help="What to measure.", click_type=DEVICE)] = "cpu",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON only.")] = False,
+) -> None:
+    """Measure this machine's speed and free memory, as budgets = "measured" does."""
+    from d2ft_fl.budgets.machine import profile
+
+    with failures():
+        found = profile(device, threads)
+    if as_json:
+        typer.echo(json.dumps(found.to_json()))
+        return
+    _profile_table(found)
+
+
+def _profile_table(found: "Profile") -> None:
+    """What a machine affords, and the class of it for a file of budgets."""
+    from d2ft_fl.report.format import quantity
+
+    table = Table(title=f"This machine: {found.device}, threads {found.threads}")
+    table.add_column("measured")
+    table.add_column("", justify="right")
+    table.add_row("feed-forward products", quantity(found.speeds.products, "FLOP/s"))
+    table.add_row("attention's products", quantity(found.speeds.attention, "FLOP/s"))
+    table.add_row("both together", quantity(found.speeds.speed, "FLOP/s"))
+    table.add_row("memory it could have", quantity(found.free, "B"))
+    console.print(table)
+    say("for a file of budgets:\n")
+    say(found.to_toml().rstrip())

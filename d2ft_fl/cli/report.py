@@ -1,0 +1,46 @@
+"""``d2ft report``."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from d2ft_fl.cli.common import failures
+from d2ft_fl.errors import ConfigError
+from d2ft_fl.util import terminal
+
+
+def report_command(
+    path: Annotated[
+        Path, typer.Argument(metavar="PATH", help="The folder of a run, or of a sweep.")
+    ],
+    output: Annotated[Path | None, typer.Option(help="PATH/report.html.")] = None,
+    markdown: Annotated[
+        bool, typer.Option("--markdown", help="Print a sweep's table in Markdown instead.")
+    ] = False,
+    across: Annotated[
+        str, typer.Option(metavar="KEY", help="With --markdown: a column for each of its values.")
+    ] = "",
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON only.")] = False,
+) -> None:
+    """Write the page of a run or of a sweep, also while it goes on."""
+    from d2ft_fl import report
+    from d2ft_fl.report import plan_figure
+
+    with failures():
+        if across and not markdown:
+            raise ConfigError("--across is a column of --markdown; give both")
+        if markdown and (as_json or output is not None):
+            raise ConfigError("--markdown prints a table alone; leave out --json and --output")
+        if markdown:
+            typer.echo(report.sweep_table(path, across), nl=False)
+            return
+        if output is not None:
+            plan_figure.check_output(output, report.SUFFIXES)
+        kind = report.kind_of(path)
+        page = (report.run_page if kind == report.RUN else report.sweep_page)(path, output)
+    if as_json:
+        typer.echo(json.dumps({"kind": kind, "report": str(page.absolute())}))
+    else:
+        terminal.say(f"report: {page.absolute()}")

@@ -1,0 +1,86 @@
+"""``d2ft run``."""
+
+import json
+from dataclasses import replace
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from d2ft_fl.cli.common import Files, Pairs, compile_once, failures, progress_bar
+from d2ft_fl.config.run_config import RunConfig
+from d2ft_fl.config.sources import collect
+from d2ft_fl.errors import ConfigError
+from d2ft_fl.records.run_folder import claim_folder, note_failure
+from d2ft_fl.util import terminal
+
+
+class Backend(StrEnum):
+    """Where clients run."""
+
+    flower = "flower"
+    local = "local"
+
+
+def run(
+    config: Files = None,
+    set_: Pairs = None,
+    backend: Annotated[
+        Backend, typer.Option(help="Flower's simulation engine, or one plain process.")
+    ] = Backend.flower,
+    supernodes: Annotated[
+        int, typer.Option(help="Flower's; 0: one, which has all cores of this machine.")
+    ] = 0,
+    workers: Annotated[
+        int, typer.Option(help="With --backend local: processes to train in; 0: this one.")
+    ] = 0,
+    resume: Annotated[
+        Path | None, typer.Option(help="Folder of a run to go on with, under its own options.")
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the summary as JSON and nothing else.")
+    ] = False,
+) -> None:
+    """Run a federation and show it round by round."""
+    from d2ft_fl.rounds.checks import checked
+
+    with failures():
+        if workers and backend is not Backend.local:
+            raise ConfigError("--workers belongs to --backend local; Flower starts its own")
+        options = checked(collect(config or [], set_ or [], resume))
+        _run(options, backend, supernodes, workers, as_json)
+
+
+def _run(config: RunConfig, backend: Backend, supernodes: int, workers: int, as_json: bool) -> None:
+    from d2ft_fl.flower.superlink import run_flower
+    from d2ft_fl.runtime.in_process import run_local
+    from d2ft_fl.server import console
+
+    folder = claim_folder(config)
+    config = replace(config, run_folder=str(folder))
+    progress = progress_bar(hidden=as_json)
+    if not as_json:
+        terminal.say(f"run folder: {folder}")
+        console.header(config)
+    try:
+        compile_once(config, as_json)
+        with progress:
+            task = progress.add_task("starting", total=config.rounds)
+
+            def show(row: dict[str, Any]) -> None:
+                if not as_json:
+                    console.round_line(row)
+                progress.update(task, completed=row["round"], description="training")
+
+            if backend is Backend.local:
+                summary = run_local(config, show, workers=workers)
+            else:
+                summary = run_flower(config, folder, supernodes, show)
+    except (Exception, KeyboardInterrupt) as error:
+        note_failure(folder, str(error) or type(error).__name__)
+        raise
+    if as_json:
+        typer.echo(json.dumps(summary))
+    else:
+        console.summary(summary)
