@@ -33,7 +33,7 @@ from d2ft_fl.engine.trainer import Stepper, optimizer_state
 from d2ft_fl.errors import ConfigError
 from d2ft_fl.lora.config import Lora, with_lora
 from d2ft_fl.lora.init import begin
-from d2ft_fl.lora.peft_io import target_pattern
+from d2ft_fl.lora.peft_files import target_pattern
 from d2ft_fl.models.build import build_adapter
 from d2ft_fl.models.spec import ModelSpec
 from d2ft_fl.subnets.architecture import Architecture, Kind

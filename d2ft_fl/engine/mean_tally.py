@@ -11,8 +11,9 @@ from d2ft_fl.subnets.schedule import Schedule
 from d2ft_fl.wire.compensation import mean_name, skip_name, skip_sets
 
 if TYPE_CHECKING:
+    from d2ft_fl.engine.block import Offsets
     from d2ft_fl.engine.head_group import HeadGroup
-    from d2ft_fl.engine.partial_model import Offsets, PartialModel
+    from d2ft_fl.engine.partial_model import PartialModel
 
 
 class MeanTally:

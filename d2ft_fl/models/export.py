@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from d2ft_fl.config.run_config import NO_PATHS, resolve_path
 from d2ft_fl.errors import ConfigError
 from d2ft_fl.lora.config import Lora, weights, with_lora
-from d2ft_fl.lora.peft_io import total_changes, write_adapter
+from d2ft_fl.lora.peft_export import total_changes, write_adapter
 from d2ft_fl.models.build import build_adapter
 from d2ft_fl.models.spec import ModelSpec
 from d2ft_fl.subnets.architecture import Architecture

@@ -21,7 +21,7 @@ from d2ft_fl.data.federated_data import class_count
 from d2ft_fl.data.spec import DataSpec
 from d2ft_fl.errors import ConfigError
 from d2ft_fl.lora.config import Lora
-from d2ft_fl.lora.peft_io import read_adapter
+from d2ft_fl.lora.peft_import import read_adapter
 from d2ft_fl.models.spec import ModelSpec
 from d2ft_fl.planning import importance
 from d2ft_fl.rounds.strategies import Method, load_strategy, method_of

@@ -13,7 +13,7 @@ from d2ft_fl.engine.partial_model import PartialModel
 from d2ft_fl.engine.trainer import train
 from d2ft_fl.lora.config import Lora, with_lora
 from d2ft_fl.lora.init import begin
-from d2ft_fl.lora.peft_io import target_pattern
+from d2ft_fl.lora.peft_files import target_pattern
 from d2ft_fl.models.timm_vit import TimmViT
 from d2ft_fl.subnets.architecture import Kind
 from d2ft_fl.subnets.packing import pack_for

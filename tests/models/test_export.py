@@ -213,7 +213,7 @@ def test_what_cannot_be_written_is_one_line_and_leaves_nothing(tmp_path, monkeyp
     def full(*_, **__):
         raise safetensors.SafetensorError("I/O error: No space left on device")
 
-    monkeypatch.setattr("d2ft_fl.lora.peft_io.safetensors.torch.save_file", full)
+    monkeypatch.setattr("d2ft_fl.lora.peft_export.safetensors.torch.save_file", full)
     text = refused(run, "--output", out)
     assert "cannot be written to: I/O error: No space left on device; name another" in text
     assert list(out.iterdir()) == []

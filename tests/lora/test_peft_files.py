@@ -16,7 +16,9 @@ from typer.testing import CliRunner
 from d2ft_fl.cli.main import app
 from d2ft_fl.errors import ConfigError
 from d2ft_fl.lora.config import Lora, delta, factor_name, merged, targeted, weights, with_lora
-from d2ft_fl.lora.peft_io import CONFIG, PREFIX, TENSORS, read_adapter, total_changes, write_adapter
+from d2ft_fl.lora.peft_export import total_changes, write_adapter
+from d2ft_fl.lora.peft_files import CONFIG, PREFIX, TENSORS
+from d2ft_fl.lora.peft_import import read_adapter
 from d2ft_fl.models.export import base_model, save_tuned
 from tests.conftest import TARGETS, build, images_for
 from tests.engine.test_lora_engine import adapted
