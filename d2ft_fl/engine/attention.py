@@ -1,4 +1,4 @@
-"""Which of torch's attention kernels is taken."""
+"""Which of torch's attention kernels runs."""
 
 
 def fused_attention(device: str, head_dim: int, dropout: float) -> bool:

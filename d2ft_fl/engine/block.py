@@ -20,7 +20,21 @@ Offsets = list[Tensor | None]
 
 
 class Block:
-    """One transformer block as far as a client holds it."""
+    """One block as far as a client has it.
+
+    Args:
+        arch: As it is tuned.
+        traits: What the block computes with.
+        specs: Role -> parameter of the block.
+        schedule: What the client runs.
+        run: Its operations by branch.
+        block: Index of the block.
+        tensors: Shared parameters by name.
+        take: Makes rows of sliced ones.
+        numerics: How arithmetic is done.
+        offsets: Per slot, compensation of what is skipped.
+        gradients: Whether there is room for gradients.
+    """
 
     def __init__(
         self,
@@ -70,15 +84,16 @@ class Block:
             self.branches.append(Branch(spec, of_block, *args))
 
     def _merge_factors(
-        self, loras: Iterable[ProductFactors], ranks: Mapping[int, int] | None, keeps: bool
+        self, factors: Iterable[ProductFactors], ranks: Mapping[int, int] | None, keeps: bool
     ) -> None:
-        """Fold in the factors of heads that do not train; what no head needs then goes.
+        """Add to weights the factors of heads that do not train; drop what no head needs then.
 
         Args:
+            factors: Of the products of one branch.
             ranks: Trained heads -> how much of their factors trains, where it is not all.
             keeps: Whether anything trains.
         """
-        for lora in loras:
+        for lora in factors:
             target, _, factor = lora.far.partition(".")
             far = self.shared[lora.far].detach()
             far = far.t() if factor == "lora_A" else far  # [dim, rank]
@@ -91,7 +106,7 @@ class Block:
                 self.shared[lora.far] = part.requires_grad_(whole.requires_grad)
 
     def values_of(self, whole: GlobalModel) -> Iterator[tuple[Tensor, Tensor]]:
-        """What is held, in parts, and the same of a model."""
+        """Yield parts of what the block has, each with its counterpart in a whole model."""
         for role, rows in self.store.weights.items():
             parts = list(whole.parts(self.specs[role], self.store.order))
             yield from zip(rows.split([len(part) for part in parts]), parts, strict=True)
@@ -99,7 +114,7 @@ class Block:
             yield tensor, whole.tensors[self.specs[role].name]
 
     def together(self, every_slot: bool) -> list[tuple[int, ...]]:
-        """Trained heads, those that always step together in one tuple.
+        """Return trained heads, those that always step together in one tuple.
 
         Args:
             every_slot: Whether every batch has examples in every slot; otherwise heads must run

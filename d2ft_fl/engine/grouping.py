@@ -1,8 +1,8 @@
-"""How a block's heads and slots are grouped for execution: storage order, segments, pieces.
+"""How a block's heads and slots are grouped for execution: storage, segments, head groups.
 
 Slots that ask the same of a block, side by side, are a *segment*. Within one, heads that do the
-same in neighbouring slots are a *piece*, which the engine runs as one narrower branch. Trained
-heads are stored first, alike ones side by side, so that a piece is a few runs of rows.
+same in neighbouring slots are a *head group*, which the engine runs as one narrower branch. Trained
+heads are stored first, alike ones side by side, so that a head group is a few runs of rows.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,13 +14,13 @@ import numpy as np
 
 from d2ft_fl.subnets.schedule import Operation
 
-# A piece: first slot, slot behind the last, heads.
+# A head group: first slot, slot behind the last, heads.
 Part = tuple[int, int, tuple[int, ...]]
 RUNNING = (Operation.FULL, Operation.FROZEN, Operation.FORWARD_ONLY)
 
 
 def storage_order(operations: np.ndarray, ranks: Mapping[int, int] | None = None) -> list[int]:
-    """Order in which a block's heads are stored: trained ones first, alike ones side by side.
+    """Return the order in which a block's heads are stored: trained first, alike side by side.
 
     A path from head to head that changes as few operations as it can, nearest neighbour first, so
     that the heads of an operation in a slot lie in few runs; of one rank after another, the largest
@@ -66,9 +66,9 @@ class Group:
 
     Attributes:
         slots: From which slot to before which.
-        status: What they ask.
-        through: Whether gradient is wanted at their input.
-        pieces: Operation -> its pieces.
+        status: What the slots ask.
+        through: Whether gradient is wanted at the segment's input.
+        head_groups: Operation -> its head groups.
     """
 
     slots: tuple[int, int]
@@ -78,11 +78,12 @@ class Group:
 
 
 def groups(operations: np.ndarray, through: np.ndarray, order: Sequence[int]) -> list[Group]:
-    """Divide a branch's slots into segments, and each segment's work into pieces.
+    """Divide a branch's slots into segments, and each segment's work into head groups.
 
     Args:
-        operations, through: int8 [slots, heads] and bool [slots], of
+        operations: int8 [slots, heads], of
             :class:`~d2ft_fl.subnets.schedule.BranchOperations`.
+        through: bool [slots], of ``BranchOperations`` too.
         order: Heads as they are stored.
     """
     status = _STATUS[operations].max(axis=1)
@@ -104,7 +105,7 @@ def groups(operations: np.ndarray, through: np.ndarray, order: Sequence[int]) ->
 def _parts(
     operations: np.ndarray, operation: Operation, start: int, stop: int, order: Sequence[int]
 ) -> Iterator[Part]:
-    """Pieces of one operation: neighbouring slots that have the same heads do it."""
+    """Yield head groups of one operation: neighbouring slots in which equal heads do it."""
     chosen = operations[start:stop] == operation  # [slots, heads]
     for a, b in _equal_runs(chosen):
         if heads := tuple(head for head in order if chosen[a, head]):
@@ -112,6 +113,6 @@ def _parts(
 
 
 def _equal_runs(rows: np.ndarray) -> Iterator[tuple[int, int]]:
-    """(start, stop) of rows side by side that are equal."""
+    """Yield (start, stop) of rows side by side that are equal."""
     changes = np.flatnonzero((rows[1:] != rows[:-1]).any(axis=1)) + 1
     return pairwise([0, *changes.tolist(), len(rows)])

@@ -17,7 +17,7 @@ LEAST = 1 << 20
 
 
 def times(left: Tensor, right: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``left @ right + bias``: [m, k] times [k, n], plus [n], of one type; outside any graph."""
+    """Return ``left @ right + bias``: [m, k] times [k, n], plus [n]; outside any graph."""
     if is_faster(left, right):
         return torch.ops.mkldnn._linear_pointwise(left, right.t(), bias, "none", [], "")
     return torch.mm(left, right) if bias is None else torch.addmm(bias, left, right)
@@ -54,5 +54,5 @@ if hasattr(torch.ops.mkldnn, OPERATOR):
 
     @register_flop_formula(torch.ops.mkldnn._linear_pointwise)
     def _linear_flops(left: torch.Size, weight: torch.Size, *args: object, **kwargs: object) -> int:
-        """Of [m, k] times the transpose of [n, k]."""
+        """Return FLOPs of [m, k] times the transpose of [n, k]."""
         return 2 * left[0] * left[1] * weight[0]

@@ -41,11 +41,11 @@ class MeanTally:
         )
 
     def held(self) -> list[Tensor]:
-        """The running sums."""
+        """Return the running sums."""
         return list(self.sums.values())
 
     def finish(self) -> dict[str, Tensor]:
-        """The means, by name, heads ascending; nothing is measured from here on."""
+        """Return the means, by name, heads ascending, and measure no more."""
         found = {}
         for (index, branch), total in self.sums.items():
             block = self.model.blocks[index]
@@ -61,7 +61,7 @@ class MeanTally:
 
 @dataclass(frozen=True)
 class _Add:
-    """Adds one piece's z to the running sums of its heads."""
+    """Adds a head group's z to the running sums of its heads."""
 
     total: Tensor
     counts: dict[int, int]
@@ -78,7 +78,7 @@ class _Add:
 
 
 def received(schedule: Schedule, tensors: Mapping[str, Tensor]) -> "dict[int, Offsets]":
-    """Compensation as it came down, per block and slot: see ``PartialModel.reset``."""
+    """Return compensation as it came down, per block and slot: see ``PartialModel.reset``."""
     found: dict[int, Offsets] = {}
     for block in range(schedule.operations.shape[1]):
         if (tensor := tensors.get(skip_name(block))) is not None:

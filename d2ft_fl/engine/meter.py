@@ -1,9 +1,9 @@
 """Measuring what training really used, without asking the cost model.
 
 FLOPs are counted as torch's own ``FlopCounterMode`` has them; memory by following every storage
-that a pass (forward and backward) creates from birth to death, or on CUDA by the allocator.
-Counting slows a pass down several times, so a pattern (operations, examples) is measured the first
-time this process runs it and remembered; with ``verify`` every single pass is counted.
+that a step (forward and backward) creates from birth to death, or on CUDA by the allocator.
+Counting slows a step down several times, so a pattern (operations, examples) is measured the first
+time this process runs it and remembered; with ``verify`` every single step is counted.
 """
 
 import weakref
@@ -51,7 +51,7 @@ _evaluated: dict[Any, int] = {}  # formula, shapes and what else it was given ->
 
 
 def _evaluate(formula: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: Any) -> int:
-    """A formula's FLOPs. They follow from shapes, and finding these takes torch its time."""
+    """Return a formula's FLOPs, remembered by shapes: working them out takes torch its time."""
     given = [*args, *kwargs.values()]
     shapes = (tuple(a.shape) if isinstance(a, Tensor) else a for a in given)
     key = formula, *kwargs, *shapes
@@ -66,7 +66,7 @@ def _evaluate(formula: Any, args: tuple[Any, ...], kwargs: dict[str, Any], out: 
 
 
 class LiveBytes(Flops):
-    """Also follows the storages created while it is active; ``peak`` is the most alive at once."""
+    """Counts FLOPs and follows storages that are created meanwhile; ``peak`` is the most alive."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -78,7 +78,7 @@ class LiveBytes(Flops):
         self.live -= size
 
     def ignore(self, tensors: Iterable[Tensor]) -> None:
-        """Do not count these: they were there before."""
+        """Leave out the storages of some tensors, which were there before."""
         self._seen.update(t.untyped_storage()._cdata for t in tensors)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -96,7 +96,7 @@ class LiveBytes(Flops):
 
 
 class _AllocatorPeak:
-    """What torch's CUDA allocator hands out at most while it is active, as ``LiveBytes`` has it."""
+    """The most that torch's CUDA allocator hands out meanwhile, counted as ``LiveBytes`` does."""
 
     def __init__(self, device: torch.device):
         self.device, self.peak = device, 0
@@ -112,7 +112,7 @@ class _AllocatorPeak:
 
 @dataclass(frozen=True)
 class Reading:
-    """What one pass used: FLOPs, and peak bytes on top of what was there before."""
+    """What one step used: FLOPs, and peak bytes on top of what was there before."""
 
     flops: int
     peak_bytes: int
@@ -123,10 +123,10 @@ class Meter:
     """Counts what runs. One a process; readings are kept between rounds.
 
     Attributes:
-        verify: Count every pass instead of remembering patterns.
+        verify: Count every step instead of remembering patterns.
         device: Where it runs: storages are followed on a CPU, on CUDA the allocator is asked.
         flops: FLOPs since :meth:`start`.
-        peak_bytes: Largest peak of a pass since :meth:`start`, base included.
+        peak_bytes: Largest peak of a step since :meth:`start`, base included.
     """
 
     verify: bool = False
@@ -151,7 +151,7 @@ class Meter:
         """Run ``step`` and add what it used.
 
         Args:
-            step: Forward and backward of one pass.
+            step: Forward and backward of one micro-batch.
             key: What decides its cost.
             base: Bytes held before it: weights, gradients, optimiser state, images.
             known: The tensors behind ``base``.
@@ -178,7 +178,7 @@ class Meter:
         return result
 
     def bytes_of(self, tensors: Callable[[], Iterable[Tensor]], key: Hashable) -> int:
-        """Bytes of tensors, of which ``key`` decides how large they are."""
+        """Return bytes of tensors, of which ``key`` decides how large they are."""
         if self.verify or key not in self._sizes:
             if len(self._sizes) >= self.limit:
                 self._sizes.clear()
@@ -186,18 +186,18 @@ class Meter:
         return self._sizes[key]
 
     def count(self, step: Callable[[], Any]) -> Any:
-        """Run what no pass is part of, and add its FLOPs."""
+        """Run something outside of steps, and add its FLOPs."""
         with Flops() as counter:
             result = step()
         self.flops += counter.flops
         return result
 
     def note(self, held: int) -> None:
-        """Account for a moment outside passes at which this many bytes are held."""
+        """Account for a moment outside of steps at which this many bytes are held."""
         self.peak_bytes = max(self.peak_bytes, held)
 
 
 def tensor_bytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes of the distinct storages behind some tensors."""
+    """Return bytes of the distinct storages behind some tensors."""
     storages = (t.untyped_storage() for t in tensors)
     return sum({storage.data_ptr(): storage.nbytes() for storage in storages}.values())

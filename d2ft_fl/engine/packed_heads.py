@@ -1,7 +1,7 @@
 """Slices of a block's heads as a client holds them: packed by head, in storage order.
 
-The order makes the heads of a piece a few runs of rows (see :mod:`d2ft_fl.engine.grouping`), so
-that every product reads and writes views: no weight is copied to choose heads.
+The order makes a head group a few runs of rows (see :mod:`d2ft_fl.engine.grouping`), so that every
+product reads and writes views: no weight is copied to choose heads.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -16,13 +16,13 @@ from d2ft_fl.subnets.packing import Take, row_ranges, rows_of
 
 @dataclass(frozen=True)
 class Run:
-    """Rows of the storage that lie side by side, and their place among a piece's columns."""
+    """Rows of the storage that lie side by side, and their place among a head group's columns."""
 
     rows: slice
     columns: slice
 
     def cut(self, row: int) -> "list[Run]":
-        """The same in two runs where it goes on from before ``row`` to behind it."""
+        """Return the run in two parts where ``row`` lies within it, else as it is."""
         if not self.rows.start < row < self.rows.stop:
             return [self]
         column = self.columns.start + row - self.rows.start
@@ -36,9 +36,10 @@ class PackedHeads:
     """Slices of some heads of one block: role -> rows grouped by head, in storage order.
 
     Args:
-        order: Heads as stored. trained: How many of them, from the first, train.
+        order: Heads as stored.
+        trained: How many heads, from the first, train.
         take: Makes their rows.
-        specs: role -> parameter, of those that heads divide.
+        specs: Role -> parameter, of those that heads divide.
         gradients: Whether to hold gradients of what trains.
         ranks: Trained heads -> the columns of their factors that train, where it is not all. These
             are then stored as vectors, whose rows are single elements; see :meth:`fold`.
@@ -70,13 +71,15 @@ class PackedHeads:
             self.grads[role] = torch.zeros_like(self.weights[role][: self.count(role)])
 
     def merge(self, target: str, near: str, far: Tensor, scaling: float) -> None:
-        """Add what a product's factors add into its weights, but for what of them trains.
+        """Add to a product's weights what its factors add, but for the part of factors that trains.
 
-        Only that is kept: of head h, the first r_h columns.
+        Of head h the first r_h columns of the factor are kept.
 
         Args:
-            target: Role of the product. near: Role of the factor that heads divide.
-            far: The other one, [dim, rank].
+            target: Module of the product.
+            near: Role of the factor that heads divide.
+            far: The factor that heads share, [dim, rank].
+            scaling: What the product of factors is multiplied by.
         """
         weight, factor = f"{target}.weight", self.weights[near]
         count = self.count(near)
@@ -88,7 +91,7 @@ class PackedHeads:
             self._narrow(weight, near, far, scaling)
 
     def _narrow(self, weight: str, near: str, far: Tensor, scaling: float) -> None:
-        """Fold in the columns of trained heads' factors that do not train, and drop them."""
+        """Add to the weights columns of trained heads' factors that do not train; drop these."""
         factor, kept, start = self.weights[near], [], 0
         for rows, rank in self.stretches(near):
             if rank < far.shape[1]:
@@ -103,7 +106,7 @@ class PackedHeads:
         self._hold_gradient(near)
 
     def stretches(self, role: str) -> list[tuple[slice, int]]:
-        """Rows of trained heads of one rank, and that rank, side by side; 0 where all are alike.
+        """Return runs of trained heads of one rank, with that rank; 0 where all are alike.
 
         Args:
             role: Of a product's weights, or of a factor before it is narrowed.
@@ -120,10 +123,13 @@ class PackedHeads:
         return found
 
     def factor(self, of: Mapping[str, Tensor], weight: str, near: str, rows: slice) -> Tensor:
-        """What belongs to some rows of a product's weights of a factor, or of its gradient.
+        """Return the rows of a factor, or of its gradient, for some rows of a product's weights.
 
         Args:
-            of: :attr:`weights` or :attr:`grads`. rows: Of one of :meth:`stretches`.
+            of: :attr:`weights` or :attr:`grads`.
+            weight: Role of the product's weights.
+            near: Role of the factor.
+            rows: Within one of :meth:`stretches`.
 
         Returns:
             A view [rows, rank].
@@ -140,17 +146,17 @@ class PackedHeads:
         return of[near][rows]
 
     def count(self, role: str) -> int:
-        """Rows that train."""
+        """Return how many rows of a role train."""
         return sum(len(self.rows[role][head]) for head in self.trained)
 
     def ascending(self, role: str) -> Tensor:
-        """The trained rows as they travel: heads in ascending order; a view, where they lie so."""
+        """Return trained rows as they travel, heads ascending; a view where they are stored so."""
         if self.trained == tuple(sorted(self.trained)):
             return self.weights[role][: self.count(role)]
         return rows_of(self.weights[role], self.rows[role], sorted(self.trained), self.trained)
 
     def runs(self, role: str, heads: Iterable[int]) -> list[Run]:
-        """The heads' rows, neighbours joined; columns count from 0 in storage order."""
+        """Return the rows of heads, neighbours joined; columns count from 0 in storage order."""
         chosen, runs, column = set(heads), list[Run](), 0
         for head in self.order:
             if head not in chosen:

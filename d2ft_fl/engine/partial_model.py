@@ -23,6 +23,7 @@ from d2ft_fl.engine.branch import Branch
 from d2ft_fl.engine.model_adapter import Inputs, ModelAdapter
 from d2ft_fl.engine.numerics import Numerics
 from d2ft_fl.engine.run_branch import run_branch
+from d2ft_fl.errors import ConfigError
 from d2ft_fl.subnets.architecture import Architecture, Kind, Parameter
 from d2ft_fl.subnets.packing import Arrived, GlobalModel, down_spec
 from d2ft_fl.subnets.schedule import BranchOperations, Schedule
@@ -32,8 +33,13 @@ from d2ft_fl.subnets.schedule import BranchOperations, Schedule
 class Entry:
     """One optimiser entry: rows of a trained tensor that always step together.
 
-    ``block`` is -1 for the final part, ``heads`` is empty for whole parameters; ``factor`` says
-    whether it is one of LoRA's.
+    Attributes:
+        block: Index of the block; -1 for the final part.
+        heads: Whose rows they are; empty for whole parameters.
+        kind: Of the parameter.
+        factor: Whether it is one of LoRA's.
+        value: The rows.
+        grad: Their gradient.
     """
 
     block: int
@@ -54,6 +60,9 @@ class PartialModel:
         arch: Its architecture, as it is tuned.
         numerics: Precision, and whether activations are kept or computed again.
         device: Where it runs.
+
+    Raises:
+        ConfigError: When the architecture has norms behind sums.
     """
 
     def __init__(
@@ -66,6 +75,10 @@ class PartialModel:
         self.numerics = numerics or Numerics()
         self.tokens: int | None = None
         self.device = torch.device(device)
+        if not all(branch.norm_first for branch in arch.branches):
+            raise ConfigError(
+                "the engine runs branches with the norm before the products only, not behind the sum"
+            )
         self.adapter = adapter
         self.traits = adapter.block_traits(self.device)
         self.outer = adapter.without_blocks().to(self.device)  # embedding and head
@@ -147,7 +160,7 @@ class PartialModel:
         self.train(self.training)
 
     def _hold(self, blocks: dict[int, Block]) -> None:
-        """Hold these blocks; what is known of those before goes with them."""
+        """Replace the blocks; what is known of those before goes with them."""
         self.blocks = blocks
         self._entries: dict[bool, list[Entry]] = {}
         self._values: tuple[GlobalModel | None, list[Tensor], list[Tensor]] = (None, [], [])
@@ -189,19 +202,19 @@ class PartialModel:
             branch.training = training
 
     def compensated(self) -> Iterator[tuple[int, int]]:
-        """(block, slot) of what is compensated."""
+        """Yield (block, slot) of what is compensated."""
         for index, block in self.blocks.items():
             for slot, offset in enumerate(block.branches[0].offsets):
                 if offset is not None:
                     yield index, slot
 
     def settle(self, overwrite: bool) -> list[Tensor]:
-        """Gradients that must be zeroed before a step; see ``Branch.settle``."""
+        """Return gradients that must be zeroed before a step; see ``Branch.settle``."""
         whole = [t.grad for t in self.whole().values() if t.grad is not None]
         return whole + [g for branch in self.branches() for g in branch.settle(overwrite)]
 
     def branches(self) -> Iterator[Branch]:
-        """Every branch of every block held."""
+        """Yield every branch of every block that the client has."""
         for block in self.blocks.values():
             yield from block.branches
 
@@ -230,7 +243,7 @@ class PartialModel:
     # -- what is held ------------------------------------------------------------------------
 
     def held(self) -> Iterator[tuple[str, Tensor]]:
-        """Every tensor held for the round, trained or not, gradients left out."""
+        """Yield every tensor of the round with a name, trained or not, gradients left out."""
         yield from self.outer.named_parameters()
         for index, block in self.blocks.items():
             yield from ((f"{index}.{role}", w) for role, w in block.store.weights.items())
@@ -241,7 +254,7 @@ class PartialModel:
                         yield f"{index}.offset.{branch}.{slot}", offset
 
     def whole(self) -> dict[str, Tensor]:
-        """Whole tensors that train: the final part and shared parameters, by name."""
+        """Return whole tensors that train, by name: the final part and shared parameters."""
         found: dict[str, Tensor] = {}
         found |= {n: p for n, p in self.outer.named_parameters() if p.requires_grad}
         for index, block in self.blocks.items():
@@ -251,7 +264,7 @@ class PartialModel:
         return found
 
     def gradients(self) -> list[Tensor]:
-        """Where gradients of trained tensors add up; made now for those that have none."""
+        """Return where gradients of trained tensors add up; made now for those that have none."""
         found = []
         for tensor in self.whole().values():
             if tensor.grad is None:
@@ -262,7 +275,7 @@ class PartialModel:
         return found
 
     def entries(self, every_slot: bool = False) -> list[Entry]:
-        """What an optimiser steps: views of exactly what trains; see ``Block.together``."""
+        """Return what an optimiser steps: views of exactly what trains; see ``Block.together``."""
         if every_slot in self._entries:
             return self._entries[every_slot]
         self.gradients()
@@ -283,7 +296,7 @@ class PartialModel:
         return found
 
     def update(self) -> dict[str, Tensor]:
-        """Everything that trained, by name and as it travels up (see ``up_spec``).
+        """Return everything that trained, by name and as it travels up (see ``up_spec``).
 
         These are no copies, where what trained lies as it travels.
         """

@@ -1,6 +1,6 @@
-"""Passes over the whole model before a client trains its part: scores, and who is unsure of what.
+"""Probes: the whole model runs before a client trains its part, for scores or for entropy.
 
-Both run the model's own weights, LoRA's factors folded in, without dropout. See
+Both probes run the model's own weights, LoRA's factors added to them, without dropout. See
 :mod:`d2ft_fl.costs.probe_costs` for what they cost.
 """
 
@@ -46,17 +46,17 @@ class ProbeRunner:
         self.model.tune(self.arch)
         self.model.numerics = Numerics.of(self.options.plain())
         schedule = Schedule.filled(operation, 1, self.arch.blocks, self.arch.heads)
-        # For each pass anew: the model has its own, and these go before it runs.
+        # Made anew for each probe: the model copies the weights, and these go before it runs.
         weights = self.meter.count(partial(merged_packed, self.tuned, self.tensors))
         self.model.reset(schedule, weights, gradients=False)
 
     def scores(self, batch: Batch, task: Task, kinds: Sequence[str]) -> dict[str, np.ndarray]:
-        """See :func:`score_pass`."""
+        """Measure scores; see :func:`score_pass`."""
         self._reset(Operation.FULL)
         return score_pass(self.model, batch, task, kinds, self.meter)
 
     def entropy(self, batches: Batches, temperature: float) -> np.ndarray:
-        """See :func:`entropy_pass`."""
+        """Measure entropy; see :func:`entropy_pass`."""
         self._reset(Operation.FORWARD_ONLY)
         return entropy_pass(self.model, batches, temperature, self.meter)
 
@@ -64,7 +64,7 @@ class ProbeRunner:
 def entropy_pass(
     model: PartialModel, batches: Batches, temperature: float, meter: Meter
 ) -> np.ndarray:
-    """How unsure a model is of each example: float64 [examples].
+    """Return how unsure a model is of each example: float64 [examples].
 
     The entropy of softmax(logits / temperature), in nats; a temperature below 1 hardens it
     (FedFT-EDS, Shi et al., arXiv 2501.00170). The model must run everything FORWARD_ONLY.
@@ -129,7 +129,7 @@ def score_pass(
 
 
 def _observer(store: PackedHeads, measures: Sequence[Measure], sums: Tensor) -> Observer:
-    """Adds each measure of a block's gradients into ``sums`` [measures, heads]."""
+    """Return what adds each measure of a block's gradients into ``sums`` [measures, heads]."""
 
     def observe(role: str, first: int, gradient: Tensor) -> None:
         weights = store.weights[role][first : first + len(gradient)]
@@ -143,6 +143,6 @@ def _observer(store: PackedHeads, measures: Sequence[Measure], sums: Tensor) -> 
 
 
 def _row_sums(measure: Measure, weights: Tensor, gradient: Tensor) -> Tensor:
-    """What a measure adds up, summed over all but the first axis: [rows]."""
+    """Return what a measure adds up, summed over all but the first axis: [rows]."""
     elements = measure.element(weights, gradient)
     return elements if elements.dim() == 1 else elements.flatten(1).sum(dim=1)

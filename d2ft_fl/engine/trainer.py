@@ -16,7 +16,7 @@ from d2ft_fl.tasks.task import Batch, Outputs, Task
 
 Batches = Iterator[Batch]
 
-# What a way of tuning decides here: the learning rate of a kind of parameter, and whether it is one
+# What a tuning decides here: the learning rate of a kind of parameter, and whether it is one
 # of LoRA's factors (see `clients/`).
 LearningRate = Callable[[Kind, bool, TrainingOptions], float]
 
@@ -24,7 +24,7 @@ LearningRate = Callable[[Kind, bool, TrainingOptions], float]
 def build_optimizer(
     entries: list[Entry], options: TrainingOptions, rate: LearningRate
 ) -> torch.optim.Optimizer:
-    """torch's optimiser over compact slices: moments and step counts are per slice."""
+    """Return torch's optimiser over compact slices: moments and step counts are per slice."""
     by_rate: dict[float, list[Tensor]] = {}
     for entry in entries:
         by_rate.setdefault(rate(entry.kind, entry.factor, options), []).append(entry.value)
@@ -52,7 +52,12 @@ def train(
     not stepped.
 
     Args:
+        model: Reset to the schedule.
+        batches: Of one client, in order.
         task: See :class:`Stepper`.
+        options: How to train.
+        rate: See :data:`LearningRate`.
+        meter: Counts what is used.
         beside: See :class:`Stepper`.
         every_slot: See :class:`Stepper`.
 
@@ -162,7 +167,7 @@ class Stepper:
         return loss, weight
 
     def _prepare(self, overwrite: bool) -> None:
-        """Zero the gradients that passes add to; the others are replaced."""
+        """Zero the gradients that micro-batches add to; the others are replaced."""
         if overwrite != self._overwrite:
             self._overwrite = overwrite
             self._zeroed = self.model.settle(overwrite)
@@ -188,7 +193,7 @@ class Stepper:
                 e.value.grad.add_(e.value.detach() - began, alpha=self.options.proximal)
 
     def _held_bytes(self) -> int:
-        """Bytes of weights, gradients and optimiser state."""
+        """Return bytes of weights, gradients and optimiser state."""
         options = self.options.optimizer, self.options.proximal > 0
         key = len(self.optimizer.state), self._beside_bytes, options, _pattern(self.model, [])
         return self.meter.bytes_of(lambda: [*self._fixed, *optimizer_state(self.optimizer)], key)
@@ -207,7 +212,7 @@ def _running(batch: Batch, sizes: list[int], schedule: Schedule) -> Batch:
 
 
 def _pattern(model: PartialModel, sizes: list[int]) -> Hashable:
-    """What decides a pass's cost: the operations of its slots, what is held, and its size."""
+    """Return what decides the cost of a micro-batch: operations, what is held, and its size."""
     schedule = model.schedule
     return (
         id(model),
@@ -247,6 +252,6 @@ def run_pass(
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:
-    """Every tensor that an optimiser holds."""
+    """Yield every tensor that an optimiser holds."""
     for state in optimizer.state.values():
         yield from (v for v in state.values() if isinstance(v, Tensor))

@@ -26,14 +26,14 @@ FACTORS = ("A", "B")
 
 @dataclass(frozen=True)
 class Lora:
-    """What is tuned by LoRA, and how; the words of peft's ``LoraConfig``.
+    """What LoRA tunes, and how, in the words of peft's ``LoraConfig``.
 
     Attributes:
         rank: Of every product.
-        alpha: See the module's docstring.
+        alpha: What ``scaling`` is computed from.
         targets: Products, of an architecture's ``possible_targets``; empty for all of them.
         rslora: Whether the scaling is alpha / sqrt(rank).
-        dropout: Of what goes into A, in training.
+        dropout: Probability, in training, of dropout on what goes into A.
     """
 
     rank: int = 8
@@ -94,7 +94,7 @@ def is_common(arch: Architecture, target: str, factor: str) -> bool:
 
 
 def factor_name(weight: str, factor: str) -> str:
-    """peft's name of a factor of a weight, but for its prefix."""
+    """Return peft's name of a factor of a weight, but for its prefix."""
     return f"{weight.removesuffix('.weight')}.lora_{factor}.weight"
 
 
@@ -104,16 +104,18 @@ def with_lora(
     frozen: Iterable[tuple[str, str]] = (),
     fixed: Iterable[tuple[str, str]] | None = None,
 ) -> Architecture:
-    """The architecture with LoRA's factors, which train, and else the classifier alone.
+    """Return the architecture with LoRA's factors; they and the classifier alone train.
 
     Args:
+        arch: Without factors.
+        lora: What is tuned, and how.
         frozen: (target, factor) of the factors that do not train.
-        fixed: Of those that never change; the frozen ones, unless told otherwise.
+        fixed: (target, factor) of the factors that never change; ``frozen`` unless told otherwise.
     """
     lora.check(arch)
     targets = lora.targets_in(arch)
-    still = set(frozen)
-    forever = still if fixed is None else set(fixed)
+    at_rest = set(frozen)
+    unchanging = at_rest if fixed is None else set(fixed)
     found = []
     for p in arch.parameters:
         trains = arch.is_classifier(p)
@@ -133,8 +135,8 @@ def with_lora(
                     role=f"{target}.lora_{factor}",
                     axis=0 if common else p.axis,
                     rows=() if common else p.rows,
-                    trains=(target, factor) not in still,
-                    fixed=(target, factor) in forever,
+                    trains=(target, factor) not in at_rest,
+                    fixed=(target, factor) in unchanging,
                     factor=factor,
                 )
             )
@@ -148,7 +150,7 @@ def with_lora(
 
 
 def targets_alone(arch: Architecture, lora: Lora) -> Architecture:
-    """The architecture without factors, of which the targeted weights and the classifier train."""
+    """Return the architecture without factors in which targeted weights and classifier train."""
     lora.check(arch)
     roles = {f"{target}.weight" for target in lora.targets_in(arch)}
 
@@ -160,13 +162,13 @@ def targets_alone(arch: Architecture, lora: Lora) -> Architecture:
 
 
 def without_lora(arch: Architecture) -> Architecture:
-    """The architecture as it was before :func:`with_lora`: everything but the embedding trains."""
+    """Return the architecture without factors: everything but the embedding trains."""
     own = [replace(p, trains=p.kind is not Kind.EMBEDDING) for p in arch.parameters if not p.factor]
     return replace(arch, parameters=tuple(own), rank=0, scaling=0.0, lora_dropout=0.0)
 
 
 def targeted(arch: Architecture) -> list[tuple[Parameter, Parameter, Parameter]]:
-    """(weight, its A, its B) of every product that has factors."""
+    """Return (weight, its A, its B) of every product that has factors."""
     return [
         (p, arch.by_name[factor_name(p.name, "A")], arch.by_name[factor_name(p.name, "B")])
         for p in weights(arch)
@@ -175,13 +177,13 @@ def targeted(arch: Architecture) -> list[tuple[Parameter, Parameter, Parameter]]
 
 
 def delta(a: Tensor, b: Tensor, scaling: float) -> Tensor:
-    """``scaling * B A``: [out, in], worked out in double precision."""
+    """Return ``scaling * B A``: [out, in], worked out in double precision."""
     return scaling * (b.double() @ a.double())
 
 
 @torch.no_grad()
 def merged(arch: Architecture, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The model's own weights, with what the factors add: a state dict of it."""
+    """Return the state dict of a model without factors: its weights, with what factors add."""
     found = {name: tensor for name, tensor in state.items() if not arch.by_name[name].factor}
     for weight, a, b in targeted(arch):
         change = delta(state[a.name], state[b.name], arch.scaling)
@@ -191,7 +193,7 @@ def merged(arch: Architecture, state: Mapping[str, Tensor]) -> dict[str, Tensor]
 
 
 def merged_packed(arch: Architecture, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same of packed tensors, as of ``down_spec``."""
+    """Return packed weights, as ``down_spec`` names them, with what factors add."""
     found = {name: tensor for name, tensor in tensors.items() if not arch.by_name[name].factor}
     for weight, a, b in targeted(arch):
         if weight.name not in found:

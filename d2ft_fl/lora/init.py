@@ -34,7 +34,8 @@ class Factors(NamedTuple):
     """The best product of a rank for a matrix: ``scaling * b @ a`` is nearest to it.
 
     Attributes:
-        a, b: [rank, in] and [out, rank].
+        a: [rank, in].
+        b: [out, rank].
         discarded: Frobenius norm of what the rank leaves out: ``sqrt(sum_{i > rank} S_i^2)``.
     """
 
@@ -51,10 +52,11 @@ def begin(
     seed: int,
     frozen_common: bool = False,
 ) -> dict[str, Tensor]:
-    """The state that a run starts from: the model's own weights, and factors.
+    """Return the state that a run starts from: the model's own weights, and factors.
 
     Args:
-        weights: The model's own, by timm's names.
+        arch: With factors.
+        weights: The model's own, by name.
         init: One of :data:`.LORA_INITS`.
         seed: Decides draws, each together with the name of its tensor.
         frozen_common: Whether the factor common to a block does not train; only ``lora`` asks.
@@ -81,9 +83,10 @@ def begin(
 def from_update(
     arch: Architecture, weights: Mapping[str, Tensor], change: Mapping[str, Tensor]
 ) -> tuple[dict[str, Tensor], float]:
-    """The state in which factors stand for a change of the weights, and the share they leave out.
+    """Return the state in which factors stand for a change of weights, and the share left out.
 
     Args:
+        arch: With factors.
         weights: The model's own, before the change.
         change: Name of every targeted weight -> its change [out, in].
 
@@ -107,7 +110,7 @@ def factorise(
     dtype: torch.dtype = torch.float32,
     silent: str = "B",
 ) -> Factors:
-    """``matrix`` [out, in] as ``scaling * b @ a``, by its singular values, in double precision.
+    """Factorise ``matrix`` as ``scaling * b @ a``, by its singular values, in double precision.
 
     Of each pair of singular vectors, which are known up to a sign, the entry of the left one that
     is largest in magnitude is positive. A direction of which the matrix holds nothing would be zero
@@ -115,7 +118,11 @@ def factorise(
     in the other as long as a row of A that is drawn.
 
     Args:
-        dtype: Of the factors. silent: The factor that is zero there; it should train.
+        matrix: [out, in].
+        rank: Of the factors.
+        scaling: What their product is multiplied by.
+        dtype: Of the factors.
+        silent: The factor that is zero where the matrix holds nothing; it should train.
     """
     u, s, vt = torch.linalg.svd(matrix.double(), full_matrices=False)
     largest = u.gather(0, u.abs().argmax(dim=0, keepdim=True))[0]
@@ -133,12 +140,12 @@ def factorise(
 
 
 def silent_factor(a: Parameter, b: Parameter) -> str:
-    """The factor to be zero where :func:`factorise` finds nothing: B as in LoRA, if it trains."""
+    """Return the factor to be zero where :func:`factorise` finds nothing: B, if it trains."""
     return "A" if a.trains and not b.trains else "B"
 
 
 def _uniform(p: Parameter, seed: int) -> Tensor:
-    """Uniform within 1 / sqrt(width), decided by the seed and the parameter's name alone.
+    """Draw uniformly within 1 / sqrt(width), decided by the seed and the parameter's name alone.
 
     The width is ``in`` of A, and ``out`` of B: of either, the factor common to a block is as large.
     """

@@ -39,10 +39,12 @@ def write_adapter(
     base: str = "",
     changes: Mapping[str, Tensor] | None = None,
 ) -> int:
-    """Write an adapter of the weights that a run began with; returns its (largest) rank.
+    """Write an adapter of the weights that a run began with; return its (largest) rank.
 
     Args:
+        folder: Where to write it; made if it is missing.
         arch: With factors; see :func:`d2ft_fl.lora.config.with_lora`.
+        lora: What was tuned, and how.
         state: Factors and classifier by name; base weights, where given, say what is lost in their
             rounding.
         initial: The factors that were taken out of the base weights before the run.
@@ -88,7 +90,7 @@ def total_changes(
     initial: Mapping[str, Tensor],
     changed: Mapping[str, Tensor],
 ) -> dict[str, Tensor]:
-    """By weight, all that a run added to it: ``changed + s (B A - B0 A0)``, in double precision."""
+    """Return all that a run added, by weight: ``changed + s (B A - B0 A0)``, in float64."""
     found = {name: change.double() for name, change in changed.items()}
     for weight, a, b in targeted(arch):
         total = delta(state[a.name], state[b.name], arch.scaling)
@@ -101,7 +103,7 @@ def total_changes(
 def _factors(
     arch: Architecture, state: Mapping[str, Tensor], initial: Mapping[str, Tensor]
 ) -> Pairs:
-    """A run's factors beside those it began with; see the module's docstring."""
+    """Return a run's factors, beside those it began with where these came out of the weights."""
     pairs = {}
     for weight, a, b in targeted(arch):
         pair = state[a.name], state[b.name]
@@ -120,7 +122,7 @@ def _factored(
     state: Mapping[str, Tensor],
     changes: Mapping[str, Tensor],
 ) -> Pairs:
-    """Changes as products. A weight of these targets that has no change gets a product of zeros."""
+    """Return changes as products; a targeted weight without a change gets a product of zeros."""
     known = {p.name: p for p in weights(arch)}
     if surplus := sorted(changes.keys() - known.keys()):
         raise ConfigError(
@@ -136,7 +138,7 @@ def _factored(
 
 
 def _product(change: Tensor, weight: Tensor | None, scaling: float) -> tuple[Tensor, Tensor]:
-    """(A, B) of the smallest rank, at least 1, with ``scaling * B A = change`` in float32.
+    """Return (A, B) of the smallest rank from 1, with ``scaling * B A = change`` in float32.
 
     A change that was had by subtracting float32 weights holds their rounding, a random matrix with
     singular values up to eps * (sqrt(out) + sqrt(in)) * rms(W). Without a cut there, every such
@@ -153,7 +155,7 @@ def _product(change: Tensor, weight: Tensor | None, scaling: float) -> tuple[Ten
 
 
 def _ranks(lora: Lora, ranks: Mapping[str, int]) -> dict[str, Any]:
-    """Ranks by module as ``LoraConfig`` spells them; alphas grow along, so that scaling stays."""
+    """Return ranks by module as ``LoraConfig`` has them, and alphas that leave the scaling."""
     common = Counter(ranks.values()).most_common(1)[0][0]
     others = {re.escape(module): rank for module, rank in ranks.items() if rank != common}
     return {
@@ -165,7 +167,7 @@ def _ranks(lora: Lora, ranks: Mapping[str, int]) -> dict[str, Any]:
 
 
 def _alpha(lora: Lora, rank: int) -> float:
-    """The alpha with which another rank has the same scaling; whole numbers as such, as in peft."""
+    """Return the alpha with which another rank has as much scaling; an int where it is whole."""
     grown = rank / lora.rank
     alpha = lora.alpha * (grown**0.5 if lora.rslora else grown)
     return int(alpha) if alpha == int(alpha) else alpha

@@ -19,7 +19,7 @@ CONFIG = "adapter_config.json"
 
 
 def target_pattern(arch: Architecture, targets: Iterable[str]) -> str:
-    r"""Return a regular expression of the modules of some targets: ``blocks\.\d+\.(attn\.qkv|...)``."""
+    r"""Return a regular expression of some targets' modules: ``blocks\.\d+\.(attn\.qkv|...)``."""
     wanted, (start, _) = set(targets), weights(arch)[0].name.split("0", 1)
     of_first = {p.role.split(".")[0]: p for p in weights(arch) if p.block == 0}
     names = [

@@ -1,4 +1,4 @@
-"""Reads an adapter of peft to start a run from: plain LoRA of the products that may have factors."""
+"""Reads an adapter of peft to start a run from: plain LoRA of products that may have factors."""
 
 import json
 import re
@@ -36,11 +36,12 @@ VARIANTS = (
 
 
 def read_adapter(folder: Path, arch: Architecture) -> tuple[Lora, dict[str, Tensor]]:
-    """What an adapter tunes, and its tensors by our names, in float32, to start a run from.
+    """Return what an adapter tunes, and its tensors by our names in float32, to start a run from.
 
     The classifier is among them where the adapter has one of as many classes as the model.
 
     Args:
+        folder: The adapter's.
         arch: Of the model, without factors.
 
     Raises:
@@ -87,7 +88,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 
 def _read_tensors(folder: Path) -> dict[str, Tensor]:
-    """The tensors in float32, without peft's prefix."""
+    """Return the tensors in float32, without peft's prefix."""
     try:
         tensors = safetensors.torch.load_file(folder / TENSORS)
     except FileNotFoundError:
@@ -101,7 +102,7 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
 
 
 def _check_config(config: Mapping[str, Any], classifier: str) -> None:
-    """Raises ConfigError unless a configuration is of plain LoRA."""
+    """Raise ConfigError unless a configuration is of plain LoRA."""
     if (kind := config.get("peft_type")) != "LORA":
         raise ConfigError(f"peft_type = {kind!r} is not 'LORA'; use an adapter of LoRA")
     if (bias := config.get("bias", "none")) != "none":
@@ -131,7 +132,7 @@ def _check_config(config: Mapping[str, Any], classifier: str) -> None:
 
 
 def _modules(arch: Architecture, factors: Iterable[str]) -> dict[str, str]:
-    """Target by module, of every block, of what the factors belong to."""
+    """Return target by module, of every block, of what the factors belong to."""
     known = {p.name.removesuffix(".weight"): p.role.split(".")[0] for p in weights(arch)}
     possible = arch.possible_targets
     pattern = target_pattern(arch, possible)
@@ -159,7 +160,7 @@ def _modules(arch: Architecture, factors: Iterable[str]) -> dict[str, str]:
 
 
 def _lora(config: Mapping[str, Any], arch: Architecture, modules: Mapping[str, str]) -> Lora:
-    """The specification of a configuration, peft's defaults where it says nothing."""
+    """Return the specification of a configuration, peft's defaults where it says nothing."""
     ranks = _of_modules(config, modules, "r", "rank_pattern")
     alphas = _of_modules(config, modules, "lora_alpha", "alpha_pattern")
     for name, values in (("ranks", ranks), ("alphas", alphas)):
@@ -187,7 +188,7 @@ def _lora(config: Mapping[str, Any], arch: Architecture, modules: Mapping[str, s
 def _of_modules(
     config: Mapping[str, Any], modules: Iterable[str], option: str, pattern: str
 ) -> set[float]:
-    """The values of an option over modules: the first pattern that matches decides, as in peft."""
+    """Return the values of an option over modules; as in peft the first pattern decides."""
     patterns = config.get(pattern) or {}
     if not isinstance(patterns, dict):
         raise ConfigError(f"{pattern} = {patterns!r} is not a table; save the adapter again")
@@ -215,7 +216,7 @@ def _number(value: Any, option: str) -> float:
 
 
 def _check_shapes(arch: Architecture, lora: Lora, factors: Mapping[str, Tensor]) -> None:
-    """Raises ConfigError unless there are both factors of every module, of the shapes they need."""
+    """Raise ConfigError unless there are both factors of every module, of the shapes they need."""
     wanted = {
         factor_name(p.name, factor): (lora.rank, p.shape[1])
         if factor == "A"
@@ -242,7 +243,7 @@ def _check_shapes(arch: Architecture, lora: Lora, factors: Mapping[str, Tensor])
 
 
 def _head(arch: Architecture, head: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The classifier, unless it is of other classes: like that of other weights, it starts afresh.
+    """Return the classifier, or nothing where it is of other classes, so that it starts afresh.
 
     Raises:
         ConfigError: When it is not one of this model.

@@ -76,7 +76,7 @@ def save_tuned(
 
 
 def load_tuned(folder: Path) -> Tuned:
-    """What :func:`save_tuned` wrote.
+    """Read what :func:`save_tuned` wrote.
 
     Raises:
         ConfigError: When it cannot be read.
@@ -121,7 +121,7 @@ class Exported:
     load: tuple[str, ...]
 
     def to_json(self) -> dict[str, Any]:
-        """What ``d2ft export --json`` prints."""
+        """Return what ``d2ft export --json`` prints."""
         return {
             "format": self.format,
             "folder": str(self.folder),
@@ -135,6 +135,7 @@ def export_run(run: Path, format: str = "", output: Path | None = None) -> Expor
     """Write a finished run's result as others load it.
 
     Args:
+        run: The folder of a finished run.
         format: Of :data:`FORMATS`; empty: peft where the run was tuned by LoRA, else timm.
         output: A folder that is empty or does not exist; None: one in the run's folder.
 
@@ -161,7 +162,7 @@ def export_run(run: Path, format: str = "", output: Path | None = None) -> Expor
 
 @contextmanager
 def _written(folder: Path) -> Iterator[Path]:
-    """A folder to write to, whose files then go to one that is empty or missing.
+    """Lend a folder to write to, whose files then go to one that is empty or missing.
 
     Raises:
         ConfigError: When that is neither, or cannot be written to; then nothing is left there.
@@ -237,7 +238,7 @@ class _Adapter:
         return write_adapter(folder, self.arch, t.lora, self.state, t.initial, base, changes)
 
     def load(self, folder: Path) -> tuple[str, str]:
-        """Two lines that load it, without this project where others have the weights."""
+        """Return two lines that load it, without this project where others have the weights."""
         if self.spec.pretrained == "hub":
             from d2ft_fl.models.timm_build import timm_arguments
 
@@ -271,7 +272,7 @@ class _Model:
             shutil.copyfile(self.run / name, folder / name)
 
     def load(self, folder: Path) -> tuple[str, str]:
-        """Two lines that load it."""
+        """Return two lines that load it."""
         tensors, arguments = (str(folder / name) for name in MODEL_FILES)
         return (
             "import json, timm, safetensors.torch; "
@@ -281,7 +282,7 @@ class _Model:
 
 
 def _check_finished(run: Path) -> None:
-    """Raises ConfigError unless a folder holds a run that ended well."""
+    """Raise ConfigError unless a folder holds a run that ended well."""
     if not run.is_dir():
         raise ConfigError(
             f"run {str(run)!r} is not a folder; name the run folder that `d2ft run` printed"
@@ -304,7 +305,7 @@ def _check_finished(run: Path) -> None:
 
 
 def _spec(run: Path) -> ModelSpec:
-    """How to build the model that a run began with, without opening its data."""
+    """Return how to build the model that a run began with, without opening its data."""
     options = read_toml(run / "config.toml")
     arguments = _read_json(run / MODEL_FILES[1])
     try:

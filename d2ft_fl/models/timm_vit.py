@@ -70,7 +70,7 @@ def _is_off(module: nn.Module) -> bool:
 
 
 def _objection(model: nn.Module) -> str | None:
-    """Why this model does not decompose into subnets here, or None when it does."""
+    """Return why this model does not decompose into subnets here, or None when it does."""
     if type(model) is not VisionTransformer:
         return f"it is a {type(model).__name__}"
     if len(model.blocks) == 0 or model.patch_embed.num_patches == 0:
@@ -109,7 +109,7 @@ def _objection(model: nn.Module) -> str | None:
 
 
 def check(model: nn.Module, name: str) -> VisionTransformer:
-    """The model, once it is known to be a plain ViT.
+    """Return the model, once it is known to be a plain ViT.
 
     Raises:
         ConfigError: When it is not, with the reason.
@@ -319,7 +319,7 @@ def _drop_path(module: nn.Module) -> float:
 
 
 def _norm(module: Any) -> Norm:
-    """A norm as a function of its input and parameters; it keeps no weights of its own."""
+    """Return a norm as a function of its input and parameters, without weights of its own."""
     if isinstance(module, nn.LayerNorm):
         shape, epsilon = list(module.normalized_shape), module.eps
         return lambda x, own: F.layer_norm(x, shape, own.get("weight"), own.get("bias"), epsilon)

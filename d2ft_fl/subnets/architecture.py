@@ -67,7 +67,7 @@ class Parameter:
     factor: str = ""
 
     def index(self, heads: Iterable[int]) -> Tensor:
-        """Indices along ``axis`` of the given heads, in their order: int64 [rows], read only."""
+        """Return indices along ``axis`` of some heads, in their order: int64 [rows], read only."""
         key = tuple(heads)
         if key not in self._indices:
             if len(self._indices) >= 256:
@@ -81,7 +81,7 @@ class Parameter:
         return {}
 
     def pack(self, tensor: Tensor, heads: Iterable[int]) -> Tensor:
-        """The slices of ``heads``, sliced axis first, contiguous: [rows, ...]."""
+        """Return the slices of ``heads``, sliced axis first, contiguous: [rows, ...]."""
         return tensor.index_select(self.axis, self.index(heads)).movedim(self.axis, 0).contiguous()
 
     def unpack_(self, tensor: Tensor, packed: Tensor, heads: Iterable[int]) -> None:
@@ -94,16 +94,16 @@ class Parameter:
         return (0, *accumulate(len(rows) for rows in self.rows))
 
     def packed_shape(self, heads: Sequence[int]) -> tuple[int, ...]:
-        """Shape of :meth:`pack` for these heads."""
+        """Return the shape of :meth:`pack` for some heads."""
         rest = self.shape[: self.axis] + self.shape[self.axis + 1 :]
         return (sum(len(self.rows[head]) for head in heads), *rest)
 
     def cut(self, tensor: Tensor, rank: int) -> Tensor:
-        """Of a whole factor, what belongs to the first ``rank`` of its rank: a view."""
+        """Return a view of a whole factor: the part of the first ``rank`` of its rank."""
         return tensor[:rank] if self.factor == "A" else tensor[:, :rank]
 
     def ranked_shape(self, ranks: Mapping[int, int]) -> tuple[int, ...]:
-        """Shape in which a factor travels up that heads train at these ranks: head -> rank."""
+        """Return the shape in which a factor travels up that heads train at ranks: head -> rank."""
         if self.kind is Kind.SLICED:
             return (sum(len(self.rows[head]) * rank for head, rank in ranks.items()),)
         most = max(ranks.values())
@@ -111,7 +111,7 @@ class Parameter:
 
     @property
     def numel(self) -> int:
-        """Elements."""
+        """How many elements it has."""
         return int(np.prod(self.shape))
 
 
@@ -176,7 +176,7 @@ class Architecture:
         return self.sliced_sizes(lambda p: not p.factor)
 
     def sliced_sizes(self, which: Callable[[Parameter], bool]) -> np.ndarray:
-        """Elements of each subnet's slices of some parameters: int64 [blocks, heads]."""
+        """Return elements of each subnet's slices of some parameters: int64 [blocks, heads]."""
         sizes = np.zeros((self.blocks, self.heads), dtype=np.int64)
         for p in filter(which, self.of_kind(Kind.SLICED)):
             width = p.numel // p.shape[p.axis]
@@ -184,7 +184,7 @@ class Architecture:
         return sizes
 
     def shared_sizes(self, which: Callable[[Parameter], bool]) -> np.ndarray:
-        """Elements of some shared parameters of each block: int64 [blocks]."""
+        """Return elements of some shared parameters of each block: int64 [blocks]."""
         sizes = np.zeros(self.blocks, dtype=np.int64)
         for p in filter(which, self.of_kind(Kind.SHARED)):
             sizes[p.block] += p.numel
@@ -217,7 +217,7 @@ class Architecture:
         return next(b for b in self.branches if b.kind is BranchKind.ATTENTION)
 
     def rows_in(self, branch: int) -> dict[str, np.ndarray]:
-        """Rows of each head of the weights of a branch's products in: product -> int64 [heads]."""
+        """Return rows of each head of a branch's products in: product -> int64 [heads]."""
         first = {p.role: p for p in self.parameters if p.block == 0}
         return {
             product: np.array([len(rows) for rows in first[f"{product}.weight"].rows])
@@ -234,7 +234,7 @@ class Architecture:
         return p.name.startswith(f"{self.classifier}.")
 
     def of_kind(self, kind: Kind, block: int | None = None) -> list[Parameter]:
-        """Parameters of one kind, of one block or of all."""
+        """Return parameters of one kind, of one block or of all."""
         return [p for p in self.parameters if p.kind is kind and block in (None, p.block)]
 
 

@@ -22,7 +22,7 @@ class Arrived:
     tensors: Mapping[str, Tensor]
 
     def take(self, p: Parameter, heads: tuple[int, ...]) -> Tensor:
-        """The rows of all heads that came."""
+        """Return the rows of some of the heads that came, in the order asked for."""
         arrived = tuple(sorted(heads))
         return rows_of(self.tensors[p.name], row_ranges(p, arrived), heads, arrived)
 
@@ -39,7 +39,7 @@ class GlobalModel:
 
     @classmethod
     def of(cls, arch: Architecture, weights: Mapping[str, Tensor]) -> "GlobalModel":
-        """Of weights as they are."""
+        """Lay out weights as a state dict has them."""
         return cls(
             {
                 p.name: p.pack(weights[p.name], range(arch.heads))
@@ -50,12 +50,12 @@ class GlobalModel:
         )
 
     def take(self, p: Parameter, heads: tuple[int, ...]) -> Tensor:
-        """The rows of some heads."""
+        """Return a copy of the rows of some heads."""
         parts = list(self.parts(p, heads))
         return parts[0].clone() if len(parts) == 1 else torch.cat(parts)
 
     def parts(self, p: Parameter, heads: tuple[int, ...]) -> Iterator[Tensor]:
-        """Views of these rows, those of neighbours together."""
+        """Yield views of the rows of some heads, those of neighbours together."""
         whole = self.tensors[p.name]
         for _, run in groupby(enumerate(heads), key=lambda pair: pair[1] - pair[0]):
             own = [head for _, head in run]
@@ -63,7 +63,7 @@ class GlobalModel:
 
 
 def row_ranges(spec: Parameter, order: Sequence[int]) -> dict[int, range]:
-    """Where each head's rows lie when heads are stored in ``order``: head -> range of rows."""
+    """Return where rows lie when heads are stored in ``order``: head -> range of rows."""
     start, places = 0, {}
     for head in order:
         places[head] = range(start, start + len(spec.rows[head]))
@@ -74,7 +74,7 @@ def row_ranges(spec: Parameter, order: Sequence[int]) -> dict[int, range]:
 def rows_of(
     tensor: Tensor, places: Mapping[int, range], heads: Sequence[int], all_heads: Sequence[int]
 ) -> Tensor:
-    """A copy of the rows of ``heads``, in their order, out of rows stored by ``all_heads``."""
+    """Return a copy of the rows of ``heads``, out of rows that are stored by ``all_heads``."""
     if tuple(heads) == tuple(all_heads):
         return tensor[: sum(len(places[h]) for h in heads)].clone()
     rows = [row for head in heads for row in places[head]]
@@ -82,12 +82,12 @@ def rows_of(
 
 
 def down_spec(arch: Architecture, schedule: Schedule) -> dict[str, tuple[int, ...]]:
-    """What a client is sent: name -> shape. Embedding, final, and of each block what it runs."""
+    """Return what a client is sent, name -> shape: embedding, final, and what it runs of blocks."""
     return _spec(arch, schedule, schedule.resident, trained=False)
 
 
 def up_spec(arch: Architecture, schedule: Schedule) -> dict[str, tuple[int, ...]]:
-    """What a client returns: name -> shape. Of the final part and of each block what it trained."""
+    """Return what a client sends back, name -> shape: what it trained of blocks and final part."""
     return _spec(arch, schedule, schedule.trained, trained=True)
 
 
@@ -112,10 +112,12 @@ def _spec(
 def carried(
     arch: Architecture, schedule: Schedule, cached: np.ndarray | None = None
 ) -> Iterator[tuple[Parameter, tuple[int, ...]]]:
-    """Parameters that come down for a schedule, with the heads of the sliced ones, ascending.
+    """Yield parameters that come down for a schedule, with the heads of sliced ones, ascending.
 
     Args:
-        holds: bool [blocks, heads], subnets whose fixed parameters the client has: these, and what
+        arch: Of the model.
+        schedule: What the client runs.
+        cached: bool [blocks, heads], subnets whose fixed parameters the client has: these, and what
             blocks and the model need with any of their subnets, are left out.
     """
     for name in down_spec(arch, schedule):
@@ -135,7 +137,7 @@ def pack_for(
     schedule: Schedule,
     cached: np.ndarray | None = None,
 ) -> dict[str, Tensor]:
-    """The tensors of :func:`carried`, cut out of the global ``weights``."""
+    """Return the tensors of :func:`carried`, cut out of the global ``weights``."""
     return {
         p.name: p.pack(weights[p.name], heads) if p.kind is Kind.SLICED else weights[p.name]
         for p, heads in carried(arch, schedule, cached)

@@ -29,9 +29,10 @@ class BranchOperations:
     """Schedules as branches run them.
 
     Attributes:
-        operations: int8 [..., slots, blocks, 2, heads]: FROZEN only where gradient passes, FULL
-            only where something trains.
-        through: bool [..., slots, blocks, 2]: whether gradient is wanted at the branch's input.
+        operations: int8 [..., slots, blocks, branches, heads]: FROZEN only where gradient passes,
+            FULL only where something trains.
+        through: bool [..., slots, blocks, branches]: whether gradient is wanted at the branch's
+            input.
     """
 
     operations: np.ndarray
@@ -39,12 +40,17 @@ class BranchOperations:
 
     @classmethod
     def of(cls, operations: np.ndarray, trains: Sequence[Trains]) -> "BranchOperations":
-        """Of schedules int8 [..., slots, blocks, heads]."""
+        """Divide schedules, int8 [..., slots, blocks, heads], over branches.
+
+        Args:
+            operations: The schedules.
+            trains: What of each branch trains.
+        """
         anything = np.array([t.anything for t in trains])
         norm = np.array([t.norm for t in trains])
         each = np.repeat(operations[..., None, :], len(trains), axis=-2)
         full = (each == Operation.FULL) & anything[:, None]
-        own = full.any(axis=-1)  # [..., slots, blocks, 2]
+        own = full.any(axis=-1)  # [..., slots, blocks, branches]
         flat = own.reshape(*own.shape[:-2], -1)
         begun = np.logical_or.accumulate(flat, axis=-1)
         below = np.zeros_like(begun)
@@ -60,7 +66,7 @@ class Schedule:
     """One client's operations for a round: int8 ``[slots, blocks, heads]`` of ``Operation``.
 
     Attributes:
-        operations: See above.
+        operations: What each subnet does in each slot.
         ranks: int64 [blocks, heads], the rank at which trained subnets train LoRA's factors; None
             for the architecture's own. Of subnets that do not train it means nothing.
     """
@@ -86,7 +92,7 @@ class Schedule:
 
     @classmethod
     def filled(cls, operation: Operation, slots: int, blocks: int, heads: int) -> "Schedule":
-        """Every subnet does the same in every slot."""
+        """Return a schedule in which every subnet does the same in every slot."""
         return cls(np.full((slots, blocks, heads), operation, dtype=np.int8))
 
     @property
@@ -120,17 +126,17 @@ class Schedule:
         return effective(self.operations)
 
     def heads(self, what: np.ndarray, block: int) -> tuple[int, ...]:
-        """Heads of ``block`` that are set in ``what`` [blocks, heads], ascending."""
+        """Return heads of ``block`` that are set in ``what`` [blocks, heads], ascending."""
         return tuple(what[block].nonzero()[0].tolist())
 
     def trained_ranks(self, block: int) -> dict[int, int] | None:
-        """Trained heads of ``block``, ascending -> their ranks; None where all have the same."""
+        """Return trained heads of a block, ascending -> their ranks; None where ranks are equal."""
         if self.ranks is None:
             return None
         return {head: int(self.ranks[block, head]) for head in self.heads(self.trained, block)}
 
     def mean_rank(self, rank: int = 0) -> float | None:
-        """Mean over trained subnets of their ranks; None where nothing trains, or has none.
+        """Return the mean rank of trained subnets; None where nothing trains, or has none.
 
         Args:
             rank: Of a schedule that says nothing of ranks; 0 for none.
@@ -142,28 +148,36 @@ class Schedule:
         return float(self.ranks[self.trained].mean())
 
     def examples_trained(self, slot_examples: Sequence[int]) -> np.ndarray:
-        """Examples on which each subnet ran FULL, n_cs of the design: int64 [blocks, heads]."""
+        """Return examples n_cs on which each subnet ran FULL: int64 [blocks, heads]."""
         full = self.operations == Operation.FULL
         return np.tensordot(np.asarray(slot_examples, dtype=np.int64), full, axes=1)
 
     def block_examples_trained(self, slot_examples: Sequence[int]) -> np.ndarray:
-        """Examples on which any subnet of a block ran FULL: int64 [blocks]."""
+        """Return examples on which any subnet of a block ran FULL: int64 [blocks]."""
         full = (self.operations == Operation.FULL).any(axis=2)
         return np.asarray(slot_examples, dtype=np.int64) @ full
 
 
 def residents(operations: np.ndarray) -> np.ndarray:
-    """Whatever any slot of int8 [clients, slots, blocks, heads] runs: bool, without slots."""
+    """Return which subnets any slot runs: bool [clients, blocks, heads].
+
+    Args:
+        operations: int8 [clients, slots, blocks, heads].
+    """
     return (operations != Operation.SHORTCUT).any(axis=1)
 
 
 def trainees(operations: np.ndarray) -> np.ndarray:
-    """The same of what trains."""
+    """Return which subnets any slot runs FULL: bool [clients, blocks, heads].
+
+    Args:
+        operations: int8 [clients, slots, blocks, heads].
+    """
     return (operations == Operation.FULL).any(axis=1)
 
 
 def effective(operations: np.ndarray) -> np.ndarray:
-    """Operations as they run: FROZEN is FORWARD_ONLY below all that trains in its slot.
+    """Return operations as they run: FROZEN is FORWARD_ONLY below all that trains in its slot.
 
     Args:
         operations: int8 [..., slots, blocks, heads].
@@ -181,13 +195,15 @@ def slot_sizes(examples: int, slots: int) -> list[int]:
 
 
 def micro_batches(sizes: Sequence[int], active: Sequence[bool], parts: int) -> list[list[int]]:
-    """Cut a batch into passes that run one after another: per pass, its examples of each slot.
+    """Cut a batch into micro-batches that run one after another: examples of each slot in each.
 
     Examples of inactive slots are not run at all; the others, slot by slot, are divided as evenly
-    as possible into at most ``parts`` passes.
+    as possible into at most ``parts`` micro-batches.
 
     Args:
-        sizes: Examples of each slot. active: Which slots run anything.
+        sizes: Examples of each slot.
+        active: Which slots run anything.
+        parts: Micro-batches, at most.
     """
     run = [size if on else 0 for size, on in zip(sizes, active, strict=True)]
     ends = np.cumsum([0, *run])
@@ -200,7 +216,7 @@ def micro_batches(sizes: Sequence[int], active: Sequence[bool], parts: int) -> l
 
 
 def slot_totals(examples: int, batch_size: int, slots: int, epochs: int) -> list[int]:
-    """Examples each slot sees in one round of ``epochs`` passes in batches of ``batch_size``."""
+    """Return examples that each slot sees in a round of ``epochs`` in batches of ``batch_size``."""
     full, rest = divmod(examples, batch_size)
     whole, last = slot_sizes(batch_size, slots), slot_sizes(rest, slots)
     return [epochs * (full * w + r) for w, r in zip(whole, last, strict=True)]
