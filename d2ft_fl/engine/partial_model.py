@@ -1,6 +1,6 @@
 """A client's part of a model: only what is resident is held, only what runs is computed.
 
-A pre-norm block is a sum over heads and feed-forward slices,
+A pre-norm block is a sum over heads and feed-forward slices; a vision transformer's, for example,
 
     x <- x + b_proj + sum_h Attn_h(LN1(x)) W_proj[:, h]
     x <- x + b_fc2  + sum_h act(LN2(x) W_fc1[h]) W_fc2[:, h]
@@ -77,7 +77,7 @@ class PartialModel:
         self.device = torch.device(device)
         if not all(branch.norm_first for branch in arch.branches):
             raise ConfigError(
-                "the engine runs branches with the norm before the products only, not behind the sum"
+                "the engine runs branches whose norm stands before the products, not behind the sum"
             )
         self.adapter = adapter
         self.traits = adapter.block_traits(self.device)

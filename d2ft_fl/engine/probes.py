@@ -19,7 +19,7 @@ from d2ft_fl.engine.numerics import Numerics
 from d2ft_fl.engine.packed_heads import PackedHeads
 from d2ft_fl.engine.partial_model import PartialModel
 from d2ft_fl.engine.saved_activations import Observer
-from d2ft_fl.engine.trainer import Batches, run_pass
+from d2ft_fl.engine.trainer import Batches, run_micro_batch
 from d2ft_fl.lora.config import merged_packed
 from d2ft_fl.subnets.architecture import Architecture
 from d2ft_fl.subnets.schedule import Operation, Schedule
@@ -51,17 +51,17 @@ class ProbeRunner:
         self.model.reset(schedule, weights, gradients=False)
 
     def scores(self, batch: Batch, task: Task, kinds: Sequence[str]) -> dict[str, np.ndarray]:
-        """Measure scores; see :func:`score_pass`."""
+        """Measure scores; see :func:`probe_scores`."""
         self._reset(Operation.FULL)
-        return score_pass(self.model, batch, task, kinds, self.meter)
+        return probe_scores(self.model, batch, task, kinds, self.meter)
 
     def entropy(self, batches: Batches, temperature: float) -> np.ndarray:
-        """Measure entropy; see :func:`entropy_pass`."""
+        """Measure entropy; see :func:`probe_entropy`."""
         self._reset(Operation.FORWARD_ONLY)
-        return entropy_pass(self.model, batches, temperature, self.meter)
+        return probe_entropy(self.model, batches, temperature, self.meter)
 
 
-def entropy_pass(
+def probe_entropy(
     model: PartialModel, batches: Batches, temperature: float, meter: Meter
 ) -> np.ndarray:
     """Return how unsure a model is of each example: float64 [examples].
@@ -85,7 +85,7 @@ def _entropy(model: PartialModel, images: Tensor, temperature: float) -> Tensor:
     return torch.distributions.Categorical(logits=logits / temperature).entropy()
 
 
-def score_pass(
+def probe_scores(
     model: PartialModel, batch: Batch, task: Task, kinds: Sequence[str], meter: Meter
 ) -> dict[str, np.ndarray]:
     """Measure scores of some kinds: kind -> float64 [blocks, heads].
@@ -109,7 +109,7 @@ def score_pass(
         for index in range(len(batch)):
             one = batch.rows(index, index + 1)
             meter.run(
-                partial(run_pass, model, one, task, [1], task.weight(one)),
+                partial(run_micro_batch, model, one, task, [1], task.weight(one)),
                 key=(id(model), "scores", *kinds),
                 base=base,
                 known=lambda: [*held, batch.inputs, batch.targets],

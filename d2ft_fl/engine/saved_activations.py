@@ -6,7 +6,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 # Told (role, first row, gradient of a run of rows) instead of adding the gradient up; see
-# `d2ft_fl.engine.probes.score_pass`.
+# `d2ft_fl.engine.probes.probe_scores`.
 Observer = Callable[[str, int, Tensor], None]
 
 # Told (role, gradient) of a parameter that heads share.

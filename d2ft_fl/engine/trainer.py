@@ -142,7 +142,7 @@ class Stepper:
             stop = start + sum(part)
             loss += self.meter.run(
                 partial(
-                    run_pass,
+                    run_micro_batch,
                     self.model,
                     running.rows(start, stop),
                     self.task,
@@ -227,7 +227,7 @@ def _pattern(model: PartialModel, sizes: list[int]) -> Hashable:
     )
 
 
-def run_pass(
+def run_micro_batch(
     model: PartialModel,
     batch: Batch,
     task: Task,

@@ -16,7 +16,7 @@ from d2ft_fl.costs.resources import Cost
 from d2ft_fl.engine.meter import Meter
 from d2ft_fl.engine.numerics import Numerics
 from d2ft_fl.engine.partial_model import PartialModel
-from d2ft_fl.engine.probes import score_pass
+from d2ft_fl.engine.probes import probe_scores
 from d2ft_fl.engine.trainer import train
 from d2ft_fl.models.timm_vit import TimmViT
 from d2ft_fl.planning.importance import MEASURED, TENSOR
@@ -239,7 +239,7 @@ def test_the_scoring_pass_costs_what_is_predicted(changes, kinds):
     assert not any(block.store.grads for block in partial.blocks.values())
     images, labels = images_for(arch, 4)
     meter = Meter(verify=True)
-    found = score_pass(partial, Batch(images, labels), CLASSIFY, kinds, meter)
+    found = probe_scores(partial, Batch(images, labels), CLASSIFY, kinds, meter)
     predicted = probes_cost(costs, Probes(scored=4, kinds=tuple(kinds)))
     assert meter.flops == predicted.flops
     assert meter.peak_bytes <= predicted.memory <= 1.25 * meter.peak_bytes

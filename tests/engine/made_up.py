@@ -12,6 +12,7 @@ JSON; see ``test_made_up_architecture``.
 import json
 import sys
 import traceback
+from dataclasses import replace
 from functools import partial
 
 sys.modules["timm"] = None  # importing it fails from here on
@@ -33,6 +34,7 @@ from d2ft_fl.engine.model_adapter import BranchTraits  # noqa: E402
 from d2ft_fl.engine.numerics import Numerics  # noqa: E402
 from d2ft_fl.engine.partial_model import PartialModel  # noqa: E402
 from d2ft_fl.engine.trainer import train  # noqa: E402
+from d2ft_fl.errors import ConfigError  # noqa: E402
 from d2ft_fl.lora.config import Lora, merged, with_lora  # noqa: E402
 from d2ft_fl.lora.init import begin  # noqa: E402
 from d2ft_fl.planning.assignment import Participant  # noqa: E402
@@ -453,6 +455,18 @@ def check_the_mean_of_a_skipped_head_stands_for_it():
     engine.reset(skips, pack_for(arch, weights, skips), offsets)
     with torch.no_grad():
         torch.testing.assert_close(engine(one, [1]), expected, rtol=1e-4, atol=1e-5)
+
+
+def check_a_norm_behind_the_sum_is_refused():
+    _, adapter, arch, *_ = made()
+    first, second = arch.branches
+    behind = replace(arch, branches=(first, replace(second, norm_first=False)))
+    try:
+        PartialModel(adapter, behind)
+    except ConfigError as error:
+        assert "not behind the sum" in str(error)
+    else:
+        raise AssertionError("it was built")
 
 
 def main():

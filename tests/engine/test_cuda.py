@@ -8,7 +8,7 @@ from d2ft_fl.clients.full import learning_rate
 from d2ft_fl.engine.meter import Meter
 from d2ft_fl.engine.numerics import Numerics
 from d2ft_fl.engine.partial_model import PartialModel
-from d2ft_fl.engine.probes import score_pass
+from d2ft_fl.engine.probes import probe_scores
 from d2ft_fl.engine.trainer import Stepper, train
 from d2ft_fl.models.timm_vit import TimmViT
 from d2ft_fl.planning.importance import MEASURED
@@ -119,7 +119,7 @@ def test_scores_are_the_cpus():
     for device in (torch.device("cpu"), CUDA):
         partial = ready(all_of(arch), model, arch, training_options(), device)
         found.append(
-            score_pass(
+            probe_scores(
                 partial, Batch(*data(arch, 3, device)), CLASSIFY, MEASURED, Meter(device=device)
             )
         )

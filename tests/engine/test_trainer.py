@@ -10,7 +10,7 @@ from d2ft_fl.clients.full import learning_rate
 from d2ft_fl.engine.meter import Meter
 from d2ft_fl.engine.numerics import Numerics
 from d2ft_fl.engine.partial_model import PartialModel
-from d2ft_fl.engine.probes import score_pass
+from d2ft_fl.engine.probes import probe_scores
 from d2ft_fl.engine.trainer import Stepper, build_optimizer, train
 from d2ft_fl.models.timm_vit import TimmViT
 from d2ft_fl.planning.importance import MEASURED
@@ -179,7 +179,7 @@ def scored(model, arch, images, labels, kinds):
     schedule = Schedule.filled(Operation.FULL, 1, arch.blocks, arch.heads)
     partial = PartialModel(TimmViT(model), arch)
     partial.reset(schedule, pack_for(arch, weights_of(model), schedule), gradients=False)
-    found = score_pass(partial, Batch(images, labels), CLASSIFY, kinds, Meter())
+    found = probe_scores(partial, Batch(images, labels), CLASSIFY, kinds, Meter())
     assert all(t.grad is None for t in partial.whole().values())
     assert all(branch.observer is None for branch in partial.branches())
     return found

@@ -6,7 +6,8 @@ import timm
 import torch
 
 from d2ft_fl.errors import ConfigError
-from d2ft_fl.models.build import build_adapter
+from d2ft_fl.models import build
+from d2ft_fl.models.build import Family, build_adapter, register
 from d2ft_fl.models.spec import ModelSpec
 from d2ft_fl.models.weights import GLYPH_WEIGHTS
 
@@ -120,3 +121,12 @@ def test_the_exported_model_is_what_timm_takes(tmp_path):
     again.load_state_dict(safetensors.torch.load_file(tmp_path / "model.safetensors"))
     images = torch.randn(2, 1, 16, 16)
     assert torch.equal(again.eval()(images), model(images))
+
+
+def test_a_family_of_a_plug_in_builds_the_models_it_knows_and_no_others(monkeypatch):
+    monkeypatch.setattr(build, "_families", list(build._families))
+    register(Family("'mine'", lambda name: name == "mine", lambda spec: ("mine", spec.classes)))
+    assert build_adapter(ModelSpec("mine", (), "none", 0, 7, 0)) == ("mine", 7)
+    assert len(build_adapter(TINY).model.blocks) == 2
+    with pytest.raises(ConfigError, match="'other' is not supported: use 'mine' or 'vit_glyphs'"):
+        build_adapter(ModelSpec("other", (), "none", 0, 7, 0))
