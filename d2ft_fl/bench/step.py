@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from d2ft_fl.bench.step_schedules import grid
-from d2ft_fl.config.run_config import RunConfig
+from d2ft_fl.config.run_config import OPTIONS, RunConfig
 from d2ft_fl.config.training_options import TrainingOptions
 from d2ft_fl.costs.cost_model import CostModel
 from d2ft_fl.engine.meter import Meter, tensor_bytes
@@ -95,6 +95,7 @@ class StepBench:
                 f"--slots {self.slots} is more than --batch-size {self.batch_size}; "
                 "a slot needs an example"
             )
+        OPTIONS["device"].check(self.device)
         usable_device(self.device)
 
     def options(self) -> TrainingOptions:

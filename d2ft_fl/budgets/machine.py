@@ -21,6 +21,7 @@ import psutil
 import torch
 
 from d2ft_fl.budgets.budget import Amount, Budget, ClientDescription
+from d2ft_fl.config.run_config import OPTIONS
 from d2ft_fl.errors import ConfigError
 from d2ft_fl.util.torch_device import free_memory, set_threads, usable_device
 
@@ -98,6 +99,7 @@ def profile(device: str = "cpu", threads: int = 1) -> Profile:
     """
     if threads < 1:
         raise ConfigError(f"threads = {threads} must be 1 or more")
+    OPTIONS["device"].check(device)
     where = usable_device(device)
     speeds = measure(device, threads)
     return Profile(device, threads, speeds, free_memory(where) + _held(where))

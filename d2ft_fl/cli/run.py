@@ -12,7 +12,6 @@ from d2ft_fl.cli.common import Files, Pairs, compile_once, failures, progress_ba
 from d2ft_fl.config.run_config import RunConfig
 from d2ft_fl.config.sources import collect
 from d2ft_fl.errors import ConfigError
-from d2ft_fl.records.run_folder import claim_folder, note_failure
 from d2ft_fl.util import terminal
 
 
@@ -54,6 +53,7 @@ def run(
 
 def _run(config: RunConfig, backend: Backend, supernodes: int, workers: int, as_json: bool) -> None:
     from d2ft_fl.flower.superlink import run_flower
+    from d2ft_fl.records.run_folder import claim_folder, note_failure
     from d2ft_fl.runtime.in_process import run_local
     from d2ft_fl.server import console
 
