@@ -23,14 +23,13 @@ from d2ft_fl.bench.optimum import optimum
 from d2ft_fl.bench.planner_clients import Clients, make_clients
 from d2ft_fl.errors import ConfigError, RunError
 from d2ft_fl.planning.knapsack import (
-    Solution,
     Spread,
     SpreadSolution,
     solve,
     solve_spread,
     solve_two_stages,
-    used,
 )
+from d2ft_fl.planning.problem import Solution, used
 
 COUPLINGS = ("none", "spread")
 OPERATIONS = (3, 4)

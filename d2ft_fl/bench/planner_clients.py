@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from d2ft_fl.planning.knapsack import Structure
+from d2ft_fl.planning.problem import Structure
 
 STAGES = 4
 UNIT = 100_000  # integers per unit of cost

@@ -40,10 +40,11 @@ import numpy as np
 
 from d2ft_fl.config.choices import PLAIN_BITS
 from d2ft_fl.config.training_options import DEFAULT_POLICY, ExecutionPolicy, TrainingOptions
+from d2ft_fl.costs.activations import ActivationBytes
 from d2ft_fl.costs.communication import Communication
 from d2ft_fl.costs.compensation import Extras
 from d2ft_fl.costs.flops import BranchFlops
-from d2ft_fl.costs.memory import PassMemory, Saved
+from d2ft_fl.costs.memory import MicroBatchMemory
 from d2ft_fl.costs.parameter_counts import Parts
 from d2ft_fl.costs.resources import MEMORY_MARGIN, RESOURCES, Cost
 from d2ft_fl.engine.attention import fused_attention
@@ -229,9 +230,11 @@ class CostModel:
         return Extras(self.arch, self.compensated, self.calibrating)
 
     @cached_property
-    def saved(self) -> "Saved":
-        """Bytes saved for backward, by what they belong to."""
-        return Saved.of(self.seen, self.options, self.fused, self.device, self.arch.tokens)
+    def activations(self) -> ActivationBytes:
+        """Bytes of the activations of an example, by what they belong to."""
+        return ActivationBytes.of(
+            self.seen, self.options, self.fused, self.device, self.arch.tokens
+        )
 
     def saved_bytes(self, schedule: Schedule, sizes: Sequence[int]) -> int:
         """Bytes saved for backward by one pass when its forward pass is over.
@@ -239,21 +242,23 @@ class CostModel:
         Args:
             sizes: Examples of each slot in the pass.
         """
-        saved = self._pass(schedule, sizes).saved.sum()
-        return int(saved) + sum(sizes) * self.saved.outer + self.saved.classifier
+        saved = self._micro_batch(schedule, sizes).saved.sum()
+        return int(saved) + sum(sizes) * self.activations.outer + self.activations.classifier
 
     def peak_bytes(self, schedule: Schedule, sizes: Sequence[int]) -> int:
         """Peak bytes of one pass beyond what is held before; see :mod:`d2ft_fl.costs.memory`."""
-        return int(self._pass(schedule, sizes).peak()[0])
+        return int(self._micro_batch(schedule, sizes).peak()[0])
 
-    def _pass(self, schedule: Schedule, sizes: Sequence[int]) -> PassMemory:
+    def _micro_batch(self, schedule: Schedule, sizes: Sequence[int]) -> MicroBatchMemory:
         ranks = self.ranks(schedule.operations[None], _one(schedule.ranks))
-        return self._passes(schedule.operations[None], np.array([sizes]), ranks)
+        return self._micro_batches(schedule.operations[None], np.array([sizes]), ranks)
 
-    def _passes(self, operations: np.ndarray, sizes: np.ndarray, ranks: np.ndarray) -> PassMemory:
+    def _micro_batches(
+        self, operations: np.ndarray, sizes: np.ndarray, ranks: np.ndarray
+    ) -> MicroBatchMemory:
         """Memory of passes [passes, slots, blocks, heads] over ``sizes`` [passes, slots]."""
         checkpointing = self.options.checkpointing
-        return PassMemory.of(self.saved, checkpointing, operations, sizes, ranks)
+        return MicroBatchMemory.of(self.activations, checkpointing, operations, sizes, ranks)
 
     def _held(self, operations: np.ndarray, ranks: np.ndarray, moments: bool = True) -> np.ndarray:
         """Bytes of weights, gradients and (after the first step) optimiser state: [clients]."""
@@ -323,7 +328,7 @@ class CostModel:
         if self.slots == 1:
             sizes = sizes[:, :1]  # the first is no smaller than any other
         peaks = [
-            np.where(one.any(axis=1), self._passes(operations, one, ranks).peak(), 0)
+            np.where(one.any(axis=1), self._micro_batches(operations, one, ranks).peak(), 0)
             for one in sizes.swapaxes(0, 1)
         ]
         return ELEMENT * self.arch.input_elements * images + np.max(peaks, axis=0)

@@ -1,7 +1,8 @@
-"""What a pass, forward and backward, takes in memory beyond what is held before it.
+"""What a micro-batch, forward and backward, takes in memory beyond what is there before it.
 
-**Saved for backward**, in a pass with N examples, n_l of them live in the block (something FULL or
-FROZEN), n_t training in it (something FULL), with elements of c bytes (4, or 2 in bfloat16):
+**Saved for backward**, in a micro-batch with N examples, n_l of them live in the block (something
+FULL or FROZEN), n_t training in it (something FULL), with elements of c bytes (4, or 2 in
+bfloat16):
 
     a block's two branches, each   4 N T D + 8 n_l T + c n_t T D    x, statistics, y
                                    (+ c N T D with layer scale, where anything trains)
@@ -10,233 +11,48 @@ FROZEN), n_t training in it (something FULL), with elements of c bytes (4, or 2 
 
 which is 4 + 12 = 16 units of T D for a usual block with everything FULL, 4 of them with the first
 FULL subnet: that is why opening a block is a charge of its own. Head norms, gates, dropout, and
-attention that is not fused and has matrices [T, T], add what ``Saved`` says.
-Checkpointed, only x stays.
+attention that is not fused and has matrices [T, T], add what
+:class:`~d2ft_fl.costs.activations.ActivationBytes` says. Checkpointed, only x stays.
 
 Under LoRA a product with factors keeps c n_t T r for the gradient of the factor on the far side of
 it, with r the largest rank of what is FULL in a slot; y and z stay only for the gradient of an A;
 and the lowest branch that trains keeps neither x nor, where nothing before its product out trains,
 what its subnets have in the middle.
 
-**Transients** come on top. The peak of a pass is the largest of what is alive at these moments,
-with a stream for one tensor [N, T, D]:
+**Transients** come on top. The peak of a micro-batch is the largest of what is alive at these
+moments, with a stream for one tensor [N, T, D]:
 
-* forward in a branch: what lower branches saved, x, y, the sum, and for the piece at hand its
+* forward in a branch: what lower branches saved, x, y, the sum, and for the head group at hand its
   products in and its z (saved or not);
 * backward in a branch: what it and lower ones saved, the gradient that arrives, the gradient of y,
-  and for all FULL pieces, then all FROZEN ones, the gradients of z and of products in (of q, k, v
-  twice, when they are put together);
-* after it: the gradient of x in place of the pieces';
+  and for all FULL head groups, then all FROZEN ones, the gradients of z and of products in (of q,
+  k, v twice, when they are put together);
+* after it: the gradient of x in place of the head groups';
 * the classifier, with everything saved; the embedding, with nothing.
 """
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cached_property, lru_cache
 
 import numpy as np
 
-from d2ft_fl.config.training_options import TrainingOptions
+from d2ft_fl.costs.activations import ActivationBytes
 from d2ft_fl.engine.grouping import Part, groups, storage_order
-from d2ft_fl.subnets.architecture import Architecture
-from d2ft_fl.subnets.branches import BranchSpec, Trains
 from d2ft_fl.subnets.schedule import BranchOperations, Operation, effective
-from d2ft_fl.wire.sizes import ELEMENT
 
 
 @dataclass(frozen=True)
-class Saved:
-    """Bytes that one example leaves for the backward pass, by what they belong to.
+class MicroBatchMemory:
+    """Memory of micro-batches, branch by branch from the first: int64 [micro-batches, 2 blocks].
+
+    All values are bytes.
 
     Attributes:
-        stream: One [tokens, dim] tensor in float32: the residual stream.
-        embedded: The same of all tokens, before any are left out.
-        narrow: The same in the type of products.
-        statistics: Of one norm, per live example.
-        normed: What a root mean square norm keeps besides, to train its weight.
-        alive: Of a FULL or FROZEN subnet that gradient goes through: int64 [2 branches, heads].
-        full: Of a FULL one besides. shallow: In its place, where none goes through it.
-        ranked: Of a block with something FULL, for LoRA's gradients, by rank: int64 [2 branches].
-        masked: Of the same, whatever the rank, where LoRA drops out: int64 [2 branches].
-        dropped: Of a FULL subnet, where LoRA drops out: int64 [2 branches, heads].
-        near: What a product with LoRA's factors has in between, by rank: int64 [2 branches].
-        drops: Besides, whatever the rank, where LoRA drops out: int64 [2 branches].
-        keeps_y: Whether y is kept where something is FULL: bool [2 branches].
-        trains: What trains of each branch.
-        hidden: What goes into a piece's middle, and what comes out: int64 [2, 2, heads].
-        within: What plain attention, which is not fused, has besides for a moment: run without a
-            graph, with one, and on the way back: int64 [3, 2, heads].
-        weights: Of a product in, in the type of products: int64 [2, heads]; not per example.
-        outer: Of final norm, classifier and loss.
-        classifier: Of the classifier's weight, once a pass, where it is cast.
-        scaled: Whether a layer scale keeps the sum.
-        rms: Whether norms are by root mean square, which torch puts together from simple steps.
-        mask: Of dropout on the sum, where there is one.
-        regraded: Gradients of the sum beside the one that arrives, where it is dropped in parts or
-            whole; less the mask, which is gone by then.
-    """
-
-    stream: int
-    embedded: int
-    narrow: int
-    statistics: int
-    normed: int
-    alive: np.ndarray
-    full: np.ndarray
-    shallow: np.ndarray
-    ranked: np.ndarray
-    masked: np.ndarray
-    dropped: np.ndarray
-    near: np.ndarray
-    drops: np.ndarray
-    keeps_y: np.ndarray
-    trains: tuple[Trains, ...]
-    hidden: np.ndarray
-    within: np.ndarray
-    weights: np.ndarray
-    outer: int
-    classifier: int
-    scaled: bool
-    rms: bool
-    mask: int
-    regraded: int
-
-    @classmethod
-    def of(
-        cls, a: Architecture, options: TrainingOptions, fused: bool, device: str, embedded: int
-    ) -> "Saved":
-        """By architecture and precision; see the module's docstring.
-
-        Args:
-            embedded: Tokens of an example before any are left out.
-        """
-        c = 2 if options.precision == "bf16" else ELEMENT
-        attends, feeds = a.branches
-        rows = [list(a.rows_in(branch).values()) for branch in range(len(a.branches))]
-        into = [np.sum(of_branch, axis=0) for of_branch in rows]  # columns of all products in
-        t, d, hidden = a.tokens, attends.head_width, np.array(feeds.widths, dtype=np.int64)
-        one = np.ones(a.heads, dtype=np.int64)
-        attended = into[0] + (not attends.gated) * d  # queries, keys, values, output
-        attention = c * t * attended + ELEMENT * t
-        within = np.zeros((3, 2, a.heads), dtype=np.int64)
-        if not fused:  # in float32: scaled q and k; weights, with dropout their mask and product
-            drops, square, wide = bool(attends.dropout), ELEMENT * t * t, ELEMENT * t * d
-            cast = c < ELEMENT
-            attention = c * t * attended + (2 + cast) * wide + (1 + 2 * drops) * square
-            # Before the weights there is what they are the softmax of; on the way back there are
-            # gradients of both.
-            within[0, 0] = max(2 * wide + square, (2 + drops) * square) + cast * 4 * wide
-            within[1, 0] = (1 - drops) * square
-            within[2, 0] = (2 - drops) * square + cast * 4 * wide
-        attention += attends.head_norms * (c * t * d + 2 * ELEMENT * t)  # what was normed
-        attention += 2 * c * t * d * attends.gated  # before and behind the sigmoid
-        mask = 1 if device == "cuda" else c  # bytes that dropout keeps of an element
-        kept = into[1] + feeds.gated * hidden  # a gate is kept before and behind the activation
-        out = [attention * one, c * t * kept + mask * t * hidden * bool(feeds.dropout)]
-        # Normed heads lie otherwise in memory, so that the product out takes a copy.
-        copies = attends.gated + bool(attends.head_norms) + a.rms * attends.head_norms
-        full = [c * t * d * copies * one, c * t * hidden]
-        shallow = [c * t * d * one, c * t * hidden]
-        each = zip(a.branches, a.trains, shallow, strict=True)
-        lora = [_LoraSaved.of(a, c, *branch) for branch in each]
-        for branch, own in enumerate(lora):
-            if not own.keeps_z:
-                full[branch], shallow[branch] = 0 * one, 0 * one
-        inward = [c * t * columns for columns in into]
-        masks = (2 if device == "cpu" else 1) * bool(feeds.dropout)  # mask and product
-        masks += feeds.gated
-        # Normed and copied; gate and product.
-        extras = attends.head_norms + bool(attends.head_norms) + 2 * attends.gated
-        outward = [c * t * d * (1 + extras) * one, c * t * hidden * (1 + masks)]
-        # Final norm: its input, and what the classifier's view of its output keeps alive.
-        norm = ELEMENT * (a.dim * (1 + a.rms) + 2) * (1 if a.norm_pooled else t)
-        norm += c * a.dim * (1 if a.norm_pooled or c < ELEMENT else t)
-        return cls(
-            stream=ELEMENT * t * a.dim,
-            embedded=ELEMENT * embedded * a.dim,
-            narrow=c * t * a.dim,
-            statistics=2 * ELEMENT * t,
-            normed=a.rms * ELEMENT * t * a.dim * a.trains[0].norm,
-            alive=np.stack(out),
-            full=np.stack(full),
-            shallow=np.stack(shallow),
-            ranked=np.array([own.ranked for own in lora], dtype=np.int64),
-            masked=np.array([own.masked for own in lora], dtype=np.int64),
-            dropped=np.stack([own.dropped for own in lora]),
-            near=np.array([own.near for own in lora], dtype=np.int64),
-            drops=np.array([own.drops for own in lora], dtype=np.int64),
-            keeps_y=np.array([own.keeps_y for own in lora]),
-            trains=a.trains,
-            hidden=np.stack([np.stack(inward), np.stack(outward)], axis=1),
-            within=within,
-            weights=c * a.dim * np.stack([np.max(of_branch, axis=0) for of_branch in rows]),
-            outer=norm + ELEMENT * (2 * a.classes + 2),
-            classifier=c * a.dim * a.classes * (c < ELEMENT),
-            scaled=a.trains[0].scale,
-            rms=a.rms,
-            mask=mask * t * a.dim * bool(a.output_dropout),
-            regraded=t * a.dim * ((c - mask) * bool(a.output_dropout) + c * bool(a.drop_path)),
-        )
-
-    def spared_at_the_bottom(self, frozen: bool, checkpointing: bool) -> int:
-        """Most bytes of an example that the lowest block that trains in a slot does not keep.
-
-        That is beside what the same operations keep above another block that trains.
-
-        Args:
-            frozen: Whether subnets may be FROZEN.
-        """
-        lowest = [t.anything for t in self.trains].index(True)
-        whole, own = self.alive + self.full, self.trains[lowest]
-        spared = lowest * self.stream  # of a branch in which nothing trains
-        if not checkpointing:
-            spared += self.stream + (lowest + 1) * self.statistics + int(whole[:lowest].sum())
-            if frozen or not own.inward:
-                spared += int(whole[lowest].sum())
-        return spared
-
-
-@dataclass(frozen=True)
-class _LoraSaved:
-    """A branch's part of :class:`Saved`, as far as it depends on factors; see there."""
-
-    ranked: int
-    masked: int
-    dropped: np.ndarray
-    near: int
-    drops: int
-    keeps_y: bool
-    keeps_z: bool
-
-    @classmethod
-    def of(
-        cls, a: Architecture, c: int, spec: BranchSpec, trains: Trains, z: np.ndarray
-    ) -> "_LoraSaved":
-        """With elements of c bytes, and so many bytes of z an example and head."""
-        into, out = (target in a.targets for target in spec.targets)
-        drops_in, drops_out = into and a.lora_dropout > 0, out and a.lora_dropout > 0
-        kept = c * a.tokens * (trains.near[0] + trains.far[1])
-        masked = a.tokens * a.dim * (c * trains.far[0] + 1)  # y, and where it was dropped
-        return cls(
-            ranked=kept,
-            masked=drops_in * masked,
-            dropped=drops_out * (c * trains.near[1] + 1) * z // c,
-            near=c * a.tokens * (into + out),
-            drops=c * a.tokens * 2 * a.dim * (drops_in + drops_out),
-            keeps_y=trains.y and not drops_in,
-            keeps_z=trains.z and not drops_out,
-        )
-
-
-@dataclass(frozen=True)
-class PassMemory:
-    """Memory of passes, branch by branch from the first: int64 [passes, 2 blocks] bytes each.
-
-    Attributes:
-        saved: Kept for backward.
-        forward: On the way forward, at most, beside what lower branches saved.
+        saved: Kept for backward by each branch.
+        forward: On the way forward in a branch, at most, beside what lower branches saved.
         backward: On the way back, at most, beside what this and lower branches saved.
-        outer: In the classifier, beside what all branches saved: [passes].
-        embedding: In the embedding, at most: [passes].
+        outer: In the classifier, beside what all branches saved: [micro-batches].
+        embedding: In the embedding, at most: [micro-batches].
     """
 
     saved: np.ndarray
@@ -248,158 +64,284 @@ class PassMemory:
     @classmethod
     def of(
         cls,
-        s: Saved,
+        activations: ActivationBytes,
         checkpointing: bool,
         operations: np.ndarray,
         sizes: np.ndarray,
         ranks: np.ndarray,
-    ) -> "PassMemory":
-        """Work it out, for many passes at once.
+    ) -> "MicroBatchMemory":
+        """Work it out, for many micro-batches at once.
 
         Args:
-            s: What an example saves.
-            operations: int8 [passes, slots, blocks, heads].
-            sizes: int64 [passes, slots], examples of each slot.
-            ranks: Of heads that train, else 0: int64 [passes, blocks, heads].
+            activations: What one example takes.
+            checkpointing: Whether activations are computed again.
+            operations: int8 [micro-batches, slots, blocks, heads].
+            sizes: Examples of each slot: int64 [micro-batches, slots].
+            ranks: Of heads that train, else 0: int64 [micro-batches, blocks, heads].
         """
-        n = sizes
-        run = BranchOperations.of(operations, s.trains)
-        inward_trains = np.array([t.inward for t in s.trains])
-        total = n.sum(axis=1)[:, None, None]  # [passes, 1, 1], beside [passes, blocks, 2]
-        resident = (operations != Operation.SHORTCUT).any(axis=1)
-        full, frozen = run.operations == Operation.FULL, run.operations == Operation.FROZEN
-        live, trains = (full | frozen).any(axis=4), full.any(axis=4)  # [passes, slots, blocks, 2]
-        n_full = _examples(n, full)  # [passes, blocks, 2, heads]
-        n_deep = _examples(n, full & (run.through | inward_trains)[..., None])
-        n_frozen = _examples(n, frozen)
-        n_live, n_trains = _examples(n, live), _examples(n, trains)  # [passes, blocks, 2]
-        n_through = _examples(n, live & run.through)
-        n_runs = _examples(n, (run.operations != Operation.SHORTCUT).any(axis=4))
-        rank = ranks.max(axis=2)[..., None]  # [passes, blocks, 1]
-        near = s.near * rank + s.drops * (rank > 0)
-        # Of what LoRA keeps: of the slots in which something is FULL, the largest rank of that.
-        factors = s.masked * n_trains
-        if s.ranked.any():
-            most = (full * ranks[:, None, :, None]).max(axis=4)  # [passes, slots, blocks, 2]
-            factors = factors + s.ranked * _examples(n, most)
-        cast = s.narrow != s.stream
-
-        kept = total * ((n_live if checkpointing else n_through) > 0)  # x, of all examples
-        saved = s.stream * kept
-        saved += total * (s.narrow * s.scaled * (n_trains > 0) + s.mask * (n_live > 0))
-        if not checkpointing:
-            saved += s.statistics * n_through + (s.narrow * s.keeps_y + s.normed) * n_trains
-            saved += factors + (n_full * s.dropped).sum(axis=3)
-            saved += ((n_deep + n_frozen) * s.alive + n_deep * s.full).sum(axis=3)
-            saved += ((n_full - n_deep) * s.shallow).sum(axis=3)
-
-        def largest(
-            operation: Operation, per_head: np.ndarray, together: bool = False
-        ) -> np.ndarray:
-            """Bytes [2, heads] an example and head, for the largest piece: [passes, blocks, 2]."""
-            return _largest(run, operations, operation, n, per_head, together)
-
-        inward, outward = s.hidden[:, 0], s.hidden[:, 1]  # [2, heads]
-        bare, graphed, returning = s.within
-        ahead = largest(Operation.FORWARD_ONLY, inward + outward + bare)
-        live_ahead = inward + outward + bare if checkpointing else graphed
-        if live_ahead.any():
-            for operation in (Operation.FULL, Operation.FROZEN):
-                ahead = np.maximum(ahead, largest(operation, live_ahead))
-        # The weights of a product are cast for as long as it takes.
-        casts = resident @ s.weights.T if cast else np.int64(0)
-        # What is not kept; and for a moment, before it is cast, once more as it was.
-        kept_y = n_trains * s.keeps_y * (not checkpointing)
-        y = s.narrow * (n_runs - kept_y)
-        ahead = np.maximum(ahead + casts, cast * s.stream * n_runs)
-        stream = s.stream * (total - kept)  # where x is not saved it is there all the same
-        forward = saved + ahead + stream + (n_runs > 0) * (y + total * s.narrow) + near * n_runs
-
-        # q, k and v get their gradients one by one and are then put together.
-        back = inward * np.array([[2], [1]]) + outward
-        again = back + s.alive if checkpointing else back
-        middle = np.maximum(
-            largest(Operation.FULL, again, together=True),
-            largest(Operation.FROZEN, again, together=True),
-        )
-        if returning.any():  # one piece after the other
-            alone = [largest(o, returning) for o in (Operation.FULL, Operation.FROZEN)]
-            middle = middle + np.maximum(*alone)
-        if checkpointing:
-            middle = middle + (s.statistics + s.narrow + s.normed) * n_live
-            middle = middle + factors + (n_full * s.dropped).sum(axis=3)
-        arriving = total * (s.stream * (1 + s.scaled) + s.narrow * cast + s.regraded)
-        own = (s.narrow + s.stream * 3 * s.rms) * n_through + near * n_live
-        after = 2 * total * s.stream * (n_through > 0)
-        backward = (n_live > 0) * (arriving + own + np.maximum(middle + casts, after))
-        micro_batches = len(n)
-        ends = total[:, 0, 0]
+        moments = Moments(activations, checkpointing, operations, sizes, ranks)
+        branches = len(sizes), -1
         return cls(
-            saved.reshape(micro_batches, -1),
-            forward.reshape(micro_batches, -1),
-            backward.reshape(micro_batches, -1),
-            ends * (s.outer + s.stream * (1 + 3 * s.rms)) + s.classifier,
-            3 * ends * s.embedded,
+            saved=moments.saved.reshape(branches),
+            forward=moments.forward().reshape(branches),
+            backward=moments.backward().reshape(branches),
+            outer=moments.outer(),
+            embedding=moments.embedding(),
         )
 
     def peak(self) -> np.ndarray:
-        """The most that is alive at once: int64 [passes]."""
+        """Return the most bytes that are alive at once: int64 [micro-batches]."""
         below = np.cumsum(self.saved, axis=1) - self.saved
         moments = np.maximum(below + self.forward, below + self.saved + self.backward).max(axis=1)
         return np.maximum(np.maximum(moments, self.saved.sum(axis=1) + self.outer), self.embedding)
 
 
-def _examples(n: np.ndarray, what: np.ndarray) -> np.ndarray:
-    """Examples of the slots [passes, slots] in which something is so: [passes, slots, ...]."""
-    if n.shape[1] == 1:
-        return what[:, 0] * n.reshape(-1, *[1] * (what.ndim - 2))
-    return np.einsum("ps,ps...->p...", n, what.astype(np.int64))
+class ExampleCounts:
+    """On how many examples of micro-batches heads and branches do what.
+
+    Attributes:
+        total: Examples: int64 [micro-batches, 1, 1].
+        full: On which a head is FULL: int64 [micro-batches, blocks, 2, heads].
+        deep: On which a head is FULL, and gradient goes through it.
+        frozen: On which a head is FROZEN.
+        live: On which anything of a branch is FULL or FROZEN: int64 [micro-batches, blocks, 2].
+        training: On which anything of a branch is FULL.
+        through: On which a branch is live, and gradient goes on below it.
+        running: On which anything of a branch runs.
+        most_ranks: Sum over examples of the largest rank that is FULL in a branch, 0 where there
+            is none: int64 [micro-batches, blocks, 2].
+    """
+
+    def __init__(
+        self,
+        run: BranchOperations,
+        sizes: np.ndarray,
+        inward_trains: np.ndarray,
+        ranks: np.ndarray | None,
+    ):
+        """Count.
+
+        Args:
+            run: Operations by branch, of [micro-batches, slots, blocks, 2, heads].
+            sizes: Examples of each slot: int64 [micro-batches, slots].
+            inward_trains: Whether anything between norm and product out trains: bool [2].
+            ranks: int64 [micro-batches, blocks, heads]; None where no factor keeps anything.
+        """
+        full, frozen = run.operations == Operation.FULL, run.operations == Operation.FROZEN
+        live = (full | frozen).any(axis=4)
+        self.total = sizes.sum(axis=1)[:, None, None]
+        self.full = examples_where(sizes, full)
+        self.deep = examples_where(sizes, full & (run.through | inward_trains)[..., None])
+        self.frozen = examples_where(sizes, frozen)
+        self.live = examples_where(sizes, live)
+        self.training = examples_where(sizes, full.any(axis=4))
+        self.through = examples_where(sizes, live & run.through)
+        self.running = examples_where(sizes, (run.operations != Operation.SHORTCUT).any(axis=4))
+        if ranks is None:
+            self.most_ranks = np.int64(0) * self.training
+        else:
+            most = (full * ranks[:, None, :, None]).max(axis=4)  # [micro-batches, slots, blocks, 2]
+            self.most_ranks = examples_where(sizes, most)
 
 
-def _largest(
-    run: BranchOperations,
-    operations: np.ndarray,
-    operation: Operation,
-    n: np.ndarray,
-    per_head: np.ndarray,
-    together: bool,
-) -> np.ndarray:
-    """Bytes of an operation's largest piece, of each block and branch: int64 [passes, blocks, 2].
+class Moments:
+    """The moments of micro-batches at which most memory may be in use.
+
+    Bytes of branches are int64 [micro-batches, blocks, 2].
 
     Args:
-        run, operations: Of passes, by branch and as planned [passes, slots, blocks, heads].
-        n: Examples [passes, slots]. per_head: Bytes of an example and head: int64 [2, heads].
-        together: Take the pieces of a segment as one.
+        activations: What one example takes.
+        checkpointing: Whether activations are computed again.
+        operations: int8 [micro-batches, slots, blocks, heads].
+        sizes: Examples of each slot: int64 [micro-batches, slots].
+        ranks: Of heads that train, else 0: int64 [micro-batches, blocks, heads].
     """
-    if n.shape[1] == 1:  # one slot is one piece
-        return n[..., None] * ((run.operations[:, 0] == operation) * per_head).sum(axis=3)
-    found = np.zeros((len(n), operations.shape[2], 2), dtype=np.int64)
-    stored = effective(operations)
-    for index, block, branch in np.ndindex(found.shape):
-        column = run.operations[index, :, block, branch]
-        through = run.through[index, :, block, branch]
-        order = stored[index, :, block]
-        for head_groups in _head_groups(
-            column.tobytes(), through.tobytes(), order.tobytes(), n.shape[1], operation
-        ):
-            loads = [
-                int(n[index, start:stop].sum()) * int(per_head[branch, list(heads)].sum())
-                for start, stop, heads in head_groups
-            ]
-            load = sum(loads) if together else max(loads)
-            found[index, block, branch] = max(int(found[index, block, branch]), load)
-    return found
+
+    def __init__(
+        self,
+        activations: ActivationBytes,
+        checkpointing: bool,
+        operations: np.ndarray,
+        sizes: np.ndarray,
+        ranks: np.ndarray,
+    ):
+        self.bytes = activations
+        self.checkpointing = checkpointing
+        self.operations = operations
+        self.sizes = sizes
+        self.ranks = ranks
+        self.run = BranchOperations.of(operations, activations.trains)
+        inward_trains = np.array([branch.inward for branch in activations.trains])
+        kept_by_rank = ranks if activations.ranked.any() else None
+        self.count = ExampleCounts(self.run, sizes, inward_trains, kept_by_rank)
+        self.casts = activations.narrow != activations.stream  # products are in bfloat16
+
+    @cached_property
+    def inputs(self) -> np.ndarray:
+        """Examples of which x, the branch's input, is saved: all or none."""
+        needed = self.count.live if self.checkpointing else self.count.through
+        return self.count.total * (needed > 0)
+
+    @cached_property
+    def factors(self) -> np.ndarray:
+        """Bytes that a branch keeps for the gradients of LoRA's factors."""
+        b, n = self.bytes, self.count
+        kept = b.masked * n.training + b.ranked * n.most_ranks
+        return kept + (n.full * b.dropped).sum(axis=3)
+
+    @cached_property
+    def between_factors(self) -> np.ndarray:
+        """Bytes of an example between LoRA's factors, for a moment."""
+        rank = self.ranks.max(axis=2)[..., None]  # [micro-batches, blocks, 1]
+        return self.bytes.near * rank + self.bytes.drops * (rank > 0)
+
+    @cached_property
+    def saved(self) -> np.ndarray:
+        """Bytes that a branch keeps for its backward pass."""
+        b, n = self.bytes, self.count
+        saved = b.stream * self.inputs
+        saved += n.total * (b.narrow * b.scaled * (n.training > 0) + b.mask * (n.live > 0))
+        if self.checkpointing:
+            return saved
+        saved += b.statistics * n.through + (b.narrow * b.keeps_y + b.normed) * n.training
+        saved += self.factors
+        saved += ((n.deep + n.frozen) * b.alive + n.deep * b.full).sum(axis=3)
+        saved += ((n.full - n.deep) * b.shallow).sum(axis=3)
+        return saved
+
+    @cached_property
+    def cast_weights(self) -> np.ndarray | np.int64:
+        """Bytes of the weights of products in, cast to bfloat16 for as long as the branch runs."""
+        if not self.casts:
+            return np.int64(0)
+        resident = (self.operations != Operation.SHORTCUT).any(axis=1)
+        return resident @ self.bytes.weights.T
+
+    def forward_middle(self) -> np.ndarray:
+        """Return the bytes of the largest head group on its way forward."""
+        b = self.bytes
+        without_graph = b.inward + b.outward + b.unfused[0]
+        with_graph = without_graph if self.checkpointing else b.unfused[1]
+        largest = self.largest(Operation.FORWARD_ONLY, without_graph)
+        if with_graph.any():
+            for operation in (Operation.FULL, Operation.FROZEN):
+                largest = np.maximum(largest, self.largest(operation, with_graph))
+        return largest
+
+    def forward(self) -> np.ndarray:
+        """Return bytes on the way forward in a branch, at most, with what it saves."""
+        b, n = self.bytes, self.count
+        # What is not saved of y; and for a moment, before it is cast, once more as it was.
+        saved_y = n.training * b.keeps_y * (not self.checkpointing)
+        y = b.narrow * (n.running - saved_y)
+        middle = self.forward_middle() + self.cast_weights
+        middle = np.maximum(middle, self.casts * b.stream * n.running)
+        stream = b.stream * (n.total - self.inputs)  # x is there all the same where it is not saved
+        total = self.saved + middle + stream + (n.running > 0) * (y + n.total * b.narrow)
+        return total + self.between_factors * n.running
+
+    def backward_middle(self) -> np.ndarray:
+        """Return the bytes of all FULL head groups, or all FROZEN ones, on the way back.
+
+        Checkpointed, what is computed again is among them.
+        """
+        b, n = self.bytes, self.count
+        # q, k and v get their gradients one by one, which are then put together.
+        gradients = b.inward * np.array([[2], [1]]) + b.outward
+        if self.checkpointing:
+            gradients = gradients + b.alive
+        middle = np.maximum(
+            self.largest(Operation.FULL, gradients, together=True),
+            self.largest(Operation.FROZEN, gradients, together=True),
+        )
+        if b.unfused[2].any():  # one head group after the other
+            alone = [self.largest(o, b.unfused[2]) for o in (Operation.FULL, Operation.FROZEN)]
+            middle = middle + np.maximum(*alone)
+        if self.checkpointing:
+            middle = middle + (b.statistics + b.narrow + b.normed) * n.live + self.factors
+        return middle
+
+    def backward(self) -> np.ndarray:
+        """Return bytes on the way back in a branch, at most, beside what branches saved."""
+        b, n = self.bytes, self.count
+        arriving = n.total * (b.stream * (1 + b.scaled) + b.narrow * self.casts + b.regraded)
+        gradient_of_y = (b.narrow + b.stream * 3 * b.rms) * n.through
+        gradient_of_y = gradient_of_y + self.between_factors * n.live
+        after = 2 * n.total * b.stream * (n.through > 0)
+        middle = np.maximum(self.backward_middle() + self.cast_weights, after)
+        return (n.live > 0) * (arriving + gradient_of_y + middle)
+
+    def outer(self) -> np.ndarray:
+        """Return bytes in the classifier, beside what branches saved: int64 [micro-batches]."""
+        b = self.bytes
+        return self.sizes.sum(axis=1) * (b.outer + b.stream * (1 + 3 * b.rms)) + b.classifier
+
+    def embedding(self) -> np.ndarray:
+        """Return bytes in the embedding: int64 [micro-batches]."""
+        return 3 * self.sizes.sum(axis=1) * self.bytes.embedded
+
+    def largest(
+        self, operation: Operation, per_head: np.ndarray, together: bool = False
+    ) -> np.ndarray:
+        """Return the bytes of an operation's largest head group in each branch.
+
+        Args:
+            operation: Which head groups count.
+            per_head: Bytes of an example and head: int64 [2, heads].
+            together: Take the head groups of a segment as one.
+        """
+        slots = self.sizes.shape[1]
+        if slots == 1:  # one slot has one head group
+            does = self.run.operations[:, 0] == operation
+            return self.sizes[..., None] * (does * per_head).sum(axis=3)
+        largest = np.zeros((len(self.sizes), self.operations.shape[2], 2), dtype=np.int64)
+        stored = effective(self.operations)
+        for index, block, branch in np.ndindex(largest.shape):
+            column = self.run.operations[index, :, block, branch]
+            through = self.run.through[index, :, block, branch]
+            order = stored[index, :, block]
+            for head_groups in _head_groups(
+                column.tobytes(), through.tobytes(), order.tobytes(), slots, operation
+            ):
+                loads = [
+                    int(self.sizes[index, start:stop].sum())
+                    * int(per_head[branch, list(heads)].sum())
+                    for start, stop, heads in head_groups
+                ]
+                load = sum(loads) if together else max(loads)
+                largest[index, block, branch] = max(int(largest[index, block, branch]), load)
+        return largest
+
+
+def examples_where(sizes: np.ndarray, per_slot: np.ndarray) -> np.ndarray:
+    """Sum the examples of slots in which something is so: int64 [micro-batches, ...].
+
+    Args:
+        sizes: Examples of each slot: int64 [micro-batches, slots].
+        per_slot: Whether it is so, or how much each example counts: [micro-batches, slots, ...].
+    """
+    if sizes.shape[1] == 1:
+        return per_slot[:, 0] * sizes.reshape(-1, *[1] * (per_slot.ndim - 2))
+    return np.einsum("ps,ps...->p...", sizes, per_slot.astype(np.int64))
 
 
 @lru_cache(maxsize=1 << 16)
 def _head_groups(
     operations: bytes, through: bytes, stored: bytes, slots: int, operation: Operation
 ) -> list[list[Part]]:
-    """The engine's pieces of one operation, segment by segment: of a branch's [slots, heads]."""
+    """Return the engine's head groups of one operation, segment by segment, of a branch.
+
+    Args:
+        operations: As they run, int8 [slots, heads].
+        through: Whether gradient goes on below, bool [slots].
+        stored: Operations by which heads are stored, int8 [slots, heads].
+        slots: How many there are.
+        operation: Which head groups count.
+    """
 
     def table(data: bytes) -> np.ndarray:
         return np.frombuffer(data, dtype=np.int8).reshape(slots, -1)
 
     wanted = np.frombuffer(through, dtype=bool)
-    found = groups(table(operations), wanted, storage_order(table(stored)))
-    return [group.head_groups[operation] for group in found if group.head_groups[operation]]
+    segments = groups(table(operations), wanted, storage_order(table(stored)))
+    return [group.head_groups[operation] for group in segments if group.head_groups[operation]]

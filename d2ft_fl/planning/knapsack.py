@@ -33,161 +33,12 @@ Everything that has to fit is checked in integers; nothing over capacity is retu
 lowest index and effort is counted in nodes, so a solution is a function of its input alone.
 """
 
-from dataclasses import dataclass, field
-from functools import cached_property
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 import numpy as np
 
+from d2ft_fl.planning.problem import Problem, Solution, Structure, checked, starting_choices
 from d2ft_fl.util import compile_cache
-
-if TYPE_CHECKING:
-    from d2ft_fl.planning.solver.instance import Batch
-
-MOST = 2**62  # of all costs together: sums stay within 64 bits
-
-
-@dataclass(frozen=True, eq=False)
-class Structure:
-    """How items and options hang together; what is left out couples nothing.
-
-    Attributes:
-        groups: int64 [I], ascending from 0: each item's group.
-        levels: int64 [K], from 0: the level an option opens its group to; 0 opens nothing.
-        openings: int64 [T or 1, G, M, R], the charge of opening a group from level m to m + 1.
-        modes: int64 [S, G], each case's modes of groups.
-        allowed: bool [modes, K], the options that a mode leaves.
-    """
-
-    groups: np.ndarray
-    levels: np.ndarray
-    openings: np.ndarray
-    modes: np.ndarray | None = None
-    allowed: np.ndarray | None = None
-
-    @cached_property
-    def ladder(self) -> np.ndarray:
-        """What a group has paid once it is open to each level: int64 [T, G, M + 1, R]."""
-        return np.cumsum(np.pad(self.openings, [(0, 0), (0, 0), (1, 0), (0, 0)]), axis=2)
-
-    @classmethod
-    def plain(cls, items: int, options: int, resources: int) -> "Structure":
-        """One group that costs nothing."""
-        none = np.zeros((1, 1, 0, resources), dtype=np.int64)
-        return cls(np.zeros(items, dtype=np.int64), np.zeros(options, dtype=np.int64), none)
-
-
-@dataclass(frozen=True, eq=False)
-class Solution:
-    """Choices that fit, their values, and bounds that no choice can exceed.
-
-    Of one client, or of C with a leading dimension.
-
-    Attributes:
-        choice: int64 [I], the option of each item; -1 where nothing was found that fits.
-        value: What it is worth; -inf where nothing was found.
-        bound: No choice is worth more.
-    """
-
-    choice: np.ndarray
-    value: np.ndarray
-    bound: np.ndarray
-
-    @property
-    def feasible(self) -> np.ndarray:
-        """Whether a choice was found that fits."""
-        return np.isfinite(self.value)
-
-    @property
-    def gap(self) -> np.ndarray:
-        """How far from the optimum a choice can be, as a share of the bound; 1 for no choice."""
-        found = self.feasible
-        size = np.where(found, np.maximum(np.abs(self.bound), 1e-12), 1.0)
-        short = np.where(found, self.bound, 1.0) - np.where(found, self.value, 0.0)
-        return np.clip(short / size, 0.0, 1.0)
-
-
-@dataclass(frozen=True, eq=False)
-class Problem:
-    """Many clients' knapsacks, checked and ready to be solved.
-
-    Attributes:
-        values: float64 [C or 1, I, K]; -inf forbids an option.
-        costs: int64 [T, I, K, R], not negative.
-        capacities: int64 [C, R].
-        tables: int64 [C], which of T costs and openings are a client's.
-        structure: Groups, levels, openings and cases.
-        base: int64 [T, R], what the cheapest options of all items cost, taken off beforehand.
-    """
-
-    values: np.ndarray
-    costs: np.ndarray
-    capacities: np.ndarray
-    tables: np.ndarray
-    structure: Structure
-    base: np.ndarray = field(init=False)
-
-    def __post_init__(self) -> None:
-        openings = self.structure.openings
-        if self.costs.min(initial=0) < 0 or openings.min(initial=0) < 0:
-            raise ValueError("costs must not be negative")
-        items = self.costs.shape[1]
-        most = items * float(self.costs.max(initial=0)) + openings.sum(dtype=float)
-        if most > MOST:  # no more than a first look
-            sums = self.costs.max(axis=2, initial=0).sum(axis=1, dtype=float)  # [T, R]
-            most = (sums + openings.sum(axis=(1, 2), dtype=float)).max(initial=0.0)
-        if most > MOST:
-            raise ValueError(
-                f"costs must sum up to {MOST} at most, not {most:.3g}: 64 bits hold that"
-            )
-        if np.isnan(self.values).any() or (self.values == np.inf).any():
-            raise ValueError("values must be finite, or -inf for what is forbidden")
-        groups = self.structure.groups
-        if len(groups) != items or (np.diff(groups, prepend=0) < 0).any():
-            raise ValueError(f"groups must give each of {items} items its group, ascending from 0")
-        base = np.zeros((len(self.costs), self.costs.shape[3]), dtype=np.int64)
-        if self.costs[:, :, :1].any():  # else the first option of all costs nothing
-            cheapest = self.costs.min(axis=2, keepdims=True)  # [T, I, 1, R]
-            base = cheapest.sum(axis=(1, 2))
-            object.__setattr__(self, "costs", self.costs - cheapest)
-        object.__setattr__(self, "base", base)
-
-    def batch(self) -> "Batch":
-        """What the kernel takes."""
-        from d2ft_fl.planning.solver.instance import Batch
-
-        s, (tables, _, options, _) = self.structure, self.costs.shape
-        ladder = s.ladder
-        group_count = ladder.shape[1]
-        one = np.ones((1, options), dtype=bool)
-        modes = np.zeros((1, group_count), dtype=np.int64) if s.modes is None else s.modes
-        # Writeable and in order, all of them: the kernel is compiled for one kind of array.
-        return Batch(
-            value=np.require(self.values, np.float64, ("C", "W")),
-            cost=np.require(self.costs, np.int64, ("C", "W")),
-            ladder=np.require(
-                np.broadcast_to(ladder, (tables, *ladder.shape[1:])), np.int64, ("C", "W")
-            ),
-            table=self.tables.astype(np.int64),
-            capacity=self.capacities - self.base[self.tables],
-            first=np.searchsorted(s.groups, np.arange(group_count + 1)),
-            group=s.groups.astype(np.int64),
-            level=s.levels.astype(np.int64),
-            mode=modes.astype(np.int64),
-            allowed=one if s.allowed is None else s.allowed.astype(bool),
-        )
-
-    @property
-    def cheapest(self) -> np.ndarray:
-        """A choice of each client to start from: the least of the largest shares: int64 [C, I]."""
-        if not self.costs[:, :, 0].any():
-            return np.zeros((len(self.capacities), self.costs.shape[1]), dtype=np.int64)
-        scales = 1.0 / np.maximum(self.capacities, 1)  # [C, R]
-        found = [
-            (self.costs[table] * scale).max(axis=2, initial=0.0).argmin(axis=1)
-            for table, scale in zip(self.tables, scales, strict=True)
-        ]
-        return np.array(found, dtype=np.int64).reshape(len(scales), -1)
 
 
 def solve(
@@ -216,12 +67,12 @@ def solve(
     from d2ft_fl.planning.solver.many import solve_all
 
     single = np.ndim(capacities) == 1
-    values, costs, capacities, tables, structure = _checked(
+    values, costs, capacities, tables, structure = checked(
         values, costs, capacities, structure, tables
     )
     clients = len(capacities)
     problem = Problem(values, costs, capacities, tables, structure)
-    choice = problem.cheapest if start is None else _start(problem, np.asarray(start))
+    choice = problem.cheapest if start is None else starting_choices(problem, np.asarray(start))
     value, bound = np.empty(clients), np.empty(clients)
     solve_all(problem.batch(), choice, value, bound, effort)
     choice[~np.isfinite(value)] = -1
@@ -231,88 +82,25 @@ def solve(
 
 
 def is_compiled(coupled: bool = False) -> bool:
-    """Whether the solver was compiled on this machine before, so that it starts at once."""
-    return compile_cache.is_kept("solve_all") and (
-        not coupled or compile_cache.is_kept("spread_all")
-    )
+    """Tell whether the solver was compiled on this machine before, so that it starts at once.
+
+    Args:
+        coupled: Whether the solver of coupled clients is needed, too.
+    """
+    functions = ("solve_all", "spread_all") if coupled else ("solve_all",)
+    return all(compile_cache.is_compiled(function) for function in functions)
 
 
 def compile_solver(coupled: bool = False) -> None:
-    """Compile the solver, which the first plan would do otherwise: about half a minute."""
+    """Compile the solver, which the first plan would do otherwise: about half a minute.
+
+    Args:
+        coupled: Whether to compile the solver of coupled clients, too.
+    """
     nothing = np.zeros((1, 1)), np.zeros((1, 1, 1), dtype=np.int64), np.zeros(1, dtype=np.int64)
     solve(*nothing)
     if coupled:
         solve_spread(*nothing, Spread(np.zeros(1), np.zeros(1), np.ones(1), 1.0))
-
-
-def _start(problem: Problem, start: np.ndarray) -> np.ndarray:
-    """Choices to start from, the cheapest in place of what is none: int64 [C, I]."""
-    shape, options = (len(problem.capacities), problem.costs.shape[1]), problem.costs.shape[2]
-    if start.shape not in (shape, shape[1:]) or start.max(initial=0) >= options:
-        raise ValueError(f"start must be {list(shape)} options below {options}, not {start.shape}")
-    start = np.array(np.broadcast_to(start, shape), dtype=np.int64)
-    none = np.any(start < 0, axis=1)
-    return np.where(none[:, None], problem.cheapest, start) if none.any() else start
-
-
-def _checked(
-    values: np.ndarray,
-    costs: np.ndarray,
-    capacities: np.ndarray,
-    structure: Structure | None,
-    tables: np.ndarray | None,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, Structure]:
-    """Arrays with a leading dimension, known to fit together."""
-    values, costs, capacities = np.asarray(values, float), np.asarray(costs), np.asarray(capacities)
-    if costs.dtype.kind not in "iu" or capacities.dtype.kind not in "iu":
-        raise ValueError("costs and capacities must be integers, so that what fits is exact")
-    # More than everything costs is no limit, less than nothing none that can be kept.
-    capacities = np.minimum(np.atleast_2d(capacities), MOST).astype(np.int64)
-    capacities = np.maximum(capacities, -MOST)
-    values = values[None] if values.ndim == 2 else values
-    costs = (costs[None] if costs.ndim == 3 else costs).astype(np.int64, copy=False)
-    clients = len(capacities)
-    if tables is None:
-        tables = np.arange(clients) if len(costs) == clients else np.zeros(clients, dtype=np.int64)
-        indexed = len(costs) in (1, clients)
-    else:
-        tables = np.asarray(tables)
-        indexed = tables.min(initial=0) >= 0 and tables.max(initial=0) < len(costs)
-    if (
-        values.ndim != 3
-        or costs.ndim != 4
-        or costs.shape[1:3] != values.shape[1:]
-        or costs.shape[3] != capacities.shape[1]
-        or len(values) not in (1, clients)
-        or tables.shape != (clients,)
-        or not indexed
-    ):
-        raise ValueError(
-            f"values {values.shape}, costs {costs.shape} and capacities {capacities.shape} do not "
-            "fit: [clients, items, options], [tables, items, options, resources], "
-            "[clients, resources]"
-        )
-    structure = structure or Structure.plain(*costs.shape[1:])
-    return values, costs, capacities, tables, structure
-
-
-def used(
-    choice: np.ndarray, costs: np.ndarray, structure: Structure, tables: np.ndarray
-) -> np.ndarray:
-    """What choices cost, openings included, exactly: int64 [C, R].
-
-    Args:
-        choice: int64 [C, I]. costs: int64 [T, I, K, R]. tables: int64 [C].
-    """
-    ladder, levels = structure.ladder, structure.levels[choice]
-    tops = np.zeros((len(choice), ladder.shape[1]), dtype=np.int64)
-    groups, starts = np.unique(structure.groups, return_index=True)
-    tops[:, groups] = np.maximum.reduceat(levels, starts, axis=1)
-    which = tables if len(ladder) > 1 else np.zeros_like(tables)
-    found = ladder[which[:, None], np.arange(ladder.shape[1]), tops].sum(axis=1)
-    for i in range(choice.shape[1]):  # item by item: all at once would take costs per client
-        found += costs[tables, i, choice[:, i]]
-    return found
 
 
 def solve_two_stages(
@@ -325,16 +113,20 @@ def solve_two_stages(
     structure: Structure,
     tables: np.ndarray,
 ) -> Solution:
-    """D2FT's two stages (arXiv 2504.12471): what trains by its own worth, the rest in what is left.
+    """Solve D2FT's two stages (arXiv 2504.12471): what trains first, the rest in what is left.
 
     Args:
-        train, rest: float64 [C or 1, I, K], worth of training, and of all else.
-        share: float64 [K], how far an option trains; settled by the first stage.
-        first: bool [K], the options of the first stage, which do nothing but train.
-        costs, capacities, structure, tables: As of :func:`solve`.
+        train: Utility of training: float64 [C or 1, I, K].
+        rest: Utility of all else: float64 [C or 1, I, K].
+        share: How far an option trains, which the first stage settles: float64 [K].
+        first: The options of the first stage, which do nothing but train: bool [K].
+        costs: int64 [T, I, K, R].
+        capacities: int64 [C, R].
+        structure: Groups, levels, openings and cases.
+        tables: Which of T costs are a client's: int64 [C].
 
     Returns:
-        The choices, with what they are worth together and no bound but that.
+        The choices, with their utility of both stages and no bound but that.
     """
     settled = solve(
         np.where(first, train, -np.inf), costs, capacities, structure, tables, effort=1
@@ -357,9 +149,10 @@ class Spread:
         sum_c sum_i u[c, i, k_ci] + sum_i t_i h(sum_c n_c s_k_ci),    h(n) = a log(1 + n / a)
 
     Attributes:
-        train: float64 [I], t: the worth of the first client that trains an item.
-        share: float64 [K], s. weight: float64 [C], n.
-        reference: a, the clients at which one more is worth half of the first.
+        train: t, utility of the first client that trains an item: float64 [I].
+        share: s, how far an option trains: float64 [K].
+        weight: n, for how much a client counts: float64 [C].
+        reference: a, the clients at which one more has half the utility of the first.
         least: Clients that should train every item, where budgets allow.
         passes: How often every client responds to all others.
     """
@@ -376,12 +169,12 @@ class Spread:
 class SpreadSolution(Solution):
     """Choices of coupled clients.
 
-    Values and bounds are of each client's own knapsack, with training worth ``marginal``.
+    Values and bounds are of each client's knapsack alone, with ``marginal`` for training.
 
     Attributes:
         marginal: float64 [I], the slope of h at the end.
-        total: What all choices are worth together, of clients that can do anything.
-        total_bound: No choices are worth more.
+        total: Utility of all choices together, of clients that can do anything.
+        total_bound: No choices have more.
     """
 
     marginal: np.ndarray
@@ -403,22 +196,26 @@ def solve_spread(
     tables: np.ndarray | None = None,
     effort: int = 1,
 ) -> SpreadSolution:
-    """Choices of coupled clients by best responses, one after another, each never over capacity.
+    """Solve for coupled clients by best responses, one after another, each never over capacity.
 
     h is concave, so h(n) <= h(m) + h'(m) (n - m): with m as reached, the clients' own bounds at
     these slopes bound the total.
 
     Args:
-        values: float64 [C or 1, I, K], u: what options are worth apart from training.
-        costs, capacities, structure, tables, effort: As of :func:`solve`; option 0 of every item
-            must cost nothing.
+        values: u, utility of options apart from training: float64 [C or 1, I, K].
+        costs: int64 [I, K, R], or [T, I, K, R]; option 0 of every item must cost nothing.
+        capacities: int64 [C, R].
+        spread: How clients are coupled.
+        structure: Opening charges of groups, and cases.
+        tables: Which of T costs are a client's: int64 [C]; by default T is 1 or C.
+        effort: Multiplies steps, flips and nodes.
 
     Raises:
         ValueError: When shapes do not fit together, or option 0 costs or trains something.
     """
     from d2ft_fl.planning.solver.many import spread_all
 
-    values, costs, capacities, tables, structure = _checked(
+    values, costs, capacities, tables, structure = checked(
         values, costs, capacities, structure, tables
     )
     clients, items = len(capacities), costs.shape[1]
@@ -431,7 +228,7 @@ def solve_spread(
         raise ValueError(f"reference must be above 0, not {spread.reference}")
     problem = Problem(values, costs, capacities, tables, structure)
     choice = np.zeros((clients, items), dtype=np.int64)
-    own, bound, marginal = np.empty(clients), np.empty(clients), np.empty(items)
+    value_alone, bound, marginal = np.empty(clients), np.empty(clients), np.empty(items)
     spread_all(
         problem.batch(),
         spread.train.astype(np.float64),
@@ -441,7 +238,7 @@ def solve_spread(
         spread.least,
         spread.passes,
         choice,
-        own,
+        value_alone,
         bound,
         marginal,
         effort,
@@ -449,9 +246,9 @@ def solve_spread(
     trained = spread.share[choice] * spread.weight[:, None]  # [C, I]
     amount = trained.sum(axis=0)
     together = spread.reference * np.log1p(amount / spread.reference)
-    fits, can = np.isfinite(own), np.isfinite(bound)
-    total = float(own[fits].sum() + spread.train @ together)
+    fits, can = np.isfinite(value_alone), np.isfinite(bound)
+    total = float(value_alone[fits].sum() + spread.train @ together)
     rest = spread.train @ (together - marginal * amount)
-    value = np.where(fits, own + trained @ (spread.train * marginal), -np.inf)
+    value = np.where(fits, value_alone + trained @ (spread.train * marginal), -np.inf)
     choice[~fits] = -1
     return SpreadSolution(choice, value, bound, marginal, total, float(rest + bound[can].sum()))

@@ -18,16 +18,16 @@ class ByContent(UserWideCacheLocator):
         self._cache_path = str(compile_cache.folder())
 
     def get_source_stamp(self) -> str:
-        """What the compiled code has to agree with."""
+        """Return what the compiled code has to agree with."""
         return compile_cache.stamp()
 
 
 def _compiled(**options: Any) -> Callable[[Callable], Any]:
-    """numba's ``njit``, without ``fastmath``, its result kept by content where that can be."""
+    """Return numba's ``njit``, without ``fastmath``, cached by content where that can be."""
 
     def decorate(function: Callable) -> Any:
         before = config.CACHE_LOCATOR_CLASSES  # type: ignore[attr-defined]
-        if compile_cache.can_keep():
+        if compile_cache.can_cache():
             config.CACHE_LOCATOR_CLASSES = f"{__name__}.ByContent"  # type: ignore[attr-defined]
         try:
             return njit(cache=True, error_model="numpy", **options)(function)

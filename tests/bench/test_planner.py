@@ -11,7 +11,8 @@ from d2ft_fl.bench.planner import gap_to
 from d2ft_fl.bench.planner_clients import make_clients
 from d2ft_fl.cli.main import app
 from d2ft_fl.errors import RunError
-from d2ft_fl.planning.knapsack import solve, used
+from d2ft_fl.planning.knapsack import solve
+from d2ft_fl.planning.problem import used
 
 KEYS = {
     "clients", "subnets", "coupling", "seconds", "gap_mean", "gap_worst", "violations",

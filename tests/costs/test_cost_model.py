@@ -194,7 +194,7 @@ def test_by_hand_one_block_one_head():
     assert again.tolist() == [0, 0] + [2 * inward + 2 * attention] * 2
     assert costs.base_flops == 2 * 16 * (4 * 4) * 24 + 6 * 24 * 5
     assert costs.flops(costs.everything(), 10) == 10 * (expected[3] + costs.base_flops)
-    saved = costs.saved_bytes(costs.everything(), [1]) - costs.saved.outer
+    saved = costs.saved_bytes(costs.everything(), [1]) - costs.activations.outer
     # 16 units of T D, the statistics of two norms, and the log-sum of attention
     assert saved == 4 * (16 * 17 * 24 + 2 * 2 * 17 + 17)
 

@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import Bounds, LinearConstraint, milp
 
-from d2ft_fl.planning.knapsack import MOST, Spread, Structure, solve, solve_spread
+from d2ft_fl.planning.knapsack import Spread, solve, solve_spread
+from d2ft_fl.planning.problem import MOST, Structure
 
 SHARES = [0.03, 0.1, 0.3, 0.6, 0.9]
 quick = settings(max_examples=30, deadline=None)

@@ -12,9 +12,10 @@ from d2ft_fl.budgets.budget import UNLIMITED, Budget
 from d2ft_fl.costs.resources import MEMORY_MARGIN, RESOURCES
 from d2ft_fl.lora.config import Lora, with_lora
 from d2ft_fl.planning.assignment import Participant
+from d2ft_fl.planning.client_knapsacks import ClientKnapsacks
 from d2ft_fl.planning.cost_tables import FLOPS, MEMORIES
-from d2ft_fl.planning.knapsack import used
-from d2ft_fl.planning.planner import Planner, _Chunk
+from d2ft_fl.planning.planner import Planner
+from d2ft_fl.planning.problem import used
 from d2ft_fl.subnets.schedule import Operation, Schedule
 from tests.conftest import TARGETS, build, cost_model
 
@@ -117,7 +118,7 @@ def test_a_deadline_is_met_by_the_exact_cost():
 def test_prices_are_above_costs_by_the_stated_excess_at_most(targets, slots, checkpointing, seed):
     costs = costs_of(targets, slots, 3, 4, checkpointing=checkpointing)
     client, scores = Participant(0, EXAMPLES, Budget(), np.zeros(4)), np.ones((1, 12))
-    chunk = _Chunk(Planner(costs), [client], slots, 0, scores, scores)
+    chunk = ClientKnapsacks(Planner(costs), [client], slots, 0, scores, scores)
     (table,), which = chunk.tables
     options = len(chunk.patterns.full)
     draw = np.random.default_rng(seed)

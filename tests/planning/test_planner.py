@@ -251,7 +251,9 @@ def bytes_of(spec):
     return sum(4 * int(np.prod(shape)) + TENSOR_HEADER for shape in spec.values())
 
 
-@pytest.mark.parametrize("way", [{}, {"micro_batches": 3}, {"checkpointing": True}, {"epochs": 2}])
+@pytest.mark.parametrize(
+    "policy", [{}, {"micro_batches": 3}, {"checkpointing": True}, {"epochs": 2}]
+)
 @pytest.mark.parametrize("slots", [1, 3])
 def test_costs_of_many_clients_are_those_of_each(slots, policy):
     costs = cost_model(ARCH, slots, batch_size=8, **policy)

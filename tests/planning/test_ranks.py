@@ -24,9 +24,10 @@ from d2ft_fl.errors import ConfigError, ReplyError
 from d2ft_fl.lora.config import Lora, targeted, with_lora
 from d2ft_fl.models.timm_vit import TimmViT
 from d2ft_fl.planning.assignment import Participant
+from d2ft_fl.planning.client_knapsacks import ClientKnapsacks
 from d2ft_fl.planning.cost_tables import DOWN, FLOPS, MEMORIES, MEMORY, UP
-from d2ft_fl.planning.knapsack import used
-from d2ft_fl.planning.planner import Planner, _Chunk
+from d2ft_fl.planning.planner import Planner
+from d2ft_fl.planning.problem import used
 from d2ft_fl.rounds.checks import checked, checked_options
 from d2ft_fl.runtime.in_process import run_local
 from d2ft_fl.subnets.architecture import Kind
@@ -512,7 +513,7 @@ def test_the_solver_sees_what_plans_cost(slots, frozen_weight):
     costs = cost_model(arch, slots, batch_size=8)
     planner = Planner(costs, ranks=(1, 2), frozen_weight=frozen_weight)
     client, scores = Participant(0, 20, Budget(), np.zeros(4)), np.ones((1, 12))
-    chunk = _Chunk(planner, [client], slots, 0, scores, scores)
+    chunk = ClientKnapsacks(planner, [client], slots, 0, scores, scores)
     (table,), which = chunk.tables
     for seed in range(10):
         options = np.flatnonzero(~chunk.patterns.below)

@@ -1,0 +1,154 @@
+"""Memory of micro-batches, moment by moment, against hand arithmetic.
+
+The small model has T = 17 tokens, D = 24, two heads of width d = 12 and slices of f = 48, two
+blocks, float32 and fused attention.
+"""
+
+import numpy as np
+
+from d2ft_fl.costs.memory import ExampleCounts, MicroBatchMemory, Moments, examples_where
+from d2ft_fl.subnets.schedule import BranchOperations, Operation
+from tests.conftest import build, cost_model
+
+T, D, HEAD, SLICE = 17, 24, 12, 48
+STREAM = 4 * T * D
+FORWARD, FROZEN, FULL = Operation.FORWARD_ONLY, Operation.FROZEN, Operation.FULL
+_, ARCH = build(depth=2, num_heads=2)
+
+
+def moments_of(rows, sizes=(3,), **options):
+    """Return the moments of one micro-batch, rows [slots][blocks][heads]."""
+    operations = np.array([rows], dtype=np.int8)
+    costs = cost_model(ARCH, len(sizes), **options)
+    ranks = np.zeros((1, ARCH.blocks, ARCH.heads), dtype=np.int64)
+    checkpointing = costs.options.checkpointing
+    return Moments(costs.activations, checkpointing, operations, np.array([sizes]), ranks)
+
+
+def test_examples_are_summed_over_the_slots_in_which_something_is_so():
+    sizes = np.array([[3, 5], [2, 0]])
+    is_so = np.array([[[True, False], [True, True]], [[False, True], [True, True]]])
+    assert examples_where(sizes, is_so).tolist() == [[8, 5], [0, 2]]
+    assert examples_where(sizes[:, :1], is_so[:, :1]).tolist() == [[3, 0], [0, 2]]
+
+
+def test_counts_of_two_slots_of_3_and_5_examples():
+    rows = [[[FULL, FROZEN], [FORWARD, 0]], [[FORWARD, FULL], [FROZEN, FULL]]]
+    run = BranchOperations.of(np.array([rows], dtype=np.int8), ARCH.trains)
+    count = ExampleCounts(run, np.array([[3, 5]]), np.array([True, True]), None)
+    attention, feed_forward = 0, 1
+    assert count.total.ravel().tolist() == [8]
+    assert count.full[0, 0, attention].tolist() == [3, 5]
+    assert count.frozen[0, 0, feed_forward].tolist() == [0, 3]
+    assert count.frozen[0, 1, attention].tolist() == [5, 0]
+    assert count.live[0].tolist() == [[8, 8], [5, 5]]
+    assert count.training[0].tolist() == [[8, 8], [5, 5]]
+    assert count.running[0].tolist() == [[8, 8], [8, 8]]
+    # Below the first block's norm nothing trains, since the embedding is frozen; but its norm does.
+    assert count.through[0].tolist() == [[8, 8], [5, 5]]
+
+
+def test_most_ranks_weigh_each_slot_by_its_largest_rank():
+    rows = [[[FULL, FULL], [0, 0]], [[FULL, FORWARD], [0, 0]]]
+    run = BranchOperations.of(np.array([rows], dtype=np.int8), ARCH.trains)
+    ranks = np.array([[[2, 4], [0, 0]]])
+    count = ExampleCounts(run, np.array([[3, 5]]), np.array([True, True]), ranks)
+    assert count.most_ranks[0].tolist() == [[3 * 4 + 5 * 2] * 2, [0, 0]]
+
+
+def test_saved_for_backward():
+    """Of 3 examples: x, y, statistics of each live branch, and what heads keep."""
+    saved = moments_of([[[FULL, FROZEN], [FORWARD, FROZEN]]]).saved[0]
+    attention = 4 * T * 4 * HEAD + 4 * T
+    one = STREAM + 8 * T + STREAM
+    assert saved[0].tolist() == [3 * (one + 2 * attention), 3 * (one + 3 * 4 * T * SLICE)]
+    # Nothing is FULL above: no y, and one head is live.
+    upper = STREAM + 8 * T
+    assert saved[1].tolist() == [3 * (upper + attention), 3 * (upper + 4 * T * SLICE)]
+
+
+def test_checkpointed_only_inputs_are_saved():
+    saved = moments_of([[[FULL, FULL], [FORWARD, 0]]], checkpointing=True).saved[0]
+    assert saved.tolist() == [[3 * STREAM] * 2, [0, 0]]
+
+
+def test_forward_without_a_graph_has_the_head_group_at_hand():
+    """x, y, the sum, and of both heads products in and z."""
+    forward = moments_of([[[FORWARD, FORWARD], [0, 0]]]).forward()[0]
+    attention, feed_forward = 2 * 4 * T * 4 * HEAD, 2 * 4 * T * 2 * SLICE
+    assert forward[0].tolist() == [3 * (3 * STREAM + attention), 3 * (3 * STREAM + feed_forward)]
+    assert forward[1].tolist() == [3 * STREAM] * 2  # a skipped block has its input alone
+
+
+def test_forward_with_a_graph_has_what_is_saved_and_the_sum():
+    moments = moments_of([[[FULL, FULL], [FULL, FULL]]])
+    assert (moments.forward() - moments.saved).tolist() == [[[3 * STREAM] * 2] * 2]
+
+
+def test_forward_in_bfloat16_has_cast_weights():
+    moments = moments_of([[[FORWARD, 0], [0, 0]]], precision="bf16")
+    assert moments.cast_weights[0].tolist() == [[2 * D * 3 * HEAD, 2 * D * SLICE], [0, 0]]
+    assert moments_of([[[FORWARD, 0], [0, 0]]]).cast_weights == 0
+
+
+def test_backward_has_all_full_head_groups_or_all_frozen_ones():
+    """Gradients of q, k and v come twice, and that of z; of hidden activations once each."""
+    middle = moments_of([[[FULL, FULL], [FULL, FROZEN]]]).backward_middle()[0]
+    attention, feed_forward = 4 * T * (2 * 3 + 1) * HEAD, 4 * T * 2 * SLICE
+    assert middle[0].tolist() == [3 * 2 * attention, 3 * 2 * feed_forward]
+    assert middle[1].tolist() == [3 * attention, 3 * feed_forward]
+
+
+def test_backward_checkpointed_has_what_is_computed_again():
+    rows = [[[FULL, FULL], [0, 0]]]
+    again = moments_of(rows, checkpointing=True).backward_middle()[0, 0]
+    without = moments_of(rows).backward_middle()[0, 0]
+    attention, feed_forward = 4 * T * 4 * HEAD + 4 * T, 4 * T * SLICE
+    branch = 8 * T + STREAM  # statistics and y
+    kept = [3 * (branch + 2 * attention), 3 * (branch + 2 * feed_forward)]
+    assert (again - without).tolist() == kept
+
+
+def test_backward_has_the_gradient_that_arrives_and_that_of_y():
+    moments = moments_of([[[FULL, FULL], [FORWARD, FORWARD]]])
+    arriving_and_y = 2 * 3 * STREAM
+    assert moments.backward()[0, 0].tolist() == [
+        arriving_and_y + max(largest, 2 * 3 * STREAM)
+        for largest in moments.backward_middle()[0, 0].tolist()
+    ]
+    assert moments.backward()[0, 1].tolist() == [0, 0]  # nothing is live there
+
+
+def test_classifier_and_embedding():
+    moments = moments_of([[[FULL, FULL], [FULL, FULL]]], sizes=(3,))
+    norm = 4 * (D + 2) * T + 4 * D * T
+    assert moments.outer().tolist() == [3 * (norm + 4 * (2 * 5 + 2) + STREAM)]
+    assert moments.embedding().tolist() == [3 * 3 * STREAM]
+
+
+def test_slots_that_do_alike_are_one_head_group():
+    """Two slots in which a head is FULL run together; a head in one slot runs with its examples."""
+    together = moments_of([[[FULL, 0], [0, 0]], [[FULL, 0], [0, 0]]], sizes=(3, 5))
+    each = np.array([[10, 10], [1, 1]])
+    assert together.largest(FULL, each)[0].tolist() == [[80, 8], [0, 0]]
+    apart = moments_of([[[FULL, 0], [0, 0]], [[0, FULL], [0, 0]]], sizes=(3, 5))
+    assert apart.largest(FULL, each)[0].tolist() == [[50, 5], [0, 0]]
+
+
+def test_the_peak_is_the_largest_moment():
+    def peak(**changes):
+        parts = {
+            "saved": [[10, 20]],
+            "forward": [[15, 25]],
+            "backward": [[5, 6]],
+            "outer": [4],
+            "embedding": [3],
+        }
+        return MicroBatchMemory(**{k: np.array(v) for k, v in (parts | changes).items()}).peak()
+
+    assert peak().tolist() == [10 + 20 + 6]  # backward in the upper branch
+    assert peak(forward=[[15, 40]]).tolist() == [10 + 40]
+    assert peak(forward=[[99, 25]]).tolist() == [99]
+    assert peak(backward=[[50, 6]]).tolist() == [10 + 50]
+    assert peak(outer=[40]).tolist() == [10 + 20 + 40]
+    assert peak(embedding=[400]).tolist() == [400]
