@@ -6,11 +6,10 @@ The small model has T = 17 tokens, D = 24, two heads of width d = 12 and slices 
 import numpy as np
 import pytest
 
-from d2ft_fl.config.training_options import TrainingOptions
 from d2ft_fl.costs import activations
 from d2ft_fl.costs.activations import ActivationBytes
 from d2ft_fl.lora.config import Lora, with_lora
-from tests.conftest import build
+from tests.conftest import build, training_options
 
 T, D, HEAD, SLICE = 17, 24, 12, 48
 ONE, SQUARE = T * HEAD, T * T
@@ -103,7 +102,7 @@ def test_what_the_final_norm_keeps(changes, c, kept):
 def test_what_lora_keeps_of_the_attention_branch(target, dropout):
     """Per rank T elements for the factor on the far side; y and z only without dropout."""
     arch = with_lora(arch_of(), Lora(rank=3, targets=(target,), dropout=dropout))
-    lora = ActivationBytes.of(arch, TrainingOptions(), True, "cpu", T)
+    lora = ActivationBytes.of(arch, training_options(), True, "cpu", T)
     drops = dropout > 0
     assert lora.ranked.tolist() == [4 * T, 0]
     assert lora.near.tolist() == [4 * T, 0]
@@ -115,8 +114,8 @@ def test_what_lora_keeps_of_the_attention_branch(target, dropout):
 
 def test_bfloat16_halves_what_products_see_and_nothing_else():
     arch = arch_of()
-    wide = ActivationBytes.of(arch, TrainingOptions(), True, "cpu", T)
-    half = ActivationBytes.of(arch, TrainingOptions(precision="bf16"), True, "cpu", T)
+    wide = ActivationBytes.of(arch, training_options(), True, "cpu", T)
+    half = ActivationBytes.of(arch, training_options(precision="bf16"), True, "cpu", T)
     assert (wide.stream, wide.narrow, wide.statistics) == (4 * T * D, 4 * T * D, 8 * T)
     assert (half.stream, half.narrow, half.statistics) == (4 * T * D, 2 * T * D, 8 * T)
     assert np.array_equal(2 * half.weights, wide.weights)
