@@ -19,10 +19,10 @@ from d2ft_fl.util.files import put_in_place, unlock
 
 
 def claim_folder(config: RunConfig) -> Path:
-    """The absolute path of a run's folder, made and not used by another run, private to the user.
+    """Make a run's folder, private to the user, and return its absolute path.
 
-    A new one under the user's data folder, unless ``run-folder`` names one; of a run that is
-    resumed, its own. Its status is then that it starts.
+    It is a new one under the user's data folder, unless ``run-folder`` names one; a run that is
+    resumed keeps its own. The status of the run is then ``starting``.
 
     Raises:
         ConfigError: When it cannot be written to, or holds a run already, or none to resume.
@@ -53,7 +53,7 @@ def claim_folder(config: RunConfig) -> Path:
 
 
 def _folder_of(config: RunConfig) -> Path:
-    """The folder of the run to resume."""
+    """Return the folder of the run to resume."""
     folder = resolve_path(config.resume)
     if config.run_folder and resolve_path(config.run_folder) != folder:
         raise ConfigError(
@@ -71,7 +71,7 @@ def _folder_of(config: RunConfig) -> Path:
 
 
 def note_failure(folder: Path, reason: str) -> None:
-    """Say that a run failed, unless another process is at work on it or has finished it."""
+    """Write that a run failed, unless another process is at work on it or has finished it."""
     with contextlib.suppress(OSError, RunError), only_one(folder):
         said = read_status(folder)
         if said.get("status") in ("starting", "running", None):
@@ -107,7 +107,7 @@ def read_rows(folder: Path) -> list[dict[str, Any]]:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The lines of a file of JSON, up to the first that is not whole; none if it is not there."""
+    """Return the lines of a file of JSON up to the first broken one; none of no file."""
     rows: list[dict[str, Any]] = []
     with contextlib.suppress(OSError, ValueError):
         for line in path.read_text().splitlines(keepends=True):
@@ -117,14 +117,14 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def read_status(folder: Path) -> dict[str, Any]:
-    """What :func:`write_status` wrote; empty where there is nothing."""
+    """Read what :func:`write_status` wrote; empty where there is nothing."""
     with contextlib.suppress(OSError, ValueError):
         return json.loads(folder.joinpath("status.json").read_text())
     return {}
 
 
 def stands(said: Mapping[str, Any]) -> str:
-    """How a run stands, by its status; that it could not be resumed leaves it as it was."""
+    """Say how a run stands; a run that could not be resumed stands as it did before."""
     before = said.get("before")
     begins = said.get("status") in ("starting", "failed")
     return str(before if begins and before else said.get("status"))
@@ -143,9 +143,12 @@ def _new_folder(config: RunConfig) -> Path:
 
 
 def write_status(folder: Path, status: str, reason: str = "", before: str | None = None) -> None:
-    """Say how a run stands: ``starting``, ``running``, ``finished`` or ``failed``.
+    """Write how a run stands.
 
     Args:
+        folder: The run folder.
+        status: ``starting``, ``running``, ``finished`` or ``failed``.
+        reason: Why it failed.
         before: ``finished``, of a run that was and is started again, until its rounds go on.
     """
     folder.mkdir(parents=True, exist_ok=True)

@@ -16,7 +16,7 @@ from d2ft_fl.rounds.federation import Federation
 def summarise(
     rows: list[dict[str, Any]], federation: Federation, folder: Path, wall_seconds: float
 ) -> dict[str, Any]:
-    """A run's summary."""
+    """Return what ``summary.json`` holds."""
     return {
         "strategy": federation.config.strategy,
         "keeps_budgets": len(federation.keeps) == len(LIMITS),
@@ -32,7 +32,7 @@ def summarise(
 
 
 def _privacy(components: Components, rows: list[dict[str, Any]]) -> dict[str, Any] | None:
-    """What clients were promised of their data; None for nothing."""
+    """Return what differential privacy promises clients; None where there is none."""
     own = components.privacy
     if own is None:
         return None

@@ -17,7 +17,7 @@ GIT_TIMEOUT = 10.0  # seconds
 
 
 def versions(device: str = "cpu") -> dict[str, Any]:
-    """What decides how this process computes, as JSON.
+    """Find out what decides how this process computes, as JSON.
 
     Args:
         device: Where clients train, ``cpu`` or ``cuda``.
@@ -42,7 +42,7 @@ def _version(name: str) -> str | None:
 
 
 def code_folder() -> Path | None:
-    """The git checkout that the code comes from; None where there is none.
+    """Find the git checkout that the code comes from; None where there is none.
 
     Flower runs a copy without git; its original is the one that an editable installation names, if
     that has the same code.
@@ -59,7 +59,7 @@ def code_folder() -> Path | None:
 
 
 def same_code(ours: Path, theirs: Path) -> bool:
-    """Whether every module of a package is, byte for byte, in another folder too."""
+    """Tell whether every module of a package is, byte for byte, in another folder too."""
     if ours == theirs:
         return True
     try:
@@ -81,7 +81,7 @@ def _installed_from() -> Path | None:
 
 
 def commit(folder: Path | None) -> dict[str, Any]:
-    """A checkout's commit, and whether tracked files differ from it; None without git."""
+    """Return a checkout's commit, and whether tracked files differ from it; None without git."""
     name = _git(folder, "rev-parse", "HEAD")
     changes = _git(folder, "status", "--porcelain", "--untracked-files=no") if name else None
     return {"commit": name, "changed": None if changes is None else bool(changes)}

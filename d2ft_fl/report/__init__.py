@@ -34,7 +34,7 @@ def sweep_page(folder: Path, output: Path | None = None) -> Path:
 
 
 def sweep_table(folder: Path, across: str = "") -> str:
-    """A sweep's settings as a table in Markdown; see :func:`.sweep_markdown.sweep_markdown`.
+    """Make a sweep's table in Markdown; see :func:`.sweep_markdown.sweep_markdown`.
 
     Raises:
         ConfigError: When the folder is no sweep's, is damaged, or has nothing to show.
@@ -45,7 +45,7 @@ def sweep_table(folder: Path, across: str = "") -> str:
 
 
 def kind_of(folder: Path) -> str:
-    """``RUN`` or ``SWEEP``, by what a folder holds.
+    """Return ``RUN`` or ``SWEEP``, by what a folder holds.
 
     Raises:
         ConfigError: When it is neither.

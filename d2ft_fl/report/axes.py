@@ -20,10 +20,10 @@ TIMES = ((3 * 3600.0, 3600.0, "hours"), (600.0, 60.0, "minutes"), (0.0, 1.0, "se
 
 
 def x_choice(column: Callable[[str], Sequence[np.ndarray]]) -> Choice:
-    """What to draw over.
+    """Offer what to draw over: rounds, or what was spent so far.
 
     Args:
-        column: Values of a column, an array a trace.
+        column: Returns the values of a column, one array for each trace.
     """
     return Choice("over", [_over(name, column(name)) for name in COLUMNS])
 
@@ -44,7 +44,7 @@ def _over(name: str, arrays: Sequence[np.ndarray]) -> Option:
 
 
 def scale(most: float, unit: str) -> tuple[float, str]:
-    """What to divide by for numbers up to ``most`` to read well, and the unit then."""
+    """Return what to divide by so that numbers up to ``most`` read well, and the unit then."""
     if unit == "s":
         return next((factor, name) for least, factor, name in TIMES if most >= least)
     prefixes = PREFIXES if unit else ()
@@ -52,12 +52,12 @@ def scale(most: float, unit: str) -> tuple[float, str]:
 
 
 def round_step(most: float) -> int:
-    """Between ticks of an axis of rounds: 1, 2 or 5 times a power of ten, at most ten ticks."""
+    """Return the step between ticks of rounds: 1, 2 or 5 times a power of ten, for ten at most."""
     least = max(1.0, most / 10)
     power = 10 ** math.floor(math.log10(least))
     return int(next(power * step for step in (1, 2, 5, 10) if power * step >= least))
 
 
 def short(values: Iterable[float], digits: int = 5) -> list[float | None]:
-    """Numbers with few digits, which pages are small for; None for those that there are none of."""
+    """Round numbers to few digits, so that pages stay small; None for those that are not finite."""
     return [float(f"{v:.{digits}g}") if math.isfinite(v) else None for v in values]

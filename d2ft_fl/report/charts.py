@@ -36,8 +36,10 @@ class Option:
     """One thing to choose.
 
     Attributes:
-        label: What it is called. data: Of ``Plotly.update``: a value a trace, by attribute.
-        layout: Of ``Plotly.update``. note: A sentence shown while it is chosen.
+        label: What it is called.
+        data: Argument of ``Plotly.update``: by attribute, a value for each trace.
+        layout: Argument of ``Plotly.update``.
+        note: A sentence shown while it is chosen.
     """
 
     label: str
@@ -46,7 +48,7 @@ class Option:
     note: str = ""
 
     def to_json(self) -> dict[str, Any]:
-        """As the script takes it."""
+        """Return the option as the script takes it."""
         return {"label": self.label, "data": self.data, "layout": self.layout, "note": self.note}
 
 
@@ -55,7 +57,10 @@ class Choice:
     """A row of buttons, of which one is on; or a slider that plays.
 
     Attributes:
+        label: What is chosen.
+        options: What there is to choose.
         chosen: Number of the option that the figure is drawn with.
+        slider: Whether it is a slider that plays, not a row of buttons.
     """
 
     label: str
@@ -66,7 +71,7 @@ class Choice:
 
 @dataclass(frozen=True)
 class Entry:
-    """Of a legend: a name with the traces that it switches."""
+    """An entry of a legend: a name with the traces that it switches."""
 
     name: str
     colour: str
@@ -80,10 +85,14 @@ class Chart:
     """A figure of a page.
 
     Attributes:
-        name: Of its element; letters and hyphens. label: What it shows, for who cannot see it.
-        text: Caption, plain. choices: See :class:`Choice`. legend: See :class:`Entry`.
-        key: HTML of what colours mean, such as :func:`scale_key`.
-        most_width: In pixels, where all of the page is too wide; 0 takes all of it.
+        name: Name of its element: letters and hyphens.
+        label: What it shows, for readers who cannot see it.
+        figure: What Plotly draws.
+        text: Caption, plain text.
+        choices: What a reader can choose.
+        legend: Which lines a reader can switch on and off.
+        key: HTML that says what colours mean, such as :func:`scale_key`.
+        most_width: Largest width in pixels; 0 takes all of the page.
     """
 
     name: str
@@ -96,7 +105,7 @@ class Chart:
     most_width: int = 0
 
     def html(self) -> str:
-        """Its element."""
+        """Return the element of the chart."""
         drawn = self.figure.to_plotly_json()
         spec = {
             "data": drawn["data"],
@@ -153,7 +162,7 @@ class Chart:
 
 
 def json_script(value: Any, name: str = "") -> str:
-    """JSON in an element of a page, where no text of it can end the element."""
+    """Return a script element with JSON, no text of which can end the element."""
     text = to_json_plotly(value).replace("<", "\\u003c")
     return f'<script type="application/json"{f" id={name}" if name else ""}>{text}</script>'
 
@@ -162,7 +171,7 @@ _STROKES = {"solid": "", "dash": "7 3", "dot": "2 3", "dashdot": "7 3 2 3", "lon
 
 
 def swatch(colour: str, dash: str) -> str:
-    """A piece of a line."""
+    """Return a picture of a piece of a line."""
     return (
         '<svg width="28" height="10" aria-hidden="true"><line x1="1" x2="27" y1="5" y2="5" '
         f'stroke="{colour}" stroke-width="3" stroke-dasharray="{_STROKES[dash]}"/></svg>'
@@ -170,18 +179,23 @@ def swatch(colour: str, dash: str) -> str:
 
 
 def look(index: int) -> tuple[str, str, str]:
-    """Colour, dash and symbol of a line: neighbours differ in all, ``MOST_LINES`` in some."""
+    """Return colour, dash and symbol of a line: neighbours differ in all, others in some."""
     dash = DASHES[(index + index // len(LINES)) % len(DASHES)]
     return LINES[index % len(LINES)], dash, SYMBOLS[index % len(SYMBOLS)]
 
 
 def plain(text: str) -> str:
-    """Text for a figure, which would read tags in it."""
+    """Escape text for a figure, which would read tags in it."""
     return escape(text, quote=False)
 
 
 def blank(height: int, **layout: Any) -> go.Figure:
-    """A figure without traces, of a height in pixels and the width of the page."""
+    """Return a figure without traces, as wide as the page.
+
+    Args:
+        height: In pixels.
+        layout: Changes of the layout.
+    """
     axis = {"automargin": True, "ticks": "", "zeroline": False, "ticklabelstandoff": 4}
     quiet = {name: {"showscale": False} for name in (SHARES, COUNTS, RANKS, BUDGETS)}
     figure = go.Figure()
@@ -193,14 +207,14 @@ def blank(height: int, **layout: Any) -> go.Figure:
 
 
 def scale_key(least: str, most: str, alarm: str = "") -> str:
-    """HTML of what the colours of a heat map mean: its ends, and the alarm's meaning."""
+    """Return HTML that says what the colours of a heat map mean: its ends, and the alarm."""
     over = f'<i class="alarm"></i><span>{escape(alarm)}</span>' if alarm else ""
     ends = f"<span>{escape(least)}</span><i></i><span>{escape(most)}</span>"
     return f'<p class="scale">{ends}{over}</p>'
 
 
 def templates() -> dict[str, Any]:
-    """What colours follow the theme: a Plotly template each for light and dark."""
+    """Return what colours follow the theme: a Plotly template each for light and dark."""
     return {theme: _template(theme).to_plotly_json() for theme in (LIGHT, DARK)}
 
 

@@ -32,19 +32,19 @@ ROWS, BAR = (14, 20), 18  # pixels: of many rows and of few, of a bar
 
 @dataclass(frozen=True)
 class Row:
-    """Of a map: one client, or all of a device class."""
+    """A row of a map: one client, or all clients of a device class."""
 
     label: str
     clients: list[int]
 
 
 def by_class(clients: pd.DataFrame) -> bool:
-    """Whether rows are device classes; see ``MOST_CLIENTS``."""
+    """Tell whether rows are device classes; see ``MOST_CLIENTS``."""
     return clients["client"].nunique() > MOST_CLIENTS
 
 
 def map_rows(clients: pd.DataFrame) -> list[Row]:
-    """The rows of a run's maps, sorted by device class."""
+    """Return the rows of a run's maps, sorted by device class."""
     devices = clients.drop_duplicates("client").groupby("device", sort=False)["client"]
     if by_class(clients):
         return [Row(class_label(d, len(own)), own.tolist()) for d, own in devices]
@@ -54,12 +54,12 @@ def map_rows(clients: pd.DataFrame) -> list[Row]:
 
 
 def class_label(device: str, clients: int) -> str:
-    """A device class and how many clients it has."""
+    """Write a device class and how many clients it has."""
     return f"{plain(device)} ({clients:,})"
 
 
 def who_trained(clients: pd.DataFrame, rounds: Sequence[int], plans: Sequence[PlanFile]) -> Chart:
-    """How much each client trained in each round, and which subnets over all rounds."""
+    """Draw how much each client trained in each round, and which subnets over all rounds."""
     rows = map_rows(clients)
     full = clients.assign(trained=clients[Operation.FULL.name].where(clients["fault"].isna()))
     over_rounds = _pivot(full, rows, rounds, "trained", "mean")
@@ -106,7 +106,7 @@ def who_trained(clients: pd.DataFrame, rounds: Sequence[int], plans: Sequence[Pl
 
 
 def budget_map(clients: pd.DataFrame, rounds: Sequence[int]) -> Chart:
-    """What each client used of its budgets, round by round."""
+    """Draw what each client used of its budgets, round by round."""
     rows = map_rows(clients)
     options = []
     for name in limits_of(clients):
@@ -137,7 +137,7 @@ def budget_map(clients: pd.DataFrame, rounds: Sequence[int]) -> Chart:
 
 
 def budget_bars(clients: pd.DataFrame) -> Chart:
-    """What device classes used of their budgets: means, and the highest client of all rounds."""
+    """Draw what device classes used of their budgets: means, and the highest client of all."""
     limits = limits_of(clients)
     devices = list(clients.groupby("device", sort=False))
     labels = [class_label(device, own["client"].nunique()) for device, own in devices]
@@ -177,7 +177,7 @@ def budget_bars(clients: pd.DataFrame) -> Chart:
 def _pivot(
     clients: pd.DataFrame, rows: list[Row], rounds: Sequence[int], column: str, how: str
 ) -> list[list[float | None]]:
-    """A column by row and round: [rows][rounds], None where there is nothing."""
+    """Arrange a column by row and round: [rows][rounds], None where there is nothing."""
     row_of = {client: index for index, row in enumerate(rows) for client in row.clients}
     frame = clients.assign(row=clients["client"].map(row_of))
     table = frame.pivot_table(column, "row", "round", aggfunc=how)
@@ -186,7 +186,7 @@ def _pivot(
 
 
 def _trained_by(plan: PlanFile, rows: list[Row]) -> np.ndarray:
-    """Share of a row's clients that train each subnet: float64 [rows, blocks * heads]."""
+    """Return the share of a row's clients that train a subnet: float64 [rows, blocks * heads]."""
     at = {client: index for index, client in enumerate(plan.clients.tolist())}
     trained = plan.trained.reshape(len(plan.clients), -1)
     nothing = np.full(trained.shape[1], np.nan)

@@ -24,7 +24,7 @@ PREFIXES = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
 def quantity(value: float, unit: str) -> str:
-    """A number with a prefix and its unit: 1.23 GFLOP."""
+    """Write a number with a prefix and its unit: 1.23 GFLOP."""
     for factor, prefix in PREFIXES:
         if abs(value) >= factor:
             return f"{value / factor:.3g} {prefix}{unit}"
@@ -32,12 +32,12 @@ def quantity(value: float, unit: str) -> str:
 
 
 def unit_of(resource: str) -> str:
-    """What a resource is counted in."""
+    """Return the unit of a resource."""
     return "FLOP" if resource == "flops" else "B"
 
 
 def policy_words(entries: Mapping[str, Any]) -> str:
-    """How a client runs its schedule, where that is not as it is configured, in few words.
+    """Say in few words how a client runs its schedule, where that is not as it is configured.
 
     Args:
         entries: Of an :class:`~d2ft_fl.config.training_options.ExecutionPolicy`, as
@@ -65,7 +65,7 @@ OPERATIONS = {"full": "FULL", "frozen": "FROZEN", "forward_only": "FWD", "shortc
 
 
 def seconds(value: float) -> str:
-    """Three digits, or whole seconds where there are more."""
+    """Write seconds with three digits, or whole seconds where there are more."""
     return f"{value:,.0f} s" if value >= 100 else f"{value:.3g} s"
 
 

@@ -23,10 +23,11 @@ POLICY = (
 
 
 def page(title: str, body: str) -> list[str]:
-    """A page with Plotly inside, in pieces.
+    """Return a page with Plotly inside, in pieces.
 
     Args:
-        title: Plain text. body: HTML, with :meth:`d2ft_fl.report.charts.Chart.html` in it.
+        title: Plain text.
+        body: HTML, with what :meth:`d2ft_fl.report.charts.Chart.html` returns in it.
     """
     parts = [
         f"<main><h1>{escape(title)}</h1>",
@@ -40,23 +41,23 @@ def page(title: str, body: str) -> list[str]:
 
 
 def section(heading: str, *parts: str) -> str:
-    """A heading and what comes under it; nothing where that is nothing."""
+    """Return a heading and what comes under it; nothing where that is nothing."""
     body = "".join(parts)
     return f"<h2>{escape(heading)}</h2>{body}\n" if body else ""
 
 
 def sentence(text: str, kind: str = "") -> str:
-    """A paragraph; ``kind`` is note or alert."""
+    """Return a paragraph; ``kind`` is note or alert."""
     return f'<p class="{kind}">{escape(text)}</p>' if kind else f"<p>{escape(text)}</p>"
 
 
 def details(summary: str, body: str) -> str:
-    """What a reader opens to see."""
+    """Return what a reader opens to see."""
     return f"<details><summary>{escape(summary)}</summary>{body}</details>"
 
 
 def listed(texts: Sequence[str]) -> str:
-    """A list; a long one is for a reader to open, and has ``MOST_LISTED`` lines."""
+    """Return a list; a long one is for a reader to open, and has ``MOST_LISTED`` lines."""
     items = "".join(f"<li>{escape(text)}</li>" for text in texts[:MOST_LISTED])
     more = len(texts) - MOST_LISTED
     body = f"<ul>{items}</ul>" + (sentence(f"and {more:,} more", "note") if more > 0 else "")
@@ -64,7 +65,7 @@ def listed(texts: Sequence[str]) -> str:
 
 
 def cards(figures: Iterable[tuple[str, str, str]]) -> str:
-    """Headline figures: what each is, its value, and a few words beside it."""
+    """Return headline figures: what each is, its value, and a few words beside it."""
     return (
         '<dl class="cards">'
         + "".join(
@@ -78,7 +79,7 @@ def cards(figures: Iterable[tuple[str, str, str]]) -> str:
 
 
 def configuration(entries: Mapping[str, Any]) -> str:
-    """Options: what differs from the defaults in a sentence, and all of them as TOML."""
+    """Show options: what differs from the defaults in a sentence, and all of them as TOML."""
     known = RunConfig().to_mapping()
     own = {k: v for k, v in entries.items() if k in known and k != FOLDER and v != known[k]}
     changed = ", ".join(f"{key} = {value}" for key, value in own.items())
@@ -88,7 +89,7 @@ def configuration(entries: Mapping[str, Any]) -> str:
 
 
 def versions(found: Sequence[Mapping[str, Any]]) -> str:
-    """With what runs were made, a column for each different answer."""
+    """Show versions that runs were made with, a column for each different answer."""
     different = [v for n, v in enumerate(found) if v and v not in found[:n]]
     if not different:
         return sentence("This was not recorded.", "note")

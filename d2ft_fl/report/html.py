@@ -36,10 +36,13 @@ pre { overflow-x: auto; font-size: .8rem; padding: .75rem; border: 1px solid var
 
 
 def document(title: str, body: Iterable[str], style: str = "", head: str = "") -> list[str]:
-    """A whole page, in pieces: some are megabytes, which are not copied into one.
+    """Return a whole page in pieces; some are megabytes, which are not copied into one.
 
     Args:
-        title: Plain text. body: HTML. style: CSS, beside ``STYLE``. head: HTML of the head.
+        title: Plain text.
+        body: HTML.
+        style: CSS, beside ``STYLE``.
+        head: HTML of the head.
     """
     begin = (
         '<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">'
@@ -64,17 +67,18 @@ def write(pieces: Iterable[str], path: Path) -> None:
 
 
 def cannot_write(path: Path, error: OSError) -> ConfigError:
-    """The error that says so."""
+    """Return the error that says why a file cannot be written."""
     return ConfigError(
         f"--output {str(path)!r} cannot be written: {error.strerror or error}; name another file"
     )
 
 
 def table(heads: Sequence[str], rows: Iterable[str], words: int = 0, sortable: bool = False) -> str:
-    """A table that scrolls in a box of its own.
+    """Return a table that scrolls in a box of its own.
 
     Args:
-        heads: Of the columns. rows: The cells of each row, as :func:`cells` makes them.
+        heads: Heads of the columns.
+        rows: The cells of each row, as :func:`cells` makes them.
         words: How many of the first columns hold words.
         sortable: Whether heads are buttons, for a page's script.
     """
@@ -93,23 +97,23 @@ def table(heads: Sequence[str], rows: Iterable[str], words: int = 0, sortable: b
 
 
 def cells(*texts: str) -> str:
-    """Cells of numbers."""
+    """Return cells of numbers."""
     return "".join(f"<td>{escape(text)}</td>" for text in texts)
 
 
 def valued(text: str, value: float | None) -> str:
-    """A cell of a number that sorts by ``value``; None or NaN comes last."""
+    """Return a cell of a number that sorts by ``value``; None or NaN comes last."""
     known = value is not None and value == value
     return f'<td data-value="{value:.6g}">{escape(text)}</td>' if known else cells("-")
 
 
 def words(*texts: str) -> str:
-    """Cells of words."""
+    """Return cells of words."""
     return "".join(f'<td class="word">{escape(text)}</td>' for text in texts)
 
 
 def share_cell(text: str, share: float | None) -> str:
-    """A cell with a bar of the used share of a budget, or marked where that is over 1."""
+    """Return a cell with a bar of the used share of a budget, or marked where that is over 1."""
     if share is None:
         return cells(text)
     kind = "over" if share > 1 else "share"
@@ -118,5 +122,5 @@ def share_cell(text: str, share: float | None) -> str:
 
 
 def configuration(entries: Mapping[str, Any]) -> str:
-    """Options as TOML."""
+    """Show options as TOML."""
     return f"<pre>{escape(dump_toml(dict(entries)))}</pre>"

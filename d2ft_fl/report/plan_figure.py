@@ -27,7 +27,11 @@ MOST_CLIENTS, DPI = 24, 110
 
 
 def check_output(path: Path, suffixes: tuple[str, ...]) -> None:
-    """Raises ConfigError unless what has one of these suffixes can be written there."""
+    """Check that a file with one of some suffixes can be written.
+
+    Raises:
+        ConfigError: When the suffix is another one, or there is no such folder.
+    """
     if path.suffix not in suffixes:
         raise ConfigError(f"--output {str(path)!r} must end in {', '.join(suffixes)}")
     if not path.parent.is_dir():
@@ -35,7 +39,7 @@ def check_output(path: Path, suffixes: tuple[str, ...]) -> None:
 
 
 def draw_plan(plan: Plan, path: Path) -> None:
-    """One round's plan as a PNG: a row a client, a column a subnet.
+    """Draw the plan of a round as a PNG: a row for each client, a column for each subnet.
 
     With several slots a cell mixes the colours of what the subnet does in them.
     """

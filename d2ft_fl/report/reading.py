@@ -9,12 +9,12 @@ from d2ft_fl.errors import ConfigError
 
 
 def damaged(path: Path, what: str) -> ConfigError:
-    """The error that says what is wrong with a file."""
+    """Return the error that says what is wrong with a file."""
     return ConfigError(f"{str(path)!r} {what}: the folder is damaged, or not written by d2ft")
 
 
 def read_json(path: Path, kind: type) -> Any:
-    """A JSON file's value, of a type; None where there is no such file.
+    """Read a JSON file's value of a type; None where there is no such file.
 
     Raises:
         ConfigError: When it cannot be read.
@@ -35,9 +35,10 @@ def read_json(path: Path, kind: type) -> Any:
 
 
 def read_lines(path: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a file of JSON lines, without a last one that is still being written.
+    """Yield the objects of a file of JSON lines, without a last one that is being written.
 
-    One after the other: of many clients and rounds they are far larger than what is made of them.
+    They come one after the other: those of many clients and rounds need far more memory than what
+    is made of them.
 
     Raises:
         ConfigError: When it cannot be read, with the line.

@@ -22,7 +22,7 @@ from d2ft_fl.report.run_tables import BY_CLASS, BY_CLIENT
 
 
 def run_html(run: RunFolder) -> list[str]:
-    """The page of a run, or of what there is of it so far, in pieces.
+    """Return the page of a run, or of what there is of it so far, in pieces.
 
     Raises:
         ConfigError: When its folder is damaged.
@@ -55,7 +55,7 @@ def run_html(run: RunFolder) -> list[str]:
 
 
 def _stands(run: RunFolder, rounds: int) -> str:
-    """What to know of a run that did not come to its end."""
+    """Say how far a run came that did not come to its end."""
     if run.finished:
         return ""
     done = f"{len(run.lines)} of {rounds} rounds are finished; this is what there is of it."

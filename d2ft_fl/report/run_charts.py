@@ -126,17 +126,18 @@ def _so_far(run: RunFolder) -> str:
 
 
 def shown_rounds(run: RunFolder) -> list[int]:
-    """The rounds that maps show: all, or ``MOST_STEPS`` of them evenly, first and last among."""
+    """Return the rounds that maps show: all, or ``MOST_STEPS`` of them at equal distances."""
     rounds = run.rounds["round"].tolist()
     picks = np.linspace(0, len(rounds) - 1, min(len(rounds), MOST_STEPS)).round().astype(int)
     return [rounds[i] for i in picks]
 
 
 def coverage(rounds: Sequence[int], plans: Sequence[PlanFile]) -> Chart:
-    """What clients do with each subnet, round by round.
+    """Draw what clients do with each subnet, round by round.
 
     Args:
-        rounds: Their numbers. plans: Their schedules.
+        rounds: Numbers of the rounds.
+        plans: Schedules of the rounds.
     """
     done = [
         op
@@ -189,7 +190,7 @@ def _caption(rounds: Sequence[int], clients: int, slots: int) -> str:
 
 
 def _grid(blocks: int, heads: int, clients: int, rank: int) -> go.Figure:
-    """Axes for maps of subnets, counts of clients, and ranks."""
+    """Return a figure with axes for maps of subnets, counts of clients, and ranks."""
     cell = min(CELLS[1], max(CELLS[0], 420 // blocks))
     counts = {"cmin": 0, "cmax": clients}
     return blank(
@@ -208,7 +209,7 @@ def _highest_rank(plan: PlanFile) -> int:
 
 
 def _maps(plan: PlanFile, operations: Sequence[Operation], ranks: bool) -> list[list[list]]:
-    """A map for each trace: [blocks][heads]."""
+    """Return a map for each trace: [blocks][heads]."""
     maps: list[list[list]] = [plan.counts(op).tolist() for op in operations]
     if ranks:
         maps.append([short(row, 3) for row in plan.mean_ranks()])

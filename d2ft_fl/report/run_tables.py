@@ -27,7 +27,7 @@ BY_CLIENT, BY_CLASS = ["client", "device"], ["device"]
 
 
 def resources(run: RunFolder) -> str:
-    """What was used of each resource, beside training everything and beside budgets."""
+    """Make a table of each resource used, beside training everything and beside budgets."""
     rows = []
     for name, label in USED.items():
         part, unit = run.totals["resources"][name], unit_of(name)
@@ -48,11 +48,11 @@ def resources(run: RunFolder) -> str:
 
 
 def clients(frame: pd.DataFrame, keys: list[str]) -> str:
-    """Clients, or device classes, over all rounds.
+    """Make a table of clients, or of device classes, over all rounds.
 
     Args:
         frame: As :attr:`RunFolder.clients`.
-        keys: ``BY_CLIENT`` or ``BY_CLASS``, whose figures are those of the mean client.
+        keys: ``BY_CLIENT``; or ``BY_CLASS``, with figures of the mean client of each class.
     """
     limits = limits_of(frame)
     operations = [op for op in reversed(Operation) if op is Operation.FULL or frame[op.name].any()]
@@ -83,7 +83,7 @@ def clients(frame: pd.DataFrame, keys: list[str]) -> str:
 
 
 def _grouped(frame: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
-    """A row a group: sums over rounds of the mean client, and means of what does not add up."""
+    """Sum over rounds for the mean client of each group; average what does not add up."""
     means = [op.name for op in Operation] + ["examples", "rank"]
     shares = [f"{name}_share" for name in LIMITS]
     frame = frame.astype(dict.fromkeys(SUMMED, float)).assign(
@@ -107,14 +107,14 @@ def _grouped(frame: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
 
 
 def _most_common(policies: "pd.Series[str]") -> str:
-    """The way that clients went most often, and how often, where not always."""
+    """Name the execution policy used most often, and how often where not always."""
     counts = policies.value_counts()
     often = float(counts.iloc[0] / counts.sum())
     return f"{counts.index[0] or '-'}" + f" ({often:.0%})" * (often < 1)
 
 
 def _used(group: dict[str, Any], name: str) -> str:
-    """A cell of an amount and the mean used share of its budget; marked where one was over it."""
+    """Return a cell of an amount and the mean used share of its budget, marked if one broke it."""
     amount = ""
     if name in RESOURCES:
         used = group[name]
@@ -126,7 +126,7 @@ def _used(group: dict[str, Any], name: str) -> str:
 
 
 def rounds(run: RunFolder) -> str:
-    """Every round in a line."""
+    """Make a table of all rounds."""
     frame, metrics, spec = run.rounds, run.metrics, run.spec
     error = bool(frame["aggregation_error"].notna().any())
     private = bool(frame["epsilon"].notna().any())

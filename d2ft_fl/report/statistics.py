@@ -17,7 +17,7 @@ class Interval:
     Attributes:
         mean: NaN of no values.
         half: Half the width of the mean's confidence interval; None of fewer than two values.
-        count: Of values.
+        count: Number of values.
     """
 
     mean: float
@@ -26,7 +26,7 @@ class Interval:
 
     @classmethod
     def of(cls, values: Sequence[float]) -> "Interval":
-        """Student's interval: mean ± t(n - 1) s / sqrt(n), s with n - 1."""
+        """Compute Student's interval: mean ± t(n - 1) s / sqrt(n), s with n - 1."""
         n = len(values)
         if n == 0:
             return cls(math.nan, None, 0)
@@ -48,5 +48,5 @@ class Interval:
 
 
 def differences(ours: Mapping[str, float], theirs: Mapping[str, float]) -> list[float]:
-    """Ours minus theirs, where both have a value of the same name."""
+    """Subtract theirs from ours, where both have a value of the same name."""
     return [value - theirs[name] for name, value in ours.items() if name in theirs]

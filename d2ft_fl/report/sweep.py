@@ -22,7 +22,7 @@ MOST_NUMERIC = 2  # varied numbers, beyond which a chart over one of them mixes 
 
 
 def sweep_html(sweep: SweepFolder) -> list[str]:
-    """The page of a sweep, or of what there is of it so far, in pieces.
+    """Return the page of a sweep, or of what there is of it so far, in pieces.
 
     Raises:
         ConfigError: When no trial has a finished round.
@@ -51,7 +51,7 @@ def sweep_html(sweep: SweepFolder) -> list[str]:
 
 
 def _stands(sweep: SweepFolder) -> str:
-    """What to know of a sweep that has not come to its end."""
+    """Say how much is left of a sweep that has not come to its end."""
     left = [t for t in sweep.trials if t.status in ("waiting", "running")]
     if not left:
         return ""
@@ -104,7 +104,7 @@ def _over_keys(sweep: SweepFolder, finished: list[Setting]) -> list[str]:
 
 
 def _compared(sweep: SweepFolder) -> list[str]:
-    """Pairs of trials that differ in one word alone."""
+    """Compare pairs of trials that differ in one word alone."""
     keys = [k for k in sweep.word_keys if 2 <= len(sweep.best_first(k)) <= sweep_charts.MOST_WORDS]
     return [
         section(

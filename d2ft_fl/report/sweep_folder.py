@@ -96,7 +96,7 @@ class Setting:
         return self.count(STOPPED) > 0
 
     def count(self, status: str) -> int:
-        """How many of its trials ended so."""
+        """Count the trials with a status."""
         return sum(t.status == status for t in self.trials)
 
 
@@ -168,7 +168,7 @@ class SweepFolder:
         return out
 
     def label(self, values: dict[str, Any], without: str = "") -> str:
-        """Values in a few words.
+        """Name values in a few words.
 
         What most settings have goes without saying, but for the strategy, and words stand alone
         where no other key has the same.
@@ -203,7 +203,7 @@ class SweepFolder:
         return isinstance(value, str) and value != "" and value not in others
 
     def word(self, key: str, value: Any) -> str:
-        """A value as it stands in a sentence; of a path its name, where others have another."""
+        """Write a value as it stands in a sentence; of a path its name, where that is unique."""
         if not isinstance(value, str) or not value:
             return spelled(value)
         names = [Path(v).name for v in self.values[key] if isinstance(v, str)]
@@ -302,12 +302,12 @@ def _is_number(value: Any) -> bool:
 
 
 def _plain(value: Any) -> Any:
-    """A value that can be a key."""
+    """Return a value that can be a key."""
     return spelled(value) if isinstance(value, list | dict) else value
 
 
 def spelled(value: Any) -> str:
-    """A value as TOML and JSON have it."""
+    """Write a value as TOML and JSON have it."""
     return json.dumps(value, ensure_ascii=False)
 
 

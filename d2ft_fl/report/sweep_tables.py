@@ -39,7 +39,7 @@ def settings(sweep: SweepFolder, rows: Sequence[Setting]) -> str:
 
 
 def _value(sweep: SweepFolder, key: str, value: Any) -> str:
-    """A cell of a varied value; numbers sort as such."""
+    """Return a cell of a varied value; numbers sort as such."""
     return html.words("" if value is None else sweep.word(key, value))
 
 
@@ -65,7 +65,7 @@ def pairs(sweep: SweepFolder, key: str) -> str:
 
 
 def unfinished(sweep: SweepFolder, trials: Sequence[Trial]) -> str:
-    """Trials that did not come to their end, and why."""
+    """Make a table of trials that did not come to their end, with reasons."""
     rows = [
         html.words(t.name, sweep.label({k: v for k, v in t.settings.items() if k != SEED}))
         + html.words(spelled(t.settings[SEED]) if SEED in t.settings else "-", t.status)

@@ -9,7 +9,7 @@ from d2ft_fl.config.run_config import NO_PATHS, RunConfig, resolve_path
 
 
 def contents(config: RunConfig) -> dict[str, str]:
-    """Digests of the files and plug-ins that options name, by what names them.
+    """Return digests of the files and plug-ins that options name, by what names them.
 
     Of a plug-in it is its own file, of a folder the content of its files; of a folder of data their
     names and sizes, as data can be too much to read. What is not there is left out: whatever needs
@@ -33,7 +33,7 @@ def contents(config: RunConfig) -> dict[str, str]:
 
 @lru_cache(maxsize=256)
 def _file(path: Path) -> str:
-    """Of a file, or of all files in a folder."""
+    """Digest a file, or all files in a folder."""
     files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
     digest = hashlib.sha256()
     try:

@@ -14,7 +14,7 @@ DIGITS = 6
 
 
 def uniform(draw_seed: int, key: str, sample: int) -> float:
-    """A number in [0, 1), the same for the same arguments everywhere."""
+    """Return a number in [0, 1), the same for the same arguments everywhere."""
     digest = hashlib.sha256(f"{draw_seed} {key} {sample}".encode()).digest()
     return (int.from_bytes(digest[:8]) >> 11) / 2**53
 
@@ -26,7 +26,7 @@ class Choice:
     values: tuple[Any, ...]
 
     def draw(self, u: float) -> Any:
-        """The value that ``u`` in [0, 1) stands for."""
+        """Return the value that ``u`` in [0, 1) stands for."""
         return self.values[int(u * len(self.values))]
 
     @property
@@ -35,7 +35,7 @@ class Choice:
         return self.values
 
     def to_toml(self) -> dict[str, Any]:
-        """As in a file."""
+        """Return the distribution as a file has it."""
         return {"choice": list(self.values)}
 
 
@@ -52,7 +52,7 @@ class Span:
     log: bool = False
 
     def draw(self, u: float) -> float:
-        """The value that ``u`` in [0, 1) stands for.
+        """Return the value that ``u`` in [0, 1) stands for.
 
         Numbers have six digits, so that they can be read, and so that the last bits of another
         machine's logarithm do not make another trial.
@@ -72,7 +72,7 @@ class Span:
         return self.least, self.most
 
     def to_toml(self) -> dict[str, Any]:
-        """As in a file."""
+        """Return the distribution as a file has it."""
         return {"min": self.least, "max": self.most} | ({"log": True} if self.log else {})
 
 

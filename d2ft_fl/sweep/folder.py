@@ -50,7 +50,7 @@ class SweepFolder:
         self.path = path
 
     def trial(self, id: str) -> Path:
-        """A trial's run folder."""
+        """Return a trial's run folder."""
         return self.path / "trials" / id
 
     @contextmanager
@@ -100,7 +100,7 @@ class SweepFolder:
     # -- what is there -----------------------------------------------------------------------
 
     def state(self, id: str) -> State:
-        """How a trial stands; one that did not come to its end is waiting."""
+        """Read how a trial stands; one that did not come to its end is waiting."""
         try:
             found = json.loads(self.trial(id).joinpath("status.json").read_text())
             state = State(str(found["status"]), str(found["reason"]))
@@ -126,7 +126,7 @@ class SweepFolder:
             log.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {trial.id}\n")
 
     def _made(self, trial: Trial) -> Path:
-        """A trial's folder, with its configuration in it."""
+        """Make a trial's folder, with its configuration in it."""
         folder = self.trial(trial.id)
         folder.mkdir(parents=True, exist_ok=True)
         entries = trial.config.to_mapping() | {"run-folder": str(folder)}

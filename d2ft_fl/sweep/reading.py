@@ -176,7 +176,7 @@ class _Reader:
         return Span(least, most, log)
 
     def option(self, key: str, value: Any, where: str) -> Any:
-        """A value as its option has it; paths absolute."""
+        """Return a value as its option has it, paths absolute."""
         if key == OWN:
             raise ConfigError(f"{where}: {OWN} is each trial's own; name the sweep's by --output")
         try:
@@ -192,7 +192,7 @@ class _Reader:
         }
 
     def files(self, names: Any) -> tuple[dict[str, Any], dict[str, str]]:
-        """The options of some files, and the file of each."""
+        """Read the options of some files, and the file of each."""
         names = [names] if isinstance(names, str) else names
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise self.error(("config",), f'{names!r} is no file; write config = "FILE.toml"')

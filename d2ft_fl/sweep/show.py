@@ -28,11 +28,11 @@ class Clock:
         self.started: float | None = None
 
     def start(self) -> None:
-        """The first trial begins: what came before will not come again."""
+        """Start with the first trial: the time before it will not come again."""
         self.started = self.started or time.monotonic()
 
     def part(self, id: str, share: float) -> None:
-        """So much of a trial is done."""
+        """Take down which share of a trial is done."""
         before, self.parts[id] = self.parts.get(id, 0.0), share
         self.left -= share - before
         self.done += share - before
@@ -45,7 +45,7 @@ class Clock:
 
 
 def duration(seconds: float) -> str:
-    """A time to read: 40 s, 12 min, 3 h 5 min."""
+    """Write a time: 40 s, 12 min, 3 h 5 min."""
     if seconds < 100:
         return f"{seconds:.0f} s"
     minutes = round(seconds / 60)
@@ -53,12 +53,12 @@ def duration(seconds: float) -> str:
 
 
 def setting_text(settings: Mapping[str, Any]) -> str:
-    """Options that vary, in one line."""
+    """Write options that vary in one line."""
     return " ".join(f"{key}={value_text(value)}" for key, value in settings.items())
 
 
 def value_text(value: Any) -> str:
-    """A value, numbers with four digits."""
+    """Write a value, numbers with four digits."""
     if isinstance(value, bool):
         return str(value).lower()
     return f"{value:.4g}" if isinstance(value, float) else str(value)
@@ -147,7 +147,7 @@ class Show:
 
 
 def trial_list(rows: Sequence[Mapping[str, Any]]) -> None:
-    """The trials there are: id, settings, status and reason of each."""
+    """Show all trials: id, settings, status and reason of each."""
     table = Table(title=f"{len(rows)} trials", title_justify="left")
     for head in ("trial", *rows[0]["settings"], "status"):
         table.add_column(escape(head), no_wrap=True)
@@ -187,7 +187,7 @@ def settings_table(settings: Sequence[Setting], metrics: MetricSpec) -> None:
 
 
 def ends(ledger: Ledger) -> None:
-    """How many trials ended in which way, and why."""
+    """Show how many trials ended in which way, and why."""
     statuses = ("finished", "stopped", "refused", "failed", "waiting")
     counts = [f"{n} {status}" for status in statuses if (n := ledger.count(status))]
     terminal.say(f"{len(ledger.trials)} trials: {', '.join(counts)}")

@@ -60,7 +60,7 @@ class Group:
     seeds: tuple[int, ...] = ()
 
     def varied(self) -> list[str]:
-        """The options in which its trials differ, from one another or from other groups'."""
+        """Return the options in which its trials differ, from one another or from other groups'."""
         keys = [*self.base, *self.grid, *self.search]
         return keys + ["seed"] * bool(self.seeds)
 
@@ -115,5 +115,5 @@ class Sweep:
 
 
 def place_name(at: Locator, place: tuple[str, ...]) -> str:
-    """A place in a file, for people: ``mine.toml:3: grid.lr``."""
+    """Write a place in a file for people: ``mine.toml:3: grid.lr``."""
     return f"{at(*place)}: {'.'.join(part for part in place if not part.isdecimal())}"

@@ -1,4 +1,4 @@
-"""What a sweep comes to: its trials, each with an id that its configuration alone decides."""
+"""The trials of a sweep, each with an id that its configuration alone decides."""
 
 import hashlib
 import json
@@ -55,7 +55,7 @@ def _hash(value: Any) -> str:
 
 
 def sweep_hash(sweep: Sweep, trials: Iterable[Trial]) -> str:
-    """What tells one sweep from another: its trials, in any order, and what stops them early."""
+    """Hash what tells one sweep from another: its trials in any order, and early stopping."""
     return _hash([sorted(trial.id for trial in trials), repr(sweep.run.asha)])
 
 
@@ -65,13 +65,13 @@ def sweep_metrics(trials: Sequence[Trial]) -> MetricSpec:
 
 
 def varied(sweep: Sweep) -> list[str]:
-    """The options that vary over a sweep, in the order of its file; the seed is last."""
+    """Return the options that vary over a sweep, in the order of its file; the seed is last."""
     keys = dict.fromkeys(key for group in sweep.groups for key in group.varied())
     return sorted(keys, key="seed".__eq__)
 
 
 def expand(sweep: Sweep) -> list[Trial]:
-    """The trials of a sweep, each once: all settings with the first seed, then with the next.
+    """Return the trials of a sweep, each once: all settings with the first seed, then the next.
 
     Raises:
         ConfigError: When a value is one that no trial can run with, with its line; when no trial
@@ -98,7 +98,7 @@ def expand(sweep: Sweep) -> list[Trial]:
 
 
 def combinations(base: Mapping[str, Any], group: Group) -> list[dict[str, Any]]:
-    """The options of a group's trials: seeds, times draws, times the grid."""
+    """Return the options of a group's trials: seeds, times draws, times the grid."""
     out = []
     seeds = [{"seed": seed} for seed in group.seeds] or [{}]
     for seed, sample in product(seeds, range(max(1, group.samples))):
@@ -113,7 +113,7 @@ def combinations(base: Mapping[str, Any], group: Group) -> list[dict[str, Any]]:
 
 
 def _error(config: RunConfig) -> ConfigError | None:
-    """Why a configuration cannot run, as far as its options tell; None where they do not."""
+    """Say why a configuration cannot run, as far as its options tell; None where they do not."""
     try:
         checked_options(config)
     except ConfigError as error:
@@ -127,9 +127,12 @@ def _check_values(
     configs: list[RunConfig],
     error: Callable[[RunConfig], ConfigError | None],
 ) -> None:
-    """Raises ConfigError for a value that none of the group's combinations takes.
+    """Check that each value can run in one of the group's combinations.
 
     That a strategy cannot keep a budget is no mistake of the file but a result of the sweep.
+
+    Raises:
+        ConfigError: For a value that none of them takes.
     """
 
     def mistake(config: RunConfig) -> str:
@@ -149,7 +152,7 @@ def _check_values(
 
 
 def _blamed(sweep: Sweep, group: Group, reason: str) -> str:
-    """A reason with the place of the option that it names first."""
+    """Return a reason with the place of the option that it names first."""
     where = dict(sweep.given)
     for table, keys in (("base", group.base), ("grid", group.grid), ("search", group.search)):
         where |= {key: place_name(sweep.at, (*group.place, table, key)) for key in keys}
@@ -161,7 +164,11 @@ def _blamed(sweep: Sweep, group: Group, reason: str) -> str:
 
 
 def _check_asha(sweep: Sweep, rounds: list[int]) -> None:
-    """Raises ConfigError where no trial could be stopped early."""
+    """Check that a trial can be stopped early.
+
+    Raises:
+        ConfigError: When all trials have too few rounds.
+    """
     if sweep.run.asha is not None and max(rounds) <= (grace := sweep.run.asha.grace_rounds):
         raise ConfigError(
             f"{place_name(sweep.at, ('run', 'asha'))}: grace-rounds = {grace} leaves nothing to "

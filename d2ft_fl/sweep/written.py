@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 
 def toml_value(value: Any) -> str:
-    """A value in one line: JSON's spelling is TOML's too, but for tables."""
+    """Write a value in one line: JSON's spelling is TOML's too, but for tables."""
     if isinstance(value, Mapping):
         inner = ", ".join(f"{key} = {toml_value(v)}" for key, v in value.items())
         return f"{{ {inner} }}" if inner else "{}"
@@ -19,7 +19,7 @@ def toml_value(value: Any) -> str:
 
 
 def toml_sweep(sweep: "Sweep") -> str:
-    """A sweep as a file that reads as the same sweep wherever it lies."""
+    """Write a sweep as a file that reads as an equal sweep wherever it lies."""
     run = sweep.run
     first = [group for group in sweep.groups if not group.place]
     lines = [f"name = {toml_value(sweep.name)}"]
