@@ -162,7 +162,7 @@ def _clients(clients: list[ClientPreview], width: int) -> Table:
     operations, limits = shown_operations(clients), shown_limits(clients)
     ranks = has_ranks(clients)
     heads = ["client", "device", *(OPERATIONS[op] for op in operations), *["rank"] * ranks]
-    policies = ["way"] * any(policy(c) for c in clients)
+    policies = ["policy"] * any(policy(c) for c in clients)
     table = _table([*heads, *(LIMIT_LABELS[n] for n in limits), *OUTCOME, *policies], 2)
     if policies:
         table.columns[-1].no_wrap = False  # the longest gives way, before names are cut

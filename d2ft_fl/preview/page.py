@@ -192,7 +192,7 @@ def _clients(r: RoundPreview) -> str:
         + html.cells(*outcome(c), policy(c))
         for c in r.clients
     ]
-    return html.table([*heads, *OUTCOME, "way"], rows, 2)
+    return html.table([*heads, *OUTCOME, "policy"], rows, 2)
 
 
 def _used(c: ClientPreview, name: str) -> str:

@@ -73,9 +73,9 @@ def _folder_of(config: RunConfig) -> Path:
 def note_failure(folder: Path, reason: str) -> None:
     """Write that a run failed, unless another process is at work on it or has finished it."""
     with contextlib.suppress(OSError, RunError), only_one(folder):
-        said = read_status(folder)
-        if said.get("status") in ("starting", "running", None):
-            write_status(folder, "failed", reason, said.get("before"))
+        entries = read_status(folder)
+        if entries.get("status") in ("starting", "running", None):
+            write_status(folder, "failed", reason, entries.get("before"))
 
 
 @contextlib.contextmanager
@@ -123,11 +123,11 @@ def read_status(folder: Path) -> dict[str, Any]:
     return {}
 
 
-def stands(said: Mapping[str, Any]) -> str:
+def stands(entries: Mapping[str, Any]) -> str:
     """Say how a run stands; a run that could not be resumed stands as it did before."""
-    before = said.get("before")
-    begins = said.get("status") in ("starting", "failed")
-    return str(before if begins and before else said.get("status"))
+    before = entries.get("before")
+    begins = entries.get("status") in ("starting", "failed")
+    return str(before if begins and before else entries.get("status"))
 
 
 def _new_folder(config: RunConfig) -> Path:
@@ -153,8 +153,8 @@ def write_status(folder: Path, status: str, reason: str = "", before: str | None
     """
     folder.mkdir(parents=True, exist_ok=True)
     partial = folder / "status.json.part"
-    said = {"status": status, "reason": reason} | ({"before": before} if before else {})
-    partial.write_text(json.dumps(said) + "\n")
+    entries = {"status": status, "reason": reason} | ({"before": before} if before else {})
+    partial.write_text(json.dumps(entries) + "\n")
     partial.replace(folder / "status.json")
 
 

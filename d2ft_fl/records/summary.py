@@ -33,15 +33,15 @@ def summarise(
 
 def _privacy(components: Components, rows: list[dict[str, Any]]) -> dict[str, Any] | None:
     """Return what differential privacy promises clients; None where there is none."""
-    own = components.privacy
-    if own is None:
+    privacy = components.privacy
+    if privacy is None:
         return None
     return {
         "epsilon": rows[-1]["epsilon"],
-        "delta": own.delta,
-        "noise_multiplier": own.noise,
-        "clip_norm": own.clip,
-        "sampling_rate": own.rate,
+        "delta": privacy.delta,
+        "noise_multiplier": privacy.noise,
+        "clip_norm": privacy.clip,
+        "sampling_rate": privacy.rate,
         "secret": components.config.noise_seed < 0,
     }
 

@@ -116,9 +116,9 @@ class Chart:
         inputs = "".join(self._choice(number, c) for number, c in enumerate(self.choices))
         width = f";max-width:{self.most_width}px" if self.most_width else ""
         text = f"<figcaption>{escape(self.text)}</figcaption>" if self.text else ""
-        said = "".join(f'<p class="note says">{escape(note)}</p>' for note in notes)
+        says = "".join(f'<p class="note says">{escape(note)}</p>' for note in notes)
         return (
-            f'<figure class="chart" id="{escape(self.name)}">{text}{inputs}{said}{self._legend()}'
+            f'<figure class="chart" id="{escape(self.name)}">{text}{inputs}{says}{self._legend()}'
             f"{self.key}"
             f'<div class="plot" role="img" aria-label="{escape(self.label)}" '
             f'style="height:{self.figure.layout.height}px{width}"></div>{json_script(spec)}'

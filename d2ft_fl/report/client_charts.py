@@ -47,9 +47,11 @@ def map_rows(clients: pd.DataFrame) -> list[Row]:
     """Return the rows of a run's maps, sorted by device class."""
     devices = clients.drop_duplicates("client").groupby("device", sort=False)["client"]
     if by_class(clients):
-        return [Row(class_label(d, len(own)), own.tolist()) for d, own in devices]
+        return [Row(class_label(d, len(members)), members.tolist()) for d, members in devices]
     return [
-        Row(f"{client}, {plain(device)}", [client]) for device, own in devices for client in own
+        Row(f"{client}, {plain(device)}", [client])
+        for device, members in devices
+        for client in members
     ]
 
 
@@ -112,10 +114,10 @@ def budget_map(clients: pd.DataFrame, rounds: Sequence[int]) -> Chart:
     for name in limits_of(clients):
         column = f"{name}_share"
         over = int((clients[column] > 1).sum())
-        found = clients[clients[column].notna()]
+        limited = clients[clients[column].notna()]
         note = f"Used share of the {NAMES[name]} that budgets allow: mean "
-        note += f"{found[column].mean():.1%}, highest {found[column].max():.1%}, {over:,} of "
-        note += f"{len(found):,} over it."
+        note += f"{limited[column].mean():.1%}, highest {limited[column].max():.1%}, {over:,} of "
+        note += f"{len(limited):,} over it."
         z = _pivot(clients, rows, rounds, column, "max")
         options.append(Option(NAMES[name], {"z": [z]}, note=note))
     any_over = any(bool((clients[f"{name}_share"] > 1).any()) for name in LIMITS)
@@ -140,7 +142,7 @@ def budget_bars(clients: pd.DataFrame) -> Chart:
     """Draw what device classes used of their budgets: means, and the highest client of all."""
     limits = limits_of(clients)
     devices = list(clients.groupby("device", sort=False))
-    labels = [class_label(device, own["client"].nunique()) for device, own in devices]
+    labels = [class_label(device, rows["client"].nunique()) for device, rows in devices]
     figure = blank(
         len(devices) * (BAR * len(limits) + 16) + 60,
         barmode="group", bargap=0.18,
@@ -148,7 +150,7 @@ def budget_bars(clients: pd.DataFrame) -> Chart:
         yaxis={"autorange": "reversed", "showgrid": False},
     )  # fmt: skip
     for name in limits:
-        shares = [own[f"{name}_share"] for _, own in devices]
+        shares = [rows[f"{name}_share"] for _, rows in devices]
         means = np.array([s.mean() for s in shares])
         tops = np.array([s.max() for s in shares])
         figure.add_bar(
@@ -190,8 +192,10 @@ def _trained_by(plan: PlanFile, rows: list[Row]) -> np.ndarray:
     at = {client: index for index, client in enumerate(plan.clients.tolist())}
     trained = plan.trained.reshape(len(plan.clients), -1)
     nothing = np.full(trained.shape[1], np.nan)
-    own = [[at[c] for c in row.clients if c in at] for row in rows]
-    return np.stack([trained[places].mean(axis=0) if places else nothing for places in own])
+    places_of_rows = [[at[c] for c in row.clients if c in at] for row in rows]
+    return np.stack(
+        [trained[places].mean(axis=0) if places else nothing for places in places_of_rows]
+    )
 
 
 def _map(rows: list[Row], options: list[Option], axis: str) -> go.Figure:

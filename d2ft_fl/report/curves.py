@@ -66,8 +66,8 @@ class Curve:
 
     def around_y(self, name: str) -> np.ndarray:
         """Return y of the band's outline: the lower ends of intervals, then back the upper ones."""
-        own = self.intervals[name] if self.runs > 1 else []
-        return np.array([i.low for i in own] + [i.high for i in reversed(own)])
+        intervals = self.intervals[name] if self.runs > 1 else []
+        return np.array([i.low for i in intervals] + [i.high for i in reversed(intervals)])
 
 
 def curves(best: Sequence[Setting], spec: MetricSpec) -> Chart:

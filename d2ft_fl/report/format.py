@@ -47,15 +47,15 @@ def policy_words(entries: Mapping[str, Any]) -> str:
     batch = entries.get("batch")
     tokens, micro_batches = entries.get("tokens"), entries.get("micro_batches") or 1
     up, down = entries.get("bits_up"), entries.get("bits_down")
-    said = [
+    parts = [
         f"batch {batch}" * bool(batch),
         f"{tokens} tokens" * bool(tokens),
-        f"{micro_batches} passes" * (micro_batches > 1),
-        "again" * bool(entries.get("checkpointing")),
+        f"{micro_batches} micro-batches" * (micro_batches > 1),
+        "checkpointing" * bool(entries.get("checkpointing")),
         f"{up} bits both ways" if up and up == down else f"{up} bits up" * bool(up),
         f"{down} bits down" * bool(down and up != down),
     ]
-    return ", ".join(filter(None, said))
+    return ", ".join(filter(None, parts))
 
 
 LIMIT_LABELS = {**LABELS, DEADLINE: "deadline"}

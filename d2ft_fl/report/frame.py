@@ -81,22 +81,22 @@ def cards(figures: Iterable[tuple[str, str, str]]) -> str:
 def configuration(entries: Mapping[str, Any]) -> str:
     """Show options: what differs from the defaults in a sentence, and all of them as TOML."""
     known = RunConfig().to_mapping()
-    own = {k: v for k, v in entries.items() if k in known and k != FOLDER and v != known[k]}
-    changed = ", ".join(f"{key} = {value}" for key, value in own.items())
-    said = f"Other than the defaults: {changed}." if own else "All options are the defaults."
+    changes = {k: v for k, v in entries.items() if k in known and k != FOLDER and v != known[k]}
+    changed = ", ".join(f"{key} = {value}" for key, value in changes.items())
+    text = f"Other than the defaults: {changed}." if changes else "All options are the defaults."
     shown = {key: value for key, value in entries.items() if key != FOLDER}
-    return sentence(said) + details("All options", html.configuration(shown))
+    return sentence(text) + details("All options", html.configuration(shown))
 
 
-def versions(found: Sequence[Mapping[str, Any]]) -> str:
+def versions(answers: Sequence[Mapping[str, Any]]) -> str:
     """Show versions that runs were made with, a column for each different answer."""
-    different = [v for n, v in enumerate(found) if v and v not in found[:n]]
+    different = [v for n, v in enumerate(answers) if v and v not in answers[:n]]
     if not different:
         return sentence("This was not recorded.", "note")
     packages = [v.get("packages", {}) for v in different]
     texts = {name: [say(v) for v in different] for name, say in _VERSIONS.items()}
-    for name in dict.fromkeys(name for own in packages for name in own):
-        texts[name] = [own.get(name) or "none" for own in packages]
+    for name in dict.fromkeys(name for names in packages for name in names):
+        texts[name] = [names.get(name) or "none" for names in packages]
     one = len(different) == 1
     heads = ["what", *("version" if one else f"runs {n + 1}" for n in range(len(different)))]
     rows = [html.words(name, *columns) for name, columns in texts.items()]

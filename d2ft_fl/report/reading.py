@@ -55,9 +55,9 @@ def read_lines(path: Path) -> Iterator[dict[str, Any]]:
 
 def _object(path: Path, line: str, number: int) -> dict[str, Any]:
     try:
-        found = json.loads(line)
+        value = json.loads(line)
     except ValueError:
         raise damaged(path, f"is not JSON in line {number}") from None
-    if not isinstance(found, dict):
+    if not isinstance(value, dict):
         raise damaged(path, f"holds no object in line {number}")
-    return found
+    return value

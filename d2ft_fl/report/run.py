@@ -131,18 +131,18 @@ def _reference(run: RunFolder) -> str:
 
 def _clients(run: RunFolder) -> str:
     frame = run.clients
-    said = sentence(
+    text = sentence(
         "Over all rounds: what subnets do, FLOPs and bytes in total, memory as the mean peak; "
         "beside each, the mean used share of the budget.", "note",
     )  # fmt: skip
-    if frame["way"].any():
-        said += sentence(
-            "A way is what was done most often beside fewer heads and examples: batches in "
-            "smaller passes, activations computed again, numbers that travel in fewer bits.",
+    if frame["policy"].any():
+        text += sentence(
+            "A policy is what was done most often beside fewer heads and examples: batches in "
+            "micro-batches, activations computed again, numbers that travel in fewer bits.",
             "note",
         )  # fmt: skip
     each = run_tables.clients(frame, BY_CLIENT)
     classes = run_tables.clients(frame, BY_CLASS)
     if not client_charts.by_class(frame):
-        return said + classes + each
-    return said + classes + details(f"All {frame['client'].nunique():,} clients", each)
+        return text + classes + each
+    return text + classes + details(f"All {frame['client'].nunique():,} clients", each)

@@ -56,12 +56,12 @@ class RunFolder:
         Raises:
             ConfigError: When it is none, has no finished round, or is damaged.
         """
-        found = cls.begun(folder)
-        if found.lines:
-            return found
-        why = f": {found.reason}" if found.reason else ""
+        run = cls.begun(folder)
+        if run.lines:
+            return run
+        why = f": {run.reason}" if run.reason else ""
         raise ConfigError(
-            f"the run in {str(folder)!r} has no finished round yet ({found.status}{why}); there is "
+            f"the run in {str(folder)!r} has no finished round yet ({run.status}{why}); there is "
             "nothing to show"
         )
 
@@ -72,7 +72,7 @@ class RunFolder:
         summary = read_json(folder / "summary.json", dict)
         path = folder / ROUNDS
         lines = [with_metrics(line) for line in read_lines(path)] if path.exists() else []
-        found = cls(
+        run = cls(
             folder=folder,
             config=renamed(read_toml(folder / "config.toml"), quietly=True) if lines else {},
             status=_status(status, summary is not None),
@@ -82,10 +82,10 @@ class RunFolder:
             lines=lines,
         )
         try:
-            _ = found.rounds, found.metrics, found.totals if lines else None  # find damaged lines
+            _ = run.rounds, run.metrics, run.totals if lines else None  # find damaged lines
         except (KeyError, TypeError) as error:
             raise damaged(folder / ROUNDS, f"lacks something a round has ({error})") from None
-        return found
+        return run
 
     @property
     def finished(self) -> bool:
@@ -207,8 +207,8 @@ class PlanFile:
 
 def _status(entries: dict[str, Any], has_summary: bool) -> str:
     """How a run stands; it writes its page when it has a summary, just before it says so."""
-    said = stands(entries) if entries.get("status") else "unknown"
-    return "finished" if has_summary and said == "running" else said
+    status = stands(entries) if entries.get("status") else "unknown"
+    return "finished" if has_summary and status == "running" else status
 
 
 def _round(line: dict[str, Any]) -> dict[str, Any]:
@@ -247,7 +247,7 @@ def _client(row: dict[str, Any]) -> dict[str, Any]:
         out[name] = used[name] if used else 0
         limited = used and allowed[name] is not None
         out[f"{name}_share"] = used[name] / max(1, allowed[name]) if limited else np.nan
-    out["way"] = policy_words(row.get("way", {}))
+    out["policy"] = policy_words(row.get("way", {}))
     deadline = row.get("deadline")
     out[f"{DEADLINE}_share"] = row["seconds"] / deadline if used and deadline else np.nan
     return out

@@ -61,8 +61,8 @@ def clients(frame: pd.DataFrame, keys: list[str]) -> str:
     heads = keys + ["clients"] * (keys == BY_CLASS) + ["examples"]
     heads += [OPERATIONS[op.name.lower()] for op in operations]
     heads += ["rank"] * ranks + [LABELS[name] for name in RESOURCES] + [DEADLINE] * deadline
-    policies = bool(frame["way"].any())
-    heads += ["time", "loss", "sat out", "faults", *["way"] * policies]
+    policies = bool(frame["policy"].any())
+    heads += ["time", "loss", "sat out", "faults", *["policy"] * policies]
     groups = _grouped(frame, keys)
     rows = []
     for g in groups[:MOST_ROWS].to_dict("records"):
@@ -76,7 +76,7 @@ def clients(frame: pd.DataFrame, keys: list[str]) -> str:
         row += html.valued(seconds(g["seconds"]), g["seconds"])
         row += html.valued(f"{g['train_loss']:.3g}", g["train_loss"])
         row += html.cells(str(g["sat_out"]), str(g["fault"]))
-        rows.append(row + html.words(g["way"]) * policies)
+        rows.append(row + html.words(g["policy"]) * policies)
     more = len(groups) - len(rows)
     note = f'<p class="note">and {more:,} more</p>' if more else ""
     return html.table(heads, rows, len(keys), sortable=True) + note
@@ -101,8 +101,8 @@ def _grouped(frame: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
     trained = frame[frame["train_loss"].notna()]
     last = trained[trained["round"] == trained.groupby(keys)["round"].transform("max")]
     out["train_loss"] = last.groupby(keys)["train_loss"].mean()
-    out["way"] = frame[frame["worked"]].groupby(keys)["way"].agg(_most_common)
-    out["way"] = out["way"].fillna("")
+    out["policy"] = frame[frame["worked"]].groupby(keys)["policy"].agg(_most_common)
+    out["policy"] = out["policy"].fillna("")
     return out.reset_index()
 
 

@@ -79,17 +79,17 @@ def _headline(sweep: SweepFolder, finished: list[Setting]) -> str:
 
 
 def _settings(sweep: SweepFolder, rows: list[Setting]) -> str:
-    said = (
+    text = (
         f"Means over finished seeds, of {metric_label(sweep.spec.primary)} with the 95 % "
         "confidence interval (Student's t) where there are two seeds or more. Shares are of "
         "training everything, bytes and simulated time of a whole run."
     )
     if any(s.selected for s in rows):
-        said += (
+        text += (
             " Settings with trials that were stopped early come after the others, and are in no "
             "comparison: the seeds that are left are their better ones."
         )
-    return sentence(said, "note") + sweep_tables.settings(sweep, rows)
+    return sentence(text, "note") + sweep_tables.settings(sweep, rows)
 
 
 def _over_keys(sweep: SweepFolder, finished: list[Setting]) -> list[str]:
@@ -119,10 +119,10 @@ def _compared(sweep: SweepFolder) -> list[str]:
 def _configuration(sweep: SweepFolder) -> str:
     configs = [t.run.config for t in sweep.trials if t.run]
     common = {k: v for k, v in configs[0].items() if all(c.get(k) == v for c in configs[1:])}
-    own = [k for k in configs[0] if k not in common and k not in (*sweep.keys, SEED, FOLDER)]
-    differ = sentence(f"Trials also differ in {', '.join(own)}.") if own else ""
+    others = [k for k in configs[0] if k not in common and k not in (*sweep.keys, SEED, FOLDER)]
+    differ = sentence(f"Trials also differ in {', '.join(others)}.") if others else ""
     asked = sweep.folder / "sweep.toml"
     text = asked.read_text(encoding="utf-8", errors="replace") if asked.is_file() else ""
     as_asked = details("The sweep as it was asked for", f"<pre>{escape(text)}</pre>")
-    said = sentence("What all trials have in common.", "note")
-    return said + configuration(common) + differ + (as_asked if text else "")
+    note = sentence("What all trials have in common.", "note")
+    return note + configuration(common) + differ + (as_asked if text else "")

@@ -167,20 +167,20 @@ def compared(sweep: SweepFolder, key: str) -> Chart:
     )
 
 
-def _over(found: Paired) -> str:
-    seeds, pairs = found.difference.count, found.pairs
-    said = f"{seeds} seed{'s' * (seeds != 1)}"
-    return f" over {said}" + f" ({pairs} pairs)" * (pairs > seeds) if pairs else ""
+def _over(paired: Paired) -> str:
+    seeds, pairs = paired.difference.count, paired.pairs
+    text = f"{seeds} seed{'s' * (seeds != 1)}"
+    return f" over {text}" + f" ({pairs} pairs)" * (pairs > seeds) if pairs else ""
 
 
 def _beside(sweep: SweepFolder, key: str, baseline: Any, values: Sequence[Any]) -> Option:
     written = metric_format(sweep.spec, sweep.spec.primary)
-    found = sweep.paired(key, baseline)
+    paired = sweep.paired(key, baseline)
     others = [value for value in values if value != baseline]
-    intervals = [found[value].difference for value in others]
+    intervals = [paired[value].difference for value in others]
     texts = [written.difference_text(i.mean, i.half) for i in intervals]
     note = "; ".join(
-        f"{sweep.word(key, value)} {text}{_over(found[value])}"
+        f"{sweep.word(key, value)} {text}{_over(paired[value])}"
         for value, text in zip(others, texts, strict=True)
     )
     return Option(

@@ -158,11 +158,11 @@ class SweepFolder:
     @cached_property
     def settings(self) -> list[Setting]:
         """In the order in which they first come."""
-        found: dict[str, list[Trial]] = {}
+        by_setting: dict[str, list[Trial]] = {}
         for trial in self.trials:
-            found.setdefault(trial.setting, []).append(trial)
+            by_setting.setdefault(trial.setting, []).append(trial)
         out = []
-        for number, trials in enumerate(found.values(), 1):
+        for number, trials in enumerate(by_setting.values(), 1):
             values = {k: v for k, v in trials[0].settings.items() if k != SEED}
             out.append(Setting(number, values, self.label(values), trials))
         return out
@@ -194,9 +194,9 @@ class SweepFolder:
     @cached_property
     def _having(self) -> tuple[Counter[tuple[str, Any]], int]:
         """How many settings have a value of a key, and how many there are."""
-        found = {t.setting: t.settings for t in self.trials}
-        pairs = (pair for settings in found.values() for pair in settings.items())
-        return Counter(pairs), len(found)
+        settings_of = {t.setting: t.settings for t in self.trials}
+        pairs = (pair for settings in settings_of.values() for pair in settings.items())
+        return Counter(pairs), len(settings_of)
 
     def _alone(self, key: str, value: Any) -> bool:
         others = (v for other, values in self.values.items() if other != key for v in values)
@@ -257,8 +257,8 @@ class SweepFolder:
         primary = self.spec.primary
 
         def mean(value: Any) -> float:
-            own = (s for s in self.settings if not s.selected and s.values.get(key) == value)
-            runs = [run for setting in own for run in setting.finished]
+            having = (s for s in self.settings if not s.selected and s.values.get(key) == value)
+            runs = [run for setting in having for run in setting.finished]
             return Interval.of([_at(run.totals, ("metrics", primary)) for run in runs]).mean
 
         means = [(mean(value), value) for value in self.values[key]]
@@ -291,9 +291,9 @@ class SweepFolder:
                 )
         out = {}
         for value in (v for v in of if v != baseline):
-            found = [differences(ours, of[baseline].get(n, {})) for n, ours in of[value].items()]
-            means = [float(np.mean(pairs)) for pairs in found if pairs]
-            out[value] = Paired(Interval.of(means), sum(map(len, found)))
+            by_seed = [differences(ours, of[baseline].get(n, {})) for n, ours in of[value].items()]
+            means = [float(np.mean(pairs)) for pairs in by_seed if pairs]
+            out[value] = Paired(Interval.of(means), sum(map(len, by_seed)))
         return out
 
 

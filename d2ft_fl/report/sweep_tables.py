@@ -54,11 +54,11 @@ def pairs(sweep: SweepFolder, key: str) -> str:
     rows = [
         html.words(sweep.word(key, value), sweep.word(key, baseline))
         + html.valued(written.difference_text(i.mean, i.half), i.mean)
-        + html.cells(str(i.count), str(found.pairs))
+        + html.cells(str(i.count), str(paired.pairs))
         for baseline in values
-        for value, found in sweep.paired(key, baseline).items()
+        for value, paired in sweep.paired(key, baseline).items()
         if value in values
-        for i in [found.difference]
+        for i in [paired.difference]
     ]
     heads = [key, "compared with", written.difference_head, "seeds", "pairs"]
     return html.table(heads, rows, 2, sortable=True)

@@ -24,11 +24,11 @@ def contents(config: RunConfig) -> dict[str, str]:
     for name in (config.budgets, *config.trackers.split(",")):
         if ":" in name:
             modules.append(name.strip().split(":")[0])
-    found = {name: _file(resolve_path(name)) for name in paths if name}
-    found |= {name: _module(name) for name in modules}
+    digests = {name: _file(resolve_path(name)) for name in paths if name}
+    digests |= {name: _module(name) for name in modules}
     if config.dataset not in NO_PATHS["dataset"]:
-        found[config.dataset] = _listing(resolve_path(config.dataset))
-    return {name: digest for name, digest in found.items() if digest}
+        digests[config.dataset] = _listing(resolve_path(config.dataset))
+    return {name: digest for name, digest in digests.items() if digest}
 
 
 @lru_cache(maxsize=256)

@@ -192,8 +192,8 @@ def _ray(address: str, cpus: int, scratch: Path, modules: list[ModuleType | str]
     # Whatever log_to_driver says, Ray prints it on standard output when a worker dies.
     ray._private.worker._worker_logs_enabled = False
     handler = signal.getsignal(signal.SIGTERM)  # Ray sets its own
-    there: dict[str, Any] = {"runtime_env": {"py_modules": modules, "env_vars": IN_WORKER}}
-    own: dict[str, Any] = {
+    cluster: dict[str, Any] = {"runtime_env": {"py_modules": modules, "env_vars": IN_WORKER}}
+    local: dict[str, Any] = {
         "num_cpus": cpus,
         "include_dashboard": False,
         "object_store_memory": OBJECT_STORE_BYTES,
@@ -207,7 +207,7 @@ def _ray(address: str, cpus: int, scratch: Path, modules: list[ModuleType | str]
             address=address or "local",
             log_to_driver=False,
             logging_level=logging.CRITICAL,
-            **(there if address else own),
+            **(cluster if address else local),
         )
     except (OSError, RuntimeError, ValueError) as error:
         where = f"reach Ray at {address!r}" if address else "start Ray"

@@ -102,8 +102,8 @@ class SweepFolder:
     def state(self, id: str) -> State:
         """Read how a trial stands; one that did not come to its end is waiting."""
         try:
-            found = json.loads(self.trial(id).joinpath("status.json").read_text())
-            state = State(str(found["status"]), str(found["reason"]))
+            entries = json.loads(self.trial(id).joinpath("status.json").read_text())
+            state = State(str(entries["status"]), str(entries["reason"]))
         except (OSError, ValueError, KeyError, TypeError):
             return State()
         return State() if state.status in ("waiting", "running") else state

@@ -60,7 +60,7 @@ class _Reader:
         name = table.get("name", stem)
         if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}", name):
             raise self.error(("name",), f'{name!r} is no name of a folder; write name = "digits"')
-        own = self.options(table, ("base",))
+        base = self.options(table, ("base",))
         first = self.group(table, ())
         tables = table.get("group", [])
         if not isinstance(tables, list) or not all(isinstance(t, dict) for t in tables):
@@ -78,8 +78,8 @@ class _Reader:
                 raise ConfigError(f"--set {key}: {self.at.name} varies it; change it there")
             self.option(key, over[key], "--set")
         options, given = self.files(table.get("config", []))
-        given |= {key: self.name(("base", key)) for key in own} | dict.fromkeys(over, "--set")
-        return Sweep(name, options | own | over, tuple(groups), self.run(table), self.at, given)
+        given |= {key: self.name(("base", key)) for key in base} | dict.fromkeys(over, "--set")
+        return Sweep(name, options | base | over, tuple(groups), self.run(table), self.at, given)
 
     def group(self, table: dict[str, Any], place: tuple[str, ...]) -> Group:
         base = self.options(table, (*place, "base")) if place else {}
@@ -196,12 +196,12 @@ class _Reader:
         names = [names] if isinstance(names, str) else names
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise self.error(("config",), f'{names!r} is no file; write config = "FILE.toml"')
-        found, given = {}, {}
+        options, given = {}, {}
         for name in names:
             path = self.folder / Path(name).expanduser()
             for key, value in read_options(path).items():
-                found[key], given[key] = self.option(key, value, path.name), path.name
-        return found, given
+                options[key], given[key] = self.option(key, value, path.name), path.name
+        return options, given
 
     def table(self, table: dict[str, Any], place: tuple[str, ...]) -> dict[str, Any]:
         """Return a copy of the table of that name, empty where there is none.

@@ -58,7 +58,7 @@ class Files:
 
     def changes(self, end: bool = False) -> Changes:
         """Return what is new since the last call; models, which change every round, at the end."""
-        found: Changes = {}
+        changes: Changes = {}
         for path in sorted(p for p in self.folder.rglob("*") if p.is_file()):
             name = path.relative_to(self.folder).as_posix()
             if name in OWN or (_is_model(name) and not (self.models and end)):
@@ -72,8 +72,8 @@ class Files:
             with path.open("rb") as file:
                 file.seek(offset)
                 content = file.read(now[0] - offset)
-            found[name], self._sent[name] = (offset, content), now
-        return found
+            changes[name], self._sent[name] = (offset, content), now
+        return changes
 
 
 def _is_model(name: str) -> bool:

@@ -136,8 +136,8 @@ def _check_values(
     """
 
     def mistake(config: RunConfig) -> str:
-        found = error(config)
-        return "" if found is None or isinstance(found, UnkeptBudget) else str(found)
+        reason = error(config)
+        return "" if reason is None or isinstance(reason, UnkeptBudget) else str(reason)
 
     if all(mistake(config) for config in configs):
         raise ConfigError(_blamed(sweep, group, mistake(configs[0])))
@@ -159,8 +159,8 @@ def _blamed(sweep: Sweep, group: Group, reason: str) -> str:
     if group.seeds:
         where["seed"] = place_name(sweep.at, (*group.place, "seeds"))
     named = {key: re.search(rf"(?<![\w-]){re.escape(key)}(?![\w-])", reason) for key in where}
-    found = sorted((match.start(), key) for key, match in named.items() if match)
-    return f"{where[found[0][1]] if found else sweep.at.name}: {reason}"
+    matches = sorted((match.start(), key) for key, match in named.items() if match)
+    return f"{where[matches[0][1]] if matches else sweep.at.name}: {reason}"
 
 
 def _check_asha(sweep: Sweep, rounds: list[int]) -> None:

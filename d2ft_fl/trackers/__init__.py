@@ -86,9 +86,9 @@ def _builtin(name: str) -> Factory:
 
 
 def _is_installed(package: str) -> bool:
-    found = importlib.util.find_spec(package)
+    spec = importlib.util.find_spec(package)
     # A folder without code, such as the wandb/ that W&B leaves where it ran, would import too.
-    return found is not None and found.origin is not None
+    return spec is not None and spec.origin is not None
 
 
 def scalars(entries: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
@@ -103,18 +103,18 @@ def scalars(entries: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
         entries: A line of ``rounds.jsonl``, or what ``summary.json`` holds.
         prefix: What all names begin with.
     """
-    found: dict[str, float] = {}
+    figures: dict[str, float] = {}
     for key, value in entries.items():
         if isinstance(value, Mapping):
-            found |= scalars(value, prefix if key == "metrics" else f"{prefix}{key}/")
+            figures |= scalars(value, prefix if key == "metrics" else f"{prefix}{key}/")
         elif key in _COUNTED and isinstance(value, list):
-            found[prefix + key] = float(len(value))
+            figures[prefix + key] = float(len(value))
         elif isinstance(value, int | float) and not isinstance(value, bool) and key != "round":
-            found[prefix + key] = float(value)
-    used, full = found.get(f"{prefix}used_mean"), found.get(f"{prefix}full_mean")
+            figures[prefix + key] = float(value)
+    used, full = figures.get(f"{prefix}used_mean"), figures.get(f"{prefix}full_mean")
     if used is not None and full:
-        found[f"{prefix}share"] = used / full
-    return found
+        figures[f"{prefix}share"] = used / full
+    return figures
 
 
 @dataclass
@@ -150,11 +150,11 @@ class Trackers:
             # W&B calls sys.exit where its service ended badly; the run need not end for that.
             except (Exception, SystemExit) as error:
                 del self.sinks[name]
-                said = f"tracker {name} raised {_one_line(error)} {when} and was switched off"
-                self.switched_off.append(said)
-                _log.warning(said)
+                message = f"tracker {name} raised {_one_line(error)} {when} and was switched off"
+                self.switched_off.append(message)
+                _log.warning(message)
                 if event != "fail":
-                    _give_up(sink, said)
+                    _give_up(sink, message)
 
 
 def _give_up(sink: Sink, reason: str) -> None:
@@ -166,8 +166,8 @@ def _give_up(sink: Sink, reason: str) -> None:
 
 
 def _one_line(error: BaseException) -> str:
-    said = textwrap.shorten(str(error), 200, placeholder=" ...")
-    return f"{type(error).__name__}: {said}" if said else type(error).__name__
+    text = textwrap.shorten(str(error), 200, placeholder=" ...")
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 @contextmanager

@@ -37,13 +37,13 @@ class MLflow:
 
     def _experiment(self, name: str) -> str:
         """Return the id of an experiment, which is made where there is none."""
-        if found := self._client.get_experiment_by_name(name):
-            return str(found.experiment_id)
+        if experiment := self._client.get_experiment_by_name(name):
+            return str(experiment.experiment_id)
         try:
             return str(self._client.create_experiment(name))
         except MlflowException:  # another run has made it meanwhile
-            if found := self._client.get_experiment_by_name(name):
-                return str(found.experiment_id)
+            if experiment := self._client.get_experiment_by_name(name):
+                return str(experiment.experiment_id)
             raise
 
     def round(self, row: dict[str, Any]) -> None:

@@ -25,9 +25,9 @@ class TensorBoard:
 
     def __init__(self, config: Mapping[str, Any], folder: Path):
         self._step = 0
-        own = folder / "tensorboard"
-        own.mkdir(exist_ok=True)
-        self._events = EventsWriter(str(own / "events"))
+        events = folder / "tensorboard"
+        events.mkdir(exist_ok=True)
+        self._events = EventsWriter(str(events / "events"))
         self._config = dict(config)
         self._end: Summary | None = None
 

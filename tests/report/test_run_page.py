@@ -86,7 +86,7 @@ def test_the_tables_hold_the_figures(tmp_path):
     assert text.count('style="--used:80%" data-value="0.8">80 B 80%</td>') == 2 + 2
 
 
-def test_the_way_that_clients_went_most_often(tmp_path):
+def test_the_policy_that_clients_used_most_often(tmp_path):
     """Client 0 always the same; client 1 as configured in one round of three."""
     narrow = {"accumulate": 4, "checkpointing": None, "bits_up": 8, "bits_down": None}
     again = {"accumulate": 1, "checkpointing": True}
@@ -95,8 +95,8 @@ def test_the_way_that_clients_went_most_often(tmp_path):
         rows = [client_row(number, 0, way=narrow), client_row(number, 1, way=other)]
         lines.append((round_row(number, 0.5, rows), rows))
     text = html(write_run(tmp_path, lines))
-    assert '<td class="word">4 passes, 8 bits up</td>' in text
-    assert '<td class="word">again (67%)</td>' in text
+    assert '<td class="word">4 micro-batches, 8 bits up</td>' in text
+    assert '<td class="word">checkpointing (67%)</td>' in text
 
 
 def test_a_budget_that_was_broken_is_marked_and_listed(tmp_path):
