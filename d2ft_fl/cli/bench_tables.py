@@ -20,7 +20,7 @@ SIDE_NAMES = {
 
 
 def step_table(rows: list["Row"], tuning: str) -> None:
-    """Schedules beside training all of the timm model the same way, which is 1 everywhere."""
+    """Print schedules beside full training of the timm model, which is 1 everywhere."""
     other = "LoRA of all products by peft" if tuning == "lora" else "Full fine-tuning"
     table = Table(title=f"{other}, of the unmodified timm model = 1", title_justify="left")
     table.add_column("schedule")
@@ -44,7 +44,7 @@ def step_table(rows: list["Row"], tuning: str) -> None:
 
 
 def planner_table(rows: list["PlannerRow"]) -> None:
-    """How long planning took, and how far from the optimum it ended."""
+    """Print how long planning took, and how far from the optimum it ended."""
     table = Table(
         title="One core; gaps to HiGHS, or to the dual bound of coupled clients",
         title_justify="left",
@@ -68,7 +68,7 @@ def planner_table(rows: list["PlannerRow"]) -> None:
 
 
 def scale_table(found: dict[str, Any]) -> None:
-    """Rounds of each side: seconds, what they were spent on, memory."""
+    """Print the rounds of each side: seconds, what they were spent on, memory."""
     table = Table(
         title=f"{found['clients']} clients x {found['examples']} examples, {found['model']}, "
         f"{found['workers']} workers: seconds of a round",

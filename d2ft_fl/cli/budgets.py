@@ -35,7 +35,7 @@ def budgets_command(
 
 
 def _budgets_table(source: str, clients: int, found: "DeviceClasses") -> None:
-    """Device classes, one a row; columns that no class has anything in are left out."""
+    """Print device classes, one a row; columns that no class has anything in are left out."""
     from d2ft_fl.report.format import LABELS
 
     counts = found.counts(clients)
@@ -102,7 +102,7 @@ def profile_command(
 
 
 def _profile_table(found: "Profile") -> None:
-    """What a machine affords, and the class of it for a file of budgets."""
+    """Print what a machine affords, and the class of it for a file of budgets."""
     from d2ft_fl.report.format import quantity
 
     table = Table(title=f"This machine: {found.device}, threads {found.threads}")

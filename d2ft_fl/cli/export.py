@@ -38,7 +38,7 @@ def export_command(
 
 
 def _exported(found: "Exported") -> None:
-    """What was written, and how to load it."""
+    """Print what was written, and how to load it."""
     from d2ft_fl.report.format import quantity
 
     what = "whole weights"

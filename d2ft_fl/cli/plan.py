@@ -104,7 +104,7 @@ def choose_command(
 
 
 def _candidates_table(found: list["Candidate"]) -> None:
-    """Models to choose from, one a row."""
+    """Print models to choose from, one a row."""
     table = Table(title="Layers that clients can train", title_justify="left")
     table.add_column("model", no_wrap=True)
     for column in ("layers", "trained, mean", "share", "clients sitting out", "subnets trained"):

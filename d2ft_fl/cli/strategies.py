@@ -38,7 +38,7 @@ def strategies_command(
 
 
 def _methods_table(found: list["Method"]) -> None:
-    """Strategies, one a row."""
+    """Print strategies, one a row."""
     table = Table(title="Strategies", title_justify="left")
     for column in ("strategy", "what it does", "keeps budgets of"):
         table.add_column(column, no_wrap=column == "strategy")
@@ -49,7 +49,7 @@ def _methods_table(found: list["Method"]) -> None:
 
 
 def _method(found: "Method") -> None:
-    """One strategy in full."""
+    """Print one strategy in full."""
     say(f"{found.name}: {found.text}")
     if found.paper:
         say(f"\n{found.paper}")

@@ -37,7 +37,7 @@ combines with them too.
 
 
 def to_markdown(found: list[Method]) -> str:
-    """A page of strategies."""
+    """Return the page of strategies in Markdown."""
     rows = [f"| [`{m.name}`](#{m.name}) | {m.summary} | {m.kept} |" for m in found]
     sections = [
         f"## {m.name}\n\n{m.text}\n\n" + (f"*{m.paper}*\n\n" if m.paper else "") for m in found

@@ -54,7 +54,7 @@ class FederatedData:
         return v2.Compose([v2.ToDtype(torch.float32, scale=True), v2.Normalize([0.5], [0.5])])
 
     def _pixels(self, split: Split, indices: np.ndarray) -> Tensor:
-        """Decoded, resized images: uint8 [examples, channels, side, side]."""
+        """Return decoded, resized images: uint8 [examples, channels, side, side]."""
         try:
             return torch.stack([self._resize(image) for image in split.decode(indices)])
         except (OSError, ValueError, TypeError) as error:
@@ -73,7 +73,7 @@ class FederatedData:
 
     @lru_cache(maxsize=1)  # noqa: B019 - keeps one object at most
     def _client(self, client: int, device: torch.device) -> tuple[Tensor, Tensor]:
-        """The examples of the client at hand, resident on a device."""
+        """Return the examples of a client, resident on a device."""
         images, labels = self._decoded(client)
         return images.to(device), labels.to(device)
 

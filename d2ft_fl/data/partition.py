@@ -20,7 +20,7 @@ INDEX = "d2ft-index"  # the column that follows an example through partitioning
 
 
 def partitioner_class(name: str) -> type:
-    """A partitioner of flwr-datasets by its name, with or without the ending, in any case.
+    """Return a partitioner of flwr-datasets by its name, with or without the ending, in any case.
 
     Raises:
         ConfigError: When there is none.

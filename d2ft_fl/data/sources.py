@@ -35,7 +35,7 @@ class Split:
     names: list[str]
 
     def subset(self, count: int, seed: int) -> np.ndarray:
-        """Indices of ``count`` seeded random examples (0: all), ascending."""
+        """Return indices of ``count`` seeded random examples (0: all), ascending."""
         if count == 0 or count >= len(self.labels):
             return np.arange(len(self.labels))
         order = np.random.default_rng(seed).permutation(len(self.labels))
@@ -43,7 +43,7 @@ class Split:
 
 
 def digits() -> tuple[Split, Split]:
-    """scikit-learn's 1,797 handwritten digits (UCI), 8 x 8 pixels; two fifths are held out."""
+    """Return scikit-learn's 1,797 digits (UCI), 8 x 8 pixels; two fifths are held out."""
     bunch = load_digits()
     pixels = np.round(bunch.images * (255 / 16)).astype(np.uint8)[..., None]  # [n, 8, 8, 1]
     labels = bunch.target.astype(np.int64)
@@ -60,7 +60,7 @@ def digits() -> tuple[Split, Split]:
 
 
 def made_up(spec: DataSpec) -> tuple[Split, Split]:
-    """Noise of the model's size, ten classes: to measure speed with any number of examples.
+    """Return noise of the model's size, ten classes: to measure speed with any number of examples.
 
     As many as are asked for; else 32 for each client, and 256 to test on.
     """
@@ -80,7 +80,7 @@ def made_up(spec: DataSpec) -> tuple[Split, Split]:
 
 
 def folder_splits(spec: DataSpec) -> tuple[Split, Split]:
-    """Training and held-out split of a folder, or of a data set of the hub."""
+    """Return the training and the held-out split of a folder, or of a data set of the hub."""
     train, test = _load_splits(spec.dataset, spec.label_column)
     return _split(train, spec.label_column), _split(test, spec.label_column)
 
@@ -102,7 +102,7 @@ def _image_column(data: datasets.Dataset) -> str | None:
 
 
 def _load(dataset: str) -> datasets.DatasetDict:
-    """All splits of a data set of the hub, or of a local folder."""
+    """Return all splits of a data set of the hub, or of a local folder."""
     datasets.disable_progress_bars()
     if dataset.startswith(HUB):
         name, _, configuration = dataset.removeprefix(HUB).partition(":")
@@ -129,7 +129,7 @@ def _load(dataset: str) -> datasets.DatasetDict:
 
 @lru_cache(maxsize=2)
 def _load_splits(path: str, label: str) -> tuple[datasets.Dataset, datasets.Dataset]:
-    """Train and test of a data set with images."""
+    """Return train and test of a data set with images."""
     loaded = _load(path)
     name = "train" if "train" in loaded else next(iter(loaded))
     train = loaded[name]
@@ -161,5 +161,5 @@ def _load_splits(path: str, label: str) -> tuple[datasets.Dataset, datasets.Data
 
 
 def first_line(error: Exception) -> str:
-    """The first line of an error's message; its type where it has none."""
+    """Return the first line of an error's message; its type where it has none."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,7 +1,4 @@
-"""Which model and which data. What reads these is in :mod:`.models` and :mod:`.data`.
-
-Those bring in timm and datasets, which take seconds to import; not every command needs them.
-"""
+"""Which data a run has, told without importing what reads it, which takes seconds."""
 
 from dataclasses import dataclass
 from typing import Any

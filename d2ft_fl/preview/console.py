@@ -52,13 +52,13 @@ def show(found: Preview, console: Console | None = None) -> None:
 
 
 def _print(console: Console, title: str, table: Table) -> None:
-    """A table under a title, which Rich would fold to the width of the table."""
+    """Print a table under a title, which Rich would fold to the width of the table."""
     console.print(title, style="bold", markup=False)
     console.print(table, "", sep="\n")
 
 
 def totals(found: Preview, r: RoundPreview) -> list[str]:
-    """What a round comes to, in a few lines."""
+    """Print what a round comes to, in a few lines."""
     out = len(r.clients) - len(r.working)
     shares = ", ".join(f"{LIMIT_LABELS[name]} {r.share_of_full(name):.0%}" for name in RESOURCES)
     lines = [
@@ -104,7 +104,7 @@ def _style(share: float) -> Style:
 
 
 def _table(heads: Iterable[str], left: int = 1) -> Table:
-    """A table whose first ``left`` columns are words."""
+    """Return a table whose first ``left`` columns are words."""
     table = Table(box=SIMPLE_HEAD, show_edge=False, padding=0, pad_edge=False)
     for index, head in enumerate(heads):
         words = index < left
@@ -128,7 +128,7 @@ def has_ranks(clients: list[ClientPreview]) -> bool:
 
 
 def rank(c: ClientPreview) -> str:
-    """A cell of the mean rank at which a client trains."""
+    """Return a cell of the mean rank at which a client trains."""
     return "-" if c.rank is None else f"{c.rank:.3g}"
 
 
@@ -142,7 +142,7 @@ def outcome(c: ClientPreview) -> list[str]:
 
 
 def used(c: ClientPreview, name: str, wide: bool = True) -> tuple[str, str]:
-    """What a client uses of a budget, if that is an amount and fits, and its share, if limited."""
+    """Return what a client uses of a budget: an amount, if it fits, and a share, if limited."""
     amount = wide and name != DEADLINE
     return (
         quantity(getattr(c.cost, name), unit_of(name)) if amount else "",

@@ -55,7 +55,8 @@ def choose(
 
     Args:
         config: Its options checked; its strategy plans.
-        models: At least one. examples: What every client has; None reads the data.
+        models: Names of models, one at least.
+        examples: How many examples every client has; None reads the data.
         progress: Called with each model before it is planned.
 
     Raises:

@@ -106,7 +106,7 @@ def _draw_map(out: Figure, axes: Axes, r: RoundPreview) -> None:
 
 
 def _draw_bars(axes: Axes, classes: dict[str, list[ClientPreview]]) -> None:
-    """A group of bars a device class: mean used share of each budget, a tick at the highest."""
+    """Draw a group of bars a device class: mean used share of each budget, a tick at the top."""
     everyone = [c for clients in classes.values() for c in clients]
     shown = [name for name in LIMITS if any(name in c.shares for c in everyone)]
     thick = min(0.8 / max(1, len(shown)), 0.3)
@@ -140,7 +140,7 @@ def _draw_bars(axes: Axes, classes: dict[str, list[ClientPreview]]) -> None:
 
 
 def inline_svg(drawn: Figure, label: str) -> str:
-    """A figure as an element of a page: no declarations, no metadata, no addresses."""
+    """Return a figure as an element of a page: no declarations, no metadata, no addresses."""
     buffer = io.StringIO()
     with rc_context({"svg.fonttype": "none", "svg.hashsalt": "d2ft"}):
         drawn.savefig(buffer, format="svg", metadata={"Date": None})
@@ -162,7 +162,7 @@ figure svg { display: block; width: 100%; height: auto; max-width: 46rem; margin
 
 
 def page(found: Preview) -> list[str]:
-    """A page with the figure, every client of the last round, and the configuration."""
+    """Return a page with the figure, every client of the last round, and the configuration."""
     config, last = found.config, found.rounds[-1]
     title = f"{config.clients} clients of {config.model}, planned by {config.strategy}"
     facts = "".join(f"<p>{escape(line)}</p>" for line in totals(found, last))
@@ -196,7 +196,7 @@ def _clients(r: RoundPreview) -> str:
 
 
 def _used(c: ClientPreview, name: str) -> str:
-    """A cell with an amount, its share of the budget, and that share as a bar."""
+    """Return a cell with an amount, its share of the budget, and that share as a bar."""
     text = " ".join(part for part in used(c, name) if part)
     return html.share_cell(text or "-", c.shares.get(name))
 

@@ -107,7 +107,7 @@ class ClientPreview:
 
 
 def _shares(who: Participant, cost: Cost, seconds: float) -> dict[str, float]:
-    """What a cost is of each budget that a client has."""
+    """Return what share a cost is of each budget that a client has."""
     allowed = dict(zip(RESOURCES, who.capacity.tolist(), strict=True))
     out = {r: getattr(cost, r) / max(1, a) for r, a in allowed.items() if a < UNLIMITED}
     if who.budget.deadline is not None:
@@ -116,7 +116,7 @@ def _shares(who: Participant, cost: Cost, seconds: float) -> dict[str, float]:
 
 
 def _binding(used: dict[str, float], wanted: dict[str, float], schedule: Schedule) -> str:
-    """The budget that a client's work comes up against, ``none`` where there is none."""
+    """Return the budget that a client's work comes up against, ``none`` where there is none."""
     everything = (schedule.operations == Operation.FULL).all()
     if schedule.ranks is not None:  # a smaller rank may be what fits
         everything = everything and max(wanted.values(), default=0) <= 1
@@ -181,7 +181,7 @@ class RoundPreview:
         return found
 
     def share_of_full(self, resource: str) -> float:
-        """What all clients use of a resource, as a share of full fine-tuning by all of them."""
+        """Return what all clients use of a resource, as a share of full fine-tuning by all."""
         used, full = ([getattr(c, kind) for c in self.clients] for kind in ("cost", "full"))
         return sum(getattr(c, resource) for c in used) / sum(getattr(c, resource) for c in full)
 
@@ -207,7 +207,8 @@ class Preview:
 
     Attributes:
         config: What was planned.
-        blocks, heads: The grid of subnets.
+        blocks: How many blocks the model has.
+        heads: How many heads a block has.
         rounds: In order.
         notes: What the reader has to know of them, a sentence each.
     """
@@ -305,7 +306,7 @@ def _round(federation: Federation, plan: Plan) -> RoundPreview:
 
 
 def follow(federation: Federation, state: State, plan: Plan) -> State:
-    """The state after a round that everyone answered, as far as plans depend on it."""
+    """Return the state after a round that everyone answered, as far as plans depend on it."""
     means = state.means
     if federation.calibrates(plan.round) and plan.working:  # from then on shortcuts cost their mean
         means = MeanBook(known=np.zeros(plan.trained.shape, dtype=bool))

@@ -21,7 +21,7 @@ from d2ft_fl.wire.quantization import check_bits
 
 
 def checked(config: RunConfig) -> RunConfig:
-    """The configuration, once everything it names is known to exist and to fit together.
+    """Return the configuration, once everything it names is known to exist and to fit together.
 
     Raises:
         ConfigError: In one line, what to write instead.
@@ -44,7 +44,7 @@ def checked(config: RunConfig) -> RunConfig:
 
 
 def _check_budgets(components: Components, arch: Architecture, examples: list[int]) -> None:
-    """Raises ConfigError unless clients' first budgets are there, and can be matched."""
+    """Raise ConfigError unless clients' first budgets are there, and can be matched."""
     from d2ft_fl.rounds.federation import Federation, Report, State
 
     source = components.budget_source
@@ -57,7 +57,7 @@ def _check_budgets(components: Components, arch: Architecture, examples: list[in
 
 
 def checked_options(config: RunConfig) -> RunConfig:
-    """The configuration, once all but its model, data and machine is known to fit together.
+    """Return the configuration, once all but its model, data and machine is known to fit together.
 
     Raises:
         ConfigError: In one line, what to write instead.
@@ -105,7 +105,7 @@ def checked_options(config: RunConfig) -> RunConfig:
 
 
 def _check_match(config: RunConfig, method: Method) -> None:
-    """Raises ConfigError unless the strategy keeps the budget that is matched."""
+    """Raise ConfigError unless the strategy keeps the budget that is matched."""
     if config.match_share and not config.match:
         raise ConfigError(
             f"match-share = {config.match_share} belongs to match: set that to one of "
@@ -120,7 +120,7 @@ def _check_match(config: RunConfig, method: Method) -> None:
 
 
 def _check_server(config: RunConfig) -> None:
-    """Raises ConfigError unless the server's optimiser fits the rest."""
+    """Raise ConfigError unless the server's optimiser fits the rest."""
     if config.server_optimizer in ADAPTIVE_OPTIMIZERS and config.server_lr >= 1:
         raise ConfigError(
             f"server-lr = {config.server_lr} moves every weight by about that much in the first "
@@ -141,7 +141,7 @@ def _check_server(config: RunConfig) -> None:
 
 
 def _check_robust(config: RunConfig) -> None:
-    """Raises ConfigError unless updates can be folded as configured."""
+    """Raise ConfigError unless updates can be aggregated as configured."""
     there = config.sample_clients or config.clients
     hostile = config.suspects(there)
     if config.aggregation != "mean" and there <= 2 * hostile:
@@ -161,7 +161,7 @@ def _check_robust(config: RunConfig) -> None:
 
 
 def _check_tuning(components: Components) -> None:
-    """Raises ConfigError unless the options of tuning fit together."""
+    """Raise ConfigError unless the options of tuning fit together."""
     config, _ = components.config, components.tuning
     _check_ranks(config)
     if config.tuning == "lora" and config.upload_bits < PLAIN_BITS:
@@ -195,7 +195,7 @@ def _check_tuning(components: Components) -> None:
 
 
 def _check_ranks(config: RunConfig) -> None:
-    """Raises ConfigError unless smaller ranks can be offered as configured."""
+    """Raise ConfigError unless smaller ranks can be offered as configured."""
     if not config.lora_ranks.strip():
         return
     if config.tuning != "lora":

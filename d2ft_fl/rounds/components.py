@@ -181,7 +181,7 @@ class Components:
         return staged or c.epsilon > 0 or c.lr_schedule != "constant"
 
     def adapter(self, arch: Architecture) -> dict[str, Tensor]:
-        """The factors that a run begins with, and the adapter's classifier where it fits.
+        """Return the factors that a run begins with, and the adapter's classifier where it fits.
 
         Args:
             arch: The model's architecture, without factors.

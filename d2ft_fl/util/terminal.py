@@ -8,5 +8,5 @@ if not console.is_terminal:  # a log or a pipe: do not wrap tables at a width no
 
 
 def say(text: str) -> None:
-    """One line."""
+    """Print one line."""
     console.print(text, markup=False)

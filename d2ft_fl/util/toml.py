@@ -9,14 +9,14 @@ from d2ft_fl.errors import ConfigError
 
 
 def dump_toml(entries: dict[str, Any]) -> str:
-    """Flat TOML: JSON's spelling of strings, numbers and truth values is TOML's too."""
+    """Return flat TOML: JSON's spelling of strings, numbers and truth values is TOML's too."""
     return "".join(
         f"{key} = {json.dumps(value, ensure_ascii=False)}\n" for key, value in entries.items()
     )
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """The keys of a configuration file.
+    """Return the keys of a configuration file.
 
     Raises:
         ConfigError: When it cannot be read or is not flat TOML.

@@ -16,7 +16,7 @@ Path = tuple[str, ...]
 
 
 def line_numbers(text: str) -> dict[Path, int]:
-    """Lines, counted from 1, by path: ``("classes", "phone", "flops")``.
+    """Return lines, counted from 1, by path: ``("classes", "phone", "flops")``.
 
     Args:
         text: What :mod:`tomllib` accepts; of other texts the result means nothing.
@@ -48,7 +48,7 @@ def line_numbers(text: str) -> dict[Path, int]:
 
 
 def _numbered(path: Path, arrays: Mapping[Path, int]) -> Path:
-    """A header's path, with the number of the table at hand behind each array's name."""
+    """Return a header's path, with the number of the table at hand behind each array's name."""
     out: Path = ()
     for name in path:
         out += (name,)
@@ -58,7 +58,7 @@ def _numbered(path: Path, arrays: Mapping[Path, int]) -> Path:
 
 
 def _paths(table: Mapping[str, Any], above: Path = ()) -> Iterator[Path]:
-    """The path of every key in nested tables, outer ones first."""
+    """Yield the path of every key in nested tables, outer ones first."""
     for key, value in table.items():
         yield (*above, key)
         if isinstance(value, list) and value:  # the header of an array of tables
@@ -68,7 +68,7 @@ def _paths(table: Mapping[str, Any], above: Path = ()) -> Iterator[Path]:
 
 
 def error_line(error: tomllib.TOMLDecodeError, text: str) -> int:
-    """The line that tomllib gives, or the last one where it says "at end of document"."""
+    """Return the line that tomllib gives, or the last one where it says "at end of document"."""
     told = re.search(r"\(at line (\d+), column \d+\)$", str(error))
     return int(told[1]) if told else text.rstrip().count("\n") + 1
 
@@ -84,6 +84,6 @@ class Locator:
         return line_numbers(self.text)
 
     def __call__(self, *path: str) -> str:
-        """Where ``path`` stands, or the nearest table above it that the text has; else line 1."""
+        """Return where ``path`` stands, or the nearest table above in the text; else line 1."""
         above = (path[:length] for length in range(len(path), 0, -1))
         return f"{self.name}:{next((self._lines[p] for p in above if p in self._lines), 1)}"

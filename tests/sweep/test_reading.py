@@ -190,3 +190,17 @@ def test_the_command_line_changes_what_trials_have_in_common(pair, message, writ
     text = "seeds = 2\n[grid]\nlr = [1]\n[[group]]\nbase.strategy = 'random'"
     with pytest.raises(ConfigError, match=message):
         read_sweep(write(text), [pair])
+
+
+def test_old_names_of_options_are_read_everywhere_in_a_file(write):
+    """In base, grid and search, in files, and by ``--set``; both names at once are refused."""
+    write("accumulate = 2\n", "common.toml")
+    assert read_sweep(write('config = "common.toml"')).base["micro-batches"] == 2
+    assert read_sweep(write("[base]\naccumulate = 3\n")).base == {"micro-batches": 3}
+    assert read_sweep(write(""), ["accumulate=4"]).base == {"micro-batches": 4}
+    (group,) = read_sweep(write("[grid]\naccumulate = [1, 2]\n")).groups
+    assert group.grid == {"micro-batches": (1, 2)}
+    draws = "[search]\nsamples = 1\naccumulate = { choice = [1, 2] }\n"
+    assert read_sweep(write(draws)).groups[0].search == {"micro-batches": Choice((1, 2))}
+    with pytest.raises(ConfigError, match=r"s.toml:1: base: accumulate is the old name"):
+        read_sweep(write("[base]\naccumulate = 3\nmicro-batches = 3\n"))
