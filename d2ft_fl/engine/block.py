@@ -71,7 +71,7 @@ class Block:
             ]
             factors = branch_factors(spec, trains, targets, arch.scaling, arch.lora_dropout)
             self._merge_factors(factors.values(), ranks, keeps=bool(trained.any()))
-            own = segments(
+            branch_segments = segments(
                 self.store,
                 spec.inward,
                 spec.outward,
@@ -80,7 +80,7 @@ class Block:
                 factors if trained.any() else {},
             )
             skipped = [None if o is None else o[index] for o in offsets or [None] * schedule.slots]
-            args = self.store, self.shared, own, trains, factors, numerics, skipped
+            args = self.store, self.shared, branch_segments, trains, factors, numerics, skipped
             self.branches.append(Branch(spec, of_block, *args))
 
     def _merge_factors(

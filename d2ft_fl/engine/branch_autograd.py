@@ -84,9 +84,9 @@ class BranchSum(torch.autograd.Function):
             if dx is not None:
                 inputs.append((part, dx))
         if inputs:
-            grads.found["x"] = _assembled(inputs, grad)
+            grads.sums["x"] = _assembled(inputs, grad)
         values = (grads.of(role, shared[role]) for role in roles)
-        return None, None, None, grads.found.get("x"), *values
+        return None, None, None, grads.sums.get("x"), *values
 
 
 def _assembled(parts: list[tuple[slice, Tensor]], like: Tensor) -> Tensor:

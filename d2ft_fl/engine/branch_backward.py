@@ -26,33 +26,33 @@ class SharedGradients:
 
     Attributes:
         wanted: Role -> whether its gradient is wanted, the input's under ``x``.
-        found: Role -> the sum so far.
+        sums: Role -> the sum so far.
     """
 
     wanted: Mapping[str, bool]
-    found: dict[str, Tensor] = field(default_factory=dict)
+    sums: dict[str, Tensor] = field(default_factory=dict)
 
     def add(self, role: str, value: Tensor) -> None:
         """Add a gradient of one role; a LoRA factor's may have fewer ranks than another's."""
-        if role not in self.found:
-            self.found[role] = value
+        if role not in self.sums:
+            self.sums[role] = value
             return
-        old = self.found[role]
+        old = self.sums[role]
         if old.shape == value.shape:
-            self.found[role] = old + value
+            self.sums[role] = old + value
             return
         whole = old if old.numel() > value.numel() else value
         narrow = value if whole is old else old
         whole[tuple(slice(n) for n in narrow.shape)] += narrow
-        self.found[role] = whole
+        self.sums[role] = whole
 
     def of(self, role: str, like: Tensor | None) -> Tensor | None:
         """Return the gradient of a role, as large as its parameter; None where there is none."""
-        found = self.found.get(role)
-        if found is None or like is None or found.shape == like.shape:
-            return found
-        wide = found.new_zeros(like.shape)
-        wide[tuple(slice(n) for n in found.shape)] = found
+        gradient = self.sums.get(role)
+        if gradient is None or like is None or gradient.shape == like.shape:
+            return gradient
+        wide = gradient.new_zeros(like.shape)
+        wide[tuple(slice(n) for n in gradient.shape)] = gradient
         return wide
 
 
@@ -198,8 +198,8 @@ class SegmentBackward:
         roles = self.run.branch.spec.norm_roles
         trained = [r for r in roles if r in shared and shared[r].requires_grad]
         dy = self.dy.view(-1, self.run.tokens, self.dy.shape[1])
-        (found,), _ = gradients([self.norm], [dy])
-        dx = found.pop(0) if self.grads.wanted["x"] else None
-        for role, value in zip(trained, found, strict=True):
+        (values,), _ = gradients([self.norm], [dy])
+        dx = values.pop(0) if self.grads.wanted["x"] else None
+        for role, value in zip(trained, values, strict=True):
             self.grads.add(role, value)
         return dx

@@ -52,8 +52,8 @@ def gradients(
     if not leaves and not shared:
         return [[] for _ in graphs], []
     values = [grad.to(graph.dtype) for graph, grad in zip(graphs, grads, strict=True)]
-    found = iter(torch.autograd.grad(edges, [*leaves, *shared], values))
-    return [[next(found) for _ in graph.leaves] for graph in graphs], list(found)
+    results = iter(torch.autograd.grad(edges, [*leaves, *shared], values))
+    return [[next(results) for _ in graph.leaves] for graph in graphs], list(results)
 
 
 @dataclass
@@ -80,15 +80,15 @@ class SegmentState:
         """Return what is kept of one live head group, and keep it no longer."""
         if not self.middles:
             return None, NOTHING_SAVED
-        found = self.middles[index], self.saved[index]
+        kept = self.middles[index], self.saved[index]
         self.middles[index], self.saved[index] = None, NOTHING_SAVED
-        return found
+        return kept
 
     def release(self) -> list[Tensor | None]:
         """Return the big tensors, and keep them no longer; :meth:`restore` puts them back."""
-        found = [self.y, *(t for saved in self.saved for t in saved)]
+        tensors = [self.y, *(t for saved in self.saved for t in saved)]
         self.y, self.saved = None, [NOTHING_SAVED] * len(self.saved)
-        return found
+        return tensors
 
     def restore(self, tensors: Iterator[Tensor | None]) -> None:
         """Put back what :meth:`release` returned."""
@@ -153,9 +153,9 @@ class BranchRun:
         They are done afterwards.
         """
         slots = range(*head_group.slots)
-        found = [slot for slot in slots if slot not in done]
+        new = [slot for slot in slots if slot not in done]
         done.update(slots)
-        return found, len(found) == len(slots)
+        return new, len(new) == len(slots)
 
     # -- parts of a segment's work, in both directions ----------------------------------------
 

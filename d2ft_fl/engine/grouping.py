@@ -34,8 +34,8 @@ def storage_order(operations: np.ndarray, ranks: Mapping[int, int] | None = None
     resident = (operations != Operation.SHORTCUT).any(axis=0)
     groups = [trained]
     if ranks is not None:
-        own = np.array([ranks.get(head, 0) for head in range(len(trained))])
-        groups = [trained & (own == rank) for rank in sorted(set(ranks.values()), reverse=True)]
+        by_head = np.array([ranks.get(head, 0) for head in range(len(trained))])
+        groups = [trained & (by_head == rank) for rank in sorted(set(ranks.values()), reverse=True)]
     order: list[int] = []
     for group in (*groups, resident & ~trained):
         left = [int(h) for h in np.flatnonzero(group)]

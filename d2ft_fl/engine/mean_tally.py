@@ -46,7 +46,7 @@ class MeanTally:
 
     def finish(self) -> dict[str, Tensor]:
         """Return the means, by name, heads ascending, and measure no more."""
-        found = {}
+        means = {}
         for (index, branch), total in self.sums.items():
             block = self.model.blocks[index]
             block.branches[branch].tally = None
@@ -55,8 +55,8 @@ class MeanTally:
                 total[:, rows[head].start : rows[head].stop] / max(1, counts[head])
                 for head in sorted(block.store.order)
             ]
-            found[mean_name(index, branch)] = torch.cat(columns, dim=1).cpu()
-        return found
+            means[mean_name(index, branch)] = torch.cat(columns, dim=1).cpu()
+        return means
 
 
 @dataclass(frozen=True)
@@ -71,17 +71,17 @@ class _Add:
         summed = z.sum(dim=0, dtype=torch.float32)  # [tokens, depth]
         start = 0
         for head in head_group.heads:
-            own = self.rows[head]
-            self.total[:, own.start : own.stop] += summed[:, start : start + len(own)]
+            columns = self.rows[head]
+            self.total[:, columns.start : columns.stop] += summed[:, start : start + len(columns)]
             self.counts[head] += len(z)
-            start += len(own)
+            start += len(columns)
 
 
 def received(schedule: Schedule, tensors: Mapping[str, Tensor]) -> "dict[int, Offsets]":
     """Return compensation as it came down, per block and slot: see ``PartialModel.reset``."""
-    found: dict[int, Offsets] = {}
+    offsets: dict[int, Offsets] = {}
     for block in range(schedule.operations.shape[1]):
         if (tensor := tensors.get(skip_name(block))) is not None:
             sets = skip_sets(schedule, block)
-            found[block] = [None if place < 0 else tensor[place] for place in sets]
-    return found
+            offsets[block] = [None if place < 0 else tensor[place] for place in sets]
+    return offsets

@@ -95,8 +95,8 @@ class PackedHeads:
         factor, kept, start = self.weights[near], [], 0
         for rows, rank in self.stretches(near):
             if rank < far.shape[1]:
-                own = self.weights[weight][rows]
-                torch.addmm(own, factor[rows, rank:], far[:, rank:].t(), alpha=scaling, out=own)
+                base = self.weights[weight][rows]
+                torch.addmm(base, factor[rows, rank:], far[:, rank:].t(), alpha=scaling, out=base)
             kept.append(factor[rows, :rank].flatten())
         self.weights[near] = torch.cat(kept)
         assert self.ranks is not None
@@ -113,14 +113,14 @@ class PackedHeads:
         """
         if self.ranks is None:
             return [(slice(0, self.count(role)), 0)] if self.trained else []
-        found: list[tuple[slice, int]] = []
+        stretches: list[tuple[slice, int]] = []
         for head in self.trained:
             rows, rank = self.rows[role][head], self.ranks[head]
             first = rows.start
-            if found and found[-1][1] == rank:
-                first = found.pop()[0].start
-            found.append((slice(first, rows.stop), rank))
-        return found
+            if stretches and stretches[-1][1] == rank:
+                first = stretches.pop()[0].start
+            stretches.append((slice(first, rows.stop), rank))
+        return stretches
 
     def factor(self, of: Mapping[str, Tensor], weight: str, near: str, rows: slice) -> Tensor:
         """Return the rows of a factor, or of its gradient, for some rows of a product's weights.

@@ -130,8 +130,8 @@ class PartialModel:
         if whole:
             take = lambda p, heads: whole.take(p, heads).to(self.device)  # noqa: E731
         offsets = {
-            block: [None if o is None else o.to(self.device) for o in own]
-            for block, own in (offsets or {}).items()
+            block: [None if o is None else o.to(self.device) for o in of_block]
+            for block, of_block in (offsets or {}).items()
         }
         with torch.no_grad():
             for name, parameter in self.outer.named_parameters():
@@ -180,7 +180,7 @@ class PartialModel:
             pairs: list[tuple[Tensor, Tensor]] = [(p, whole.tensors[name]) for name, p in outer]
             for block in self.blocks.values():
                 pairs += block.values_of(whole)
-            self._values = whole, [own for own, _ in pairs], [new for _, new in pairs]
+            self._values = whole, [held for held, _ in pairs], [new for _, new in pairs]
         torch._foreach_copy_(*self._values[1:])
 
     def _fits_again(self, schedule: Schedule, gradients: bool) -> bool:
@@ -255,53 +255,53 @@ class PartialModel:
 
     def whole(self) -> dict[str, Tensor]:
         """Return whole tensors that train, by name: the final part and shared parameters."""
-        found: dict[str, Tensor] = {}
-        found |= {n: p for n, p in self.outer.named_parameters() if p.requires_grad}
+        tensors: dict[str, Tensor] = {}
+        tensors |= {n: p for n, p in self.outer.named_parameters() if p.requires_grad}
         for index, block in self.blocks.items():
             for role, tensor in block.shared.items():
                 if tensor.requires_grad:
-                    found[self.specs[index][role].name] = tensor
-        return found
+                    tensors[self.specs[index][role].name] = tensor
+        return tensors
 
     def gradients(self) -> list[Tensor]:
         """Return where gradients of trained tensors add up; made now for those that have none."""
-        found = []
+        grads = []
         for tensor in self.whole().values():
             if tensor.grad is None:
                 tensor.grad = torch.zeros_like(tensor)
-            found.append(tensor.grad)
+            grads.append(tensor.grad)
         for block in self.blocks.values():
-            found.extend(block.store.grads.values())
-        return found
+            grads.extend(block.store.grads.values())
+        return grads
 
     def entries(self, every_slot: bool = False) -> list[Entry]:
         """Return what an optimiser steps: views of exactly what trains; see ``Block.together``."""
         if every_slot in self._entries:
             return self._entries[every_slot]
         self.gradients()
-        found = self._entries[every_slot] = []
+        entries = self._entries[every_slot] = []
         for name, tensor in self.whole().items():
             p = self.arch.by_name[name]
             assert tensor.grad is not None
             # A view: what the optimiser is shown as its gradient is not autograd's business.
             factor = bool(p.factor)
-            found.append(Entry(p.block, (), p.kind, factor, tensor.detach(), tensor.grad))
+            entries.append(Entry(p.block, (), p.kind, factor, tensor.detach(), tensor.grad))
         for index, block in self.blocks.items():
             for role, grad in block.store.grads.items():
                 factor = ".lora_" in role
                 for heads in block.together(every_slot):
                     (run,) = block.store.runs(role, heads)
                     value = block.store.weights[role][run.rows]
-                    found.append(Entry(index, heads, Kind.SLICED, factor, value, grad[run.rows]))
-        return found
+                    entries.append(Entry(index, heads, Kind.SLICED, factor, value, grad[run.rows]))
+        return entries
 
     def update(self) -> dict[str, Tensor]:
         """Return everything that trained, by name and as it travels up (see ``up_spec``).
 
         These are no copies, where what trained lies as it travels.
         """
-        found = {name: tensor.detach() for name, tensor in self.whole().items()}
+        tensors = {name: tensor.detach() for name, tensor in self.whole().items()}
         for index, block in self.blocks.items():
             for role in block.store.grads:
-                found[self.specs[index][role].name] = block.store.ascending(role)
-        return found
+                tensors[self.specs[index][role].name] = block.store.ascending(role)
+        return tensors

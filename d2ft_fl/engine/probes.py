@@ -71,12 +71,12 @@ def probe_entropy(
     """
     held = [t for _, t in model.held()]
     base = tensor_bytes(held)
-    found: list[Tensor] = []
+    entropies: list[Tensor] = []
     for batch in batches:
         key = id(model), "entropy", len(batch)
         step = partial(_entropy, model, batch.inputs, temperature)
-        found.append(meter.run(step, key, base + batch.inputs.nbytes, lambda: held))
-    return torch.cat(found).cpu().numpy() if found else np.zeros(0)
+        entropies.append(meter.run(step, key, base + batch.inputs.nbytes, lambda: held))
+    return torch.cat(entropies).cpu().numpy() if entropies else np.zeros(0)
 
 
 @torch.no_grad()
@@ -135,9 +135,9 @@ def _observer(store: PackedHeads, measures: Sequence[Measure], sums: Tensor) -> 
         weights = store.weights[role][first : first + len(gradient)]
         for measure, into in zip(measures, sums, strict=True):
             rows = _row_sums(measure, weights, gradient)
-            for head, own in store.rows[role].items():
-                if own.start >= first and own.stop <= first + len(rows):
-                    into[head] += rows[own.start - first : own.stop - first].sum()
+            for head, of_head in store.rows[role].items():
+                if of_head.start >= first and of_head.stop <= first + len(rows):
+                    into[head] += rows[of_head.start - first : of_head.stop - first].sum()
 
     return observe
 

@@ -42,10 +42,10 @@ def branch_factors(
 ) -> dict[str, ProductFactors]:
     """Return product -> its factors, for those products of a branch that have some."""
     inward, outward = spec.targets
-    found = {}
+    factors = {}
     for index, (target, near, far) in enumerate([(inward, "B", "A"), (outward, "A", "B")]):
         if target in targets:
-            found[target] = ProductFactors(
+            factors[target] = ProductFactors(
                 f"{target}.lora_{near}",
                 f"{target}.lora_{far}",
                 trains.near[index],
@@ -53,7 +53,7 @@ def branch_factors(
                 scaling,
                 dropout,
             )
-    return found
+    return factors
 
 
 @dataclass(frozen=True)

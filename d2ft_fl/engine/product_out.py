@@ -167,8 +167,8 @@ class ProductOut:
             if view.near_grad is not None:
                 assert into_a is not None
                 assert error is not None
-                part, own = product.part(into_a, view), first_columns(error, view.near_grad)
-                product.take_gradient(factors.near, view, view.near_grad, part, own, None)
+                part, errors = product.part(into_a, view), first_columns(error, view.near_grad)
+                product.take_gradient(factors.near, view, view.near_grad, part, errors, None)
         if factors.far_trains:
             assert saved.v is not None
             sink(factors.far, torch.mm(g.t(), saved.v))

@@ -116,17 +116,17 @@ def with_lora(
     targets = lora.targets_in(arch)
     at_rest = set(frozen)
     unchanging = at_rest if fixed is None else set(fixed)
-    found = []
+    parameters = []
     for p in arch.parameters:
         trains = arch.is_classifier(p)
-        found.append(replace(p, trains=trains, fixed=not trains))
+        parameters.append(replace(p, trains=trains, fixed=not trains))
         target, _, part = p.role.partition(".")
         if part != "weight" or target not in targets:
             continue
         out, into = p.shape
         for factor in FACTORS:
             common = is_common(arch, target, factor)
-            found.append(
+            parameters.append(
                 replace(
                     p,
                     name=factor_name(p.name, factor),
@@ -142,7 +142,7 @@ def with_lora(
             )
     return replace(
         arch,
-        parameters=tuple(found),
+        parameters=tuple(parameters),
         rank=lora.rank,
         scaling=lora.scaling,
         lora_dropout=lora.dropout,
@@ -157,14 +157,15 @@ def targets_alone(arch: Architecture, lora: Lora) -> Architecture:
     def trains(p: Parameter) -> bool:
         return p.role in roles or arch.is_classifier(p)
 
-    own = [replace(p, trains=trains(p), fixed=not trains(p)) for p in arch.parameters]
-    return replace(arch, parameters=tuple(own))
+    parameters = [replace(p, trains=trains(p), fixed=not trains(p)) for p in arch.parameters]
+    return replace(arch, parameters=tuple(parameters))
 
 
 def without_lora(arch: Architecture) -> Architecture:
     """Return the architecture without factors: everything but the embedding trains."""
-    own = [replace(p, trains=p.kind is not Kind.EMBEDDING) for p in arch.parameters if not p.factor]
-    return replace(arch, parameters=tuple(own), rank=0, scaling=0.0, lora_dropout=0.0)
+    plain = (p for p in arch.parameters if not p.factor)
+    parameters = [replace(p, trains=p.kind is not Kind.EMBEDDING) for p in plain]
+    return replace(arch, parameters=tuple(parameters), rank=0, scaling=0.0, lora_dropout=0.0)
 
 
 def targeted(arch: Architecture) -> list[tuple[Parameter, Parameter, Parameter]]:
@@ -184,24 +185,24 @@ def delta(a: Tensor, b: Tensor, scaling: float) -> Tensor:
 @torch.no_grad()
 def merged(arch: Architecture, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the state dict of a model without factors: its weights, with what factors add."""
-    found = {name: tensor for name, tensor in state.items() if not arch.by_name[name].factor}
+    plain = {name: tensor for name, tensor in state.items() if not arch.by_name[name].factor}
     for weight, a, b in targeted(arch):
         change = delta(state[a.name], state[b.name], arch.scaling)
         old = state[weight.name]
-        found[weight.name] = (old.double() + change).to(old.dtype)
-    return found
+        plain[weight.name] = (old.double() + change).to(old.dtype)
+    return plain
 
 
 def merged_packed(arch: Architecture, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return packed weights, as ``down_spec`` names them, with what factors add."""
-    found = {name: tensor for name, tensor in tensors.items() if not arch.by_name[name].factor}
+    plain = {name: tensor for name, tensor in tensors.items() if not arch.by_name[name].factor}
     for weight, a, b in targeted(arch):
-        if weight.name not in found:
+        if weight.name not in plain:
             continue
         inward = is_common(arch, weight.role.split(".")[0], "A")
         near, far = (b, a) if inward else (a, b)
         common = tensors[far.name] if inward else tensors[far.name].t()  # [rank, dim]
-        found[weight.name] = torch.addmm(
-            found[weight.name], tensors[near.name], common, alpha=arch.scaling
+        plain[weight.name] = torch.addmm(
+            plain[weight.name], tensors[near.name], common, alpha=arch.scaling
         )
-    return found
+    return plain

@@ -65,17 +65,17 @@ def begin(
         raise ConfigError(f"lora-init = {init!r} is unknown; use one of {', '.join(LORA_INITS)}")
     state = dict(weights)
     for weight, a, b in targeted(arch):
-        own = weights[weight.name]
+        matrix = weights[weight.name]
         if init == "federa":
-            pair = factorise(own, arch.rank, arch.scaling, own.dtype, silent_factor(a, b))
+            pair = factorise(matrix, arch.rank, arch.scaling, matrix.dtype, silent_factor(a, b))
             state[a.name], state[b.name] = pair.a, pair.b
-            residual = own.double() - delta(pair.a, pair.b, arch.scaling)
-            state[weight.name] = residual.to(own.dtype)
+            residual = matrix.double() - delta(pair.a, pair.b, arch.scaling)
+            state[weight.name] = residual.to(matrix.dtype)
             continue
         target = weight.role.split(".")[0]
         for p in (a, b):
             drawn = is_common(arch, target, p.factor) if frozen_common else p.factor == "A"
-            state[p.name] = (_uniform(p, seed) if drawn else torch.zeros(p.shape)).to(own.dtype)
+            state[p.name] = (_uniform(p, seed) if drawn else torch.zeros(p.shape)).to(matrix.dtype)
     return state
 
 

@@ -91,13 +91,13 @@ def total_changes(
     changed: Mapping[str, Tensor],
 ) -> dict[str, Tensor]:
     """Return all that a run added, by weight: ``changed + s (B A - B0 A0)``, in float64."""
-    found = {name: change.double() for name, change in changed.items()}
+    changes = {name: change.double() for name, change in changed.items()}
     for weight, a, b in targeted(arch):
         total = delta(state[a.name], state[b.name], arch.scaling)
         if a.name in initial:
             total = total - delta(initial[a.name], initial[b.name], arch.scaling)
-        found[weight.name] = found.get(weight.name, 0.0) + total
-    return found
+        changes[weight.name] = changes.get(weight.name, 0.0) + total
+    return changes
 
 
 def _factors(

@@ -52,13 +52,13 @@ def read_adapter(folder: Path, arch: Architecture) -> tuple[Lora, dict[str, Tens
     try:
         config = _read_config(folder)
         _check_config(config, arch.classifier)
-        found = _read_tensors(folder)
+        tensors = _read_tensors(folder)
         prefix = f"{arch.classifier}."
-        head = {n: t for n, t in found.items() if n.startswith(prefix) and ".lora_" not in n}
-        factors = {n: t for n, t in found.items() if n not in head}
+        head = {n: t for n, t in tensors.items() if n.startswith(prefix) and ".lora_" not in n}
+        factors = {n: t for n, t in tensors.items() if n not in head}
         lora = _lora(config, arch, _modules(arch, factors))
         _check_shapes(arch, lora, factors)
-        for name, tensor in found.items():
+        for name, tensor in tensors.items():
             if not tensor.isfinite().all():
                 raise ConfigError(
                     f"{name!r} holds numbers that are not finite; use an adapter whose training "
@@ -136,7 +136,7 @@ def _modules(arch: Architecture, factors: Iterable[str]) -> dict[str, str]:
     known = {p.name.removesuffix(".weight"): p.role.split(".")[0] for p in weights(arch)}
     possible = arch.possible_targets
     pattern = target_pattern(arch, possible)
-    anywhere, found = re.compile(pattern), set()
+    anywhere, targets = re.compile(pattern), set()
     for name in factors:
         module, part, _ = name.partition(".lora_")
         if not part:
@@ -153,10 +153,10 @@ def _modules(arch: Architecture, factors: Iterable[str]) -> dict[str, str]:
                 f"it adapts {module!r}; only {', '.join(possible)} of a block can be: make one "
                 f"with target_modules={pattern!r}"
             )
-        found.add(known[module])
-    if not found:
+        targets.add(known[module])
+    if not targets:
         raise ConfigError("it holds no factors of LoRA; use an adapter that was trained")
-    return {module: target for module, target in known.items() if target in found}
+    return {module: target for module, target in known.items() if target in targets}
 
 
 def _lora(config: Mapping[str, Any], arch: Architecture, modules: Mapping[str, str]) -> Lora:
@@ -196,11 +196,11 @@ def _of_modules(
         known = [(re.compile(rf"(.*\.)?({key})$"), value) for key, value in patterns.items()]
     except re.error as error:
         raise ConfigError(f"{pattern} holds no regular expression: {error}") from None
-    found = set()
+    values = set()
     for module in modules:
         hits = (value for key, value in known if key.match(module))
-        found.add(_number(next(hits, config.get(option, 8)), option))
-    return found
+        values.add(_number(next(hits, config.get(option, 8)), option))
+    return values
 
 
 def _number(value: Any, option: str) -> float:

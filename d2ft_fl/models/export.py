@@ -64,8 +64,8 @@ def save_tuned(
     changed: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write what LoRA tuned to a run's folder; of ``state``, factors and classifier are kept."""
-    own = [p.name for p in arch.parameters if p.factor or arch.is_classifier(p)]
-    tensors = {name: state[name] for name in own}
+    tuned_names = [p.name for p in arch.parameters if p.factor or arch.is_classifier(p)]
+    tensors = {name: state[name] for name in tuned_names}
     tensors |= {INITIAL + name: tensor for name, tensor in (initial or {}).items()}
     tensors |= {CHANGE + name: tensor for name, tensor in (changed or {}).items()}
     safetensors.torch.save_file(
@@ -208,12 +208,12 @@ class _Adapter:
         spec = _spec(run)
         bare = ModelSpec(**{**vars(spec), "pretrained": "none"})
         arch = with_lora(build_adapter(bare).describe(), tuned.lora)
-        own = {p.name: p.shape for p in arch.parameters if p.factor}
+        factors = {p.name: p.shape for p in arch.parameters if p.factor}
         head = {p.name: p.shape for p in arch.parameters if arch.is_classifier(p)}
         known = {p.name: p.shape for p in weights(arch)}
         if not (
-            _shapes(tuned.state) == own | head
-            and _shapes(tuned.initial) in (own, {})
+            _shapes(tuned.state) == factors | head
+            and _shapes(tuned.initial) in (factors, {})
             and _shapes(tuned.changed).items() <= known.items()
         ):
             raise ConfigError(
@@ -292,11 +292,11 @@ def _check_finished(run: Path) -> None:
             f"run {str(run)!r} holds no run: it lacks 'status.json'; name the run folder that "
             "`d2ft run` printed"
         )
-    found = _read_json(run / "status.json")
-    if found.get("status") != "finished":
-        reason = f" ({found['reason']})" if found.get("reason") else ""
+    status = _read_json(run / "status.json")
+    if status.get("status") != "finished":
+        reason = f" ({status['reason']})" if status.get("reason") else ""
         raise ConfigError(
-            f"run {str(run)!r} is not finished: its status is {found.get('status')!r}{reason}; "
+            f"run {str(run)!r} is not finished: its status is {status.get('status')!r}{reason}; "
             "export one that is finished"
         )
     for name in ("config.toml", *MODEL_FILES):
@@ -325,14 +325,14 @@ def _spec(run: Path) -> ModelSpec:
 
 def _read_json(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text())
+        entries = json.loads(path.read_text())
     except OSError as error:
         raise ConfigError(f"{str(path)!r} cannot be read: {error.strerror}") from None
     except ValueError as error:
         raise ConfigError(f"{str(path)!r} is not JSON: {error}") from None
-    if not isinstance(found, dict):
+    if not isinstance(entries, dict):
         raise ConfigError(f"{str(path)!r} is not a JSON object")
-    return found
+    return entries
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:

@@ -322,9 +322,9 @@ def _norm(module: Any) -> Norm:
     """Return a norm as a function of its input and parameters, without weights of its own."""
     if isinstance(module, nn.LayerNorm):
         shape, epsilon = list(module.normalized_shape), module.eps
-        return lambda x, own: F.layer_norm(x, shape, own.get("weight"), own.get("bias"), epsilon)
+        return lambda x, p: F.layer_norm(x, shape, p.get("weight"), p.get("bias"), epsilon)
     shape, epsilon = list(module.normalized_shape), module.eps
-    return lambda x, own: F.rms_norm(x, shape, own.get("weight"), epsilon)
+    return lambda x, p: F.rms_norm(x, shape, p.get("weight"), epsilon)
 
 
 def _attention(attn: Attention, device: torch.device) -> Middle:

@@ -124,18 +124,18 @@ class Trains:
     @classmethod
     def of(cls, roles: Iterable[str], branch: BranchSpec) -> "Trains":
         """Make it of the roles of a block that train."""
-        own = {role for role in roles if branch.owns(role)}
-        modules = {role.split(".")[0] for role in own}
+        trained = {role for role in roles if branch.owns(role)}
+        modules = {role.split(".")[0] for role in trained}
         first, out = branch.targets
         into = {f"{module}.{part}" for module in branch.inward for part in ("weight", "lora_A")}
         return cls(
-            anything=bool(own),
+            anything=bool(trained),
             norm=branch.norm in modules,
-            scale=branch.scale in own,
-            inward=bool(modules & set(branch.inward) or own & set(branch.middle)),
-            y=bool(own & into),
-            z=bool(own & {f"{out}.weight", f"{out}.lora_A"}),
-            weights=(f"{first}.weight" in own, f"{out}.weight" in own),
-            near=(f"{first}.lora_B" in own, f"{out}.lora_A" in own),
-            far=(f"{first}.lora_A" in own, f"{out}.lora_B" in own),
+            scale=branch.scale in trained,
+            inward=bool(modules & set(branch.inward) or trained & set(branch.middle)),
+            y=bool(trained & into),
+            z=bool(trained & {f"{out}.weight", f"{out}.lora_A"}),
+            weights=(f"{first}.weight" in trained, f"{out}.weight" in trained),
+            near=(f"{first}.lora_B" in trained, f"{out}.lora_A" in trained),
+            far=(f"{first}.lora_A" in trained, f"{out}.lora_B" in trained),
         )

@@ -58,8 +58,8 @@ class GlobalModel:
         """Yield views of the rows of some heads, those of neighbours together."""
         whole = self.tensors[p.name]
         for _, run in groupby(enumerate(heads), key=lambda pair: pair[1] - pair[0]):
-            own = [head for _, head in run]
-            yield whole[p.starts[own[0]] : p.starts[own[-1] + 1]]
+            neighbours = [head for _, head in run]
+            yield whole[p.starts[neighbours[0]] : p.starts[neighbours[-1] + 1]]
 
 
 def row_ranges(spec: Parameter, order: Sequence[int]) -> dict[int, range]:

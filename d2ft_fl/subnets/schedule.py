@@ -50,12 +50,12 @@ class BranchOperations:
         norm = np.array([t.norm for t in trains])
         each = np.repeat(operations[..., None, :], len(trains), axis=-2)
         full = (each == Operation.FULL) & anything[:, None]
-        own = full.any(axis=-1)  # [..., slots, blocks, branches]
-        flat = own.reshape(*own.shape[:-2], -1)
+        trains_here = full.any(axis=-1)  # [..., slots, blocks, branches]
+        flat = trains_here.reshape(*trains_here.shape[:-2], -1)
         begun = np.logical_or.accumulate(flat, axis=-1)
         below = np.zeros_like(begun)
         below[..., 1:] = begun[..., :-1]
-        through = below.reshape(own.shape) | (own & norm)
+        through = below.reshape(trains_here.shape) | (trains_here & norm)
         live = (each >= Operation.FROZEN) & ~full
         micro_batches = np.where(through[..., None], Operation.FROZEN, Operation.FORWARD_ONLY)
         return cls(np.where(live, micro_batches, each).astype(np.int8), through)
@@ -208,11 +208,11 @@ def micro_batches(sizes: Sequence[int], active: Sequence[bool], parts: int) -> l
     run = [size if on else 0 for size, on in zip(sizes, active, strict=True)]
     ends = np.cumsum([0, *run])
     cuts = np.cumsum([0, *slot_sizes(int(ends[-1]), parts)])
-    found = []
+    sizes_of_each = []
     for start, stop in pairwise(cuts.tolist()):
         if start < stop:
-            found.append(np.diff(ends.clip(start, stop)).tolist())
-    return found
+            sizes_of_each.append(np.diff(ends.clip(start, stop)).tolist())
+    return sizes_of_each
 
 
 def slot_totals(examples: int, batch_size: int, slots: int, epochs: int) -> list[int]:
