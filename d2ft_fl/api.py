@@ -21,11 +21,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from d2ft_fl.aggregation.aggregator import Aggregator
     from d2ft_fl.aggregation.lora_sums import frozen as frozen_factors
     from d2ft_fl.aggregation.lora_sums import unchanging as unchanging_factors
     from d2ft_fl.budgets.budget import DEADLINE, LIMITS, UNLIMITED, Budget, ClientDescription
     from d2ft_fl.budgets.sources import BudgetSource
-    from d2ft_fl.config.run_config import RunConfig
+    from d2ft_fl.config.choices import MIXED_RANK_AGGREGATIONS, PLAIN_BITS
+    from d2ft_fl.config.run_config import RunConfig, resolve_path
     from d2ft_fl.config.training_options import DEFAULT_POLICY, ExecutionPolicy, TrainingOptions
     from d2ft_fl.costs.probe_costs import NO_PROBES, Probes
     from d2ft_fl.costs.resources import RESOURCES, Cost
@@ -41,6 +43,7 @@ if TYPE_CHECKING:
     from d2ft_fl.lora.config import targeted as targeted_weights
     from d2ft_fl.lora.init import begin as begin_factors
     from d2ft_fl.lora.init import from_update as factors_of_update
+    from d2ft_fl.lora.peft_import import read_adapter
     from d2ft_fl.models.export import base_model
     from d2ft_fl.models.export import save_tuned as save_lora
     from d2ft_fl.planning.assignment import Assignment, Participant
@@ -49,6 +52,8 @@ if TYPE_CHECKING:
     from d2ft_fl.rounds.components import Components
     from d2ft_fl.rounds.context import Round, most
     from d2ft_fl.rounds.policy_search import Search as PolicySearch
+    from d2ft_fl.rounds.strategies import Strategy
+    from d2ft_fl.rounds.tuning import Tuning
     from d2ft_fl.subnets.architecture import Architecture, Kind
     from d2ft_fl.subnets.schedule import Operation, Schedule, effective
 
@@ -56,9 +61,12 @@ __all__ = [
     "DEADLINE",
     "DEFAULT_POLICY",
     "LIMITS",
+    "MIXED_RANK_AGGREGATIONS",
     "NO_PROBES",
+    "PLAIN_BITS",
     "RESOURCES",
     "UNLIMITED",
+    "Aggregator",
     "Architecture",
     "Assignment",
     "Budget",
@@ -85,7 +93,9 @@ __all__ = [
     "RunError",
     "RunFolder",
     "Schedule",
+    "Strategy",
     "TrainingOptions",
+    "Tuning",
     "UnkeptBudget",
     "base_model",
     "begin_factors",
@@ -95,6 +105,8 @@ __all__ = [
     "load_run",
     "most",
     "plan",
+    "read_adapter",
+    "resolve_path",
     "run",
     "save_lora",
     "targeted_weights",
@@ -107,16 +119,19 @@ __all__ = [
 # Where names live; ``name=other`` where the module calls it otherwise. Type checkers read the
 # imports above, a test holds the two equal.
 _MODULES = {
+    "aggregation.aggregator": "Aggregator",
     "aggregation.lora_sums": "frozen_factors=frozen unchanging_factors=unchanging",
     "budgets.budget": "DEADLINE LIMITS UNLIMITED Budget ClientDescription",
     "budgets.sources": "BudgetSource",
-    "config.run_config": "RunConfig",
+    "config.choices": "MIXED_RANK_AGGREGATIONS PLAIN_BITS",
+    "config.run_config": "RunConfig resolve_path",
     "config.training_options": "DEFAULT_POLICY ExecutionPolicy TrainingOptions",
     "costs.probe_costs": "NO_PROBES Probes",
     "costs.resources": "RESOURCES Cost",
     "errors": "ConfigError D2FTError Refusal ReplyError RunError UnkeptBudget",
     "lora.config": "Lora targets_alone with_lora without_lora targeted_weights=targeted",
     "lora.init": "begin_factors=begin factors_of_update=from_update",
+    "lora.peft_import": "read_adapter",
     "models.export": "base_model save_lora=save_tuned",
     "planning.assignment": "Assignment Participant",
     "preview.plan_preview": "ClientPreview Preview RoundPreview",
@@ -124,6 +139,8 @@ _MODULES = {
     "rounds.components": "Components",
     "rounds.context": "Round most",
     "rounds.policy_search": "PolicySearch=Search",
+    "rounds.strategies": "Strategy",
+    "rounds.tuning": "Tuning",
     "subnets.architecture": "Architecture Kind",
     "subnets.schedule": "Operation Schedule effective",
 }

@@ -7,6 +7,7 @@ import pytest
 import timm
 import torch
 
+from d2ft_fl.clients.full import FullTuning
 from d2ft_fl.config.run_config import RunConfig
 from d2ft_fl.config.training_options import TrainingOptions
 from d2ft_fl.costs.cost_model import CostModel
@@ -30,6 +31,7 @@ SMALL = {
 
 
 TARGETS = ("qkv", "proj", "fc1", "fc2")  # of LoRA in a vision transformer
+learning_rate = FullTuning(RunConfig()).learning_rate
 INTEGRATION = Path(__file__).parent / "integration"
 
 

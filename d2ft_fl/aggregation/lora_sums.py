@@ -38,6 +38,7 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -108,6 +109,7 @@ class LoraSums:
                 f"{', '.join(LORA_AGGREGATIONS)}"
             )
         self._own = Sums(self.arch, self.weights, self.examples)
+        self._subnets_trained = np.zeros((self.arch.blocks, self.arch.heads), dtype=bool)
         self._exact: Sums | None = None
         if not (self.measure or self.mode in MIXED_RANK_AGGREGATIONS):
             return
@@ -138,11 +140,22 @@ class LoraSums:
             exact = self._exact.terms(Update(update.schedule, update.slot_examples, rows))
             self._exact.include(exact)
         self._own.include(own)
+        self._subnets_trained |= update.schedule.trained
 
     @property
     def trained(self) -> dict[str, tuple[int, ...]]:
         """See :attr:`Sums.trained`."""
         return self._own.trained
+
+    @property
+    def subnets_trained(self) -> np.ndarray:
+        """Subnets that some update trained: bool [blocks, heads]."""
+        return self._subnets_trained
+
+    @property
+    def figures(self) -> Mapping[str, float | None]:
+        """``aggregation_error``: see :attr:`error`."""
+        return {"aggregation_error": self.error}
 
     def apply(self) -> dict[str, Tensor]:
         """The new state; sets :attr:`error`."""

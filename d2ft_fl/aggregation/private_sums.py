@@ -4,7 +4,7 @@ See :mod:`d2ft_fl.aggregation.privacy` for what they are, and what they promise.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -113,6 +113,16 @@ class PrivateSums:
             p.name: self.private.trainers.of_parameter(p) for p in self.arch.parameters if p.trains
         }
         return {n: tuple(h for h in heads if h >= 0) for n, heads in planned.items() if heads}
+
+    @property
+    def subnets_trained(self) -> np.ndarray:
+        """Subnets that any client's plan trains, drawn or not: bool [blocks, heads]."""
+        return self.private.trainers.heads > 0
+
+    @property
+    def figures(self) -> Mapping[str, float | None]:
+        """``epsilon``: what all rounds up to this one cost."""
+        return {"epsilon": self.private.privacy.epsilon(self.private.round)}
 
     def apply(self) -> dict[str, Tensor]:
         """The new global weights; what no plan trains is the old tensor's bits."""

@@ -35,7 +35,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from d2ft_fl.aggregation.sums import Sums, Update
+from d2ft_fl.aggregation.aggregator import Aggregator
+from d2ft_fl.aggregation.sums import Sums, Update, validate
 from d2ft_fl.subnets.architecture import Architecture, Kind, Parameter
 from d2ft_fl.wire import blob
 
@@ -115,6 +116,11 @@ class RobustSums:
             if heads:
                 found[self.arch.by_name[name].block, list(heads)] = True
         return found
+
+    @property
+    def figures(self) -> Mapping[str, float | None]:
+        """``too_few_trainers``: see :attr:`left`."""
+        return {"too_few_trainers": self.left}
 
     def apply(self) -> dict[str, Tensor]:
         """The new global weights; what too few trained is the old tensor's bits."""
@@ -209,3 +215,51 @@ def _old(
     for name in update.tensors:
         p, old = arch.by_name[name], weights[name]
         yield name, (p.pack(old, update.weights(p)) if p.kind is Kind.SLICED else old).double()
+
+
+@dataclass
+class ClippedUpdates:
+    """Clips each update's change, and hands it to another aggregator.
+
+    Attributes:
+        inner: What aggregates the clipped updates.
+        arch: The architecture of the round.
+        weights: The global state before the round, by name.
+        norm: The longest that a client's whole change may be (L2).
+    """
+
+    inner: Aggregator
+    arch: Architecture
+    weights: dict[str, Tensor]
+    norm: float
+
+    def add(self, update: Update) -> None:
+        """Validate one update, clip it and aggregate it.
+
+        Args:
+            update: What a client sent.
+
+        Raises:
+            ReplyError: With the first thing that is wrong.
+        """
+        validate(self.arch, self.weights, update)
+        self.inner.add(clipped(self.arch, self.weights, update, self.norm))
+
+    def apply(self) -> dict[str, Tensor]:
+        """Return the next global state, by name."""
+        return self.inner.apply()
+
+    @property
+    def trained(self) -> dict[str, tuple[int, ...]]:
+        """Parameters that the server's optimiser steps; see :class:`.Aggregator`."""
+        return self.inner.trained
+
+    @property
+    def subnets_trained(self) -> np.ndarray:
+        """Subnets that count as trained: bool [blocks, heads]."""
+        return self.inner.subnets_trained
+
+    @property
+    def figures(self) -> Mapping[str, float | None]:
+        """Figures of the other aggregator."""
+        return self.inner.figures

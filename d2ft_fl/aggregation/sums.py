@@ -158,6 +158,20 @@ class Sums:
     weights: dict[str, Tensor]
     examples: int
     _sums: dict[str, _Running] = field(default_factory=dict)
+    _subnets_trained: np.ndarray = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._subnets_trained = np.zeros((self.arch.blocks, self.arch.heads), dtype=bool)
+
+    @property
+    def subnets_trained(self) -> np.ndarray:
+        """Subnets that some update trained: bool [blocks, heads]."""
+        return self._subnets_trained
+
+    @property
+    def figures(self) -> Mapping[str, float | None]:
+        """No figures: sums are exact."""
+        return {}
 
     @property
     def fraction_bits(self) -> int:
@@ -183,6 +197,7 @@ class Sums:
                     self._accumulate(added, -update.step)
                 raise self._wrong(term)
         self._count(terms)
+        self._subnets_trained |= update.schedule.trained
 
     def terms(self, update: Update) -> "list[Term]":
         """Validate one update, for :meth:`include`; adds nothing.

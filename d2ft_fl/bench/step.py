@@ -31,23 +31,21 @@ from d2ft_fl.engine.numerics import Numerics
 from d2ft_fl.engine.partial_model import PartialModel
 from d2ft_fl.engine.trainer import Stepper, optimizer_state
 from d2ft_fl.errors import ConfigError
-from d2ft_fl.lora.config import Lora, with_lora
-from d2ft_fl.lora.init import begin
+from d2ft_fl.lora.config import Lora
 from d2ft_fl.lora.peft_files import target_pattern
 from d2ft_fl.models.build import build_adapter
 from d2ft_fl.models.spec import ModelSpec
+from d2ft_fl.rounds.tuning import Tuning, load_tuning
 from d2ft_fl.subnets.architecture import Architecture, Kind
 from d2ft_fl.subnets.packing import pack_for
 from d2ft_fl.subnets.schedule import Schedule, micro_batches, slot_sizes
 from d2ft_fl.tasks.image_classification import ImageClassification
 from d2ft_fl.tasks.task import Batch
-from d2ft_fl.util.plugins import load_module
 from d2ft_fl.util.torch_device import set_threads, usable_device
 
 SUFFIXES = (".png", ".svg", ".pdf")
 PAIRS = 15
-TUNINGS = ("full", "lora")
-LORA = Lora(rank=8, alpha=8.0)
+LORA = Lora.of(RunConfig())
 
 
 @dataclass(frozen=True)
@@ -97,6 +95,10 @@ class StepBench:
             )
         OPTIONS["device"].check(self.device)
         usable_device(self.device)
+
+    def load_tuning(self) -> Tuning:
+        """Return the tuning of the scheduled side, as it is with options at their defaults."""
+        return load_tuning(RunConfig(tuning=self.tuning), option="--tuning")
 
     def options(self) -> TrainingOptions:
         """Return how the scheduled side trains; the reference trains alike, in whole batches."""
@@ -162,9 +164,9 @@ def bench_step(bench: StepBench, done: Callable[[str], None] = lambda name: None
     images = torch.randn(bench.batch_size, *adapter.input_shape, generator=generator)
     labels = torch.arange(bench.batch_size) % 10
     weights = {n: p.detach().clone() for n, p in model.named_parameters()}
-    if bench.tuning == "lora":
-        arch = with_lora(arch, LORA)
-        weights = begin(arch, weights, "lora", 0)
+    tuning = bench.load_tuning()
+    arch = tuning.architecture(arch, 1)
+    weights = dict(tuning.prepare(weights, arch, 1, weights)[0])
     reference = _Reference(
         adapter, arch, weights, bench, images.to(bench.device), labels.to(bench.device)
     )
@@ -264,7 +266,7 @@ def _measure(name: str, schedule: Schedule, reference: _Reference) -> Row:
         [t for _, t in partial.held()],
     )
     counted = Meter(verify=True, device=images.device)
-    rate = load_module("clients", bench.tuning, "--tuning", TUNINGS).learning_rate
+    rate = bench.load_tuning().learning_rate
     stepper = Stepper(partial, ImageClassification(), options, rate, counted, every_slot=True)
     batch = Batch(images, labels)
     for _ in range(2):  # the second finds the optimiser's state

@@ -11,7 +11,7 @@ from d2ft_fl.cli.common import failures
 from d2ft_fl.util.terminal import console, say
 
 if TYPE_CHECKING:
-    from d2ft_fl.rounds.strategies import Method
+    from d2ft_fl.rounds.strategies import Strategy
 
 
 def strategies_command(
@@ -26,7 +26,7 @@ def strategies_command(
     from d2ft_fl.rounds import strategies
 
     with failures():
-        found = [strategies.find(name)] if name else strategies.methods()
+        found = [strategies.load_strategy(name)] if name else strategies.builtin_strategies()
     if as_json:
         typer.echo(json.dumps([m.to_json() for m in found]))
     elif markdown:
@@ -37,7 +37,7 @@ def strategies_command(
         _methods_table(found)
 
 
-def _methods_table(found: list["Method"]) -> None:
+def _methods_table(found: list["Strategy"]) -> None:
     """Print strategies, one a row."""
     table = Table(title="Strategies", title_justify="left")
     for column in ("strategy", "what it does", "keeps budgets of"):
@@ -48,7 +48,7 @@ def _methods_table(found: list["Method"]) -> None:
     say("one of them in full, with its paper: d2ft strategies NAME")
 
 
-def _method(found: "Method") -> None:
+def _method(found: "Strategy") -> None:
     """Print one strategy in full."""
     say(f"{found.name}: {found.text}")
     if found.paper:

@@ -1,6 +1,6 @@
 """The page of all strategies, ``docs/methods.md``."""
 
-from d2ft_fl.rounds.strategies import Method
+from d2ft_fl.rounds.strategies import Strategy
 
 _HEAD = """# Methods
 
@@ -36,7 +36,7 @@ combines with them too.
 """  # noqa: E501
 
 
-def to_markdown(found: list[Method]) -> str:
+def to_markdown(found: list[Strategy]) -> str:
     """Return the page of strategies in Markdown."""
     rows = [f"| [`{m.name}`](#{m.name}) | {m.summary} | {m.kept} |" for m in found]
     sections = [

@@ -113,12 +113,6 @@ class RunConfig(  # a dataclass has the fields of its last base first
         """Return on how many of its ``local`` examples a client trains in a round."""
         return max(1, round(self.data_share * local)) if local else 0
 
-    @property
-    def takes_steps(self) -> bool:
-        """Whether a client's change may count for more than it is: where nothing bounds it."""
-        bounded = self.aggregation != "mean" or self.clip_norm > 0
-        return not bounded and self.tuning != "lora"
-
 
 OPTIONS: dict[str, Option] = options_of(RunConfig)
 # Options that name a file or folder, with their values that are no path.

@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from d2ft_fl.config.run_config import RunConfig
 from d2ft_fl.errors import ConfigError
 from d2ft_fl.subnets.architecture import Architecture, Kind, Parameter
 
@@ -41,6 +42,25 @@ class Lora:
     targets: tuple[str, ...] = ()
     rslora: bool = False
     dropout: float = 0.0
+
+    @classmethod
+    def of(cls, config: RunConfig) -> "Lora":
+        """Return what the options of a run ask for.
+
+        Args:
+            config: The options of the run.
+
+        Raises:
+            ConfigError: When ``lora-targets`` is empty.
+        """
+        targets = tuple(t.strip() for t in config.lora_targets.split(",") if t.strip())
+        if not targets:
+            raise ConfigError(
+                "lora-targets is empty; name products of a block, such as qkv, proj, fc1, fc2"
+            )
+        return cls(
+            config.lora_rank, config.lora_alpha, targets, config.lora_rslora, config.lora_dropout
+        )
 
     @property
     def scaling(self) -> float:

@@ -146,7 +146,7 @@ def export_run(run: Path, format: str = "", output: Path | None = None) -> Expor
         raise ConfigError(f"--format {format!r} is unknown; use one of {', '.join(FORMATS)}")
     run = run.expanduser().absolute()
     _check_finished(run)
-    by_lora = read_toml(run / "config.toml").get("tuning") == "lora"
+    by_lora = any(run.joinpath(name).exists() for name in (FACTORS_FILE, LORA_FILE))
     tuned = load_tuned(run) if by_lora else None
     format = format or ("timm" if tuned is None else "peft")
     if format == "peft" and tuned is None:

@@ -6,16 +6,11 @@ is one line that says what to write instead.
 
 from d2ft_fl.budgets.budget import ClientDescription
 from d2ft_fl.budgets.matching import MATCHES
-from d2ft_fl.config.choices import (
-    ADAPTIVE_OPTIMIZERS,
-    MIXED_RANK_AGGREGATIONS,
-    PLAIN_BITS,
-    SERVER_OPTIMIZERS,
-)
+from d2ft_fl.config.choices import ADAPTIVE_OPTIMIZERS, SERVER_OPTIMIZERS
 from d2ft_fl.config.run_config import RunConfig
 from d2ft_fl.errors import ConfigError, UnkeptBudget
 from d2ft_fl.rounds.components import Components
-from d2ft_fl.rounds.strategies import Method
+from d2ft_fl.rounds.strategies import Strategy
 from d2ft_fl.subnets.architecture import Architecture
 from d2ft_fl.wire.quantization import check_bits
 
@@ -34,10 +29,7 @@ def checked(config: RunConfig) -> RunConfig:
     _ = components.device
     adapter = build_adapter(components.model_spec)
     arch = adapter.describe()
-    if config.tuning == "lora":
-        components.lora.check(arch)
-        if config.lora_adapter:
-            components.adapter(arch)
+    components.tuning.check_model(arch)
     partitions = open_data(components.data_spec(adapter.input_shape)).partitions
     _check_budgets(components, arch, [len(own) for own in partitions])
     return config
@@ -96,7 +88,7 @@ def checked_options(config: RunConfig) -> RunConfig:
             f"{' and '.join(measured)} scores need a scoring pass: set score-every and "
             "score-examples to 1 or more, or use magnitude or uniform scores"
         )
-    _check_match(config, components.method)
+    _check_match(config, components.strategy)
     _check_tuning(components)
     _check_server(config)
     _check_robust(config)
@@ -104,14 +96,14 @@ def checked_options(config: RunConfig) -> RunConfig:
     return config
 
 
-def _check_match(config: RunConfig, method: Method) -> None:
+def _check_match(config: RunConfig, strategy: Strategy) -> None:
     """Raise ConfigError unless the strategy keeps the budget that is matched."""
     if config.match_share and not config.match:
         raise ConfigError(
             f"match-share = {config.match_share} belongs to match: set that to one of "
             f"{', '.join(MATCHES)}"
         )
-    if lost := [r for r in MATCHES.get(config.match, ()) if r not in method.keeps]:
+    if lost := [r for r in MATCHES.get(config.match, ()) if r not in strategy.keeps]:
         raise UnkeptBudget(
             f"strategy = {config.strategy!r} cannot keep a budget of {' and '.join(lost)}, which "
             f"match = {config.match!r} gives every client: leave match empty to run it as a "
@@ -131,13 +123,6 @@ def _check_server(config: RunConfig) -> None:
             f"server-lr = {config.server_lr} belongs to an optimiser: set server-optimizer to "
             f"one of {', '.join(SERVER_OPTIMIZERS[1:])}"
         )
-    exact = config.lora_aggregation in MIXED_RANK_AGGREGATIONS
-    if config.tuning == "lora" and exact and config.server_optimizer != "mean":
-        raise ConfigError(
-            f"server-optimizer = {config.server_optimizer!r} steps factors by their means, which "
-            f"lora-aggregation = {config.lora_aggregation!r} does not take: use factors, "
-            "freeze-a, alternate or freeze-common"
-        )
 
 
 def _check_robust(config: RunConfig) -> None:
@@ -150,69 +135,22 @@ def _check_robust(config: RunConfig) -> None:
             f"bear {hostile} hostile ones, and there are {there}: have more clients, or lower "
             f"trim-share = {config.trim_share}"
         )
-    asked = "clip-norm" if config.clip_norm else "aggregation"
-    if (config.clip_norm or config.aggregation != "mean") and (
-        config.tuning == "lora" and config.lora_aggregation in MIXED_RANK_AGGREGATIONS
-    ):
-        raise ConfigError(
-            f"{asked} acts on factors, which lora-aggregation = {config.lora_aggregation!r} does "
-            "not fold: use factors, freeze-a, alternate or freeze-common"
-        )
 
 
 def _check_tuning(components: Components) -> None:
-    """Raise ConfigError unless the options of tuning fit together."""
-    config, _ = components.config, components.tuning
-    _check_ranks(config)
-    if config.tuning == "lora" and config.upload_bits < PLAIN_BITS:
-        raise ConfigError(
-            f"upload-bits = {config.upload_bits} codes the weights of heads, which LoRA does not "
-            f"train: leave it at {PLAIN_BITS}, or set tuning to 'full'"
-        )
+    """Refuse options that the tuning does not read, or that do not go together under it."""
+    config, tuning = components.config, components.tuning
     check_bits(config.upload_bits, config.download_bits)
-    if config.tuning != "lora":
-        if config.slora_rounds or config.lora_adapter:
-            key = "slora-rounds" if config.slora_rounds else "lora-adapter"
+    for key, value in _of_factors(config).items():
+        if value and key not in tuning.options:
             raise ConfigError(f"{key} belongs to tuning = 'lora', not {config.tuning!r}")
-        return
-    components.lora.check_targets()
-    if config.slora_rounds >= config.rounds:
-        raise ConfigError(
-            f"slora-rounds = {config.slora_rounds} must be below rounds = {config.rounds}, so that "
-            "rounds of LoRA follow"
-        )
-    begins = [config.lora_init != "lora", bool(config.lora_adapter), config.slora_rounds > 0]
-    if sum(begins) > 1:
-        raise ConfigError(
-            "lora-init = 'federa', lora-adapter and slora-rounds each say how factors begin: "
-            "choose one"
-        )
-    if config.lora_aggregation == "freeze-common" and any(begins):
-        raise ConfigError(
-            "lora-aggregation = 'freeze-common' draws the factors that it freezes: leave "
-            "lora-init at 'lora', lora-adapter empty and slora-rounds at 0"
-        )
+    tuning.check_options()
 
 
-def _check_ranks(config: RunConfig) -> None:
-    """Raise ConfigError unless smaller ranks can be offered as configured."""
-    if not config.lora_ranks.strip():
-        return
-    if config.tuning != "lora":
-        raise ConfigError(f"lora-ranks belongs to tuning = 'lora', not {config.tuning!r}")
-    most = config.lora_rank
-    for text in config.lora_ranks.split(","):
-        if not text.strip().isdecimal() or not 1 <= int(text) <= most:
-            raise ConfigError(
-                f"lora-ranks = {config.lora_ranks!r}: {text.strip()!r} is no whole number from 1 "
-                f"to lora-rank = {most}; write ranks like '2, 4'"
-            )
-    if config.lora_aggregation not in MIXED_RANK_AGGREGATIONS:
-        raise ConfigError(
-            f"lora-aggregation = {config.lora_aggregation!r} cannot fold different ranks: use "
-            f"{' or '.join(MIXED_RANK_AGGREGATIONS)}, or leave lora-ranks empty"
-        )
-    if config.planner == "two-stage":
-        raise ConfigError(
-            "planner = 'two-stage' knows one rank: use planner = 'joint', or leave lora-ranks empty"
-        )
+def _of_factors(config: RunConfig) -> dict[str, str | int]:
+    """Return, as they are set, the options that mean nothing but under LoRA."""
+    return {
+        "lora-ranks": config.lora_ranks.strip(),
+        "slora-rounds": config.slora_rounds,
+        "lora-adapter": config.lora_adapter,
+    }

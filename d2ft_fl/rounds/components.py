@@ -4,13 +4,12 @@ A :class:`~d2ft_fl.config.run_config.RunConfig` is plain data. A run carries its
 which turn the names in it into the code and specifications that they mean.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import torch
-from torch import Tensor
 
+from d2ft_fl.aggregation.factory import bounds_changes
 from d2ft_fl.aggregation.privacy import Privacy
 from d2ft_fl.aggregation.server_optimizer import ServerOptimizer
 from d2ft_fl.budgets.sources import BudgetSource, budget_source
@@ -19,20 +18,14 @@ from d2ft_fl.config.run_config import NO_PATHS, RunConfig, inline_table, resolve
 from d2ft_fl.config.training_options import TrainingOptions
 from d2ft_fl.data.federated_data import class_count
 from d2ft_fl.data.spec import DataSpec
-from d2ft_fl.errors import ConfigError
-from d2ft_fl.lora.config import Lora
-from d2ft_fl.lora.peft_import import read_adapter
 from d2ft_fl.models.spec import ModelSpec
 from d2ft_fl.planning import importance
-from d2ft_fl.rounds.strategies import Method, load_strategy, method_of
-from d2ft_fl.subnets.architecture import Architecture
+from d2ft_fl.rounds.strategies import Strategy, load_strategy
+from d2ft_fl.rounds.tuning import Tuning, load_tuning
 from d2ft_fl.tasks.image_classification import ImageClassification
 from d2ft_fl.tasks.task import Task
 from d2ft_fl.trackers import Factory, load_trackers
-from d2ft_fl.util.plugins import load_module
 from d2ft_fl.util.torch_device import usable_device
-
-TUNINGS = ("full", "lora")
 
 
 @dataclass(frozen=True)
@@ -45,25 +38,19 @@ class Components:
     config: RunConfig
 
     @cached_property
-    def strategy(self) -> Any:
-        """The strategy's module."""
+    def strategy(self) -> Strategy:
+        """What decides which client runs what."""
         return load_strategy(self.config.strategy)
 
     @cached_property
-    def method(self) -> Method:
-        """What the strategy says of itself."""
-        return method_of(self.strategy, self.config.strategy)
+    def tuning(self) -> Tuning:
+        """What decides what trains of an assigned model, and how."""
+        return load_tuning(self.config, self)
 
-    @cached_property
-    def tuning(self) -> Any:
-        """The module of the way of tuning; see :mod:`clients`."""
-        name = self.config.tuning
-        module = load_module("clients", name, "tuning", TUNINGS)
-        if not callable(getattr(module, "learning_rate", None)):
-            raise ConfigError(
-                f"tuning = {name!r} has no function learning_rate(kind, factor, options)"
-            )
-        return module
+    @property
+    def takes_steps(self) -> bool:
+        """Whether a client's change may count for more than it is: where nothing bounds it."""
+        return self.tuning.takes_steps and not bounds_changes(self.config)
 
     @cached_property
     def task(self) -> Task:
@@ -74,17 +61,6 @@ class Components:
     def trackers(self) -> dict[str, Factory]:
         """What starts the trackers, by their names."""
         return load_trackers(self.config.trackers)
-
-    @cached_property
-    def lora(self) -> Lora:
-        """What LoRA tunes, and how."""
-        c = self.config
-        targets = tuple(t.strip() for t in c.lora_targets.split(",") if t.strip())
-        if not targets:
-            raise ConfigError(
-                "lora-targets is empty; name products of a block, such as qkv, proj, fc1, fc2"
-            )
-        return Lora(c.lora_rank, c.lora_alpha, targets, c.lora_rslora, c.lora_dropout)
 
     @cached_property
     def privacy(self) -> Privacy | None:
@@ -168,7 +144,7 @@ class Components:
     @cached_property
     def measured_scores(self) -> tuple[str, ...]:
         """The kinds that scoring passes measure; none where the strategy looks at none."""
-        wanted = self.method.scores
+        wanted = self.strategy.scores
         if wanted is None:
             wanted = (self.config.backward_score, self.config.forward_score)
         return tuple(kind for kind in importance.MEASURED if kind in wanted)
@@ -177,26 +153,5 @@ class Components:
     def depends_on_rounds(self) -> bool:
         """Whether what a round does depends on how many there are to be."""
         c = self.config
-        staged = self.method.staged and not c.stage_rounds
+        staged = self.strategy.staged and not c.stage_rounds
         return staged or c.epsilon > 0 or c.lr_schedule != "constant"
-
-    def adapter(self, arch: Architecture) -> dict[str, Tensor]:
-        """Return the factors that a run begins with, and the adapter's classifier where it fits.
-
-        Args:
-            arch: The model's architecture, without factors.
-
-        Raises:
-            ConfigError: When there are none, or they are others than the run's.
-        """
-        c = self.config
-        found, tensors = read_adapter(resolve_path(c.lora_adapter), arch)
-        if replace(found, dropout=self.lora.dropout, targets=()) != replace(
-            self.lora, targets=()
-        ) or set(found.targets) != set(self.lora.targets):
-            raise ConfigError(
-                f"lora-adapter = {c.lora_adapter!r} has other factors than the run: set "
-                f"lora-rank={found.rank} lora-alpha={found.alpha} "
-                f"lora-rslora={str(found.rslora).lower()} lora-targets={', '.join(found.targets)!r}"
-            )
-        return tensors

@@ -4,7 +4,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import product
-from typing import Any
 
 import numpy as np
 from torch import Tensor
@@ -21,6 +20,8 @@ from d2ft_fl.planning.assignment import Participant
 from d2ft_fl.planning.importance import ScoreBook
 from d2ft_fl.planning.planner import Planner
 from d2ft_fl.rounds.components import Components
+from d2ft_fl.rounds.strategies import Strategy
+from d2ft_fl.rounds.tuning import Tuning
 from d2ft_fl.subnets.architecture import Architecture, has_fixed
 from d2ft_fl.wire.parameter_cache import Digests, digests
 
@@ -82,12 +83,11 @@ class Federation:
         return self.components.config
 
     def at(self, round_number: int) -> "Federation":
-        """The federation of a round: what trains is for the way of tuning to say."""
-        choose = getattr(self.tuning, "architecture", None)
-        if choose is None:
-            return self
+        """Return the federation of a round: the tuning says what trains in it."""
         own = self.own or self.arch
-        arch = choose(own, self.components, round_number)
+        arch = self.tuning.architecture(own, round_number)
+        if arch is self.arch:
+            return self
         return self._stages.setdefault(arch, Federation(self.components, arch, own))
 
     @cached_property
@@ -95,8 +95,8 @@ class Federation:
         return {}
 
     @property
-    def tuning(self) -> Any:
-        """The way of tuning."""
+    def tuning(self) -> Tuning:
+        """What decides what trains of an assigned model, and how."""
         return self.components.tuning
 
     def prepared(self, state: State, original: Mapping[str, Tensor]) -> State:
@@ -107,11 +107,10 @@ class Federation:
         """
         number = state.round + 1
         state = replace(state, figures={})
-        if prepare := getattr(self.tuning, "prepare", None):
-            weights, figures = prepare(state.weights, self.arch, self.components, number, original)
-            if weights is not state.weights:  # a new beginning: nobody has anything of it
-                state = State(number - 1, weights, state.scores, state.means, state.last_trained)
-                state = replace(state, figures=figures)
+        weights, figures = self.tuning.prepare(state.weights, self.arch, number, original)
+        if weights is not state.weights:  # a new beginning: nobody has anything of it
+            state = State(number - 1, dict(weights), state.scores, state.means, state.last_trained)
+            state = replace(state, figures=figures)
         if has_fixed(self.arch) and not state.digests:
             state = replace(state, digests=digests(self.arch, state.weights), cached={})
         return state
@@ -225,14 +224,14 @@ class Federation:
         return {key: replace(planner, coupling="none") for key, planner in self._planners.items()}
 
     @property
-    def strategy(self) -> Any:
-        """The strategy's module."""
+    def strategy(self) -> Strategy:
+        """What decides which client runs what."""
         return self.components.strategy
 
     @property
     def keeps(self) -> tuple[str, ...]:
         """Of ``LIMITS``, the budgets that the strategy promises to keep."""
-        return self.components.method.keeps
+        return self.strategy.keeps
 
     def participants(self, reports: Iterable[Report], state: State) -> list[Participant]:
         """Clients in order, with their budgets resolved, and matched where that is configured."""

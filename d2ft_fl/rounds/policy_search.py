@@ -251,7 +251,7 @@ class Search:
 
     def _step(self, saved: float) -> float:
         """Who trains on fewer examples, by this factor, is followed further, where steps count."""
-        steps = self.round.federation.config.takes_steps
+        steps = self.round.federation.components.takes_steps
         return min(MOST_STEP, saved**STEP) if steps else 1.0
 
     def _rate(self, a: Assignment) -> float:

@@ -1,20 +1,27 @@
-"""What strategies say of themselves: where a method comes from, and which budgets it keeps.
+"""Strategies: which client runs what in a round.
 
-A strategy is a module with ``schedule(round)``. It may also say
+A strategy is written as a module with a function ``schedule(context)`` and up to four constants:
 
-    PAPER    "Authors, Title, venue and year, address" of what it follows
-    KEEPS    the budgets that it promises to keep, of ``budgets.LIMITS``; all, if it says nothing
-    SCORES   the kinds of scores that it looks at; those that are configured, if it says nothing
-    STAGED   whether it divides a run into stages, with ``round.stage``
+``PAPER``
+    "Authors, Title, venue and year, address" of what the strategy follows.
+``KEEPS``
+    The budgets that it promises to keep, of :data:`~d2ft_fl.budgets.budget.LIMITS`; by default all.
+``SCORES``
+    The kinds of importance scores that it reads; by default the configured ones.
+``STAGED``
+    Whether it divides a run into stages, with ``context.stage``.
+
+:func:`load_strategy` makes a :class:`Strategy` of such a module. All other code knows strategies in
+this form only.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from types import ModuleType
 from typing import Any
 
 from d2ft_fl.budgets.budget import LIMITS
 from d2ft_fl.errors import ConfigError
+from d2ft_fl.planning.assignment import Assignment
 from d2ft_fl.planning.importance import KINDS
 from d2ft_fl.util.plugins import load_module
 
@@ -43,27 +50,42 @@ STRATEGIES = (
 
 
 @dataclass(frozen=True)
-class Method:
-    """What a strategy says of itself.
+class Strategy:
+    """Decides which client runs what, and declares what it needs and promises.
 
     Attributes:
-        name: As it is configured. paper: What it follows; empty if nothing.
-        keeps: Budgets that it promises to keep, of ``LIMITS``.
-        scores: Kinds of scores that it looks at; None for those that are configured.
-        staged: Whether its rounds depend on how many there are, unless ``stage-rounds`` says it.
-        text: What it does, and where it deviates: its docstring.
+        name: The strategy as it is configured.
+        schedule: Called once a round on the server, with a
+            :class:`~d2ft_fl.rounds.context.Round`, before anything is sent. Returns exactly one
+            :class:`~d2ft_fl.planning.assignment.Assignment` for each of ``context.clients``, in any
+            order. It may rely on clients being sorted by number, on budgets being resolved to
+            amounts, and on ``context.scores`` of the kinds in :attr:`scores`. It must depend on
+            nothing but ``context`` and ``context.generator``: a resumed run calls it again and
+            expects equal answers. Whatever it raises ends the run with one line that names the
+            strategy and the round. Under differential privacy it also plans for clients that are
+            not drawn afterwards.
+        paper: The publication that it follows; empty if there is none.
+        keeps: The budgets, in the order of :data:`~d2ft_fl.budgets.budget.LIMITS`, that every
+            assignment keeps. The server checks them after each call of :attr:`schedule`, clients
+            check them again before they train.
+        scores: The kinds of importance scores that it reads, which decide what clients measure.
+            None stands for ``backward-score`` and ``forward-score``.
+        staged: Whether its rounds depend on how many rounds a run has. With ``stage-rounds`` above
+            0 they do not.
+        text: What it does, and where it deviates from the paper: the module's docstring.
     """
 
     name: str
-    paper: str
-    keeps: tuple[str, ...]
-    scores: tuple[str, ...] | None
-    text: str
+    schedule: Callable[..., list[Assignment]]
+    paper: str = ""
+    keeps: tuple[str, ...] = LIMITS
+    scores: tuple[str, ...] | None = None
     staged: bool = False
+    text: str = ""
 
     @property
     def summary(self) -> str:
-        """What it does, in a line."""
+        """The first line of :attr:`text`."""
         return self.text.split("\n")[0]
 
     @property
@@ -79,7 +101,7 @@ class Method:
         return set(self.keeps) == set(LIMITS)
 
     def to_json(self) -> Mapping[str, Any]:
-        """As a mapping."""
+        """Return what ``d2ft strategies --json`` prints of it."""
         return {
             "name": self.name,
             "paper": self.paper,
@@ -89,52 +111,55 @@ class Method:
         }
 
 
-def load_strategy(name: str) -> ModuleType:
-    """A strategy's module, by name or dotted path.
+def load_strategy(name: str) -> Strategy:
+    """Load a strategy by its name, or by the dotted path of a module.
+
+    Args:
+        name: One of :data:`STRATEGIES`, or a dotted path.
 
     Raises:
-        ConfigError: When there is none such, or it is not one.
+        ConfigError: When there is no such module, or it is not a strategy.
     """
-    module = load_module("strategies", name, "strategy", STRATEGIES)
-    if not callable(getattr(module, "schedule", None)):
-        raise ConfigError(f"strategy = {name!r} has no function schedule(round)")
-    method_of(module, name)
-    return module
+    return strategy_of(load_module("strategies", name, "strategy", STRATEGIES), name)
 
 
-def method_of(module: Any, name: str) -> Method:
-    """What a strategy's module says.
+def strategy_of(module: Any, name: str) -> Strategy:
+    """Make a strategy of a module.
+
+    Args:
+        module: What has ``schedule`` and the constants; see the docstring of this module.
+        name: The strategy as it is configured, for messages.
 
     Raises:
-        ConfigError: When it names budgets or scores that there are not.
+        ConfigError: When there is no function ``schedule``, or when the constants name budgets or
+            scores that do not exist.
     """
-    keeps = tuple(getattr(module, "KEEPS", LIMITS))
+    schedule = getattr(module, "schedule", None)
+    if not callable(schedule):
+        raise ConfigError(f"strategy = {name!r} has no function schedule(context)")
     scores = getattr(module, "SCORES", None)
-    for what, said, known in (("KEEPS", keeps, LIMITS), ("SCORES", scores or (), KINDS)):
-        for one in said:
-            if one not in known:
-                raise ConfigError(
-                    f"strategy = {name!r}: {what} names {one!r}; use of {', '.join(known)}"
-                )
-    return Method(
-        name,
-        " ".join(getattr(module, "PAPER", "").split()),
-        tuple(limit for limit in LIMITS if limit in keeps),
-        None if scores is None else tuple(scores),
-        (module.__doc__ or "").strip(),
-        bool(getattr(module, "STAGED", False)),
+    keeps = _known(name, "KEEPS", getattr(module, "KEEPS", LIMITS), LIMITS)
+    return Strategy(
+        name=name,
+        schedule=schedule,
+        paper=" ".join(getattr(module, "PAPER", "").split()),
+        keeps=tuple(limit for limit in LIMITS if limit in keeps),
+        scores=None if scores is None else _known(name, "SCORES", scores, KINDS),
+        staged=bool(getattr(module, "STAGED", False)),
+        text=(module.__doc__ or "").strip(),
     )
 
 
-def find(name: str) -> Method:
-    """A strategy by name.
+def _known(name: str, constant: str, values: Any, allowed: tuple[str, ...]) -> tuple[str, ...]:
+    """Return the values of a strategy's constant, once all of them are allowed."""
+    for value in values:
+        if value not in allowed:
+            raise ConfigError(
+                f"strategy = {name!r}: {constant} names {value!r}; use of {', '.join(allowed)}"
+            )
+    return tuple(values)
 
-    Raises:
-        ConfigError: See :func:`load_strategy`.
-    """
-    return method_of(load_strategy(name), name)
 
-
-def methods() -> list[Method]:
-    """The strategies that come with the project, in the order in which they are listed."""
-    return [find(name) for name in STRATEGIES]
+def builtin_strategies() -> list[Strategy]:
+    """Return the strategies that come with the project, in the order in which they are listed."""
+    return [load_strategy(name) for name in STRATEGIES]

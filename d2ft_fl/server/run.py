@@ -300,8 +300,7 @@ class _Run:
     def finish(self, wall_seconds: float) -> dict[str, Any]:
         """Write the results of the run; return the summary."""
         stage, state = self.federation.at(self.state.round), self.state
-        if save := getattr(stage.tuning, "save", None):
-            save(self.recorder.folder, state.weights, stage.arch, self.components, self.original)
+        stage.tuning.save(self.recorder.folder, state.weights, stage.arch, self.original)
         weights, last = stage.model_weights(state), self.recorder.rows[-1]
         if primary_of(last) is None:  # of a run that ends before it was meant to
             metrics = MetricSpec.of(self.components.task)

@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from d2ft_fl.aggregation.mean_compensation import MeanBook, MeanSums
-from d2ft_fl.clients.full import learning_rate
 from d2ft_fl.engine.mean_tally import MeanTally, received
 from d2ft_fl.engine.meter import Meter
 from d2ft_fl.engine.partial_model import PartialModel
@@ -26,6 +25,7 @@ from tests.conftest import (
     cost_model,
     embedded,
     images_for,
+    learning_rate,
     random_schedule,
     training_options,
     weights_of,

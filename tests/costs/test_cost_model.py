@@ -8,7 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from d2ft_fl.bench.step import saved_bytes
-from d2ft_fl.clients.full import learning_rate
 from d2ft_fl.config.training_options import ExecutionPolicy
 from d2ft_fl.costs import cost_model as costs
 from d2ft_fl.costs.probe_costs import Probes, probes_cost, round_cost
@@ -30,6 +29,7 @@ from tests.conftest import (
     build,
     cost_model,
     images_for,
+    learning_rate,
     random_schedule,
     running,
     weights_of,

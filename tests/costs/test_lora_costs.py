@@ -8,7 +8,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from d2ft_fl.bench.step import saved_bytes
-from d2ft_fl.clients.full import learning_rate
 from d2ft_fl.engine.meter import Meter
 from d2ft_fl.engine.numerics import Numerics
 from d2ft_fl.engine.partial_model import PartialModel
@@ -26,6 +25,7 @@ from tests.conftest import (
     build,
     cost_model,
     images_for,
+    learning_rate,
     random_schedule,
     running,
     weights_of,

@@ -4,7 +4,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from d2ft_fl.clients.full import learning_rate
 from d2ft_fl.engine.meter import Meter
 from d2ft_fl.engine.numerics import Numerics
 from d2ft_fl.engine.partial_model import PartialModel
@@ -21,6 +20,7 @@ from tests.conftest import (
     build,
     cost_model,
     images_for,
+    learning_rate,
     random_schedule,
     training_options,
     weights_of,

@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from d2ft_fl.clients.lora import learning_rate
+from d2ft_fl.clients.lora import LoraTuning
+from d2ft_fl.config.run_config import RunConfig
 from d2ft_fl.engine.meter import Meter
 from d2ft_fl.engine.numerics import Numerics
 from d2ft_fl.engine.partial_model import PartialModel
@@ -19,6 +20,8 @@ from d2ft_fl.subnets.architecture import Kind
 from d2ft_fl.subnets.packing import pack_for
 from d2ft_fl.tasks.task import Batch
 from tests.conftest import CLASSIFY, all_of, build, images_for, training_options, weights_of
+
+learning_rate = LoraTuning(RunConfig()).learning_rate
 
 
 def batches(images, labels, size):

@@ -12,7 +12,6 @@ from flwr.serverapp.strategy import FedAvg
 from flwr.supercore.task_identity import TaskIdentity
 
 from d2ft_fl.client.trainer import ClientTrainer
-from d2ft_fl.clients.full import learning_rate
 from d2ft_fl.errors import RunError
 from d2ft_fl.models.build import build_adapter
 from d2ft_fl.models.timm_vit import TimmViT
@@ -26,7 +25,7 @@ from d2ft_fl.server.replies import RoundReplies
 from d2ft_fl.subnets.architecture import Kind
 from d2ft_fl.wire import blob as wire
 from d2ft_fl.wire.quantization import SCALE_BYTES
-from tests.conftest import reports_of
+from tests.conftest import learning_rate, reports_of
 
 FISHER = TENSOR + "fisher"
 
@@ -205,10 +204,10 @@ def test_of_a_thousand_malformed_replies_none_is_accepted_and_none_is_fatal(roun
     fold = RoundReplies(federation, state, plan)
     for _ in range(1000):
         client = int(draw.choice(clients))
-        pending = fold.pending[client]
+        pending = fold.outcomes.pending[client]
         fold.add(client, malformed(draw, replies[client]))
-        assert fold.records.pop(client).failure
-        fold.pending[client] = pending  # it may try again
+        assert fold.outcomes.records.pop(client).failure
+        fold.outcomes.pending[client] = pending  # it may try again
     assert not fold.measured
     for client, blob in replies.items():
         fold.add(client, blob)
@@ -276,20 +275,26 @@ def test_a_worker_turns_its_own_fault_into_an_answer(quick):
     assert meta["error"].startswith("ReplyError")
 
 
-def test_a_strategy_must_plan_everyone_and_keep_what_it_promises(quick, monkeypatch):
+def follow(federation, schedule):
+    """Have a federation's strategy decide by another function."""
+    strategy = replace(federation.strategy, schedule=schedule)
+    federation.components.__dict__["strategy"] = strategy  # in place of what is resolved once
+
+
+def test_a_strategy_must_plan_everyone_and_keep_what_it_promises(quick):
     config = quick()
     federation, state, _, _ = first_round(config)
     reports = reports_of(config)
-    monkeypatch.setattr(federation.strategy, "schedule", lambda r: [])
+    follow(federation, lambda context: [])
     with pytest.raises(RunError, match="must give each client one assignment"):
         plan_round(federation, state, reports)
     spend = lambda r: [r.assign(c, r.everything()) for c in r.clients]  # noqa: E731
-    monkeypatch.setattr(federation.strategy, "schedule", spend)
+    follow(federation, spend)
     with pytest.raises(RunError, match="breaks the budget of client 0 in flops"):
         plan_round(federation, state, reports)
 
 
-def test_what_a_strategy_raises_names_it(quick, monkeypatch):
+def test_what_a_strategy_raises_names_it(quick):
     federation, state, _, _ = first_round(quick())
     reports = reports_of(federation.config)
 
@@ -297,7 +302,7 @@ def test_what_a_strategy_raises_names_it(quick, monkeypatch):
         def fail(round_number):
             raise error
 
-        monkeypatch.setattr(federation.strategy, "schedule", fail)
+        follow(federation, fail)
 
     schedule(ValueError("no\nidea"))
     with pytest.raises(RunError, match=r"^strategy 'd2ft' raised ValueError in round 1: no$"):
@@ -332,9 +337,9 @@ def test_one_fedavg_round_equals_flowers_own_fedavg(quick, slots, monkeypatch):
         )
         everyone = np.arange(len(data.partitions[client]))
         (order,) = worker.examples.epochs(client, 1, everyone)
-        for images, labels in worker.examples.batches(client, order, options.batch_size):
+        for batch in worker.examples.batches(client, order, options.batch_size):
             optimizer.zero_grad()
-            F.cross_entropy(model(images), labels).backward()
+            F.cross_entropy(model(batch.inputs), batch.targets).backward()
             optimizer.step()
         content = RecordDict(
             {

@@ -20,8 +20,9 @@ from d2ft_fl.rounds.checks import checked
 from d2ft_fl.rounds.components import Components
 from d2ft_fl.rounds.context import ExecutionPolicy, Participant, Round, plan_round
 from d2ft_fl.rounds.federation import Federation, Report, State
-from d2ft_fl.rounds.strategies import STRATEGIES, load_strategy, method_of, methods
+from d2ft_fl.rounds.strategies import STRATEGIES, builtin_strategies, strategy_of
 from d2ft_fl.runtime.in_process import run_local
+from d2ft_fl.strategies import fedavg
 from d2ft_fl.subnets.schedule import Operation
 from tests.conftest import build, weights_of
 
@@ -272,7 +273,7 @@ def test_a_run_of_each_is_as_predicted(quick, strategy):
 
 
 def test_methods_are_listed_with_their_papers():
-    found = {m.name: m for m in methods()}
+    found = {m.name: m for m in builtin_strategies()}
     assert list(found) == list(STRATEGIES)
     assert found["d2ft"].keeps_budgets
     assert found["fedavg"].keeps == ()
@@ -302,27 +303,30 @@ def test_a_module_that_says_nothing_keeps_everything():
     class Plain:
         """Mine."""
 
-    method = method_of(Plain, "mine")
-    assert method.keeps == LIMITS
-    assert method.scores is None
+        schedule = fedavg.schedule
+
+    strategy = strategy_of(Plain, "mine")
+    assert strategy.keeps == LIMITS
+    assert strategy.scores is None
+    assert strategy.text == "Mine."
+    assert not strategy.staged
 
 
 @pytest.mark.parametrize("said", [{"KEEPS": ("watts",)}, {"SCORES": ("luck",)}])
 def test_budgets_and_scores_that_there_are_not_are_refused(said):
     with pytest.raises(ConfigError, match=f"names '{next(iter(said.values()))[0]}'"):
-        method_of(type("Odd", (), said), "mine.odd")
+        strategy_of(type("Odd", (), {"schedule": fedavg.schedule, **said}), "mine.odd")
 
 
 @pytest.mark.parametrize("examples", [-1, 21])
 def test_examples_that_a_client_has_not_are_an_error(examples, monkeypatch):
     federation, state, reports = round_of("fedavg", [{}])
-    module = load_strategy("fedavg")
 
     def schedule(round_number):
         a = round_number.assign(round_number.clients[0], round_number.everything())
         return [replace(a, examples=examples)]
 
-    monkeypatch.setattr(module, "schedule", schedule)
+    monkeypatch.setattr(fedavg, "schedule", schedule)
     with pytest.raises(RunError, match=f"gives client 0 {examples} examples to train on, of 20"):
         plan_round(federation, state, reports)
 
@@ -401,7 +405,6 @@ def test_drawing_tries_all_that_a_client_would_train_on():
 
 def test_a_strategy_may_ask_for_passes_of_its_own(quick, monkeypatch):
     """The fold takes the scores that the task asked for, whatever is configured."""
-    module = load_strategy("fedavg")
     probes = Probes(scored=2, kinds=("taylor",))
 
     def schedule(round_number):
@@ -410,7 +413,7 @@ def test_a_strategy_may_ask_for_passes_of_its_own(quick, monkeypatch):
             for c in round_number.clients
         ]
 
-    monkeypatch.setattr(module, "schedule", schedule)
+    monkeypatch.setattr(fedavg, "schedule", schedule)
     summary = run_local(checked(quick(strategy="fedavg")))
     assert summary["faults"] == 0
     assert summary["scored"] == summary["client_rounds"] > 0

@@ -1,0 +1,225 @@
+"""Reading replies: nothing of an answer is believed before it is known to be whole.
+
+A reply may come from a client that failed, that plans otherwise than the server, or that lies. What
+is read here has the form that the assignment asks for; what its numbers are worth is for the
+:class:`~d2ft_fl.aggregation.aggregator.Aggregator` to say.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from d2ft_fl.aggregation.mean_compensation import MeanSums
+from d2ft_fl.aggregation.sums import Update
+from d2ft_fl.config.choices import PLAIN_BITS
+from d2ft_fl.costs.resources import Cost
+from d2ft_fl.errors import ReplyError
+from d2ft_fl.planning.assignment import Assignment
+from d2ft_fl.planning.importance import TENSOR
+from d2ft_fl.rounds.federation import Federation, State
+from d2ft_fl.subnets.packing import GlobalModel
+from d2ft_fl.wire import blob as wire
+from d2ft_fl.wire.quantization import with_quantized_changes
+
+MORE_BYTES = 1 << 16  # than planned: for the reason that a client gives when it has failed
+MOST_COUNT = 2**62  # FLOPs, bytes and examples that a report can hold
+MEAN_PREFIX = "d2ft.mean."  # of the tensors that compensation measures
+
+
+def slot_examples(federation: Federation, state: State, assignment: Assignment) -> list[int]:
+    """Return on how many examples a client trains in each slot.
+
+    Args:
+        federation: The federation of the round.
+        state: The global state that the round began with.
+        assignment: What the client was told to do.
+    """
+    costs = federation.costs_of(state, assignment.policy)
+    return costs.slot_totals(assignment.examples or 0)
+
+
+def counted_examples(federation: Federation, state: State, assignment: Assignment) -> list[int]:
+    """Return what a client's examples of each slot count: at least 1 where there are any.
+
+    Args:
+        federation: The federation of the round.
+        state: The global state that the round began with.
+        assignment: What the client was told to do.
+    """
+    return [
+        max(int(count > 0), round(count * assignment.policy.weight))
+        for count in slot_examples(federation, state, assignment)
+    ]
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What a client reports of its round.
+
+    Attributes:
+        round_number: The round that it answers.
+        client: The client that it says to be.
+        cost: What it used; bytes up are those of the reply, as the server counted them.
+        wall_seconds: How long the client worked on the assignment.
+        training_seconds: How much of that it trained.
+        train_loss: The mean loss over its examples.
+        slot_examples: On how many examples it trained, slot by slot.
+    """
+
+    round_number: int
+    client: int
+    cost: Cost
+    wall_seconds: float
+    training_seconds: float
+    train_loss: float
+    slot_examples: list[int]
+
+
+@dataclass(frozen=True)
+class Reply:
+    """One client's answer, read.
+
+    Attributes:
+        update: What it trained.
+        means: What subnets add on average, by name; empty where nobody measures it in this round.
+        scores: Kind -> the scores that it measured: float64 [blocks, heads].
+        usage: What it reports.
+    """
+
+    update: Update
+    means: dict[str, Tensor]
+    scores: dict[str, np.ndarray]
+    usage: Usage
+
+
+@dataclass(frozen=True, eq=False)
+class ReplyReader:
+    """Reads the replies of one round.
+
+    Attributes:
+        federation: The federation of the round.
+        state: The global state that the round began with.
+        round_number: The round, counted from 1.
+        mean_sums: What checks the means that compensation measures.
+    """
+
+    federation: Federation
+    state: State
+    round_number: int
+    mean_sums: MeanSums
+
+    def read(self, assignment: Assignment, blob: bytes | memoryview) -> Reply:
+        """Read the answer to an assignment.
+
+        Args:
+            assignment: What the client was told to do.
+            blob: The answer, in memory that is good until the reply was aggregated.
+
+        Raises:
+            ReplyError: With the first thing that is wrong, or the reason that the client gives.
+        """
+        tensors, meta = self._decoded(assignment, blob)
+        usage = self._usage(meta, len(blob))
+        self._check_answers(assignment, usage)
+        scores = self._taken_scores(tensors, assignment.probes.kinds)
+        means = self._taken_means(assignment, tensors)
+        update = self._update(assignment, tensors)
+        return Reply(update, means, scores, usage)
+
+    def _decoded(
+        self, assignment: Assignment, blob: bytes | memoryview
+    ) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
+        """Return tensors and report of an answer that is no longer than it can be."""
+        most = assignment.cost.bytes_up + MORE_BYTES
+        if len(blob) > most:
+            raise ReplyError(f"{len(blob)} bytes, where {most} are the most that can be")
+        tensors, meta = wire.decode(blob)
+        if meta.get("error"):
+            raise ReplyError(str(meta["error"]))
+        return tensors, meta
+
+    @staticmethod
+    def _usage(meta: Mapping[str, Any], bytes_up: int) -> Usage:
+        """Return what a report says of usage, once all its numbers can be."""
+        try:
+            used = meta["used"]
+            cost = Cost(int(used["flops"]), int(used["memory"]), bytes_up, int(used["bytes_down"]))
+            usage = Usage(
+                round_number=int(meta["round"]),
+                client=int(meta["client"]),
+                cost=cost,
+                wall_seconds=float(used["seconds"]),
+                training_seconds=float(used["training"]),
+                train_loss=float(meta["loss"]),
+                slot_examples=[int(count) for count in meta["slot_examples"]],
+            )
+        except (KeyError, TypeError, ValueError, OverflowError) as error:
+            raise ReplyError(f"the report is incomplete or malformed: {error}") from None
+        counts = (cost.flops, cost.memory, cost.bytes_down)
+        seconds = (usage.wall_seconds, usage.training_seconds)
+        finite = np.isfinite([*seconds, usage.train_loss]).all()
+        if not finite or not all(0 <= count < MOST_COUNT for count in counts):
+            raise ReplyError("the report holds numbers that cannot be")
+        return usage
+
+    def _check_answers(self, assignment: Assignment, usage: Usage) -> None:
+        """Refuse an answer to another round or client, or one after other examples."""
+        if (usage.round_number, usage.client) != (self.round_number, assignment.client):
+            raise ReplyError(f"an answer to round {usage.round_number} for client {usage.client}")
+        expected = slot_examples(self.federation, self.state, assignment)
+        if usage.slot_examples != expected:
+            raise ReplyError(f"trained on {sum(usage.slot_examples)} examples, not {sum(expected)}")
+
+    def _taken_scores(
+        self, tensors: dict[str, Tensor], kinds: Sequence[str]
+    ) -> dict[str, np.ndarray]:
+        """Take a client's scores out of its tensors: kind -> float64 [blocks, heads]."""
+        return {kind: self._scores(kind, tensors.pop(TENSOR + kind, None)) for kind in kinds}
+
+    def _scores(self, kind: str, scores: Tensor | None) -> np.ndarray:
+        """Return scores of a kind as float64 [blocks, heads], once they can be."""
+        arch = self.federation.arch
+        if scores is None:
+            raise ReplyError(f"the {kind} scores are missing")
+        if scores.dtype != torch.float32:
+            raise ReplyError(f"the {kind} scores are {scores.dtype}, not {torch.float32}")
+        values = None
+        if tuple(scores.shape) == (arch.blocks, arch.heads):
+            values = scores.double().numpy()
+        if values is None or not np.isfinite(values).all():
+            raise ReplyError(f"the {kind} scores are not a finite [blocks, heads]")
+        if (values < 0).any():
+            raise ReplyError(f"the {kind} scores are negative")
+        return values
+
+    def _taken_means(self, assignment: Assignment, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Take the means that compensation measures out of a client's tensors, checked."""
+        if not self.federation.calibrates(self.round_number):
+            return {}
+        names = [name for name in tensors if name.startswith(MEAN_PREFIX)]
+        means = {name: tensors.pop(name) for name in names}
+        self.mean_sums.check(assignment.schedule, means)
+        return means
+
+    def _update(self, assignment: Assignment, tensors: dict[str, Tensor]) -> Update:
+        """Return what a client trained, in full numbers again where changes were quantized."""
+        schedule = assignment.schedule
+        bits = assignment.policy.bits_up or self.federation.config.upload_bits
+        if bits < PLAIN_BITS:
+            tensors = with_quantized_changes(
+                self.federation.arch, self._packed_model, schedule, tensors, bits
+            )
+        takes_steps = self.federation.components.takes_steps
+        step = assignment.policy.step if takes_steps else 1.0
+        counted = counted_examples(self.federation, self.state, assignment)
+        return Update(schedule, counted, tensors, step)
+
+    @cached_property
+    def _packed_model(self) -> GlobalModel:
+        """The global model, laid out as the slices that quantized changes are added to."""
+        return GlobalModel.of(self.federation.arch, self.state.weights)
