@@ -13,7 +13,7 @@ SCORES = ()
 
 
 def schedule(context: Round) -> list[Assignment]:
-    """The fewest passes that fit, for everyone."""
+    """Assign everything in the fewest micro-batches that fit, for everyone."""
     return [_fewest_micro_batches(context, client) for client in context.clients]
 
 

@@ -19,14 +19,14 @@ SCORES = ()
 
 
 def schedule(context: Round) -> list[Assignment]:
-    """The most of the last layers, for everyone."""
+    """Assign the most of the last layers that fit, for everyone."""
     blocks = context.shape[0]
     depths = [last_layers(context, count) for count in range(blocks + 1)]
     return [context.largest(client, depths) for client in context.clients]
 
 
 def last_layers(context: Round, count: int) -> Schedule:
-    """The last ``count`` layers FULL, those below FORWARD_ONLY."""
+    """Return the last ``count`` layers FULL, those below FORWARD_ONLY."""
     operations = np.full(context.shape, Operation.FORWARD_ONLY)
     operations[len(operations) - count :] = Operation.FULL
     return context.schedule(operations)

@@ -19,7 +19,7 @@ SCORES = ()
 
 
 def schedule(context: Round) -> list[Assignment]:
-    """As many layers from the client's first on as fit, for everyone."""
+    """Assign as many layers from the client's first on as fit, for everyone."""
     blocks = context.shape[0]
     cycles = [_candidates(context, first) for first in range(blocks)]
     return [
@@ -38,7 +38,7 @@ def _candidates(context: Round, first: int) -> list[Schedule]:
 
 
 def _layers(context: Round, first: int, count: int, beside: np.ndarray) -> Schedule:
-    """A run of ``count`` layers FULL, those in ``beside`` FROZEN, the rest skipped."""
+    """Return a run of ``count`` layers FULL, those in ``beside`` FROZEN, the rest skipped."""
     operations = np.full(context.shape, Operation.SHORTCUT)
     operations[beside] = Operation.FROZEN
     operations[(first + np.arange(count)) % len(operations)] = Operation.FULL

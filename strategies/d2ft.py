@@ -24,7 +24,7 @@ Foundation Models, 2025, arXiv 2504.12471"""
 
 
 def schedule(context: Round) -> list[Assignment]:
-    """Each client's best round under its budgets."""
+    """Assign each client its best round under its budgets."""
     config = context.federation.config
     backward, forward = context.backward_scores(), context.forward_scores()
     preferred = backward

@@ -16,5 +16,5 @@ SCORES = ("fisher",)
 
 
 def schedule(context: Round) -> list[Assignment]:
-    """Each client's schedule in two stages."""
+    """Plan each client's schedule in two stages."""
     return context.plan(context.scores("magnitude"), context.scores("fisher"), method="two-stage")

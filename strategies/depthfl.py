@@ -16,13 +16,13 @@ SCORES = ()
 
 
 def schedule(context: Round) -> list[Assignment]:
-    """The most of the first layers, for everyone."""
+    """Assign the most of the first layers that fit, for everyone."""
     depths = [first_layers(context, count) for count in range(1, context.shape[0] + 1)]
     return [context.largest(client, depths) for client in context.clients]
 
 
 def first_layers(context: Round, count: int) -> Schedule:
-    """The first ``count`` layers FULL, those above skipped."""
+    """Return the first ``count`` layers FULL, those above skipped."""
     operations = np.full(context.shape, Operation.SHORTCUT)
     operations[:count] = Operation.FULL
     return context.schedule(operations)

@@ -16,5 +16,5 @@ SCORES = ()
 
 
 def schedule(context: Round) -> list[Assignment]:
-    """Everything FULL for everyone."""
+    """Assign everything FULL to everyone."""
     return [context.assign(client, context.everything()) for client in context.clients]

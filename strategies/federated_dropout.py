@@ -16,7 +16,7 @@ SCORES = ()
 
 
 def schedule(context: Round) -> list[Assignment]:
-    """The most drawn heads of every layer that fit, for everyone."""
+    """Assign the most drawn heads of every layer that fit, for everyone."""
     found = []
     for client in context.clients:
         order = context.generator(client).random(context.shape).argsort(axis=1).argsort(axis=1)

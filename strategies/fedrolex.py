@@ -18,7 +18,7 @@ SCORES = ()
 
 
 def schedule(context: Round) -> list[Assignment]:
-    """The widest window that fits, for everyone."""
+    """Assign the widest window that fits, for everyone."""
     heads = context.shape[1]
     first = (context.number - 1) % heads
     widths = [some_heads(context, (first + np.arange(w)) % heads) for w in range(1, heads + 1)]

@@ -14,7 +14,7 @@ SCORES = ()
 
 
 def schedule(context: Round) -> list[Assignment]:
-    """The most examples that fit, for everyone."""
+    """Assign everything on the most examples that fit, for everyone."""
     return [_largest(context, client) for client in context.clients]
 
 

@@ -15,7 +15,7 @@ SCORES = ()
 
 
 def schedule(context: Round) -> list[Assignment]:
-    """The most tokens that fit, for everyone."""
+    """Assign everything on the most tokens that fit, for everyone."""
     return [_most_tokens(context, client) for client in context.clients]
 
 

@@ -18,7 +18,7 @@ SCORES = ()
 
 
 def schedule(context: Round) -> list[Assignment]:
-    """Drawn widths up to the largest that fits, for everyone."""
+    """Assign drawn widths up to the largest that fits, for everyone."""
     heads = context.shape[1]
     widths = [some_heads(context, range(width)) for width in range(1, heads + 1)]
     found = []

@@ -16,13 +16,13 @@ SCORES = ()
 
 
 def schedule(context: Round) -> list[Assignment]:
-    """The most leading heads, for everyone."""
+    """Assign the most leading heads that fit, for everyone."""
     widths = [some_heads(context, range(width)) for width in range(1, context.shape[1] + 1)]
     return [context.largest(client, widths) for client in context.clients]
 
 
 def some_heads(context: Round, heads: range | np.ndarray) -> Schedule:
-    """The same heads of every layer FULL, the others skipped."""
+    """Return the given heads of every layer FULL, the others skipped."""
     operations = np.full(context.shape, Operation.SHORTCUT)
     operations[:, np.asarray(heads)] = Operation.FULL
     return context.schedule(operations)

@@ -11,6 +11,6 @@ SCORES = ()
 
 
 def schedule(context: Round) -> list[Assignment]:
-    """Everything FORWARD_ONLY for everyone."""
+    """Assign everything FORWARD_ONLY to everyone who can afford it."""
     probe = context.schedule(np.full(context.shape, Operation.FORWARD_ONLY))
     return [context.largest(client, [probe]) for client in context.clients]

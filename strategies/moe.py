@@ -19,7 +19,7 @@ SCORES = ("fisher",)
 
 
 def schedule(context: Round) -> list[Assignment]:
-    """The most experts a layer that fit, for everyone."""
+    """Assign the most experts a layer that fit, for everyone."""
     gate = np.log(np.maximum(context.scores("fisher"), 1e-12))
     heads, slots = context.shape[1], context.federation.config.slots
     found = []

@@ -22,7 +22,7 @@ STAGES = 4  # the paper's
 
 
 def schedule(context: Round) -> list[Assignment]:
-    """As much of the stage's depth as fits, for everyone."""
+    """Assign as much of the stage's depth as fits, for everyone."""
     blocks = context.shape[0]
     stage, stages = context.stage(min(STAGES, blocks))
     grown = -(-blocks * (stage + 1) // stages)

@@ -15,5 +15,5 @@ SCORES = ("gradient",)
 
 
 def schedule(context: Round) -> list[Assignment]:
-    """What is worth most by gradient FULL, nothing FORWARD_ONLY."""
+    """Assign the subnets of largest gradients FULL, none FORWARD_ONLY."""
     return context.plan(context.scores("gradient"), np.zeros(context.shape), coupled=False)

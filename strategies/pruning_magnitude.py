@@ -14,5 +14,5 @@ SCORES = ()
 
 
 def schedule(context: Round) -> list[Assignment]:
-    """What is worth most by magnitude FULL, nothing FORWARD_ONLY."""
+    """Assign the subnets of largest weights FULL, none FORWARD_ONLY."""
     return context.plan(context.scores("magnitude"), np.zeros(context.shape), coupled=False)

@@ -13,6 +13,6 @@ SCORES = ()
 
 
 def schedule(context: Round) -> list[Assignment]:
-    """Each client's best schedule for scores that mean nothing."""
+    """Plan each client's best schedule for scores that are drawn."""
     draws = np.stack([context.generator(c).random((2, *context.shape)) for c in context.clients])
     return context.plan(draws[:, 0], draws[:, 1], coupled=False)

@@ -22,7 +22,7 @@ STAGED = True
 
 
 def schedule(context: Round) -> list[Assignment]:
-    """The stage's layers, the last first, and then the widest rest that fits, for everyone."""
+    """Assign the stage's layers, then the widest rest that fits, for everyone."""
     blocks, heads = context.shape
     stage, stages = context.stage(blocks)
     first, end = stage * blocks // stages, (stage + 1) * blocks // stages

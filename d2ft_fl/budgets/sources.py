@@ -14,20 +14,36 @@ MEASURED = "measured"
 
 
 class BudgetSource(Protocol):
-    """Says what a client can afford in a round."""
+    """Decides what a client can afford in a round.
+
+    Called where the client is: once before the run in each client's process, and before every round
+    if :attr:`varies`. The answer should depend on the arguments and on the machine alone.
+
+    A plug-in, ``budgets = "module:function"``, is a function with the signature of
+    :meth:`__call__`, which may also return a mapping with the entries of a class in a file of
+    devices, such as ``{"memory": "512 MiB", "flops": "60 %"}``. It counts as varying.
+    """
 
     @property
     def varies(self) -> bool:
         """Whether clients have to be asked again every round."""
 
     def __call__(self, client: ClientDescription, round_number: int) -> Budget:
-        """The budget of ``client`` in ``round``, counted from 1."""
+        """Return the budget of a client in a round.
+
+        Args:
+            client: The client, with its number of examples and the number of clients.
+            round_number: The round that comes, counted from 1.
+
+        Raises:
+            ConfigError: When there is no budget to be had.
+        """
 
 
 def budget_source(
     spec: str, resolve: Callable[[str], Path], device: str = "cpu", threads: int = 1
 ) -> BudgetSource:
-    """The source that a configuration names.
+    """Return the source that a configuration names.
 
     Args:
         spec: ``devices``, ``hardware``, ``measured``, a path ending in ``.toml``, or
@@ -67,7 +83,11 @@ class Plugin:
     varies: bool = True
 
     def __call__(self, client: ClientDescription, round_number: int) -> Budget:
-        """What the function answers.
+        """Return what the function answers, once it is a budget.
+
+        Args:
+            client: The client.
+            round_number: The round that comes, counted from 1.
 
         Raises:
             ConfigError: When it raises, or its answer is no budget.
