@@ -17,7 +17,7 @@ def outside(old: np.ndarray, new: np.ndarray, most: float) -> int:
 
 @entry
 def squares(old: np.ndarray, new: np.ndarray) -> float:
-    """The sum of the squares of all changes."""
+    """Return the sum of the squares of all changes."""
     total = 0.0
     for i in range(old.size):
         change = np.float64(new[i]) - np.float64(old[i])

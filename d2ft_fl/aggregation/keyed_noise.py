@@ -43,7 +43,7 @@ class Noise:
 
 
 def noise_key(config: "RunConfig", folder: Path) -> bytes:
-    """The key of a run's noise: secret, and kept in its folder, unless ``noise-seed`` says it.
+    """Return the key of a run's noise: secret and in its folder, unless ``noise-seed`` gives it.
 
     Raises:
         ConfigError: When a run is resumed and its key is not there.

@@ -158,7 +158,7 @@ class LoraSums:
         return {"aggregation_error": self.error}
 
     def apply(self) -> dict[str, Tensor]:
-        """The new state; sets :attr:`error`."""
+        """Return the new state; sets :attr:`error`."""
         new = self._own.apply()
         if self._exact is None:
             return new
@@ -181,7 +181,7 @@ class LoraSums:
     def _product(
         self, weight: Parameter, a: Parameter, b: Parameter, old: Tensor, wanted: Tensor
     ) -> dict[str, Tensor]:
-        """The factors nearest to the wanted effective weights, which were the old ones."""
+        """Return the factors nearest to the wanted effective weights, which were the old ones."""
         base = self.weights[weight.name]
         if torch.equal(wanted, old):
             return {p.name: self.weights[p.name] for p in (a, b)}
@@ -197,7 +197,7 @@ class LoraSums:
     def _stack(
         self, weight: Parameter, a: Parameter, b: Parameter, change: Tensor
     ) -> dict[str, Tensor]:
-        """The change in the weight, and the factors as they were."""
+        """Return the change in the weight, and the factors as they were."""
         base = self.weights[weight.name]
         moved = (base.double() + change).to(base.dtype)
         return {
@@ -208,7 +208,7 @@ class LoraSums:
 
 
 def effective_architecture(arch: Architecture) -> Architecture:
-    """The targeted weights alone, as parameters that train, without factors."""
+    """Return the targeted weights alone, as parameters that train, without factors."""
     parameters = tuple(replace(weight, trains=True) for weight, _, _ in targeted(arch))
     return replace(arch, parameters=parameters, rank=0, scaling=0.0)
 
@@ -216,7 +216,7 @@ def effective_architecture(arch: Architecture) -> Architecture:
 def effective_rows(
     arch: Architecture, weights: Mapping[str, Tensor], update: Update
 ) -> dict[str, Tensor]:
-    """What an update makes of the targeted weights of the heads that it trained.
+    """Return what an update makes of the targeted weights of the heads that it trained.
 
     Returns:
         Name of the weight -> float64 rows ``W + scaling * F' G'^T``, packed as ``up_spec`` of
@@ -249,7 +249,7 @@ def effective_rows(
 def _trained_factor(
     p: Parameter, weights: Mapping[str, Tensor], update: Update, heads: Iterable[int]
 ) -> Tensor:
-    """A factor as an update leaves it, all columns, of some heads where it divides over them."""
+    """Return all columns of a factor as an update leaves it, of some heads where it is sliced."""
     old = p.pack(weights[p.name], heads) if p.kind is Kind.SLICED else weights[p.name]
     new = update.tensors.get(p.name)
     if new is None:
@@ -259,7 +259,7 @@ def _trained_factor(
 
 
 def _wide(p: Parameter, old: Tensor, new: Tensor, ranks: Mapping[int, int]) -> Tensor:
-    """What trained of a factor, in among the columns that did not, as they were.
+    """Return what trained of a factor, in among the columns that did not, as they were.
 
     Args:
         old: Of the trained heads where it divides over them. new: As it travels up.
@@ -278,7 +278,7 @@ def _wide(p: Parameter, old: Tensor, new: Tensor, ranks: Mapping[int, int]) -> T
 
 
 def widened(arch: Architecture, weights: Mapping[str, Tensor], update: Update) -> Update:
-    """The same update with whole factors, and a schedule without ranks."""
+    """Return the same update with whole factors, and a schedule without ranks."""
     schedule = update.schedule
     if schedule.ranks is None:
         return update

@@ -42,7 +42,7 @@ class MeanBook:
     def offsets(
         self, arch: Architecture, weights: Mapping[str, Tensor], schedule: Schedule
     ) -> dict[str, Tensor]:
-        """What compensates a client's shortcuts, under the server's present weights.
+        """Return what compensates a client's shortcuts, under the server's present weights.
 
         A set of skipped heads adds ``sum_h mean_h W_out[h]``; where a block runs nothing, its bias
         and layer scale are in it as well. What was never measured adds nothing.
@@ -93,7 +93,7 @@ class MeanSums:
     _counts: np.ndarray | None = None
 
     def check(self, schedule: Schedule, tensors: Mapping[str, Tensor]) -> None:
-        """Raises ReplyError unless these are the means that were asked for."""
+        """Raise ReplyError unless these are the means that were asked for."""
         spec = mean_spec(self.arch, schedule)
         for name, shape in spec.items():
             if name not in tensors:
@@ -128,7 +128,7 @@ class MeanSums:
         self._counts = counts if self._counts is None else self._counts + counts
 
     def apply(self, book: MeanBook) -> MeanBook:
-        """The book with what was measured in place of what was known of it."""
+        """Return the book with what was measured in place of what was known of it."""
         if self._counts is None:
             return book
         measured = self._counts > 0

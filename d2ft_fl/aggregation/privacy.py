@@ -71,7 +71,7 @@ class Privacy:
         return cls(config.clip_norm, noise, rate, config.delta)
 
     def epsilon(self, rounds: int) -> float:
-        """What so many rounds cost: the tight bound of Gopi et al. (NeurIPS 2021), from Opacus."""
+        """Return what rounds cost by the tight bound of Gopi et al. (NeurIPS 2021), from Opacus."""
         return _epsilon(self.noise, self.rate, rounds, self.delta)
 
 
@@ -126,7 +126,7 @@ def _epsilon(noise: float, rate: float, rounds: int, delta: float) -> float:
 
 @lru_cache(maxsize=16)
 def noise_for(epsilon: float, delta: float, rate: float, rounds: int) -> float:
-    """The least noise that keeps epsilon, to a thousandth.
+    """Return the least noise that keeps epsilon, to a thousandth.
 
     Raises:
         ConfigError: When no noise does.

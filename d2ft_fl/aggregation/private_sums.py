@@ -125,7 +125,7 @@ class PrivateSums:
         return {"epsilon": self.private.privacy.epsilon(self.private.round)}
 
     def apply(self) -> dict[str, Tensor]:
-        """The new global weights; what no plan trains is the old tensor's bits."""
+        """Return the new global weights; what no plan trains is the old tensor's bits."""
         sums, private = self._sums, self.private
         deviation = private.privacy.noise * private.privacy.clip * 2.0**sums.fraction_bits
         # Of the same sums it is the same noise, for a round that is run again; of others another.

@@ -123,7 +123,7 @@ class RobustSums:
         return {"too_few_trainers": self.left}
 
     def apply(self) -> dict[str, Tensor]:
-        """The new global weights; what too few trained is the old tensor's bits."""
+        """Return the new global weights; what too few trained is the old tensor's bits."""
         new = dict(self.weights)
         with_many = 0
         mapped = [blob.decode(path)[0] for path in self._files]
@@ -182,7 +182,7 @@ def mixed(values: Tensor, suspects: int) -> Tensor:
 def _rows(
     tensor: Tensor, p: Parameter, head: int, starts: Mapping[str, Mapping[int, int]]
 ) -> Tensor:
-    """What a client gives a slice, out of what it sent: float64 [rows, ...]."""
+    """Return what a client gives a slice, out of what it sent: float64 [rows, ...]."""
     if head < 0:
         return tensor.double()
     start = starts[p.name][head]
@@ -192,7 +192,7 @@ def _rows(
 def clipped(
     arch: Architecture, weights: Mapping[str, Tensor], update: Update, norm: float
 ) -> Update:
-    """An update whose change is no longer than ``norm``; the same one where it is not.
+    """Return an update whose change is no longer than ``norm``; the same one where it is not.
 
     The update must be valid.
     """
@@ -211,7 +211,7 @@ def clipped(
 def _old(
     arch: Architecture, weights: Mapping[str, Tensor], update: Update
 ) -> Iterator[tuple[str, Tensor]]:
-    """What an update holds as it was before, packed alike: float64."""
+    """Return what an update holds as it was before, packed alike: float64."""
     for name in update.tensors:
         p, old = arch.by_name[name], weights[name]
         yield name, (p.pack(old, update.weights(p)) if p.kind is Kind.SLICED else old).double()

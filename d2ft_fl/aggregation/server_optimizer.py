@@ -54,7 +54,7 @@ class ServerOptimizer:
         trained: Mapping[str, tuple[int, ...]],
         moments: Mapping[str, Moments],
     ) -> tuple[dict[str, Tensor], dict[str, Moments]]:
-        """New weights and moments, from old weights and what clients made of them on average.
+        """Return new weights and moments, from old weights and the mean of what clients made of them.
 
         Args:
             trained: Name of a parameter -> the heads that somebody trained; none for a whole one.

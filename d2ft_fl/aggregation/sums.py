@@ -222,7 +222,7 @@ class Sums:
 
     @staticmethod
     def _wrong(term: "Term") -> ReplyError:
-        """What is wrong with a term that cannot be summed."""
+        """Return what is wrong with a term that cannot be summed."""
         if not bool(term.tensor.isfinite().all()):
             return ReplyError(f"{term.parameter.name!r} holds values that are not finite")
         return ReplyError(f"{term.parameter.name!r} changes by more than can be summed")
@@ -280,7 +280,7 @@ class Sums:
         }
 
     def digest(self) -> str:
-        """A name for what was added."""
+        """Return a name for what was added."""
         total = hashlib.blake2b(digest_size=16)
         for name in sorted(self._sums):
             total.update(name.encode())
@@ -299,7 +299,7 @@ class Sums:
         return [own.total[here] for _, here, _ in own.stretches(own.counts)]
 
     def apply(self) -> dict[str, Tensor]:
-        """The new global weights; what nobody trained is the old tensor's bits."""
+        """Return the new global weights; what nobody trained is the old tensor's bits."""
         new = dict(self.weights)
         for name, heads in self.trained.items():
             p, before, own = self.arch.by_name[name], self.weights[name], self._sums[name]

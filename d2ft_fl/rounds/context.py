@@ -1,7 +1,7 @@
-"""The round as a pure function: plan from state and reports; replies are folded in ``fold``.
+"""What strategies decide from, :class:`Round`, and the plan of a round, :func:`plan_round`.
 
-Back ends only carry blobs: Flower (``server_app``) and a plain loop (``local``) drive the same
-functions, and give the same result for the same seed.
+Planning is a pure function of the state and of clients' reports, whatever back end carries the
+messages, so that equal seeds give equal plans.
 """
 
 import time
@@ -73,11 +73,11 @@ class Round:
         return subnet_scores(kind, own, weights, self.state.scores)
 
     def backward_scores(self) -> np.ndarray:
-        """Worth of training each subnet, as configured."""
+        """Return the importance of training each subnet, as configured."""
         return self.scores(self.federation.config.backward_score)
 
     def forward_scores(self) -> np.ndarray:
-        """Worth of running each subnet, as configured."""
+        """Return the importance of running each subnet, as configured."""
         return self.scores(self.federation.config.forward_score)
 
     def agenda(self, backward: np.ndarray) -> np.ndarray:
@@ -98,7 +98,7 @@ class Round:
         return first
 
     def probes(self, client: Participant, examples: int | None = None) -> Probes:
-        """What ``client`` should do with the whole model before it trains in this round.
+        """Return what ``client`` should do with the whole model before it trains in this round.
 
         Args:
             examples: On how many examples it trains; None for ``client.examples``.
@@ -153,12 +153,12 @@ class Round:
         policy: ExecutionPolicy = DEFAULT_POLICY,
         probes: Probes | None = None,
     ) -> Assignment:
-        """A schedule of your own, with its predicted cost; budgets are not looked at.
+        """Return a schedule of your own, with its predicted cost; budgets are not looked at.
 
         Args:
             examples: On how many examples it trains; None for ``client.examples``.
-            way: How it runs the schedule, where that is not as configured.
-            passes: What it does before; None for what is wanted in this round, if it trains.
+            policy: How it runs the schedule, where that is not as configured.
+            probes: What it does before; None for what is wanted in this round, if it trains.
         """
         count = client.examples if examples is None else examples
         if probes is None:
@@ -173,7 +173,7 @@ class Round:
         return sorted({-(-batch // size) for size in range(1, batch + 1)})
 
     def largest(self, client: Participant, schedules: Sequence[Schedule]) -> Assignment:
-        """The last of some schedules, cheapest first, that every budget of a client affords.
+        """Return the last of some schedules, cheapest first, that every budget of a client affords.
 
         A client that cannot afford passes over the whole model does without scoring, and draws its
         examples; one that affords none of the schedules sits out.
@@ -188,7 +188,7 @@ class Round:
     def _costs(
         self, client: Participant, schedules: Sequence[Schedule], probes: Probes
     ) -> list[Cost]:
-        """What schedules cost a client, with passes before them."""
+        """Return what schedules cost a client, with passes before them."""
         costs = self.federation.costs_of(self.state)
         operations = np.stack([s.operations for s in schedules])
         examples = np.full(len(schedules), client.examples)
@@ -219,7 +219,7 @@ class Round:
         return min(stages - 1, (self.number - 1) * stages // config.rounds), stages
 
     def schedule(self, operations: np.ndarray) -> Schedule:
-        """A schedule that is the same in every slot, from operations int8 [blocks, heads]."""
+        """Return a schedule that is equal in all slots, from operations int8 [blocks, heads]."""
         slots = self.federation.config.slots
         return Schedule(np.broadcast_to(operations, (slots, *self.shape)).astype(np.int8))
 
@@ -227,7 +227,7 @@ class Round:
 def most(
     fits: int, over: int, attempt: Callable[[int], Assignment | None], first: int = 0
 ) -> Assignment | None:
-    """What the largest number for which there is anything gives, found by bisection.
+    """Return what the largest number for which there is anything gives, found by bisection.
 
     Args:
         fits, over: Only numbers between these are tried; more cost more.
@@ -267,7 +267,7 @@ def plan_round(federation: Federation, state: State, reports: Iterable[Report]) 
 
 
 def _assignments(federation: Federation, context: Round) -> list[Assignment]:
-    """What the strategy assigns, in the order of clients, once it keeps what it promises."""
+    """Return what the strategy assigns, in the order of clients, once it keeps what it promises."""
     assignments = federation.strategy.schedule(context)
     by_client = {a.client: a for a in assignments}
     if sorted(by_client) != [c.client for c in context.clients] or len(assignments) != len(

@@ -100,7 +100,7 @@ class Federation:
         return self.components.tuning
 
     def prepared(self, state: State, original: Mapping[str, Tensor]) -> State:
-        """The state as the round after it wants it: factors begin, fixed parameters get names.
+        """Return the state that the next round starts from: factors begin, digests are made.
 
         Args:
             original: The weights that the run began with.
@@ -116,7 +116,7 @@ class Federation:
         return state
 
     def model_weights(self, state: State) -> Mapping[str, Tensor]:
-        """The model's own weights, factors merged in."""
+        """Return the model's own weights, factors merged in."""
         if not self.arch.rank:
             return state.weights
         if self._merged.get("of") is not state.weights:
@@ -142,14 +142,14 @@ class Federation:
         )
 
     def costs_of(self, state: State, policy: ExecutionPolicy = DEFAULT_POLICY) -> CostModel:
-        """The cost model of the round after ``state``, gone about in some way."""
+        """Return the cost model of the round after ``state`` under an execution policy."""
         compensated = state.means.known is not None
         return self.costs_when(compensated, self.calibrates(state.round + 1), policy)
 
     def costs_when(
         self, compensated: bool, calibrating: bool, policy: ExecutionPolicy = DEFAULT_POLICY
     ) -> CostModel:
-        """The cost model of rounds in which this is so; see :meth:`costs_of`."""
+        """Return the cost model of rounds in which this is so; see :meth:`costs_of`."""
         key = compensated, calibrating, policy.priced
         if key not in self._under:
             self._under[key] = self.cost_models[compensated, calibrating].under(policy.priced)
@@ -170,7 +170,7 @@ class Federation:
         }
 
     def planner_of(self, state: State, coupled: bool = True) -> Planner:
-        """The planner of the round after ``state``; uncoupled, each client has its own optimum."""
+        """Return the planner of the round after ``state``; uncoupled plans are optimal one by one."""
         planners = self._planners if coupled else self._uncoupled
         return planners[state.means.known is not None, self.calibrates(state.round + 1)]
 
@@ -182,7 +182,7 @@ class Federation:
         frozen_weight: float,
         method: str = "joint",
     ) -> Planner:
-        """The planner of a way, each client for itself, with other weights than configured."""
+        """Return the planner of an execution policy, with other weights than configured."""
         costs = self.costs_of(state, policy)
         kind = costs.compensated, costs.calibrating
         key = *kind, policy.priced, forward_weight, frozen_weight, method

@@ -31,7 +31,7 @@ def encode_assignment(
     holds_to_it: bool = True,
     shared: bool = False,
 ) -> bytes:
-    """The message that tells a client what to do, with the slices that it needs.
+    """Return the message that tells a client what to do, with the slices that it needs.
 
     Args:
         budget: What the plan was made for, where the client may have another by now.
@@ -153,7 +153,7 @@ class Task:
 
 
 def _schedule(meta: Mapping[str, Any]) -> Schedule:
-    """The schedule of a message."""
+    """Return the schedule of a message."""
     shape = meta["shape"]
     operations = np.frombuffer(bytes.fromhex(meta["operations"]), dtype=np.int8).reshape(shape)
     if "ranks" not in meta:

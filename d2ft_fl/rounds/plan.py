@@ -29,7 +29,7 @@ class Plan:
         return [a for a in self.assignments if not a.schedule.sits_out]
 
     def only(self, clients: Collection[int]) -> "Plan":
-        """The same of some of the clients; of none it is one that does nothing."""
+        """Return the same of some of the clients; of none it is one that does nothing."""
         pairs = list(zip(self.clients, self.assignments, strict=True))
         kept = [(c, a) for c, a in pairs if c.client in clients]
         if not kept:
@@ -44,7 +44,7 @@ class Plan:
         return np.stack([a.schedule.trained for a in self.assignments]).sum(axis=0, dtype=np.int64)
 
     def utility(self, judge: Utility, bits_up: int, bits_down: int) -> float:
-        """The mean utility over clients; see :meth:`.Utility.mean_of`.
+        """Return the mean utility over clients; see :meth:`.Utility.mean_of`.
 
         Args:
             judge: What judges clients' rounds.
@@ -84,7 +84,7 @@ def cached_after(
     answered: Container[int],
     changed: np.ndarray,
 ) -> dict[int, np.ndarray]:
-    """What clients have of what never changes; of one that failed nothing is taken for sure.
+    """Return what clients have of what never changes; of one that failed nothing is taken for sure.
 
     Args:
         changed: Subnets of which it did change after all: bool [blocks, heads].
@@ -102,7 +102,7 @@ def cached_after(
 
 
 def last_trained(state: State, plan: Plan, answered: Container[int]) -> np.ndarray:
-    """The round in which each subnet was last trained, once these clients answered a plan.
+    """Return the round in which each subnet was last trained, once these clients answered a plan.
 
     Returns:
         int64 [blocks, heads], 0 for never.

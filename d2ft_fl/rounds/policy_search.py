@@ -1,4 +1,4 @@
-"""Which way each client goes: on how many examples, in how many passes, in how many bits.
+"""Each client's execution policy: on how many examples, in how many micro-batches and bits.
 
 For a given way, the knapsack finds each client's schedule. Ways are tried where a budget binds that
 they relieve, and of what comes out the client's :mod:`worth <d2ft_fl.planning.utility>` decides:
@@ -61,7 +61,7 @@ class Bound:
 
 
 def _problem(c: Participant) -> Hashable:
-    """What a client's best round depends on, beside the scores."""
+    """Return what a client's best round depends on, beside the scores."""
     cached = None if c.cached is None else c.cached.tobytes()
     return c.examples, c.local, c.budget, c.capacity.tobytes(), cached
 
@@ -92,7 +92,7 @@ class Search:
     _found: defaultdict[int, _Best] = field(default_factory=lambda: defaultdict(_Best))
 
     def best(self) -> list[Assignment]:
-        """The best round of each client, in order."""
+        """Return the best round of each client, in order."""
         alike: dict[Hashable, Participant] = {}  # who stands for whom
         for client in self.round.clients:
             alike.setdefault(_problem(client), client)
@@ -105,7 +105,7 @@ class Search:
         return [replace(found[_problem(c)], client=c.client) for c in self.round.clients]
 
     def _bound(self, client: Participant) -> Bound:
-        """What would keep a client from training everything as configured."""
+        """Return what would keep a client from training everything as configured."""
         whole = self._whole(client, ExecutionPolicy())
         over, late = whole.vector() > client.capacity, not client.on_time(whole)
         pairs = self._all_bits if late else self._bits(client, whole, over)
@@ -121,7 +121,7 @@ class Search:
         )
 
     def _whole(self, client: Participant, policy: ExecutionPolicy) -> Cost:
-        """What training everything takes."""
+        """Return what training everything takes."""
         costs = self.round.federation.costs_of(self.round.state, policy)
         probes = self.round.probes(client)
         return round_cost(costs, self.round.everything(), client.examples, probes, client.cached)
@@ -239,7 +239,7 @@ class Search:
         return Utility(self.backward, self.forward)
 
     def _finished(self, client: Participant) -> Assignment:
-        """A client's best, with what its budgets leave spent: more examples, fewer passes."""
+        """Return a client's best, with more examples and fewer micro-batches as budgets allow."""
         best = self._found[client.client].assignment
         if best is None:
             return self.round.sit_out(client)
@@ -293,6 +293,6 @@ class Search:
         return next(filter(None, tried), a)
 
     def _affordable(self, client: Participant, a: Assignment) -> Assignment | None:
-        """An assignment at its cost, if that is within every budget."""
+        """Return an assignment at its cost, if that is within every budget."""
         found = self.round.assign(client, a.schedule, a.examples, a.policy, a.probes)
         return replace(a, cost=found.cost) if client.affords(found.cost) else None
