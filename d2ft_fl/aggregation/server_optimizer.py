@@ -54,7 +54,7 @@ class ServerOptimizer:
         trained: Mapping[str, tuple[int, ...]],
         moments: Mapping[str, Moments],
     ) -> tuple[dict[str, Tensor], dict[str, Moments]]:
-        """Return new weights and moments, from old weights and the mean of what clients made of them.
+        """Return new weights and moments, from old weights and the mean of clients' weights.
 
         Args:
             trained: Name of a parameter -> the heads that somebody trained; none for a whole one.

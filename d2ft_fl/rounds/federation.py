@@ -170,7 +170,7 @@ class Federation:
         }
 
     def planner_of(self, state: State, coupled: bool = True) -> Planner:
-        """Return the planner of the round after ``state``; uncoupled plans are optimal one by one."""
+        """Return the planner of the round after ``state``; uncoupled, clients are planned alone."""
         planners = self._planners if coupled else self._uncoupled
         return planners[state.means.known is not None, self.calibrates(state.round + 1)]
 
