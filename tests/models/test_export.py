@@ -3,6 +3,7 @@
 Adapters are tested in test_adapters.py.
 """
 
+import importlib
 import json
 
 import pytest
@@ -213,6 +214,7 @@ def test_what_cannot_be_written_is_one_line_and_leaves_nothing(tmp_path, monkeyp
     def full(*_, **__):
         raise safetensors.SafetensorError("I/O error: No space left on device")
 
+    importlib.import_module("peft")  # or it binds what stands for save_file now, for good
     monkeypatch.setattr("d2ft_fl.lora.peft_export.safetensors.torch.save_file", full)
     text = refused(run, "--output", out)
     assert "cannot be written to: I/O error: No space left on device; name another" in text
