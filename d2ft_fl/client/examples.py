@@ -7,9 +7,8 @@ import torch
 
 from d2ft_fl.data.federated_data import FederatedData
 from d2ft_fl.engine.trainer import Batches
-from d2ft_fl.rounds.messages import Task
-from d2ft_fl.tasks.task import Batch
-from d2ft_fl.tasks.task import Task as LearningTask
+from d2ft_fl.rounds.messages import Message
+from d2ft_fl.tasks.task import Batch, Task
 
 
 @dataclass
@@ -25,7 +24,7 @@ class LocalExamples:
     """
 
     data: FederatedData
-    task: LearningTask
+    task: Task
     seed: int
     epochs_per_round: int
     device: torch.device
@@ -38,18 +37,18 @@ class LocalExamples:
         """Return what random numbers of a client's round are seeded with."""
         return self.seed, round_number, client
 
-    def choose(self, task: Task) -> np.ndarray:
+    def choose(self, message: Message) -> np.ndarray:
         """Return the examples to train on, where none are selected: int64 [examples]."""
-        if task.policy.in_turn:
-            return self.in_turn(task)
-        return self._order(task.client, task.round)[0][: task.examples]
+        if message.policy.in_turn:
+            return self.in_turn(message)
+        return self._order(message.client, message.round)[0][: message.examples]
 
-    def in_turn(self, task: Task) -> np.ndarray:
+    def in_turn(self, message: Message) -> np.ndarray:
         """Return the examples whose turn it is in a round, if all rounds take as many."""
-        count = self.count(task.client)
-        order = np.random.default_rng([self.seed, task.client, 3]).permutation(count)
-        start = (task.round - 1) * task.examples
-        return order[np.arange(start, start + task.examples) % count]
+        count = self.count(message.client)
+        order = np.random.default_rng([self.seed, message.client, 3]).permutation(count)
+        start = (message.round - 1) * message.examples
+        return order[np.arange(start, start + message.examples) % count]
 
     def epochs(self, client: int, round_number: int, chosen: np.ndarray) -> list[np.ndarray]:
         """Return each epoch's order of the chosen examples: int64 [examples] each."""
@@ -64,7 +63,7 @@ class LocalExamples:
         """Return some of a client's examples as one batch."""
         return self.task.collate(self.data.client_batch(client, examples, self.device))
 
-    def task_of(self, client: int) -> LearningTask:
+    def task_of(self, client: int) -> Task:
         """Return what a client learns, which may depend on the labels that it has."""
         labels = self.data.train.labels[self.data.partitions[client]]
         return self.task.for_client(labels, self.data.classes, self.device)

@@ -12,7 +12,7 @@ from d2ft_fl.costs.cost_model import CostModel
 from d2ft_fl.engine.mean_tally import received
 from d2ft_fl.engine.partial_model import Offsets
 from d2ft_fl.rounds.federation import Federation
-from d2ft_fl.rounds.messages import Task
+from d2ft_fl.rounds.messages import Message
 from d2ft_fl.subnets.architecture import Architecture, Kind
 from d2ft_fl.subnets.packing import pack_for
 from d2ft_fl.subnets.schedule import Schedule
@@ -26,20 +26,22 @@ class Job:
     """What one message asks of a client.
 
     Attributes:
-        task: What the client is told to do.
+        message: What the client is told to do.
         stage: The federation as it is in the round of the message.
         offsets: Compensation of shortcuts by block, one entry a slot; empty where there is none.
     """
 
-    task: Task
+    message: Message
     stage: Federation
     offsets: dict[int, Offsets]
 
     @classmethod
     def read(cls, blob: bytes, federation: Federation) -> "tuple[Job, dict[str, Tensor]]":
         """Read a message: what to do, and the tensors that came with it, by name."""
-        task, tensors = Task.decode(blob)
-        return cls(task, federation.at(task.round), received(task.schedule, tensors)), tensors
+        message, tensors = Message.decode(blob)
+        return cls(
+            message, federation.at(message.round), received(message.schedule, tensors)
+        ), tensors
 
     @property
     def arch(self) -> Architecture:
@@ -49,8 +51,8 @@ class Job:
     @property
     def costs(self) -> CostModel:
         """The cost model of this round, under the execution policy of the message."""
-        task = self.task
-        return self.stage.costs_when(bool(self.offsets), task.calibrates, task.policy)
+        message = self.message
+        return self.stage.costs_when(bool(self.offsets), message.calibrates, message.policy)
 
     @property
     def takes_slices_in_place(self) -> bool:
@@ -58,7 +60,7 @@ class Job:
 
         Probes need the slices of every head, and quantized ones differ from the global model's.
         """
-        return not self.task.probes and self.costs.bits_down == PLAIN_BITS
+        return not self.message.probes and self.costs.bits_down == PLAIN_BITS
 
     @property
     def quantizes_changes(self) -> bool:
@@ -80,7 +82,7 @@ class Job:
         """
         if weights is None:
             return len(blob)
-        return self.task.whole_size(self.arch, weights, tensors, self.costs.bits_down)
+        return self.message.whole_size(self.arch, weights, tensors, self.costs.bits_down)
 
     def complete(
         self,
@@ -101,12 +103,12 @@ class Job:
         Returns:
             Packed slices and compensation, by name.
         """
-        task, arch, bits = self.task, self.arch, self.costs.bits_down
-        if weights is None and task.cached is not None:
-            digests = parameter_cache.read(task.carried, task.digests)
-            tensors = cache.complete(arch, task.carried, tensors, task.cached, digests)
+        message, arch, bits = self.message, self.arch, self.costs.bits_down
+        if weights is None and message.cached is not None:
+            digests = parameter_cache.read(message.carried, message.digests)
+            tensors = cache.complete(arch, message.carried, tensors, message.cached, digests)
         elif weights is not None and not self.takes_slices_in_place:
-            tensors |= quantize(arch, pack_for(arch, weights, task.carried), bits)
+            tensors |= quantize(arch, pack_for(arch, weights, message.carried), bits)
         return dequantize(arch, tensors, bits)
 
     def as_sent_down(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:

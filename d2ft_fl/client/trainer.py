@@ -35,7 +35,7 @@ from d2ft_fl.models.build import build_adapter
 from d2ft_fl.planning.importance import TENSOR
 from d2ft_fl.rounds.components import Components
 from d2ft_fl.rounds.federation import Federation, Report
-from d2ft_fl.rounds.messages import Task
+from d2ft_fl.rounds.messages import Message
 from d2ft_fl.subnets.architecture import Architecture
 from d2ft_fl.subnets.packing import GlobalModel
 from d2ft_fl.util.torch_device import free_memory, set_threads, warm_up
@@ -130,26 +130,26 @@ class ClientTrainer:
         set_threads(self.config.threads_per_client)
         started = time.perf_counter()
         job, tensors = Job.read(blob, self._federation)
-        if job.task.keeps:
+        if job.message.keeps:
             self._refuse_unless_it_fits(job)
         bytes_down = job.bytes_down(blob, tensors, weights)
         tensors = job.complete(tensors, weights, self.store)
-        chosen = self.examples.choose(job.task)
+        chosen = self.examples.choose(job.message)
         model = self.model  # is built before anything is measured
         self.meter.start()
         scores: dict[str, Tensor] = {}
-        if job.task.probes:
+        if job.message.probes:
             chosen, scores = self._probe(job, tensors, chosen)
-            tensors = narrowed(job.arch, tensors, job.task.schedule)
-        options = self._training_options(job.task)
+            tensors = narrowed(job.arch, tensors, job.message.schedule)
+        options = self._training_options(job.message)
         self._load(model, job, tensors, weights, options)
         del tensors  # the model has copies
         training_started = time.perf_counter()
         loss, trained = self._train_and_pack(job, options, chosen)
         reply = {
-            "round": job.task.round,
-            "client": job.task.client,
-            "slot_examples": job.costs.slot_totals(job.task.examples),
+            "round": job.message.round,
+            "client": job.message.client,
+            "slot_examples": job.costs.slot_totals(job.message.examples),
             "loss": loss,
             "used": {
                 "flops": self.meter.flops,
@@ -168,12 +168,12 @@ class ClientTrainer:
             Refusal: When the plan costs more than a budget that it promises to keep, or more
                 memory than is free.
         """
-        task, costs = job.task, job.costs
-        cost = round_cost(costs, task.schedule, task.examples, task.probes, task.cached)
-        budget = task.budget or self._budget(task.client, task.round)
-        allowed = budget.capacity(job.stage.costs.full_cost(self.examples.count(task.client)))
+        message, costs = job.message, job.costs
+        cost = round_cost(costs, message.schedule, message.examples, message.probes, message.cached)
+        budget = message.budget or self._budget(message.client, message.round)
+        allowed = budget.capacity(job.stage.costs.full_cost(self.examples.count(message.client)))
         for resource, planned, limit in zip(RESOURCES, cost.vector(), allowed, strict=True):
-            if planned > limit and resource in task.keeps:
+            if planned > limit and resource in message.keeps:
                 raise Refusal(f"the plan needs {planned} of {resource}, the budget allows {limit}")
         if cost.memory > (free := free_memory(self.device)):
             raise Refusal(f"the plan needs {cost.memory} bytes of memory, {free} are free")
@@ -191,27 +191,27 @@ class ClientTrainer:
         Returns:
             Numbers of the examples to train on, and scores as they travel.
         """
-        task, probes = job.task, job.task.probes
+        message, probes = job.message, job.message.probes
         scores: dict[str, Tensor] = {}
         runner = ProbeRunner(
             self.model, self._federation.arch, job.arch, tensors, self.options, self.meter
         )
         if probes.viewed:
-            everyone = np.arange(self.examples.count(task.client))
-            size = self.options.under(task.policy).batch_size
-            batches = self.examples.batches(task.client, everyone, size)
+            everyone = np.arange(self.examples.count(message.client))
+            size = self.options.under(message.policy).batch_size
+            batches = self.examples.batches(message.client, everyone, size)
             entropy = runner.entropy(batches, self.config.selection_temperature)
-            chosen = np.argsort(-entropy, kind="stable")[: task.examples]
+            chosen = np.argsort(-entropy, kind="stable")[: message.examples]
         if probes.scored:
-            batch = self.examples.batch(task.client, chosen[: probes.scored])
+            batch = self.examples.batch(message.client, chosen[: probes.scored])
             for kind, values in runner.scores(batch, self.components.task, probes.kinds).items():
                 scores[TENSOR + kind] = torch.from_numpy(values).float()
         return chosen, scores
 
-    def _training_options(self, task: Task) -> TrainingOptions:
+    def _training_options(self, message: Message) -> TrainingOptions:
         """Return the options of training under a message's execution policy, in its round."""
-        factor = self.config.rate_factor(task.round)
-        return self.options.under(task.policy).at(factor, task.policy.rate)
+        factor = self.config.rate_factor(message.round)
+        return self.options.under(message.policy).at(factor, message.policy.rate)
 
     def _load(
         self,
@@ -222,13 +222,13 @@ class ClientTrainer:
         options: TrainingOptions,
     ) -> None:
         """Reset the model to what a message's schedule needs, with the values that came."""
-        model.numerics, model.tokens = Numerics.of(options), job.task.policy.tokens
+        model.numerics, model.tokens = Numerics.of(options), job.message.policy.tokens
         if model.arch is not job.arch:
             model.tune(job.arch)
         source: dict[str, Tensor] | GlobalModel = tensors
         if weights is not None and job.takes_slices_in_place:
             source = self._lay_out(job.arch, weights)
-        reset = partial(model.reset, job.task.schedule, source, job.offsets)
+        reset = partial(model.reset, job.message.schedule, source, job.offsets)
         if job.arch.rank:  # LoRA's factors are multiplied out, which costs FLOPs
             self.meter.count(reset)
         else:
@@ -254,17 +254,17 @@ class ClientTrainer:
         Returns:
             The mean loss, and tensors by name, as they travel.
         """
-        task = job.task
-        hostile = self.config.hostile(task.client)
+        message = job.message
+        hostile = self.config.hostile(message.client)
         before = self._values() if hostile or job.quantizes_changes else {}
         sent_down = job.as_sent_down(before) if job.quantizes_changes else {}
         if not hostile:
             before = {}  # takes no memory while the model trains
-        loss, trained = self._train(task, options, chosen, list(sent_down.values()))
+        loss, trained = self._train(message, options, chosen, list(sent_down.values()))
         for name, value in before.items():
             trained[name] = value + (trained[name] - value) * self.config.hostile_scale
         if job.quantizes_changes:
-            seed = self.examples.seed_of(task.client, task.round)
+            seed = self.examples.seed_of(message.client, message.round)
             trained |= job.quantized_changes(sent_down, trained, seed)
         return loss, trained
 
@@ -273,12 +273,12 @@ class ClientTrainer:
         return {name: tensor.cpu().clone() for name, tensor in self.model.update().items()}
 
     def _train(
-        self, task: Task, options: TrainingOptions, chosen: np.ndarray, others: list[Tensor]
+        self, message: Message, options: TrainingOptions, chosen: np.ndarray, others: list[Tensor]
     ) -> tuple[float, dict[str, Tensor]]:
         """Follow the schedule over the chosen examples.
 
         Args:
-            task: What the client is told to do.
+            message: What the client is told to do.
             options: How it trains.
             chosen: Numbers of the examples, among the client's: [examples].
             others: Tensors that are in memory meanwhile, for the meter.
@@ -287,23 +287,26 @@ class ClientTrainer:
             The mean loss, and packed slices and measured means by name, as they travel.
         """
         model = self.model
-        means = MeanTally(model) if task.calibrates else None
-        epochs, size = self.examples.epochs(task.client, task.round, chosen), options.batch_size
-        smallest = (task.examples - 1) % size + 1
+        means = MeanTally(model) if message.calibrates else None
+        epochs, size = (
+            self.examples.epochs(message.client, message.round, chosen),
+            options.batch_size,
+        )
+        smallest = (message.examples - 1) % size + 1
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
-            draw = np.random.default_rng(self.examples.seed_of(task.client, task.round))
+            draw = np.random.default_rng(self.examples.seed_of(message.client, message.round))
             torch.manual_seed(int(draw.integers(2**62)))  # of dropout
             loss = train(
                 model,
                 chain.from_iterable(
-                    self.examples.batches(task.client, epoch, size) for epoch in epochs
+                    self.examples.batches(message.client, epoch, size) for epoch in epochs
                 ),
-                self.examples.task_of(task.client),
+                self.examples.task_of(message.client),
                 options,
                 self.rate,
                 self.meter,
                 [*others, *(means.held() if means else ())],
-                every_slot=smallest >= task.schedule.slots,
+                every_slot=smallest >= message.schedule.slots,
             )
         result = {name: tensor.cpu() for name, tensor in model.update().items()}
         return loss, result | (means.finish() if means else {})

@@ -71,7 +71,7 @@ class ClientRecord:
             "device": self.device,
             "examples": self.examples,
             "operations": self.operations,
-            "way": asdict(self.policy),
+            "policy": asdict(self.policy),
             "used": asdict(self.used) if self.used else None,
             "predicted": asdict(self.predicted),
             "allowed": allowed,

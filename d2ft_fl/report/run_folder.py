@@ -247,7 +247,7 @@ def _client(row: dict[str, Any]) -> dict[str, Any]:
         out[name] = used[name] if used else 0
         limited = used and allowed[name] is not None
         out[f"{name}_share"] = used[name] / max(1, allowed[name]) if limited else np.nan
-    out["policy"] = policy_words(row.get("way", {}))
+    out["policy"] = policy_words(row.get("policy", row.get("way", {})))
     deadline = row.get("deadline")
     out[f"{DEADLINE}_share"] = row["seconds"] / deadline if used and deadline else np.nan
     return out

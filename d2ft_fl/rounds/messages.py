@@ -72,7 +72,7 @@ def encode_assignment(
 
 
 @dataclass(frozen=True, eq=False)
-class Task:
+class Message:
     """The same, read by the client.
 
     Attributes:
@@ -101,13 +101,13 @@ class Task:
     meta: Mapping[str, Any]
 
     @classmethod
-    def decode(cls, blob: bytes) -> "tuple[Task, dict[str, Tensor]]":
-        """Read a message of :func:`encode_assignment`: the task, and what came with it, packed."""
+    def decode(cls, blob: bytes) -> "tuple[Message, dict[str, Tensor]]":
+        """Read what :func:`encode_assignment` wrote: the message, and packed tensors."""
         tensors, meta = wire.decode(blob)
         schedule = _schedule(meta)
         cached = meta.get("holds")
         scored, viewed, *kinds = meta["passes"]
-        task = cls(
+        message = cls(
             client=int(meta["client"]),
             round=int(meta["round"]),
             schedule=schedule,
@@ -121,7 +121,7 @@ class Task:
             digests=meta.get("digests", ""),
             meta=meta,
         )
-        return task, tensors
+        return message, tensors
 
     def whole_size(
         self,

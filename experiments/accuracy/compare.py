@@ -128,9 +128,10 @@ def _utility(run: RunFolder, file: Path, examples: dict[int, int]) -> float:
     return Utility(scores, scores).mean_of(operations, local, own, bits)
 
 
-def _bits(run: RunFolder, row: dict[str, Any], policy: str) -> int:
+def _bits(run: RunFolder, row: dict[str, Any], direction: str) -> int:
     """In which a client's numbers travel up, or down."""
-    return int(row["way"][f"bits_{policy}"] or run.config[f"{policy}load-bits"])
+    policy = row["policy"] if "policy" in row else row["way"]  # as older runs call it
+    return int(policy[f"bits_{direction}"] or run.config[f"{direction}load-bits"])
 
 
 @lru_cache

@@ -92,7 +92,7 @@ def test_the_policy_that_clients_used_most_often(tmp_path):
     again = {"accumulate": 1, "checkpointing": True}
     lines = []
     for number, other in enumerate((again, {}, again), 1):
-        rows = [client_row(number, 0, way=narrow), client_row(number, 1, way=other)]
+        rows = [client_row(number, 0, policy=narrow), client_row(number, 1, way=other)]
         lines.append((round_row(number, 0.5, rows), rows))
     text = html(write_run(tmp_path, lines))
     assert '<td class="word">4 micro-batches, 8 bits up</td>' in text
