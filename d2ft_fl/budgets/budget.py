@@ -1,12 +1,12 @@
-"""What a client can afford in one round, and where it says so.
+"""What a client can afford in one round, and how that is written.
 
 A budget holds FLOPs, peak bytes of memory, bytes up and bytes down, each optional, each absolute
 ("2 GFLOP", "512 MiB") or relative ("40 %") to training everything, as the run tunes it, on the
 client's own data at the configured batch size; and a deadline, the most simulated seconds that a
 round may take it by its speed and bandwidths.
 
-Where budgets come from: a TOML file of device classes (``devices.py``; two are built in), this
-machine's own measurement (``profile.py``), or a ``module:callable`` of yours, given a
+Where budgets come from: a TOML file of device classes (``device_classes.py``; two are built in), a
+measurement of this machine (``machine.py``), or a ``module:callable`` of yours, given a
 :class:`ClientDescription` and the round.
 """
 
@@ -58,7 +58,7 @@ class Amount:
             raise ConfigError(f"a budget of {self.value} is negative or not finite")
 
     def resolve(self, full: int) -> int:
-        """In FLOPs or bytes, rounded down; ``full`` is what 100 % means."""
+        """Return the amount in FLOPs or bytes, rounded down; ``full`` is what 100 % means."""
         wanted = self.value * full if self.relative else self.value
         return int(min(float(UNLIMITED), wanted))
 
@@ -68,8 +68,13 @@ class Budget:
     """What one client can afford in one round; ``None`` is no limit.
 
     Attributes:
-        flops, memory, bytes_up, bytes_down: The four budgets.
-        speed: FLOP/s. bandwidth_up, bandwidth_down: bytes/s. ``None`` takes no time.
+        flops: FLOPs of local training.
+        memory: Bytes at the peak.
+        bytes_up: Bytes that the client sends.
+        bytes_down: Bytes that the client receives.
+        speed: FLOP/s; ``None`` means that computing takes no time.
+        bandwidth_up: Bytes/s; ``None`` means that sending takes no time.
+        bandwidth_down: Bytes/s; ``None`` means that receiving takes no time.
         deadline: The most simulated :meth:`seconds` of a round.
         device: A name to report.
     """
@@ -85,7 +90,13 @@ class Budget:
     device: str = ""
 
     def capacity(self, full: Cost) -> np.ndarray:
-        """The four budgets in ``RESOURCES`` order, ``UNLIMITED`` where there is none: int64 [4]."""
+        """Return the four budgets in the order of ``RESOURCES``: int64 [4].
+
+        ``UNLIMITED`` stands where there is no budget.
+
+        Args:
+            full: What training everything costs the client.
+        """
         amounts = [getattr(self, r) for r in RESOURCES]
         return np.array(
             [
@@ -96,7 +107,7 @@ class Budget:
         )
 
     def seconds(self, cost: Cost) -> float:
-        """Simulated seconds of a round: download, compute, upload."""
+        """Return the simulated seconds of a round: download, compute, upload."""
         parts = (
             (cost.bytes_down, self.bandwidth_down),
             (cost.flops, self.speed),
@@ -105,7 +116,7 @@ class Budget:
         return sum(amount / rate for amount, rate in parts if rate)
 
     def to_json(self) -> dict[str, Any]:
-        """A form that :meth:`from_mapping` reads back exactly."""
+        """Return a form that :meth:`from_mapping` reads back exactly."""
         out: dict[str, Any] = {}
         for f in fields(self):
             value = getattr(self, f.name)
@@ -117,7 +128,11 @@ class Budget:
 
     @classmethod
     def from_mapping(cls, entries: Mapping[str, Any], where: str = "budget") -> "Budget":
-        """A budget from a TOML table, a JSON object or what a plug-in returned.
+        """Return a budget from a TOML table, a JSON object or what a plug-in returned.
+
+        Args:
+            entries: Names of entries, with ``-`` or ``_``, and their values.
+            where: What error messages begin with.
 
         Raises:
             ConfigError: For an unknown, negative or unparsable entry, naming it.
@@ -165,7 +180,7 @@ def _parse(name: str, value: Any, where: str) -> Amount | float:
 
 
 def _float(number: int | float) -> float:
-    """As a float; infinite where TOML's whole numbers are too large for one."""
+    """Return a number as float; infinite where it is too large for one."""
     try:
         return float(number)
     except OverflowError:

@@ -1,7 +1,7 @@
 """Classes of devices: TOML files of named budgets, and how clients are spread over them.
 
 ``mix`` is a list of class names, dealt out in turn, or a table of shares. By shares, with class
-``i`` holding the share ``s_i`` and ``n_i`` of the first ``c`` clients, the next client gets, among
+``i`` having the share ``s_i`` and ``n_i`` of the first ``c`` clients, the next client gets, among
 the classes that are owed one (``s_i (c + 1) > n_i``), the one that must have it soonest (least
 ``(n_i + 1) / s_i``; the first in the file where that ties). This is the scheduling of periodic
 tasks on one processor by earliest pseudo-deadline, and keeps ``|n_i - s_i c| < 1`` for every class
@@ -28,25 +28,26 @@ ASSETS = Path(__file__).parents[1] / "assets"
 
 @dataclass(frozen=True)
 class InTurn:
-    """Clients get these classes one after the other, over and over."""
+    """Classes that clients get one after the other, over and over."""
 
     names: tuple[str, ...]
 
     def __call__(self, client: int) -> str:
-        """The class of a client."""
+        """Return the class of a client."""
         return self.names[client % len(self.names)]
 
     def share(self, name: str) -> float:
-        """The share of clients that get a class."""
+        """Return the share of clients that get a class."""
         return self.names.count(name) / len(self.names)
 
 
 @dataclass(frozen=True)
 class ByShare:
-    """Any first clients are within one of these classes' shares.
+    """Classes by share: the first clients, however many, are within one of each class's share.
 
     Attributes:
-        names, weights: The classes, and whole numbers in the ratio of their shares.
+        names: The classes.
+        weights: Whole numbers in the ratio of the classes' shares.
     """
 
     names: tuple[str, ...]
@@ -54,26 +55,29 @@ class ByShare:
 
     @classmethod
     def of(cls, shares: dict[str, float]) -> "ByShare":
-        """From positive shares, of any sum, taken as the decimal numbers they are written as."""
+        """Return the classes by positive shares of any sum, taken as the decimals as written."""
         exact = [Fraction(str(share)) for share in shares.values()]
         whole = [int(x * math.lcm(*(y.denominator for y in exact))) for x in exact]
         common = math.gcd(*whole)
         return cls(tuple(shares), tuple(weight // common for weight in whole))
 
     def __call__(self, client: int) -> str:
-        """The class of a client."""
+        """Return the class of a client."""
         client %= sum(self.weights)  # by then every class has exactly its share
         clients = 1 << max(10, client.bit_length())  # few lengths, so that most calls look up
         return self.names[deal(self.weights, clients)[client]]
 
     def share(self, name: str) -> float:
-        """The share of clients that get a class."""
+        """Return the share of clients that get a class."""
         return dict(zip(self.names, self.weights, strict=True)).get(name, 0) / sum(self.weights)
 
 
 @lru_cache(maxsize=64)
 def deal(weights: tuple[int, ...], clients: int) -> tuple[int, ...]:
-    """The classes of the first clients, as positions in ``weights``. See above."""
+    """Return the classes of the first clients, as positions in ``weights``.
+
+    The rule is that of the module's docstring.
+    """
     total, common = sum(weights), math.lcm(*weights)
     apart = [common // weight for weight in weights]
     given = [0] * len(weights)
@@ -88,19 +92,19 @@ def deal(weights: tuple[int, ...], clients: int) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class DeviceClass:
-    """A budget, and how it varies."""
+    """A device class: a budget, and how it varies."""
 
     budget: Budget
     trace: Trace | None = None
 
     def __call__(self, client: int, round_number: int) -> Budget:
-        """The budget of a client of this class in a round."""
+        """Return the budget of a client of this class in a round."""
         return self.trace.apply(self.budget, client, round_number) if self.trace else self.budget
 
 
 @dataclass(frozen=True)
 class DeviceClasses:
-    """The budgets of a file: a source of budgets."""
+    """A source of budgets: the device classes of a file."""
 
     classes: dict[str, DeviceClass]
     mix: InTurn | ByShare
@@ -111,16 +115,16 @@ class DeviceClasses:
         return any(c.trace for c in self.classes.values())
 
     def __call__(self, client: ClientDescription, round_number: int) -> Budget:
-        """The budget of a client's class."""
+        """Return the budget of a client's class."""
         return self.classes[self.mix(client.client)](client.client, round_number)
 
     def counts(self, clients: int) -> dict[str, int]:
-        """How many of the first clients get each class."""
+        """Count how many of the first clients get each class."""
         names = [self.mix(client) for client in range(clients)]
         return {name: names.count(name) for name in self.classes}
 
     def to_json(self, clients: int) -> list[dict[str, Any]]:
-        """A row a class: what it means, and what the first clients get of it."""
+        """Return a row for each class: its budget, its share, and how many first clients get it."""
         counts = self.counts(clients)
         return [
             {
@@ -138,7 +142,7 @@ def read_devices(path: Path) -> DeviceClasses:
     """Read device classes from a TOML file.
 
     Raises:
-        ConfigError: When the file is missing, is not TOML, or holds a wrong entry, with its line.
+        ConfigError: When the file is missing, is not TOML, or has a wrong entry, with its line.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -162,7 +166,7 @@ def read_devices(path: Path) -> DeviceClasses:
 
 
 def named(source: str) -> DeviceClasses:
-    """Built-in classes by name, or those of a file.
+    """Return built-in device classes by name, or those of a file.
 
     Raises:
         ConfigError: When there is neither, or the file is wrong.

@@ -5,7 +5,7 @@ batches as a client has them: a feed-forward product, and attention's two batche
 FLOPs, 6 to 1, are about those of a ViT-Small block). Each is repeated for a tenth of a second or
 so, of which the median counts. ``speed`` is the FLOPs of both over the time of both.
 
-The memory budget is half of what this process could have: what is free, and what it holds already,
+The memory budget is half of what this process could have: what is free, and what it uses already,
 so that a plan's own tensors do not shrink the budget they are checked against. It is rounded down
 to 1, 1.25, 1.5 or 1.75 times a power of two: a client says the same before and during a round.
 """
@@ -42,10 +42,11 @@ class Speeds:
 
 @dataclass(frozen=True)
 class Profile:
-    """What was measured.
+    """A measurement of this machine.
 
     Attributes:
-        device, threads: Where, and with how many threads of torch.
+        device: Where it was measured: cpu or cuda.
+        threads: Threads of torch.
         speeds: FLOP/s.
         free: Bytes that this process could have.
     """
@@ -65,11 +66,11 @@ class Profile:
         )
 
     def to_json(self) -> dict[str, Any]:
-        """Numbers, and the budget they make."""
+        """Return the measurements, and the budget that follows from them."""
         return {**asdict(self), "budget": self.budget.to_json()}
 
     def to_toml(self) -> str:
-        """A class for a file of budgets."""
+        """Return a device class for a file of budgets."""
         assert self.budget.memory is not None
         return (
             "[classes.measured]\n"
@@ -80,14 +81,14 @@ class Profile:
 
 @dataclass(frozen=True)
 class Measured:
-    """A source of budgets: the same for all clients of a machine, memory as it is now."""
+    """A source of budgets: one for all clients of a machine, with memory as it is now."""
 
     device: str
     threads: int
     varies: bool = True
 
     def __call__(self, client: ClientDescription, round_number: int) -> Budget:
-        """This machine's budget now. Its speed is measured once a process."""
+        """Return this machine's budget now. Its speed is measured once a process."""
         return profile(self.device, self.threads).budget
 
 
@@ -106,7 +107,7 @@ def profile(device: str = "cpu", threads: int = 1) -> Profile:
 
 
 def coarse(size: int) -> int:
-    """The largest of 1, 1.25, 1.5 and 1.75 times powers of two that is no more than ``size``."""
+    """Round down to 1, 1.25, 1.5 or 1.75 times a power of two."""
     shift = max(0, size.bit_length() - 3)
     return size >> shift << shift
 
@@ -132,7 +133,7 @@ def measure(device: str, threads: int) -> Speeds:
 
 
 def _median_seconds(step: Callable[[], Any], device: torch.device) -> float:
-    """Of one step, once the first ones have warmed caches and libraries up."""
+    """Return the median time of one step, once the first steps have warmed up caches."""
     times: list[float] = []
     started = time.perf_counter()
     while len(times) < 5 or time.perf_counter() - started < SECONDS:
@@ -145,7 +146,7 @@ def _median_seconds(step: Callable[[], Any], device: torch.device) -> float:
 
 
 def _held(device: torch.device) -> int:
-    """Bytes that this process holds on a device."""
+    """Return the bytes that this process uses on a device."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
     return int(psutil.Process().memory_info().rss)

@@ -1,4 +1,4 @@
-"""The same mean budget for every strategy, so that they can be compared.
+"""Give every strategy the same mean budget, so that they can be compared.
 
 Of the budgets that clients report, one resource stays and is scaled; the others are dropped. With
 s_c the share of training everything that client c's budget affords (1 without one), each gets
@@ -37,12 +37,13 @@ def matched(
     full: Sequence[Cost],
     within_reach: bool = False,
 ) -> list[Budget]:
-    """Clients' budgets of one kind alone, with the configured mean.
+    """Return clients' budgets of one kind alone, with the configured mean.
 
     Args:
         kind: One of :data:`MATCHES`.
         share: The mean, as a share of training everything; 0 for the mean that they have.
-        budgets: As clients report them. full: What training everything costs each.
+        budgets: As clients report them.
+        full: What training everything costs each client.
         within_reach: Take the highest mean there is where clients with no budget at all leave none
             as high as the configured one, and the mean of the deadlines that there are.
 
@@ -57,8 +58,8 @@ def matched(
         deadline = _deadline(share, budgets, full, within_reach)
         return [replace(b, deadline=deadline) for b in bare]
     for resource in MATCHES[kind]:
-        found = _scaled(resource, share, budgets, full, within_reach)
-        amounts = [Amount(value, relative=True) for value in found.tolist()]
+        shares = _scaled(resource, share, budgets, full, within_reach)
+        amounts = [Amount(value, relative=True) for value in shares.tolist()]
         bare = [_limited(b, resource, a) for b, a in zip(bare, amounts, strict=True)]
     return bare
 
@@ -75,34 +76,34 @@ def _scaled(
     full: Sequence[Cost],
     within_reach: bool,
 ) -> np.ndarray:
-    """Shares of one resource, scaled to their mean: float64 [clients]."""
-    own = np.array(
+    """Return clients' shares of one resource, scaled to the mean: float64 [clients]."""
+    reported = np.array(
         [
             _share(getattr(b, resource), getattr(f, resource))
             for b, f in zip(budgets, full, strict=True)
         ]
     )
-    target, reach = share or float(own.mean()), float((own > 0).mean())
+    target, reach = share or float(reported.mean()), float((reported > 0).mean())
     if within_reach:
         target = min(target, reach)
     if target > reach:
         raise ConfigError(
-            f"match-share = {target:g} cannot be reached: {int((own == 0).sum())} of {len(own)} "
-            f"clients have a budget of no {resource.replace('_', ' ')} at all"
+            f"match-share = {target:g} cannot be reached: {int((reported == 0).sum())} of "
+            f"{len(reported)} clients have a budget of no {resource.replace('_', ' ')} at all"
         )
     # mean(min(1, k s)) grows with k; it is linear between the values at which a client reaches 1.
-    ordered = np.sort(own[own > 0])[::-1]
+    ordered = np.sort(reported[reported > 0])[::-1]
     whole = np.arange(len(ordered))  # clients at 1
     rest = np.cumsum(ordered[::-1])[::-1]  # what the others have
-    factors = (target * len(own) - whole) / rest
+    factors = (target * len(reported) - whole) / rest
     fits = factors * ordered <= 1
     factor = factors[fits.argmax()] if fits.any() else np.inf
     with np.errstate(invalid="ignore"):
-        return np.where(own > 0, np.minimum(1.0, factor * own), 0.0)
+        return np.where(reported > 0, np.minimum(1.0, factor * reported), 0.0)
 
 
 def _share(amount: Amount | None, full: int) -> float:
-    """What an amount is of everything, at most 1."""
+    """Return an amount as a share of what training everything costs, at most 1."""
     if amount is None or not full:
         return 1.0
     return min(1.0, amount.value if amount.relative else amount.value / full)
@@ -111,15 +112,15 @@ def _share(amount: Amount | None, full: int) -> float:
 def _deadline(
     share: float, budgets: Sequence[Budget], full: Sequence[Cost], within_reach: bool
 ) -> float:
-    """One deadline in seconds."""
+    """Return the deadline of all clients, in seconds."""
     if not share:
-        own = [b.deadline for b in budgets if b.deadline is not None]
-        if len(own) < (1 if within_reach else len(budgets)):
+        deadlines = [b.deadline for b in budgets if b.deadline is not None]
+        if len(deadlines) < (1 if within_reach else len(budgets)):
             raise ConfigError(
                 "match = 'seconds' without match-share needs a deadline of every client: set "
                 "match-share, or name deadlines in budgets"
             )
-        return float(np.mean(own))
+        return float(np.mean(deadlines))
     seconds = [b.seconds(cost) for b, cost in zip(budgets, full, strict=True)]
     if not any(seconds):
         raise ConfigError(

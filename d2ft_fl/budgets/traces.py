@@ -58,18 +58,18 @@ class Trace:
 
     @property
     def scales(self) -> tuple[str, ...]:
-        """The entries of a budget that it scales."""
+        """The entries of a budget that the trace scales."""
         return _SHAPES[self.name].scales if self.name in _SHAPES else ("flops", "speed")
 
     def factor(self, client: int, round_number: int) -> float:
-        """In (0, 1]. Rounds count from 1."""
+        """Return the factor of a client's budget in a round, in (0, 1]; rounds count from 1."""
         if self.factors:
             return self.factors[(round_number - 1) % len(self.factors)]
         shape = _SHAPES[self.name]
         return shape.at(((round_number - 1) / shape.period + client * PHI) % 1)
 
     def apply(self, budget: Budget, client: int, round_number: int) -> Budget:
-        """``budget`` as it is for ``client`` in ``round``; what it does not limit stays so."""
+        """Return a client's budget in a round; what ``budget`` does not limit stays unlimited."""
         factor = self.factor(client, round_number)
         scaled: dict[str, Any] = {}
         for name in self.scales:
@@ -81,12 +81,16 @@ class Trace:
         return replace(budget, **scaled)
 
     def __str__(self) -> str:
-        """As a file spells it."""
+        """Return the trace as a file spells it."""
         return f"[{', '.join(f'{f:g}' for f in self.factors)}]" if self.factors else self.name
 
 
 def parse_trace(value: Any, where: str) -> Trace:
-    """A trace from its TOML value.
+    """Return a trace from its TOML value.
+
+    Args:
+        value: A name, or a list of factors.
+        where: What error messages begin with.
 
     Raises:
         ConfigError: When there is none such, naming what may be written.

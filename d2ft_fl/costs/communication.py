@@ -1,4 +1,4 @@
-"""Bytes that a schedule makes travel: those of tensors, and of headers at most."""
+"""Communication: bytes that a schedule makes travel, those of tensors, and of headers at most."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -17,11 +17,14 @@ from d2ft_fl.wire.sizes import ELEMENT, MESSAGE_HEADER, RANK_BYTES, TENSOR_HEADE
 
 @dataclass(frozen=True)
 class Communication:
-    """Bytes up and down.
+    """Bytes that clients send and receive.
 
     Attributes:
-        extras: What comes besides for compensation.
-        bits_up, bits_down: Of numbers; see :mod:`d2ft_fl.wire.quantization`.
+        parts: How much of the model changes, never changes and trains.
+        extras: What compensation adds.
+        slots: Slots of schedules.
+        bits_up: Of a number on its way up; see :mod:`d2ft_fl.wire.quantization`.
+        bits_down: Of a number on its way down.
     """
 
     parts: Parts
@@ -32,7 +35,7 @@ class Communication:
 
     @property
     def arch(self) -> Architecture:
-        """The model's."""
+        """The model's architecture."""
         return self.parts.arch
 
     def down(
@@ -41,12 +44,12 @@ class Communication:
         cached: np.ndarray | None,
         ranks: np.ndarray | None = None,
     ) -> np.ndarray:
-        """Bytes that travel to clients: int64 [clients].
+        """Return the bytes that travel to clients: int64 [clients].
 
         Args:
             operations: int8 [clients, slots, blocks, heads].
-            holds: bool [clients, blocks, heads], subnets whose fixed parameters are there already;
-                None for nothing.
+            cached: Subnets whose fixed parameters clients have: bool [clients, blocks, heads]; None
+                for none.
             ranks: Those of schedules, where they have some.
         """
         loose, fixed, resident = self.parts.loose, self.parts.fixed, residents(operations)
@@ -64,11 +67,11 @@ class Communication:
         return total + ~cached.any(axis=(1, 2)) * fixed.outer_bytes
 
     def up(self, operations: np.ndarray, ranks: np.ndarray) -> np.ndarray:
-        """Bytes that come back: int64 [clients].
+        """Return the bytes that come back: int64 [clients].
 
         Args:
             operations: int8 [clients, slots, blocks, heads].
-            ranks: At what rank subnets train: int64 [clients, blocks, heads].
+            ranks: Of subnets that train, else 0: int64 [clients, blocks, heads].
         """
         parts, trained = self.parts, trainees(operations)
         elements = parts.whole.elements(trained) + parts.ranked.elements(ranks)
@@ -81,7 +84,7 @@ class Communication:
     def message_bytes(self) -> int:
         """Bytes of a message to a client beside its tensors."""
         grid = self.arch.blocks * self.arch.heads
-        names = 20 * (grid + self.arch.blocks + 1)  # of what is fixed; see `holdings`
+        names = 20 * (grid + self.arch.blocks + 1)  # digests of fixed groups
         return MESSAGE_HEADER + 2 * self.slots * grid + names * has_fixed(self.arch)
 
     @property
@@ -91,31 +94,34 @@ class Communication:
 
     @cached_property
     def spared_up(self) -> np.ndarray:
-        """Bytes that coding spares a subnet that trains on its way up: int64 [blocks, heads]."""
+        """Bytes up that quantization spares a subnet that trains: int64 [blocks, heads]."""
         bits = self.bits_up
         return self._quantized(bits, lambda p: p.trains, lambda p: _spared(p, bits))
 
     @cached_property
     def spared_down(self) -> np.ndarray:
-        """Bytes that coding spares a subnet on its way down: int64 [blocks, heads]."""
+        """Bytes down that quantization spares a subnet: int64 [blocks, heads]."""
         bits = self.bits_down
         return self._quantized(bits, lambda p: True, lambda p: _spared(p, bits))
 
     @cached_property
     def kept(self) -> np.ndarray:
-        """Bytes of where a subnet that trains began, if its change is coded: int64 [blocks, heads].
+        """Bytes of a trained subnet's weights as sent: int64 [blocks, heads].
 
-        They are held while it trains, in as many bits as they came in.
+        A client keeps them while it trains, in as many bits as they came in, to quantize the
+        change; 0 where changes are not quantized.
         """
         return self._quantized(
             self.bits_up, lambda p: p.trains, lambda p: row_bytes(p, self.bits_down)
         )
 
     def _quantized(self, bits: int, which: Which, each: Callable[[Parameter], int]) -> np.ndarray:
-        """Bytes of the rows of each subnet that travel coded: int64 [blocks, heads].
+        """Sum bytes over the rows of each subnet that are quantized: int64 [blocks, heads].
 
         Args:
-            each: Of one row of a parameter.
+            bits: Of a number.
+            which: Which parameters count.
+            each: Bytes of one row of a parameter.
         """
         total = np.zeros((self.arch.blocks, self.arch.heads), dtype=np.int64)
         for p in self.arch.of_kind(Kind.SLICED):
@@ -125,5 +131,5 @@ class Communication:
 
 
 def _spared(p: Parameter, bits: int) -> int:
-    """Bytes by which a row is shorter in so many bits."""
+    """Return the bytes by which a row is shorter in so many bits."""
     return row_bytes(p, PLAIN_BITS) - row_bytes(p, bits)

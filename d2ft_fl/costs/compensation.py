@@ -13,10 +13,12 @@ from d2ft_fl.wire.sizes import ELEMENT, TENSOR_HEADER
 
 @dataclass(frozen=True)
 class Extras:
-    """What compensation adds to a client's round, in bytes: it does not add up over subnets.
+    """Bytes that compensation adds to clients' rounds; they do not add up over subnets.
 
     Attributes:
-        compensated: Whether shortcuts are compensated. calibrating: Whether means are measured.
+        arch: The architecture.
+        compensated: Whether shortcuts are compensated.
+        calibrating: Whether means are measured.
     """
 
     arch: Architecture
@@ -24,29 +26,41 @@ class Extras:
     calibrating: bool
 
     def down(self, operations: np.ndarray) -> np.ndarray:
-        """On the wire to clients: int64 [clients], of int8 [clients, slots, blocks, heads]."""
+        """Return the bytes that travel to clients besides: int64 [clients].
+
+        Args:
+            operations: int8 [clients, slots, blocks, heads].
+        """
         return self._each(operations, self.compensated, lambda s: _wire(skip_spec(self.arch, s)))
 
     def up(self, operations: np.ndarray) -> np.ndarray:
-        """On the wire back."""
+        """Return the bytes that travel back besides: int64 [clients].
+
+        Args:
+            operations: int8 [clients, slots, blocks, heads].
+        """
         return self._each(operations, self.calibrating, lambda s: _wire(mean_spec(self.arch, s)))
 
     def held(self, operations: np.ndarray) -> np.ndarray:
-        """Held while training."""
+        """Return the bytes of memory that are used besides: int64 [clients].
+
+        Args:
+            operations: int8 [clients, slots, blocks, heads].
+        """
         skips = self._each(operations, self.compensated, lambda s: _data(skip_spec(self.arch, s)))
         means = self._each(operations, self.calibrating, lambda s: _data(mean_spec(self.arch, s)))
         return skips + means
 
     def _each(
-        self, operations: np.ndarray, there: bool, what: Callable[[Schedule], int]
+        self, operations: np.ndarray, applies: bool, size_of: Callable[[Schedule], int]
     ) -> np.ndarray:
-        if not there:
+        if not applies:
             return np.zeros(len(operations), dtype=np.int64)
-        return np.array([what(Schedule(one)) for one in operations], dtype=np.int64)
+        return np.array([size_of(Schedule(one)) for one in operations], dtype=np.int64)
 
 
 def _data(spec: dict[str, tuple[int, ...]]) -> int:
-    """Bytes of the tensors alone."""
+    """Return the bytes of tensors without their headers."""
     return sum(ELEMENT * int(np.prod(shape)) for shape in spec.values())
 
 

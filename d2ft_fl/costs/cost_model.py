@@ -265,7 +265,7 @@ class CostModel:
         resident, trained = residents(operations), trainees(operations)
         copies = self.copies(moments)
         parts = self.parts
-        elements = parts.own.outer + copies * parts.trained.outer + parts.own.elements(resident)
+        elements = parts.base.outer + copies * parts.trained.outer + parts.base.elements(resident)
         elements = elements + copies * parts.whole.elements(trained)
         if self.arch.rank:
             elements += parts.factors.elements(ranks) + copies * parts.ranked.elements(ranks)

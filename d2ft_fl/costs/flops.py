@@ -18,10 +18,10 @@ class BranchFlops:
 
     Attributes:
         base: Of a head's weights: [operations, 2, 2 branches, heads].
-        near: Of its own LoRA factors, for heads that train, by each column that trains:
-            [operations, 2, 2 branches, heads].
-        far: Of a block's common ones, where heads that train do it, by each column of the largest
-            of their ranks: [operations, 2, 2 branches].
+        near: Of a head's LoRA factors, for heads that train, per rank: [operations, 2, 2 branches,
+            heads].
+        far: Of the LoRA factors that a block's heads share, where heads that train do the
+            operation, per rank of the largest: [operations, 2, 2 branches].
     """
 
     base: np.ndarray
@@ -30,7 +30,13 @@ class BranchFlops:
 
     @classmethod
     def of(cls, arch: Architecture, fused: bool, checkpointing: bool) -> "BranchFlops":
-        """By architecture; see :mod:`d2ft_fl.costs.cost_model` for the formulae."""
+        """Count the FLOPs of an architecture; formulae are in :mod:`d2ft_fl.costs.cost_model`.
+
+        Args:
+            arch: The architecture, with as many tokens as blocks see.
+            fused: Whether attention is torch's fused one.
+            checkpointing: Whether activations are computed again.
+        """
         shape = len(Operation), 2, 2, arch.heads
         base, near = np.zeros(shape, dtype=np.int64), np.zeros(shape, dtype=np.int64)
         far = np.zeros(shape[:3], dtype=np.int64)
@@ -39,7 +45,7 @@ class BranchFlops:
             inward, adapted = sum(rows.values(), np.int64(0)), rows[spec.inward[0]]
             outward = np.array(spec.widths, dtype=np.int64)
             attends = spec.kind is BranchKind.ATTENTION
-            product = 2 * arch.tokens**2 * outward * attends  # one of attention's
+            product = 2 * arch.tokens**2 * outward * attends  # one product of attention
             ahead, back = 2 * product, (5 if fused else 4) * product
             into, out = (2 * arch.tokens * arch.dim * width for width in (inward, outward))
             again = checkpointing * (into + ahead)
@@ -64,10 +70,11 @@ class BranchFlops:
     def per_slot(
         self, operations: np.ndarray, trains: Sequence[Trains], ranks: np.ndarray
     ) -> np.ndarray:
-        """FLOPs of an example in each slot of schedules: int64 [clients, slots].
+        """Return the FLOPs of an example in each slot of schedules: int64 [clients, slots].
 
         Args:
             operations: int8 [clients, slots, blocks, heads].
+            trains: What trains of each branch.
             ranks: Of heads that train, else 0: int64 [clients, blocks, heads].
         """
         run = BranchOperations.of(operations, trains)
@@ -77,29 +84,33 @@ class BranchFlops:
         total = self.base[run.operations, through, branch, head].sum(axis=(2, 3, 4))
         if not self.far.any():
             return total
-        own = ranks[:, None, :, None]
-        near = self.near[run.operations, through, branch, head] * own
+        rank = ranks[:, None, :, None]
+        near = self.near[run.operations, through, branch, head] * rank
         total += near.sum(axis=(2, 3, 4))
         for operation in _ALL:
-            does = ((run.operations == operation) * own).max(axis=-1)
+            does = ((run.operations == operation) * rank).max(axis=-1)
             far = self.far[operation][run.through.astype(np.int8), np.arange(2)]
             total += (does * far).sum(axis=(2, 3))
         return total
 
     def spared_at_the_bottom(self, trains: Sequence[Trains], rank: int) -> int:
-        """Most FLOPs of an example that the lowest block that trains in a slot is spared.
+        """Bound the FLOPs of an example that the lowest block that trains in a slot is spared.
 
-        That is beside what the same operations cost above another block that trains.
+        The comparison is with equal operations above another block that trains.
+
+        Args:
+            trains: What trains of each branch.
+            rank: Of heads that train.
         """
         spared = []
         for operation in (Operation.FULL, Operation.FROZEN):  # of a head beside one that is FULL
             pair = np.array([[[Operation.FULL, operation]]], dtype=np.int8)
             run = BranchOperations.of(pair, trains)
             where = run.operations[0, 0, :, 1], run.through[0, 0].astype(np.int8), np.arange(2)
-            cost, most = (
+            lowest, higher = (
                 (self.base[at] + rank * self.near[at]).sum(axis=0) for at in (where, (operation, 1))
             )
-            spared.append(most - cost)
+            spared.append(higher - lowest)
             if operation is Operation.FULL:
                 common = rank * int((self.far[operation, 1] - self.far[where]).sum())
         return int(np.max(spared, axis=0).sum()) + common
@@ -118,10 +129,13 @@ class _Factors:
     def flops(
         self, operation: Operation, through: int, rows_in: np.ndarray, rows_out: np.ndarray
     ) -> tuple[np.ndarray, int]:
-        """Of a column of each head's own factors [heads], and of those in common.
+        """Return the FLOPs per rank of each head's factors [heads], and of those that heads share.
 
         Args:
-            rows_in, rows_out: Rows of each head: int64 [heads].
+            operation: What heads do.
+            through: Whether gradient goes on below.
+            rows_in: Rows of each head of products in: int64 [heads].
+            rows_out: Columns of each head of the product out: int64 [heads].
         """
         t, a = self.trains, self.arch
         live, full = operation >= Operation.FROZEN, operation is Operation.FULL

@@ -1,4 +1,4 @@
-"""How many elements and tensors there are of some parameters, and their bytes on the wire."""
+"""Counts of the elements and tensors of some parameters, and their bytes on the wire."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -14,12 +14,14 @@ Which = Callable[[Parameter], bool]
 
 @dataclass(frozen=True)
 class ParameterCounts:
-    """How much of an architecture some parameters are, by what they belong to.
+    """Elements and tensors of some parameters, by what they belong to.
 
     Attributes:
-        sliced: Elements, int64 [blocks, heads]. shared: Elements, int64 [blocks].
+        sliced: Elements of subnets: int64 [blocks, heads].
+        shared: Elements that a block's subnets share: int64 [blocks].
         outer: Elements of embedding and final part.
-        tensors: Of each block: int64 [blocks]. outer_tensors: Of embedding and final part.
+        tensors: Tensors of each block: int64 [blocks].
+        outer_tensors: Tensors of embedding and final part.
     """
 
     sliced: np.ndarray
@@ -30,7 +32,7 @@ class ParameterCounts:
 
     @classmethod
     def of(cls, arch: Architecture, which: Which) -> "ParameterCounts":
-        """Counted from the parameters."""
+        """Count those parameters of an architecture for which ``which`` is true."""
         chosen = [p for p in arch.parameters if which(p)]
         outer = [p.numel for p in chosen if p.block < 0]
         blocks = np.array([p.block for p in chosen if p.block >= 0], dtype=np.int64)
@@ -49,63 +51,68 @@ class ParameterCounts:
         return ELEMENT * self.outer + TENSOR_HEADER * self.outer_tensors
 
     def wire_bytes(self, which: np.ndarray) -> np.ndarray:
-        """Bytes on the wire of subnets bool [clients, blocks, heads] and what they share."""
-        own = (which * ELEMENT * self.sliced).sum(axis=(1, 2))
-        return own + (which.any(axis=2) * self.bytes_of_blocks).sum(axis=1)
-
-    def elements(self, which: np.ndarray) -> np.ndarray:
-        """Elements of subnets [clients, blocks, heads] and what they share: int64 [clients].
+        """Return the bytes on the wire of subnets and what they share: int64 [clients].
 
         Args:
-            which: bool, or how often each counts, what they share as often as the most of them.
+            which: bool [clients, blocks, heads].
         """
-        own = (which * self.sliced).sum(axis=(1, 2))
-        return own + (which.max(axis=2) * self.shared).sum(axis=1)
+        of_subnets = (which * ELEMENT * self.sliced).sum(axis=(1, 2))
+        return of_subnets + (which.any(axis=2) * self.bytes_of_blocks).sum(axis=1)
+
+    def elements(self, which: np.ndarray) -> np.ndarray:
+        """Return the elements of subnets and what they share: int64 [clients].
+
+        Args:
+            which: bool [clients, blocks, heads], or how often each subnet counts; what a block's
+                subnets share counts as often as the largest of these.
+        """
+        of_subnets = (which * self.sliced).sum(axis=(1, 2))
+        return of_subnets + (which.max(axis=2) * self.shared).sum(axis=1)
 
     def per_rank(self, rank: int) -> "ParameterCounts":
-        """Of LoRA's factors of a rank, what belongs to one of it."""
+        """Return the counts per rank, out of those of LoRA's factors of a rank."""
         sliced, shared = self.sliced // max(1, rank), self.shared // max(1, rank)
         return replace(self, sliced=sliced, shared=shared)
 
 
 @dataclass(frozen=True)
 class Parts:
-    """How much of an architecture there is of what, by what becomes of it."""
+    """Parameter counts of an architecture, by what happens to parameters."""
 
     arch: Architecture
 
     @cached_property
-    def own(self) -> ParameterCounts:
-        """The model's own parameters: held with every resident subnet."""
+    def base(self) -> ParameterCounts:
+        """Parameters that are no LoRA factors: in memory with every resident subnet."""
         return ParameterCounts.of(self.arch, lambda p: not p.factor)
 
     @cached_property
     def factors(self) -> ParameterCounts:
-        """LoRA's factors, by rank: held with trained subnets; those of others are folded in."""
+        """LoRA's factors, per rank: in memory with trained subnets; of others they are merged."""
         return ParameterCounts.of(self.arch, lambda p: bool(p.factor)).per_rank(self.arch.rank)
 
     @cached_property
     def trained(self) -> ParameterCounts:
-        """What trains: has gradients and moments, and travels up."""
+        """Parameters that train: they have gradients and moments, and travel up."""
         return ParameterCounts.of(self.arch, lambda p: p.trains)
 
     @cached_property
     def whole(self) -> ParameterCounts:
-        """What trains whatever the rank: everything but factors."""
+        """Parameters that train and are no LoRA factors, so that ranks do not matter."""
         return ParameterCounts.of(self.arch, lambda p: p.trains and not p.factor)
 
     @cached_property
     def ranked(self) -> ParameterCounts:
-        """Of factors that train, what belongs to one of their rank."""
+        """LoRA factors that train, per rank."""
         chosen = ParameterCounts.of(self.arch, lambda p: p.trains and bool(p.factor))
         return chosen.per_rank(self.arch.rank)
 
     @cached_property
     def fixed(self) -> ParameterCounts:
-        """What never changes: travels down to clients that have it not."""
+        """Parameters that never change: they travel down to clients that do not have them."""
         return ParameterCounts.of(self.arch, lambda p: p.fixed)
 
     @cached_property
     def loose(self) -> ParameterCounts:
-        """What changes: travels down every round."""
+        """Parameters that change: they travel down every round."""
         return ParameterCounts.of(self.arch, lambda p: not p.fixed)

@@ -1,6 +1,6 @@
-"""What a client does with the whole model before it trains its part: score it, and select examples.
+"""Costs of probes: a client scores subnets and selects examples before it trains.
 
-Both are charged to its budgets. The whole model comes down for them.
+Probes run the whole model, which comes down for them. They are charged to the client's budgets.
 """
 
 from dataclasses import dataclass, replace
@@ -20,9 +20,9 @@ class Probes:
     """What a client does with the whole model before it trains its part.
 
     Attributes:
-        scored: Examples of a scoring pass; 0 for none.
-        viewed: Examples whose outputs it looks at, to select what it trains on; 0 for none.
-        kinds: Of scores to measure; see :data:`~d2ft_fl.planning.importance.MEASURED`.
+        scored: Examples on which subnets are scored; 0 for none.
+        viewed: Examples whose outputs are looked at, to select what to train on; 0 for none.
+        kinds: Kinds of scores to measure; see :data:`~d2ft_fl.planning.importance.MEASURED`.
     """
 
     scored: int = 0
@@ -34,7 +34,7 @@ class Probes:
 
     @property
     def alternatives(self) -> tuple["Probes", ...]:
-        """What to try in turn where budgets do not afford all: these, selecting alone, none."""
+        """Probes to try in turn where budgets do not afford all: all, selecting alone, none."""
         return tuple(dict.fromkeys((self, Probes(viewed=self.viewed), NO_PROBES)))
 
 
@@ -42,14 +42,16 @@ NO_PROBES = Probes()
 
 
 def probes_cost(costs: CostModel, probes: Probes, cached: np.ndarray | None = None) -> Cost:
-    """Cost of passes over the whole model, which comes down for them.
+    """Return the cost of probes over the whole model, which comes down for them.
 
-    Scoring takes one example at a time, everything FULL; selecting a batch at a time, forward. Up
-    goes one float32 [blocks, heads] for each kind of scores. Memory and FLOPs of scoring
-    are the same for any number of kinds: all are taken from the one gradient at hand.
+    Scoring takes one example at a time, everything FULL; selecting takes a batch at a time,
+    forward only. One float32 [blocks, heads] goes up for each kind of scores. Memory and FLOPs of
+    scoring do not depend on the number of kinds: all are taken from one gradient.
 
     Args:
-        holds: bool [blocks, heads], subnets whose fixed parameters the client has.
+        costs: The cost model.
+        probes: What the client does before training.
+        cached: Subnets whose fixed parameters the client has: bool [blocks, heads].
     """
     cost = costs.known(probes, lambda: _probes_cost(costs, probes))
     if cached is None or not probes:
@@ -61,17 +63,17 @@ def probes_cost(costs: CostModel, probes: Probes, cached: np.ndarray | None = No
 def _probes_cost(costs: CostModel, probes: Probes) -> Cost:
     if not probes:
         return Cost()
-    # Gradients of the likelihood, so without dropout; of the weights themselves, factors folded in.
+    # Gradients of the likelihood, so without dropout; of the weights themselves, factors merged.
     a = without_lora(costs.arch)
     one = replace(costs.plain(), arch=a.without_dropout())
-    held = sum(p.numel for p in a.parameters)
-    folded = bool(probes.scored) + bool(probes.viewed)
-    flops, memory, up = folded * costs.arch.rank * int(costs.merge_flops.sum()), 0, 0
+    resident = sum(p.numel for p in a.parameters)
+    merges = bool(probes.scored) + bool(probes.viewed)
+    flops, memory, up = merges * costs.arch.rank * int(costs.merge_flops.sum()), 0, 0
     if probes.scored:
         everything = one.everything()
         widest = max(p.numel for p in a.of_kind(Kind.SLICED))
         flops += one.flops(everything, 1) * probes.scored
-        memory = ELEMENT * (held + 2 * widest + probes.scored * a.input_elements)
+        memory = ELEMENT * (resident + 2 * widest + probes.scored * a.input_elements)
         memory += one.peak_bytes(everything, [1])
         up = len(probes.kinds) * (ELEMENT * a.blocks * a.heads + TENSOR_HEADER)
     if probes.viewed:
@@ -79,14 +81,19 @@ def _probes_cost(costs: CostModel, probes: Probes) -> Cost:
         forward = Schedule.filled(Operation.FORWARD_ONLY, 1, a.blocks, a.heads)
         blocks = a.blocks * int(one.operation_flops[Operation.FORWARD_ONLY].sum())
         flops += (a.embed_flops + 2 * a.dim * a.classes + blocks) * probes.viewed
-        viewing = ELEMENT * (held + batch * a.input_elements + probes.viewed)
+        viewing = ELEMENT * (resident + batch * a.input_elements + probes.viewed)
         memory = max(memory, viewing + one.peak_bytes(forward, [batch]))
     down = costs.bytes_down(costs.everything())
     return Cost(flops, memory + memory // MEMORY_MARGIN, up, down)
 
 
 def with_probes(cost: Cost, before: Cost) -> Cost:
-    """A round's cost with passes before it, for which everything has come down already."""
+    """Return a round's cost with probes before it, for which everything has come down already.
+
+    Args:
+        cost: Of the round without probes.
+        before: Of the probes.
+    """
     return Cost(
         cost.flops + before.flops,
         max(cost.memory, before.memory),
@@ -102,9 +109,16 @@ def round_cost(
     probes: Probes,
     cached: np.ndarray | None = None,
 ) -> Cost:
-    """Cost of a round, with the passes before it, if any.
+    """Return the cost of a round, with the probes before it, if any.
 
-    They need the whole model, of which the schedule then keeps its part, uncompensated.
+    Probes need the whole model, of which the schedule then keeps its part, uncompensated.
+
+    Args:
+        costs: The cost model.
+        schedule: What the client runs.
+        examples: On which it trains.
+        probes: What it does before training.
+        cached: Subnets whose fixed parameters it has: bool [blocks, heads].
     """
     if not probes:
         return costs.cost(schedule, examples, cached)

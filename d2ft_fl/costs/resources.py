@@ -8,7 +8,7 @@ import numpy as np
 RESOURCES = ("flops", "memory", "bytes_up", "bytes_down")
 
 
-MEMORY_MARGIN = 32  # 1/32 on top for the small tensors that the formula passes over
+MEMORY_MARGIN = 32  # 1/32 on top for the small tensors that the formula leaves out
 
 
 @dataclass(frozen=True)
@@ -21,12 +21,12 @@ class Cost:
     bytes_down: int = 0
 
     def vector(self) -> np.ndarray:
-        """int64 [4], in the order of ``RESOURCES``."""
+        """Return the amounts in the order of ``RESOURCES``: int64 [4]."""
         return np.array([getattr(self, r) for r in RESOURCES], dtype=np.int64)
 
 
 def workload_variance(flops: Sequence[int]) -> float:
-    """Variance over clients of their FLOPs, in units of the mean's square.
+    """Return the variance over clients of their FLOPs, in units of the mean's square.
 
     D2FT (arXiv 2504.12471) reports the variance of the work of devices; 0 is an even load.
     """

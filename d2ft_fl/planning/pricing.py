@@ -206,7 +206,7 @@ class Pricing:
             phase.copies * parts.whole.sliced,
             parts.factors.sliced + phase.copies * parts.ranked.sliced,
         )
-        held = held + parts.own.sliced.reshape(-1, 1) * (self.patterns.runs > 0)
+        held = held + parts.base.sliced.reshape(-1, 1) * (self.patterns.runs > 0)
         start = costs.communication.kept.reshape(-1, 1) * (self.patterns.full > 0)
         return ELEMENT * held + start + self.saved_by_options(phase)
 
@@ -281,7 +281,7 @@ class Pricing:
         parts, ranks = self.costs.parts, np.array(self.patterns.ranks)
         live, trained, ranked = self.saved_by_block(phase)
         memory = np.zeros((self.costs.arch.blocks, levels), dtype=np.int64)
-        memory[:, RESIDENT] = ELEMENT * parts.own.shared
+        memory[:, RESIDENT] = ELEMENT * parts.base.shared
         memory[:, LIVE] = live // phase.micro_batches
         saved = (trained + ranked * ranks) // phase.micro_batches
         memory[:, TRAINED:] = np.diff(saved, prepend=0)
@@ -330,7 +330,7 @@ class Pricing:
     def memory_of_anything(self, phase: MemoryPhase) -> int:
         """Price embedding, final part, images and the classifier's activations, in bytes."""
         parts, total = self.costs.parts, phase.total
-        outer = ELEMENT * (parts.own.outer + phase.copies * parts.trained.outer)
+        outer = ELEMENT * (parts.base.outer + phase.copies * parts.trained.outer)
         images = ELEMENT * total * self.costs.arch.input_elements
         return outer + images + total * self.costs.activations.outer // phase.micro_batches
 

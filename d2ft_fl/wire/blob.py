@@ -35,22 +35,23 @@ _DTYPES = {name: dtype for dtype, name in _TYPES.items()}
 
 
 def encode(tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> bytes:
-    """Tensors and JSON-able metadata as one safetensors blob."""
+    """Return tensors and JSON-able metadata as one safetensors blob."""
     return safetensors.torch.save(dict(tensors), metadata={META: json.dumps(meta)})
 
 
 def size(tensors: "Iterable[Described]", meta: Any) -> int:
-    """The length of :func:`encode`'s blob, without making it.
+    """Return the length of :func:`encode`'s blob, without making it.
 
     Args:
         tensors: Name, shape and type of each.
+        meta: Metadata.
     """
     header, order = _header(tensors, meta)
     return len(header) + sum(dtype.itemsize * math.prod(shape) for _, shape, dtype in order)
 
 
 def write(path: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
-    """Write :func:`encode`'s blob into a file, new or in place of what it holds."""
+    """Write :func:`encode`'s blob into a file, new or in place of what is in it."""
     with path.open("r+b" if path.exists() else "wb", buffering=0) as file:
         for part in _laid_out(tensors, meta):
             rest = part.data
@@ -62,10 +63,12 @@ def write(path: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) ->
 def fill(
     room: Callable[[int], mmap.mmap], tensors: Mapping[str, Tensor], meta: Mapping[str, Any]
 ) -> int:
-    """Put :func:`encode`'s blob at the beginning of memory; returns its length.
+    """Put :func:`encode`'s blob at the beginning of memory, and return its length.
 
     Args:
         room: Gives memory of so many bytes at least.
+        tensors: Tensors by name.
+        meta: Metadata.
     """
     parts = _laid_out(tensors, meta)
     length, start = sum(map(len, parts)), 0
@@ -77,10 +80,10 @@ def fill(
 
 
 def _laid_out(tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> list[np.ndarray]:
-    """The parts of :func:`encode`'s blob, as bytes."""
-    held = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
-    header, order = _header(((n, tuple(t.shape), t.dtype) for n, t in held.items()), meta)
-    bodies = (held[name].flatten().view(torch.uint8).numpy() for name, _, _ in order)
+    """Return the parts of :func:`encode`'s blob, as bytes."""
+    contiguous = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    header, order = _header(((n, tuple(t.shape), t.dtype) for n, t in contiguous.items()), meta)
+    bodies = (contiguous[name].flatten().view(torch.uint8).numpy() for name, _, _ in order)
     return [np.frombuffer(header, dtype=np.uint8), *bodies]
 
 
@@ -88,7 +91,7 @@ Described = tuple[str, tuple[int, ...], torch.dtype]
 
 
 def _header(tensors: Iterable[Described], meta: Any) -> tuple[bytes, list[Described]]:
-    """What comes before the tensors in safetensors' format, and the order in which they come."""
+    """Return the header of a safetensors blob, and its tensors in the order in which they come."""
     entries: dict[str, Any] = {"__metadata__": {META: json.dumps(meta)}}
     order, end = sorted(tensors, key=lambda t: (_ORDER.index(t[2]), t[0])), 0
     for name, shape, dtype in order:
@@ -100,13 +103,13 @@ def _header(tensors: Iterable[Described], meta: Any) -> tuple[bytes, list[Descri
 
 
 def decode(blob: bytes | memoryview | Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """The tensors and metadata of :func:`encode`.
+    """Return the tensors and metadata of :func:`encode`'s blob.
 
     Args:
         blob: As bytes; or memory, or a file, where the tensors then stay.
 
     Raises:
-        ReplyError: When it is not one of ours.
+        ReplyError: When it is not a message of this project.
     """
     try:
         if isinstance(blob, Path):
@@ -125,20 +128,23 @@ def decode(blob: bytes | memoryview | Path) -> tuple[dict[str, Tensor], dict[str
 
 
 def mapped(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """A safetensors file's header, and its tensors: mapped into memory, copied if written to.
+    """Return a safetensors file's header, and its tensors mapped copy-on-write into memory.
 
     safetensors' own ``load_file`` (0.8.0) loses 8 kB of memory for each file of 150 tensors, which
     replies by the thousand are.
 
     Raises:
-        KeyError, TypeError, ValueError, OSError: When it is no such file, or lies about itself.
+        KeyError: When an entry of the header is missing.
+        TypeError: When the header is of another type.
+        ValueError: When the header and the length of the file do not agree.
+        OSError: When the file cannot be read.
     """
     with path.open("rb") as file:
         return _parsed(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
 
 
 def _parsed(content: mmap.mmap | memoryview) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """The same of what a file holds."""
+    """Return the header and the tensors of a file's content; see :func:`mapped`."""
     start = LENGTH_BYTES + int.from_bytes(content[:LENGTH_BYTES], "little")
     if start > len(content):
         raise ValueError(f"a header of {start - LENGTH_BYTES} bytes")
@@ -156,10 +162,10 @@ def _parsed(content: mmap.mmap | memoryview) -> tuple[dict[str, Any], dict[str, 
         if not start <= first <= last <= len(content) or last - first != count * dtype.itemsize:
             raise ValueError(f"{name!r} does not lie where it should")
         used += last - first
-        own = torch.empty(0, dtype=dtype)
+        tensor = torch.empty(0, dtype=dtype)
         if count:
-            own = torch.frombuffer(content, dtype=dtype, count=count, offset=first)
-        tensors[name] = own.view(shape)
+            tensor = torch.frombuffer(content, dtype=dtype, count=count, offset=first)
+        tensors[name] = tensor.view(shape)
     if used != len(content):
         raise ValueError(f"{used} bytes of {len(content)} are accounted for")
     return header, tensors

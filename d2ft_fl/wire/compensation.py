@@ -5,17 +5,17 @@ from d2ft_fl.subnets.schedule import Operation, Schedule
 
 
 def mean_name(block: int, branch: int) -> str:
-    """Under which name a block's means travel up: float32 [tokens, width of resident heads]."""
+    """Return the name of a block's means: float32 [tokens, width of resident heads]."""
     return f"d2ft.mean.{block}.{branch}"
 
 
 def skip_name(block: int) -> str:
-    """Under which name compensation travels down: float32 [sets, branches, tokens, dim]."""
+    """Return the name of a block's compensation: float32 [sets, branches, tokens, dim]."""
     return f"d2ft.skip.{block}"
 
 
 def mean_spec(arch: Architecture, schedule: Schedule) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the means that a calibrating client sends up."""
+    """Return names and shapes of the means that a calibrating client sends up."""
     spec: dict[str, tuple[int, ...]] = {}
     for block in range(arch.blocks):
         if heads := schedule.heads(schedule.resident, block):
@@ -26,20 +26,20 @@ def mean_spec(arch: Architecture, schedule: Schedule) -> dict[str, tuple[int, ..
 
 
 def skip_sets(schedule: Schedule, block: int) -> list[int]:
-    """Per slot, which of the block's distinct sets of skipped heads it has; -1 for none."""
+    """Return for each slot the number of its set of skipped heads in a block; -1 for none."""
     sets: dict[bytes, int] = {}
-    found = []
+    set_of_slot = []
     for slot in range(schedule.slots):
         skipped = schedule.operations[slot, block] == Operation.SHORTCUT
         if not schedule.active[slot] or not skipped.any():
-            found.append(-1)
+            set_of_slot.append(-1)
         else:
-            found.append(sets.setdefault(skipped.tobytes(), len(sets)))
-    return found
+            set_of_slot.append(sets.setdefault(skipped.tobytes(), len(sets)))
+    return set_of_slot
 
 
 def skip_spec(arch: Architecture, schedule: Schedule) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of what compensates a client's shortcuts."""
+    """Return names and shapes of what compensates a client's shortcuts."""
     spec: dict[str, tuple[int, ...]] = {}
     for block in range(arch.blocks):
         if count := max(skip_sets(schedule, block)) + 1:

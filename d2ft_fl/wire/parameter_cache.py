@@ -1,4 +1,4 @@
-"""What clients have already: parameters that never change travel once.
+"""The cache of a client's fixed parameters: what never changes travels once.
 
 Fixed parameters come in groups: those of embedding and final part, those that a block's subnets
 share, and the slices of each subnet. The server knows which subnets' groups a client has (and with
@@ -36,19 +36,21 @@ OUTER: Group = (-1, -1)
 
 
 def _fixed(arch: Architecture) -> dict[int, list[Parameter]]:
-    """Fixed parameters by block."""
-    found: dict[int, list[Parameter]] = {}
+    """Return fixed parameters by block."""
+    by_block: dict[int, list[Parameter]] = {}
     for p in arch.parameters:
         if p.fixed:
-            found.setdefault(p.block, []).append(p)
-    return found
+            by_block.setdefault(p.block, []).append(p)
+    return by_block
 
 
-def _group(own: list[Parameter], weights: Mapping[str, Tensor], head: int) -> dict[str, Tensor]:
-    """One group's tensors, out of whole weights."""
+def _group(
+    parameters: list[Parameter], weights: Mapping[str, Tensor], head: int
+) -> dict[str, Tensor]:
+    """Return one group's tensors, out of whole weights."""
     if head < 0:
-        return {p.name: weights[p.name] for p in own if p.kind is not Kind.SLICED}
-    return {p.name: p.pack(weights[p.name], [head]) for p in own if p.kind is Kind.SLICED}
+        return {p.name: weights[p.name] for p in parameters if p.kind is not Kind.SLICED}
+    return {p.name: p.pack(weights[p.name], [head]) for p in parameters if p.kind is Kind.SLICED}
 
 
 def digests(
@@ -57,21 +59,24 @@ def digests(
     before: Digests | None = None,
     changed: np.ndarray | None = None,
 ) -> Digests:
-    """The name of every group.
+    """Return the name of every group.
 
     Args:
-        before: Names to keep where nothing has ``changed``: bool [blocks, heads].
+        arch: The architecture.
+        weights: The whole model's.
+        before: Names from before, kept where nothing has changed; None to work out all.
+        changed: Subnets whose fixed parameters have changed: bool [blocks, heads].
     """
-    found = dict(before or {})
+    names = dict(before or {})
     by_block = _fixed(arch)
     for block in range(arch.blocks):
         for head in range(-1, arch.heads):
             if before is None or (head >= 0 and changed is not None and changed[block, head]):
-                own = by_block.get(block, [])
-                found[block, head] = _digest(_group(own, weights, head))
+                parameters = by_block.get(block, [])
+                names[block, head] = _digest(_group(parameters, weights, head))
     if before is None:
-        found[OUTER] = _digest(_group(by_block.get(-1, []), weights, -1))
-    return found
+        names[OUTER] = _digest(_group(by_block.get(-1, []), weights, -1))
+    return names
 
 
 def _digest(tensors: Mapping[str, Tensor]) -> str:
@@ -84,7 +89,7 @@ def _digest(tensors: Mapping[str, Tensor]) -> str:
 
 
 def groups_of(schedule: Schedule) -> Iterator[Group]:
-    """The groups that a schedule needs, in order."""
+    """Yield the groups that a schedule needs, in order."""
     yield OUTER
     for block, row in enumerate(schedule.resident):
         if row.any():
@@ -93,7 +98,12 @@ def groups_of(schedule: Schedule) -> Iterator[Group]:
 
 
 def is_held(group: Group, cached: np.ndarray) -> bool:
-    """Whether a client with these subnets' groups (bool [blocks, heads]) has one."""
+    """Whether a client has a group.
+
+    Args:
+        group: The group.
+        cached: Subnets whose groups the client has: bool [blocks, heads].
+    """
     block, head = group
     if block < 0:
         return bool(cached.any())
@@ -101,12 +111,12 @@ def is_held(group: Group, cached: np.ndarray) -> bool:
 
 
 def write(schedule: Schedule, names: Digests) -> str:
-    """The names of the groups that a schedule needs, for its message."""
+    """Return the names of the groups that a schedule needs, for its message."""
     return "".join(names[group] for group in groups_of(schedule))
 
 
 def read(schedule: Schedule, text: str) -> Digests:
-    """The names that :func:`write` wrote."""
+    """Return the names that :func:`write` wrote."""
     width = 2 * DIGEST_BYTES
     return {group: text[i * width : (i + 1) * width] for i, group in enumerate(groups_of(schedule))}
 
@@ -116,7 +126,8 @@ class ParameterCache:
     """A client's groups, as files.
 
     Attributes:
-        intact: Files, by name, inode and size, that this process found to hold what they should.
+        folder: Where the files are.
+        intact: Files, by name, inode and size, whose content this process has checked.
     """
 
     folder: Path
@@ -124,13 +135,13 @@ class ParameterCache:
 
     @classmethod
     def default(cls) -> "ParameterCache":
-        """The one in the user's cache folder, or in that which ``D2FT_WEIGHTS`` names."""
+        """Return the cache in the folder ``D2FT_WEIGHTS``, else in the user's cache folder."""
         folder = os.environ.get("D2FT_WEIGHTS")
         cache = platformdirs.user_cache_path("d2ft-fl", appauthor=False)
         return cls(Path(folder) if folder else cache / "weights")
 
     def prune(self, days: float = KEEP_DAYS) -> None:
-        """Delete what was not used for so long. A client that misses it says so, and gets it."""
+        """Delete what was not used for so many days: a missing group is sent again."""
         oldest = time.time() - 86_400 * days
         for path in self.folder.glob("*/*"):
             with suppress(OSError):
@@ -145,7 +156,14 @@ class ParameterCache:
         cached: np.ndarray,
         names: Digests,
     ) -> dict[str, Tensor]:
-        """What came down together with what was left out, as of ``down_spec``.
+        """Put together what came down and what was left out, as of ``down_spec``.
+
+        Args:
+            arch: The architecture.
+            schedule: What the client is to run.
+            tensors: What came down, by name.
+            cached: Subnets whose groups were left out: bool [blocks, heads].
+            names: The names of the groups that the schedule needs.
 
         Raises:
             Refusal: When a group is gone that the server believes to be here.
@@ -154,13 +172,15 @@ class ParameterCache:
         parts: dict[str, list[Tensor]] = {}
         for group in groups_of(schedule):
             block, head = group
-            own = by_block.get(block, [])
+            parameters = by_block.get(block, [])
             if is_held(group, cached):
-                found = self._load(names[group])
+                of_group = self._load(names[group])
             else:
-                found = _cut(own, tensors, schedule.resident[block] & ~cached[block], head)
-                self._save(names[group], found)
-            for name, tensor in found.items():
+                of_group = _cut(
+                    parameters, tensors, schedule.resident[block] & ~cached[block], head
+                )
+                self._save(names[group], of_group)
+            for name, tensor in of_group.items():
                 parts.setdefault(name, []).append(tensor)
         whole = {name: t for name, t in tensors.items() if name not in parts}
         whole |= {name: ts[0] if len(ts) == 1 else torch.cat(ts) for name, ts in parts.items()}
@@ -172,20 +192,20 @@ class ParameterCache:
         return self.folder / name[:2] / f"{name}.safetensors"
 
     def _load(self, name: str) -> dict[str, Tensor]:
-        found = self._read(name)
-        if found is None:
+        tensors = self._read(name)
+        if tensors is None:
             raise Refusal("weights that it was sent before are gone here")
-        return found
+        return tensors
 
     def _read(self, name: str) -> dict[str, Tensor] | None:
-        """A group, whole as it was written; None where there is none."""
+        """Return a group, whole as it was written; None where there is none."""
         path = self._path(name)
         with suppress(OSError, KeyError, TypeError, ValueError, RecursionError):
             os.utime(path)
-            found, key = blob.mapped(path)[1], self._key(name)
-            if key in self.intact or _digest(found) == name:  # once a process, not once a round
+            tensors, key = blob.mapped(path)[1], self._key(name)
+            if key in self.intact or _digest(tensors) == name:  # once a process, not once a round
                 self.intact.add(key)
-                return found
+                return tensors
         return None
 
     def _key(self, name: str) -> tuple[str, int, int]:
@@ -199,7 +219,7 @@ class ParameterCache:
         return self._read(name) is not None
 
     def _save(self, name: str, tensors: dict[str, Tensor]) -> None:
-        """Write a group that is not there, at once or not at all: others may write the same."""
+        """Write a group that is missing, atomically: other processes may write it, too."""
         if self._has(name):
             return
         path = self._path(name)
@@ -215,14 +235,14 @@ class ParameterCache:
 
 
 def _cut(
-    own: list[Parameter], tensors: Mapping[str, Tensor], sent: np.ndarray, head: int
+    parameters: list[Parameter], tensors: Mapping[str, Tensor], sent: np.ndarray, head: int
 ) -> dict[str, Tensor]:
-    """One group, out of packed tensors of the heads that were ``sent``: bool [heads]."""
+    """Return one group, out of packed tensors of the heads that were ``sent``: bool [heads]."""
     if head < 0:
-        return {p.name: tensors[p.name] for p in own if p.kind is not Kind.SLICED}
-    found = {}
-    for p in own:
+        return {p.name: tensors[p.name] for p in parameters if p.kind is not Kind.SLICED}
+    cut = {}
+    for p in parameters:
         if p.kind is Kind.SLICED:
             start = sum(len(p.rows[h]) for h in np.flatnonzero(sent[:head]))
-            found[p.name] = tensors[p.name][start : start + len(p.rows[head])]
-    return found
+            cut[p.name] = tensors[p.name][start : start + len(p.rows[head])]
+    return cut

@@ -1,4 +1,4 @@
-"""Slices on their way in few bits a number.
+"""Quantization: slices travel in few bits a number.
 
 A row d becomes whole numbers q of b bits, and one scale s for them:
 
@@ -11,8 +11,8 @@ that of the whole gradient). The server adds s q to what the row is.
 **Down**, d is the row, and u = 1/2: all clients begin with the same weights, next to the server's,
 which stay as exact as they are. So what comes back must be a change: down needs few bits up.
 
-Coded are the weights of subnets' products; biases, what a block shares, LoRA's factors, what never
-changes and the classifier travel as they are.
+Quantized are the weights of subnets' products; biases, what a block shares, LoRA's factors, what
+never changes and the classifier travel as they are.
 """
 
 from collections.abc import Mapping
@@ -31,7 +31,7 @@ SCALE_BYTES = 4
 
 
 def check_bits(up: int, down: int) -> None:
-    """Whether numbers can travel in so many bits.
+    """Check that numbers can travel in so many bits.
 
     Raises:
         ConfigError: If not.
@@ -44,47 +44,49 @@ def check_bits(up: int, down: int) -> None:
             )
     if down < PLAIN_BITS <= up:
         raise ConfigError(
-            f"numbers come down in {down} bits (download-bits) only where changes come back coded: "
-            f"set upload-bits to {' or '.join(map(str, UPLOAD_BITS[1:]))}, not {up}"
+            f"numbers come down in {down} bits (download-bits) only where changes come back "
+            f"quantized: set upload-bits to {' or '.join(map(str, UPLOAD_BITS[1:]))}, not {up}"
         )
 
 
 def is_quantized(p: Parameter, bits: int) -> bool:
-    """Whether a parameter's slices travel coded."""
+    """Whether a parameter's slices travel quantized."""
     products = p.kind is Kind.SLICED and len(p.shape) == 2 and not p.factor
     return bits < PLAIN_BITS and products and not p.fixed
 
 
 def row_bytes(p: Parameter, bits: int) -> int:
-    """Bytes of one row of a parameter's slices on the wire."""
+    """Return the bytes of one row of a parameter's slices on the wire."""
     width = p.numel // p.shape[p.axis]
     return SCALE_BYTES + -(-width * bits // 8) if is_quantized(p, bits) else ELEMENT * width
 
 
 def quantize_rows(rows: Tensor, bits: int, generator: torch.Generator | None = None) -> Tensor:
-    """Numbers [rows, width], coded: uint8 [rows, bytes].
+    """Quantize numbers [rows, width]: uint8 [rows, bytes].
 
     Args:
+        rows: Numbers: float32 [rows, width].
+        bits: Of a number: 4 or 8.
         generator: Draws what is rounded up; None to round to what is nearest.
     """
-    most = 2 ** (bits - 1) - 1
-    scale = rows.abs().amax(dim=1, keepdim=True) / most  # [rows, 1]
+    largest = 2 ** (bits - 1) - 1
+    scale = rows.abs().amax(dim=1, keepdim=True) / largest  # [rows, 1]
     steps = rows / torch.where(scale > 0, scale, 1.0)
     up = 0.5 if generator is None else torch.rand(steps.shape, generator=generator)
-    codes = ((steps + up).floor_().clamp_(-most, most) + most).to(torch.uint8)
+    numbers = ((steps + up).floor_().clamp_(-largest, largest) + largest).to(torch.uint8)
     if bits == 4:
-        codes = torch.nn.functional.pad(codes, (0, codes.shape[1] % 2))
-        codes = codes[:, ::2] | codes[:, 1::2] << 4
-    return torch.cat([scale.view(torch.uint8), codes], dim=1)
+        numbers = torch.nn.functional.pad(numbers, (0, numbers.shape[1] % 2))
+        numbers = numbers[:, ::2] | numbers[:, 1::2] << 4
+    return torch.cat([scale.view(torch.uint8), numbers], dim=1)
 
 
 def dequantize_rows(quantized: Tensor, width: int, bits: int) -> Tensor:
-    """What :func:`encode` was given, to its rounding: float32 [rows, width]."""
+    """Return what :func:`quantize_rows` was given, to its rounding: float32 [rows, width]."""
     scale = quantized[:, :SCALE_BYTES].flatten().view(torch.float32)[:, None]  # [rows, 1]
-    codes = quantized[:, SCALE_BYTES:]
+    numbers = quantized[:, SCALE_BYTES:]
     if bits == 4:
-        codes = torch.stack([codes & 15, codes >> 4], dim=2).flatten(1)[:, :width]
-    return scale * (codes.float() - (2 ** (bits - 1) - 1))
+        numbers = torch.stack([numbers & 15, numbers >> 4], dim=2).flatten(1)[:, :width]
+    return scale * (numbers.float() - (2 ** (bits - 1) - 1))
 
 
 def quantize_changes(
@@ -94,7 +96,15 @@ def quantize_changes(
     bits: int,
     generator: torch.Generator,
 ) -> dict[str, Tensor]:
-    """Of what became of some packed slices, by name, those that travel coded: as they travel."""
+    """Quantize the changes of packed slices, by name; slices that travel as they are are left out.
+
+    Args:
+        arch: The architecture.
+        old: Packed slices before training.
+        new: Packed slices after it.
+        bits: Of a number.
+        generator: Draws what is rounded up.
+    """
     return {
         name: quantize_rows(new[name] - tensor, bits, generator)
         for name, tensor in old.items()
@@ -109,12 +119,21 @@ def with_quantized_changes(
     tensors: Mapping[str, Tensor],
     bits: int,
 ) -> dict[str, Tensor]:
-    """What a client made of a model, from what it sent; what is not coded stays as it is.
+    """Return a client's slices after training, from what it sent.
+
+    What is not quantized stays as it is.
+
+    Args:
+        arch: The architecture.
+        whole: The global model that the client began with.
+        schedule: What the client ran.
+        tensors: What the client sent, by name.
+        bits: Of a number.
 
     Raises:
-        ReplyError: For codes of another type or shape than they must have.
+        ReplyError: For quantized rows of another type or shape than they must have.
     """
-    found = dict(tensors)
+    slices = dict(tensors)
     for name, quantized in tensors.items():
         p = arch.by_name.get(name)
         if p is None or not is_quantized(p, bits):
@@ -127,12 +146,12 @@ def with_quantized_changes(
                 f"{list(shape)}"
             )
         old = whole.take(p, heads)
-        found[name] = old + dequantize_rows(quantized, old.shape[1], bits)
-    return found
+        slices[name] = old + dequantize_rows(quantized, old.shape[1], bits)
+    return slices
 
 
 def quantize(arch: Architecture, tensors: Mapping[str, Tensor], bits: int) -> dict[str, Tensor]:
-    """Packed slices as they travel down, by name."""
+    """Return packed slices as they travel down, by name."""
     return {
         name: quantize_rows(tensor, bits) if is_quantized(arch.by_name[name], bits) else tensor
         for name, tensor in tensors.items()
@@ -140,10 +159,10 @@ def quantize(arch: Architecture, tensors: Mapping[str, Tensor], bits: int) -> di
 
 
 def dequantize(arch: Architecture, tensors: Mapping[str, Tensor], bits: int) -> dict[str, Tensor]:
-    """The same as a client takes them."""
-    found = dict(tensors)
+    """Return packed slices, by name, from how they travelled down."""
+    slices = dict(tensors)
     for name, tensor in tensors.items():
         p = arch.by_name.get(name)  # compensation is no parameter
         if p is not None and is_quantized(p, bits):
-            found[name] = dequantize_rows(tensor, p.numel // p.shape[p.axis], bits)
-    return found
+            slices[name] = dequantize_rows(tensor, p.numel // p.shape[p.axis], bits)
+    return slices
