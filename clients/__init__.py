@@ -1,1 +1,1 @@
-"""Ways a client fine-tunes what it was assigned. None contains a training loop of its own."""
+"""Tunings: what of an assigned model trains, and how. None has a training loop of its own."""

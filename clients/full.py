@@ -1,4 +1,4 @@
-"""Full fine-tuning: every assigned slice trains; the new classifier has a rate of its own."""
+"""Full fine-tuning: every assigned slice trains, the classifier at another learning rate."""
 
 from d2ft_fl import Kind, TrainingOptions
 

@@ -1,4 +1,4 @@
-"""LoRA: of what is assigned, low-rank factors train, and the classifier.
+"""LoRA: low-rank factors of the assigned slices train, and the classifier.
 
 Hu et al., LoRA: Low-Rank Adaptation of Large Language Models, ICLR 2022, arXiv 2106.09685. How
 factors are aggregated is in :mod:`d2ft_fl.aggregation.lora_sums`, how they begin in
@@ -66,7 +66,7 @@ class LoraTuning(Tuning):
         round_number: int,
         original: Mapping[str, Tensor],
     ) -> tuple[Mapping[str, Tensor], Mapping[str, float | None]]:
-        """Return, before the first round, the state with new factors or those of an adapter."""
+        """Return the state, before the first round with new factors or those of an adapter."""
         if round_number != 1:
             return weights, {}
         if self.config.lora_adapter:
@@ -80,7 +80,7 @@ class LoraTuning(Tuning):
         return begin_factors(arch, weights, config.lora_init, config.seed, common)
 
     def _adapter(self, arch: Architecture) -> dict[str, Tensor]:
-        """Return the tensors of ``lora-adapter``, once its factors are like those of the run.
+        """Return the tensors of ``lora-adapter``, once its factors match those of the run.
 
         The classifier of the adapter is among them where it fits the model.
         """
@@ -102,7 +102,7 @@ class LoraTuning(Tuning):
         arch: Architecture,
         original: Mapping[str, Tensor],
     ) -> None:
-        """Write what ``d2ft export`` makes an adapter of."""
+        """Write the files from which ``d2ft export`` makes an adapter."""
         names = [weight.name for weight, _, _ in targeted_weights(arch)]
         first, initial = original, {}
         if self.config.lora_init == "federa":
@@ -124,15 +124,15 @@ class LoraTuning(Tuning):
         self._check_ranks()
         if self.config.upload_bits < PLAIN_BITS:
             raise ConfigError(
-                f"upload-bits = {self.config.upload_bits} codes the weights of heads, which LoRA "
-                f"does not train: leave it at {PLAIN_BITS}, or set tuning to 'full'"
+                f"upload-bits = {self.config.upload_bits} quantizes the weights of heads, which "
+                f"LoRA does not train: leave it at {PLAIN_BITS}, or set tuning to 'full'"
             )
         self.lora.check_targets()
         self._check_beginning()
         self._check_aggregation()
 
     def _check_ranks(self) -> None:
-        """Refuse ``lora-ranks`` that cannot be read, or not be offered as configured."""
+        """Refuse ``lora-ranks`` that cannot be read, or that other options rule out."""
         config = self.config
         if not config.lora_ranks.strip():
             return
@@ -144,8 +144,8 @@ class LoraTuning(Tuning):
                 )
         if config.lora_aggregation not in MIXED_RANK_AGGREGATIONS:
             raise ConfigError(
-                f"lora-aggregation = {config.lora_aggregation!r} cannot fold different ranks: use "
-                f"{' or '.join(MIXED_RANK_AGGREGATIONS)}, or leave lora-ranks empty"
+                f"lora-aggregation = {config.lora_aggregation!r} cannot aggregate different ranks: "
+                f"use {' or '.join(MIXED_RANK_AGGREGATIONS)}, or leave lora-ranks empty"
             )
         if config.planner == "two-stage":
             raise ConfigError(
@@ -154,7 +154,7 @@ class LoraTuning(Tuning):
             )
 
     def _check_beginning(self) -> None:
-        """Refuse several ways in which factors would begin."""
+        """Refuse options that ask for several beginnings of the factors."""
         config = self.config
         begins = [config.lora_init != "lora", bool(config.lora_adapter), config.slora_rounds > 0]
         if sum(begins) > 1:
@@ -169,7 +169,7 @@ class LoraTuning(Tuning):
             )
 
     def _check_aggregation(self) -> None:
-        """Refuse what acts on factors or on their means where these are not aggregated."""
+        """Refuse options that act on means of factors where the mode takes no such means."""
         config, mode = self.config, self.config.lora_aggregation
         if mode not in MIXED_RANK_AGGREGATIONS:
             return
@@ -182,8 +182,8 @@ class LoraTuning(Tuning):
         if config.clip_norm or config.aggregation != "mean":
             asked = "clip-norm" if config.clip_norm else "aggregation"
             raise ConfigError(
-                f"{asked} acts on factors, which lora-aggregation = {mode!r} does not fold: use "
-                "factors, freeze-a, alternate or freeze-common"
+                f"{asked} acts on factors, which lora-aggregation = {mode!r} does not aggregate: "
+                "use factors, freeze-a, alternate or freeze-common"
             )
 
 

@@ -1,4 +1,4 @@
-"""SLoRA: sparse fine-tuning first, whose change begins LoRA's factors.
+"""SLoRA: sparse fine-tuning first; its change initialises LoRA's factors.
 
 In the first ``slora-rounds`` rounds the assigned slices of the targeted weights train themselves.
 Then what they changed is factorised, the weights return to what they were, and factors train.

@@ -1,10 +1,10 @@
-"""What becomes of a round's updates: the protocol that every way of aggregating implements.
+"""What becomes of a round's updates: the protocol that every aggregator implements.
 
-With U the updates of a round, whatever aggregates them keeps these laws:
+Every aggregator keeps these laws, where U are the updates of a round:
 
 Order
-    ``apply`` returns the same bits for every order in which U was added: answers of parallel
-    clients come in any. (``tests/aggregation``: ``test_sums.py`` for the mean,
+    ``apply`` returns the same bits for every order in which U was added, because answers of
+    parallel clients come in any order. (``tests/aggregation``: ``test_sums.py`` for the mean,
     ``test_lora_sums.py`` for factors, ``test_robust.py``, ``test_privacy.py``.)
 Nobody trained it
     A slice that nobody trained, or that too few trained for the aggregator to tell, keeps its bits.
@@ -33,9 +33,9 @@ class Aggregator(Protocol):
     """
 
     def add(self, update: Update) -> None:
-        """Validate one client's update and take it in.
+        """Validate one client's update and aggregate it.
 
-        Nothing is taken in when anything is wrong, and the client counts as failed.
+        Nothing is aggregated when anything is wrong, and the client counts as failed.
 
         Args:
             update: What a client sent, with the schedule that it was assigned. Its tensors may lie

@@ -1,4 +1,4 @@
-"""Which aggregator a round has."""
+"""The choice of a round's aggregator from the options of a run."""
 
 from collections.abc import Callable
 
@@ -12,7 +12,7 @@ from d2ft_fl.aggregation.sums import Sums
 from d2ft_fl.config.run_config import RunConfig
 from d2ft_fl.subnets.architecture import Architecture
 
-# Of an architecture, a state and the examples of all updates together: what takes their mean.
+# From an architecture, a state and the examples that all updates can count: what takes the mean.
 MakeMean = Callable[[Architecture, dict[str, Tensor], int], Aggregator]
 
 
@@ -33,7 +33,7 @@ def make_aggregator(
         weights: The global state before the round, by name.
         examples: How many examples all updates together can count.
         clients: How many clients train in the round.
-        make_mean: The tuning's, asked where options ask for the mean.
+        make_mean: The tuning's aggregator, made where options ask for the mean.
         private: How the round is private; None where nothing is promised.
     """
     if private:  # sums that clip updates themselves

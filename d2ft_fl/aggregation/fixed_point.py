@@ -1,4 +1,4 @@
-"""The loops of folding updates in, in one pass over memory each."""
+"""Compiled loops of aggregation; each reads its arrays once."""
 
 import numpy as np
 
@@ -7,7 +7,7 @@ from d2ft_fl.util.compiled import entry
 
 @entry
 def outside(old: np.ndarray, new: np.ndarray, most: float) -> int:
-    """How many elements changed by more than ``most``, or to something that is no number."""
+    """Return how many elements changed by more than ``most``, or are not finite."""
     count = 0
     for i in range(old.size):
         if not abs(np.float64(new[i]) - np.float64(old[i])) <= most:
@@ -31,8 +31,10 @@ def accumulate(
 ) -> int:
     """Add ``scale`` times the change to int64 ``total``, each element rounded to the nearest.
 
+    Elements that changed by more than ``most``, or are not finite, are left out.
+
     Returns:
-        What :func:`outside` would; nothing is added of elements that it counts.
+        How many elements were left out, as :func:`outside` counts them.
     """
     count = 0
     for i in range(total.size):

@@ -1,4 +1,4 @@
-"""Randomness that nobody can tell without a key: of noise that hides something, and of draws."""
+"""Random numbers that nobody can predict without a key: noise for privacy, and draws of clients."""
 
 import hashlib
 import os
@@ -18,24 +18,27 @@ KEY_BYTES = 32
 
 
 class Noise:
-    """Random numbers that nobody can tell without the key: AES-256 in counter mode.
+    """Random numbers that nobody can predict without the key: AES-256 in counter mode.
 
     Args:
-        key: Secret, :data:`KEY_BYTES` of them.
-        context: What they are for; others are independent.
+        key: :data:`KEY_BYTES` secret bytes.
+        context: What the numbers are for; numbers of different contexts are independent.
     """
 
     def __init__(self, key: bytes, *context: object):
-        own = hashlib.blake2b(repr(context).encode(), key=key, digest_size=32).digest()
-        self._stream = Cipher(algorithms.AES(own), modes.CTR(bytes(16))).encryptor()
+        stream_key = hashlib.blake2b(repr(context).encode(), key=key, digest_size=32).digest()
+        self._stream = Cipher(algorithms.AES(stream_key), modes.CTR(bytes(16))).encryptor()
 
     def uniform(self, count: int) -> np.ndarray:
-        """Float64, above 0 and below 1."""
+        """Return uniform numbers above 0 and below 1: float64 [count]."""
         words = np.frombuffer(self._stream.update(bytes(8 * count)), dtype=np.uint64)
         return ((words >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
 
     def normal(self, count: int) -> np.ndarray:
-        """Float64 of mean 0 and variance 1, by Box and Muller; none is beyond 8.6."""
+        """Return normal numbers of mean 0 and variance 1, none beyond 8.6: float64 [count].
+
+        They are made by the method of Box and Muller.
+        """
         half = -(-count // 2)
         radius = np.sqrt(-2 * np.log(self.uniform(half)))
         angle = 2 * np.pi * self.uniform(half)
@@ -44,6 +47,10 @@ class Noise:
 
 def noise_key(config: "RunConfig", folder: Path) -> bytes:
     """Return the key of a run's noise: secret and in its folder, unless ``noise-seed`` gives it.
+
+    Args:
+        config: The options of the run.
+        folder: The folder of the run, where a new key is written.
 
     Raises:
         ConfigError: When a run is resumed and its key is not there.

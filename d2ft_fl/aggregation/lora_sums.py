@@ -1,4 +1,4 @@
-"""Folding clients' LoRA factors in.
+"""Aggregation of clients' LoRA factors.
 
 Head h of a product has the effective rows ``W_h + scaling * F_h G^T`` (see
 :mod:`d2ft_fl.lora.config`), and the mean that :mod:`d2ft_fl.aggregation.sums` defines, over the
@@ -8,7 +8,8 @@ clients C_h that trained it, is
 
 with the old value in place of a factor that does not train, and zero where C_h is empty. A product
 of means is not the mean of products, and clients that share a block may train different heads of
-it: what a round makes of the weights is held against this, the exact change. The ways of folding:
+it. So what a round makes of the weights is compared with the exact change above. Modes of
+aggregation:
 
 - ``factors``: means of F and of G (FedIT, Zhang et al., arXiv 2305.05644).
 - ``freeze-a``: A does not train (FFA-LoRA, Sun et al., arXiv 2403.12313); ``alternate``: A and B
@@ -23,7 +24,7 @@ it: what a round makes of the weights is held against this, the exact change. Th
 - ``stack``: the exact change goes into W, and factors return to where they were (FLoRA, Wang et
   al., arXiv 2409.05976: the sum of products that stacked factors are). Exact, up to W's rounding.
 
-Which factors train is the architecture's to say; the first four fold alike.
+The architecture says which factors train; the first four modes aggregate alike.
 
 Where a client trains head h at a rank r of its own, the columns of F_h and G from r on count as
 they were, whatever became of G's with heads of larger ranks: its rows are
@@ -31,7 +32,7 @@ they were, whatever became of G's with heads of larger ranks: its rows are
     W_h + scaling * (F'_h[:, :r] G'[:, :r]^T + F_h[:, r:] G[:, r:]^T)
 
 Means of factors would mix columns that some clients trained with others', so that clients of
-different ranks fold by ``product`` or ``stack``, which know the exact change.
+different ranks are aggregated by ``product`` or ``stack``, which know the exact change.
 """
 
 import math
@@ -56,24 +57,30 @@ def frozen(
 ) -> list[tuple[str, str]]:
     """Return (target, factor) of the factors that a mode does not train in a round.
 
-    They are for ``with_lora``. Of ``alternate``, B trains first: where it is zero, A has no
-    gradient.
+    The pairs are an argument of ``with_lora``. In mode ``alternate``, B trains first: where B is
+    zero, A has no gradient.
 
     Args:
-        mode: One of :data:`MODES`.
-        arch: Of the model; it may have factors already.
+        mode: One of :data:`.LORA_AGGREGATIONS`.
+        arch: The model's architecture; it may have factors already.
         targets: Products that have factors.
         round_number: Rounds of LoRA count from 1.
     """
     pairs = [(target, factor) for target in targets for factor in FACTORS]
     if mode == "freeze-common":
         return [pair for pair in pairs if is_common(arch, *pair)]
-    still = {"freeze-a": "A", "alternate": "A" if round_number % 2 else "B"}.get(mode)
-    return [pair for pair in pairs if pair[1] == still]
+    resting = {"freeze-a": "A", "alternate": "A" if round_number % 2 else "B"}.get(mode)
+    return [pair for pair in pairs if pair[1] == resting]
 
 
 def unchanging(mode: str, arch: Architecture, targets: Iterable[str]) -> list[tuple[str, str]]:
-    """Return (target, factor) of the factors that a mode leaves as they began."""
+    """Return (target, factor) of the factors that a mode leaves as they began.
+
+    Args:
+        mode: One of :data:`.LORA_AGGREGATIONS`.
+        arch: The model's architecture; it may have factors already.
+        targets: Products that have factors.
+    """
     targets = list(targets)
     if mode == "stack":
         return [(target, factor) for target in targets for factor in FACTORS]
@@ -82,13 +89,14 @@ def unchanging(mode: str, arch: Architecture, targets: Iterable[str]) -> list[tu
 
 @dataclass
 class LoraSums:
-    """Running sums of a round under LoRA; the interface is that of :class:`Sums`.
+    """Running sums of a round under LoRA: an :class:`~d2ft_fl.aggregation.aggregator.Aggregator`.
 
     Attributes:
-        arch, weights: The model with its factors, and all values before the round.
+        arch: The architecture of the model with its factors.
+        weights: All values before the round, by name.
         examples: Examples that all updates together can count.
         mode: One of :data:`.LORA_AGGREGATIONS`.
-        measure: Whether to know the error where folding itself does not need the exact change: it
+        measure: Whether to compute the error where the mode does not need the exact change. It
             multiplies every client's factors out, which takes seconds with a large model.
         error: After :meth:`apply`, Frobenius norm of achieved minus exact change of the effective
             weights, over that of the exact change, all targeted weights together; None when nobody
@@ -108,7 +116,7 @@ class LoraSums:
                 f"lora-aggregation = {self.mode!r} is unknown; use one of "
                 f"{', '.join(LORA_AGGREGATIONS)}"
             )
-        self._own = Sums(self.arch, self.weights, self.examples)
+        self._sums = Sums(self.arch, self.weights, self.examples)
         self._subnets_trained = np.zeros((self.arch.blocks, self.arch.heads), dtype=bool)
         self._exact: Sums | None = None
         if not (self.measure or self.mode in MIXED_RANK_AGGREGATIONS):
@@ -123,29 +131,33 @@ class LoraSums:
     def add(self, update: Update) -> None:
         """Validate one update and add it; nothing is added when anything is wrong.
 
+        Args:
+            update: What a client sent.
+
         Raises:
             ReplyError: See :meth:`Sums.terms`, of what was sent and of the weights that it makes.
-            ConfigError: When subnets have ranks of their own and the mode has no answer to that.
+            ConfigError: When subnets have different ranks and the mode cannot aggregate them.
         """
         if update.schedule.ranks is not None:
             if self.mode not in MIXED_RANK_AGGREGATIONS:
                 raise ConfigError(
-                    f"lora-aggregation = {self.mode!r} cannot fold different ranks; use one of "
+                    f"lora-aggregation = {self.mode!r} cannot aggregate different ranks; use one "
+                    f"of "
                     f"{', '.join(MIXED_RANK_AGGREGATIONS)}"
                 )
             validate(self.arch, self.weights, update)
-        own = self._own.terms(widened(self.arch, self.weights, update))
+        terms = self._sums.terms(widened(self.arch, self.weights, update))
         if self._exact is not None:
             rows = effective_rows(self.arch, self.weights, update)
             exact = self._exact.terms(Update(update.schedule, update.slot_examples, rows))
             self._exact.include(exact)
-        self._own.include(own)
+        self._sums.include(terms)
         self._subnets_trained |= update.schedule.trained
 
     @property
     def trained(self) -> dict[str, tuple[int, ...]]:
         """See :attr:`Sums.trained`."""
-        return self._own.trained
+        return self._sums.trained
 
     @property
     def subnets_trained(self) -> np.ndarray:
@@ -159,7 +171,7 @@ class LoraSums:
 
     def apply(self) -> dict[str, Tensor]:
         """Return the new state; sets :attr:`error`."""
-        new = self._own.apply()
+        new = self._sums.apply()
         if self._exact is None:
             return new
         exact, trained = self._exact.apply(), self._exact.trained
@@ -181,7 +193,15 @@ class LoraSums:
     def _product(
         self, weight: Parameter, a: Parameter, b: Parameter, old: Tensor, wanted: Tensor
     ) -> dict[str, Tensor]:
-        """Return the factors nearest to the wanted effective weights, which were the old ones."""
+        """Return the factors whose product comes nearest to the wanted effective weights.
+
+        Args:
+            weight: The targeted weight.
+            a: Its factor A.
+            b: Its factor B.
+            old: Effective weights before the round: float64.
+            wanted: Effective weights after the exact change: float64.
+        """
         base = self.weights[weight.name]
         if torch.equal(wanted, old):
             return {p.name: self.weights[p.name] for p in (a, b)}
@@ -197,7 +217,7 @@ class LoraSums:
     def _stack(
         self, weight: Parameter, a: Parameter, b: Parameter, change: Tensor
     ) -> dict[str, Tensor]:
-        """Return the change in the weight, and the factors as they were."""
+        """Return the weight with the change added, and factors as before the round."""
         base = self.weights[weight.name]
         moved = (base.double() + change).to(base.dtype)
         return {
@@ -208,7 +228,7 @@ class LoraSums:
 
 
 def effective_architecture(arch: Architecture) -> Architecture:
-    """Return the targeted weights alone, as parameters that train, without factors."""
+    """Return an architecture of the targeted weights alone, which train and have no factors."""
     parameters = tuple(replace(weight, trains=True) for weight, _, _ in targeted(arch))
     return replace(arch, parameters=parameters, rank=0, scaling=0.0)
 
@@ -217,6 +237,11 @@ def effective_rows(
     arch: Architecture, weights: Mapping[str, Tensor], update: Update
 ) -> dict[str, Tensor]:
     """Return what an update makes of the targeted weights of the heads that it trained.
+
+    Args:
+        arch: The architecture of the model with its factors.
+        weights: All values before the round, by name.
+        update: What a client sent.
 
     Returns:
         Name of the weight -> float64 rows ``W + scaling * F' G'^T``, packed as ``up_spec`` of
@@ -227,9 +252,9 @@ def effective_rows(
         heads = update.schedule.heads(update.schedule.trained, weight.block)
         if not heads:
             continue
-        common, own = (a, b) if is_common(arch, weight.role.split(".")[0], "A") else (b, a)
+        common, of_heads = (a, b) if is_common(arch, weight.role.split(".")[0], "A") else (b, a)
         base = weight.pack(weights[weight.name], heads).double()
-        f, g = (_trained_factor(p, weights, update, heads) for p in (own, common))
+        f, g = (_trained_factor(p, weights, update, heads) for p in (of_heads, common))
         g = g if common is a else g.T  # G^T: [rank, dim]
         ranks = update.schedule.trained_ranks(weight.block)
         if ranks is None:
@@ -249,7 +274,7 @@ def effective_rows(
 def _trained_factor(
     p: Parameter, weights: Mapping[str, Tensor], update: Update, heads: Iterable[int]
 ) -> Tensor:
-    """Return all columns of a factor as an update leaves it, of some heads where it is sliced."""
+    """Return all columns of a factor after an update: of some heads only, where it is sliced."""
     old = p.pack(weights[p.name], heads) if p.kind is Kind.SLICED else weights[p.name]
     new = update.tensors.get(p.name)
     if new is None:
@@ -259,26 +284,34 @@ def _trained_factor(
 
 
 def _wide(p: Parameter, old: Tensor, new: Tensor, ranks: Mapping[int, int]) -> Tensor:
-    """Return what trained of a factor, in among the columns that did not, as they were.
+    """Return a factor with all its columns: those that trained are new, the others old.
 
     Args:
-        old: Of the trained heads where it divides over them. new: As it travels up.
+        p: The factor.
+        old: Its value before the round; of the trained heads only, where it divides over heads.
+        new: Its trained columns, as they travel up.
         ranks: Trained heads, ascending -> ranks.
     """
-    found = old.clone()
+    whole = old.clone()
     if p.kind is not Kind.SLICED:
-        p.cut(found, max(ranks.values())).copy_(new)
-        return found
+        p.cut(whole, max(ranks.values())).copy_(new)
+        return whole
     row = taken = 0
     for head, rank in ranks.items():
         count = len(p.rows[head])
-        found[row : row + count, :rank] = new[taken : taken + count * rank].view(count, rank)
+        whole[row : row + count, :rank] = new[taken : taken + count * rank].view(count, rank)
         row, taken = row + count, taken + count * rank
-    return found
+    return whole
 
 
 def widened(arch: Architecture, weights: Mapping[str, Tensor], update: Update) -> Update:
-    """Return the same update with whole factors, and a schedule without ranks."""
+    """Return an update with whole factors and a schedule without ranks.
+
+    Args:
+        arch: The architecture of the model with its factors.
+        weights: All values before the round, by name.
+        update: What a client sent; returned itself where its schedule has no ranks.
+    """
     schedule = update.schedule
     if schedule.ranks is None:
         return update
@@ -295,6 +328,7 @@ def widened(arch: Architecture, weights: Mapping[str, Tensor], update: Update) -
 
 
 def _relative(off: float, size: float) -> float:
+    """Return the error ``off`` over ``size``; of nothing over nothing it is 0."""
     if size == 0:
         return 0.0 if off == 0 else math.inf
     return off / size

@@ -3,13 +3,12 @@
 A subnet adds ``z W_out`` to the residual stream, where z [tokens, width] lies between the products
 of a branch. Its mean over examples is ``mean(z) W_out``: clients that run a subnet measure mean(z),
 one row a token position; the server averages them weighted by examples and multiplies by the
-weights of the day. So a shortcut removes a subnet's variation, not its mean, and what a block skips
+present weights. So a shortcut removes a subnet's variation, not its mean, and what a block skips
 costs the client one tensor [tokens, dim] a branch, however many subnets it stands for.
 """
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -20,20 +19,17 @@ from d2ft_fl.subnets.architecture import Architecture
 from d2ft_fl.subnets.schedule import Operation, Schedule
 from d2ft_fl.wire.compensation import mean_name, mean_spec, skip_sets, skip_spec
 
-if TYPE_CHECKING:  # the cost model comes by here, and need not bring the engine in
-    pass
-
 FRACTION_BITS = 32
-LIMIT = 2.0**29  # of the mean of an activation times all examples
+LIMIT = 2.0**29  # the mean of an activation times all examples is below it
 
 
 @dataclass(frozen=True)
 class MeanBook:
-    """What is known of subnets' means: (block, branch) -> float32 [tokens, width of all heads].
+    """What is known of subnets' means.
 
     Attributes:
-        means: Zero where nothing is known.
-        known: bool [blocks, heads]; None before anything was measured.
+        means: (block, branch) -> float32 [tokens, width of all heads]; zero where nothing is known.
+        known: Subnets that were ever measured: bool [blocks, heads]; None before the first.
     """
 
     means: dict[tuple[int, int], Tensor] = field(default_factory=dict)
@@ -46,10 +42,18 @@ class MeanBook:
 
         A set of skipped heads adds ``sum_h mean_h W_out[h]``; where a block runs nothing, its bias
         and layer scale are in it as well. What was never measured adds nothing.
+
+        Args:
+            arch: The model's architecture.
+            weights: The model's weights, by name.
+            schedule: What the client runs.
+
+        Returns:
+            Name of an offset -> float32 [skip sets, branches, tokens, dim].
         """
         if self.known is None:
             return {}
-        found = {}
+        offsets = {}
         for name, shape in skip_spec(arch, schedule).items():
             block = int(name.rsplit(".", 1)[1])
             tensor = torch.zeros(shape)
@@ -57,35 +61,40 @@ class MeanBook:
                 if place >= 0:
                     skipped = schedule.operations[slot, block] == Operation.SHORTCUT
                     tensor[place] = self._sum(arch, weights, block, skipped)
-            found[name] = tensor
-        return found
+            offsets[name] = tensor
+        return offsets
 
     def _sum(
         self, arch: Architecture, weights: Mapping[str, Tensor], block: int, skipped: np.ndarray
     ) -> Tensor:
-        """float32 [branches, tokens, dim]."""
+        """Return what a block's skipped heads add on average: float32 [branches, tokens, dim]."""
         assert self.known is not None
         out = torch.zeros(len(arch.branches), arch.tokens, arch.dim)
         heads = [int(h) for h in np.flatnonzero(skipped & self.known[block])]
         if not heads:
             return out
-        own = {p.role: p for p in arch.parameters if p.block == block}
+        by_role = {p.role: p for p in arch.parameters if p.block == block}
         for branch, spec in enumerate(arch.branches):
-            p = own[spec.outward_weight]
+            p = by_role[spec.outward_weight]
             columns = p.index(heads)  # a weight's input columns are z's
             packed = p.pack(weights[p.name], heads)  # [width, dim]
             out[branch] = self.means[block, branch][:, columns] @ packed
             if skipped.all():
-                if spec.bias in own:
-                    out[branch] += weights[own[spec.bias].name]
-                if spec.scale in own:
-                    out[branch] *= weights[own[spec.scale].name]
+                if spec.bias in by_role:
+                    out[branch] += weights[by_role[spec.bias].name]
+                if spec.scale in by_role:
+                    out[branch] *= weights[by_role[spec.scale].name]
         return out
 
 
 @dataclass
 class MeanSums:
-    """Folds clients' means in, weighted by examples; the order of replies does not matter."""
+    """Aggregates clients' means, weighted by examples; the order of replies does not matter.
+
+    Attributes:
+        arch: The model's architecture.
+        examples: Examples that all replies together can count.
+    """
 
     arch: Architecture
     examples: int
@@ -93,7 +102,15 @@ class MeanSums:
     _counts: np.ndarray | None = None
 
     def check(self, schedule: Schedule, tensors: Mapping[str, Tensor]) -> None:
-        """Raise ReplyError unless these are the means that were asked for."""
+        """Check that a reply has the means that its schedule asks for.
+
+        Args:
+            schedule: What the client was assigned.
+            tensors: The means that it sent, by name.
+
+        Raises:
+            ReplyError: With the first thing that is wrong.
+        """
         spec = mean_spec(self.arch, schedule)
         for name, shape in spec.items():
             if name not in tensors:
@@ -107,7 +124,13 @@ class MeanSums:
     def add(
         self, schedule: Schedule, slot_examples: list[int], tensors: Mapping[str, Tensor]
     ) -> None:
-        """Add one client's checked means."""
+        """Add one client's means, which :meth:`check` has accepted.
+
+        Args:
+            schedule: What the client was assigned.
+            slot_examples: Examples that it ran in each slot.
+            tensors: The means that it sent, by name.
+        """
         ran = (schedule.operations != Operation.SHORTCUT).astype(np.int64)
         counts = np.tensordot(np.asarray(slot_examples, dtype=np.int64), ran, axes=1)
         for block in range(self.arch.blocks):
@@ -128,7 +151,11 @@ class MeanSums:
         self._counts = counts if self._counts is None else self._counts + counts
 
     def apply(self, book: MeanBook) -> MeanBook:
-        """Return the book with what was measured in place of what was known of it."""
+        """Return the book, in which what was measured replaces what was known.
+
+        Args:
+            book: What was known before the round.
+        """
         if self._counts is None:
             return book
         measured = self._counts > 0
@@ -138,11 +165,11 @@ class MeanSums:
             new = torch.zeros(total.shape) if old is None else old.clone()
             start = 0
             for head, width in enumerate(self.arch.widths[branch]):
-                own = slice(start, start + width)
+                columns = slice(start, start + width)
                 start += width
                 if measured[block, head]:
-                    fixed = total[:, own].double() / 2.0**FRACTION_BITS
-                    new[:, own] = (fixed / float(self._counts[block, head])).float()
+                    fixed = total[:, columns].double() / 2.0**FRACTION_BITS
+                    new[:, columns] = (fixed / float(self._counts[block, head])).float()
             means[block, branch] = new
         known = measured if book.known is None else book.known | measured
         return MeanBook(means, known)

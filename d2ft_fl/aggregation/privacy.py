@@ -8,13 +8,13 @@ clients whose plan trains slice s, drawn or not:
     theta_s <- theta_s + (sum_{c in C_s} min(1, S / |change_c|_2) change_cs + N(0, z^2 S^2 I))
                          / max(1, q n_s)
 
-Clients count alike, and n_s is of plans, not of answers, so that beyond the sum nothing tells who
-was drawn or what anybody sent. A slice that no plan trains keeps its bits.
+Clients count alike. n_s counts plans, not answers, so that nothing but the noisy sum depends on who
+was drawn or on what anybody sent. A slice that no plan trains keeps its bits.
 
-What ``epsilon`` and ``delta`` are of: all models of a run together, and federations that differ in
-everything that one client ever sends, against nothing from it (the zero-out relation of Kairouz et
-al., ICML 2021, arXiv 2103.00039). That it is there, its budget and its number of examples are not
-hidden; nor is anything from the server, which is trusted, as is its run folder.
+``epsilon`` and ``delta`` hold for all models of a run together. They compare a federation with one
+in which a client never sends anything (the zero-out relation of Kairouz et al., ICML 2021, arXiv
+2103.00039). That a client exists, its budget and its number of examples are not hidden. Nothing is
+hidden from the server, which is trusted, as is its run folder.
 """
 
 import warnings
@@ -29,7 +29,7 @@ from d2ft_fl.aggregation.keyed_noise import Noise
 from d2ft_fl.config.run_config import RunConfig
 from d2ft_fl.errors import ConfigError
 
-LEAST = 0.01  # noise, in units of clip-norm
+LEAST = 0.01  # the least noise-multiplier, in units of clip-norm
 LARGE = 100.0  # beyond it epsilon promises next to nothing, and its tight bound takes gigabytes
 
 
@@ -38,10 +38,10 @@ class Privacy:
     """What a run promises every client.
 
     Attributes:
-        clip: The longest a client's change counts for (L2).
-        noise: Standard deviation of the sums' noise, in units of ``clip``.
+        clip: The longest that a client's whole change can be (L2); longer ones are shortened to it.
+        noise: Standard deviation of the noise of the sums, in units of ``clip``.
         rate: The chance that a client takes part in a round.
-        delta: With which probability the promise may fail.
+        delta: The probability with which the promise may fail.
     """
 
     clip: float
@@ -51,14 +51,14 @@ class Privacy:
 
     @classmethod
     def of(cls, config: RunConfig, measured: Sequence[str]) -> "Privacy | None":
-        """As configured; None where nothing is promised.
+        """Return the promise that options ask for; None where nothing is promised.
 
         Args:
             config: The options of the run.
             measured: The kinds of scores that are measured on clients' data.
 
         Raises:
-            ConfigError: When the options contradict each other, or others would give away what the
+            ConfigError: When the options contradict each other, or when others reveal what the
                 noise hides.
         """
         if not config.noise_multiplier and not config.epsilon:
@@ -71,11 +71,16 @@ class Privacy:
         return cls(config.clip_norm, noise, rate, config.delta)
 
     def epsilon(self, rounds: int) -> float:
-        """Return what rounds cost by the tight bound of Gopi et al. (NeurIPS 2021), from Opacus."""
+        """Return the epsilon of so many rounds, by Opacus and Gopi et al. (NeurIPS 2021).
+
+        Args:
+            rounds: Rounds finished.
+        """
         return _epsilon(self.noise, self.rate, rounds, self.delta)
 
 
 def _check(config: RunConfig, measured: Sequence[str]) -> None:
+    """Raise ConfigError where options contradict each other or reveal what the noise hides."""
     if config.noise_multiplier and config.epsilon:
         raise ConfigError(
             f"noise-multiplier = {config.noise_multiplier} and epsilon = {config.epsilon} both "
@@ -111,25 +116,32 @@ def _check(config: RunConfig, measured: Sequence[str]) -> None:
 
 @lru_cache(maxsize=1024)
 def _epsilon(noise: float, rate: float, rounds: int, delta: float) -> float:
+    """Return the epsilon of so many rounds."""
     if not rounds:
         return 0.0
     loose, tight = _accountants()
     loose.history = tight.history = [(noise, rate, rounds)]
-    # Opacus warns of orders, and of what it takes the logarithm of; its bounds hold.
+    # Opacus warns of its orders and of logarithms of 0; its bounds are right all the same.
     with warnings.catch_warnings(), np.errstate(all="ignore"):
         warnings.simplefilter("ignore")
-        found = float(loose.get_epsilon(delta))
-        if found < LARGE:
-            found = min(found, float(tight.get_epsilon(delta)))
-    return found
+        epsilon = float(loose.get_epsilon(delta))
+        if epsilon < LARGE:
+            epsilon = min(epsilon, float(tight.get_epsilon(delta)))
+    return epsilon
 
 
 @lru_cache(maxsize=16)
 def noise_for(epsilon: float, delta: float, rate: float, rounds: int) -> float:
     """Return the least noise that keeps epsilon, to a thousandth.
 
+    Args:
+        epsilon: What all rounds may cost together.
+        delta: The probability with which the promise may fail.
+        rate: The chance that a client takes part in a round.
+        rounds: Rounds of the run.
+
     Raises:
-        ConfigError: When no noise does.
+        ConfigError: When no noise keeps it.
     """
     low, high = LEAST, 1.0
     while _epsilon(high, rate, rounds, delta) > epsilon:
@@ -144,6 +156,7 @@ def noise_for(epsilon: float, delta: float, rate: float, rounds: int) -> float:
 
 
 def _accountants() -> tuple[Any, Any]:
+    """Return the accountants of Opacus: of the loose bound, and of the tight one."""
     try:
         from opacus.accountants import PRVAccountant, RDPAccountant
     except ImportError:
@@ -155,7 +168,14 @@ def _accountants() -> tuple[Any, Any]:
 
 
 def drawn(privacy: Privacy, key: bytes, round_number: int, clients: Iterable[int]) -> list[int]:
-    """Who takes part in a round, in order: each by itself with the chance ``rate``."""
+    """Return who takes part in a round, in order: each client by itself with the chance ``rate``.
+
+    Args:
+        privacy: What the run promises.
+        key: The key of the run's noise.
+        round_number: The round, counted from 1.
+        clients: All clients.
+    """
     ordered = sorted(clients)
     if privacy.rate >= 1 or not ordered:
         return ordered

@@ -1,6 +1,6 @@
-"""Folding private updates in: sums that get noise before anybody sees them.
+"""Private aggregation: sums of updates to which noise is added before anybody sees them.
 
-See :mod:`d2ft_fl.aggregation.privacy` for what they are, and what they promise.
+:mod:`d2ft_fl.aggregation.privacy` defines the sums and says what they promise.
 """
 
 import math
@@ -19,11 +19,12 @@ from d2ft_fl.subnets.schedule import Schedule
 
 @dataclass(frozen=True)
 class Trainers:
-    """How many clients' plans train what, expected over who is drawn.
+    """How many clients train each part of the model, in expectation over who is drawn.
 
     Attributes:
-        heads: float64 [blocks, heads]. blocks: Any of a block's heads, float64 [blocks].
-        some: Anything at all.
+        heads: How many train each subnet: float64 [blocks, heads].
+        blocks: How many train any subnet of each block: float64 [blocks].
+        some: How many train anything.
     """
 
     heads: np.ndarray
@@ -35,7 +36,7 @@ class Trainers:
         """Count the trainers of all clients' plans.
 
         Args:
-            planned: Schedule and number of examples of every client; one at least.
+            planned: Schedule and number of examples of every client, at least of one.
             rate: The chance that a client takes part.
         """
         working = [schedule for schedule, examples in planned if examples and not schedule.sits_out]
@@ -47,7 +48,14 @@ class Trainers:
         return cls(heads * rate, blocks * rate, len(working) * rate)
 
     def of_parameter(self, p: Parameter) -> dict[int, float]:
-        """Head -> how many, of those that any plan trains; -1 of a whole parameter."""
+        """Return how many clients train a parameter, of what any plan trains.
+
+        Args:
+            p: The parameter.
+
+        Returns:
+            Head -> number of clients; the key is -1 for a whole parameter.
+        """
         if p.kind is Kind.SLICED:
             return {h: float(n) for h, n in enumerate(self.heads[p.block]) if n}
         count = self.blocks[p.block] if p.kind is Kind.SHARED else self.some
@@ -59,9 +67,10 @@ class PrivateRound:
     """What the sums of one round need to be private.
 
     Attributes:
-        privacy: How much noise. key: Of the noise.
-        round: Counted from 1.
-        trainers: Of all clients' plans.
+        privacy: What the run promises.
+        key: The key of the run's noise.
+        round: The round, counted from 1.
+        trainers: How many clients train what, by all clients' plans.
     """
 
     privacy: Privacy
@@ -72,12 +81,13 @@ class PrivateRound:
 
 @dataclass
 class PrivateSums:
-    """Running sums of a round with noise; the interface is that of :class:`Sums`.
+    """Running sums of a round with noise: an :class:`~d2ft_fl.aggregation.aggregator.Aggregator`.
 
     Attributes:
-        arch, weights: The model, and its values before the round.
+        arch: The architecture of the round.
+        weights: The global state before the round, by name.
         examples: Examples that all updates together can count.
-        private: How they are private.
+        private: What makes the sums private.
     """
 
     arch: Architecture
@@ -92,6 +102,9 @@ class PrivateSums:
     def add(self, update: Update) -> None:
         """Validate one update, clip it and add it; nothing is added when anything is wrong.
 
+        Args:
+            update: What a client sent.
+
         Raises:
             ReplyError: See :meth:`Sums.terms`.
         """
@@ -100,7 +113,7 @@ class PrivateSums:
             for term in self._sums.terms(update)
         ]
         size = sum(term.tensor.numel() for term in terms)
-        # Exactly: what rounding to the grid can add to the length is taken off before.
+        # Rounding to the grid can lengthen a change; the limit is lowered by as much.
         grid = 2.0**-self._sums.fraction_bits
         room = self.private.privacy.clip * (1 - 2.0**-40) - math.sqrt(size) * grid / 2
         length = self._sums.length(terms)
@@ -108,7 +121,7 @@ class PrivateSums:
 
     @property
     def trained(self) -> dict[str, tuple[int, ...]]:
-        """What any client's plan trains; see :attr:`Sums.trained`."""
+        """What any client's plan trains: name -> heads, as in :attr:`Sums.trained`."""
         planned = {
             p.name: self.private.trainers.of_parameter(p) for p in self.arch.parameters if p.trains
         }
@@ -121,20 +134,20 @@ class PrivateSums:
 
     @property
     def figures(self) -> Mapping[str, float | None]:
-        """``epsilon``: what all rounds up to this one cost."""
+        """The figure ``epsilon``: the privacy that all rounds up to this one cost."""
         return {"epsilon": self.private.privacy.epsilon(self.private.round)}
 
     def apply(self) -> dict[str, Tensor]:
-        """Return the new global weights; what no plan trains is the old tensor's bits."""
+        """Return the new global weights; what no plan trains keeps its bits."""
         sums, private = self._sums, self.private
         deviation = private.privacy.noise * private.privacy.clip * 2.0**sums.fraction_bits
-        # Of the same sums it is the same noise, for a round that is run again; of others another.
+        # Equal sums get equal noise, for a round that is run again; different sums get other noise.
         noise = Noise(private.key, "noise", private.round, sums.digest())
         for name in self.trained:
             p = self.arch.by_name[name]
             counts = {h: max(1.0, n) for h, n in private.trainers.of_parameter(p).items()}
             for total in sums.divide_by(p, counts):
-                # Whole numbers, as the sums are: no bit of a float tells what it was added to.
+                # Noise is whole numbers, as the sums are: bits of floats could reveal the sum.
                 drawn = np.rint(deviation * noise.normal(total.size))
                 total += drawn.astype(np.int64).reshape(total.shape)
         return sums.apply()

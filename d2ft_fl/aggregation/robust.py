@@ -1,4 +1,4 @@
-"""Folding that a few hostile or broken clients cannot lead anywhere.
+"""Robust aggregation: a few hostile or broken clients cannot move its result far.
 
 Of the clients of a round, k may be hostile (``trim-share``, one at least). With the values
 x_1 .. x_n that n clients give one coordinate of a slice, sorted,
@@ -11,14 +11,14 @@ x_1 .. x_n that n clients give one coordinate of a slice, sorted,
 1802.10116). k is of the whole round, and not a share of n: under budgets few clients train a slice,
 and those who are hostile may be the larger part of them. So a slice that fewer than 2k + 1 clients
 trained keeps its value. Every client counts the same, whatever number of examples it says. Updates
-wait on disk, and are mapped, not read, until they are folded.
+wait on disk, and are mapped, not read, until they are aggregated.
 
 Honest clients of different data differ too, and hostile ones, whose values are cut at one end,
 have honest ones cut at the other. Nearest-neighbor mixing (Allouah et al., AISTATS 2023, arXiv
 2302.01772) makes them alike before: each client's slice is replaced by the mean of the n - k
-slices that are nearest to it, its own among them, by Euclidean distance.
+slices that are nearest to it, itself included, by Euclidean distance.
 
-Norm clipping (Sun et al., arXiv 1911.07963) goes before any way of folding: a client's whole change
+Norm clipping (Sun et al., arXiv 1911.07963) comes before any aggregation: a client's whole change
 is made shorter where it is longer than ``clip-norm``,
 
     change <- change min(1, clip-norm / |change|_2)
@@ -45,13 +45,14 @@ ROBUST = ("trimmed-mean", "median", "mean-around-median")
 
 @dataclass
 class RobustSums:
-    """One round's updates, kept on disk until :meth:`apply`; the interface is that of ``Sums``.
+    """One round's updates, kept on disk until :meth:`apply`: an :class:`.Aggregator`.
 
     Attributes:
-        arch, weights: The model, and its values before the round.
+        arch: The architecture of the round.
+        weights: The global state before the round, by name.
         kind: One of :data:`ROBUST`.
         suspects: How many clients of the round may be hostile.
-        mixing: Whether each client's slice is mixed with those nearest to it before.
+        mixing: Whether each client's slice is first mixed with those nearest to it.
         left: After :meth:`apply`, the share of the trained slices that too few clients trained.
     """
 
@@ -73,6 +74,9 @@ class RobustSums:
     def add(self, update: Update) -> None:
         """Validate one update and keep it.
 
+        Args:
+            update: What a client sent.
+
         Raises:
             ReplyError: See :meth:`Sums.terms`.
         """
@@ -83,9 +87,9 @@ class RobustSums:
         blob.write(path, {term.parameter.name: term.tensor for term in terms}, {})
         for term in terms:
             p, first = term.parameter, 0
-            starts[p.name] = own = {}
+            starts[p.name] = first_rows = {}
             for head, count in term.counts.items():
-                own[head] = first
+                first_rows[head] = first
                 first += len(p.rows[head]) if head >= 0 else 0
                 if count:
                     self._trainers.setdefault((p.name, head), []).append(number)
@@ -96,34 +100,34 @@ class RobustSums:
 
     @property
     def _least(self) -> int:
-        """How many clients a slice needs, so that who may be hostile is outnumbered."""
+        """How many clients a slice needs, so that honest clients outnumber hostile ones."""
         return 2 * self.suspects + 1
 
     @property
     def trained(self) -> dict[str, tuple[int, ...]]:
         """Parameters of which enough clients trained anything; see :attr:`Sums.trained`."""
-        found: dict[str, list[int]] = {}
+        heads_of: dict[str, list[int]] = {}
         for (name, head), files in self._trainers.items():
             if len(files) >= self._least:
-                found.setdefault(name, []).extend([head] if head >= 0 else [])
-        return {name: tuple(sorted(heads)) for name, heads in found.items()}
+                heads_of.setdefault(name, []).extend([head] if head >= 0 else [])
+        return {name: tuple(sorted(heads)) for name, heads in heads_of.items()}
 
     @property
     def subnets_trained(self) -> np.ndarray:
         """Subnets of which enough clients trained anything: bool [blocks, heads]."""
-        found = np.zeros((self.arch.blocks, self.arch.heads), dtype=bool)
+        trained = np.zeros((self.arch.blocks, self.arch.heads), dtype=bool)
         for name, heads in self.trained.items():
             if heads:
-                found[self.arch.by_name[name].block, list(heads)] = True
-        return found
+                trained[self.arch.by_name[name].block, list(heads)] = True
+        return trained
 
     @property
     def figures(self) -> Mapping[str, float | None]:
-        """``too_few_trainers``: see :attr:`left`."""
+        """The figure ``too_few_trainers``, which is :attr:`left`."""
         return {"too_few_trainers": self.left}
 
     def apply(self) -> dict[str, Tensor]:
-        """Return the new global weights; what too few trained is the old tensor's bits."""
+        """Return the new global weights; what too few clients trained keeps its bits."""
         new = dict(self.weights)
         with_many = 0
         mapped = [blob.decode(path)[0] for path in self._files]
@@ -132,7 +136,7 @@ class RobustSums:
                 continue
             with_many += 1
             p = self.arch.by_name[name]
-            files = sorted(files, key=self._digests.__getitem__)  # whoever answered first
+            files = sorted(files, key=self._digests.__getitem__)  # not by who answered first
             given = torch.stack([_rows(mapped[n][name], p, head, self._starts[n]) for n in files])
             if self.mixing:
                 given = mixed(given, self.suspects)
@@ -149,7 +153,7 @@ class RobustSums:
         return new
 
     def _middle(self, ordered: Tensor) -> Tensor:
-        """Of one slice.
+        """Return the robust mean of one slice.
 
         Args:
             ordered: What clients give each coordinate, ascending: float64 [clients, ...].
@@ -165,24 +169,26 @@ class RobustSums:
 
 
 def mixed(values: Tensor, suspects: int) -> Tensor:
-    """Nearest-neighbor mixing of what clients give one slice.
+    """Mix what clients give one slice, each with its nearest neighbours.
 
     Args:
-        values: float64 [clients, ...]. suspects: How many of them may be hostile.
+        values: What clients give the slice: float64 [clients, ...].
+        suspects: How many of the clients may be hostile.
 
     Returns:
-        Of each client, the mean of all but ``suspects`` that are nearest to it: as ``values``.
+        For each client the mean of all but the ``suspects`` values farthest from its own: float64
+        [clients, ...].
     """
     flat = values.flatten(1)
-    flat = flat - flat.median(dim=0).values  # distances lose no digits to what all have in common
+    flat = flat - flat.median(dim=0).values  # without what all have in common, distances are exact
     near = torch.cdist(flat, flat).argsort(dim=1, stable=True)[:, : len(flat) - suspects]
-    return torch.stack([values[own.sort().values].mean(dim=0) for own in near])
+    return torch.stack([values[nearest.sort().values].mean(dim=0) for nearest in near])
 
 
 def _rows(
     tensor: Tensor, p: Parameter, head: int, starts: Mapping[str, Mapping[int, int]]
 ) -> Tensor:
-    """Return what a client gives a slice, out of what it sent: float64 [rows, ...]."""
+    """Return a client's value of a slice, cut out of what it sent: float64 [rows, ...]."""
     if head < 0:
         return tensor.double()
     start = starts[p.name][head]
@@ -192,9 +198,13 @@ def _rows(
 def clipped(
     arch: Architecture, weights: Mapping[str, Tensor], update: Update, norm: float
 ) -> Update:
-    """Return an update whose change is no longer than ``norm``; the same one where it is not.
+    """Return an update with its change shortened to ``norm``, or itself where it is no longer.
 
-    The update must be valid.
+    Args:
+        arch: The architecture of the round.
+        weights: The global state before the round, by name.
+        update: A valid update.
+        norm: The longest that the whole change may be (L2).
     """
     old = dict(_old(arch, weights, update))
     changes = {name: tensor.double() - old[name] for name, tensor in update.tensors.items()}
@@ -211,7 +221,7 @@ def clipped(
 def _old(
     arch: Architecture, weights: Mapping[str, Tensor], update: Update
 ) -> Iterator[tuple[str, Tensor]]:
-    """Return what an update holds as it was before, packed alike: float64."""
+    """Yield names and old values of what an update changes, packed like the update: float64."""
     for name in update.tensors:
         p, old = arch.by_name[name], weights[name]
         yield name, (p.pack(old, update.weights(p)) if p.kind is Kind.SLICED else old).double()

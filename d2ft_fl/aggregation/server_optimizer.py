@@ -1,4 +1,4 @@
-"""The server's step, slice by slice: what clients made of a slice is a gradient to the server.
+"""The server's step, slice by slice: the server takes the mean change of a slice as a gradient.
 
 With ``d`` the head-wise mean change of a slice in a round (:mod:`d2ft_fl.aggregation.sums`) and x
 its value, a slice that somebody trained steps by
@@ -10,8 +10,9 @@ its value, a slice that somebody trained steps by
                x <- x + lr m / (sqrt(v) + tau)                          arXiv 2003.00295, alg. 2)
     fedyogi    as fedadam, with  v <- v - (1 - beta_2) d^2 sign(v - d^2)
 
-m and v begin at zero (the paper lets v begin at tau^2 or more) and are the slice's own: where
-nobody trained, x, m and v keep their bits. Without momentum and at a rate of 1 fedavgm is the mean.
+m and v begin at zero (the paper lets v begin at tau^2 or more) and belong to the slice: where
+nobody trained it, x, m and v keep their bits. Without momentum and at a rate of 1 fedavgm is the
+mean.
 """
 
 from collections.abc import Mapping
@@ -25,7 +26,12 @@ from d2ft_fl.subnets.architecture import Architecture
 
 @dataclass(frozen=True)
 class Moments:
-    """Of one parameter, in its shape and type: the first moment, and of some kinds the second."""
+    """The moments of one parameter, in its shape and type.
+
+    Attributes:
+        first: The first moment, m.
+        second: The second moment, v; None for ``fedavgm``, which has none.
+    """
 
     first: Tensor
     second: Tensor | None
@@ -37,7 +43,10 @@ class ServerOptimizer:
 
     Attributes:
         kind: One of :data:`.SERVER_OPTIMIZERS` but ``mean``.
-        lr, beta_1, beta_2, tau: As in the formulas.
+        lr: The learning rate of the server, lr in the formulas.
+        beta_1: The decay of the first moment.
+        beta_2: The decay of the second moment.
+        tau: What is added to the square root of v.
     """
 
     kind: str
@@ -57,32 +66,37 @@ class ServerOptimizer:
         """Return new weights and moments, from old weights and the mean of clients' weights.
 
         Args:
+            arch: The architecture of the round.
+            old: The global state before the round, by name.
+            mean: The mean of clients' weights, by name.
+            moments: Moments before the round, by name; none of what was never trained.
             trained: Name of a parameter -> the heads that somebody trained; none for a whole one.
         """
-        weights, found = dict(mean), dict(moments)
+        weights, new_moments = dict(mean), dict(moments)
         for name, heads in trained.items():
             p, before = arch.by_name[name], old[name]
-            own = moments.get(name) or self._fresh(before)
+            current = moments.get(name) or self._fresh(before)
             if heads:
-                slices = [p.pack(t, heads) for t in (before, mean[name], *_parts(own))]
+                slices = [p.pack(t, heads) for t in (before, mean[name], *_parts(current))]
                 stepped = self._step(*slices)
-                whole = [t.clone() for t in (before, *_parts(own))]
+                whole = [t.clone() for t in (before, *_parts(current))]
                 for into, rows in zip(whole, stepped, strict=True):
                     p.unpack_(into, rows, heads)
             else:
-                whole = self._step(before, mean[name], *_parts(own))
+                whole = self._step(before, mean[name], *_parts(current))
             weights[name] = whole[0]
-            found[name] = Moments(whole[1], whole[2] if len(whole) > 2 else None)
-        return weights, found
+            new_moments[name] = Moments(whole[1], whole[2] if len(whole) > 2 else None)
+        return weights, new_moments
 
     def _fresh(self, like: Tensor) -> Moments:
+        """Return moments of zero for a parameter."""
         second = None if self.kind == "fedavgm" else torch.zeros_like(like)
         return Moments(torch.zeros_like(like), second)
 
     def _step(
         self, x: Tensor, mean: Tensor, first: Tensor, second: Tensor | None = None
     ) -> list[Tensor]:
-        """Value and moments after a step, in x's type."""
+        """Return the value and the moments after a step, in the type of ``x``."""
         d = mean.double() - x.double()
         if second is None:
             m = self.beta_1 * first.double() + d
@@ -98,4 +112,5 @@ class ServerOptimizer:
 
 
 def _parts(moments: Moments) -> tuple[Tensor, ...]:
+    """Return the moments that there are."""
     return (moments.first,) if moments.second is None else (moments.first, moments.second)

@@ -1,7 +1,8 @@
-"""Folding partial updates in, slice by slice.
+"""Aggregation of partial updates, slice by slice.
 
-For a slice s trained by clients C_s, n_cs the examples on which client c ran s FULL, times what
-each counts, and g_c its step, both 1 unless a strategy says otherwise,
+A slice s is trained by the clients C_s. n_cs is the number of examples on which client c ran s
+FULL, times the weight of an example; g_c is the client's step. Weight and step are 1 unless a
+strategy says otherwise.
 
     theta_s <- theta_s + sum_{c in C_s} n_cs g_c (theta_cs - theta_s) / sum_{c in C_s} n_cs
 
@@ -26,10 +27,10 @@ from d2ft_fl.subnets.architecture import Architecture, Kind, Parameter
 from d2ft_fl.subnets.packing import up_spec
 from d2ft_fl.subnets.schedule import Schedule
 
-SUM_BITS = 62  # what a sum may hold
+SUM_BITS = 62  # of int64, that a sum may take
 FRACTION_BITS = 36  # at most, of these: it resolves 1.5e-11
-CHANGE_BITS = 6  # at least: any change up to 64 can be summed, whatever examples there are
-MOST_STEP = 2.0  # of an update: int64 has a bit more than a sum may hold
+CHANGE_BITS = 6  # at least: changes up to 64 can be summed, whatever the number of examples
+MOST_STEP = 2.0  # of an update: int64 has one bit more than SUM_BITS and the sign
 
 
 @dataclass(frozen=True)
@@ -38,10 +39,10 @@ class Update:
 
     Attributes:
         schedule: What it was assigned.
-        slot_examples: Examples it ran in each slot, times what each counts.
+        slot_examples: Examples that it ran in each slot, times the weight of an example.
         tensors: Trained slices, packed, and whole shared and final parameters (``up_spec``).
         step: What its change is multiplied by in :class:`Sums`, up to :data:`MOST_STEP`; other
-            sums do without.
+            aggregators ignore it.
     """
 
     schedule: Schedule
@@ -50,7 +51,14 @@ class Update:
     step: float = 1.0
 
     def weights(self, p: Parameter) -> dict[int, int]:
-        """Head -> examples for a sliced parameter; ``{-1: examples}`` for a whole one."""
+        """Return how many examples trained a parameter.
+
+        Args:
+            p: The parameter.
+
+        Returns:
+            Head -> examples for a sliced parameter; ``{-1: examples}`` for a whole one.
+        """
         if p.kind is Kind.SLICED:
             return self._of_heads[p.block]
         if p.kind is Kind.SHARED:
@@ -62,7 +70,9 @@ class Update:
         schedule = self.schedule
         examples = schedule.examples_trained(self.slot_examples)
         heads = [schedule.heads(schedule.trained, block) for block in range(len(examples))]
-        return [{h: int(row[h]) for h in own} for row, own in zip(examples, heads, strict=True)]
+        return [
+            {h: int(row[h]) for h in trained} for row, trained in zip(examples, heads, strict=True)
+        ]
 
     @cached_property
     def _of_blocks(self) -> list[dict[int, int]]:
@@ -72,6 +82,11 @@ class Update:
 
 def validate(arch: Architecture, weights: Mapping[str, Tensor], update: Update) -> None:
     """Check a reply against its assignment: keys, shapes and types.
+
+    Args:
+        arch: The architecture of the round.
+        weights: The global state before the round, by name.
+        update: What a client sent, with the schedule that it was assigned.
 
     Raises:
         ReplyError: With the first thing that is wrong.
@@ -94,7 +109,8 @@ class Term:
     """What one update adds to the sum of a parameter.
 
     Attributes:
-        parameter, counts: See :meth:`Update.weights`.
+        parameter: The parameter.
+        counts: How many examples trained it; see :meth:`Update.weights`.
         tensor: Its new value, packed.
     """
 
@@ -108,9 +124,11 @@ class _Running:
     """The running sum of one parameter. Of a sliced one, rows lie head by head.
 
     Attributes:
-        old: Its value before the round. total: Change times examples, in fixed point: int64.
+        old: Its value before the round.
+        total: Change times examples, in fixed point: int64.
         starts: Head -> its first row; one more entry for the end.
-        counts: Head (-1 of a whole one) -> examples, or what else is divided by.
+        counts: Head (-1 for a whole parameter) -> what the total is divided by: examples, unless
+            :meth:`Sums.divide_by` says otherwise.
     """
 
     old: np.ndarray
@@ -120,15 +138,21 @@ class _Running:
 
     @classmethod
     def of(cls, p: Parameter, weight: Tensor) -> "_Running":
-        """Nothing added yet."""
+        """Return the running sum of a parameter before anything is added."""
         heads = range(len(p.rows))
         old = (p.pack(weight, heads) if heads else weight).detach().contiguous().numpy()
         return cls(old, np.zeros(old.shape, dtype=np.int64), p.starts)
 
     def stretches(self, counts: Mapping[int, float]) -> Iterator[tuple[float, slice, slice]]:
-        """Examples, rows here, and rows of a tensor that holds only these heads, ascending.
+        """Yield stretches of rows that count alike, in ascending order.
 
-        Neighbours that count alike come together.
+        Neighbouring heads with equal counts come together.
+
+        Args:
+            counts: Head (-1 for a whole parameter) -> examples.
+
+        Yields:
+            Examples, rows of this sum, and rows of a tensor that has only the heads of ``counts``.
         """
         if -1 in counts:
             yield counts[-1], slice(0, len(self.old)), slice(0, len(self.old))
@@ -138,9 +162,9 @@ class _Running:
             enumerate(counts.items()), key=lambda item: (item[1][1], item[1][0] - item[0])
         ):
             heads = [head for _, (head, _) in run]
-            here = slice(self.starts[heads[0]], self.starts[heads[-1] + 1])
-            size = here.stop - here.start
-            yield count, here, slice(taken, taken + size)
+            rows = slice(self.starts[heads[0]], self.starts[heads[-1] + 1])
+            size = rows.stop - rows.start
+            yield count, rows, slice(taken, taken + size)
             taken += size
 
 
@@ -149,9 +173,10 @@ class Sums:
     """Running sums of a round. ``add`` commutes; ``apply`` divides once, at the end.
 
     Attributes:
-        arch, weights: The model, and its values before the round.
-        examples: Examples that all updates together can count. The more, the coarser a sum is, and
-            the less does one example weigh in it.
+        arch: The architecture of the round.
+        weights: The global state before the round, by name.
+        examples: Examples that all updates together can count. The more there are, the fewer bits
+            are left for fractions.
     """
 
     arch: Architecture
@@ -186,6 +211,9 @@ class Sums:
     def add(self, update: Update) -> None:
         """Validate one update and add it; nothing is added when anything is wrong.
 
+        Args:
+            update: What a client sent.
+
         Raises:
             ReplyError: See :meth:`terms`.
         """
@@ -193,14 +221,17 @@ class Sums:
         terms = list(self._terms(update))
         for number, term in enumerate(terms, 1):
             if self._accumulate(term, update.step):
-                for added in terms[:number]:  # whole numbers: what was there before is there again
+                for added in terms[:number]:  # sums are whole numbers: taking off is exact
                     self._accumulate(added, -update.step)
                 raise self._wrong(term)
         self._count(terms)
         self._subnets_trained |= update.schedule.trained
 
     def terms(self, update: Update) -> "list[Term]":
-        """Validate one update, for :meth:`include`; adds nothing.
+        """Validate one update and return its terms, for :meth:`include`; nothing is added.
+
+        Args:
+            update: What a client sent.
 
         Raises:
             ReplyError: See :func:`validate`; also when values are not finite, or a change is too
@@ -209,56 +240,68 @@ class Sums:
         validate(self.arch, self.weights, update)
         terms = list(self._terms(update))
         for term in terms:
-            own, new = self._running(term.parameter), term.tensor.numpy()
-            for _, here, there in own.stretches(term.counts):
-                if outside(own.old[here].ravel(), new[there].ravel(), self._most):
+            running, new = self._running(term.parameter), term.tensor.numpy()
+            for _, rows, packed_rows in running.stretches(term.counts):
+                if outside(running.old[rows].ravel(), new[packed_rows].ravel(), self._most):
                     raise self._wrong(term)
         return terms
 
     def _terms(self, update: Update) -> "Iterator[Term]":
+        """Yield the terms of an update."""
         for name, tensor in update.tensors.items():
             p = self.arch.by_name[name]
             yield Term(p, update.weights(p), tensor.detach().contiguous())
 
     @staticmethod
     def _wrong(term: "Term") -> ReplyError:
-        """Return what is wrong with a term that cannot be summed."""
+        """Return the error of a term that cannot be summed."""
         if not bool(term.tensor.isfinite().all()):
             return ReplyError(f"{term.parameter.name!r} holds values that are not finite")
         return ReplyError(f"{term.parameter.name!r} changes by more than can be summed")
 
     def length(self, terms: "list[Term]") -> float:
-        """How long a whole change is (L2)."""
+        """Return how long the whole change of an update is (L2).
+
+        Args:
+            terms: What :meth:`terms` returned of the update.
+        """
         total = 0.0
         for term in terms:
-            own, new = self._running(term.parameter), term.tensor.numpy()
-            for _, here, there in own.stretches(term.counts):
-                total += squares(own.old[here].ravel(), new[there].ravel())
+            running, new = self._running(term.parameter), term.tensor.numpy()
+            for _, rows, packed_rows in running.stretches(term.counts):
+                total += squares(running.old[rows].ravel(), new[packed_rows].ravel())
         return math.sqrt(total)
 
     def include(self, terms: "list[Term]", factor: float = 1.0) -> None:
-        """Add what :meth:`terms` returned, each change times ``factor``."""
+        """Add validated terms.
+
+        Args:
+            terms: What :meth:`terms` returned of an update.
+            factor: What each change is multiplied by.
+        """
         for term in terms:
             self._accumulate(term, factor)
         self._count(terms)
 
     def _accumulate(self, term: "Term", factor: float) -> int:
-        """Add a term times ``factor``; how many of its elements cannot be, and are not."""
-        own, new = self._running(term.parameter), term.tensor.numpy()
+        """Add a term times ``factor``; return how many elements are left out: too large to sum."""
+        running, new = self._running(term.parameter), term.tensor.numpy()
         wrong = 0
-        for count, here, there in own.stretches(term.counts):
+        for count, rows, packed_rows in running.stretches(term.counts):
             scale = factor * count * 2.0**self.fraction_bits
-            total, old = own.total[here].ravel(), own.old[here].ravel()
-            wrong += accumulate(total, old, new[there].ravel(), scale, self._most)
+            total, old = running.total[rows].ravel(), running.old[rows].ravel()
+            wrong += accumulate(total, old, new[packed_rows].ravel(), scale, self._most)
         return wrong
 
     def _count(self, terms: "Iterable[Term]") -> None:
+        """Add the examples of terms to those that sums are divided by."""
         for term in terms:
             counts = self._running(term.parameter).counts
             for head, count in term.counts.items():
                 counts[head] = counts.get(head, 0) + count
 
     def _running(self, p: Parameter) -> _Running:
+        """Return the running sum of a parameter, begun when first asked for."""
         if p.name not in self._sums:
             self._sums[p.name] = _Running.of(p, self.weights[p.name])
         return self._sums[p.name]
@@ -271,7 +314,8 @@ class Sums:
             Name -> the heads in ascending order, none for a whole parameter.
         """
         counted = {
-            name: [head for head, n in own.counts.items() if n] for name, own in self._sums.items()
+            name: [head for head, n in running.counts.items() if n]
+            for name, running in self._sums.items()
         }
         return {
             name: tuple(sorted(h for h in heads if h >= 0))
@@ -280,7 +324,7 @@ class Sums:
         }
 
     def digest(self) -> str:
-        """Return a name for what was added."""
+        """Return a hash of the sums, as hexadecimal digits."""
         total = hashlib.blake2b(digest_size=16)
         for name in sorted(self._sums):
             total.update(name.encode())
@@ -288,30 +332,35 @@ class Sums:
         return total.hexdigest()
 
     def divide_by(self, p: Parameter, counts: Mapping[int, float]) -> list[np.ndarray]:
-        """Have :meth:`apply` divide by these counts, and not by the examples that were added.
+        """Have :meth:`apply` divide by other counts than the examples that were added.
+
+        Args:
+            p: The parameter.
+            counts: Head (-1 for a whole parameter) -> what its sum is divided by.
 
         Returns:
-            The sums that they concern, int64 with :attr:`fraction_bits`, to be changed in place.
+            The sums of the heads in ``counts``, which may be changed in place: int64 with
+            :attr:`fraction_bits`.
         """
-        own = self._running(p)
-        own.counts.clear()
-        own.counts.update(counts)
-        return [own.total[here] for _, here, _ in own.stretches(own.counts)]
+        running = self._running(p)
+        running.counts.clear()
+        running.counts.update(counts)
+        return [running.total[rows] for _, rows, _ in running.stretches(running.counts)]
 
     def apply(self) -> dict[str, Tensor]:
-        """Return the new global weights; what nobody trained is the old tensor's bits."""
+        """Return the new global weights; what nobody trained keeps its bits."""
         new = dict(self.weights)
         for name, heads in self.trained.items():
-            p, before, own = self.arch.by_name[name], self.weights[name], self._sums[name]
-            moved = own.old.copy()
-            counts = {h: own.counts[h] for h in heads or (-1,)}
-            for count, here, _ in own.stretches(counts):
-                step = own.total[here] / 2.0**self.fraction_bits / count
-                moved[here] = own.old[here].astype(np.float64) + step
-            rows = torch.from_numpy(moved)
+            p, before, running = self.arch.by_name[name], self.weights[name], self._sums[name]
+            moved = running.old.copy()
+            counts = {h: running.counts[h] for h in heads or (-1,)}
+            for count, rows, _ in running.stretches(counts):
+                step = running.total[rows] / 2.0**self.fraction_bits / count
+                moved[rows] = running.old[rows].astype(np.float64) + step
+            packed = torch.from_numpy(moved)
             if heads:
                 new[name] = before.clone()
-                p.unpack_(new[name], rows, range(len(p.rows)))
+                p.unpack_(new[name], packed, range(len(p.rows)))
             else:
-                new[name] = rows.view(before.shape)
+                new[name] = packed.view(before.shape)
         return new

@@ -407,7 +407,9 @@ def test_the_round_trip_of_the_engine_is_the_effective_weights():
 @pytest.mark.parametrize("mode", ["factors", "freeze-a", "alternate", "freeze-common"])
 def test_modes_that_cannot_take_ranks_refuse_them(mode):
     arch, state = setting()
-    with pytest.raises(ConfigError, match="cannot fold different ranks; use one of product, stack"):
+    with pytest.raises(
+        ConfigError, match="cannot aggregate different ranks; use one of product, stack"
+    ):
         LoraSums(arch, state, 10, mode).add(reply(arch, state, 1))
 
 
@@ -584,7 +586,7 @@ def test_a_run_with_ranks_keeps_every_budget(quick, tmp_path, mode):
         ({"lora_ranks": "0"}, "'0' is no whole number"),
         ({"lora_ranks": "2, 9"}, "'9' is no whole number"),
         ({"lora_ranks": "2,,4"}, "'' is no whole number"),
-        ({"lora_aggregation": "factors"}, "cannot fold different ranks: use product or stack"),
+        ({"lora_aggregation": "factors"}, "cannot aggregate different ranks: use product or stack"),
         ({"tuning": "full"}, "lora-ranks belongs to tuning = 'lora', not 'full'"),
         ({"planner": "two-stage"}, "knows one rank"),
         ({"lora_rank_exponent": -1.0}, "lora-rank-exponent = -1.0 must be a finite number"),
