@@ -50,12 +50,14 @@ if TYPE_CHECKING:
     from d2ft_fl.preview.plan_preview import ClientPreview, Preview, RoundPreview
     from d2ft_fl.report.run_folder import RunFolder
     from d2ft_fl.rounds.components import Components
-    from d2ft_fl.rounds.context import Round, most
+    from d2ft_fl.rounds.context import Round, most, plan_round
+    from d2ft_fl.rounds.federation import Federation, Report, State
     from d2ft_fl.rounds.policy_search import Search as PolicySearch
     from d2ft_fl.rounds.strategies import Strategy
     from d2ft_fl.rounds.tuning import Tuning
     from d2ft_fl.subnets.architecture import Architecture, Kind
     from d2ft_fl.subnets.schedule import Operation, Schedule, effective
+    from d2ft_fl.tasks.task import BaseTask, Batch, Outputs, Task
 
 __all__ = [
     "DEADLINE",
@@ -69,6 +71,8 @@ __all__ = [
     "Aggregator",
     "Architecture",
     "Assignment",
+    "BaseTask",
+    "Batch",
     "Budget",
     "BudgetSource",
     "ClientDescription",
@@ -78,22 +82,27 @@ __all__ = [
     "Cost",
     "D2FTError",
     "ExecutionPolicy",
+    "Federation",
     "Kind",
     "Lora",
     "Operation",
+    "Outputs",
     "Participant",
     "PolicySearch",
     "Preview",
     "Probes",
     "Refusal",
     "ReplyError",
+    "Report",
     "Round",
     "RoundPreview",
     "RunConfig",
     "RunError",
     "RunFolder",
     "Schedule",
+    "State",
     "Strategy",
+    "Task",
     "TrainingOptions",
     "Tuning",
     "UnkeptBudget",
@@ -105,6 +114,7 @@ __all__ = [
     "load_run",
     "most",
     "plan",
+    "plan_round",
     "read_adapter",
     "resolve_path",
     "run",
@@ -137,12 +147,14 @@ _MODULES = {
     "preview.plan_preview": "ClientPreview Preview RoundPreview",
     "report.run_folder": "RunFolder",
     "rounds.components": "Components",
-    "rounds.context": "Round most",
+    "rounds.context": "Round most plan_round",
+    "rounds.federation": "Federation Report State",
     "rounds.policy_search": "PolicySearch=Search",
     "rounds.strategies": "Strategy",
     "rounds.tuning": "Tuning",
     "subnets.architecture": "Architecture Kind",
     "subnets.schedule": "Operation Schedule effective",
+    "tasks.task": "BaseTask Batch Outputs Task",
 }
 _HOMES = {
     entry.split("=")[0]: (f"d2ft_fl.{module}", entry.split("=")[-1])
