@@ -1,4 +1,33 @@
-"""FLOPs of operations branch by branch: the arithmetic behind :mod:`d2ft_fl.costs.cost_model`."""
+"""FLOPs of operations, branch by branch.
+
+**FLOPs** follow torch's ``FlopCounterMode``: 2 for a multiply-add, products and attention only.
+With T tokens, head width d, feed-forward slice f and model width D, one example of one subnet has
+
+    products in   P_in  = T D (3 d + f)      (4 d + f with an attention gate)
+    products out  P_out = T D (d + f)
+    attention     A = 2 T^2 d, the FLOPs of one of its products
+
+    forward                 2 (P_in + P_out) + 2 A
+    gradient through it     2 (P_in + P_out) + 5 A   (4 A without fused attention, see `timm_vit`)
+    gradient of its weights 2 (P_in + P_out)
+    again, if checkpointed  2 P_in + 2 A             (neither norm nor product out is needed twice)
+
+FORWARD_ONLY pays the first, FROZEN the first, second and fourth, FULL all. Strictly below the
+lowest block that trains in a slot FROZEN is FORWARD_ONLY. The embedding runs forward, and the
+classifier forward, through and for its weights: 6 D classes.
+
+Under LoRA of rank r the weights of a FULL subnet pay nothing; for each product with factors, p rows
+of it the subnet's (3 d or f in, d or f out), on each example
+
+    a subnet that is FULL in any slot    forward 2 T p r, through it 2 T p r, of its factor 2 T p r
+    its block, besides                   forward 2 T D r, through it 2 T D r, of the other 2 T D r
+
+the block once a slot and operation of such subnets. Gradients pass through a product in only where
+something below trains: in the lowest branch that trains they end at its factors. Factors of subnets
+that never are FULL are merged into their weights, 2 p D r once a round. A subnet that trains at a
+rank r_h below r pays in proportion to r_h, and merges the rest, 2 p D (r - r_h); its block pays by
+the largest rank of the subnets that do an operation in a slot.
+"""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -30,7 +59,7 @@ class BranchFlops:
 
     @classmethod
     def of(cls, arch: Architecture, fused: bool, checkpointing: bool) -> "BranchFlops":
-        """Count the FLOPs of an architecture; formulae are in :mod:`d2ft_fl.costs.cost_model`.
+        """Count the FLOPs of an architecture; formulae are in the module's docstring.
 
         Args:
             arch: The architecture, with as many tokens as blocks see.

@@ -93,12 +93,12 @@ class Pricing:
         Without a later batch its memory is still there: the first step makes optimiser state.
         """
         costs = self.costs
-        first, later = costs.batch_extremes(self.examples)
+        first, later = costs.round_memory.batch_extremes(self.examples)
         running = np.arange(costs.slots) < self.active
         phases = []
         for resource, batch in ((MEMORY, first), (LATER, later)):
             sizes = np.array(slot_sizes(batch, costs.slots)) * running
-            copies = costs.copies(moments=resource == LATER)
+            copies = costs.round_memory.copies(moments=resource == LATER)
             micro_batches = max(1, min(costs.options.micro_batches, int(sizes.sum())))
             phases.append(MemoryPhase(resource, sizes, copies, micro_batches))
         return phases

@@ -1,0 +1,157 @@
+"""Peak memory of rounds: what is resident all the time, plus the worst micro-batch.
+
+Resident are weights, gradients, optimiser state, compensation, what FedProx and quantization
+compare with, and a batch's images. :mod:`d2ft_fl.costs.memory` has micro-batches.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from d2ft_fl.config.training_options import TrainingOptions
+from d2ft_fl.costs.activations import ActivationBytes
+from d2ft_fl.costs.compensation import Extras
+from d2ft_fl.costs.memory import MicroBatchMemory
+from d2ft_fl.costs.parameter_counts import Parts
+from d2ft_fl.costs.resources import MEMORY_MARGIN
+from d2ft_fl.subnets.schedule import Operation, residents, trainees
+from d2ft_fl.wire.sizes import ELEMENT
+
+MOMENTS = {"adamw": 2, "sgd": 1}  # tensors of optimiser state per trained tensor
+
+
+@dataclass(frozen=True, eq=False)
+class RoundMemory:
+    """Memory of clients' rounds, in bytes.
+
+    Attributes:
+        options: How clients train.
+        slots: Slots of schedules.
+        parts: Parameter counts of the model.
+        extras: What compensation adds.
+        activations: Bytes of the activations of an example.
+        kept: Bytes of a trained subnet's weights as sent, kept to quantize its change: int64
+            [blocks, heads].
+    """
+
+    options: TrainingOptions
+    slots: int
+    parts: Parts
+    extras: Extras
+    activations: ActivationBytes
+    kept: np.ndarray
+
+    def peak(self, operations: np.ndarray, examples: np.ndarray, ranks: np.ndarray) -> np.ndarray:
+        """Return the peak bytes of rounds, margin included: int64 [clients].
+
+        The first batch finds no optimiser state yet; it counts in every later one.
+
+        Args:
+            operations: int8 [clients, slots, blocks, heads].
+            examples: On which clients train: int64 [clients].
+            ranks: Of subnets that train, else 0: int64 [clients, blocks, heads].
+        """
+        first = np.minimum(examples, self.options.batch_size)
+        rest = first if self.options.epochs > 1 else np.minimum(examples - first, first)
+        at_first = self.batches(operations, first, ranks)
+        later = at_first.copy()
+        if (other := first != rest).any():
+            later[other] = self.batches(operations[other], rest[other], ranks[other])
+        before = self.resident(operations, ranks, moments=False)
+        after = self.resident(operations, ranks)
+        peak = np.maximum(before + at_first, after + later)
+        return peak + peak // MEMORY_MARGIN
+
+    def batch_extremes(self, examples: int) -> tuple[int, int]:
+        """Return the examples of the first batch of a round, and of the largest later one.
+
+        The second number is 0 where there is no later batch.
+        """
+        first = min(examples, self.options.batch_size)
+        return first, first if self.options.epochs > 1 else min(examples - first, first)
+
+    def copies(self, moments: bool) -> int:
+        """Count the tensors beside each that trains: gradient, optimiser state, FedProx's start.
+
+        Args:
+            moments: Whether there is optimiser state, as after the first step.
+        """
+        state = MOMENTS[self.options.optimizer] if moments else 0
+        return 1 + state + (self.options.proximal > 0)
+
+    def resident(
+        self, operations: np.ndarray, ranks: np.ndarray, moments: bool = True
+    ) -> np.ndarray:
+        """Return the bytes of weights, gradients and optimiser state: int64 [clients].
+
+        Args:
+            operations: int8 [clients, slots, blocks, heads].
+            ranks: Of subnets that train, else 0: int64 [clients, blocks, heads].
+            moments: Whether there is optimiser state, as after the first step.
+        """
+        resident, trained = residents(operations), trainees(operations)
+        copies = self.copies(moments)
+        parts = self.parts
+        elements = parts.base.outer + copies * parts.trained.outer + parts.base.elements(resident)
+        elements = elements + copies * parts.whole.elements(trained)
+        if parts.arch.rank:
+            elements += parts.factors.elements(ranks) + copies * parts.ranked.elements(ranks)
+        kept = (trained * self.kept).sum(axis=(1, 2))
+        return ELEMENT * elements + kept + self.extras.held(operations)
+
+    def batches(self, operations: np.ndarray, batch: np.ndarray, ranks: np.ndarray) -> np.ndarray:
+        """Return the bytes of a batch of images and of its worst micro-batch: int64 [clients].
+
+        Args:
+            operations: int8 [clients, slots, blocks, heads].
+            batch: Examples of the batch: int64 [clients].
+            ranks: Of subnets that train, else 0: int64 [clients, blocks, heads].
+        """
+        running = sizes_of_slots(batch, self.slots) * active_slots(operations)  # [clients, slots]
+        ends = np.cumsum(np.pad(running, [(0, 0), (1, 0)]), axis=1)
+        total = ends[:, -1]
+        images = batch + np.where(total < batch, total, 0)  # put together in a batch apart
+        count = self.options.micro_batches
+        cuts = np.cumsum(np.pad(sizes_of_slots(total, count), [(0, 0), (1, 0)]), axis=1)
+        within = np.clip(ends[:, None], cuts[:, :-1, None], cuts[:, 1:, None])
+        # [clients, micro-batches, slots], as `subnets.schedule.micro_batches` cuts a batch
+        sizes = np.diff(within, axis=2)
+        if self.slots == 1:
+            sizes = sizes[:, :1]  # the first is no smaller than any other
+        peaks = [
+            np.where(one.any(axis=1), self.micro_batches(operations, one, ranks).peak(), 0)
+            for one in sizes.swapaxes(0, 1)
+        ]
+        return ELEMENT * self.parts.arch.input_elements * images + np.max(peaks, axis=0)
+
+    def micro_batches(
+        self, operations: np.ndarray, sizes: np.ndarray, ranks: np.ndarray
+    ) -> MicroBatchMemory:
+        """Return the memory of micro-batches.
+
+        Args:
+            operations: int8 [micro-batches, slots, blocks, heads].
+            sizes: Examples of each slot: int64 [micro-batches, slots].
+            ranks: Of subnets that train, else 0: int64 [micro-batches, blocks, heads].
+        """
+        checkpointing = self.options.checkpointing
+        return MicroBatchMemory.of(self.activations, checkpointing, operations, sizes, ranks)
+
+
+def active_slots(operations: np.ndarray) -> np.ndarray:
+    """Return in which slots anything runs: bool [clients, slots].
+
+    Args:
+        operations: int8 [clients, slots, blocks, heads].
+    """
+    return (operations != Operation.SHORTCUT).any(axis=(2, 3))
+
+
+def sizes_of_slots(batch: np.ndarray, slots: int) -> np.ndarray:
+    """Return :func:`~d2ft_fl.subnets.schedule.slot_sizes` of many batches: int64 [clients, slots].
+
+    Args:
+        batch: Examples of each batch: int64 [clients].
+        slots: Into how many slots each is cut.
+    """
+    return batch[:, None] // slots + (np.arange(slots) < batch[:, None] % slots)
