@@ -13,7 +13,7 @@ from d2ft_fl.tasks.task import Batch, Task
 
 @dataclass
 class LocalExamples:
-    """Draws and orders the examples of clients. Examples are numbers among a client's own.
+    """Draws and orders the examples of clients, by their numbers in the client's data.
 
     Attributes:
         data: The data set, and which examples are whose.

@@ -1,1 +1,1 @@
-"""The round's knapsack: values of heads, tables of costs, solver, certified plans."""
+"""The round's knapsack: scores of heads, tables of costs, solver, certified plans."""

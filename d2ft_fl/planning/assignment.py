@@ -1,4 +1,4 @@
-"""One client of a round: what it may spend, and what it is assigned."""
+"""Participants and assignments: what one client of a round may spend, and is to do."""
 
 from dataclasses import dataclass
 
@@ -16,11 +16,12 @@ class Participant:
     """A client as strategies and the planner see it.
 
     Attributes:
-        client: Its number. examples: What it trains on in this round, unless a strategy says less.
+        client: Its number.
+        examples: How many examples it trains on in this round, unless a strategy says less.
         budget: As it reported it.
-        capacity: Its budgets resolved, int64 [4] in ``RESOURCES`` order.
-        holds: bool [blocks, heads], subnets whose fixed parameters it has; None for none.
-        local: All its training examples; those of the round, if not told.
+        capacity: Its budgets resolved, int64 [4] in the order of ``RESOURCES``.
+        cached: Subnets whose fixed parameters it has: bool [blocks, heads]; None for none.
+        local: How many training examples it has in all; 0 for ``examples``.
     """
 
     client: int
@@ -39,7 +40,7 @@ class Participant:
         return bool((cost.vector() <= self.capacity).all()) and self.on_time(cost)
 
     def on_time(self, cost: Cost) -> bool:
-        """Whether it is done with so much before its deadline."""
+        """Whether a cost takes no longer than the deadline."""
         deadline = self.budget.deadline
         return deadline is None or self.budget.seconds(cost) <= deadline
 
@@ -51,12 +52,12 @@ class Assignment:
     Attributes:
         client: Its number.
         schedule: Its operations, and ranks where several are offered.
-        cost: Predicted cost, passes before training included.
-        passes: What it does with the whole model before training.
+        cost: Predicted cost, probes included.
+        probes: What it does with the whole model before training.
+        gap: The schedule's utility is within this share of a bound that no schedule of the joint
+            problem with these slots exceeds; None where there is no bound, and for sitting out.
         examples: On how many examples it trains; None for all of the participant's.
-        way: How it runs the schedule.
-        gap: The schedule's value is within this share of a bound that no schedule of the joint
-            problem with these slots exceeds; ``None`` where there is none, and for sitting out.
+        policy: The execution policy under which it runs the schedule.
     """
 
     client: int

@@ -1,7 +1,7 @@
 """The knapsacks of many clients' plans: what the solver is shown, and what it chooses.
 
 Tables price peak memory from below, and under LoRA FLOPs and memory in excess, by a known amount at
-most, which the solver is shown on top of the budget. Either way exact costs are checked, and what
+most, which the solver is shown on top of the budget. In all cases exact costs are checked, and what
 is shown shrinks by what was over until they fit.
 """
 
@@ -57,7 +57,7 @@ class ClientKnapsacks:
 
     @cached_property
     def tables(self) -> tuple[list[Table], np.ndarray]:
-        """Distinct tables, and which is each client's. With deadlines each client has its own."""
+        """Distinct tables, and the index of each client's; with deadlines one a client."""
         objective, active, rotation = self.objective, self.active, self.rotation % self.active
         tables = [objective.table(c.examples, active, rotation, c.cached) for c in self.clients]
         if any(c.budget.deadline is not None for c in self.clients):

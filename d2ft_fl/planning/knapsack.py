@@ -1,6 +1,6 @@
 """The knapsack that every plan solves: multiple choice, many resources, setups.
 
-Each of C clients has I items; item i takes exactly one of K options, worth v[i,k] and costing
+Each of C clients has I items; item i takes exactly one of K options, of value v[i,k] and cost
 w[i,k,r] of each of R resources with capacity c[r]. Items may lie in groups, options may have a
 level; a group pays the opening charges o[g,m,r] of every level m up to the highest that its items
 chose (memory and bytes that a transformer block costs as soon as one of its heads runs, and again
@@ -23,11 +23,12 @@ fast where prices are few: O(modes I K R) a step, one or two dozen steps.
 
 **Choice.** The best options at the best prices; while a resource is over, the flip of one item that
 loses least value per relief; fitting upgrades by value per priced cost; then all 2^n sets of flips
-of the n items with least regret, and the best pair among more flips, until neither gains (after
-E. Balas and E. Zemel, Operations Research 28, 1980, and C. Cherfi and M. Hifi, European Journal of
-Operational Research 192, 2009). The same from sets of open groups that lose little at these prices,
-and where the certified gap stays wide, depth-first search with regrets as bounds, up to a number
-of nodes. Prices cost O(S I K R), the rest O(I K R) a flip; a client takes about 0.1 ms.
+of the n items with least regret, and the best pair among more flips, until neither gains (after E.
+Balas and E. Zemel, Operations Research 28, 1980, and C. Cherfi and M. Hifi, European Journal of
+Operational Research 192, 2009). All this is repeated from sets of open groups that lose little at
+these prices; where the certified gap stays wide, depth-first search follows, with regrets as
+bounds, up to a number of nodes. Prices cost O(S I K R), the rest O(I K R) a flip; a client takes
+about 0.1 ms.
 
 Everything that has to fit is checked in integers; nothing over capacity is returned. Ties go to the
 lowest index and effort is counted in nodes, so a solution is a function of its input alone.
@@ -58,7 +59,8 @@ def solve(
         capacities: int64 [R], or [C, R].
         structure: Opening charges of groups, and cases.
         tables: int64 [C], which of T costs are a client's; by default T is 1 or C.
-        start: int64 [I] or [C, I], choices to improve on; a client's that holds -1 is left alone.
+        start: int64 [I] or [C, I], choices to improve on; a client whose choice has -1 starts
+            from the cheapest.
         effort: Multiplies steps, flips and nodes; a planner of thousands of clients takes 1.
 
     Raises:
@@ -82,7 +84,7 @@ def solve(
 
 
 def is_compiled(coupled: bool = False) -> bool:
-    """Tell whether the solver was compiled on this machine before, so that it starts at once.
+    """Return whether the solver was compiled on this machine before, so that it starts at once.
 
     Args:
         coupled: Whether the solver of coupled clients is needed, too.
@@ -144,7 +146,7 @@ def solve_two_stages(
 class Spread:
     """Clients coupled through what they train: returns diminish with their number.
 
-    Client c counts for n_c; option k trains an item to a share s_k. Together they are worth
+    Client c counts for n_c; option k trains an item to a share s_k. Their value together is
 
         sum_c sum_i u[c, i, k_ci] + sum_i t_i h(sum_c n_c s_k_ci),    h(n) = a log(1 + n / a)
 
@@ -154,7 +156,7 @@ class Spread:
         weight: n, for how much a client counts: float64 [C].
         reference: a, the clients at which one more has half the utility of the first.
         least: Clients that should train every item, where budgets allow.
-        passes: How often every client responds to all others.
+        sweeps: How often every client responds to all others.
     """
 
     train: np.ndarray
@@ -162,7 +164,7 @@ class Spread:
     weight: np.ndarray
     reference: float
     least: int = 1
-    passes: int = 3
+    sweeps: int = 3
 
 
 @dataclass(frozen=True, eq=False)
@@ -236,7 +238,7 @@ def solve_spread(
         spread.weight.astype(np.float64),
         float(spread.reference),
         spread.least,
-        spread.passes,
+        spread.sweeps,
         choice,
         value_alone,
         bound,

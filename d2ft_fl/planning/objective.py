@@ -1,4 +1,4 @@
-"""What plans are worth, which options subnets have, and what these cost.
+"""The planner's objective: utilities of plans, options of subnets, and their prices.
 
 A subnet chooses in how many of the round's slots it runs FULL (a), FROZEN (z) and FORWARD_ONLY (b),
 a + z + b at most the number of slots; which slots those are rotates from subnet to subnet, so that
@@ -74,8 +74,8 @@ class Objective:
     @cached_property
     def offered(self) -> tuple[int, ...]:
         """The ranks to choose from, ascending; 0 alone without LoRA."""
-        most = self.costs.arch.rank
-        return tuple(sorted({r for r in self.ranks if 0 < r < most} | {most}))
+        largest = self.costs.arch.rank
+        return tuple(sorted({r for r in self.ranks if 0 < r < largest} | {largest}))
 
     def table(
         self, examples: int, active: int, rotation: int, cached: np.ndarray | None = None
@@ -107,17 +107,21 @@ class Objective:
         return Patterns.of(self.costs.slots, active, offers, self.offered)
 
     def stated_ranks(self, ranks: np.ndarray) -> np.ndarray | None:
-        """Return what schedules say of ranks: None where only one is offered."""
+        """Return the ranks that schedules state: None where only one is offered."""
         return ranks if self.several_ranks else None
 
     def rank_share(self, schedule: Schedule) -> np.ndarray:
         """Return how far training at its rank counts, of each subnet: float64 [blocks, heads]."""
-        most = self.offered[-1]
-        if schedule.ranks is None or not most:
+        largest = self.offered[-1]
+        if schedule.ranks is None or not largest:
             return np.ones(schedule.operations.shape[1:])
-        return (schedule.ranks / most) ** self.rank_exponent
+        return (schedule.ranks / largest) ** self.rank_exponent
 
     def rank_utility(self, patterns: Patterns) -> np.ndarray:
         """Return the utility of training at the ranks of options, as a share: float64 [options]."""
-        most = self.offered[-1]
-        return (patterns.rank / most) ** self.rank_exponent if most else np.ones(len(patterns.full))
+        largest = self.offered[-1]
+        return (
+            (patterns.rank / largest) ** self.rank_exponent
+            if largest
+            else np.ones(len(patterns.full))
+        )

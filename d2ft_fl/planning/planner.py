@@ -1,6 +1,6 @@
 """A round's plan: every client's budgets and the scores of subnets in, schedules out.
 
-What plans are worth is in :mod:`d2ft_fl.planning.objective`, what options cost in
+Utilities of plans are in :mod:`d2ft_fl.planning.objective`, prices of options in
 :mod:`d2ft_fl.planning.pricing`. :mod:`d2ft_fl.planning.client_knapsacks` finds schedules that fit
 exactly.
 """
@@ -266,7 +266,7 @@ class Drafts:
     def improve(
         self, part: np.ndarray, operations: np.ndarray, ranks: np.ndarray, gaps: np.ndarray
     ) -> None:
-        """Take over what some clients were found, where it trains, or they had nothing.
+        """Take over new schedules of some clients: those that train, or replace nothing.
 
         Args:
             part: Whose: int64 [part].

@@ -1,6 +1,6 @@
 """How the planner's options are priced, step by step.
 
-Costs come from the cost model: once a subnet, whatever the slots, for what it holds and sends; per
+Costs come from the cost model: once a subnet, whatever the slots, for what it keeps and sends; per
 slot for FLOPs and activations; a block charges for being opened. Peak memory is two resources, that
 of the first batch, which finds no optimiser state, and that of later ones. It does not add up (the
 worst micro-batch, transients): tables price it from below.
@@ -202,13 +202,13 @@ class Pricing:
         An option pays for its weights, what trains beside them, and what it saves for backward.
         """
         costs, parts = self.costs, self.costs.parts
-        held = self.by_rank(
+        resident = self.by_rank(
             phase.copies * parts.whole.sliced,
             parts.factors.sliced + phase.copies * parts.ranked.sliced,
         )
-        held = held + parts.base.sliced.reshape(-1, 1) * (self.patterns.runs > 0)
+        resident = resident + parts.base.sliced.reshape(-1, 1) * (self.patterns.runs > 0)
         start = costs.communication.kept.reshape(-1, 1) * (self.patterns.full > 0)
-        return ELEMENT * held + start + self.saved_by_options(phase)
+        return ELEMENT * resident + start + self.saved_by_options(phase)
 
     def saved_by_options(self, phase: MemoryPhase) -> np.ndarray | int:
         """Price what options save for backward: bytes, int64 [subnets, options]; 0 checkpointed."""
@@ -359,6 +359,6 @@ class Pricing:
             # Of a block in a slot: that nobody is FULL there, and that each head pays for the rest.
             others = [Operation.FORWARD_ONLY, Operation.FROZEN][: 1 + frozen]
             rest = (arch.heads - 1) * costs.block_flops[others].max()
-            most = costs.block_flops[Operation.FULL] + rest
-            per_example += arch.blocks * arch.rank * int(most)
+            shared = costs.block_flops[Operation.FULL] + rest
+            per_example += arch.blocks * arch.rank * int(shared)
         return per_example * int(totals.sum())

@@ -53,9 +53,9 @@ class Solution:
     Of one client, or of C with a leading dimension.
 
     Attributes:
-        choice: int64 [I], the option of each item; -1 where nothing was found that fits.
-        value: What it is worth; -inf where nothing was found.
-        bound: No choice is worth more.
+        choice: int64 [I], the option of each item; -1 where no choice that fits is known.
+        value: The value of the choice; -inf where there is none.
+        bound: No choice has a higher value.
     """
 
     choice: np.ndarray
@@ -64,7 +64,7 @@ class Solution:
 
     @property
     def feasible(self) -> np.ndarray:
-        """Whether a choice was found that fits."""
+        """Whether there is a choice that fits."""
         return np.isfinite(self.value)
 
     @property
@@ -101,13 +101,13 @@ class Problem:
         if self.costs.min(initial=0) < 0 or openings.min(initial=0) < 0:
             raise ValueError("costs must not be negative")
         items = self.costs.shape[1]
-        most = items * float(self.costs.max(initial=0)) + openings.sum(dtype=float)
-        if most > MOST:  # no more than a first look
+        total = items * float(self.costs.max(initial=0)) + openings.sum(dtype=float)
+        if total > MOST:  # a coarse bound; the exact one follows
             sums = self.costs.max(axis=2, initial=0).sum(axis=1, dtype=float)  # [T, R]
-            most = (sums + openings.sum(axis=(1, 2), dtype=float)).max(initial=0.0)
-        if most > MOST:
+            total = (sums + openings.sum(axis=(1, 2), dtype=float)).max(initial=0.0)
+        if total > MOST:
             raise ValueError(
-                f"costs must sum up to {MOST} at most, not {most:.3g}: 64 bits hold that"
+                f"costs must sum up to {MOST} at most, not {total:.3g}: 64 bits hold that"
             )
         if np.isnan(self.values).any() or (self.values == np.inf).any():
             raise ValueError("values must be finite, or -inf for what is forbidden")
@@ -164,10 +164,10 @@ def starting_choices(problem: Problem, start: np.ndarray) -> np.ndarray:
 
     Args:
         problem: The knapsacks.
-        start: int64 [I] or [C, I]; a client's that holds -1 is none.
+        start: int64 [I] or [C, I]; one with -1 is replaced by the cheapest.
 
     Raises:
-        ValueError: When there are not such options.
+        ValueError: When shapes or options are none of the problem's.
     """
     shape, options = (len(problem.capacities), problem.costs.shape[1]), problem.costs.shape[2]
     if start.shape not in (shape, shape[1:]) or start.max(initial=0) >= options:

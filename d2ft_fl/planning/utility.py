@@ -1,10 +1,10 @@
-"""What a client's round is worth: a prediction of how far it brings the model, 1 for everything.
+"""Utility of a client's round: a prediction of how far it brings the model, 1 for everything.
 
 The planner maximises sums over subnets, which do not see that what is trained must reach the loss,
-nor that fewer examples are worth less. This judges whole rounds, so that plans made in different
-ways compare:
+nor that fewer examples bring less. This judges whole rounds, so that plans under different
+execution policies compare:
 
-    worth = exp(-a ln(examples)^2 - c ln(learned)^2)  up(w)  down(m)  kept
+    utility = exp(-a ln(examples)^2 - c ln(learned)^2)  up(w)  down(m)  kept
 
 with the share of the examples; w the bits in which changes travel up, m those of weights down; and
 over blocks l and heads h, with backward scores u and forward scores v,
@@ -36,7 +36,12 @@ BITS_DOWN = {32: 1.0, 8: 0.999}
 
 @dataclass(frozen=True)
 class Utility:
-    """Judges rounds by these scores, float64 [blocks, heads]."""
+    """Judges rounds by scores of subnets.
+
+    Attributes:
+        backward: Scores of training: float64 [blocks, heads].
+        forward: Scores of running: float64 [blocks, heads].
+    """
 
     backward: np.ndarray
     forward: np.ndarray
@@ -48,12 +53,12 @@ class Utility:
         examples: np.ndarray,
         bits: Sequence[tuple[int, int]],
     ) -> np.ndarray:
-        """The worth of many clients' rounds: float64 [clients].
+        """Return the utility of many clients' rounds: float64 [clients].
 
         Args:
             operations: int8 [clients, slots, blocks, heads].
             ranks: How far training at its rank counts: float64 [clients, blocks, heads].
-            examples: Shares of a client's own, float64 [clients].
+            examples: Examples of the round as a share of the client's: float64 [clients].
             bits: Of numbers on their way up and down, [clients].
         """
         learned = self.learned(operations, ranks)
@@ -64,11 +69,16 @@ class Utility:
         return np.exp(-lost) * np.array([BITS_UP[u] * BITS_DOWN[d] for u, d in bits]) * kept
 
     def learned(self, operations: np.ndarray, ranks: np.ndarray) -> np.ndarray:
-        """What trains, as far as the loss sees it, as a share of everything: float64 [clients]."""
+        """Return what trains, as far as the loss sees it, as a share: float64 [clients].
+
+        Args:
+            operations: int8 [clients, slots, blocks, heads].
+            ranks: How far training at its rank counts: float64 [clients, blocks, heads].
+        """
         full = (operations == Operation.FULL).mean(axis=1) * ranks  # [clients, blocks, heads]
         cut = (operations <= Operation.FORWARD_ONLY).mean(axis=(1, 3))  # [clients, blocks]
-        passes = np.cumprod(1 - CUT * cut[:, ::-1], axis=1)[:, ::-1]
-        path = np.concatenate([passes[:, 1:], np.ones((len(cut), 1))], axis=1)
+        uncut = np.cumprod(1 - CUT * cut[:, ::-1], axis=1)[:, ::-1]
+        path = np.concatenate([uncut[:, 1:], np.ones((len(cut), 1))], axis=1)
         trained = (self.backward * full * path[..., None]).sum(axis=(1, 2)) / self.backward.sum()
         return BASE + (1 - BASE) * trained
 
@@ -76,20 +86,21 @@ class Utility:
         self,
         operations: np.ndarray,
         local: np.ndarray,
-        own: np.ndarray,
+        used: np.ndarray,
         bits: Sequence[tuple[int, int]],
     ) -> float:
-        """The mean over clients, weighted by their examples; who sits out brings nothing.
+        """Return the mean over clients, weighted by their examples.
 
-        Ranks are not looked at.
+        A client that sits out has utility 0. Ranks do not count.
 
         Args:
             operations: int8 [clients, slots, blocks, heads].
-            local, own: Examples that clients have, and those they train on: [clients].
+            local: Examples that clients have: int64 [clients].
+            used: Examples that clients train on: int64 [clients].
             bits: Of numbers on their way up and down, [clients].
         """
-        works = operations.any(axis=(1, 2, 3)) & (own > 0)
-        shares = np.where(works, own / np.maximum(1, local), 1.0)
+        works = operations.any(axis=(1, 2, 3)) & (used > 0)
+        shares = np.where(works, used / np.maximum(1, local), 1.0)
         ranks = np.ones((len(local), *operations.shape[2:]))
         each = self.of(operations, ranks, shares, bits) * works
         return float((each * local).sum() / max(1, local.sum()))

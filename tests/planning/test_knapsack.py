@@ -618,7 +618,7 @@ def test_coupled_clients_are_worth_more_together_and_spread_out():
 def test_every_item_gets_its_least_clients_where_budgets_plainly_allow_it(seed, least):
     """Twelve clients that afford about half of all items each: six an item."""
     values, costs, capacities, spread, structure = coupled(seed, clients=12, share=0.6, least=least)
-    solution = solve_spread(values, costs, capacities, replace(spread, passes=6), structure)
+    solution = solve_spread(values, costs, capacities, replace(spread, sweeps=6), structure)
     assert ((spread.share[solution.choice] > 0).sum(axis=0) >= least).all()
 
 

@@ -8,7 +8,7 @@ from d2ft_fl.util.compiled import inner
 
 @inner
 def count(p: Instance, x: Picked) -> float:
-    """Levels and exact use of ``x.choice``; returns its value."""
+    """Count the levels and the exact use of ``x.choice``, and return its value."""
     utility = 0.0
     x.counts[:] = 0
     x.used[:] = 0
@@ -28,7 +28,7 @@ def count(p: Instance, x: Picked) -> float:
 
 @inner
 def level_after(p: Instance, x: Picked, i: int, k: int) -> int:
-    """The level of an item's group once the item takes option ``k``."""
+    """Return the level of an item's group once the item takes option ``k``."""
     g = p.group[i]
     old, new, top = p.level[x.choice[i]], p.level[k], x.tops[g]
     if new >= top:
@@ -43,7 +43,7 @@ def level_after(p: Instance, x: Picked, i: int, k: int) -> int:
 
 @inner
 def change(p: Instance, x: Picked, i: int, k: int, r: int, top: int) -> int:
-    """What a flip adds to one resource, the item's group then being at level ``top``."""
+    """Return what a flip adds to resource ``r``, when the item's group is then at level ``top``."""
     g = p.group[i]
     return (
         p.cost[i, k, r]
@@ -55,7 +55,7 @@ def change(p: Instance, x: Picked, i: int, k: int, r: int, top: int) -> int:
 
 @inner
 def flip(p: Instance, x: Picked, i: int, k: int) -> float:
-    """Give an item another option; returns what that is worth."""
+    """Give an item another option, and return the change of value."""
     g, old = p.group[i], x.choice[i]
     top = level_after(p, x, i, k)
     for r in range(len(x.used)):
@@ -90,7 +90,7 @@ def obeys(p: Instance, choice: np.ndarray) -> bool:
 
 @inner
 def repair(p: Instance, q: Priced, x: Picked, case: int) -> bool:
-    """Flip single items, least value lost per relief first, until all fits; whether it does."""
+    """Flip items, least value lost per relief first, until all fits; return whether it does."""
     items, options, resources = p.cost.shape
     for _ in range(items * options):
         if fits(p, x):
@@ -121,22 +121,22 @@ def repair(p: Instance, q: Priced, x: Picked, case: int) -> bool:
 
 @inner
 def fill(p: Instance, q: Priced, x: Picked, case: int) -> float:
-    """Take upgrades that fit, most value per priced cost first; returns what they are worth.
+    """Take upgrades that fit, most value per priced cost first, and return their value.
 
-    What does not fit at first is not looked at again.
+    What does not fit at first is not tried again.
     """
     items, options, resources = p.cost.shape
     item, option = np.empty(items * options, np.int64), np.empty(items * options, np.int64)
     n = 0
     for i in range(items):
-        mode, own = p.mode[case, p.group[i]], p.value[i, x.choice[i]]
+        mode, current = p.mode[case, p.group[i]], p.value[i, x.choice[i]]
         for k in range(options):
-            if q.v[k, i] > own + EPSILON and p.allowed[mode, k]:
+            if q.v[k, i] > current + EPSILON and p.allowed[mode, k]:
                 item[n], option[n] = i, k
                 n += 1
     won = 0.0
     while n > 0:
-        best, most, fitting = -1, 0.0, 0
+        best, best_rate, fitting = -1, 0.0, 0
         for j in range(n):
             i, k = item[j], option[j]
             gain = p.value[i, k] - p.value[i, x.choice[i]]
@@ -152,8 +152,8 @@ def fill(p: Instance, q: Priced, x: Picked, case: int) -> float:
                 continue
             item[fitting], option[fitting] = i, k
             rate = gain / max(price, EPSILON)
-            if rate > most:
-                best, most = fitting, rate
+            if rate > best_rate:
+                best, best_rate = fitting, rate
             fitting += 1
         n = fitting
         if best < 0:

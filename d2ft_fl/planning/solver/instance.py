@@ -1,4 +1,4 @@
-"""What the kernel works on: knapsacks, what prices make of them, and choices."""
+"""The arrays that the compiled solver works on: knapsacks, priced knapsacks, and choices."""
 
 from typing import NamedTuple
 
@@ -18,9 +18,11 @@ class Batch(NamedTuple):
         ladder: int64 [T, G, M + 1, R], what a group pays once it is open to each level; 0 at first.
         table: int64 [C], which costs and ladder are a client's.
         capacity: int64 [C, R].
-        first: int64 [G + 1], where each group's items start. group: int64 [I].
+        first: int64 [G + 1], where each group's items start.
+        group: int64 [I], each item's group.
         level: int64 [K], the level that an option opens its group to.
-        mode: int64 [S, G], of each case. allowed: bool [modes, K].
+        mode: int64 [S, G], each case's modes of groups.
+        allowed: bool [modes, K], the options that a mode leaves.
     """
 
     value: np.ndarray
@@ -36,7 +38,19 @@ class Batch(NamedTuple):
 
 
 class Instance(NamedTuple):
-    """One client's knapsack: value [I, K], cost [I, K, R], ladder [G, M + 1, R], capacity [R]."""
+    """One client's knapsack.
+
+    Attributes:
+        value: float64 [I, K]; -inf forbids an option.
+        cost: int64 [I, K, R].
+        ladder: int64 [G, M + 1, R], what a group pays once it is open to each level; 0 at first.
+        capacity: int64 [R].
+        first: int64 [G + 1], where each group's items start.
+        group: int64 [I], each item's group.
+        level: int64 [K], the level that an option opens its group to.
+        mode: int64 [S, G], each case's modes of groups.
+        allowed: bool [modes, K], the options that a mode leaves.
+    """
 
     value: np.ndarray
     cost: np.ndarray
@@ -50,17 +64,23 @@ class Instance(NamedTuple):
 
 
 class Priced(NamedTuple):
-    """The same in shares of capacity, and what prices make of it.
+    """One client's knapsack in shares of capacity, and what depends on prices.
 
     Attributes:
-        v: float64 [K, I]. w: float64 [R, K, I]. charge: float64 [G, M + 1, R].
-        scale: float64 [R], what one unit is of capacity. prices: float64 [R].
+        v: float64 [K, I], values; -inf for what cannot fit.
+        w: float64 [R, K, I], costs as shares of capacity.
+        charge: float64 [G, M + 1, R], the ladder as shares of capacity.
+        scale: float64 [R], one unit of a resource as a share of capacity.
+        prices: float64 [R], of the whole capacity of each resource.
         gains: float64 [K, I], value less priced cost.
-        some: int64 [R], at: uint64 [I], best: float64 [I]: scratch.
+        some: int64 [R], scratch: the resources that have a price.
+        at: uint64 [I], scratch: where the costs of a choice are.
+        best: float64 [I], scratch: the best gain of each item.
         arg: int64 [modes, M + 1, I], the best option of at most each level.
-        nets: float64 [modes, M + 1, G], what a group is worth when open to each level.
-        net: float64 [modes, G], the most of them. opened: int64 [modes, G], the level for it.
-        bounds: float64 [S].
+        nets: float64 [modes, M + 1, G], the gain of a group when it is open to each level.
+        net: float64 [modes, G], the largest gain of a group over levels.
+        opened: int64 [modes, G], the level at which the gain of a group is largest.
+        bounds: float64 [S], the dual's value in each case.
     """
 
     v: np.ndarray
@@ -83,9 +103,10 @@ class Picked(NamedTuple):
     """A choice, and what it uses.
 
     Attributes:
-        choice: int64 [I].
-        counts: int64 [G, M + 1], items of a group at each level. tops: int64 [G], its level.
-        used: int64 [R].
+        choice: int64 [I], the option of each item.
+        counts: int64 [G, M + 1], how many items of a group are at each level.
+        tops: int64 [G], the level to which each group is open.
+        used: int64 [R], what the choice uses of each resource.
     """
 
     choice: np.ndarray
@@ -96,7 +117,7 @@ class Picked(NamedTuple):
 
 @inner
 def instance(b: Batch, c: int, value: np.ndarray) -> Instance:
-    """One client's knapsack, with options worth ``value`` [I, K]."""
+    """Return the knapsack of client ``c``, with ``value`` [I, K] as values of options."""
     t = b.table[c]
     return Instance(
         value, b.cost[t], b.ladder[t], b.capacity[c], b.first, b.group, b.level, b.mode, b.allowed
@@ -105,13 +126,13 @@ def instance(b: Batch, c: int, value: np.ndarray) -> Instance:
 
 @inner
 def value_of(b: Batch, c: int) -> np.ndarray:
-    """What options are worth to a client: float64 [I, K]."""
+    """Return the values of options of client ``c``: float64 [I, K]."""
     return b.value[c if len(b.value) > 1 else 0]
 
 
 @inner
 def priced(p: Instance) -> Priced:
-    """In shares of capacity; options that cannot fit are out."""
+    """Return a knapsack in shares of capacity; the values of options that cannot fit are -inf."""
     items, options, resources = p.cost.shape
     groups, levels = p.ladder.shape[0], p.ladder.shape[1]
     v, w = np.empty((options, items)), np.empty((resources, options, items))
@@ -144,7 +165,7 @@ def priced(p: Instance) -> Priced:
 
 @inner
 def picked(p: Instance) -> Picked:
-    """Room for a choice."""
+    """Return arrays for a choice, filled with 0."""
     groups, levels, resources = p.ladder.shape
     return Picked(
         np.zeros(len(p.group), dtype=np.int64),

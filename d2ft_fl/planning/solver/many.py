@@ -8,7 +8,7 @@ from d2ft_fl.planning.solver.prices import lower_prices, relax
 from d2ft_fl.planning.solver.search import CASE_STEP, CASE_STEPS, solve_one
 from d2ft_fl.util.compiled import entry, inner
 
-SCARCER = 1.5  # from pass to pass, for items that too few clients train
+SCARCER = 1.5  # from sweep to sweep, for items that too few clients train
 
 
 @entry
@@ -18,23 +18,26 @@ def solve_all(
     """Solve every client's knapsack, in order.
 
     Args:
+        b: The knapsacks.
         choice: int64 [C, I], choices to improve on, and the result.
-        values, bounds: float64 [C], to fill.
+        values: float64 [C], the value of each choice, to fill; -inf where nothing fits.
+        bounds: float64 [C], a bound on each value, to fill.
+        effort: Multiplies steps, flips and nodes.
     """
     prices = np.empty(b.capacity.shape[1])
     for c in range(len(b.capacity)):
         p = instance(b, c, value_of(b, c))
         x = picked(p)
         x.choice[:] = choice[c]
-        found, bounds[c] = solve_one(p, x, prices, True, effort)
+        solved, bounds[c] = solve_one(p, x, prices, True, effort)
         utility = count(p, x)  # once more, from the integers
-        values[c] = utility if found > -np.inf and fits(p, x) else -np.inf
+        values[c] = utility if solved > -np.inf and fits(p, x) else -np.inf
         choice[c] = x.choice
 
 
 @inner
 def returns(count: float, reference: float) -> float:
-    """h(n) = reference log(1 + n / reference): what n clients on one subnet are worth together."""
+    """Return h(n) = reference log(1 + n / reference), the value of n clients on one subnet."""
     return reference * np.log1p(count / reference)
 
 
@@ -46,33 +49,38 @@ def spread_all(
     weight: np.ndarray,
     reference: float,
     least: int,
-    passes: int,
+    sweeps: int,
     choice: np.ndarray,
     values: np.ndarray,
     bounds: np.ndarray,
     marginal: np.ndarray,
     effort: int,
 ) -> None:
-    """Coupled through diminishing returns: best responses, client after client, in some passes.
+    """Solve for clients coupled through diminishing returns, by sweeps of best responses.
+
+    In a sweep one client after the other responds to the choices of all others.
 
     Args:
-        b: Its values are those of options apart from training.
-        train: float64 [I], what training an item is worth. share: float64 [K], how far an option
-            trains.
-        weight: float64 [C], what a client counts for.
-        reference: Of :func:`returns`. least: Clients that every item should have.
-        choice: 0 at first.
-        values: float64 [C], what each choice is worth apart from training, to fill.
+        b: The knapsacks, with values of options apart from training.
+        train: float64 [I], the value of the first client that trains an item.
+        share: float64 [K], how far an option trains.
+        weight: float64 [C], for how much a client counts.
+        reference: Of :func:`returns`.
+        least: Clients that should train every item.
+        sweeps: How often every client responds to all others.
+        choice: int64 [C, I], 0 at first, to fill.
+        values: float64 [C], the value of each choice apart from training, to fill.
         bounds: float64 [C], bounds on each client's knapsack with returns taken at ``marginal``.
         marginal: float64 [I], the slope of returns at the end, to fill.
+        effort: Multiplies steps, flips and nodes.
     """
     clients, resources = b.capacity.shape
     items, options = b.cost.shape[1], b.cost.shape[2]
     prices = np.zeros((clients, resources))
     amount, people = np.zeros(items), np.zeros(items, dtype=np.int64)
-    scarce = np.zeros(items)  # what training an item is worth besides while few do
+    scarce = np.zeros(items)  # further value of training an item, while too few clients do
     v = np.empty((items, options))
-    for turn in range(passes):
+    for turn in range(sweeps):
         for c in range(clients):
             fixed = value_of(b, c)
             for i in range(items):
@@ -90,7 +98,7 @@ def spread_all(
             p = instance(b, c, v)
             x = picked(p)
             x.choice[:] = choice[c]
-            solve_one(p, x, prices[c], turn == 0, effort if turn == passes - 1 else 0)
+            solve_one(p, x, prices[c], turn == 0, effort if turn == sweeps - 1 else 0)
             count(p, x)
             if fits(p, x):
                 choice[c] = x.choice

@@ -7,11 +7,11 @@ from d2ft_fl.planning.solver.instance import EPSILON, Instance, Picked, Priced, 
 from d2ft_fl.util.compiled import inner
 
 TOLERANCE = 1e-4  # certified gaps below this share of the bound are left alone
-# Some of these are multiplied by the caller's effort.
+# CORE grows with the caller's effort; FLIPS and SWEEPS are multiplied by it.
 CORE, WIDEST_CORE = 6, 12  # items whose flips are enumerated together, more with effort
 FLIPS, MOST_FLIPS = 24, 96  # flips of which the best pair is taken
 SWEEPS = 1
-HOLDERS = 1  # groups that so few items hold open are closed on trial
+HOLDERS = 1  # a group that so few items hold open is closed on trial
 RULER = np.array([0, *((n & -n).bit_length() - 1 for n in range(1, 1 << WIDEST_CORE))])  # Gray code
 
 
@@ -26,14 +26,20 @@ def least_regrets(
     option: np.ndarray,
     regret: np.ndarray,
 ) -> int:
-    """The flips that lose least at the prices, ascending; how many were found.
+    """List the flips that lose least at the prices, ascending, and return how many there are.
 
     Args:
+        p: The knapsack.
+        q: The knapsack at its prices.
+        x: The choice that is to be flipped.
+        case: The case that options have to obey.
         single: At most one flip an item.
-        item, option, regret: To fill, of the length wanted.
+        item: The item of each flip, to fill; its length is how many flips are wanted.
+        option: The item's new option, to fill.
+        regret: What the flip loses at the prices, to fill.
     """
     items, options, resources = p.cost.shape
-    found, most = 0, len(item)
+    listed, wanted = 0, len(item)
     for i in range(items):
         mode, now = p.mode[case, p.group[i]], x.choice[i]
         top_k, top_loss = -1, np.inf
@@ -49,18 +55,18 @@ def least_regrets(
             if single:
                 if loss < top_loss:
                     top_k, top_loss = k, loss
-            elif found < most or loss < regret[found - 1]:
-                found = insert(i, k, loss, item, option, regret, found)
-        if single and top_k >= 0 and (found < most or top_loss < regret[found - 1]):
-            found = insert(i, top_k, top_loss, item, option, regret, found)
-    return found
+            elif listed < wanted or loss < regret[listed - 1]:
+                listed = insert(i, k, loss, item, option, regret, listed)
+        if single and top_k >= 0 and (listed < wanted or top_loss < regret[listed - 1]):
+            listed = insert(i, top_k, top_loss, item, option, regret, listed)
+    return listed
 
 
 @inner
 def insert(
     i: int, k: int, loss: float, item: np.ndarray, option: np.ndarray, regret: np.ndarray, n: int
 ) -> int:
-    """Keep a list of flips sorted by regret, the largest falling off; its length."""
+    """Insert a flip into a list sorted by regret, whose last falls off; return the new length."""
     at = min(n, len(item) - 1)
     while at > 0 and regret[at - 1] > loss:
         item[at], option[at], regret[at] = item[at - 1], option[at - 1], regret[at - 1]
@@ -71,14 +77,14 @@ def insert(
 
 @inner
 def core(p: Instance, q: Priced, x: Picked, case: int, effort: int) -> float:
-    """Take the best of all sets of flips of the items with least regret; what it is worth.
+    """Take the best set of flips of the items with least regret, and return its value.
 
-    All 2^n sets in Gray code, one flip a step.
+    All 2^n sets are tried in the order of the Gray code, which takes one flip a step.
     """
     resources = len(x.used)
-    most = min(CORE + effort, WIDEST_CORE)
-    item, option = np.empty(most, dtype=np.int64), np.empty(most, dtype=np.int64)
-    regret = np.empty(most)
+    size = min(CORE + effort, WIDEST_CORE)
+    item, option = np.empty(size, dtype=np.int64), np.empty(size, dtype=np.int64)
+    regret = np.empty(size)
     n = least_regrets(p, q, x, case, True, item, option, regret)
     old, gain = np.empty(n, dtype=np.int64), np.empty(n)
     more, steady = np.empty((n, resources), dtype=np.int64), np.empty(n, dtype=np.bool_)
@@ -114,7 +120,7 @@ def core(p: Instance, q: Priced, x: Picked, case: int, effort: int) -> float:
             utility += flip(p, x, item[bit], option[bit] if on else old[bit])
         if utility > best and fits(p, x):
             best, best_set = utility, current
-    for j in range(n):  # where the code ends, steady items were flipped in ``used`` alone
+    for j in range(n):  # where the Gray code ends, steady items were flipped in ``used`` alone
         now, want = (current >> j) & 1, (best_set >> j) & 1
         if steady[j]:
             for r in range(resources):
@@ -127,11 +133,11 @@ def core(p: Instance, q: Priced, x: Picked, case: int, effort: int) -> float:
 
 @inner
 def pair(p: Instance, q: Priced, x: Picked, case: int, effort: int) -> float:
-    """Take the best flip, or pair of flips, that fits; returns what it is worth."""
+    """Take the best flip, or pair of flips, that fits, and return its value."""
     resources = len(x.used)
-    most = min(FLIPS * effort, MOST_FLIPS)
-    item, option = np.empty(most, dtype=np.int64), np.empty(most, dtype=np.int64)
-    regret = np.empty(most)
+    size = min(FLIPS * effort, MOST_FLIPS)
+    item, option = np.empty(size, dtype=np.int64), np.empty(size, dtype=np.int64)
+    regret = np.empty(size)
     n = least_regrets(p, q, x, case, False, item, option, regret)
     gain, more = np.empty(n), np.empty((n, resources), dtype=np.int64)
     room, group = p.capacity - x.used, p.group[item[:n]]
@@ -177,10 +183,14 @@ def pair(p: Instance, q: Priced, x: Picked, case: int, effort: int) -> float:
 
 @inner
 def close(p: Instance, q: Priced, x: Picked, y: Picked, case: int) -> float:
-    """Lower groups that few items hold open, and fill what that frees; what is won.
+    """Lower groups that few items hold open, fill what that frees, and return the value gained.
 
     Args:
+        p: The knapsack.
+        q: The knapsack at its prices.
+        x: The choice to improve.
         y: Scratch.
+        case: The case that options have to obey.
     """
     won = 0.0
     for g in range(len(x.tops)):
@@ -219,7 +229,7 @@ def close(p: Instance, q: Priced, x: Picked, y: Picked, case: int) -> float:
 def improve(
     p: Instance, q: Priced, x: Picked, case: int, utility: float, bound: float, effort: int
 ) -> float:
-    """Fill, then core, pairs and fill until nothing is won; returns the value."""
+    """Fill, then repeat core, pairs and fill until nothing is won, and return the value."""
     utility += fill(p, q, x, case)
     if effort and p.ladder.shape[1] > 1:
         utility += close(p, q, x, picked(p), case)

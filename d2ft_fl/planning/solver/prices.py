@@ -1,4 +1,4 @@
-"""The Lagrangian dual: what resources should cost, and a bound on what any choice is worth."""
+"""The Lagrangian dual: prices of resources, and a bound on the value of any choice."""
 
 import numpy as np
 
@@ -11,7 +11,10 @@ LONGER, SHORTER, DILATION = 1.3, 0.75, 2.0  # of a step that still descends, tha
 
 @inner
 def relax(p: Instance, q: Priced) -> int:
-    """The dual's inner maximum at ``q.prices``: fills what depends on them; the best case."""
+    """Solve the dual's inner maximum at ``q.prices``, and return the case with the largest.
+
+    Fills everything in ``q`` that depends on prices.
+    """
     resources, options, items = q.w.shape
     groups, levels = q.charge.shape[0], q.charge.shape[1]
     some = 0  # resources with a price, two of which are taken at a time
@@ -72,7 +75,7 @@ def relax(p: Instance, q: Priced) -> int:
 
 @inner
 def pick(p: Instance, q: Priced, case: int, opened: np.ndarray, choice: np.ndarray) -> None:
-    """Each item's best option at the prices, with groups open to at most ``opened`` [G]."""
+    """Choose each item's best option at the prices, with groups open to ``opened`` [G] at most."""
     for g in range(len(opened)):
         arg = q.arg[p.mode[case, g], opened[g]]
         for i in range(p.first[g], p.first[g + 1]):
@@ -81,7 +84,7 @@ def pick(p: Instance, q: Priced, case: int, opened: np.ndarray, choice: np.ndarr
 
 @inner
 def open_best(p: Instance, q: Priced, case: int, opened: np.ndarray) -> None:
-    """The levels of groups [G] that the prices choose in a case."""
+    """Fill ``opened`` [G] with the levels of groups that are best at the prices in a case."""
     for g in range(len(opened)):
         opened[g] = q.opened[p.mode[case, g], g]
 
@@ -113,26 +116,29 @@ def slack_at(p: Instance, q: Priced, case: int, x: Picked, slope: np.ndarray) ->
 
 @inner
 def first_prices(p: Instance, q: Priced, x: Picked, best: np.ndarray) -> float:
-    """Bisect the dual along the direction of overuse; its value at ``best`` [R], to fill."""
+    """Bisect the dual along the direction of overuse, and return its least value.
+
+    Fills ``best`` [R] with the prices there.
+    """
     slope = np.empty(len(best))
     q.prices[:] = 0.0
     best[:] = 0.0
     bound = slack_at(p, q, -1, x, slope)
-    policy = np.maximum(-slope, 0.0)
-    if policy.sum() == 0.0:  # all fits
+    direction = np.maximum(-slope, 0.0)
+    if direction.sum() == 0.0:  # all fits
         return bound
-    policy /= policy.sum()
+    direction /= direction.sum()
     low, high = 1e-3 * bound, bound
     for _ in range(BISECTIONS):
         at = np.sqrt(low * high)
-        q.prices[:] = at * policy
+        q.prices[:] = at * direction
         now = slack_at(p, q, -1, x, slope)
         if now < bound:
             bound = now
             best[:] = q.prices
         under = 0.0
-        for r in range(len(policy)):
-            under += slope[r] * policy[r]
+        for r in range(len(direction)):
+            under += slope[r] * direction[r]
         if under < 0.0:
             low = at
         else:
@@ -154,14 +160,21 @@ def lower_prices(
     """Minimise the dual by subgradients with space dilation (Shor 1985), which suits few prices.
 
     Args:
-        length: Of the first step. bound: The dual at ``best`` [R], where to start.
+        p: The knapsack.
+        q: The knapsack at its prices.
+        x: Scratch for a choice.
+        case: The case whose dual is minimised; -1 for the largest over cases.
+        steps: How many steps to take.
+        length: Of the first step.
+        bound: The dual's value at ``best``.
+        best: float64 [R], prices to start from, and the best ones found.
 
     Returns:
         The least bound found, that of ``best`` then.
     """
     resources = len(best)
     slope, last, step = np.empty(resources), np.zeros(resources), np.zeros(resources)
-    dilation, policy, turned = np.eye(resources), np.empty(resources), np.empty(resources)
+    dilation, direction, turned = np.eye(resources), np.empty(resources), np.empty(resources)
     q.prices[:] = best
     for turn in range(steps + 1):
         now = slack_at(p, q, case, x, slope)
@@ -176,32 +189,32 @@ def lower_prices(
         if turn:
             length *= LONGER if under > 0.0 else SHORTER
             for a in range(resources):  # dilate along the difference of two slopes
-                policy[a] = 0.0
+                direction[a] = 0.0
                 for r in range(resources):
-                    policy[a] += dilation[r, a] * (slope[r] - last[r])
-                norm += policy[a] * policy[a]
+                    direction[a] += dilation[r, a] * (slope[r] - last[r])
+                norm += direction[a] * direction[a]
             if norm > EPSILON:
                 norm = np.sqrt(norm)
                 for r in range(resources):
                     turned[r] = 0.0
                     for a in range(resources):
-                        turned[r] += dilation[r, a] * policy[a] / norm
+                        turned[r] += dilation[r, a] * direction[a] / norm
                 for r in range(resources):
                     for a in range(resources):
-                        dilation[r, a] -= (1.0 - 1.0 / DILATION) * turned[r] * policy[a] / norm
+                        dilation[r, a] -= (1.0 - 1.0 / DILATION) * turned[r] * direction[a] / norm
         norm = 0.0
         for a in range(resources):
-            policy[a] = 0.0
+            direction[a] = 0.0
             for r in range(resources):
-                policy[a] += dilation[r, a] * slope[r]
-            norm += policy[a] * policy[a]
+                direction[a] += dilation[r, a] * slope[r]
+            norm += direction[a] * direction[a]
         if norm < EPSILON:
             break
         norm = np.sqrt(norm)
         for r in range(resources):
             step[r] = 0.0
             for a in range(resources):
-                step[r] += dilation[r, a] * policy[a] / norm
+                step[r] += dilation[r, a] * direction[a] / norm
             q.prices[r] = max(0.0, q.prices[r] - length * step[r])
             last[r] = slope[r]
     return bound

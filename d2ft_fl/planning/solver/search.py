@@ -9,7 +9,7 @@ from d2ft_fl.planning.solver.prices import first_prices, lower_prices, open_best
 from d2ft_fl.util.compiled import inner
 
 FIRST_STEP, CASE_STEP = 0.1, 0.02  # of prices, as a share of the bound
-# Most of these are multiplied by the caller's effort.
+# Numbers of steps, cases, patterns and nodes are multiplied by the caller's effort.
 PRICE_STEPS = 12
 CASES = 4  # with the highest bounds are looked at; the best is solved, then others, with effort
 CASE_STEPS = 6  # further price steps for it
@@ -32,13 +32,13 @@ def search(
     utility: float,
     nodes: int,
 ) -> tuple[float, int]:
-    """Depth-first over flips from the best choice at the prices, with groups open to ``opened``.
+    """Search depth-first over flips from the best choice at the prices, groups open to ``opened``.
 
-    A set of flips cannot be worth more than ``bound`` less their regrets, so branches end where
-    that falls to what is known. Leaves the best choice found in ``x``.
+    A set of flips has no higher value than ``bound`` less their regrets, so branches end where that
+    falls to the best value known. Leaves the best choice in ``x``.
 
     Returns:
-        Its value, or ``worth`` where nothing better was found, and the nodes left: 0 when the
+        Its value, or ``utility`` where there is nothing better, and the nodes left: 0 when the
         search was not finished.
     """
     items, options = p.cost.shape[:2]
@@ -94,9 +94,9 @@ def search(
 
 @inner
 def settle(p: Instance, q: Priced, y: Picked, case: int, opened: np.ndarray) -> float:
-    """The best choice at the prices with groups open to ``opened``, repaired; its value.
+    """Repair the best choice at the prices with groups open to ``opened``, and return its value.
 
-    It is -inf where what is over cannot be repaired.
+    The value is -inf where the choice cannot be made to fit.
     """
     pick(p, q, case, opened, y.choice)
     count(p, y)
@@ -107,7 +107,7 @@ def settle(p: Instance, q: Priced, y: Picked, case: int, opened: np.ndarray) -> 
 def solve_case(
     p: Instance, q: Priced, x: Picked, case: int, bound: float, utility: float, effort: int
 ) -> tuple[float, float]:
-    """Improve on ``x``, worth ``worth``, within one case, ``q`` being at its best prices.
+    """Improve on ``x``, of value ``utility``, within one case, ``q`` being at its best prices.
 
     Returns:
         The value of what is then in ``x``, and a bound on the case.
@@ -127,15 +127,15 @@ def solve_case(
     # Other sets of open groups, by what they lose at the prices.
     groups, levels = p.ladder.shape[:2]
     hard = bound - utility > HARD / effort**2 * abs(bound)
-    most = (HARD_PATTERNS if hard else PATTERNS) * effort
-    who, to = np.empty(most, dtype=np.int64), np.empty(most, dtype=np.int64)
-    regret = np.empty(most)
+    wanted = (HARD_PATTERNS if hard else PATTERNS) * effort
+    who, to = np.empty(wanted, dtype=np.int64), np.empty(wanted, dtype=np.int64)
+    regret = np.empty(wanted)
     n = 0
     for g in range(groups):
         for m in range(levels):
             if m != base[g]:
                 loss = q.net[p.mode[case, g], g] - q.nets[p.mode[case, g], m, g]
-                if loss < bound - utility and (n < most or loss < regret[n - 1]):
+                if loss < bound - utility and (n < wanted or loss < regret[n - 1]):
                     n = insert(g, m, loss, who, to, regret, n)
     for j in range(n):
         if bound - regret[j] <= utility + EPSILON:
@@ -167,15 +167,17 @@ def solve_case(
 def solve_one(
     p: Instance, x: Picked, prices: np.ndarray, fresh: bool, effort: int
 ) -> tuple[float, float]:
-    """Solve one client's knapsack; leaves the choice in ``x.choice``.
+    """Solve one client's knapsack, and leave the choice in ``x.choice``.
 
     Args:
-        x: Holds a choice to improve on, whether it fits or not.
-        prices: float64 [R], to fill with the best prices found.
-        fresh: Whether to find where they start; else they are near the best already.
+        p: The knapsack.
+        x: A choice to improve on, whether it fits or not, and the result.
+        prices: float64 [R], prices to start from unless ``fresh``, and the best ones found.
+        fresh: Whether prices to start from have to be found first.
+        effort: Multiplies steps, flips and nodes.
 
     Returns:
-        The value, -inf where nothing was found that fits, and a bound on it.
+        The value, -inf where no choice that fits is known, and a bound on it.
     """
     q, y = priced(p), picked(p)
     start = count(p, x)
@@ -193,17 +195,17 @@ def solve_one(
     relax(p, q)
     bounds = q.bounds.copy()
     order = np.argsort(-bounds, kind="mergesort")
-    likely, most, opened = order[0], -np.inf, np.empty(len(q.charge), dtype=np.int64)
+    likely, best_value, opened = order[0], -np.inf, np.empty(len(q.charge), dtype=np.int64)
     if len(order) > 1:  # a quick look at the cases with the highest bounds
         for case in order[:CASES]:
-            if bounds[case] <= most:
+            if bounds[case] <= best_value:
                 break
             open_best(p, q, case, opened)
             value = settle(p, q, y, case, opened)
             if value > -np.inf:
                 value += fill(p, q, y, case)
-                if value > most:
-                    likely, most = case, value
+                if value > best_value:
+                    likely, best_value = case, value
                 if value > utility + EPSILON:
                     utility = value
                     x.choice[:] = y.choice
@@ -215,9 +217,9 @@ def solve_one(
         left[likely] = -np.inf
         if top - utility > TOLERANCE * abs(top):  # so too where nothing is known yet
             if len(order) > 1:
-                own = prices.copy()
-                top = lower_prices(p, q, y, likely, CASE_STEPS, CASE_STEP * top, top, own)
-                q.prices[:] = own
+                case_prices = prices.copy()
+                top = lower_prices(p, q, y, likely, CASE_STEPS, CASE_STEP * top, top, case_prices)
+                q.prices[:] = case_prices
                 relax(p, q)
             utility, top = solve_case(p, q, x, likely, top, utility, effort)
         bounds[likely] = top
