@@ -91,7 +91,7 @@ def test_memory_is_never_above_the_prediction(kind, seed, slots, batch, both):
 
 
 @pytest.mark.parametrize("name", VARIANTS)
-def test_one_piece_alone_gives_what_the_general_way_gives(name):
+def test_a_head_group_alone_gives_what_the_general_path_gives(name):
     model, arch = build(**VARIANTS[name])
     shake(model)
     model, schedule = model.double(), schedule_of_two(arch, 1, 3)
@@ -100,10 +100,10 @@ def test_one_piece_alone_gives_what_the_general_way_gives(name):
         partial = PartialModel(TimmViT(model), arch)
         partial.reset(schedule, pack_for(arch, weights_of(model), schedule))
         partial.gradients()
-        ones = [branch for branch in partial.branches() if branch._only is not None]
+        ones = [branch for branch in partial.branches() if branch.only_group is not None]
         assert ones
         for branch in ones if not alone else ():
-            branch._only = None
+            branch.only_group = None
         torch.manual_seed(0)
         images = torch.randn(6, 1, 16, 16, dtype=torch.float64)
         partial(images, [6]).square().sum().backward()
