@@ -41,7 +41,7 @@ class Extras:
         """
         return self._each(operations, self.calibrating, lambda s: _wire(mean_spec(self.arch, s)))
 
-    def held(self, operations: np.ndarray) -> np.ndarray:
+    def resident(self, operations: np.ndarray) -> np.ndarray:
         """Return the bytes of memory that are used besides: int64 [clients].
 
         Args:

@@ -140,8 +140,8 @@ class ExampleCounts:
         if ranks is None:
             self.most_ranks = np.int64(0) * self.training
         else:
-            most = (full * ranks[:, None, :, None]).max(axis=4)  # [micro-batches, slots, blocks, 2]
-            self.most_ranks = examples_where(sizes, most)
+            largest = (full * ranks[:, None, :, None]).max(axis=4)
+            self.most_ranks = examples_where(sizes, largest)  # of [micro-batches, slots, blocks, 2]
 
 
 class Moments:

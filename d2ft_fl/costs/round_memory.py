@@ -97,7 +97,7 @@ class RoundMemory:
         if parts.arch.rank:
             elements += parts.factors.elements(ranks) + copies * parts.ranked.elements(ranks)
         kept = (trained * self.kept).sum(axis=(1, 2))
-        return ELEMENT * elements + kept + self.extras.held(operations)
+        return ELEMENT * elements + kept + self.extras.resident(operations)
 
     def batches(self, operations: np.ndarray, batch: np.ndarray, ranks: np.ndarray) -> np.ndarray:
         """Return the bytes of a batch of images and of its worst micro-batch: int64 [clients].

@@ -68,7 +68,7 @@ class Objective:
 
     @property
     def several_ranks(self) -> bool:
-        """Whether each subnet has a rank of its own."""
+        """Whether subnets may train at different ranks."""
         return len(self.offered) > 1
 
     @cached_property

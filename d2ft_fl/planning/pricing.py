@@ -90,7 +90,7 @@ class Pricing:
     def phases(self) -> list[MemoryPhase]:
         """The first batch, and the largest later one.
 
-        Without a later batch its memory is still there: the first step makes optimiser state.
+        Later memory counts also without a later batch: the first step makes optimiser state.
         """
         costs = self.costs
         first, later = costs.round_memory.batch_extremes(self.examples)
