@@ -1,9 +1,9 @@
-"""Everything FULL, in passes of a batch that are small enough for a client's memory.
+"""Everything FULL, in micro-batches that are small enough for a client's memory.
 
-The baseline to beat where memory is the only budget: gradients of a batch's parts add up, so that a
-step is the same, with the same FLOPs, in less memory and more time. A client whose memory does not
-even hold the weights and one example sits out. Compute and bytes are those of full fine-tuning, so
-of these it keeps no budget.
+The baseline to beat where memory is the only budget: the gradients of micro-batches add up to that
+of the batch, so that a step takes equal FLOPs, less memory and more time. A client that has no
+memory for the weights and one example sits out. Compute and bytes are those of full fine-tuning, so
+that their budgets are not kept.
 """
 
 from d2ft_fl import Assignment, ExecutionPolicy, Participant, Round
@@ -19,9 +19,9 @@ def schedule(context: Round) -> list[Assignment]:
 
 def _fewest_micro_batches(context: Round, client: Participant) -> Assignment:
     for count in context.micro_batch_counts():
-        found = context.assign(
+        assignment = context.assign(
             client, context.everything(), policy=ExecutionPolicy(micro_batches=count)
         )
-        if found.cost.memory <= client.capacity[1]:
-            return found
+        if assignment.cost.memory <= client.capacity[1]:
+            return assignment
     return context.sit_out(client)

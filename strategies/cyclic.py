@@ -1,9 +1,9 @@
 """Cyclic blocks: in each round a client trains a run of layers, which moves on from round to round.
 
-Client c begins the round with layer c + t, counted around, after t rounds, and trains as many from
-there on as its budgets afford. The other layers are FROZEN: gradient passes through them to the
-client's. Where not even one layer fits beside all others, evenly chosen ones of these are skipped,
-as few as it takes.
+After t rounds, client c begins with layer (c + t) modulo the number of layers, and trains as many
+layers from it on as its budgets afford. The other layers are FROZEN: gradients flow through them to
+the layers that train. Where not even one layer fits beside all others, evenly chosen other layers
+are skipped, as few as the budgets require.
 
 Deviates: the paper's clients take turns, one layer each, and are sent the other layers compressed
 (some dropped, the weights of some pruned); here all train at once, and what is sent is whole.
@@ -29,7 +29,7 @@ def schedule(context: Round) -> list[Assignment]:
 
 
 def _candidates(context: Round, first: int) -> list[Schedule]:
-    """One layer with ever more of the others beside it, then more layers: cheapest first."""
+    """Return candidates, cheapest first: one layer beside ever more others, then more layers."""
     blocks = context.shape[0]
     others = np.delete(np.arange(blocks), first)
     kept = [others[np.arange(n) * len(others) // n] if n else others[:0] for n in range(blocks)]

@@ -1,18 +1,19 @@
 """A knapsack per client over common scores, on as much data as its budgets afford.
 
 Every client trains the subnets of highest backward score that its budgets afford, and runs the
-rest, so that gradients pass: all clients with like budgets choose alike, which coordinates them.
-Where a budget binds, it may do so on fewer examples, in more passes, with activations computed
-again, or get weights and send changes in fewer bits: of all these ways the one is taken that is
-worth most (`d2ft_fl.planning.utility`). Who trains less of the model takes larger steps, and who
-trains on fewer examples takes them in smaller batches. All of a client's examples count in the
-mean, whatever it trains on, and the server steps further along the change of who trains on fewer.
+others, so that gradients flow through them. Clients with similar budgets choose similar subnets,
+which coordinates them. Where a budget binds, a client may train on fewer examples, in more
+micro-batches, with activations computed again, or get weights and send changes in fewer bits. The
+execution policy of highest utility is taken (`d2ft_fl.planning.utility`). A client that trains less
+of the model takes larger steps, and a client that trains on fewer examples takes smaller batches.
+All of a client's examples count in the mean, whatever it trains on. The server takes a larger step
+along the change of a client that trains on fewer.
 
-Deviates from the paper, which distributes one model's training over devices, knows one budget,
-three operations and no other ways; `d2ft-paper` is as published. With ``exploration`` above 0 the
-backward scores are weighed by a draw each round, the same for all clients; ``coupling = "agenda"``
-puts first what was trained longest ago; ``coupling = "spread"`` plans all clients together, the one
-way that is configured.
+Deviates: the paper distributes one model's training over devices and knows one budget, three
+operations and no other execution policies; `d2ft-paper` is as published. With ``exploration`` above
+0 the backward scores are multiplied by random factors, drawn each round for all clients together.
+``coupling = "agenda"`` puts first what was trained longest ago. ``coupling = "spread"`` plans all
+clients together, under the execution policy that is configured.
 """
 
 import numpy as np

@@ -1,8 +1,8 @@
 """D2FT as published: training by magnitude, running by Fisher information, in two stages.
 
-Every client trains the subnets of largest weights that its budgets afford, and in what is left runs
-those of highest Fisher information; nothing of the rest is computed. The paper has five
-micro-batches of operations of their own: set ``slots = 5``.
+Every client trains the subnets of largest weights that its budgets afford. With what is left of its
+budgets it runs the subnets of highest Fisher information, and skips the others. The paper plans
+each of five micro-batches: set ``slots = 5``.
 
 Deviates: the paper distributes one model's training over devices and knows one budget; here clients
 are federated and have up to four budgets and a deadline.

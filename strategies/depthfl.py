@@ -1,9 +1,9 @@
 """Depth: each client trains as many of the first layers as its budgets afford, and skips the rest.
 
-Accuracy is that of all layers, also where few clients or none trained the last ones.
+Accuracy is measured with all layers, even where few clients or none trained the last ones.
 
-Deviates: the paper gives every depth a classifier of its own and lets these teach each other
-(self-distillation); here all depths share the one classifier, which sees them mixed.
+Deviates: the paper gives every depth its classifier, and these teach each other
+(self-distillation); here all depths share one classifier.
 """
 
 import numpy as np

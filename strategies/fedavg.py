@@ -1,7 +1,7 @@
-"""Everyone trains everything. The reference.
+"""Every client trains everything: the reference.
 
-With every subnet FULL the engine is the unmodified model, and head-wise averaging is FedAvg's. It
-does not look at budgets; what it uses beyond them is reported.
+With every subnet FULL the engine runs the unmodified model, and head-wise averages equal those of
+FedAvg. Budgets are not kept; records show what clients use beyond them.
 
 Deviates: all clients take part in every round, where the paper draws some, and train by AdamW
 unless ``optimizer = "sgd"``.

@@ -1,9 +1,9 @@
-"""Federated dropout: each client trains heads drawn at random, the same number of every layer.
+"""Federated dropout: each client trains heads drawn at random, equally many of every layer.
 
-Each layer's heads are drawn on their own, by every client and round anew.
+Heads are drawn independently for each layer, client and round.
 
-Deviates: the paper drops single units, at one rate for all clients; here heads with their part of
-the feed-forward layer, as many as a client's budgets do not afford.
+Deviates: the paper drops single units, at one rate for all clients; here heads are dropped with
+their part of the feed-forward layer, as many as a client's budgets require.
 """
 
 import numpy as np
@@ -17,12 +17,12 @@ SCORES = ()
 
 def schedule(context: Round) -> list[Assignment]:
     """Assign the most drawn heads of every layer that fit, for everyone."""
-    found = []
+    assignments = []
     for client in context.clients:
         order = context.generator(client).random(context.shape).argsort(axis=1).argsort(axis=1)
         widths = [
             context.schedule(np.where(order < width, Operation.FULL, Operation.SHORTCUT))
             for width in range(1, context.shape[1] + 1)
         ]
-        found.append(context.largest(client, widths))
-    return found
+        assignments.append(context.largest(client, widths))
+    return assignments

@@ -1,9 +1,9 @@
-"""A rolling window of heads: as HeteroFL, but the window moves on by one head every round.
+"""A rolling window of heads: as in HeteroFL, but the window moves by one head every round.
 
-So every head is trained by clients of every width, instead of the leading ones alone.
+So clients of every width train every head in turn, and not the leading heads alone.
 
-Deviates: the paper's window is one of channels; here of heads with their part of the feed-forward
-layer.
+Deviates: the paper's window is one of channels; here it is one of heads with their part of the
+feed-forward layer.
 """
 
 import numpy as np

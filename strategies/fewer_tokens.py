@@ -1,8 +1,8 @@
 """Everything FULL on all examples, on as many tokens of each as compute and deadline afford.
 
-Which patches of an image are kept is drawn anew each time. As `fewer-examples`, a baseline where
-compute is the only budget: no method, only less of the data. It needs the whole model's bytes, and
-of memory what weights and the tokens take, so of these it keeps no budget.
+The patches of an image that are kept are drawn each time that it is used. Like `fewer-examples`, it
+is a baseline where compute is the only budget: no method, only less of the data. It needs the whole
+model's bytes, and memory for the weights and tokens, so that their budgets are not kept.
 """
 
 from functools import partial
@@ -21,12 +21,12 @@ def schedule(context: Round) -> list[Assignment]:
 
 def _most_tokens(context: Round, client: Participant) -> Assignment:
     arch = context.federation.arch
-    found = most(arch.prefix, arch.tokens + 1, partial(_affordable, context, client))
-    return found or context.sit_out(client)
+    assignment = most(arch.prefix, arch.tokens + 1, partial(_affordable, context, client))
+    return assignment or context.sit_out(client)
 
 
 def _affordable(context: Round, client: Participant, tokens: int) -> Assignment | None:
-    """Everything on so many tokens, if compute and deadline allow it."""
+    """Return everything FULL on ``tokens`` tokens; None where compute or deadline forbid it."""
     tried = context.assign(client, context.everything(), policy=ExecutionPolicy(tokens=tokens))
     fits = tried.cost.flops <= client.capacity[0] and client.on_time(tried.cost)
     return tried if fits else None

@@ -1,9 +1,9 @@
 """Width: each client trains the leading heads of every layer, as many as its budgets afford.
 
 Deviates: the paper slices channels of convolutional networks at five fixed ratios and scales what
-it cuts; here a slice is a head with its part of the feed-forward layer, any number of them fits,
-norms stay whole, and nothing is scaled. Masked cross-entropy over the classes that a client has is
-left out.
+it cuts; here a slice is a head with its part of the feed-forward layer, any number of heads is
+possible, norms stay whole, and nothing is scaled. The paper's masked cross-entropy, over the
+classes that a client has, is left out.
 """
 
 import numpy as np

@@ -1,4 +1,4 @@
-"""Only the final norm and the classifier train (by LoRA the classifier alone); subnets run forward.
+"""Final norm and classifier train (under LoRA the classifier alone); subnets run forward.
 
 A client that cannot afford to run the whole model forward sits out.
 """

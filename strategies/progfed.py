@@ -1,13 +1,12 @@
 """Progressive training: the model grows from its first layers to all of them over the rounds.
 
-In stage s of S, ``stage-rounds`` rounds each (by default stages divide the run evenly), the first
-s/S of the layers train and the rest is skipped, so that early rounds are cheap. Accuracy is that of
-all layers in every round: before the last stage some of them were skipped in training.
+In stage s of S the first s/S of the layers train and the others are skipped, so that early rounds
+are cheap. A stage has ``stage-rounds`` rounds; by default stages divide the run evenly. Accuracy is
+measured with all layers in every round, also with those that were skipped in training so far.
 
-Deviates: the paper trains all of the model that there is on every client; here a client whose
-budgets do not afford the stage trains the first layers that they do. New layers begin pretrained,
-not at random, there is one classifier for all stages instead of a head a stage, and no warm-up of
-new layers.
+Deviates: the paper trains all layers of the stage on every client; here a client trains as many of
+the first ones as its budgets afford. New layers begin pretrained, not at random. One classifier
+serves all stages, instead of one for each stage, and new layers have no warm-up.
 """
 
 from d2ft_fl import Assignment, Round

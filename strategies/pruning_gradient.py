@@ -1,9 +1,9 @@
 """Dynamic pruning by gradient: the subnets of largest gradients train, the others are skipped.
 
-A baseline of D2FT's paper. Gradients are measured in scoring passes, charged to the clients'
-budgets.
+A baseline of D2FT's paper. Gradients are measured by scoring probes, which count in the
+clients' budgets.
 
-Deviates: pruned for a round instead of an iteration, within every client's budgets.
+Deviates: subnets are pruned for a round instead of an iteration, within every client's budgets.
 """
 
 import numpy as np

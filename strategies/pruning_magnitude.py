@@ -1,8 +1,9 @@
 """Dynamic pruning by magnitude: the subnets of largest weights train, the others are skipped.
 
-A baseline of D2FT's paper. Weights change from round to round, and with them who is pruned.
+A baseline of D2FT's paper. Weights change from round to round, and so do the subnets that are
+pruned.
 
-Deviates: pruned for a round instead of an iteration, within every client's budgets.
+Deviates: subnets are pruned for a round instead of an iteration, within every client's budgets.
 """
 
 import numpy as np

@@ -1,7 +1,7 @@
-"""Subnets drawn at random: the same budgets and solver as D2FT, without its scores.
+"""Subnets drawn at random: budgets and solver of D2FT, without its scores.
 
-Each client draws its own scores every round, so nothing is coordinated either. One of the baselines
-of D2FT's paper, which draws operations of micro-batches instead.
+Each client draws scores every round, so that clients are not coordinated. A baseline of D2FT's
+paper, which draws the operations of micro-batches instead.
 """
 
 import numpy as np

@@ -1,14 +1,14 @@
-"""Successive layer training: layers train one after the other, under a narrowed rest of the model.
+"""Successive layer training: layers train in turn, with a narrowed model above them.
 
-In each stage one layer trains whole (several, where the run has fewer rounds than the model
-layers), those below are done (FORWARD_ONLY: nothing of them is kept for the backward pass), and of
-those above every client trains as many leading heads as its budgets afford and skips the rest. Who
-cannot afford all layers of a stage trains the last of them. A stage has ``stage-rounds`` rounds; by
-default stages divide the run evenly.
+In each stage one layer trains whole, or several where the run has fewer rounds than the model has
+layers. The layers below have trained and run FORWARD_ONLY: nothing of them is kept for the backward
+pass. Of the layers above, every client trains as many leading heads as its budgets afford, and
+skips the others. A client that cannot afford all layers of a stage trains the last of them. A stage
+has ``stage-rounds`` rounds; by default stages divide the run evenly.
 
-Deviates: the paper gives all clients the same width of the rest, and fills the layers with the next
-stage's width when they come to it; here widths are each client's own, and layers begin pretrained.
-Its first stages train several layers where memory allows; here stages are alike.
+Deviates: the paper gives all clients one width of the layers above, and widens layers when their
+stage comes; here each client has the width that it affords, and layers begin pretrained. The
+paper's first stages train several layers where memory allows; here stages are alike.
 """
 
 import numpy as np
@@ -22,7 +22,7 @@ STAGED = True
 
 
 def schedule(context: Round) -> list[Assignment]:
-    """Assign the stage's layers, then the widest rest that fits, for everyone."""
+    """Assign the stage's layers, and the widest layers above that fit, for everyone."""
     blocks, heads = context.shape
     stage, stages = context.stage(blocks)
     first, end = stage * blocks // stages, (stage + 1) * blocks // stages
@@ -32,7 +32,7 @@ def schedule(context: Round) -> list[Assignment]:
 
 
 def _narrowed(context: Round, first: int, end: int, width: int) -> Schedule:
-    """Layers ``first`` to ``end`` whole, and so many heads of those above."""
+    """Return layers ``first`` to ``end`` whole, and ``width`` leading heads of those above."""
     operations = np.full(context.shape, Operation.SHORTCUT)
     operations[:first] = Operation.FORWARD_ONLY
     operations[first:end] = Operation.FULL

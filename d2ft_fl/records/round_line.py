@@ -118,7 +118,7 @@ def _allowed_share(index: int, worked: Sequence[ClientRecord], full: Sequence[in
 
 def _utility(federation: Federation, state: State, plan: Plan) -> float:
     """Return the plan's utility, by the scores that are known after the round."""
-    known = subnet_scores("fisher", federation.own or federation.arch, {}, state.scores)
+    known = subnet_scores("fisher", federation.model_arch, {}, state.scores)
     config = federation.config
     return plan.utility(Utility(known, known), config.upload_bits, config.download_bits)
 

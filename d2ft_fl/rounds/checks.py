@@ -1,7 +1,7 @@
-"""What options need of each other to run, and of what they name.
+"""Checks that options fit together, and that what they name exists.
 
-The range or choices of each option alone are checked by :meth:`.RunConfig.check_values`. A refusal
-is one line that says what to write instead.
+:meth:`.RunConfig.check_values` checks each option alone. A refusal is one line that says what to
+write instead.
 """
 
 from d2ft_fl.budgets.budget import ClientDescription
@@ -16,12 +16,15 @@ from d2ft_fl.wire.quantization import check_bits
 
 
 def checked(config: RunConfig) -> RunConfig:
-    """Return the configuration, once everything it names is known to exist and to fit together.
+    """Return the configuration, once everything that it names exists and fits together.
+
+    Args:
+        config: The options of a run.
 
     Raises:
         ConfigError: In one line, what to write instead.
     """
-    # They take seconds to import, and options need none of them.
+    # These modules take seconds to import, and checks of options alone need none of them.
     from d2ft_fl.data.federated_data import open_data
     from d2ft_fl.models.build import build_adapter
 
@@ -31,12 +34,12 @@ def checked(config: RunConfig) -> RunConfig:
     arch = adapter.describe()
     components.tuning.check_model(arch)
     partitions = open_data(components.data_spec(adapter.input_shape)).partitions
-    _check_budgets(components, arch, [len(own) for own in partitions])
+    _check_budgets(components, arch, [len(examples) for examples in partitions])
     return config
 
 
 def _check_budgets(components: Components, arch: Architecture, examples: list[int]) -> None:
-    """Raise ConfigError unless clients' first budgets are there, and can be matched."""
+    """Raise ConfigError unless clients' budgets of the first round exist and can be matched."""
     from d2ft_fl.rounds.federation import Federation, Report, State
 
     source = components.budget_source
@@ -49,7 +52,10 @@ def _check_budgets(components: Components, arch: Architecture, examples: list[in
 
 
 def checked_options(config: RunConfig) -> RunConfig:
-    """Return the configuration, once all but its model, data and machine is known to fit together.
+    """Return the configuration, once all but its model, data and machine fits together.
+
+    Args:
+        config: The options of a run.
 
     Raises:
         ConfigError: In one line, what to write instead.
@@ -60,11 +66,11 @@ def checked_options(config: RunConfig) -> RunConfig:
             f"sample-clients = {config.sample_clients} is more than clients = {config.clients}; "
             "0 takes all"
         )
-    there = config.sample_clients or config.clients
-    if config.min_replies > there:
+    taking_part = config.sample_clients or config.clients
+    if config.min_replies > taking_part:
         raise ConfigError(
-            f"min-replies = {config.min_replies} is more than the {there} clients that take part "
-            "in a round"
+            f"min-replies = {config.min_replies} is more than the {taking_part} clients that "
+            "take part in a round"
         )
     if config.seed >= 2**63:
         raise ConfigError(f"seed = {config.seed} must be below 2**63")
@@ -85,7 +91,7 @@ def checked_options(config: RunConfig) -> RunConfig:
     no_probe = config.score_every == 0 or config.score_examples == 0
     if no_probe and (measured := components.measured_scores):
         raise ConfigError(
-            f"{' and '.join(measured)} scores need a scoring pass: set score-every and "
+            f"{' and '.join(measured)} scores need scoring probes: set score-every and "
             "score-examples to 1 or more, or use magnitude or uniform scores"
         )
     _check_match(config, components.strategy)
@@ -112,7 +118,7 @@ def _check_match(config: RunConfig, strategy: Strategy) -> None:
 
 
 def _check_server(config: RunConfig) -> None:
-    """Raise ConfigError unless the server's optimiser fits the rest."""
+    """Raise ConfigError unless the server's optimiser and its learning rate fit together."""
     if config.server_optimizer in ADAPTIVE_OPTIMIZERS and config.server_lr >= 1:
         raise ConfigError(
             f"server-lr = {config.server_lr} moves every weight by about that much in the first "
@@ -127,13 +133,13 @@ def _check_server(config: RunConfig) -> None:
 
 def _check_robust(config: RunConfig) -> None:
     """Raise ConfigError unless updates can be aggregated as configured."""
-    there = config.sample_clients or config.clients
-    hostile = config.suspects(there)
-    if config.aggregation != "mean" and there <= 2 * hostile:
+    taking_part = config.sample_clients or config.clients
+    hostile = config.suspects(taking_part)
+    if config.aggregation != "mean" and taking_part <= 2 * hostile:
         raise ConfigError(
             f"aggregation = {config.aggregation!r} needs {2 * hostile + 1} clients a round to "
-            f"bear {hostile} hostile ones, and there are {there}: have more clients, or lower "
-            f"trim-share = {config.trim_share}"
+            f"bear {hostile} hostile ones, and there are {taking_part}: have more clients, or "
+            f"lower trim-share = {config.trim_share}"
         )
 
 
@@ -148,7 +154,7 @@ def _check_tuning(components: Components) -> None:
 
 
 def _of_factors(config: RunConfig) -> dict[str, str | int]:
-    """Return, as they are set, the options that mean nothing but under LoRA."""
+    """Return the values of the options that only LoRA reads, by key."""
     return {
         "lora-ranks": config.lora_ranks.strip(),
         "slora-rounds": config.slora_rounds,

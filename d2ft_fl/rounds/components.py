@@ -1,7 +1,7 @@
-"""What the options of a run stand for, resolved once: strategy, tuning, budgets, model, data.
+"""What the options of a run name, resolved once: strategy, tuning, budgets, model, data.
 
 A :class:`~d2ft_fl.config.run_config.RunConfig` is plain data. A run carries its ``Components``,
-which turn the names in it into the code and specifications that they mean.
+which resolve the names in it to code and specifications.
 """
 
 from dataclasses import dataclass
@@ -33,6 +33,9 @@ class Components:
     """Everything that a configuration names. Each attribute is resolved when first asked for.
 
     Every attribute raises :class:`~d2ft_fl.errors.ConfigError` where what is named does not exist.
+
+    Attributes:
+        config: The options of the run.
     """
 
     config: RunConfig
@@ -49,33 +52,33 @@ class Components:
 
     @property
     def takes_steps(self) -> bool:
-        """Whether a client's change may count for more than it is: where nothing bounds it."""
+        """Whether a client's change may be multiplied by a step: where nothing bounds changes."""
         return self.tuning.takes_steps and not bounds_changes(self.config)
 
     @cached_property
     def task(self) -> Task:
-        """What is learnt."""
+        """What is learnt: loss and metrics."""
         return ImageClassification(self.config.logit_adjustment)
 
     @cached_property
     def trackers(self) -> dict[str, Factory]:
-        """What starts the trackers, by their names."""
+        """Name -> what starts the tracker."""
         return load_trackers(self.config.trackers)
 
     @cached_property
     def privacy(self) -> Privacy | None:
-        """What clients are promised of their data; None for nothing."""
+        """The differential privacy that clients are promised; None where nothing is promised."""
         return Privacy.of(self.config, self.measured_scores)
 
     @cached_property
     def budget_source(self) -> BudgetSource:
-        """Where clients get their budgets."""
+        """The source of clients' budgets."""
         c = self.config
         return budget_source(c.budgets, resolve_path, c.device, c.threads_per_client)
 
     @cached_property
     def training(self) -> TrainingOptions:
-        """How clients train."""
+        """The options of clients' training."""
         return TrainingOptions.of(self.config)
 
     @cached_property
@@ -94,7 +97,7 @@ class Components:
 
     @cached_property
     def device(self) -> torch.device:
-        """Where clients train and the global model is evaluated."""
+        """The device on which clients train and the global model is evaluated."""
         return usable_device(self.config.device)
 
     @cached_property
@@ -114,7 +117,7 @@ class Components:
         )
 
     def data_spec(self, input_shape: tuple[int, ...]) -> DataSpec:
-        """Return the data to open, for a model that takes examples of this shape.
+        """Return the data to open, for a model that takes examples of a shape.
 
         Args:
             input_shape: Channels, height and width of images.
@@ -136,6 +139,7 @@ class Components:
 
     @cached_property
     def _dataset(self) -> str:
+        """The name of the dataset, or its absolute path."""
         dataset = self.config.dataset
         if dataset in NO_PATHS["dataset"] or dataset.startswith(HUB):
             return dataset
@@ -143,7 +147,7 @@ class Components:
 
     @cached_property
     def measured_scores(self) -> tuple[str, ...]:
-        """The kinds that scoring passes measure; none where the strategy looks at none."""
+        """The kinds of scores that scoring probes measure; none where the strategy reads none."""
         wanted = self.strategy.scores
         if wanted is None:
             wanted = (self.config.backward_score, self.config.forward_score)
@@ -151,7 +155,7 @@ class Components:
 
     @property
     def depends_on_rounds(self) -> bool:
-        """Whether what a round does depends on how many there are to be."""
+        """Whether a round depends on how many rounds the run has."""
         c = self.config
         staged = self.strategy.staged and not c.stage_rounds
         return staged or c.epsilon > 0 or c.lr_schedule != "constant"

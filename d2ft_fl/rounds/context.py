@@ -1,11 +1,11 @@
 """What strategies decide from, :class:`Round`, and the plan of a round, :func:`plan_round`.
 
 Planning is a pure function of the state and of clients' reports, whatever back end carries the
-messages, so that equal seeds give equal plans.
+messages. So equal seeds give equal plans.
 """
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -41,25 +41,30 @@ class Round:
 
     @property
     def number(self) -> int:
-        """Rounds are counted from 1."""
+        """The number of the round, counted from 1."""
         return self.state.round + 1
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(blocks, heads)."""
+        """The shape of arrays over subnets: (blocks, heads)."""
         return self.federation.arch.blocks, self.federation.arch.heads
 
     def generator(self, client: Participant) -> np.random.Generator:
-        """Randomness that depends on seed, round and client only."""
+        """Return a generator of random numbers that depend on seed, round and client only.
+
+        Args:
+            client: The client that draws.
+        """
         return np.random.default_rng([self.federation.config.seed, self.number, client.client])
 
     def scores(self, kind: str) -> np.ndarray:
-        """Scores of a kind, with mean 1: float64 [blocks, heads].
+        """Return importance scores with mean 1: float64 [blocks, heads].
 
-        Kinds are those of :mod:`d2ft_fl.planning.importance`.
+        Args:
+            kind: One of the kinds of :mod:`d2ft_fl.planning.importance`.
 
         Raises:
-            RunError: For an unknown kind, or one that needs a scoring pass and gets none.
+            RunError: For an unknown kind, or one that needs scoring probes and gets none.
         """
         if kind not in KINDS:
             raise RunError(f"score kind {kind!r} is unknown; use one of {', '.join(KINDS)}")
@@ -69,8 +74,7 @@ class Round:
                 "forward-score, or in SCORES where the strategy sets that"
             )
         weights = self.federation.model_weights(self.state) if kind == "magnitude" else {}
-        own = self.federation.own or self.federation.arch
-        return subnet_scores(kind, own, weights, self.state.scores)
+        return subnet_scores(kind, self.federation.model_arch, weights, self.state.scores)
 
     def backward_scores(self) -> np.ndarray:
         """Return the importance of training each subnet, as configured."""
@@ -81,12 +85,15 @@ class Round:
         return self.scores(self.federation.config.forward_score)
 
     def agenda(self, backward: np.ndarray) -> np.ndarray:
-        """Scores that put this round's agenda before everything else: float64 [blocks, heads].
+        """Return scores that put this round's agenda first: float64 [blocks, heads].
 
         The agenda is common to all clients: the subnets that were trained longest ago, as many as
         it takes to train every one within ``agenda-rounds`` rounds, if someone can afford that
-        many; of equals those of the block with the highest mean score. What nobody trained in its
-        turn stays at the head.
+        many. Among subnets trained equally long ago, those of the block with the highest mean score
+        come first. What nobody trained in its turn stays first.
+
+        Args:
+            backward: Scores of training each subnet: float64 [blocks, heads].
         """
         block, head = np.indices(self.shape).reshape(2, -1)
         utility = backward.mean(axis=1)[block]
@@ -101,6 +108,7 @@ class Round:
         """Return what ``client`` should do with the whole model before it trains in this round.
 
         Args:
+            client: The client.
             examples: On how many examples it trains; None for ``client.examples``.
         """
         config = self.federation.config
@@ -119,11 +127,12 @@ class Round:
         coupled: bool = True,
         method: str | None = None,
     ) -> list[Assignment]:
-        """Good schedules for these scores that keep every budget of every client.
+        """Return assignments of high score that keep every budget of every client.
 
         Args:
-            backward, forward: float64 [blocks, heads], or [clients, blocks, heads] where clients'
-                scores differ.
+            backward: Scores of training each subnet: float64 [blocks, heads], or [clients, blocks,
+                heads] where clients' scores differ.
+            forward: Scores of running each subnet, of the same shapes.
             coupled: Whether ``coupling = "spread"`` acts; else each client has its own optimum.
             method: ``joint`` or ``two-stage`` with D2FT's three operations, each client for itself;
                 None for what is configured.
@@ -142,7 +151,7 @@ class Round:
         )
 
     def everything(self) -> Schedule:
-        """Every subnet FULL in every slot."""
+        """Return the schedule with every subnet FULL in every slot."""
         return self.federation.costs.everything()
 
     def assign(
@@ -153,12 +162,15 @@ class Round:
         policy: ExecutionPolicy = DEFAULT_POLICY,
         probes: Probes | None = None,
     ) -> Assignment:
-        """Return a schedule of your own, with its predicted cost; budgets are not looked at.
+        """Return an assignment of any schedule, with its predicted cost; budgets are not checked.
 
         Args:
+            client: The client.
+            schedule: What it runs.
             examples: On how many examples it trains; None for ``client.examples``.
-            policy: How it runs the schedule, where that is not as configured.
-            probes: What it does before; None for what is wanted in this round, if it trains.
+            policy: How it executes the schedule; by default as configured.
+            probes: What it does before training; None for what the round asks of clients that
+                train.
         """
         count = client.examples if examples is None else examples
         if probes is None:
@@ -168,15 +180,23 @@ class Round:
         return Assignment(client.client, schedule, cost, probes, examples=count, policy=policy)
 
     def micro_batch_counts(self, policy: ExecutionPolicy = DEFAULT_POLICY) -> list[int]:
-        """In how many passes a batch can be run, where the largest pass differs: ascending."""
+        """Return numbers of micro-batches, ascending: one for each size of the largest micro-batch.
+
+        Args:
+            policy: The execution policy that the batch size depends on.
+        """
         batch = self.federation.components.training.under(policy).batch_size
         return sorted({-(-batch // size) for size in range(1, batch + 1)})
 
     def largest(self, client: Participant, schedules: Sequence[Schedule]) -> Assignment:
         """Return the last of some schedules, cheapest first, that every budget of a client affords.
 
-        A client that cannot afford passes over the whole model does without scoring, and draws its
-        examples; one that affords none of the schedules sits out.
+        A client that cannot afford probes of the whole model does without scoring, and draws its
+        examples at random. One that affords none of the schedules sits out.
+
+        Args:
+            client: The client.
+            schedules: What it may run, cheapest first.
         """
         for probes in self.probes(client).alternatives:
             costs = self._costs(client, schedules, probes)
@@ -188,38 +208,51 @@ class Round:
     def _costs(
         self, client: Participant, schedules: Sequence[Schedule], probes: Probes
     ) -> list[Cost]:
-        """Return what schedules cost a client, with passes before them."""
+        """Return what schedules cost a client, with the probes before them."""
         costs = self.federation.costs_of(self.state)
         operations = np.stack([s.operations for s in schedules])
         examples = np.full(len(schedules), client.examples)
-        held = None if probes or client.cached is None else client.cached
-        cached = None if held is None else np.broadcast_to(held, (len(schedules), *self.shape))
+        reusable = None if probes else client.cached
+        cached = (
+            None if reusable is None else np.broadcast_to(reusable, (len(schedules), *self.shape))
+        )
         model = replace(costs, compensated=False) if probes else costs
-        found = [Cost(*row) for row in model.costs(operations, examples, cached).tolist()]
+        training = [Cost(*row) for row in model.costs(operations, examples, cached).tolist()]
         if not probes:
-            return found
+            return training
         before = probes_cost(costs, probes, client.cached)
-        return [with_probes(cost, before) for cost in found]
+        return [with_probes(cost, before) for cost in training]
 
     def sit_out(self, client: Participant) -> Assignment:
-        """Nothing to do for a client in this round."""
+        """Return an assignment with nothing to do.
+
+        Args:
+            client: The client that sits out.
+        """
         slots = self.federation.config.slots
         return self.assign(client, Schedule.filled(Operation.SHORTCUT, slots, *self.shape))
 
-    def stage(self, most: int) -> tuple[int, int]:
-        """In which stage the run is, counted from 0, and how many there are: at most so many.
+    def stage(self, limit: int) -> tuple[int, int]:
+        """Return the stage of the run, counted from 0, and how many stages there are.
 
         A stage has ``stage-rounds`` rounds, and the last one goes on. By default stages divide the
-        run evenly, to a round; with fewer rounds than ``most`` there is one a round.
+        run evenly, to a round; with fewer rounds than ``limit`` there is one stage a round.
+
+        Args:
+            limit: The most stages that there may be.
         """
         config = self.federation.config
         if config.stage_rounds:
-            return min(most - 1, (self.number - 1) // config.stage_rounds), most
-        stages = min(most, config.rounds)
+            return min(limit - 1, (self.number - 1) // config.stage_rounds), limit
+        stages = min(limit, config.rounds)
         return min(stages - 1, (self.number - 1) * stages // config.rounds), stages
 
     def schedule(self, operations: np.ndarray) -> Schedule:
-        """Return a schedule that is equal in all slots, from operations int8 [blocks, heads]."""
+        """Return a schedule that is equal in all slots.
+
+        Args:
+            operations: Operations of one slot: int8 [blocks, heads].
+        """
         slots = self.federation.config.slots
         return Schedule(np.broadcast_to(operations, (slots, *self.shape)).astype(np.int8))
 
@@ -227,25 +260,35 @@ class Round:
 def most(
     fits: int, over: int, attempt: Callable[[int], Assignment | None], first: int = 0
 ) -> Assignment | None:
-    """Return what the largest number for which there is anything gives, found by bisection.
+    """Return the assignment of the largest affordable number, searched by bisection.
 
     Args:
-        fits, over: Only numbers between these are tried; more cost more.
-        attempt: What a number gives; None where budgets do not afford it.
-        first: To try before others.
+        fits: A number below all that are tried.
+        over: A number above all that are tried.
+        attempt: Returns the assignment of a number; None where budgets do not afford it. If a
+            number is not affordable, no larger one is.
+        first: The number that is tried first.
+
+    Returns:
+        None where no number that was tried is affordable.
     """
-    found, count = None, first
+    best, count = None, first
     while over - fits > 1:
         count = count if fits < count < over else (fits + over) // 2
         if (tried := attempt(count)) is None:
             over = count
         else:
-            fits, count, found = count, count + 1 if count == first else 0, tried
-    return found
+            fits, count, best = count, count + 1 if count == first else 0, tried
+    return best
 
 
 def plan_round(federation: Federation, state: State, reports: Iterable[Report]) -> Plan:
-    """All clients' assignments of the next round.
+    """Return the plan of the next round.
+
+    Args:
+        federation: The federation of the round.
+        state: The state that the round starts from.
+        reports: What clients report before the round.
 
     Raises:
         RunError: When the strategy raises anything, leaves a client out, or breaks a budget that it
@@ -267,38 +310,62 @@ def plan_round(federation: Federation, state: State, reports: Iterable[Report]) 
 
 
 def _assignments(federation: Federation, context: Round) -> list[Assignment]:
-    """Return what the strategy assigns, in the order of clients, once it keeps what it promises."""
+    """Return what the strategy assigns, in the order of clients, once it keeps its promises."""
+    strategy = f"strategy {federation.config.strategy!r}"
     assignments = federation.strategy.schedule(context)
     by_client = {a.client: a for a in assignments}
     if sorted(by_client) != [c.client for c in context.clients] or len(assignments) != len(
         by_client
     ):
+        raise RunError(f"{strategy} must give each client one assignment")
+    checked = []
+    for client in context.clients:
+        assignment = by_client[client.client]
+        _check_budgets(strategy, federation.keeps, client, assignment)
+        _check_policy(strategy, assignment)
+        checked.append(_with_examples(strategy, client, assignment))
+    return checked
+
+
+def _check_budgets(
+    strategy: str, keeps: Collection[str], client: Participant, assignment: Assignment
+) -> None:
+    """Raise RunError where an assignment breaks a budget that the strategy promises to keep."""
+    exceeds = assignment.cost.vector() > client.capacity
+    over = [name for name, exceeded in zip(RESOURCES, exceeds, strict=True) if exceeded]
+    over += [] if client.on_time(assignment.cost) else [DEADLINE]
+    if broken := [name for name in over if name in keeps]:
         raise RunError(
-            f"strategy {federation.config.strategy!r} must give each client one assignment"
+            f"{strategy} breaks the budget of client {client.client} in {', '.join(broken)}; use "
+            "round.plan, or leave that out of KEEPS"
         )
-    for c in context.clients:
-        a = by_client[c.client]
-        over = [r for r, o in zip(RESOURCES, a.cost.vector() > c.capacity, strict=True) if o]
-        over += [] if c.on_time(a.cost) else [DEADLINE]
-        if broken := [name for name in over if name in federation.keeps]:
+
+
+def _check_policy(strategy: str, assignment: Assignment) -> None:
+    """Raise RunError where an assignment's weight or step is out of range."""
+    policy = assignment.policy
+    for name, value, largest in (
+        ("weight", policy.weight, 1e6),
+        ("step", policy.step, MOST_STEP),
+    ):
+        if not 0 < value <= largest:
             raise RunError(
-                f"strategy {federation.config.strategy!r} breaks the budget of client {c.client} "
-                f"in {', '.join(broken)}; use round.plan, or leave that out of KEEPS"
+                f"{strategy} gives client {assignment.client} a {name} of {value}; it must be "
+                f"above 0, and {largest:g} at most"
             )
-        for name, value, most in (
-            ("weight", a.policy.weight, 1e6),
-            ("step", a.policy.step, MOST_STEP),
-        ):
-            if not 0 < value <= most:
-                raise RunError(
-                    f"strategy {federation.config.strategy!r} gives client {c.client} a {name} of "
-                    f"{value}; it must be above 0, and {most:g} at most"
-                )
-        if a.examples is None:
-            by_client[c.client] = replace(a, examples=c.examples)
-        elif not 0 <= a.examples <= c.local:
-            raise RunError(
-                f"strategy {federation.config.strategy!r} gives client {c.client} {a.examples} "
-                f"examples to train on, of {c.local}"
-            )
-    return [by_client[c.client] for c in context.clients]
+
+
+def _with_examples(strategy: str, client: Participant, assignment: Assignment) -> Assignment:
+    """Return an assignment with its number of examples, once the client has as many.
+
+    Raises:
+        RunError: When it asks for more examples than the client has.
+    """
+    if assignment.examples is None:
+        return replace(assignment, examples=client.examples)
+    if not 0 <= assignment.examples <= client.local:
+        raise RunError(
+            f"{strategy} gives client {client.client} {assignment.examples} examples to train on, "
+            f"of {client.local}"
+        )
+    return assignment

@@ -1,4 +1,4 @@
-"""A federation between rounds: what stays the same, and what one round hands to the next."""
+"""A federation between rounds: what is constant, and the state that one round hands to the next."""
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -28,7 +28,13 @@ from d2ft_fl.wire.parameter_cache import Digests, digests
 
 @dataclass(frozen=True)
 class Report:
-    """What a client says of itself before a round."""
+    """What a client reports before a round.
+
+    Attributes:
+        client: Its number.
+        examples: Its training examples.
+        budget: What it may spend in the round.
+    """
 
     client: int
     examples: int
@@ -42,14 +48,15 @@ class State:
     Attributes:
         round: Rounds finished.
         weights: The global model, float32 by state-dict name.
-        scores: What scoring passes have told.
+        scores: Importance scores that scoring probes have measured.
         means: What subnets add on average, where compensation is on.
-        last_trained: int64 [blocks, heads], the round in which each subnet was last trained, 0 for
-            never; before the first round one 0 for all.
-        holds: Client -> bool [blocks, heads], subnets whose fixed parameters it has.
+        last_trained: The round in which each subnet was last trained, 0 for never: int64 [blocks,
+            heads]. Before the first round it is a single 0.
+        cached: Client -> the subnets whose fixed parameters it has cached: bool [blocks, heads].
         digests: Names of fixed parameters; see :mod:`d2ft_fl.wire.parameter_cache`.
-        figures: What the last round's folding, or a new beginning, has to report, by name.
-        moments: Of the server's optimiser, by parameter.
+        figures: What the last round's aggregation, or the preparation of this one, reports, by
+            name.
+        moments: Moments of the server's optimiser, by parameter.
     """
 
     round: int
@@ -65,33 +72,43 @@ class State:
 
 @dataclass(frozen=True)
 class Federation:
-    """What stays the same over rounds that train alike.
+    """What is constant over rounds that train the same parameters.
 
     Attributes:
-        components: What the options of the run stand for.
-        arch: The model, and what trains of it.
-        own: The model itself; ``arch``, if not told.
+        components: What the options of the run name.
+        arch: The architecture of the round: what trains of the model, factors included.
+        built: The architecture as the model was built; None where it is ``arch``.
     """
 
     components: Components
     arch: Architecture
-    own: Architecture | None = None
+    built: Architecture | None = None
 
     @property
     def config(self) -> RunConfig:
         """The options of the run."""
         return self.components.config
 
+    @property
+    def model_arch(self) -> Architecture:
+        """The architecture as the model was built."""
+        return self.built or self.arch
+
     def at(self, round_number: int) -> "Federation":
-        """Return the federation of a round: the tuning says what trains in it."""
-        own = self.own or self.arch
-        arch = self.tuning.architecture(own, round_number)
+        """Return the federation of a round, with the architecture that the tuning gives it.
+
+        Args:
+            round_number: The round, counted from 1.
+        """
+        built = self.model_arch
+        arch = self.tuning.architecture(built, round_number)
         if arch is self.arch:
             return self
-        return self._stages.setdefault(arch, Federation(self.components, arch, own))
+        return self._stages.setdefault(arch, Federation(self.components, arch, built))
 
     @cached_property
     def _stages(self) -> dict[Architecture, "Federation"]:
+        """Federations of rounds with other architectures, by architecture."""
         return {}
 
     @property
@@ -100,15 +117,16 @@ class Federation:
         return self.components.tuning
 
     def prepared(self, state: State, original: Mapping[str, Tensor]) -> State:
-        """Return the state that the next round starts from: factors begin, digests are made.
+        """Return the state that the next round starts from, with factors and digests.
 
         Args:
+            state: The state after the last round.
             original: The weights that the run began with.
         """
         number = state.round + 1
         state = replace(state, figures={})
         weights, figures = self.tuning.prepare(state.weights, self.arch, number, original)
-        if weights is not state.weights:  # a new beginning: nobody has anything of it
+        if weights is not state.weights:  # a new beginning: no client has cached any of it
             state = State(number - 1, dict(weights), state.scores, state.means, state.last_trained)
             state = replace(state, figures=figures)
         if has_fixed(self.arch) and not state.digests:
@@ -116,7 +134,11 @@ class Federation:
         return state
 
     def model_weights(self, state: State) -> Mapping[str, Tensor]:
-        """Return the model's own weights, factors merged in."""
+        """Return the weights of the model as it was built, with factors merged in.
+
+        Args:
+            state: The state whose weights are returned.
+        """
         if not self.arch.rank:
             return state.weights
         if self._merged.get("of") is not state.weights:
@@ -126,6 +148,7 @@ class Federation:
 
     @cached_property
     def _merged(self) -> dict[str, dict[str, Tensor]]:
+        """The weights that were merged last: before (``of``) and after (``is``)."""
         return {}
 
     @cached_property
@@ -136,20 +159,35 @@ class Federation:
         return replace(costs, bits_up=config.upload_bits, bits_down=config.download_bits)
 
     def calibrates(self, round_number: int) -> bool:
-        """Whether clients measure what subnets add on average in this round."""
+        """Return whether clients measure in a round what subnets add on average.
+
+        Args:
+            round_number: The round, counted from 1.
+        """
         return (
             self.config.compensation and (round_number - 1) % max(1, self.config.score_every) == 0
         )
 
     def costs_of(self, state: State, policy: ExecutionPolicy = DEFAULT_POLICY) -> CostModel:
-        """Return the cost model of the round after ``state`` under an execution policy."""
+        """Return the cost model of the round after ``state`` under an execution policy.
+
+        Args:
+            state: The state that the round starts from.
+            policy: How clients execute their schedules.
+        """
         compensated = state.means.known is not None
         return self.costs_when(compensated, self.calibrates(state.round + 1), policy)
 
     def costs_when(
         self, compensated: bool, calibrating: bool, policy: ExecutionPolicy = DEFAULT_POLICY
     ) -> CostModel:
-        """Return the cost model of rounds in which this is so; see :meth:`costs_of`."""
+        """Return the cost model of rounds with or without compensation and calibration.
+
+        Args:
+            compensated: Whether shortcuts are compensated.
+            calibrating: Whether clients measure what subnets add on average.
+            policy: How clients execute their schedules.
+        """
         key = compensated, calibrating, policy.priced
         if key not in self._under:
             self._under[key] = self.cost_models[compensated, calibrating].under(policy.priced)
@@ -157,11 +195,12 @@ class Federation:
 
     @cached_property
     def _under(self) -> dict[tuple[bool, bool, ExecutionPolicy], CostModel]:
+        """Cost models by (compensated, calibrating, execution policy)."""
         return {}
 
     @cached_property
     def cost_models(self) -> dict[tuple[bool, bool], CostModel]:
-        """By whether shortcuts are compensated, and whether clients calibrate."""
+        """Cost models by (compensated, calibrating), as configured otherwise."""
         return {
             (compensated, calibrating): replace(
                 self.costs, compensated=compensated, calibrating=calibrating
@@ -170,7 +209,12 @@ class Federation:
         }
 
     def planner_of(self, state: State, coupled: bool = True) -> Planner:
-        """Return the planner of the round after ``state``; uncoupled, clients are planned alone."""
+        """Return the planner of the round after ``state``.
+
+        Args:
+            state: The state that the round starts from.
+            coupled: Whether ``coupling = "spread"`` acts; else each client is planned alone.
+        """
         planners = self._planners if coupled else self._uncoupled
         return planners[state.means.known is not None, self.calibrates(state.round + 1)]
 
@@ -182,7 +226,15 @@ class Federation:
         frozen_weight: float,
         method: str = "joint",
     ) -> Planner:
-        """Return the planner of an execution policy, with other weights than configured."""
+        """Return the planner of an execution policy, which plans each client alone.
+
+        Args:
+            state: The state that the round starts from.
+            policy: How clients execute their schedules.
+            forward_weight: The weight of running a subnet, instead of the configured one.
+            frozen_weight: The weight of FROZEN, instead of the configured one.
+            method: ``joint`` or ``two-stage``.
+        """
         costs = self.costs_of(state, policy)
         kind = costs.compensated, costs.calibrating
         key = *kind, policy.priced, forward_weight, frozen_weight, method
@@ -196,11 +248,12 @@ class Federation:
 
     @cached_property
     def _weighted(self) -> dict[tuple[bool, bool, ExecutionPolicy, float, float, str], Planner]:
+        """Planners by what :meth:`planner_under` makes them from."""
         return {}
 
     @cached_property
     def _planners(self) -> dict[tuple[bool, bool], Planner]:
-        """By their cost models' keys."""
+        """Planners as configured, by the keys of :attr:`cost_models`."""
         c = self.config
         return {
             key: Planner(
@@ -219,6 +272,7 @@ class Federation:
 
     @cached_property
     def _uncoupled(self) -> dict[tuple[bool, bool], Planner]:
+        """Planners that plan each client alone, by the keys of :attr:`cost_models`."""
         if self.config.coupling != "spread":
             return self._planners
         return {key: replace(planner, coupling="none") for key, planner in self._planners.items()}
@@ -230,17 +284,22 @@ class Federation:
 
     @property
     def keeps(self) -> tuple[str, ...]:
-        """Of ``LIMITS``, the budgets that the strategy promises to keep."""
+        """The budgets that the strategy promises to keep, of ``LIMITS``."""
         return self.strategy.keeps
 
     def participants(self, reports: Iterable[Report], state: State) -> list[Participant]:
-        """Clients in order, with their budgets resolved, and matched where that is configured."""
+        """Return clients in order, with budgets resolved, and matched where that is configured.
+
+        Args:
+            reports: What clients report before the round.
+            state: The state that the round starts from.
+        """
         ordered = sorted(reports, key=lambda r: r.client)
         full = [self.costs.full_cost(r.examples) for r in ordered]
         budgets = [r.budget for r in ordered]
         if self.config.match:
             share = self.config.match_share
-            # A mean that clients had in the first round may be out of reach in a later one.
+            # Budgets may change: what clients could match in the first round may be too much later.
             within = state.round > 0
             budgets = matched(self.config.match, share, budgets, full, within)
         return [
@@ -256,7 +315,15 @@ class Federation:
         ]
 
     def cached(self, state: State, client: int) -> np.ndarray | None:
-        """Subnets whose fixed parameters a client has: bool [blocks, heads]; None if none are."""
+        """Return the subnets whose fixed parameters a client has cached.
+
+        Args:
+            state: The state that knows what clients have.
+            client: The client's number.
+
+        Returns:
+            bool [blocks, heads]; None where the model has no fixed parameters.
+        """
         if not has_fixed(self.arch):
             return None
         nothing = np.zeros((self.arch.blocks, self.arch.heads), dtype=bool)

@@ -1,4 +1,4 @@
-"""What a client is told to do, as it travels: an assignment with the slices that it needs."""
+"""Messages to clients: an assignment, and the slices of the global model that it needs."""
 
 from collections.abc import Mapping
 from dataclasses import astuple, dataclass
@@ -26,65 +26,72 @@ from d2ft_fl.wire.sizes import RANK_BYTES
 def encode_assignment(
     federation: Federation,
     state: State,
-    a: Assignment,
+    assignment: Assignment,
     budget: Budget | None = None,
-    holds_to_it: bool = True,
+    binding: bool = True,
     shared: bool = False,
 ) -> bytes:
     """Return the message that tells a client what to do, with the slices that it needs.
 
     Args:
-        budget: What the plan was made for, where the client may have another by now.
-        holds_to_it: Whether that counts, and not its own.
-        shared: Whether it finds the global model where it is, and takes the slices from there.
+        federation: The federation of the round.
+        state: The state that the round starts from.
+        assignment: What the client is to do.
+        budget: The budget that the plan was made for; None where the client knows it.
+        binding: Whether the client keeps ``budget``, instead of the one that it has by now.
+        shared: Whether the client reads the slices from shared memory, so that none are sent.
     """
-    needed = a.schedule
-    if a.probes:
-        needed = federation.costs.everything()  # they run everything
+    needed = assignment.schedule
+    if assignment.probes:
+        needed = federation.costs.everything()  # probes run everything
     meta = {
         "round": state.round + 1,
-        "client": a.client,
-        "operations": a.schedule.operations.astype("int8").tobytes().hex(),
-        "shape": list(a.schedule.operations.shape),
-        "passes": [a.probes.scored, a.probes.viewed, *a.probes.kinds],
-        "examples": a.examples,
-        "way": list(astuple(a.policy)),
+        "client": assignment.client,
+        "operations": assignment.schedule.operations.astype("int8").tobytes().hex(),
+        "shape": list(assignment.schedule.operations.shape),
+        "passes": [assignment.probes.scored, assignment.probes.viewed, *assignment.probes.kinds],
+        "examples": assignment.examples,
+        "way": list(astuple(assignment.policy)),
         "calibrate": federation.calibrates(state.round + 1),
         "keeps": [r for r in RESOURCES if r in federation.keeps],
     }
     if budget is not None:
-        meta |= {"budget": budget.to_json(), "held": int(holds_to_it)}
-    if a.schedule.ranks is not None:
-        meta["ranks"] = a.schedule.ranks.astype(f"<u{RANK_BYTES}").tobytes().hex()
-    cached = federation.cached(state, a.client)
+        meta |= {"budget": budget.to_json(), "held": int(binding)}
+    if assignment.schedule.ranks is not None:
+        meta["ranks"] = assignment.schedule.ranks.astype(f"<u{RANK_BYTES}").tobytes().hex()
+    cached = federation.cached(state, assignment.client)
     if cached is not None:
         meta["holds"] = np.packbits(cached).tobytes().hex()
         meta["digests"] = parameter_cache.write(needed, state.digests)
     tensors = {}
     if not shared:
-        bits = a.policy.bits_down or federation.config.download_bits
+        bits = assignment.policy.bits_down or federation.config.download_bits
         packed = pack_for(federation.arch, state.weights, needed, cached)
         tensors = quantize(federation.arch, packed, bits)
-    if not a.probes and state.means.known is not None:
+    if not assignment.probes and state.means.known is not None:
         weights = federation.model_weights(state)
-        tensors |= state.means.offsets(federation.own or federation.arch, weights, a.schedule)
+        tensors |= state.means.offsets(federation.model_arch, weights, assignment.schedule)
     return wire.encode(tensors, meta)
 
 
 @dataclass(frozen=True, eq=False)
 class Message:
-    """The same, read by the client.
+    """An assignment as the client reads it.
 
     Attributes:
-        client, round: Whose, and when.
-        schedule: Its operations. passes: What comes before. examples: On how many it trains.
-        way: How it runs the schedule.
+        client: The number of the client.
+        round: The round, counted from 1.
+        schedule: Which operations the client runs.
+        probes: What it does with the whole model before training.
+        examples: On how many examples it trains.
+        policy: How it executes the schedule.
         calibrates: Whether to measure what subnets add on average.
         keeps: The budgets, of ``RESOURCES``, that the plan promises to keep.
-        budget: What the client is held to, where that is not its own.
-        holds: bool [blocks, heads], subnets whose fixed parameters it has; None without any.
-        digests: Names of what is fixed, as :mod:`d2ft_fl.wire.parameter_cache` reads them.
-        meta: All of this as it travels.
+        budget: The budget that the client must keep; None for the one that it has by now.
+        cached: Subnets whose fixed parameters it has cached: bool [blocks, heads]; None where the
+            model has no fixed parameters.
+        digests: Names of fixed parameters, as :mod:`d2ft_fl.wire.parameter_cache` reads them.
+        meta: The message's metadata as they travel.
     """
 
     client: int
@@ -102,7 +109,11 @@ class Message:
 
     @classmethod
     def decode(cls, blob: bytes) -> "tuple[Message, dict[str, Tensor]]":
-        """Read what :func:`encode_assignment` wrote: the message, and packed tensors."""
+        """Return the message and packed tensors that :func:`encode_assignment` wrote.
+
+        Args:
+            blob: The message as it travels.
+        """
         tensors, meta = wire.decode(blob)
         schedule = _schedule(meta)
         cached = meta.get("holds")
@@ -130,11 +141,13 @@ class Message:
         came: Mapping[str, Tensor],
         bits: int,
     ) -> int:
-        """Bytes of a message that leaves nothing where it is: as if it were not ``shared``.
+        """Return the bytes that the message would have if its slices travelled with it.
 
         Args:
-            weights: The global model. came: What came with the message that is.
-            bits: In which numbers travel down.
+            arch: The architecture of the round.
+            weights: The global model, by name.
+            came: Tensors that did travel with the message.
+            bits: Bits in which weights travel down.
         """
         slices = [
             (p.name, (p.packed_shape(heads)[0], row_bytes(p, bits)), torch.uint8)
@@ -147,13 +160,13 @@ class Message:
 
     @property
     def carried(self) -> Schedule:
-        """The schedule whose slices the client gets: everything, for passes before its own."""
+        """The schedule whose slices the client gets: everything, where probes come first."""
         shape = self.schedule.operations.shape[1:]
         return Schedule.filled(Operation.FULL, 1, *shape) if self.probes else self.schedule
 
 
 def _schedule(meta: Mapping[str, Any]) -> Schedule:
-    """Return the schedule of a message."""
+    """Return the schedule that a message describes."""
     shape = meta["shape"]
     operations = np.frombuffer(bytes.fromhex(meta["operations"]), dtype=np.int8).reshape(shape)
     if "ranks" not in meta:
@@ -163,6 +176,6 @@ def _schedule(meta: Mapping[str, Any]) -> Schedule:
 
 
 def _unpacked(text: str, shape: tuple[int, ...]) -> np.ndarray:
-    """Truth values of a message: bool of a shape."""
+    """Return truth values that a message packs as hexadecimal text: bool of ``shape``."""
     data = np.frombuffer(bytes.fromhex(text), dtype=np.uint8)
     return np.unpackbits(data, count=int(np.prod(shape))).reshape(shape).astype(bool)

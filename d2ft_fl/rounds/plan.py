@@ -1,4 +1,4 @@
-"""One round's plan: all clients' assignments, and what it leaves behind."""
+"""One round's plan: all clients' assignments, and what clients have after it."""
 
 from collections.abc import Collection, Container
 from dataclasses import dataclass, replace
@@ -16,7 +16,14 @@ from d2ft_fl.subnets.schedule import Operation, Schedule
 
 @dataclass(frozen=True)
 class Plan:
-    """One round's assignments, in the order of ``clients``, and the seconds planning took."""
+    """The assignments of one round.
+
+    Attributes:
+        round: The round, counted from 1.
+        clients: Everyone who takes part, in order.
+        assignments: What each client does, in the order of ``clients``.
+        seconds: How long planning took.
+    """
 
     round: int
     clients: list[Participant]
@@ -25,17 +32,21 @@ class Plan:
 
     @property
     def working(self) -> list[Assignment]:
-        """Assignments of those who do not sit out."""
+        """Assignments of the clients that do not sit out."""
         return [a for a in self.assignments if not a.schedule.sits_out]
 
     def only(self, clients: Collection[int]) -> "Plan":
-        """Return the same of some of the clients; of none it is one that does nothing."""
+        """Return the plan of some of the clients; of none, a plan in which one client sits out.
+
+        Args:
+            clients: Numbers of the clients to keep.
+        """
         pairs = list(zip(self.clients, self.assignments, strict=True))
         kept = [(c, a) for c, a in pairs if c.client in clients]
         if not kept:
             c, a = pairs[0]
-            still = Schedule.filled(Operation.SHORTCUT, *a.schedule.operations.shape)
-            kept = [(c, Assignment(c.client, still, Cost(0, 0, 0, 0), examples=a.examples))]
+            nothing = Schedule.filled(Operation.SHORTCUT, *a.schedule.operations.shape)
+            kept = [(c, Assignment(c.client, nothing, Cost(0, 0, 0, 0), examples=a.examples))]
         return replace(self, clients=[c for c, _ in kept], assignments=[a for _, a in kept])
 
     @cached_property
@@ -48,7 +59,8 @@ class Plan:
 
         Args:
             judge: What judges clients' rounds.
-            bits_up, bits_down: Bits of numbers, where an assignment does not say.
+            bits_up: Bits of changes up, where an assignment does not say.
+            bits_down: Bits of weights down, where an assignment does not say.
         """
         policies = [a.policy for a in self.assignments]
         return judge.mean_of(
@@ -59,17 +71,19 @@ class Plan:
         )
 
     def schedules(self) -> np.ndarray:
-        """int8 [clients, slots, blocks, heads]."""
-        found = np.stack([a.schedule.operations for a in self.assignments])
-        return np.ascontiguousarray(found)  # stacks of broadcasts are not
+        """Return the operations of all clients: int8 [clients, slots, blocks, heads]."""
+        operations = np.stack([a.schedule.operations for a in self.assignments])
+        return np.ascontiguousarray(operations)  # stacked broadcasts are not contiguous
 
     def ranks(self, rank: int) -> np.ndarray | None:
-        """At which rank subnets train, 0 for those that do not: int64 [clients, blocks, heads].
-
-        None where no schedule says anything of ranks.
+        """Return the rank at which each client trains each subnet.
 
         Args:
-            rank: The architecture's, of schedules that say nothing.
+            rank: The rank of the architecture, for schedules without ranks.
+
+        Returns:
+            int64 [clients, blocks, heads], 0 where a subnet does not train; None where no schedule
+            has ranks.
         """
         schedules = [a.schedule for a in self.assignments]
         if all(s.ranks is None for s in schedules):
@@ -84,25 +98,39 @@ def cached_after(
     answered: Container[int],
     changed: np.ndarray,
 ) -> dict[int, np.ndarray]:
-    """Return what clients have of what never changes; of one that failed nothing is taken for sure.
+    """Return the fixed parameters that clients have cached after a round.
+
+    A client that failed is taken to have none.
 
     Args:
-        changed: Subnets of which it did change after all: bool [blocks, heads].
+        arch: The architecture of the round.
+        state: The state that the round began with.
+        plan: The plan of the round.
+        answered: The clients whose replies were aggregated.
+        changed: Subnets whose fixed parameters changed in the round: bool [blocks, heads].
+
+    Returns:
+        Client -> the subnets whose fixed parameters it has: bool [blocks, heads].
     """
-    found = dict(state.cached)
+    cached = dict(state.cached)
     if not has_fixed(arch):
-        return found
+        return cached
     for a in plan.working:
         if a.client in answered:
             sent = a.schedule.resident | bool(a.probes)
-            found[a.client] = found.get(a.client, False) | sent
+            cached[a.client] = cached.get(a.client, False) | sent
         else:
-            found.pop(a.client, None)
-    return {client: own & ~changed for client, own in found.items()}
+            cached.pop(a.client, None)
+    return {client: subnets & ~changed for client, subnets in cached.items()}
 
 
 def last_trained(state: State, plan: Plan, answered: Container[int]) -> np.ndarray:
-    """Return the round in which each subnet was last trained, once these clients answered a plan.
+    """Return the round in which each subnet was last trained, after a round.
+
+    Args:
+        state: The state that the round began with.
+        plan: The plan of the round.
+        answered: The clients whose replies were aggregated.
 
     Returns:
         int64 [blocks, heads], 0 for never.

@@ -1,4 +1,4 @@
-"""Strategies: which client runs what in a round.
+"""Strategies decide which client runs what in a round.
 
 A strategy is written as a module with a function ``schedule(context)`` and up to four constants:
 
@@ -11,8 +11,8 @@ A strategy is written as a module with a function ``schedule(context)`` and up t
 ``STAGED``
     Whether it divides a run into stages, with ``context.stage``.
 
-:func:`load_strategy` makes a :class:`Strategy` of such a module. All other code knows strategies in
-this form only.
+:func:`load_strategy` makes a :class:`Strategy` of such a module, the only form in which other code
+knows strategies.
 """
 
 from collections.abc import Callable, Mapping
@@ -101,7 +101,7 @@ class Strategy:
         return set(self.keeps) == set(LIMITS)
 
     def to_json(self) -> Mapping[str, Any]:
-        """Return what ``d2ft strategies --json`` prints of it."""
+        """Return what ``d2ft strategies --json`` prints of the strategy."""
         return {
             "name": self.name,
             "paper": self.paper,
@@ -127,7 +127,7 @@ def strategy_of(module: Any, name: str) -> Strategy:
     """Make a strategy of a module.
 
     Args:
-        module: What has ``schedule`` and the constants; see the docstring of this module.
+        module: An object with ``schedule`` and the constants; see this module's docstring.
         name: The strategy as it is configured, for messages.
 
     Raises:

@@ -1,4 +1,4 @@
-"""Tunings: what of an assigned model trains, how fast, and how updates of it are aggregated.
+"""Tunings: what of an assigned model trains, how fast, and how updates are aggregated.
 
 A tuning is a subclass of :class:`Tuning`. The option ``tuning`` chooses it: a built-in name or the
 dotted path of a module with ``tuning(config)``, which returns it. A module with plain functions

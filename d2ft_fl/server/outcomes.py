@@ -8,11 +8,13 @@ from d2ft_fl.rounds.plan import Plan
 from d2ft_fl.server.reply_reader import Usage
 from d2ft_fl.subnets.schedule import Operation
 
-MOST_LETTERS = 300  # of a reason
+MOST_LETTERS = 300  # of the reason of a failure
 
 
 def short_reason(reason: str) -> str:
-    """Return a reason as one line of readable length: it may be a stranger's.
+    """Return a reason as one line of readable length.
+
+    It comes from a client, which may send any text.
 
     Args:
         reason: Any text.
@@ -29,8 +31,8 @@ class Outcomes:
         rank: The rank of the architecture's factors; 0 without any.
 
     Attributes:
-        pending: Client -> its assignment, of those whose answer is awaited.
-        records: Client -> what became of it, of those that are not awaited any more.
+        pending: Client -> its assignment, while its answer is awaited.
+        records: Client -> what became of it, once no answer is awaited.
         strays: Failures of clients that nobody waits for, as lines.
     """
 
@@ -63,7 +65,7 @@ class Outcomes:
         self.records[client] = self._record(assignment, usage, None)
 
     def fail(self, client: int, reason: str) -> None:
-        """Note that a client failed; that of a client that nobody waits for becomes a stray."""
+        """Note that a client failed; the failure of one that nobody waits for becomes a stray."""
         assignment = self.pending.pop(client, None)
         if assignment is None:
             self.stray(client, reason)

@@ -1,4 +1,4 @@
-"""The second half of a round: replies in, the next state and what became of every client out."""
+"""The second half of a round: replies become the next state and a record of every client."""
 
 from collections.abc import Mapping
 from types import MappingProxyType
@@ -30,7 +30,7 @@ class RoundReplies:
         federation: The federation of the round.
         state: The global state that the round begins with.
         plan: The plan of the round.
-        silent: Client -> why it did not report before the round, of those that are in no plan.
+        silent: Client -> why it did not report before the round; these clients are in no plan.
         private: How the round is private; None where nothing is promised.
     """
 
@@ -44,7 +44,7 @@ class RoundReplies:
     ):
         self.federation, self.state, self.plan = federation, state, plan
         self.outcomes = Outcomes(plan, federation.arch.rank)
-        # What was measured, and on how many examples, by client.
+        # Client -> the scores that it measured, and on how many examples.
         self.measured: dict[int, tuple[dict[str, np.ndarray], int]] = {}
         shown = (sum(slot_examples(federation, state, a)) for a in plan.assignments)
         self.mean_sums = MeanSums(federation.arch, sum(shown))
@@ -69,7 +69,7 @@ class RoundReplies:
 
     @property
     def records(self) -> Mapping[int, ClientRecord]:
-        """Client -> what became of it, of those that are not awaited any more."""
+        """Client -> what became of it; clients whose reply is awaited are missing."""
         return self.outcomes.records
 
     @property
@@ -103,7 +103,7 @@ class RoundReplies:
             self.aggregator.add(reply.update)
         except ReplyError as error:
             self.fail(client, str(error))
-        except Exception as error:  # whatever a reply can do to those who read it costs itself
+        except Exception as error:  # a reply that breaks its reading fails alone
             self.fail(client, f"its answer cannot be read: {type(error).__name__}: {error}")
         else:
             self._note(assignment, reply)
@@ -149,7 +149,7 @@ class RoundReplies:
         ), records
 
     def _step(self, mean: dict[str, Tensor]) -> tuple[dict[str, Tensor], Mapping[str, Moments]]:
-        """Return weights and moments after the server's step from the means."""
+        """Return weights and moments after the server's step, by name."""
         optimizer = self.federation.components.server_optimizer
         if optimizer is None:
             return mean, self.state.moments
@@ -157,7 +157,7 @@ class RoundReplies:
         return optimizer.step(arch, old, mean, self.aggregator.trained, self.state.moments)
 
     def _changed(self, weights: dict[str, Tensor]) -> np.ndarray:
-        """Return the subnets whose fixed parameters changed after all: bool [blocks, heads].
+        """Return the subnets whose fixed parameters changed in the round: bool [blocks, heads].
 
         ``lora-aggregation = "stack"`` adds to weights that no client trains.
         """

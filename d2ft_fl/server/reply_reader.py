@@ -1,8 +1,8 @@
-"""Reading replies: nothing of an answer is believed before it is known to be whole.
+"""Reading replies: an answer is used only after everything about it is checked.
 
 A reply may come from a client that failed, that plans otherwise than the server, or that lies. What
-is read here has the form that the assignment asks for; what its numbers are worth is for the
-:class:`~d2ft_fl.aggregation.aggregator.Aggregator` to say.
+is read here has the form that the assignment asks for. Its values are judged by the
+:class:`~d2ft_fl.aggregation.aggregator.Aggregator`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -26,8 +26,8 @@ from d2ft_fl.subnets.packing import GlobalModel
 from d2ft_fl.wire import blob as wire
 from d2ft_fl.wire.quantization import with_quantized_changes
 
-MORE_BYTES = 1 << 16  # than planned: for the reason that a client gives when it has failed
-MOST_COUNT = 2**62  # FLOPs, bytes and examples that a report can hold
+MORE_BYTES = 1 << 16  # beyond the plan, for the reason that a failed client gives
+MOST_COUNT = 2**62  # FLOPs, bytes and examples of a report are below it
 MEAN_PREFIX = "d2ft.mean."  # of the tensors that compensation measures
 
 
@@ -82,7 +82,7 @@ class Usage:
 
 @dataclass(frozen=True)
 class Reply:
-    """One client's answer, read.
+    """One client's answer after reading.
 
     Attributes:
         update: What it trained.
@@ -134,7 +134,7 @@ class ReplyReader:
     def _decoded(
         self, assignment: Assignment, blob: bytes | memoryview
     ) -> tuple[dict[str, Tensor], Mapping[str, Any]]:
-        """Return tensors and report of an answer that is no longer than it can be."""
+        """Return tensors and report of an answer, once its length is one that was planned."""
         most = assignment.cost.bytes_up + MORE_BYTES
         if len(blob) > most:
             raise ReplyError(f"{len(blob)} bytes, where {most} are the most that can be")
@@ -145,7 +145,7 @@ class ReplyReader:
 
     @staticmethod
     def _usage(meta: Mapping[str, Any], bytes_up: int) -> Usage:
-        """Return what a report says of usage, once all its numbers can be."""
+        """Return the usage that a report states, once all its numbers are possible."""
         try:
             used = meta["used"]
             cost = Cost(int(used["flops"]), int(used["memory"]), bytes_up, int(used["bytes_down"]))
@@ -182,7 +182,7 @@ class ReplyReader:
         return {kind: self._scores(kind, tensors.pop(TENSOR + kind, None)) for kind in kinds}
 
     def _scores(self, kind: str, scores: Tensor | None) -> np.ndarray:
-        """Return scores of a kind as float64 [blocks, heads], once they can be."""
+        """Return scores of a kind as float64 [blocks, heads], once they are valid."""
         arch = self.federation.arch
         if scores is None:
             raise ReplyError(f"the {kind} scores are missing")

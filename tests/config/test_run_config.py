@@ -84,10 +84,10 @@ def test_the_default_configuration_checks():
         ({"strategy": "d2ft_fl.wire.blob"}, "has no function schedule"),
         ({"tuning": "half"}, "use one of full"),
         ({"slots": 20}, "slots = 20 is more than batch-size = 16"),
-        ({"score-every": 0}, "fisher scores need a scoring pass"),
+        ({"score-every": 0}, "fisher scores need scoring probes"),
         (
             {"score-examples": 0, "backward-score": "taylor", "forward-score": "gradient"},
-            "gradient and taylor scores need a scoring pass: set score-every and score-examples",
+            "gradient and taylor scores need scoring probes: set score-every and score-examples",
         ),
         ({"score-momentum": 1.0}, "score-momentum = 1.0 must be 0 or more, and below 1"),
         ({"score-momentum": float("nan")}, "score-momentum = nan must be 0 or more"),
