@@ -88,10 +88,10 @@ def test_a_smaller_batch_is_trained_and_charged_as_one(quick, tmp_path, monkeypa
     rows = [json.loads(line) for line in lines]
     for row in rows:
         assert not row["fault"]
-        assert 3 < row["way"]["batch"] < 8
+        assert 3 < row["policy"]["batch"] < 8
         assert row["used"]["flops"] == row["predicted"]["flops"]
         assert row["used"]["memory"] <= row["predicted"]["memory"]
-    assert len(steps) == sum(math.ceil(row["examples"] / row["way"]["batch"]) for row in rows)
+    assert len(steps) == sum(math.ceil(row["examples"] / row["policy"]["batch"]) for row in rows)
 
 
 def test_looking_at_examples_comes_in_the_batches_of_training(quick, monkeypatch):
@@ -226,7 +226,7 @@ def test_clients_that_chose_their_bits_send_and_get_what_was_planned(quick, tmp_
     run_local(replace(config, budgets=str(devices)), report=False)
     folder = Path(config.run_folder)
     rows = [json.loads(line) for line in (folder / "clients.jsonl").read_text().splitlines()]
-    assert {(row["way"]["bits_up"], row["way"]["bits_down"]) for row in rows} >= {(8, 8)}
+    assert {(row["policy"]["bits_up"], row["policy"]["bits_down"]) for row in rows} >= {(8, 8)}
     for row in rows:
         assert not row["fault"]
         for policy in ("bytes_up", "bytes_down"):
