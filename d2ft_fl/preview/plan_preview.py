@@ -39,7 +39,7 @@ class ClientPreview:
     Attributes:
         client: Its number. device: The name of its budget.
         examples: That it trains on. local: That it has.
-        way: How it runs the schedule.
+        policy: How it runs the schedule.
         operations: Subnets by operation, the mean over slots; adds up to all subnets.
         trained_layers: Layers of which every subnet is FULL in some slot.
         rank: Mean over the trained subnets of the ranks they train at; ``None`` where only one rank
