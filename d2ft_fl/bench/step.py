@@ -255,7 +255,7 @@ def _measure(name: str, schedule: Schedule, reference: _Reference) -> Row:
     partial = PartialModel(reference.adapter, arch, Numerics.of(options), images.device)
     packed = pack_for(arch, reference.weights, schedule)
     reset = Meter(device=images.device)
-    reset.count(lambda: partial.reset(schedule, packed))  # once a round, factors are folded in
+    reset.count(lambda: partial.reset(schedule, packed))  # once a round, factors are merged
     partial.train(True)
     resets = [_timed(lambda: partial.reset(schedule, packed), images.device) for _ in range(3)]
     shares = slot_sizes(len(images), schedule.slots)

@@ -87,7 +87,9 @@ def scale_table(found: dict[str, Any]) -> None:
             *("" if size is None else quantity(size, "B") for size in sizes),
         )  # fmt: skip
     console.print(table)
-    say("folding goes on while others train; the last columns are peaks of resident memory")
+    say(
+        "aggregation (fold) goes on while others train; the last columns are peaks of resident memory"
+    )
     for key, label in (
         ("floor_ratio", "everything FULL over the floor"),
         ("full_flower_ratio", "everything FULL over Flower's FedAvg"),

@@ -42,7 +42,7 @@ class PackedHeads:
         specs: Role -> parameter, of those that heads divide.
         gradients: Whether to hold gradients of what trains.
         ranks: Trained heads -> the columns of their factors that train, where it is not all. These
-            are then stored as vectors, whose rows are single elements; see :meth:`fold`.
+            are then stored as vectors, whose rows are single elements; see :meth:`merge`.
     """
 
     def __init__(

@@ -187,7 +187,7 @@ class PartialModel:
         """Whether what is held needs nothing but the values of another client's weights."""
         return (
             bool(self.blocks)
-            and not self.arch.rank  # factors fold into weights
+            and not self.arch.rank  # factors are merged into weights
             and gradients == self._gradients
             and self.numerics == self._held_numerics
             and np.array_equal(schedule.operations, self.schedule.operations)

@@ -313,7 +313,7 @@ def follow(federation: Federation, state: State, plan: Plan) -> State:
     everyone = {c.client for c in plan.clients}
     last = last_trained(state, plan, everyone)
     stacks = bool(federation.arch.rank) and federation.config.lora_aggregation == "stack"
-    changed = (plan.trained > 0) & stacks  # what is folded into a weight changes it
+    changed = (plan.trained > 0) & stacks  # what is merged into a weight changes it
     cached = cached_after(federation.arch, state, plan, everyone, changed)
     return replace(state, round=plan.round, means=means, last_trained=last, cached=cached)
 

@@ -128,8 +128,8 @@ def _notes(result: dict[str, Any]) -> list[str]:
     notes = []
     if result["aggregation_error"] is not None:
         notes.append(
-            f"folding factors in was off by {result['aggregation_error']:.2g} of the exact change, "
-            "mean over rounds"
+            f"aggregation of factors was off by {result['aggregation_error']:.2g} of the exact "
+            "change, mean over rounds"
         )
     if left := result["too_few_trainers"]:
         notes.append(
