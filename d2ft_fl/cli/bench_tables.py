@@ -88,7 +88,8 @@ def scale_table(found: dict[str, Any]) -> None:
         )  # fmt: skip
     console.print(table)
     say(
-        "aggregation (fold) goes on while others train; the last columns are peaks of resident memory"
+        "aggregation (fold) goes on while others train; "
+        "the last columns are peaks of resident memory"
     )
     for key, label in (
         ("floor_ratio", "everything FULL over the floor"),
