@@ -5,6 +5,7 @@ dotted path of a module with ``tuning(config)``, which returns it. A module with
 works too, see :class:`FunctionTuning`. The built-in tunings are in the package ``clients``.
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
@@ -25,7 +26,7 @@ TUNINGS = ("full", "lora")
 LEARNING_RATE = "learning_rate(kind, factor, options)"
 
 
-class Tuning:
+class Tuning(ABC):
     """Decides what trains of the slices that a client is assigned.
 
     A tuning has no training loop of its own: the engine trains what the hooks describe. Each
@@ -57,6 +58,7 @@ class Tuning:
     def __init__(self, config: RunConfig):
         self.config = config
 
+    @abstractmethod
     def learning_rate(self, kind: Kind, factor: bool, options: TrainingOptions) -> float:
         """Return the learning rate of a kind of parameters.
 
@@ -65,7 +67,6 @@ class Tuning:
             factor: Whether they are low-rank factors.
             options: How the client trains in this round, learning rates scheduled.
         """
-        raise NotImplementedError
 
     def check_options(self) -> None:
         """Refuse options that do not fit together.
@@ -232,7 +233,14 @@ def load_tuning(config: RunConfig, components: object = None, option: str = "tun
     where = f"{option} = {config.tuning!r}"
     make = getattr(module, "tuning", None)
     if callable(make):
-        tuning = make(config)
+        try:
+            tuning = make(config)
+        except ConfigError:
+            raise
+        except Exception as error:  # a plug-in is anybody's code
+            raise ConfigError(
+                f"{where}: tuning(config) raised {type(error).__name__}: {error}"
+            ) from error
         if not isinstance(tuning, Tuning):
             raise ConfigError(
                 f"{where}: tuning(config) returned a {type(tuning).__name__}; return a Tuning"

@@ -14,7 +14,7 @@ from d2ft_fl.lora.config import Lora, targets_alone
 from d2ft_fl.rounds.checks import checked_options
 from d2ft_fl.rounds.components import Components
 from d2ft_fl.rounds.federation import Federation
-from d2ft_fl.rounds.tuning import load_tuning
+from d2ft_fl.rounds.tuning import Tuning, load_tuning
 from tests.conftest import build, weights_of
 
 
@@ -54,6 +54,16 @@ def test_what_is_no_tuning_is_refused(module):
     module.tuning = lambda config: "none"
     with pytest.raises(ConfigError, match="returned a str; return a Tuning"):
         load_tuning(config)
+
+
+def test_a_tuning_without_a_learning_rate_is_refused_before_a_run_starts(module):
+    class Rateless(Tuning):
+        """Trains at no rate."""
+
+    module.tuning = Rateless
+    with pytest.raises(ConfigError, match=r"raised TypeError: .*learning_rate") as error:
+        checked_options(RunConfig(tuning="mine.tuning"))
+    assert "\n" not in str(error.value)
 
 
 def test_slora_is_lora_after_a_sparse_stage():
