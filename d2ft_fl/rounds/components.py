@@ -16,7 +16,6 @@ from d2ft_fl.budgets.sources import BudgetSource, budget_source
 from d2ft_fl.config.choices import HUB
 from d2ft_fl.config.run_config import NO_PATHS, RunConfig, inline_table, resolve_path
 from d2ft_fl.config.training_options import TrainingOptions
-from d2ft_fl.data.federated_data import class_count
 from d2ft_fl.data.spec import DataSpec
 from d2ft_fl.models.spec import ModelSpec
 from d2ft_fl.planning import importance
@@ -103,6 +102,9 @@ class Components:
     @cached_property
     def model_spec(self) -> ModelSpec:
         """The model to build."""
+        # It brings data sets and torchvision in, which strategies and options do without.
+        from d2ft_fl.data.federated_data import class_count
+
         c = self.config
         pretrained = c.pretrained
         if pretrained not in NO_PATHS["pretrained"]:
