@@ -101,3 +101,10 @@ def test_samples_use_the_public_api_only(code):
             assert {alias.name for alias in node.names} <= set(d2ft_fl.__all__)
         elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name):
             assert node.value.id != "d2ft_fl" or node.attr in d2ft_fl.__all__
+
+
+def test_strategies_load_without_data_sets_and_model_libraries():
+    """They take seconds to import, and no strategy needs any of them."""
+    code = "from d2ft_fl.rounds.strategies import builtin_strategies; builtin_strategies()"
+    heavy = {"datasets", "flwr_datasets", "torchvision", "timm", "peft", "pandas", "flwr", "ray"}
+    assert not heavy & set(loaded_by(code))
