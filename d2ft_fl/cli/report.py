@@ -25,8 +25,7 @@ def report_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON only.")] = False,
 ) -> None:
     """Write the page of a run or of a sweep, also while it goes on."""
-    from d2ft_fl import report
-    from d2ft_fl.report import plan_figure
+    from d2ft_fl.report import pages, plan_figure
 
     with failures():
         if across and not markdown:
@@ -34,12 +33,12 @@ def report_command(
         if markdown and (as_json or output is not None):
             raise ConfigError("--markdown prints a table alone; leave out --json and --output")
         if markdown:
-            typer.echo(report.sweep_table(path, across), nl=False)
+            typer.echo(pages.sweep_table(path, across), nl=False)
             return
         if output is not None:
-            plan_figure.check_output(output, report.SUFFIXES)
-        kind = report.kind_of(path)
-        page = (report.run_page if kind == report.RUN else report.sweep_page)(path, output)
+            plan_figure.check_output(output, pages.SUFFIXES)
+        kind = pages.kind_of(path)
+        page = (pages.run_page if kind == pages.RUN else pages.sweep_page)(path, output)
     if as_json:
         typer.echo(json.dumps({"kind": kind, "report": str(page.absolute())}))
     else:

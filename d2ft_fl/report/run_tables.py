@@ -87,7 +87,7 @@ def _grouped(frame: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
     means = [op.name for op in Operation] + ["examples", "rank"]
     shares = [f"{name}_share" for name in LIMITS]
     frame = frame.astype(dict.fromkeys(SUMMED, float)).assign(
-        memory=frame["memory"].where(frame["worked"]), failure=frame["fault"].notna()
+        memory=frame["memory"].where(frame["worked"]), fault=frame["fault"].notna()
     )
     grouped = frame.groupby(keys, sort=False)
     out = grouped[[*means, *shares, "memory"]].mean()

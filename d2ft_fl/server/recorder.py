@@ -196,9 +196,9 @@ def write_summary(folder: Path, summary: Mapping[str, Any], report: bool = True)
 
 def _write_report(folder: Path) -> None:
     """Write the page. An error is logged only: the results of the run are already written."""
-    from d2ft_fl import report
+    from d2ft_fl.report.pages import run_page
 
     try:
-        report.run_page(folder)
+        run_page(folder)
     except Exception as error:
         log.warning("report.html was not written: %s: %s", type(error).__name__, error)

@@ -160,7 +160,7 @@ def _conclude(
 
 def _page(folder: Path) -> str:
     """Write the sweep's page; returns the line to say of it."""
-    from d2ft_fl.report import sweep_page
+    from d2ft_fl.report.pages import sweep_page
 
     try:
         return f"report: {sweep_page(folder)}"

@@ -2,7 +2,7 @@
 
 import pytest
 
-from d2ft_fl.report import sweep_page
+from d2ft_fl.report.pages import sweep_page
 from d2ft_fl.rounds.checks import checked
 from d2ft_fl.runtime.in_process import run_local
 from tests.browser import Browser, chromium

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from d2ft_fl.report import html as pages
-from d2ft_fl.report import run_charts, run_page
+from d2ft_fl.report import run_charts
+from d2ft_fl.report.pages import run_page
 from d2ft_fl.report.run import run_html
 from d2ft_fl.report.run_folder import RunFolder
 from d2ft_fl.rounds.checks import checked
@@ -119,6 +120,8 @@ def test_faults_and_sitting_out(tmp_path):
     assert card(text, "sat out") == "2"
     assert "of 6 times" in text
     assert "round 2, client 1: no answer &lt;b&gt;" in text
+    (row,) = (line for line in text.split("<tr>") if line.startswith('<td class="word">1</td>'))
+    assert "<td>1</td><td>1</td>" in row  # client 1 sat out once, and failed once
 
 
 def test_without_budgets_the_page_says_so(tmp_path):

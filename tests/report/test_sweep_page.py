@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from d2ft_fl.errors import ConfigError
-from d2ft_fl.report import sweep_page
 from d2ft_fl.report.charts import MOST_LINES
 from d2ft_fl.report.curves import Curve, curves
+from d2ft_fl.report.pages import sweep_page
 from d2ft_fl.report.sweep import sweep_html
 from d2ft_fl.report.sweep_folder import SweepFolder
 from tests.report.made_up import distance_run, write_sweep

@@ -179,7 +179,7 @@ def test_a_page_that_cannot_be_made_costs_no_result(file, monkeypatch, capsys):
     def broken(folder):
         raise KeyError("plan_seconds")
 
-    monkeypatch.setattr("d2ft_fl.report.sweep_page", broken)
+    monkeypatch.setattr("d2ft_fl.report.pages.sweep_page", broken)
     assert sweep(file, engine=FakeEngine()) == 0
     assert "no report: KeyError: 'plan_seconds'" in capsys.readouterr().out
     assert sweep(file, as_json=True, engine=FakeEngine()) == 0
