@@ -39,7 +39,7 @@ from .slora import SparseStage
 class LoraTuning(Tuning):
     """Train factors of the targeted products, and the classifier."""
 
-    options = ("lora-ranks", "slora-rounds", "lora-adapter")
+    reads = "lora"
     takes_steps = False
 
     @cached_property

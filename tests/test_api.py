@@ -29,9 +29,15 @@ def test_importing_it_loads_nothing_heavy():
     assert not heavy & loaded_by("import d2ft_fl; dir(d2ft_fl)")
 
 
-def test_full_tuning_does_not_load_the_solver():
-    """Each worker process imports its tuning, and would load compiled code for nothing."""
-    assert "numba" not in loaded_by("import d2ft_fl.clients.full")
+def test_workers_do_not_load_compiled_code():
+    """Every worker process imports the client trainer and its tuning, and compiles nothing."""
+    assert "numba" not in loaded_by("import d2ft_fl.client.trainer, d2ft_fl.clients.full")
+
+
+def test_what_is_shown_in_a_terminal_loads_no_charts():
+    """Units and labels are the reports', whose pages take Plotly and pandas."""
+    shown = loaded_by("import d2ft_fl.server.console, d2ft_fl.cli.bench_tables")
+    assert not {"plotly", "pandas", "matplotlib", "timm", "datasets"} & shown
 
 
 def test_every_name_is_there_and_listed():

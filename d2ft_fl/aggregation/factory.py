@@ -64,8 +64,3 @@ def make_mean(
     if arch.rank:
         return LoraSums(arch, weights, examples, config.lora_aggregation, config.lora_error)
     return Sums(arch, weights, examples)
-
-
-def bounds_changes(config: RunConfig) -> bool:
-    """Return whether options bound a client's change, so that none may be multiplied."""
-    return config.aggregation != "mean" or config.clip_norm > 0

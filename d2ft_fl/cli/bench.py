@@ -9,11 +9,10 @@ import click
 import typer
 
 from d2ft_fl.cli.common import DEVICE, failures, progress_bar
-from d2ft_fl.config.choices import PRECISIONS
+from d2ft_fl.config.choices import PRECISIONS, TUNINGS
+from d2ft_fl.config.renamed import given_twice, notice
 from d2ft_fl.models.spec import GLYPH_NAME
 from d2ft_fl.util import terminal
-
-TUNINGS = ("full", "lora")
 
 app = typer.Typer(help="Measure speed and memory on this machine.", no_args_is_help=True)
 
@@ -52,10 +51,13 @@ def step_command(
     from d2ft_fl.cli import bench_tables
     from d2ft_fl.report import plan_figure
 
-    if accumulate is not None:
-        typer.echo("d2ft: option --accumulate is called --micro-batches now", err=True)
-        micro_batches = accumulate
     with failures():
+        if accumulate is not None:
+            old, present = "--accumulate", "--micro-batches"
+            if micro_batches != 1:
+                raise given_twice(old, present)
+            typer.echo(notice(old, present), err=True)
+            micro_batches = accumulate
         what = step.StepBench(
             model, image_size, batch_size, threads, device, precision, slots, pairs,
             checkpointing, micro_batches, tuning,

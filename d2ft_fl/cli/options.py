@@ -11,7 +11,7 @@ from rich.table import Table
 from d2ft_fl.cli.common import failures
 from d2ft_fl.cli.options_page import allowed_words, by_group, to_markdown, to_toml, toml_value
 from d2ft_fl.config.option import TYPE_NAMES, Option
-from d2ft_fl.config.renamed import RENAMED
+from d2ft_fl.config.renamed import RENAMED, notice
 from d2ft_fl.config.run_config import OPTIONS, nearest
 from d2ft_fl.errors import ConfigError
 from d2ft_fl.util.terminal import console, say
@@ -54,7 +54,7 @@ def _named(name: str) -> Option:
     if now not in OPTIONS:
         raise ConfigError(f"unknown option {name!r}; {nearest(name, OPTIONS)}")
     if now != name:
-        print(f"d2ft: option {name} is called {now} now", file=sys.stderr)
+        print(notice(name, now), file=sys.stderr)
     return OPTIONS[now]
 
 

@@ -15,6 +15,7 @@ HUB = "hub:"  # begins the name of a data set of the Hugging Face hub
 PRETRAINED = ("bundled", "hub", "none")
 DATA_SELECTIONS = ("random", "entropy")
 
+TUNINGS = ("full", "lora")  # those that come with the project; any module may be another
 OPTIMIZERS = ("adamw", "sgd")
 PRECISIONS = ("fp32", "bf16")
 DEVICES = ("cpu", "cuda")

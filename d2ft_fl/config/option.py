@@ -89,6 +89,7 @@ def option(
     choices: tuple[Any, ...] = (),
     unit: str = "",
     no_path: tuple[str, ...] | None = None,
+    read_by: str = "",
 ) -> Any:
     """Return the field of an option.
 
@@ -103,9 +104,16 @@ def option(
         unit: What a number counts or is measured in.
         no_path: Of an option that names a file or folder, the values that are no path; None for an
             option that names none.
+        read_by: The tuning that alone reads the option; empty where every run reads it.
     """
     allowed = Allowed(low, above, high, below, choices)
-    metadata = {"text": text, "allowed": allowed, "unit": unit, "no_path": no_path}
+    metadata = {
+        "text": text,
+        "allowed": allowed,
+        "unit": unit,
+        "no_path": no_path,
+        "read_by": read_by,
+    }
     return field(default=default, metadata=metadata)
 
 
@@ -156,6 +164,11 @@ class Option:
     def no_path(self) -> tuple[str, ...] | None:
         """Values that are no path, of an option that names a file or folder; None for others."""
         return self.field.metadata["no_path"]
+
+    @property
+    def read_by(self) -> str:
+        """The tuning that alone reads the option; empty where every run reads it."""
+        return self.field.metadata["read_by"]
 
     @property
     def allowed(self) -> str:

@@ -15,8 +15,19 @@ RENAMED = {"accumulate": "micro-batches"}  # the present name by the old one
 # Attributes of an execution policy in ``clients.jsonl``, where they differ from those of today.
 RENAMED_IN_POLICIES = {"accumulate": "micro_batches"}
 
+_FIRST = {now: old for old, now in RENAMED.items()}
 _log = logging.getLogger(__name__)
 _told: set[str] = set()
+
+
+def notice(old: str, present: str) -> str:
+    """Return the line that says what an option is called now."""
+    return f"d2ft: option {old} is called {present} now"
+
+
+def given_twice(old: str, present: str) -> ConfigError:
+    """Return the refusal of an option that is given under both names."""
+    return ConfigError(f"{old} is the old name of {present}, which is given too: leave {old} out")
 
 
 def renamed(entries: Mapping[str, Any], quietly: bool = False) -> dict[str, Any]:
@@ -34,12 +45,10 @@ def renamed(entries: Mapping[str, Any], quietly: bool = False) -> dict[str, Any]
     for key, value in entries.items():
         now = RENAMED.get(key, key)
         if now != key and now in entries:
-            raise ConfigError(
-                f"{key} is the old name of {now}, which is given too: leave {key} out"
-            )
+            raise given_twice(key, now)
         if now != key and not quietly and key not in _told:
             _told.add(key)
-            _log.warning("d2ft: option %s is called %s now", key, now)
+            _log.warning(notice(key, now))
         found[now] = value
     return found
 
@@ -49,8 +58,12 @@ def first_names(entries: Mapping[str, Any]) -> dict[str, Any]:
 
     So what was named after its options, like the trials of a sweep, is found again.
     """
-    first = {now: old for old, now in RENAMED.items()}
-    return {first.get(key, key): value for key, value in entries.items()}
+    return {first_name(key): value for key, value in entries.items()}
+
+
+def first_name(key: str) -> str:
+    """Return the name that an option had first."""
+    return _FIRST.get(key, key)
 
 
 def policy_entries(entries: Mapping[str, Any]) -> dict[str, Any]:

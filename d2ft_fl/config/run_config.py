@@ -101,6 +101,11 @@ class RunConfig(  # a dataclass has the fields of its last base first
         order = np.random.default_rng([self.seed, 4]).permutation(self.clients)
         return client in order[:count]
 
+    @property
+    def bounds_changes(self) -> bool:
+        """Whether a client's change is bounded, so that none may be multiplied by a step."""
+        return self.aggregation != "mean" or self.clip_norm > 0
+
     def offered_ranks(self) -> tuple[int, ...]:
         """Return the ranks that subnets may train at besides ``lora-rank``."""
         return tuple(int(text) for text in self.lora_ranks.split(",") if text.strip())

@@ -63,8 +63,8 @@ def parse_pairs(pairs: Iterable[str]) -> dict[str, Any]:
         key, sign, text = pair.partition("=")
         if not sign:
             raise ConfigError(f"--set {pair!r} is not key=value")
-        entries |= absolute({key.strip(): parse_value(text.strip())}, Path())
-    return renamed(entries)
+        entries[key.strip()] = parse_value(text.strip())
+    return absolute(renamed(entries), Path())
 
 
 def parse_value(text: str) -> Any:

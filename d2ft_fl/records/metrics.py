@@ -6,6 +6,9 @@ from typing import Any
 from d2ft_fl.tasks.image_classification import ImageClassification
 from d2ft_fl.tasks.metrics import MetricSpec
 
+# What runs were measured by that did not write it into their lines.
+_FIRST = MetricSpec.of(ImageClassification())
+
 
 def with_metrics(line: Mapping[str, Any]) -> dict[str, Any]:
     """Return a line of ``rounds.jsonl`` with ``metrics`` and ``task``, whenever it was written.
@@ -15,9 +18,8 @@ def with_metrics(line: Mapping[str, Any]) -> dict[str, Any]:
     """
     if "metrics" in line:
         return dict(line)
-    task = ImageClassification()
-    values = {name: line.get(name) for name in task.metrics}
-    return {**line, **MetricSpec.of(task).entries(values)}
+    values = {name: line.get(name) for name in _FIRST.names}
+    return {**line, **_FIRST.entries(values)}
 
 
 def primary_of(line: Mapping[str, Any]) -> float | None:

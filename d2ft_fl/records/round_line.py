@@ -35,7 +35,6 @@ def round_line(
     """
     worked = [r for r in records if r.used is not None]
     metrics = MetricSpec.of(federation.components.task)
-    utility = _utility(federation, state, plan)
     return {
         "round": state.round,
         **metrics.entries(figures),
@@ -48,8 +47,7 @@ def round_line(
         "round_seconds": max((r.seconds for r in records), default=0.0),
         "wall_seconds": wall_seconds,
         "plan_seconds": plan.seconds,
-        "utility": utility,
-        "worth": utility,  # the key of older versions, which scripts read
+        "utility": _utility(federation, state, plan),
         "clients": len(records),
         "worked": len(worked),
         "sat_out": sum(r.sat_out for r in records),

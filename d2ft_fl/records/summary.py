@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 
-from d2ft_fl.budgets.budget import LIMITS
 from d2ft_fl.costs.resources import RESOURCES
 from d2ft_fl.records.metrics import metric_totals
 from d2ft_fl.rounds.components import Components
@@ -19,7 +18,7 @@ def summarise(
     """Return what ``summary.json`` holds."""
     return {
         "strategy": federation.config.strategy,
-        "keeps_budgets": len(federation.keeps) == len(LIMITS),
+        "keeps_budgets": federation.strategy.keeps_budgets,
         "keeps": list(federation.keeps),
         "scores": list(federation.components.measured_scores),
         "seed": federation.config.seed,

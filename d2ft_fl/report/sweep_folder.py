@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from d2ft_fl.config.renamed import renamed
 from d2ft_fl.errors import ConfigError
 from d2ft_fl.report.reading import damaged, read_json
 from d2ft_fl.report.run_folder import RunFolder
@@ -318,5 +319,5 @@ def _trial(folder: Path, entry: dict[str, Any]) -> Trial:
         run = RunFolder.begun(path) if path.is_dir() else None
     except ConfigError as error:
         status, reason = DAMAGED, str(error)
-    settings = {key: _plain(value) for key, value in entry["settings"].items()}
+    settings = {k: _plain(v) for k, v in renamed(entry["settings"], quietly=True).items()}
     return Trial(entry["trial"], settings, status, reason, run if run and run.lines else None)

@@ -7,7 +7,7 @@ write instead.
 from d2ft_fl.budgets.budget import ClientDescription
 from d2ft_fl.budgets.matching import MATCHES
 from d2ft_fl.config.choices import ADAPTIVE_OPTIMIZERS, SERVER_OPTIMIZERS
-from d2ft_fl.config.run_config import RunConfig
+from d2ft_fl.config.run_config import OPTIONS, RunConfig
 from d2ft_fl.errors import ConfigError, UnkeptBudget
 from d2ft_fl.rounds.components import Components
 from d2ft_fl.rounds.strategies import Strategy
@@ -147,16 +147,11 @@ def _check_tuning(components: Components) -> None:
     """Refuse options that the tuning does not read, or that do not go together under it."""
     config, tuning = components.config, components.tuning
     check_bits(config.upload_bits, config.download_bits)
-    for key, value in _of_factors(config).items():
-        if value and key not in tuning.options:
-            raise ConfigError(f"{key} belongs to tuning = 'lora', not {config.tuning!r}")
+    for one in OPTIONS.values():
+        value = getattr(config, one.field.name)
+        unread = one.read_by not in ("", tuning.reads)
+        if unread and str(value).strip() != str(one.default):
+            raise ConfigError(
+                f"{one.key} belongs to tuning = {one.read_by!r}, not {config.tuning!r}"
+            )
     tuning.check_options()
-
-
-def _of_factors(config: RunConfig) -> dict[str, str | int]:
-    """Return the values of the options that only LoRA reads, by key."""
-    return {
-        "lora-ranks": config.lora_ranks.strip(),
-        "slora-rounds": config.slora_rounds,
-        "lora-adapter": config.lora_adapter,
-    }

@@ -9,7 +9,6 @@ from functools import cached_property
 
 import torch
 
-from d2ft_fl.aggregation.factory import bounds_changes
 from d2ft_fl.aggregation.privacy import Privacy
 from d2ft_fl.aggregation.server_optimizer import ServerOptimizer
 from d2ft_fl.budgets.sources import BudgetSource, budget_source
@@ -47,12 +46,12 @@ class Components:
     @cached_property
     def tuning(self) -> Tuning:
         """What decides what trains of an assigned model, and how."""
-        return load_tuning(self.config, self)
+        return load_tuning(self.config)
 
     @property
     def takes_steps(self) -> bool:
         """Whether a client's change may be multiplied by a step: where nothing bounds changes."""
-        return self.tuning.takes_steps and not bounds_changes(self.config)
+        return self.tuning.takes_steps and not self.config.bounds_changes
 
     @cached_property
     def task(self) -> Task:

@@ -337,7 +337,7 @@ def _check_budgets(
     if broken := [name for name in over if name in keeps]:
         raise RunError(
             f"{strategy} breaks the budget of client {client.client} in {', '.join(broken)}; use "
-            "round.plan, or leave that out of KEEPS"
+            "context.plan, or leave that out of KEEPS"
         )
 
 

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from d2ft_fl.config.choices import TUNINGS
 from d2ft_fl.config.run_config import RunConfig
 from d2ft_fl.config.training_options import TrainingOptions
 from d2ft_fl.errors import ConfigError
@@ -22,7 +23,6 @@ from d2ft_fl.util.plugins import load_module
 if TYPE_CHECKING:
     from d2ft_fl.aggregation.aggregator import Aggregator
 
-TUNINGS = ("full", "lora")
 LEARNING_RATE = "learning_rate(kind, factor, options)"
 
 
@@ -45,14 +45,15 @@ class Tuning(ABC):
 
     Attributes:
         config: The options of the run.
-        options: Keys of the options that only some tunings read and that this one does. Those that
-            are set for a tuning that does not read them are refused.
+        reads: The tuning whose own options this one reads (``read_by`` of an option, for example
+            ``lora``); empty for none. Options that the tuning of a run does not read are refused
+            where they are set.
         takes_steps: Whether the server may multiply a client's change by
             :attr:`~d2ft_fl.config.training_options.ExecutionPolicy.step`, which asks for an
             aggregator that does.
     """
 
-    options: tuple[str, ...] = ()
+    reads: str = ""
     takes_steps: bool = True
 
     def __init__(self, config: RunConfig):
@@ -166,19 +167,17 @@ class FunctionTuning(Tuning):
     The module has ``learning_rate(kind, factor, options)``. It may have the following functions.
     Each means what the method of that name means in :class:`Tuning`:
 
-    - ``architecture(arch, components, round_number)``
-    - ``prepare(weights, arch, components, round_number, original)``
-    - ``save(folder, weights, arch, components, original)``
+    - ``architecture(arch, config, round_number)``
+    - ``prepare(weights, arch, config, round_number, original)``
+    - ``save(folder, weights, arch, config, original)``
 
     Attributes:
         module: The module.
-        components: What the functions get beside the arguments of the methods: the run's
-            :class:`~d2ft_fl.rounds.components.Components`.
     """
 
-    def __init__(self, config: RunConfig, module: ModuleType, components: object):
+    def __init__(self, config: RunConfig, module: ModuleType):
         super().__init__(config)
-        self.module, self.components = module, components
+        self.module = module
 
     def _function(self, name: str) -> Callable[..., Any] | None:
         """Return a function of the module; None if it has none of this name."""
@@ -191,7 +190,7 @@ class FunctionTuning(Tuning):
     def architecture(self, arch: Architecture, round_number: int) -> Architecture:
         """Return what the module's function returns; ``arch`` without one."""
         function = self._function("architecture")
-        return function(arch, self.components, round_number) if function else arch
+        return function(arch, self.config, round_number) if function else arch
 
     def prepare(
         self,
@@ -204,7 +203,7 @@ class FunctionTuning(Tuning):
         function = self._function("prepare")
         if function is None:
             return weights, {}
-        return function(weights, arch, self.components, round_number, original)
+        return function(weights, arch, self.config, round_number, original)
 
     def save(
         self,
@@ -215,15 +214,14 @@ class FunctionTuning(Tuning):
     ) -> None:
         """Call the module's function, if it has one."""
         if function := self._function("save"):
-            function(folder, weights, arch, self.components, original)
+            function(folder, weights, arch, self.config, original)
 
 
-def load_tuning(config: RunConfig, components: object = None, option: str = "tuning") -> Tuning:
+def load_tuning(config: RunConfig, option: str = "tuning") -> Tuning:
     """Load the tuning that ``tuning`` names.
 
     Args:
         config: The options of the run.
-        components: What plain functions get; see :class:`FunctionTuning`.
         option: The option that names the tuning, for messages.
 
     Raises:
@@ -247,5 +245,5 @@ def load_tuning(config: RunConfig, components: object = None, option: str = "tun
             )
         return tuning
     if callable(getattr(module, "learning_rate", None)):
-        return FunctionTuning(config, module, components)
+        return FunctionTuning(config, module)
     raise ConfigError(f"{where} has no function {LEARNING_RATE}, and no tuning(config)")

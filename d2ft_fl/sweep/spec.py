@@ -34,6 +34,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from d2ft_fl.config.renamed import first_name
 from d2ft_fl.sweep.draws import Draw
 from d2ft_fl.util.toml_lines import Locator
 
@@ -115,5 +116,11 @@ class Sweep:
 
 
 def place_name(at: Locator, place: tuple[str, ...]) -> str:
-    """Write a place in a file for people: ``mine.toml:3: grid.lr``."""
-    return f"{at(*place)}: {'.'.join(part for part in place if not part.isdecimal())}"
+    """Write a place in a file for people: ``mine.toml:3: grid.lr``.
+
+    Args:
+        at: Finds lines of the file.
+        place: Tables and key, options by their present names; the file may have an old one.
+    """
+    written = place if at.has(*place) else tuple(map(first_name, place))
+    return f"{at(*written)}: {'.'.join(part for part in place if not part.isdecimal())}"

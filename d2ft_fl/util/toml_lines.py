@@ -83,6 +83,10 @@ class Locator:
     def _lines(self) -> dict[Path, int]:
         return line_numbers(self.text)
 
+    def has(self, *path: str) -> bool:
+        """Return whether a table or key stands in the text."""
+        return path in self._lines
+
     def __call__(self, *path: str) -> str:
         """Return where ``path`` stands, or the nearest table above in the text; else line 1."""
         above = (path[:length] for length in range(len(path), 0, -1))

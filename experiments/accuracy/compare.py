@@ -200,7 +200,7 @@ def table(budget: str, own: list[Setting], reference: Setting) -> str:
 
 
 def predicted(found: list[Setting], reference: Setting) -> list[tuple[Setting, float]]:
-    """Settings of full tuning with seeds that the reference has, and their predicted worth."""
+    """Settings of full tuning with seeds that the reference has, and their predicted utility."""
     local = examples(reference)
     able = [s for s in found if not s.lora and s.runs.keys() <= local.keys()]
     return [(s, s.utility(local)) for s in able]
@@ -221,7 +221,7 @@ def draw(
     worths: list[tuple[Setting, float]],
     path: Path,
 ) -> None:
-    """Predicted worth and measured accuracy; and what each budget costs, with intervals."""
+    """Predicted utility and measured accuracy; and what each budget costs, with intervals."""
     import matplotlib.pyplot as plt
 
     own: defaultdict[str, list[Setting]] = defaultdict(list)
@@ -251,7 +251,7 @@ def draw(
     left.set_xlabel("points of accuracy to full tuning without limits")
     left.set_xlim(left=max(FURTHEST - 1, left.get_xlim()[0]))
     right.set_box_aspect(1)
-    right.set_xlabel("predicted worth")
+    right.set_xlabel("predicted utility")
     right.set_ylabel("accuracy, %")
     figure.savefig(path, dpi=110)
 
@@ -307,7 +307,9 @@ def compare(folders: list[Path], picture: Path | None, spent: Path | None) -> No
     if len({utility for _, utility in worths}) > 2:
         accuracy = [s.beside(reference) for s, _ in worths]
         rho = float(spearmanr([utility for _, utility in worths], accuracy).statistic)
-        print(f"Spearman's correlation of predicted worth and accuracy: {rho:.2f} ({len(worths)})")
+        print(
+            f"Spearman's correlation of predicted utility and accuracy: {rho:.2f} ({len(worths)})"
+        )
     if picture:
         draw(found, reference, worths, picture)
     if spent:

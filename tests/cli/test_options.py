@@ -90,8 +90,11 @@ def test_the_command_starts_without_what_takes_seconds_to_import():
     import sys
 
     code = (
-        "import sys, d2ft_fl.cli.main; "
-        "print([m for m in ('torch', 'timm', 'ray', 'flwr', 'datasets') if m in sys.modules])"
+        "import sys; from d2ft_fl.cli.main import app; "
+        "app(['options', 'lr'], standalone_mode=False); "
+        "heavy = {'torch', 'timm', 'ray', 'flwr', 'datasets', 'numba', 'pandas', 'plotly', 'peft'}; "
+        "print(sorted(heavy & set(sys.modules)))"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
-    assert found.stdout == "[]\n"
+    assert found.stdout.startswith("lr = 5e-4\n")
+    assert found.stdout.endswith("\n[]\n")

@@ -31,17 +31,15 @@ def module(monkeypatch):
     return made
 
 
-def test_a_module_with_plain_functions_gets_the_components(module):
+def test_a_module_with_plain_functions_gets_the_configuration(module):
     asked = []
     module.learning_rate = lambda kind, factor, options: 0.25
-    module.architecture = lambda arch, components, number: (
-        asked.append((components, number)) or arch
-    )
+    module.architecture = lambda arch, config, number: asked.append((config, number)) or arch
     components = Components(RunConfig(tuning="mine.tuning"))
     _, arch = build()
     federation = Federation(components, arch)
     assert federation.at(3) is federation
-    assert asked == [(components, 3)]
+    assert asked == [(components.config, 3)]
     assert components.tuning.learning_rate(None, False, None) == 0.25
     weights = {}
     assert components.tuning.prepare(weights, arch, 1, {}) == (weights, {})

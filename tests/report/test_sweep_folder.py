@@ -170,3 +170,11 @@ def test_damage_is_named_in_one_line(tmp_path, text, message):
     (tmp_path / "trials.json").write_text(text)
     with pytest.raises(ConfigError, match=message):
         SweepFolder.read(tmp_path)
+
+
+def test_settings_of_an_older_sweep_go_by_their_present_names(tmp_path):
+    """`accumulate` was the name of `micro-batches`; lines of its runs have that name as well."""
+    folder = write_sweep(tmp_path, [({"accumulate": n}, n / 10) for n in (1, 2)])
+    assert [trial.settings for trial in SweepFolder.read(folder).trials] == [
+        {"micro-batches": 1}, {"micro-batches": 2},
+    ]  # fmt: skip

@@ -204,3 +204,5 @@ def test_old_names_of_options_are_read_everywhere_in_a_file(write):
     assert read_sweep(write(draws)).groups[0].search == {"micro-batches": Choice((1, 2))}
     with pytest.raises(ConfigError, match=r"s.toml:1: base: accumulate is the old name"):
         read_sweep(write("[base]\naccumulate = 3\nmicro-batches = 3\n"))
+    with pytest.raises(ConfigError, match=r"s.toml:3: grid.micro-batches: "):
+        read_sweep(write("[grid]\nlr = [1e-4]\naccumulate = ['many']\n"))

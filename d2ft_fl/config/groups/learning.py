@@ -120,6 +120,7 @@ class TuningOptions:
         "",
         'Smaller ranks that the planner may give a head, like "2, 4"; needs lora-aggregation = '
         "product or stack.",
+        read_by="lora",
     )
     lora_rank_exponent: float = option(
         0.5,
@@ -156,7 +157,10 @@ class TuningOptions:
         "seconds a client with a large model.",
     )
     lora_adapter: str = option(
-        "", "Folder of a peft adapter to begin from; empty for none.", no_path=("",)
+        "",
+        "Folder of a peft adapter to begin from; empty for none.",
+        no_path=("",),
+        read_by="lora",
     )
     lora_lr: float = option(2e-3, "Learning rate of the LoRA factors.", low=0)
     slora_rounds: int = option(
@@ -165,6 +169,7 @@ class TuningOptions:
         "Babakniya et al., 2023, arXiv 2308.06522).",
         low=0,
         unit="rounds",
+        read_by="lora",
     )
 
 
