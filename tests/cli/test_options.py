@@ -92,7 +92,7 @@ def test_the_command_starts_without_what_takes_seconds_to_import():
     code = (
         "import sys; from d2ft_fl.cli.main import app; "
         "app(['options', 'lr'], standalone_mode=False); "
-        "heavy = {'torch', 'timm', 'ray', 'flwr', 'datasets', 'numba', 'pandas', 'plotly', 'peft'}; "
+        "heavy = {'torch', 'timm', 'ray', 'flwr', 'datasets', 'numba', 'pandas', 'plotly'}; "
         "print(sorted(heavy & set(sys.modules)))"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
