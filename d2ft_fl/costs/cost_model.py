@@ -110,7 +110,7 @@ class CostModel:
     # -- FLOPs -------------------------------------------------------------------------------
 
     @cached_property
-    def branch_flops(self) -> "BranchFlops":
+    def branch_flops(self) -> BranchFlops:
         """FLOPs of operations, by branch."""
         return BranchFlops.of(self.seen, self.fused, self.options.checkpointing)
 

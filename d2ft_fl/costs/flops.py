@@ -8,7 +8,7 @@ With T tokens, head width d, feed-forward slice f and model width D, one example
     attention     A = 2 T^2 d, the FLOPs of one of its products
 
     forward                 2 (P_in + P_out) + 2 A
-    gradient through it     2 (P_in + P_out) + 5 A   (4 A without fused attention, see `timm_vit`)
+    gradient through it     2 (P_in + P_out) + 5 A   (4 A unfused: `d2ft_fl.engine.attention`)
     gradient of its weights 2 (P_in + P_out)
     again, if checkpointed  2 P_in + 2 A             (neither norm nor product out is needed twice)
 

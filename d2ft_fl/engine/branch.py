@@ -104,7 +104,7 @@ class Branch:
     @property
     def random(self) -> bool:
         """Whether random numbers are drawn between x and the sum, when training."""
-        return self.traits.random or any(map(self._drops, self.factors))
+        return self.spec.dropout > 0 or any(map(self._drops, self.factors))
 
     def _drops(self, product: str) -> bool:
         return product in self.factors and self.factors[product].dropout > 0
@@ -142,7 +142,7 @@ class Branch:
         first: set[int] = set()  # heads whose first gradient is added to what is there
         for head_group in full:
             overwrites = overwrite and touched.isdisjoint(head_group.heads)
-            head_group.set_overwrites(overwrites)
+            head_group.gradients.overwrite = overwrites
             if not overwrites:
                 first.update(set(head_group.heads) - touched)
             touched.update(head_group.heads)

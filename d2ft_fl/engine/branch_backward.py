@@ -91,12 +91,8 @@ class SegmentBackward:
 
     def input_gradient(self) -> Tensor | None:
         """Run it; return the gradient of x [examples, tokens, dim], or None where x wants none."""
-        live = [
-            (index, head_group, rows)
-            for index, (head_group, rows) in enumerate(
-                self.run.with_examples(self.segment, self.segment.alive)
-            )
-        ]
+        with_examples = self.run.with_examples(self.segment, self.segment.alive)
+        live: list[Placed] = [(index, *placed) for index, placed in enumerate(with_examples)]
         for full in (True, False):  # all head groups of an operation together
             self._operation([placed for placed in live if placed[1].full is full], full)
         self.y = None

@@ -7,7 +7,7 @@ out have the columns of these heads alone.
 from collections.abc import Iterable, Mapping, Sequence
 
 from d2ft_fl.engine.packed_heads import PackedHeads
-from d2ft_fl.engine.product import Product, ProductFactors
+from d2ft_fl.engine.product import GradientRule, Product, ProductFactors
 from d2ft_fl.engine.product_out import ProductOut
 from d2ft_fl.engine.products_in import ProductsIn
 
@@ -25,6 +25,7 @@ class HeadGroup:
         factors: Product -> its LoRA factors.
 
     Attributes:
+        gradients: What becomes of gradients of the weights, of all products alike.
         depth: Columns of what goes into the product out.
     """
 
@@ -40,16 +41,16 @@ class HeadGroup:
     ):
         chosen = set(heads)
         self.heads = tuple(h for h in store.order if h in chosen)
-        self.slots, self.full = slots, full
+        self.slots, self.gradients = slots, GradientRule(full)
         self.products = [
-            Product.of(store, module, self.heads, full, factors.get(module))
+            Product.of(store, module, self.heads, self.gradients, factors.get(module))
             for module in (*inward, outward)
         ]
-        self.inward = ProductsIn(self.products[:-1], full)
-        self.outward = ProductOut(self.products[-1], full)
+        self.inward = ProductsIn(self.products[:-1])
+        self.outward = ProductOut(self.products[-1])
         self.depth = self.products[-1].width
 
-    def set_overwrites(self, overwrites: bool) -> None:
-        """Let gradients replace those that are there, or be added to them."""
-        for product in self.products:
-            product.overwrites = overwrites
+    @property
+    def full(self) -> bool:
+        """Whether what trains of the weights gets gradients."""
+        return self.gradients.wanted

@@ -2,24 +2,21 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from d2ft_fl.engine.block import Offsets
+from d2ft_fl.engine.head_group import HeadGroup
+from d2ft_fl.engine.partial_model import PartialModel
 from d2ft_fl.subnets.schedule import Schedule
 from d2ft_fl.wire.compensation import mean_name, skip_name, skip_sets
-
-if TYPE_CHECKING:
-    from d2ft_fl.engine.block import Offsets
-    from d2ft_fl.engine.head_group import HeadGroup
-    from d2ft_fl.engine.partial_model import PartialModel
 
 
 class MeanTally:
     """A client's means of z over the examples that it runs, in one round."""
 
-    def __init__(self, model: "PartialModel"):
+    def __init__(self, model: PartialModel):
         self.model = model
         self._roles = [branch.outward_weight for branch in model.arch.branches]
         self.sums: dict[tuple[int, int], Tensor] = {}
@@ -67,7 +64,7 @@ class _Add:
     counts: dict[int, int]
     rows: Mapping[int, range]
 
-    def __call__(self, head_group: "HeadGroup", z: Tensor) -> None:
+    def __call__(self, head_group: HeadGroup, z: Tensor) -> None:
         summed = z.sum(dim=0, dtype=torch.float32)  # [tokens, depth]
         start = 0
         for head in head_group.heads:
@@ -77,7 +74,7 @@ class _Add:
             start += len(columns)
 
 
-def received(schedule: Schedule, tensors: Mapping[str, Tensor]) -> "dict[int, Offsets]":
+def received(schedule: Schedule, tensors: Mapping[str, Tensor]) -> dict[int, Offsets]:
     """Return compensation as it came down, per block and slot: see ``PartialModel.reset``."""
     offsets: dict[int, Offsets] = {}
     for block in range(schedule.operations.shape[1]):

@@ -12,16 +12,16 @@ new family needs.
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from d2ft_fl.subnets.architecture import Architecture
 
-# What a family's `embed` takes, examples first: images [examples, channels, height, width], or a
-# mapping of tensors such as input_ids and attention_mask [examples, tokens].
-Inputs = Any
+# What a family's `embed` takes, one tensor with the examples first: images [examples, channels,
+# height, width], or words [examples, tokens]. Batches, slots and the meter take it apart by rows.
+Inputs = Tensor
 
 # What every block of one forward pass needs besides the stream, by name: a mask, rotary positions.
 # Each tensor's first axis is the examples, or 1 where it is the same for all of them.
@@ -45,15 +45,14 @@ class BranchTraits:
     Attributes:
         norm: The norm of the branch, as a function of its parameters.
         middle: What lies between the products in and the product out, for example attention. It
-            takes any number of heads, and must treat each of them by itself.
-        random: Whether the middle draws random numbers in training.
+            takes any number of heads, and must treat each of them by itself. It draws random
+            numbers in training only where ``BranchSpec.dropout`` is above 0.
         output_dropout: Probability of dropout on the sum of all heads.
         drop_path: Probability of stochastic depth: an example goes without the branch.
     """
 
     norm: Norm
     middle: Middle
-    random: bool = False
     output_dropout: float = 0.0
     drop_path: float = 0.0
 
@@ -115,7 +114,9 @@ class ModelAdapter(Protocol):
     def logits(self, outer: nn.Module, features: Tensor) -> Tensor:
         """Return the outputs of the last linear layer, [..., classes] for features [..., dim].
 
-        Rows do not depend on each other, so that a loss may take some of them at a time.
+        The engine calls it on all features. It is a method of its own because of models with many
+        classes, such as words, whose logits take more memory than all else: rows must not depend
+        on each other, so that they can be computed a few at a time.
         """
 
     def forward(self, inputs: Inputs) -> Tensor:

@@ -56,6 +56,19 @@ def branch_factors(
     return factors
 
 
+@dataclass
+class GradientRule:
+    """What becomes of the gradients of a head group's weights; its products share one rule.
+
+    Attributes:
+        wanted: Whether what trains of the weights gets gradients: whether the group is FULL.
+        overwrite: Whether gradients replace those that are there; see ``Branch.settle``.
+    """
+
+    wanted: bool
+    overwrite: bool = False
+
+
 @dataclass(frozen=True)
 class View:
     """A run of rows of a product's weights: views of all that belongs to them, made once a round.
@@ -89,15 +102,13 @@ class Product:
         role: Module of its weights.
         views: Its runs of rows, in storage order.
         factors: Its LoRA factors, or None.
-        full: Whether what trains of its weights gets gradients.
-        overwrites: Whether its gradients replace those that are there; see ``Branch.settle``.
+        gradients: What becomes of gradients of its weights.
     """
 
     role: str
     views: list[View]
     factors: ProductFactors | None
-    full: bool
-    overwrites: bool = False
+    gradients: GradientRule
 
     @classmethod
     def of(
@@ -105,13 +116,13 @@ class Product:
         store: PackedHeads,
         role: str,
         heads: Sequence[int],
-        full: bool,
+        gradients: GradientRule,
         factors: ProductFactors | None,
     ) -> "Product":
         """Make the views of some heads' rows."""
         weight, bias = f"{role}.weight", f"{role}.bias"
         near = factors.near if factors else ""
-        trained = store.count(weight)
+        trained, wanted = store.count(weight), gradients.wanted
 
         def factor(of: Mapping[str, Tensor], rows: slice) -> Tensor | None:
             present = near in of and rows.stop <= trained
@@ -123,9 +134,9 @@ class Product:
                 store.weights[weight][run.rows],
                 store.weights[bias][run.rows] if bias in store.weights else None,
                 factor(store.weights, run.rows),
-                _rows(store.grads.get(weight), run) if full else None,
-                _rows(store.grads.get(bias), run) if full else None,
-                factor(store.grads, run.rows) if full else None,
+                _rows(store.grads.get(weight), run) if wanted else None,
+                _rows(store.grads.get(bias), run) if wanted else None,
+                factor(store.grads, run.rows) if wanted else None,
                 run.rows.start,
             )
 
@@ -133,7 +144,7 @@ class Product:
         if factors:  # heads that train have factors; those of the others are part of their weights
             for rows, _ in store.stretches(weight):
                 runs = [part for run in runs for part in run.cut(rows.stop)]
-        return cls(role, [view(run) for run in runs], factors, full)
+        return cls(role, [view(run) for run in runs], factors, gradients)
 
     @property
     def width(self) -> int:
@@ -181,14 +192,14 @@ class Product:
         new = right is not None and len(right) >= right.shape[1] and is_faster(left.t(), right)
         if observer is None and right is not None and kind is left.dtype and not new:
             assert grad is not None
-            torch.addmm(grad, left.t(), right, beta=0 if self.overwrites else 1, out=grad)
+            torch.addmm(grad, left.t(), right, beta=0 if self.gradients.overwrite else 1, out=grad)
             return
         value = left.sum(0, dtype=kind) if right is None else times(left.t(), right)
         if observer is not None:
             observer(name, view.first_row, value.to(kind))
             return
         assert grad is not None
-        if self.overwrites:
+        if self.gradients.overwrite:
             grad.copy_(value)
         else:
             grad.add_(value)

@@ -26,11 +26,10 @@ class ProductOut:
 
     Args:
         product: Its rows and factors.
-        full: Whether what trains of its weights gets gradients.
     """
 
-    def __init__(self, product: Product, full: bool):
-        self.product, self.full = product, full
+    def __init__(self, product: Product):
+        self.product, self.gradients = product, product.gradients
 
     def forward(
         self,
@@ -64,7 +63,7 @@ class ProductOut:
         saved = self.into_b(z, numerics, drop)
         assert saved.v is not None
         add_product(total, saved.v, numerics.cast(product.far(shared)).t())
-        if not self.full:
+        if not self.gradients.wanted:
             return NOTHING_SAVED
         kept = saved.z_dropped if saved.z_mask is not None and factors.near_trains else None
         v = saved.v if factors.far_trains else None
@@ -81,7 +80,7 @@ class ProductOut:
         product, factors = self.product, self.product.factors
         assert factors is not None
         into_a, mask = z, None
-        if drop and self.full and factors.dropout:
+        if drop and self.gradients.wanted and factors.dropout:
             into_a, mask = torch.native_dropout(z, factors.dropout, True)
         v: Tensor | None = None
         for view in product.factored:
@@ -105,7 +104,7 @@ class ProductOut:
         product, factors = self.product, self.product.factors
         if factors is None or not product.factored:
             return None
-        if not deep and not (self.full and factors.near_trains):
+        if not deep and not (self.gradients.wanted and factors.near_trains):
             return None
         return torch.mm(g, numerics.cast(product.far(shared))).mul_(factors.scaling)
 

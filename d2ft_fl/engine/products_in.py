@@ -26,11 +26,10 @@ class ProductsIn:
 
     Args:
         products: In the order in which the middle takes what they make.
-        full: Whether what trains of their weights gets gradients.
     """
 
-    def __init__(self, products: list[Product], full: bool):
-        self.products, self.full = products, full
+    def __init__(self, products: list[Product]):
+        self.products, self.gradients = products, products[0].gradients
 
     def forward(
         self, y: Tensor, shared: Mapping[str, Tensor], numerics: Numerics, drop: bool
@@ -73,7 +72,7 @@ class ProductsIn:
         """Add what the factors make of y into ``h`` [rows, width]; return what to keep."""
         factors, into_a, mask = product.factors, y, None
         assert factors is not None
-        if drop and self.full and factors.dropout:
+        if drop and self.gradients.wanted and factors.dropout:
             into_a, mask = torch.native_dropout(y, factors.dropout, True)
         u = torch.mm(into_a, numerics.cast(product.far(shared)).t()).mul_(factors.scaling)
         for view in product.factored:
@@ -81,7 +80,7 @@ class ProductsIn:
             add_product(
                 product.part(h, view), first_columns(u, view.near), numerics.cast(view.near).t()
             )
-        if not self.full:
+        if not self.gradients.wanted:
             return NOTHING_SAVED
         return SavedActivations(
             u=u if factors.near_trains else None,
@@ -103,7 +102,7 @@ class ProductsIn:
             factors = product.factors
             if factors is None or not product.factored:
                 continue
-            if not through and not (self.full and factors.far_trains):
+            if not through and not (self.gradients.wanted and factors.far_trains):
                 continue
             du: Tensor | None = None
             for view in product.factored:

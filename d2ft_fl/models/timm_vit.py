@@ -300,14 +300,12 @@ def _block_traits(block: Any, device: torch.device) -> BlockTraits:
         BranchTraits(
             norm=_norm(block.norm1),
             middle=_attention(block.attn, device),
-            random=block.attn.attn_drop.p > 0,
             output_dropout=block.attn.proj_drop.p,
             drop_path=_drop_path(block.drop_path1),
         ),
         BranchTraits(
             norm=_norm(block.norm2),
             middle=_feed_forward(block.mlp),
-            random=block.mlp.drop1.p > 0,
             output_dropout=block.mlp.drop2.p,
             drop_path=_drop_path(block.drop_path2),
         ),

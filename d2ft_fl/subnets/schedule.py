@@ -57,8 +57,9 @@ class BranchOperations:
         below[..., 1:] = begun[..., :-1]
         through = below.reshape(trains_here.shape) | (trains_here & norm)
         live = (each >= Operation.FROZEN) & ~full
-        micro_batches = np.where(through[..., None], Operation.FROZEN, Operation.FORWARD_ONLY)
-        return cls(np.where(live, micro_batches, each).astype(np.int8), through)
+        # What is live and trains nothing runs so:
+        runs_as = np.where(through[..., None], Operation.FROZEN, Operation.FORWARD_ONLY)
+        return cls(np.where(live, runs_as, each).astype(np.int8), through)
 
 
 @dataclass(frozen=True, eq=False)
