@@ -55,7 +55,8 @@ class LoraTuning(Tuning):
 
     def architecture(self, arch: Architecture, round_number: int) -> Architecture:
         """Return the architecture with the factors that ``lora-aggregation`` trains in a round."""
-        mode, targets = self.config.lora_aggregation, self.lora.targets_in(arch)
+        # Also of products without factors, of which with_lora makes nothing.
+        mode, targets = self.config.lora_aggregation, arch.possible_targets
         resting = frozen_factors(mode, arch, targets, round_number)
         return with_lora(arch, self.lora, resting, unchanging_factors(mode, arch, targets))
 

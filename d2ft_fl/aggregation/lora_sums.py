@@ -252,7 +252,7 @@ def effective_rows(
         heads = update.schedule.heads(update.schedule.trained, weight.block)
         if not heads:
             continue
-        common, of_heads = (a, b) if is_common(arch, weight.role.split(".")[0], "A") else (b, a)
+        common, of_heads = (a, b) if a.kind is Kind.SHARED else (b, a)
         base = weight.pack(weights[weight.name], heads).double()
         f, g = (_trained_factor(p, weights, update, heads) for p in (of_heads, common))
         g = g if common is a else g.T  # G^T: [rank, dim]

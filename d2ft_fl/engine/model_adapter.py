@@ -126,6 +126,8 @@ class ModelAdapter(Protocol):
         """Write weights into a folder as the library of the family loads them.
 
         Args:
-            folder: It exists; ``model.safetensors`` and ``model.json`` are written.
-            weights: By the names of the model's parameters.
+            folder: It exists; ``model.safetensors`` and ``model.json`` are written, the latter an
+                object from which ``Family.read`` (``d2ft_fl/models/family.py``) has the arguments
+                and classes with which the model is built again.
+            weights: By the names of the model's parameters, which are those of the tensors.
         """

@@ -87,19 +87,26 @@ class Lora:
         if len(set(self.targets)) < len(self.targets):
             raise ConfigError(f"lora-targets = {', '.join(self.targets)!r} names one twice")
 
-    def most_rank(self, arch: Architecture) -> int:
-        """Return the rank of the smallest product that is targeted."""
-        shapes = {p.role.split(".")[0]: p.shape for p in weights(arch)}
-        return min(min(shapes[target]) for target in self.targets_in(arch))
+    def check(self, arch: Architecture) -> tuple[str, ...]:
+        """Return the products that are targeted, once this fits the model.
 
-    def check(self, arch: Architecture) -> None:
-        """Raise ConfigError unless this fits the model."""
-        most = self.most_rank(arch)
+        Raises:
+            ConfigError: See :meth:`targets_in`; or when the smallest product has a lower rank.
+        """
+        targets = self.targets_in(arch)
+        most = most_rank(arch, targets)
         if not 1 <= self.rank <= most:
             raise ConfigError(
                 f"lora-rank = {self.rank} must lie between 1 and {most}, the rank of the smallest "
                 "product that lora-targets names"
             )
+        return targets
+
+
+def most_rank(arch: Architecture, targets: Iterable[str]) -> int:
+    """Return the rank of the smallest of some products."""
+    shapes = {p.role.split(".")[0]: p.shape for p in weights(arch)}
+    return min(min(shapes[target]) for target in targets)
 
 
 def weights(arch: Architecture) -> list[Parameter]:
@@ -109,8 +116,11 @@ def weights(arch: Architecture) -> list[Parameter]:
 
 
 def is_common(arch: Architecture, target: str, factor: str) -> bool:
-    """Whether a target's factor belongs to the block; the other is divided over its subnets."""
-    return factor == ("B" if target in {branch.outward for branch in arch.branches} else "A")
+    """Whether a target's factor is to belong to the block, and the other to its subnets.
+
+    Once an architecture has factors, those that belong to blocks are ``Kind.SHARED``.
+    """
+    return factor == ("B" if any(target == b.outward for b in arch.branches) else "A")
 
 
 def factor_name(weight: str, factor: str) -> str:
@@ -132,8 +142,7 @@ def with_lora(
         frozen: (target, factor) of the factors that do not train.
         fixed: (target, factor) of the factors that never change; ``frozen`` unless told otherwise.
     """
-    lora.check(arch)
-    targets = lora.targets_in(arch)
+    targets = lora.check(arch)
     at_rest = set(frozen)
     unchanging = at_rest if fixed is None else set(fixed)
     parameters = []
@@ -171,8 +180,7 @@ def with_lora(
 
 def targets_alone(arch: Architecture, lora: Lora) -> Architecture:
     """Return the architecture without factors in which targeted weights and classifier train."""
-    lora.check(arch)
-    roles = {f"{target}.weight" for target in lora.targets_in(arch)}
+    roles = {f"{target}.weight" for target in lora.check(arch)}
 
     def trains(p: Parameter) -> bool:
         return p.role in roles or arch.is_classifier(p)
@@ -219,7 +227,7 @@ def merged_packed(arch: Architecture, tensors: Mapping[str, Tensor]) -> dict[str
     for weight, a, b in targeted(arch):
         if weight.name not in plain:
             continue
-        inward = is_common(arch, weight.role.split(".")[0], "A")
+        inward = a.kind is Kind.SHARED
         near, far = (b, a) if inward else (a, b)
         common = tensors[far.name] if inward else tensors[far.name].t()  # [rank, dim]
         plain[weight.name] = torch.addmm(

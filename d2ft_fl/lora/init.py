@@ -26,8 +26,8 @@ from torch import Tensor
 
 from d2ft_fl.config.choices import LORA_INITS
 from d2ft_fl.errors import ConfigError
-from d2ft_fl.lora.config import delta, is_common, targeted
-from d2ft_fl.subnets.architecture import Architecture, Parameter
+from d2ft_fl.lora.config import delta, targeted
+from d2ft_fl.subnets.architecture import Architecture, Kind, Parameter
 
 
 class Factors(NamedTuple):
@@ -72,9 +72,8 @@ def begin(
             residual = matrix.double() - delta(pair.a, pair.b, arch.scaling)
             state[weight.name] = residual.to(matrix.dtype)
             continue
-        target = weight.role.split(".")[0]
         for p in (a, b):
-            drawn = is_common(arch, target, p.factor) if frozen_common else p.factor == "A"
+            drawn = p.kind is Kind.SHARED if frozen_common else p.factor == "A"
             state[p.name] = (_uniform(p, seed) if drawn else torch.zeros(p.shape)).to(matrix.dtype)
     return state
 

@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from d2ft_fl.errors import ConfigError
-from d2ft_fl.lora.config import FACTORS, Lora, factor_name, weights
+from d2ft_fl.lora.config import FACTORS, Lora, factor_name, most_rank, weights
 from d2ft_fl.lora.peft_files import CONFIG, PREFIX, TENSORS, classifier_names, target_pattern
 from d2ft_fl.subnets.architecture import Architecture
 
@@ -171,7 +171,7 @@ def _lora(config: Mapping[str, Any], arch: Architecture, modules: Mapping[str, s
             )
     rank, alpha = int(ranks.pop()), float(alphas.pop())
     targets = tuple(t for t in arch.possible_targets if t in modules.values())
-    most = Lora(targets=targets).most_rank(arch)
+    most = most_rank(arch, targets)
     if not 1 <= rank <= most:
         raise ConfigError(
             f"its r = {rank} does not lie between 1 and {most}, the rank of the smallest product "
@@ -217,12 +217,13 @@ def _number(value: Any, option: str) -> float:
 
 def _check_shapes(arch: Architecture, lora: Lora, factors: Mapping[str, Tensor]) -> None:
     """Raise ConfigError unless there are both factors of every module, of the shapes they need."""
+    targets = lora.targets_in(arch)
     wanted = {
         factor_name(p.name, factor): (lora.rank, p.shape[1])
         if factor == "A"
         else (p.shape[0], lora.rank)
         for p in weights(arch)
-        if p.role.split(".")[0] in lora.targets_in(arch)
+        if p.role.split(".")[0] in targets
         for factor in FACTORS
     }
     for name, shape in wanted.items():

@@ -1,4 +1,4 @@
-"""What a finished run leaves for others: whole weights for timm, or an adapter for peft.
+"""What a finished run leaves for others: whole weights for a library, or an adapter for peft.
 
 Beside its model a run that tuned by LoRA keeps what LoRA tuned:
 
@@ -16,7 +16,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +28,13 @@ from d2ft_fl.config.run_config import NO_PATHS, resolve_path
 from d2ft_fl.errors import ConfigError
 from d2ft_fl.lora.config import Lora, weights, with_lora
 from d2ft_fl.lora.peft_export import total_changes, write_adapter
-from d2ft_fl.models.build import build_adapter
+from d2ft_fl.models.build import build_adapter, family_of
+from d2ft_fl.models.family import Family
 from d2ft_fl.models.spec import ModelSpec
 from d2ft_fl.subnets.architecture import Architecture
 from d2ft_fl.util.toml import read_toml
 
-FORMATS = {"peft": "adapter", "timm": "timm"}  # and the folder, in the run's, that each goes to
+ADAPTER_FOLDER = "adapter"  # in the run's folder; whole weights go to one of the library's name
 FACTORS_FILE, LORA_FILE = "lora.safetensors", "lora.json"
 MODEL_FILES = ("model.safetensors", "model.json")
 INITIAL, CHANGE = "initial.", "change."
@@ -63,7 +64,10 @@ def save_tuned(
     initial: Mapping[str, Tensor] | None = None,
     changed: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Write what LoRA tuned to a run's folder; of ``state``, factors and classifier are kept."""
+    """Write what LoRA tuned to a run's folder; of ``state``, factors and classifier are kept.
+
+    Targets are written by name, also where ``lora`` means all.
+    """
     tuned_names = [p.name for p in arch.parameters if p.factor or arch.is_classifier(p)]
     tensors = {name: state[name] for name in tuned_names}
     tensors |= {INITIAL + name: tensor for name, tensor in (initial or {}).items()}
@@ -72,14 +76,15 @@ def save_tuned(
         {name: t.detach().cpu().contiguous() for name, t in tensors.items()},
         folder / FACTORS_FILE,
     )
-    folder.joinpath(LORA_FILE).write_text(json.dumps(asdict(lora), indent=2) + "\n")
+    named = replace(lora, targets=lora.targets_in(arch))
+    folder.joinpath(LORA_FILE).write_text(json.dumps(asdict(named), indent=2) + "\n")
 
 
 def load_tuned(folder: Path) -> Tuned:
-    """Read what :func:`save_tuned` wrote.
+    """Read what :func:`save_tuned` wrote; whether the model has the targets is not checked.
 
     Raises:
-        ConfigError: When it cannot be read.
+        ConfigError: When it cannot be read, or names no targets.
     """
     entries = _read_json(folder / LORA_FILE)
     tensors = _read_tensors(folder / FACTORS_FILE)
@@ -92,15 +97,20 @@ def load_tuned(folder: Path) -> Tuned:
             float(entries["dropout"]),
         )
         lora.check_targets()
+        if not lora.targets:
+            raise ValueError
     except (KeyError, TypeError, ValueError, ConfigError):
-        raise ConfigError(
-            f"{str(folder / LORA_FILE)!r} does not say how a run was tuned; run it again"
-        ) from None
+        raise _damaged(folder / LORA_FILE) from None
     parts: dict[str, dict[str, Tensor]] = {"": {}, INITIAL: {}, CHANGE: {}}
     for name, tensor in tensors.items():
         prefix = next((p for p in (INITIAL, CHANGE) if name.startswith(p)), "")
         parts[prefix][name.removeprefix(prefix)] = tensor
     return Tuned(lora, parts[""], parts[INITIAL], parts[CHANGE])
+
+
+def _damaged(path: Path) -> ConfigError:
+    """Return the refusal of a file that is to say what LoRA tuned."""
+    return ConfigError(f"{str(path)!r} does not say how a run was tuned; run it again")
 
 
 @dataclass(frozen=True)
@@ -136,25 +146,30 @@ def export_run(run: Path, format: str = "", output: Path | None = None) -> Expor
 
     Args:
         run: The folder of a finished run.
-        format: Of :data:`FORMATS`; empty: peft where the run was tuned by LoRA, else timm.
+        format: ``peft``, or the library of the run's model (``Family.library``); empty: peft where
+            the run was tuned by LoRA, else the library.
         output: A folder that is empty or does not exist; None: one in the run's folder.
 
     Raises:
         ConfigError: When there is no finished run, it has no such form, or the folder is in use.
     """
-    if format and format not in FORMATS:
-        raise ConfigError(f"--format {format!r} is unknown; use one of {', '.join(FORMATS)}")
     run = run.expanduser().absolute()
     _check_finished(run)
+    family = _family(run)
+    library = family.library
+    if format not in ("", "peft", library):
+        raise ConfigError(f"--format {format!r} is unknown; use one of peft, {library}")
     by_lora = any(run.joinpath(name).exists() for name in (FACTORS_FILE, LORA_FILE))
     tuned = load_tuned(run) if by_lora else None
-    format = format or ("timm" if tuned is None else "peft")
+    format = format or (library if tuned is None else "peft")
     if format == "peft" and tuned is None:
         raise ConfigError(
-            f"run {str(run)!r} was not tuned by LoRA, so that it has no adapter; use --format timm"
+            f"run {str(run)!r} was not tuned by LoRA, so that it has no adapter; use --format "
+            f"{library}"
         )
-    folder = (output or run / FORMATS[format]).expanduser().absolute()
-    export = _Adapter.of(run, tuned) if format == "peft" and tuned else _Model.of(run)
+    name = ADAPTER_FOLDER if format == "peft" else library
+    folder = (output or run / name).expanduser().absolute()
+    export = _Adapter.of(run, tuned) if format == "peft" and tuned else _Model.of(run, family)
     with _written(folder) as part:
         rank = export.write(part)
     return Exported(format, folder, rank, export.targets, _size(folder), export.load(folder))
@@ -207,7 +222,11 @@ class _Adapter:
     def of(cls, run: Path, tuned: Tuned) -> "_Adapter":
         spec = _spec(run)
         bare = ModelSpec(**{**vars(spec), "pretrained": "none"})
-        arch = with_lora(build_adapter(bare).describe(), tuned.lora)
+        whole = build_adapter(bare).describe()
+        try:
+            arch = with_lora(whole, tuned.lora)
+        except ConfigError:  # speaks of options, which nobody gave
+            raise _damaged(run / LORA_FILE) from None
         factors = {p.name: p.shape for p in arch.parameters if p.factor}
         head = {p.name: p.shape for p in arch.parameters if arch.is_classifier(p)}
         known = {p.name: p.shape for p in weights(arch)}
@@ -240,10 +259,7 @@ class _Adapter:
     def load(self, folder: Path) -> tuple[str, str]:
         """Return two lines that load it, without this project where others have the weights."""
         if self.spec.pretrained == "hub":
-            from d2ft_fl.models.timm_build import timm_arguments
-
-            arguments = ", ".join(f"{k}={v!r}" for k, v in timm_arguments(self.spec).items())
-            source, made = "import timm", f"timm.create_model({arguments}, pretrained=True)"
+            source, made = family_of(self.spec.name).create(self.spec)
         else:
             source = "from d2ft_fl import base_model"
             made = f"base_model({str(self.run)!r})"
@@ -255,30 +271,26 @@ class _Adapter:
 
 @dataclass(frozen=True)
 class _Model:
-    """A run's whole weights, read and checked, to be written for timm."""
+    """A run's whole weights, read and checked, to be written for the model's library."""
 
     run: Path
+    family: Family
     targets: tuple[str, ...] = ()
 
     @classmethod
-    def of(cls, run: Path) -> "_Model":
+    def of(cls, run: Path, family: Family) -> "_Model":
         _spec(run)
         _read_tensors(run / MODEL_FILES[0])
-        return cls(run)
+        return cls(run, family)
 
     def write(self, folder: Path) -> None:
         """Write it."""
         for name in MODEL_FILES:
             shutil.copyfile(self.run / name, folder / name)
 
-    def load(self, folder: Path) -> tuple[str, str]:
-        """Return two lines that load it."""
-        tensors, arguments = (str(folder / name) for name in MODEL_FILES)
-        return (
-            "import json, timm, safetensors.torch; "
-            f"model = timm.create_model(**json.load(open({arguments!r})))",
-            f"model.load_state_dict(safetensors.torch.load_file({tensors!r}))",
-        )
+    def load(self, folder: Path) -> tuple[str, ...]:
+        """Return lines that load it."""
+        return self.family.load(folder)
 
 
 def _check_finished(run: Path) -> None:
@@ -304,14 +316,22 @@ def _check_finished(run: Path) -> None:
             raise ConfigError(f"run {str(run)!r} lacks {name!r}; run it again")
 
 
+def _family(run: Path) -> Family:
+    """Return the family of a run's model."""
+    options = read_toml(run / "config.toml")
+    try:
+        return family_of(options["model"])
+    except KeyError as error:
+        raise ConfigError(f"run {str(run)!r} does not say its {error}; run it again") from None
+
+
 def _spec(run: Path) -> ModelSpec:
     """Return how to build the model that a run began with, without opening its data."""
     options = read_toml(run / "config.toml")
-    arguments = _read_json(run / MODEL_FILES[1])
+    entries = _read_json(run / MODEL_FILES[1])
     try:
-        classes = int(arguments.pop("num_classes"))
-        del arguments["model_name"]
         name, pretrained, seed = options["model"], options["pretrained"], options["seed"]
+        arguments, classes = family_of(name).read(entries)
     except KeyError as error:
         raise ConfigError(f"run {str(run)!r} does not say its {error}; run it again") from None
     except (TypeError, ValueError):

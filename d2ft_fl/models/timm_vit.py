@@ -1,4 +1,6 @@
-"""The adapter for timm's plain vision transformers: with ``timm_build``, all that knows timm.
+"""The adapter for timm's plain vision transformers.
+
+With ``timm_build`` and ``timm_family`` it is all that knows timm, but for benchmarks.
 
 A block is attention with a fused product in, ``qkv``, and a feed-forward layer, each with a norm
 before it; gated attention, norms of queries and keys, and layer scale are known.

@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import pytest
 import safetensors.torch
@@ -7,8 +8,9 @@ import torch
 
 from d2ft_fl.errors import ConfigError
 from d2ft_fl.models import build
-from d2ft_fl.models.build import Family, build_adapter, register
+from d2ft_fl.models.build import build_adapter, register
 from d2ft_fl.models.spec import ModelSpec
+from d2ft_fl.models.timm_family import TIMM
 from d2ft_fl.models.weights import GLYPH_WEIGHTS
 
 SPEC = ModelSpec("vit_glyphs", (), "bundled", 0, 10, seed=0)
@@ -125,7 +127,8 @@ def test_the_exported_model_is_what_timm_takes(tmp_path):
 
 def test_a_family_of_a_plug_in_builds_the_models_it_knows_and_no_others(monkeypatch):
     monkeypatch.setattr(build, "_families", list(build._families))
-    register(Family("'mine'", lambda name: name == "mine", lambda spec: ("mine", spec.classes)))
+    mine = {"knows": lambda name: name == "mine", "build": lambda spec: ("mine", spec.classes)}
+    register(replace(TIMM, names="'mine'", **mine))
     assert build_adapter(ModelSpec("mine", (), "none", 0, 7, 0)) == ("mine", 7)
     assert len(build_adapter(TINY).model.blocks) == 2
     with pytest.raises(ConfigError, match="'other' is not supported: use 'mine' or 'vit_glyphs'"):

@@ -5,6 +5,7 @@ Adapters are tested in test_adapters.py.
 
 import importlib
 import json
+from dataclasses import replace
 
 import pytest
 import safetensors.torch
@@ -15,9 +16,13 @@ from d2ft_fl.cli.main import app
 from d2ft_fl.config.run_config import RunConfig
 from d2ft_fl.errors import ConfigError
 from d2ft_fl.lora.config import Lora, with_lora
-from d2ft_fl.models.build import build_adapter
+from d2ft_fl.models import build
+from d2ft_fl.models.build import build_adapter, register
 from d2ft_fl.models.export import base_model, load_tuned, save_tuned
+from d2ft_fl.models.family import Family
 from d2ft_fl.models.spec import ModelSpec
+from d2ft_fl.models.timm_build import build_timm
+from d2ft_fl.models.timm_vit import TimmViT
 from d2ft_fl.records.run_folder import write_status
 from d2ft_fl.util.toml import dump_toml
 from tests.conftest import SMALL, images_for
@@ -27,13 +32,13 @@ ARGUMENTS = tuple((k, v) for k, v in SMALL.items() if k not in ("model_name", "n
 SPEC = ModelSpec(SMALL["model_name"], ARGUMENTS, "none", 0, SMALL["num_classes"], seed=3)
 
 
-def finished_run(folder, lora=None):
+def finished_run(folder, lora=None, spec=SPEC):
     """A run's folder as the recorder leaves it, with the model it began with; model, arch."""
-    adapter = build_adapter(SPEC)
+    adapter = build_adapter(spec)
     model = adapter.model
     folder.mkdir()
     config = RunConfig(
-        model=SPEC.name, pretrained="none", seed=SPEC.seed, run_folder=str(folder),
+        model=spec.name, pretrained="none", seed=spec.seed, run_folder=str(folder),
         tuning="lora" if lora else "full",
     )  # fmt: skip
     folder.joinpath("config.toml").write_text(dump_toml(config.to_mapping()))
@@ -91,6 +96,15 @@ def test_broken_files_are_named(file, text, message, tmp_path):
         load_tuned(tmp_path)
 
 
+def test_targets_that_are_all_are_written_by_name_and_none_are_refused(tmp_path):
+    _, arch, state = adapted(Lora(rank=2))
+    save_tuned(tmp_path, arch, Lora(rank=2), state)
+    assert load_tuned(tmp_path).lora.targets == ("qkv", "proj", "fc1", "fc2")
+    rewritten("lora.json", targets=[])(tmp_path)
+    with pytest.raises(ConfigError, match=r"lora.json' does not say how a run was tuned"):
+        load_tuned(tmp_path)
+
+
 def test_the_model_that_a_run_began_with_is_built_again(tmp_path):
     model, _ = finished_run(tmp_path / "run")
     found = base_model(tmp_path / "run").state_dict()
@@ -113,6 +127,63 @@ def test_whole_weights_load_into_timm(lora, tmp_path):
     images, _ = images_for(arch, 3)
     assert torch.equal(names["model"].eval()(images), model(images))
     assert {path.name for path in out.iterdir()} == {"model.safetensors", "model.json"}
+
+
+def shorter(model):
+    """timm's model as another library might have it: by a depth and a number of labels."""
+
+    class Adapter(TimmViT):
+        def export(self, folder, weights):
+            safetensors.torch.save_file(dict(weights), folder / "model.safetensors")
+            entries = {"depth": len(self.model.blocks), "labels": self.model.num_classes}
+            (folder / "model.json").write_text(json.dumps(entries))
+
+    return Adapter(model, {})
+
+
+SHORTER = Family(
+    names="'shorter'",
+    library="shorts",
+    knows=lambda name: name == "shorter",
+    build=lambda spec: shorter(
+        build_timm(
+            replace(SPEC, arguments=(*ARGUMENTS, *spec.arguments), classes=spec.classes)
+        ).model
+    ),
+    read=lambda entries: ({"depth": entries["depth"]}, entries["labels"]),
+    load=lambda folder: ("import shorts", f"model = shorts.load({str(folder)!r})"),
+    create=lambda spec: ("import shorts", f"shorts.fetch({spec.classes})"),
+)
+
+
+@pytest.mark.parametrize("lora", [None, Lora(rank=2)])
+def test_a_run_of_another_family_is_read_and_loaded_by_what_the_family_says(
+    lora, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(build, "_families", list(build._families))
+    register(SHORTER)
+    run = tmp_path / "run"
+    spec = ModelSpec("shorter", (("depth", 1),), "none", 0, 7, seed=3)
+    model, arch = finished_run(run, lora, spec)
+    assert arch.blocks == 1
+    found = base_model(run).state_dict()
+    assert found["head.bias"].shape == (7,)
+    assert all(torch.equal(tensor, found[name]) for name, tensor in model.state_dict().items())
+    if lora:
+        factors = {p.name: torch.randn(p.shape) for p in arch.parameters if p.factor}
+        save_tuned(run, arch, lora, dict(model.state_dict()) | factors)
+        config = (
+            (run / "config.toml").read_text().replace('pretrained = "none"', 'pretrained = "hub"')
+        )
+        (run / "config.toml").write_text(config)
+        adapter = run_export(run).output.splitlines()
+        assert adapter[0].startswith(f"{run / 'adapter'}: an adapter of rank 2")
+        assert adapter[2].strip() == "import shorts; from peft import PeftModel"
+        assert "PeftModel.from_pretrained(shorts.fetch(7), " in adapter[3]
+    whole = run_export(run, "--format", "shorts").output.splitlines()
+    assert whole[0].startswith(f"{run / 'shorts'}: whole weights for shorts")
+    assert [line.strip() for line in whole[2:]] == list(SHORTER.load(run / "shorts"))
+    assert "'timm' is unknown; use one of peft, shorts" in refused(run, "--format", "timm")
 
 
 def test_json_is_all_that_is_printed(tmp_path):
@@ -189,6 +260,10 @@ def rewritten(name, **changes):
         (drop_a_factor, "peft", "does not hold what 'lora.json' says"),
         (rewritten("lora.json", rank=3), "peft", "does not hold what 'lora.json' says"),
         (rewritten("lora.json", rank="two"), "peft", "does not say how a run was tuned"),
+        (rewritten("lora.json", rank=0), "peft", "lora.json' does not say how a run was tuned"),
+        (rewritten("lora.json", targets=[]), "peft", "lora.json' does not say how a run was tuned"),
+        (rewritten("lora.json", targets=["qkv", "keys"]), "", "does not say how a run was tuned"),
+        (rewritten("lora.json", targets=["qkv", "qkv"]), "", "does not say how a run was tuned"),
         (rewritten("model.json", embed_dim=48), "peft", "does not hold what 'lora.json' says"),
         (rewritten("model.json", num_classes="ten"), "timm", "does not say how the model is built"),
         (lambda run: (run / "model.safetensors").write_bytes(b"xx"), "timm", "is not safetensors"),

@@ -1,0 +1,54 @@
+"""timm's plain vision transformers as a family; timm is imported when a model is built."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from d2ft_fl.engine.model_adapter import ModelAdapter
+from d2ft_fl.models.family import Family
+from d2ft_fl.models.spec import GLYPH_NAME, ModelSpec
+
+
+def _knows(name: str) -> bool:
+    return name == GLYPH_NAME or name.startswith(("vit_", "deit_"))
+
+
+def _build(spec: ModelSpec) -> ModelAdapter:
+    from d2ft_fl.models.timm_build import build_timm
+
+    return build_timm(spec)
+
+
+def _read(entries: Mapping[str, Any]) -> tuple[dict[str, Any], int]:
+    """Take the arguments of ``timm.create_model`` apart."""
+    arguments = dict(entries)
+    classes = int(arguments.pop("num_classes"))
+    del arguments["model_name"]  # of the bundled model another than the specification's
+    return arguments, classes
+
+
+def _load(folder: Path) -> tuple[str, ...]:
+    tensors, arguments = (str(folder / name) for name in ("model.safetensors", "model.json"))
+    return (
+        "import json, timm, safetensors.torch; "
+        f"model = timm.create_model(**json.load(open({arguments!r})))",
+        f"model.load_state_dict(safetensors.torch.load_file({tensors!r}))",
+    )
+
+
+def _create(spec: ModelSpec) -> tuple[str, str]:
+    from d2ft_fl.models.timm_build import timm_arguments
+
+    arguments = ", ".join(f"{k}={v!r}" for k, v in timm_arguments(spec).items())
+    return "import timm", f"timm.create_model({arguments}, pretrained=True)"
+
+
+TIMM = Family(
+    names=f"{GLYPH_NAME!r} or a plain timm ViT (vit_* or deit_*)",
+    library="timm",
+    knows=_knows,
+    build=_build,
+    read=_read,
+    load=_load,
+    create=_create,
+)
