@@ -28,20 +28,26 @@ class Job:
     Attributes:
         message: What the client is told to do.
         stage: The federation as it is in the round of the message.
-        offsets: Compensation of shortcuts by block, one entry a slot; empty where there is none.
+        compensated: Whether compensation of shortcuts came with the message.
     """
 
     message: Message
     stage: Federation
-    offsets: dict[int, Offsets]
+    compensated: bool
 
     @classmethod
-    def read(cls, blob: bytes, federation: Federation) -> "tuple[Job, dict[str, Tensor]]":
-        """Read a message: what to do, and the tensors that came with it, by name."""
+    def read(
+        cls, blob: bytes, federation: Federation
+    ) -> "tuple[Job, dict[str, Tensor], dict[int, Offsets]]":
+        """Read a message.
+
+        Returns:
+            What to do, the tensors that came, by name, and the compensation among them: block ->
+            offsets, one a slot; empty where there is none.
+        """
         message, tensors = Message.decode(blob)
-        return cls(
-            message, federation.at(message.round), received(message.schedule, tensors)
-        ), tensors
+        offsets = received(message.schedule, tensors)
+        return cls(message, federation.at(message.round), bool(offsets)), tensors, offsets
 
     @property
     def arch(self) -> Architecture:
@@ -52,7 +58,7 @@ class Job:
     def costs(self) -> CostModel:
         """The cost model of this round, under the execution policy of the message."""
         message = self.message
-        return self.stage.costs_when(bool(self.offsets), message.calibrates, message.policy)
+        return self.stage.costs_when(self.compensated, message.calibrates, message.policy)
 
     @property
     def takes_slices_in_place(self) -> bool:

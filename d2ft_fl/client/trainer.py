@@ -27,7 +27,7 @@ from d2ft_fl.engine.mean_tally import MeanTally
 from d2ft_fl.engine.meter import Meter
 from d2ft_fl.engine.model_adapter import ModelAdapter
 from d2ft_fl.engine.numerics import Numerics
-from d2ft_fl.engine.partial_model import PartialModel
+from d2ft_fl.engine.partial_model import Offsets, PartialModel
 from d2ft_fl.engine.probes import ProbeRunner
 from d2ft_fl.engine.trainer import train
 from d2ft_fl.errors import Refusal
@@ -93,7 +93,11 @@ class ClientTrainer:
         return Federation(self.components, self._adapter.describe())
 
     def report(self, client: int, round_number: int) -> Report:
-        """Return what the server learns of a client before a round: its examples and budget."""
+        """Return what the server learns of a client before a round: its examples and budget.
+
+        The model is built by then, so that no round waits for it.
+        """
+        _ = self.model
         return Report(client, self.examples.count(client), self._budget(client, round_number))
 
     def _budget(self, client: int, round_number: int) -> Budget:
@@ -129,23 +133,24 @@ class ClientTrainer:
         """Carry one message out, step by step; arguments and result of :meth:`answer`."""
         set_threads(self.config.threads_per_client)
         started = time.perf_counter()
-        job, tensors = Job.read(blob, self._federation)
+        job, tensors, offsets = Job.read(blob, self._federation)
+        _ = self.model  # is built before free memory is read, and before anything is measured
         if job.message.keeps:
             self._refuse_unless_it_fits(job)
         bytes_down = job.bytes_down(blob, tensors, weights)
         tensors = job.complete(tensors, weights, self.store)
         chosen = self.examples.choose(job.message)
-        model = self.model  # is built before anything is measured
         self.meter.start()
         scores: dict[str, Tensor] = {}
         if job.message.probes:
             chosen, scores = self._probe(job, tensors, chosen)
             tensors = narrowed(job.arch, tensors, job.message.schedule)
         options = self._training_options(job.message)
-        self._load(model, job, tensors, weights, options)
-        del tensors  # the model has copies
+        self._load(job, tensors, offsets, weights, options)
+        del tensors, offsets  # the model has copies
+        before, sent_down = self._values_before(job)
         training_started = time.perf_counter()
-        loss, trained = self._train_and_pack(job, options, chosen)
+        loss, trained = self._train_and_pack(job, options, chosen, before, sent_down)
         reply = {
             "round": job.message.round,
             "client": job.message.client,
@@ -215,20 +220,21 @@ class ClientTrainer:
 
     def _load(
         self,
-        model: PartialModel,
         job: Job,
         tensors: dict[str, Tensor],
+        offsets: dict[int, Offsets],
         weights: Mapping[str, Tensor] | None,
         options: TrainingOptions,
     ) -> None:
         """Reset the model to what a message's schedule needs, with the values that came."""
+        model = self.model
         model.numerics, model.tokens = Numerics.of(options), job.message.policy.tokens
         if model.arch is not job.arch:
             model.tune(job.arch)
         source: dict[str, Tensor] | GlobalModel = tensors
         if weights is not None and job.takes_slices_in_place:
             source = self._lay_out(job.arch, weights)
-        reset = partial(model.reset, job.message.schedule, source, job.offsets)
+        reset = partial(model.reset, job.message.schedule, source, offsets)
         if job.arch.rank:  # LoRA's factors are multiplied out, which costs FLOPs
             self.meter.count(reset)
         else:
@@ -243,23 +249,43 @@ class ClientTrainer:
             self._laid_out = laid_out = arch, weights, GlobalModel.of(arch, weights)
         return laid_out[2]
 
+    def _values_before(self, job: Job) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Copy what :meth:`_train_and_pack` needs of the values before training.
+
+        Returns:
+            Packed slices by name, for a hostile client only, and those whose changes travel
+            quantized, as they came down. Nothing else is copied: copies take memory while the
+            model trains.
+        """
+        hostile = self.config.hostile(job.message.client)
+        before = self._values() if hostile or job.quantizes_changes else {}
+        sent_down = job.as_sent_down(before) if job.quantizes_changes else {}
+        return before if hostile else {}, sent_down
+
     def _train_and_pack(
-        self, job: Job, options: TrainingOptions, chosen: np.ndarray
+        self,
+        job: Job,
+        options: TrainingOptions,
+        chosen: np.ndarray,
+        before: dict[str, Tensor],
+        sent_down: dict[str, Tensor],
     ) -> tuple[float, dict[str, Tensor]]:
         """Train the model as it is loaded, and make of the result what travels back.
 
         A hostile client scales what training changed. Changes are quantized where the message says
         so.
 
+        Args:
+            job: The message.
+            options: How the client trains.
+            chosen: Numbers of the examples, among the client's: [examples].
+            before: Values that a hostile client's changes are counted from, by name.
+            sent_down: Values that quantized changes are counted from, by name.
+
         Returns:
             The mean loss, and tensors by name, as they travel.
         """
         message = job.message
-        hostile = self.config.hostile(message.client)
-        before = self._values() if hostile or job.quantizes_changes else {}
-        sent_down = job.as_sent_down(before) if job.quantizes_changes else {}
-        if not hostile:
-            before = {}  # takes no memory while the model trains
         loss, trained = self._train(message, options, chosen, list(sent_down.values()))
         for name, value in before.items():
             trained[name] = value + (trained[name] - value) * self.config.hostile_scale
