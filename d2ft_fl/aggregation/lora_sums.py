@@ -117,7 +117,6 @@ class LoraSums:
                 f"{', '.join(LORA_AGGREGATIONS)}"
             )
         self._sums = Sums(self.arch, self.weights, self.examples)
-        self._subnets_trained = np.zeros((self.arch.blocks, self.arch.heads), dtype=bool)
         self._exact: Sums | None = None
         if not (self.measure or self.mode in MIXED_RANK_AGGREGATIONS):
             return
@@ -146,13 +145,13 @@ class LoraSums:
                     f"{', '.join(MIXED_RANK_AGGREGATIONS)}"
                 )
             validate(self.arch, self.weights, update)
-        terms = self._sums.terms(widened(self.arch, self.weights, update))
+        whole = widened(self.arch, self.weights, update)
+        terms = self._sums.terms(whole)
         if self._exact is not None:
             rows = effective_rows(self.arch, self.weights, update)
-            exact = self._exact.terms(Update(update.schedule, update.slot_examples, rows))
-            self._exact.include(exact)
-        self._sums.include(terms)
-        self._subnets_trained |= update.schedule.trained
+            exact = Update(update.schedule, update.slot_examples, rows)
+            self._exact.include(exact, self._exact.terms(exact))
+        self._sums.include(whole, terms)
 
     @property
     def trained(self) -> dict[str, tuple[int, ...]]:
@@ -162,7 +161,7 @@ class LoraSums:
     @property
     def subnets_trained(self) -> np.ndarray:
         """Subnets that some update trained: bool [blocks, heads]."""
-        return self._subnets_trained
+        return self._sums.subnets_trained
 
     @property
     def figures(self) -> Mapping[str, float | None]:

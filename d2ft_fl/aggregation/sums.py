@@ -224,8 +224,7 @@ class Sums:
                 for added in terms[:number]:  # sums are whole numbers: taking off is exact
                     self._accumulate(added, -update.step)
                 raise self._wrong(term)
-        self._count(terms)
-        self._subnets_trained |= update.schedule.trained
+        self._count(update, terms)
 
     def terms(self, update: Update) -> "list[Term]":
         """Validate one update and return its terms, for :meth:`include`; nothing is added.
@@ -272,16 +271,17 @@ class Sums:
                 total += squares(running.old[rows].ravel(), new[packed_rows].ravel())
         return math.sqrt(total)
 
-    def include(self, terms: "list[Term]", factor: float = 1.0) -> None:
-        """Add validated terms.
+    def include(self, update: Update, terms: "list[Term]", factor: float = 1.0) -> None:
+        """Add an update by its validated terms.
 
         Args:
-            terms: What :meth:`terms` returned of an update.
+            update: What a client sent.
+            terms: What :meth:`terms` returned of it.
             factor: What each change is multiplied by.
         """
         for term in terms:
             self._accumulate(term, factor)
-        self._count(terms)
+        self._count(update, terms)
 
     def _accumulate(self, term: "Term", factor: float) -> int:
         """Add a term times ``factor``; return how many elements are left out: too large to sum."""
@@ -293,8 +293,9 @@ class Sums:
             wrong += accumulate(total, old, new[packed_rows].ravel(), scale, self._most)
         return wrong
 
-    def _count(self, terms: "Iterable[Term]") -> None:
-        """Add the examples of terms to those that sums are divided by."""
+    def _count(self, update: Update, terms: "Iterable[Term]") -> None:
+        """Note an update that was added: its subnets, and the examples that sums are divided by."""
+        self._subnets_trained |= update.schedule.trained
         for term in terms:
             counts = self._running(term.parameter).counts
             for head, count in term.counts.items():

@@ -26,7 +26,7 @@ from d2ft_fl.report.format import UNNAMED
 from d2ft_fl.rounds.components import Components
 from d2ft_fl.rounds.context import plan_round
 from d2ft_fl.rounds.federation import Federation, Report, State
-from d2ft_fl.rounds.plan import Plan, cached_after, last_trained
+from d2ft_fl.rounds.plan import Plan, cached_after
 from d2ft_fl.subnets.schedule import Operation, Schedule
 
 NONE = "none"
@@ -307,13 +307,14 @@ def _round(federation: Federation, plan: Plan) -> RoundPreview:
 
 def follow(federation: Federation, state: State, plan: Plan) -> State:
     """Return the state after a round that everyone answered, as far as plans depend on it."""
+    trained = plan.trained > 0
+    last = np.where(trained, plan.round, state.last_trained)
     means = state.means
     if federation.calibrates(plan.round) and plan.working:  # from then on shortcuts cost their mean
-        means = MeanBook(known=np.zeros(plan.trained.shape, dtype=bool))
+        means = MeanBook(known=np.zeros(trained.shape, dtype=bool))
     everyone = {c.client for c in plan.clients}
-    last = last_trained(state, plan, everyone)
     stacks = bool(federation.arch.rank) and federation.config.lora_aggregation == "stack"
-    changed = (plan.trained > 0) & stacks  # what is merged into a weight changes it
+    changed = trained & stacks  # what is merged into a weight changes it
     cached = cached_after(federation.arch, state, plan, everyone, changed)
     return replace(state, round=plan.round, means=means, last_trained=last, cached=cached)
 

@@ -122,18 +122,3 @@ def cached_after(
         else:
             cached.pop(a.client, None)
     return {client: subnets & ~changed for client, subnets in cached.items()}
-
-
-def last_trained(state: State, plan: Plan, answered: Container[int]) -> np.ndarray:
-    """Return the round in which each subnet was last trained, after a round.
-
-    Args:
-        state: The state that the round began with.
-        plan: The plan of the round.
-        answered: The clients whose replies were aggregated.
-
-    Returns:
-        int64 [blocks, heads], 0 for never.
-    """
-    trained = [a.schedule.trained & (a.client in answered) for a in plan.assignments]
-    return np.where(np.stack(trained).any(axis=0), plan.round, state.last_trained)
