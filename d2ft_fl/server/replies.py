@@ -32,6 +32,12 @@ class RoundReplies:
         plan: The plan of the round.
         silent: Client -> why it did not report before the round; these clients are in no plan.
         private: How the round is private; None where nothing is promised.
+
+    Attributes:
+        outcomes: What became of each client so far.
+        measured: Client -> the scores that it measured, and on how many examples.
+        aggregator: What takes the updates.
+        asked: How many clients were asked for a report or a reply, and not left out before.
     """
 
     def __init__(
@@ -44,7 +50,6 @@ class RoundReplies:
     ):
         self.federation, self.state, self.plan = federation, state, plan
         self.outcomes = Outcomes(plan, federation.arch.rank)
-        # Client -> the scores that it measured, and on how many examples.
         self.measured: dict[int, tuple[dict[str, np.ndarray], int]] = {}
         shown = (sum(slot_examples(federation, state, a)) for a in plan.assignments)
         self.mean_sums = MeanSums(federation.arch, sum(shown))
@@ -66,26 +71,6 @@ class RoundReplies:
             federation.tuning.aggregator,
             private,
         )
-
-    @property
-    def records(self) -> Mapping[int, ClientRecord]:
-        """Client -> what became of it; clients whose reply is awaited are missing."""
-        return self.outcomes.records
-
-    @property
-    def answered(self) -> int:
-        """How many clients' replies were aggregated."""
-        return self.outcomes.answered
-
-    @property
-    def failures(self) -> list[str]:
-        """What went wrong so far, by client."""
-        return self.outcomes.failures
-
-    @property
-    def strays(self) -> list[str]:
-        """Failures of clients that nobody waits for, as lines."""
-        return self.outcomes.strays
 
     def add(self, client: int, blob: bytes | memoryview) -> None:
         """Validate one reply and aggregate it; a reply that fails is left out and named.

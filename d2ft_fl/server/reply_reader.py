@@ -24,11 +24,11 @@ from d2ft_fl.planning.importance import TENSOR
 from d2ft_fl.rounds.federation import Federation, State
 from d2ft_fl.subnets.packing import GlobalModel
 from d2ft_fl.wire import blob as wire
+from d2ft_fl.wire.compensation import MEAN_PREFIX
 from d2ft_fl.wire.quantization import with_quantized_changes
 
 MORE_BYTES = 1 << 16  # beyond the plan, for the reason that a failed client gives
 MOST_COUNT = 2**62  # FLOPs, bytes and examples of a report are below it
-MEAN_PREFIX = "d2ft.mean."  # of the tensors that compensation measures
 
 
 def slot_examples(federation: Federation, state: State, assignment: Assignment) -> list[int]:

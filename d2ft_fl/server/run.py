@@ -167,17 +167,18 @@ class _Run:
         started, stopwatch, failures = time.perf_counter(), Stopwatch(), []
         for attempt in range(1, config.attempts + 1):
             stage, plan, replies = self._replies(number, stopwatch)
-            if replies.answered >= min(config.min_replies, replies.asked):
+            outcomes = replies.outcomes
+            if outcomes.answered >= min(config.min_replies, replies.asked):
                 break
             few = (
-                f"{replies.answered} of {replies.asked} clients answered in round {number}, "
-                f"min-replies = {config.min_replies}{_first_failure(replies)}"
+                f"{outcomes.answered} of {replies.asked} clients answered in round {number}, "
+                f"min-replies = {config.min_replies}{_first_failure(outcomes.failures)}"
             )
             self._mistrust(replies)
             if config.few_replies == "stop" or attempt == config.attempts:
                 raise RunError(few)
             log.warning("%s; the round is repeated", few)
-            failures += [f"attempt {attempt}: {failure}" for failure in replies.failures]
+            failures += [f"attempt {attempt}: {failure}" for failure in outcomes.failures]
         with stopwatch.of("fold"):
             self.state, records = replies.finish()
         last = number == config.rounds
@@ -188,7 +189,7 @@ class _Run:
                 figures = self._evaluate(weights)
         wall = time.perf_counter() - started
         row = self.recorder.round(
-            stage, self.state, plan, records, figures, wall, failures + replies.strays,
+            stage, self.state, plan, records, figures, wall, failures + outcomes.strays,
             stopwatch.seconds,
         )  # fmt: skip
         if config.checkpoint_every and (last or number % config.checkpoint_every == 0):
@@ -197,7 +198,7 @@ class _Run:
 
     def _mistrust(self, replies: RoundReplies) -> None:
         """Take the caches of clients that failed for empty: a gap may be why they failed."""
-        failed = {client for client, record in replies.records.items() if record.failure}
+        failed = {client for client, record in replies.outcomes.records.items() if record.failure}
         cached = {c: subnets for c, subnets in self.state.cached.items() if c not in failed}
         if len(cached) < len(self.state.cached):
             self.state = replace(self.state, cached=cached)
@@ -323,8 +324,8 @@ def drawn(config: RunConfig, round_number: int, clients: Iterable[int]) -> list[
     return [ordered[place] for place in sorted(places)]
 
 
-def _first_failure(replies: RoundReplies) -> str:
-    return f"; the first said: {replies.failures[0]}" if replies.failures else ""
+def _first_failure(failures: Sequence[str]) -> str:
+    return f"; the first said: {failures[0]}" if failures else ""
 
 
 def _first_silent(silent: Mapping[int, ClientFailure]) -> str:

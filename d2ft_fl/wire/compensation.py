@@ -3,10 +3,12 @@
 from d2ft_fl.subnets.architecture import Architecture
 from d2ft_fl.subnets.schedule import Operation, Schedule
 
+MEAN_PREFIX = "d2ft.mean."  # of the names of means
+
 
 def mean_name(block: int, branch: int) -> str:
     """Return the name of a block's means: float32 [tokens, width of resident heads]."""
-    return f"d2ft.mean.{block}.{branch}"
+    return f"{MEAN_PREFIX}{block}.{branch}"
 
 
 def skip_name(block: int) -> str:
