@@ -29,7 +29,7 @@ from d2ft_fl.engine.meter import Meter, tensor_bytes
 from d2ft_fl.engine.model_adapter import ModelAdapter
 from d2ft_fl.engine.numerics import Numerics
 from d2ft_fl.engine.partial_model import PartialModel
-from d2ft_fl.engine.trainer import Stepper, optimizer_state
+from d2ft_fl.engine.trainer import LearningRate, Stepper, optimizer_state
 from d2ft_fl.errors import ConfigError
 from d2ft_fl.lora.config import Lora
 from d2ft_fl.lora.peft_files import target_pattern
@@ -172,7 +172,7 @@ def bench_step(bench: StepBench, done: Callable[[str], None] = lambda name: None
     )
     rows = []
     for name, schedule in grid(arch, bench.slots).items():
-        rows.append(_measure(name, schedule, reference))
+        rows.append(_measure(name, schedule, reference, tuning.learning_rate))
         done(name)
     return rows
 
@@ -248,7 +248,7 @@ def _adapted(model: torch.nn.Module, arch: Architecture) -> torch.nn.Module:
     return get_peft_model(copy.deepcopy(model), config)
 
 
-def _measure(name: str, schedule: Schedule, reference: _Reference) -> Row:
+def _measure(name: str, schedule: Schedule, reference: _Reference, rate: LearningRate) -> Row:
     bench, arch = reference.bench, reference.arch
     images, labels, options = reference.images, reference.labels, bench.options()
     costs = CostModel(arch, options, schedule.slots, images.device.type)
@@ -266,7 +266,6 @@ def _measure(name: str, schedule: Schedule, reference: _Reference) -> Row:
         [t for _, t in partial.held()],
     )
     counted = Meter(verify=True, device=images.device)
-    rate = bench.load_tuning().learning_rate
     stepper = Stepper(partial, ImageClassification(), options, rate, counted, every_slot=True)
     batch = Batch(images, labels)
     for _ in range(2):  # the second finds the optimiser's state

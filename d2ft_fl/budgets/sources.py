@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from d2ft_fl.budgets.budget import Budget, ClientDescription
-from d2ft_fl.budgets.device_classes import ASSETS, BUILTIN
+from d2ft_fl.budgets.device_classes import ASSETS, BUILTIN, read_devices
 from d2ft_fl.errors import ConfigError
 from d2ft_fl.util.plugins import load_attribute
 
@@ -55,14 +55,14 @@ def budget_source(
     Raises:
         ConfigError: When there is none such, or its file is wrong.
     """
-    from d2ft_fl.budgets import device_classes, machine
-
     if spec in BUILTIN:
-        return device_classes.read_devices(ASSETS / f"{spec}.toml")
+        return read_devices(ASSETS / f"{spec}.toml")
     if spec == MEASURED:
-        return machine.Measured(device, threads)
+        from d2ft_fl.budgets.machine import Measured  # loads torch, which takes seconds
+
+        return Measured(device, threads)
     if spec.endswith(".toml"):
-        return device_classes.read_devices(resolve(spec))
+        return read_devices(resolve(spec))
     if ":" in spec:
         function = load_attribute(spec, "budgets")
         if not callable(function):

@@ -16,10 +16,10 @@ from d2ft_fl.data.partition import partition_of
 from d2ft_fl.data.sources import (
     SPLIT_SEED,
     Split,
-    _load_splits,
     digits,
     first_line,
     folder_splits,
+    hub_or_folder,
     made_up,
 )
 from d2ft_fl.data.spec import DataSpec
@@ -119,10 +119,4 @@ def class_count(dataset: str, label_column: str) -> int:
     """How many classes a data set has, without sharing it out."""
     if dataset in EMBEDDED_DATASETS:
         return 10
-    return len(_load_splits(dataset, label_column)[0].features[label_column].names)
-
-
-# -- sources -------------------------------------------------------------------------------------
-
-
-# -- partitions ----------------------------------------------------------------------------------
+    return len(hub_or_folder(dataset, label_column)[0].features[label_column].names)

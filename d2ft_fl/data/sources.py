@@ -81,7 +81,7 @@ def made_up(spec: DataSpec) -> tuple[Split, Split]:
 
 def folder_splits(spec: DataSpec) -> tuple[Split, Split]:
     """Return the training and the held-out split of a folder, or of a data set of the hub."""
-    train, test = _load_splits(spec.dataset, spec.label_column)
+    train, test = hub_or_folder(spec.dataset, spec.label_column)
     return _split(train, spec.label_column), _split(test, spec.label_column)
 
 
@@ -128,7 +128,7 @@ def _load(dataset: str) -> datasets.DatasetDict:
 
 
 @lru_cache(maxsize=2)
-def _load_splits(path: str, label: str) -> tuple[datasets.Dataset, datasets.Dataset]:
+def hub_or_folder(path: str, label: str) -> tuple[datasets.Dataset, datasets.Dataset]:
     """Return train and test of a data set with images."""
     loaded = _load(path)
     name = "train" if "train" in loaded else next(iter(loaded))

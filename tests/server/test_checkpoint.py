@@ -357,10 +357,9 @@ def test_what_was_said_before_is_replayed_attempt_by_attempt(quick):
     lines = [(1, said[0]), (2, said[1]), (2, []), (2, said[2])]  # once nobody answered
     text = "".join(json.dumps({"round": r, "reports": own}) + "\n" for r, own in lines)
     folder.joinpath("reports.jsonl").write_text(text)
-    federation = Federation(
-        Components(config), build_adapter(Components(config).model_spec).describe()
-    )
-    recorder = Recorder(folder, federation, Components(config).model_spec)
+    components = Components(config)
+    adapter = build_adapter(components.model_spec)
+    recorder = Recorder(folder, Federation(components, adapter.describe()), adapter)
     recorder.resume(1)
     assert recorder.next_reports(1) is None  # it is over
     found = [recorder.next_reports(2) for _ in range(3)]
