@@ -7,9 +7,9 @@ train afterwards. It needs the whole model's memory and bytes, so that their bud
 
 from functools import partial
 
-from d2ft_fl import DEADLINE, Assignment, Participant, Probes, Round, most
+from d2ft_fl import Assignment, Participant, Probes, Round, most
 
-KEEPS = ("flops", DEADLINE)
+KEEPS = ("flops", "deadline")
 SCORES = ()
 
 

@@ -7,10 +7,10 @@ model's bytes, and memory for the weights and tokens, so that their budgets are 
 
 from functools import partial
 
-from d2ft_fl import DEADLINE, Assignment, ExecutionPolicy, Participant, Round, most
+from d2ft_fl import Assignment, ExecutionPolicy, Participant, Round, most
 
 PAPER = "Liu et al., PatchDropout, WACV 2023, arXiv 2208.07220"
-KEEPS = ("flops", DEADLINE)
+KEEPS = ("flops", "deadline")
 SCORES = ()
 
 

@@ -7,12 +7,11 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from d2ft_fl.budgets import device_classes
-from d2ft_fl.budgets.budget import Amount, Budget
 from d2ft_fl.cli.common import DEVICE, failures
 from d2ft_fl.util.terminal import console, say
 
 if TYPE_CHECKING:
+    from d2ft_fl.budgets.budget import Amount, Budget
     from d2ft_fl.budgets.device_classes import DeviceClasses
     from d2ft_fl.budgets.machine import Profile
 
@@ -25,6 +24,8 @@ def budgets_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print classes as JSON only.")] = False,
 ) -> None:
     """Check a file of budgets and show what it means."""
+    from d2ft_fl.budgets import device_classes
+
     with failures():
         found = device_classes.named(source)
     rows = found.to_json(clients)
@@ -62,10 +63,10 @@ def _budgets_table(source: str, clients: int, found: "DeviceClasses") -> None:
         say("traces lower budgets by round; clients are asked before each")
 
 
-def _budget_cells(budget: Budget) -> list[str]:
+def _budget_cells(budget: "Budget") -> list[str]:
     from d2ft_fl.report.format import LABELS, quantity, unit_of
 
-    def amount(value: Amount | None, unit: str) -> str:
+    def amount(value: "Amount | None", unit: str) -> str:
         if value is None:
             return "-"
         return f"{100 * value.value:.3g} %" if value.relative else quantity(value.value, unit)

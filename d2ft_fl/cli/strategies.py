@@ -26,7 +26,12 @@ def strategies_command(
     from d2ft_fl.rounds import strategies
 
     with failures():
-        found = [strategies.load_strategy(name)] if name else strategies.builtin_strategies()
+        if not name:
+            found = strategies.builtin_strategies()
+        elif name in strategies.STRATEGIES:
+            found = [strategies.declared_strategy(name)]
+        else:
+            found = [strategies.load_strategy(name)]
     if as_json:
         typer.echo(json.dumps([m.to_json() for m in found]))
     elif markdown:

@@ -12,8 +12,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from d2ft_fl.config.choices import LR_SCHEDULES
 from d2ft_fl.config.groups.learning import (
     DataOptions,
@@ -98,6 +96,8 @@ class RunConfig(  # a dataclass has the fields of its last base first
         count = round(self.hostile_share * self.clients)
         if not count:
             return False
+        import numpy as np  # the other options do without, and so do the commands that list them
+
         order = np.random.default_rng([self.seed, 4]).permutation(self.clients)
         return client in order[:count]
 

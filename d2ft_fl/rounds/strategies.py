@@ -12,18 +12,24 @@ A strategy is written as a module with a function ``schedule(context)`` and up t
     Whether it divides a run into stages, with ``context.stage``.
 
 :func:`load_strategy` makes a :class:`Strategy` of such a module, the only form in which other code
-knows strategies.
+knows strategies. :func:`declared_strategy` makes one of a built-in module that is read and not
+imported, for a list: a strategy's imports bring PyTorch in. So constants of built-in strategies are
+literals.
 """
 
+import ast
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any
 
 from d2ft_fl.budgets.budget import LIMITS
+from d2ft_fl.config.choices import SCORES
 from d2ft_fl.errors import ConfigError
-from d2ft_fl.planning.assignment import Assignment
-from d2ft_fl.planning.importance import KINDS
-from d2ft_fl.util.plugins import load_module
+from d2ft_fl.util.plugins import load_module, source_of
+
+if TYPE_CHECKING:
+    from d2ft_fl.planning.assignment import Assignment
 
 STRATEGIES = (
     "d2ft",
@@ -47,6 +53,7 @@ STRATEGIES = (
     "pruning-gradient",
     "moe",
 )
+CONSTANTS = ("PAPER", "KEEPS", "SCORES", "STAGED")
 
 
 @dataclass(frozen=True)
@@ -76,7 +83,7 @@ class Strategy:
     """
 
     name: str
-    schedule: Callable[..., list[Assignment]]
+    schedule: Callable[..., list["Assignment"]]
     paper: str = ""
     keeps: tuple[str, ...] = LIMITS
     scores: tuple[str, ...] | None = None
@@ -144,7 +151,7 @@ def strategy_of(module: Any, name: str) -> Strategy:
         schedule=schedule,
         paper=" ".join(getattr(module, "PAPER", "").split()),
         keeps=tuple(limit for limit in LIMITS if limit in keeps),
-        scores=None if scores is None else _known(name, "SCORES", scores, KINDS),
+        scores=None if scores is None else _known(name, "SCORES", scores, SCORES),
         staged=bool(getattr(module, "STAGED", False)),
         text=(module.__doc__ or "").strip(),
     )
@@ -160,6 +167,28 @@ def _known(name: str, constant: str, values: Any, allowed: tuple[str, ...]) -> t
     return tuple(values)
 
 
+def declared_strategy(name: str) -> Strategy:
+    """Read what a built-in strategy declares; its module is imported when it first schedules.
+
+    Args:
+        name: One of :data:`STRATEGIES`.
+    """
+    tree = ast.parse(source_of("strategies", name))
+    constants = {
+        target.id: ast.literal_eval(statement.value)
+        for statement in tree.body
+        if isinstance(statement, ast.Assign)
+        for target in statement.targets
+        if isinstance(target, ast.Name) and target.id in CONSTANTS
+    }
+
+    def schedule(context: Any) -> list["Assignment"]:
+        return load_strategy(name).schedule(context)
+
+    module = SimpleNamespace(**constants, schedule=schedule, __doc__=ast.get_docstring(tree))
+    return strategy_of(module, name)
+
+
 def builtin_strategies() -> list[Strategy]:
-    """Return the strategies that come with the project, in the order in which they are listed."""
-    return [load_strategy(name) for name in STRATEGIES]
+    """Return what the built-in strategies declare, in the order in which they are listed."""
+    return [declared_strategy(name) for name in STRATEGIES]

@@ -2,9 +2,10 @@
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from d2ft_fl.tasks.task import Task
+if TYPE_CHECKING:  # pages and listings show metrics without PyTorch, which tasks import
+    from d2ft_fl.tasks.task import Task
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,7 @@ class MetricSpec:
     percent: frozenset[str]
 
     @classmethod
-    def of(cls, task: Task) -> "MetricSpec":
+    def of(cls, task: "Task") -> "MetricSpec":
         """Take the metrics of a task."""
         return cls(task.name, task.metrics, task.primary, task.maximise, task.percent)
 

@@ -5,6 +5,8 @@ wherever they lie (see :mod:`d2ft_fl`), so that a user's folders of these names 
 """
 
 import importlib
+import importlib.util
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -41,13 +43,31 @@ def load_module(package: str, spec: str, what: str, builtin: tuple[str, ...]) ->
         ConfigError: When there is no module of that name, or it does not import.
     """
     if spec in builtin:
-        return importlib.import_module(f"d2ft_fl.{package}.{spec.replace('-', '_')}")
+        return importlib.import_module(_path(package, spec))
     if "." not in spec:
         raise ConfigError(
             f"{what} = {spec!r} is unknown; use one of {', '.join(builtin)}, or the dotted path "
             "of a module of your own"
         )
     return _import(spec, f"{what} = {spec!r}")
+
+
+def source_of(package: str, name: str) -> str:
+    """Return the source of a built-in module, which is not imported.
+
+    Args:
+        package: The built-ins' package inside ``d2ft_fl``: ``strategies`` or ``clients``.
+        name: The module, as options name it.
+    """
+    spec = importlib.util.find_spec(_path(package, name))
+    if spec is None or spec.origin is None:
+        raise ModuleNotFoundError(f"no module {_path(package, name)}", name=_path(package, name))
+    return Path(spec.origin).read_text(encoding="utf-8")
+
+
+def _path(package: str, name: str) -> str:
+    """Return the dotted path of a built-in module."""
+    return f"d2ft_fl.{package}.{name.replace('-', '_')}"
 
 
 def _import(name: str, where: str) -> ModuleType:

@@ -83,18 +83,3 @@ def test_an_old_name_says_the_new_one_beside_the_output():
     said = call("accumulate", "--json")
     assert said.stderr == "d2ft: option accumulate is called micro-batches now\n"
     assert [e["name"] for e in json.loads(said.stdout)] == ["micro-batches"]
-
-
-def test_the_command_starts_without_what_takes_seconds_to_import():
-    import subprocess
-    import sys
-
-    code = (
-        "import sys; from d2ft_fl.cli.main import app; "
-        "app(['options', 'lr'], standalone_mode=False); "
-        "heavy = {'torch', 'timm', 'ray', 'flwr', 'datasets', 'numba', 'pandas', 'plotly'}; "
-        "print(sorted(heavy & set(sys.modules)))"
-    )
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
-    assert found.stdout.startswith("lr = 5e-4\n")
-    assert found.stdout.endswith("\n[]\n")

@@ -20,7 +20,13 @@ from d2ft_fl.rounds.checks import checked
 from d2ft_fl.rounds.components import Components
 from d2ft_fl.rounds.context import ExecutionPolicy, Participant, Round, plan_round
 from d2ft_fl.rounds.federation import Federation, Report, State
-from d2ft_fl.rounds.strategies import STRATEGIES, builtin_strategies, strategy_of
+from d2ft_fl.rounds.strategies import (
+    STRATEGIES,
+    builtin_strategies,
+    declared_strategy,
+    load_strategy,
+    strategy_of,
+)
 from d2ft_fl.runtime.in_process import run_local
 from d2ft_fl.strategies import fedavg
 from d2ft_fl.subnets.schedule import Operation
@@ -281,6 +287,18 @@ def test_methods_are_listed_with_their_papers():
     assert all(m.text for m in found.values())
     no_method = {"fewer-examples", "accumulate", "linear-probe"}
     assert {name for name, m in found.items() if not m.paper} == no_method
+
+
+@pytest.mark.parametrize("name", STRATEGIES)
+def test_what_is_read_of_a_strategy_is_what_it_says_once_imported(name):
+    declared, loaded = declared_strategy(name), load_strategy(name)
+    assert replace(declared, schedule=loaded.schedule) == loaded
+
+
+def test_a_strategy_that_was_only_read_can_schedule():
+    federation, state, reports = round_of("fedavg", [{}])
+    vars(federation.components)["strategy"] = declared_strategy("fedavg")
+    assert (plan_round(federation, state, reports).assignments[0].schedule.operations == FULL).all()
 
 
 def test_the_command_lists_them():
