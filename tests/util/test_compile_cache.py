@@ -4,8 +4,10 @@ import ast
 import shutil
 
 import pytest
+from numba import njit
+from numba.core.codegen import JITCodeLibrary
 
-from d2ft_fl.util import compile_cache
+from d2ft_fl.util import compile_cache, compiled
 
 COMPILED = "d2ft_fl.util.compiled"
 
@@ -73,3 +75,45 @@ def test_a_function_is_compiled_where_its_index_lies(copied, monkeypatch, tmp_pa
     many = copied / "planning" / "solver" / "many.py"
     many.write_text(many.read_text() + "\n")
     assert not compile_cache.is_compiled("solve_all")
+
+
+def test_parts_are_compiled_once_whatever_constants_they_are_called_with():
+    """numba compiles a function anew for each constant, and so all that it calls."""
+
+    @compiled.inner
+    def plus(a, b):
+        return a + b
+
+    @compiled.inner
+    def thrice(a, b):
+        return plus(a, 1) + plus(b, -1) + plus(2, b)
+
+    @njit
+    def outer(a):
+        return thrice(a, 7)
+
+    assert outer(5) == 5 + 1 + 7 - 1 + 2 + 7
+    assert len(plus.signatures) == len(thrice.signatures) == 1
+
+
+def test_machine_code_is_generated_for_entries_alone(monkeypatch):
+    generated = []
+    finalize = JITCodeLibrary._finalize_specific
+    monkeypatch.setattr(
+        JITCodeLibrary,
+        "_finalize_specific",
+        lambda library: (generated.append(library.name), finalize(library)),
+    )
+
+    @compiled.inner
+    def part(a):
+        return a + 1
+
+    @njit
+    def outer(a):
+        return part(a)
+
+    assert outer(1) == 2
+    names = [name.split(".")[-1] for name in generated]
+    assert "outer" in names
+    assert "part" not in names

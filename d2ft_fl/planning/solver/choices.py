@@ -10,9 +10,12 @@ from d2ft_fl.util.compiled import inner
 def count(p: Instance, x: Picked) -> float:
     """Count the levels and the exact use of ``x.choice``, and return its value."""
     utility = 0.0
-    x.counts[:] = 0
-    x.used[:] = 0
-    x.tops[:] = 0
+    for r in range(len(x.used)):
+        x.used[r] = 0
+    for g in range(len(x.tops)):
+        x.tops[g] = 0
+        for m in range(x.counts.shape[1]):
+            x.counts[g, m] = 0
     for i in range(len(x.choice)):
         k, g = x.choice[i], p.group[i]
         utility += p.value[i, k]

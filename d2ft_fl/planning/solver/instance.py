@@ -136,7 +136,13 @@ def priced(p: Instance) -> Priced:
     items, options, resources = p.cost.shape
     groups, levels = p.ladder.shape[0], p.ladder.shape[1]
     v, w = np.empty((options, items)), np.empty((resources, options, items))
-    scale = 1.0 / np.maximum(p.capacity, 1)
+    scale, prices = np.empty(resources), np.empty(resources)
+    charge = np.empty((groups, levels, resources))
+    for r in range(resources):
+        scale[r], prices[r] = 1.0 / max(p.capacity[r], 1), 0.0
+        for g in range(groups):
+            for m in range(levels):
+                charge[g, m, r] = p.ladder[g, m, r] * scale[r]
     for i in range(items):
         for k in range(options):
             fits = True
@@ -148,9 +154,9 @@ def priced(p: Instance) -> Priced:
     return Priced(
         v,
         w,
-        p.ladder * scale,
+        charge,
         scale,
-        np.zeros(resources),
+        prices,
         np.empty((options, items)),
         np.empty(resources, dtype=np.int64),
         np.empty(items, dtype=np.uint64),
@@ -165,11 +171,28 @@ def priced(p: Instance) -> Priced:
 
 @inner
 def picked(p: Instance) -> Picked:
-    """Return arrays for a choice, filled with 0."""
+    """Return arrays for a choice."""
     groups, levels, resources = p.ladder.shape
     return Picked(
-        np.zeros(len(p.group), dtype=np.int64),
-        np.zeros((groups, levels), dtype=np.int64),
-        np.zeros(groups, dtype=np.int64),
-        np.zeros(resources, dtype=np.int64),
+        np.empty(len(p.group), dtype=np.int64),
+        np.empty((groups, levels), dtype=np.int64),
+        np.empty(groups, dtype=np.int64),
+        np.empty(resources, dtype=np.int64),
     )
+
+
+@inner
+def copy(source: np.ndarray, target: np.ndarray) -> None:
+    """Copy a row of numbers; numba compiles ``target[:] = source`` with messages for bad shapes."""
+    for i in range(len(target)):
+        target[i] = source[i]
+
+
+@inner
+def copy_picked(source: Picked, target: Picked) -> None:
+    """Copy a choice and what it uses."""
+    copy(source.choice, target.choice)
+    copy(source.tops, target.tops)
+    copy(source.used, target.used)
+    for g in range(len(source.counts)):
+        copy(source.counts[g], target.counts[g])

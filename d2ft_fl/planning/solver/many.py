@@ -3,7 +3,7 @@
 import numpy as np
 
 from d2ft_fl.planning.solver.choices import count, fits
-from d2ft_fl.planning.solver.instance import Batch, instance, picked, priced, value_of
+from d2ft_fl.planning.solver.instance import Batch, copy, instance, picked, priced, value_of
 from d2ft_fl.planning.solver.prices import lower_prices, relax
 from d2ft_fl.planning.solver.search import CASE_STEP, CASE_STEPS, solve_one
 from d2ft_fl.util.compiled import entry, inner
@@ -28,11 +28,11 @@ def solve_all(
     for c in range(len(b.capacity)):
         p = instance(b, c, value_of(b, c))
         x = picked(p)
-        x.choice[:] = choice[c]
+        copy(choice[c], x.choice)
         solved, bounds[c] = solve_one(p, x, prices, True, effort)
         utility = count(p, x)  # once more, from the integers
         values[c] = utility if solved > -np.inf and fits(p, x) else -np.inf
-        choice[c] = x.choice
+        copy(x.choice, choice[c])
 
 
 @inner
@@ -79,6 +79,9 @@ def spread_all(
     prices = np.zeros((clients, resources))
     amount, people = np.zeros(items), np.zeros(items, dtype=np.int64)
     scarce = np.zeros(items)  # further value of training an item, while too few clients do
+    most = train[0]
+    for i in range(items):
+        most = max(most, train[i])
     v = np.empty((items, options))
     for turn in range(sweeps):
         for c in range(clients):
@@ -97,18 +100,18 @@ def spread_all(
                             v[i, k] += scarce[i]
             p = instance(b, c, v)
             x = picked(p)
-            x.choice[:] = choice[c]
+            copy(choice[c], x.choice)
             solve_one(p, x, prices[c], turn == 0, effort if turn == sweeps - 1 else 0)
             count(p, x)
             if fits(p, x):
-                choice[c] = x.choice
+                copy(x.choice, choice[c])
             for i in range(items):
                 new = share[choice[c, i]]
                 amount[i] += new * weight[c]
                 people[i] += new > 0.0
         for i in range(items):
             if people[i] < least:
-                scarce[i] = SCARCER * scarce[i] + train.max()
+                scarce[i] = SCARCER * scarce[i] + most
     for i in range(items):
         marginal[i] = 1.0 / (1.0 + amount[i] / reference)
     for c in range(clients):
@@ -118,10 +121,10 @@ def spread_all(
                 v[i, k] = fixed[i, k] + train[i] * marginal[i] * share[k] * weight[c]
         p = instance(b, c, v)
         q, x = priced(p), picked(p)
-        q.prices[:] = prices[c]
+        copy(prices[c], q.prices)
         bound = q.bounds[relax(p, q)]
         bounds[c] = lower_prices(p, q, x, -1, CASE_STEPS, CASE_STEP * bound, bound, prices[c])
-        x.choice[:] = choice[c]
+        copy(choice[c], x.choice)
         values[c] = -np.inf
         count(p, x)
         if fits(p, x):

@@ -3,7 +3,14 @@
 import numpy as np
 
 from d2ft_fl.planning.solver.choices import change, fill, fits, flip, level_after
-from d2ft_fl.planning.solver.instance import EPSILON, Instance, Picked, Priced, picked
+from d2ft_fl.planning.solver.instance import (
+    EPSILON,
+    Instance,
+    Picked,
+    Priced,
+    copy_picked,
+    picked,
+)
 from d2ft_fl.util.compiled import inner
 
 TOLERANCE = 1e-4  # certified gaps below this share of the bound are left alone
@@ -140,9 +147,12 @@ def pair(p: Instance, q: Priced, x: Picked, case: int, effort: int) -> float:
     regret = np.empty(size)
     n = least_regrets(p, q, x, case, False, item, option, regret)
     gain, more = np.empty(n), np.empty((n, resources), dtype=np.int64)
-    room, group = p.capacity - x.used, p.group[item[:n]]
+    room, group = np.empty(resources, dtype=np.int64), np.empty(n, dtype=np.int64)
+    for r in range(resources):
+        room[r] = p.capacity[r] - x.used[r]
     for a in range(n):
         i, k = item[a], option[a]
+        group[a] = p.group[i]
         gain[a] = p.value[i, k] - p.value[i, x.choice[i]]
         top = level_after(p, x, i, k)
         for r in range(resources):
@@ -197,10 +207,7 @@ def close(p: Instance, q: Priced, x: Picked, y: Picked, case: int) -> float:
         top = x.tops[g]
         if top == 0 or x.counts[g, top] > HOLDERS:
             continue
-        y.choice[:] = x.choice
-        y.counts[:] = x.counts
-        y.tops[:] = x.tops
-        y.used[:] = x.used
+        copy_picked(x, y)
         gain, mode = 0.0, p.mode[case, g]
         for i in range(p.first[g], p.first[g + 1]):
             if p.level[x.choice[i]] == top:
@@ -218,10 +225,7 @@ def close(p: Instance, q: Priced, x: Picked, y: Picked, case: int) -> float:
         gain += fill(p, q, y, case)
         if gain > EPSILON:
             won += gain
-            x.choice[:] = y.choice
-            x.counts[:] = y.counts
-            x.tops[:] = y.tops
-            x.used[:] = y.used
+            copy_picked(y, x)
     return won
 
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from d2ft_fl.planning.solver.instance import EPSILON, Instance, Picked, Priced
+from d2ft_fl.planning.solver.instance import EPSILON, Instance, Picked, Priced, copy
 from d2ft_fl.util.compiled import inner
 
 BISECTIONS = 3  # of the dual along one direction, to start from
@@ -24,7 +24,7 @@ def relax(p: Instance, q: Priced) -> int:
             some += 1
     for k in range(options):
         row = q.gains[k]
-        row[:] = q.v[k]
+        copy(q.v[k], row)
         for at in range(0, some, 2):
             one, two = q.some[at], q.some[min(at + 1, some - 1)]
             price, weight, other = q.prices[one], q.w[one, k], q.w[two, k]
@@ -33,17 +33,18 @@ def relax(p: Instance, q: Priced) -> int:
                 row[i] -= price * weight[i] + second * other[i]
     for m in range(len(p.allowed)):
         best = q.best
-        best[:] = -np.inf
+        for i in range(items):
+            best[i] = -np.inf
+            q.arg[m, 0, i] = 0
         for step in range(levels):
             arg, any_here = q.arg[m, step], step == 0
             if step:
-                arg[:] = q.arg[m, step - 1]
-            else:
-                arg[:] = 0
+                copy(q.arg[m, step - 1], arg)
             for k in range(options):
                 any_here |= p.level[k] == step and p.allowed[m, k]
             if not any_here:  # no reason to open so far
-                q.nets[m, step] = -np.inf
+                for g in range(groups):
+                    q.nets[m, step, g] = -np.inf
                 continue
             for k in range(options):
                 if p.level[k] == step and p.allowed[m, k]:
@@ -62,7 +63,9 @@ def relax(p: Instance, q: Priced) -> int:
                 if step == 0 or utility > q.net[m, g]:
                     q.net[m, g] = utility
                     q.opened[m, g] = step
-    total, top = q.prices.sum(), 0
+    total, top = 0.0, 0
+    for r in range(resources):
+        total += q.prices[r]
     for s in range(len(p.mode)):
         bound = total
         for g in range(groups):
@@ -120,24 +123,30 @@ def first_prices(p: Instance, q: Priced, x: Picked, best: np.ndarray) -> float:
 
     Fills ``best`` [R] with the prices there.
     """
-    slope = np.empty(len(best))
-    q.prices[:] = 0.0
-    best[:] = 0.0
+    resources = len(best)
+    slope, direction = np.empty(resources), np.empty(resources)
+    for r in range(resources):
+        q.prices[r], best[r] = 0.0, 0.0
     bound = slack_at(p, q, -1, x, slope)
-    direction = np.maximum(-slope, 0.0)
-    if direction.sum() == 0.0:  # all fits
+    overuse = 0.0
+    for r in range(resources):
+        direction[r] = -slope[r] if slope[r] < 0.0 else 0.0
+        overuse += direction[r]
+    if overuse == 0.0:  # all fits
         return bound
-    direction /= direction.sum()
+    for r in range(resources):
+        direction[r] /= overuse
     low, high = 1e-3 * bound, bound
     for _ in range(BISECTIONS):
         at = np.sqrt(low * high)
-        q.prices[:] = at * direction
+        for r in range(resources):
+            q.prices[r] = at * direction[r]
         now = slack_at(p, q, -1, x, slope)
         if now < bound:
             bound = now
-            best[:] = q.prices
+            copy(q.prices, best)
         under = 0.0
-        for r in range(len(direction)):
+        for r in range(resources):
             under += slope[r] * direction[r]
         if under < 0.0:
             low = at
@@ -173,14 +182,19 @@ def lower_prices(
         The least bound found, that of ``best`` then.
     """
     resources = len(best)
-    slope, last, step = np.empty(resources), np.zeros(resources), np.zeros(resources)
-    dilation, direction, turned = np.eye(resources), np.empty(resources), np.empty(resources)
-    q.prices[:] = best
+    slope, last, step = np.empty(resources), np.empty(resources), np.empty(resources)
+    direction, turned = np.empty(resources), np.empty(resources)
+    dilation = np.empty((resources, resources))
+    for r in range(resources):
+        last[r], step[r] = 0.0, 0.0
+        for a in range(resources):
+            dilation[r, a] = 1.0 if r == a else 0.0
+    copy(best, q.prices)
     for turn in range(steps + 1):
         now = slack_at(p, q, case, x, slope)
         if now < bound:
             bound = now
-            best[:] = q.prices
+            copy(q.prices, best)
         under, norm = 0.0, 0.0
         for r in range(resources):
             if q.prices[r] <= 0.0 and slope[r] > 0.0:

@@ -3,7 +3,15 @@
 import numpy as np
 
 from d2ft_fl.planning.solver.choices import count, fill, fits, flip, obeys, repair
-from d2ft_fl.planning.solver.instance import EPSILON, Instance, Picked, Priced, picked, priced
+from d2ft_fl.planning.solver.instance import (
+    EPSILON,
+    Instance,
+    Picked,
+    Priced,
+    copy,
+    picked,
+    priced,
+)
 from d2ft_fl.planning.solver.moves import TOLERANCE, improve, insert
 from d2ft_fl.planning.solver.prices import first_prices, lower_prices, open_best, pick, relax
 from d2ft_fl.util.compiled import inner
@@ -62,9 +70,10 @@ def search(
                 n = insert(i, k, loss, item, option, regret, n)
     if fits(p, base) and value > utility + EPSILON:
         utility = value
-        x.choice[:] = base.choice
+        copy(base.choice, x.choice)
     stack, before = np.empty(items + 1, dtype=np.int64), np.empty(items + 1, dtype=np.int64)
-    lost = np.zeros(items + 2)
+    lost = np.empty(items + 2)
+    lost[0] = 0.0
     depth, at = 0, 0
     while nodes > 0:
         if at < n and depth < items and lost[depth] + regret[at] < bound - utility - EPSILON:
@@ -80,7 +89,7 @@ def search(
                 value += flip(p, base, i, option[at])
                 if value > utility + EPSILON and fits(p, base):
                     utility = value
-                    x.choice[:] = base.choice
+                    copy(base.choice, x.choice)
             at += 1
         elif depth == 0:
             break
@@ -113,15 +122,15 @@ def solve_case(
         The value of what is then in ``x``, and a bound on the case.
     """
     y = picked(p)
-    opened = np.empty(len(q.charge), dtype=np.int64)
+    opened, base = np.empty(len(q.charge), np.int64), np.empty(len(q.charge), np.int64)
     open_best(p, q, case, opened)
-    base = opened.copy()
+    copy(opened, base)
     value = settle(p, q, y, case, opened)
     if value > -np.inf:
         value = improve(p, q, y, case, value, bound, effort)
         if value > utility + EPSILON:
             utility = value
-            x.choice[:] = y.choice
+            copy(y.choice, x.choice)
     if effort == 0 or bound - utility <= EASY / effort**2 * abs(bound):
         return utility, bound
     # Other sets of open groups, by what they lose at the prices.
@@ -140,7 +149,7 @@ def solve_case(
     for j in range(n):
         if bound - regret[j] <= utility + EPSILON:
             break
-        opened[:] = base
+        copy(base, opened)
         opened[who[j]] = to[j]
         value = settle(p, q, y, case, opened)
         if value > -np.inf:
@@ -150,14 +159,14 @@ def solve_case(
             value = improve(p, q, y, case, value, bound - regret[j], effort)
             if value > utility + EPSILON:
                 utility = value
-                x.choice[:] = y.choice
+                copy(y.choice, x.choice)
     if hard:
         nodes = NODES * effort
         utility, nodes = search(p, q, x, case, base, bound, utility, nodes)
         for j in range(n):
             if nodes == 0 or bound - regret[j] <= utility + EPSILON:
                 break
-            opened[:] = base
+            copy(base, opened)
             opened[who[j]] = to[j]
             utility, nodes = search(p, q, x, case, opened, bound - regret[j], utility, nodes)
     return utility, bound
@@ -188,16 +197,25 @@ def solve_one(
         steps = max(PRICE_STEPS, 3 * resources) * max(effort, 1)
         lower_prices(p, q, y, -1, steps, FIRST_STEP * bound, bound, prices)
     else:
-        q.prices[:] = prices
+        copy(prices, q.prices)
         bound = q.bounds[relax(p, q)]
         lower_prices(p, q, y, -1, CASE_STEPS, CASE_STEP * bound, bound, prices)
-    q.prices[:] = prices
+    copy(prices, q.prices)
     relax(p, q)
-    bounds = q.bounds.copy()
-    order = np.argsort(-bounds, kind="mergesort")
+    cases = len(q.bounds)
+    bounds, left = np.empty(cases), np.empty(cases)  # left: of cases that are not solved yet
+    copy(q.bounds, bounds)
+    copy(q.bounds, left)
+    order, unused = np.empty(CASES, dtype=np.int64), np.empty(CASES, dtype=np.int64)
+    losses = np.empty(CASES)
+    first = 0
+    for case in range(cases):
+        if first < CASES or -bounds[case] < losses[first - 1]:
+            first = insert(case, 0, -bounds[case], order, unused, losses, first)
     likely, best_value, opened = order[0], -np.inf, np.empty(len(q.charge), dtype=np.int64)
-    if len(order) > 1:  # a quick look at the cases with the highest bounds
-        for case in order[:CASES]:
+    if cases > 1:  # a quick look at the cases with the highest bounds
+        for at in range(first):
+            case = order[at]
             if bounds[case] <= best_value:
                 break
             open_best(p, q, case, opened)
@@ -208,19 +226,25 @@ def solve_one(
                     likely, best_value = case, value
                 if value > utility + EPSILON:
                     utility = value
-                    x.choice[:] = y.choice
-    left = bounds.copy()  # of cases that are not solved yet
-    for turn in range(min(max(effort, 1), len(order))):
+                    copy(y.choice, x.choice)
+    for turn in range(min(max(effort, 1), cases)):
         if turn:
-            likely = left.argmax()
+            likely = 0
+            for case in range(1, cases):
+                if left[case] > left[likely]:
+                    likely = case
         top = left[likely]
         left[likely] = -np.inf
         if top - utility > TOLERANCE * abs(top):  # so too where nothing is known yet
-            if len(order) > 1:
-                case_prices = prices.copy()
+            if cases > 1:
+                case_prices = np.empty(resources)
+                copy(prices, case_prices)
                 top = lower_prices(p, q, y, likely, CASE_STEPS, CASE_STEP * top, top, case_prices)
-                q.prices[:] = case_prices
+                copy(case_prices, q.prices)
                 relax(p, q)
             utility, top = solve_case(p, q, x, likely, top, utility, effort)
         bounds[likely] = top
-    return utility, max(bounds.max(), utility)
+    highest = utility
+    for case in range(cases):
+        highest = max(highest, bounds[case])
+    return utility, highest
