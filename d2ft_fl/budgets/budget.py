@@ -13,14 +13,17 @@ measurement of this machine (``machine.py``), or a ``module:callable`` of yours,
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from d2ft_fl.costs.machine_speed import MachineSpeed, read_curve
 from d2ft_fl.costs.resources import RESOURCES, Cost
 from d2ft_fl.errors import ConfigError
 
 DEADLINE = "deadline"
+CURVE = "curve"  # a file of a machine's speed by shapes, or what stands in one
 LIMITS = (*RESOURCES, DEADLINE)  # what a budget may limit
 UNLIMITED = 2**60
 _NUMBER = re.compile(r"^\s*([+-]?[0-9]+(?:\.[0-9]+)?(?:[eE][+-]?[0-9]+)?)\s*([^\s0-9].*?)?\s*$")
@@ -43,7 +46,7 @@ _UNITS: dict[str, tuple[dict[str, float], str]] = {
     "bandwidth_down": (_RATES, '"20 Mbit/s"'),
     "deadline": (_SECONDS, '"30 s" or "2 min"'),
 }
-ENTRIES = tuple(name.replace("_", "-") for name in _UNITS)
+ENTRIES = (*(name.replace("_", "-") for name in _UNITS), CURVE)
 
 
 @dataclass(frozen=True)
@@ -72,11 +75,13 @@ class Budget:
         memory: Bytes at the peak.
         bytes_up: Bytes that the client sends.
         bytes_down: Bytes that the client receives.
-        speed: FLOP/s; ``None`` means that computing takes no time.
+        speed: FLOP/s at best; ``None`` means that computing takes no time. How much slower what
+            is computed runs, for its shapes, says the curve.
         bandwidth_up: Bytes/s; ``None`` means that sending takes no time.
         bandwidth_down: Bytes/s; ``None`` means that receiving takes no time.
         deadline: The most simulated :meth:`seconds` of a round.
         device: A name to report.
+        curve: How fast such a machine is by shapes; None for the package's, scaled to ``speed``.
     """
 
     flops: Amount | None = None
@@ -88,6 +93,7 @@ class Budget:
     bandwidth_down: float | None = None
     deadline: float | None = None
     device: str = ""
+    curve: MachineSpeed | None = None
 
     def capacity(self, full: Cost) -> np.ndarray:
         """Return the four budgets in the order of ``RESOURCES``: int64 [4].
@@ -107,10 +113,14 @@ class Budget:
         )
 
     def seconds(self, cost: Cost) -> float:
-        """Return the simulated seconds of a round: download, compute, upload."""
+        """Return the simulated seconds of a round: download, compute, upload.
+
+        Args:
+            cost: Of the round, its work counted on :attr:`curve`.
+        """
         parts = (
             (cost.bytes_down, self.bandwidth_down),
-            (cost.flops, self.speed),
+            (cost.work, self.speed),
             (cost.bytes_up, self.bandwidth_up),
         )
         return sum(amount / rate for amount, rate in parts if rate)
@@ -122,6 +132,8 @@ class Budget:
             value = getattr(self, f.name)
             if isinstance(value, Amount):
                 out[f.name] = {"share": value.value} if value.relative else value.value
+            elif isinstance(value, MachineSpeed):
+                out[f.name] = value.to_json()
             elif value not in (None, ""):
                 out[f.name] = value
         return out
@@ -144,6 +156,9 @@ class Budget:
                 raise ConfigError(f"{where}: {key} is given twice; write it once")
             if name == "device":
                 values[name] = str(value)
+            elif name == CURVE:
+                read = read_curve if isinstance(value, (str, Path)) else MachineSpeed.from_json
+                values[name] = read(value, f"{where}: {key}")
             elif name in _UNITS:
                 values[name] = _parse(name, value, f"{where}: {key} = {value!r}")
             else:

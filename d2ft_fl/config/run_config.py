@@ -69,6 +69,8 @@ class RunConfig(  # a dataclass has the fields of its last base first
             if key not in OPTIONS:
                 raise ConfigError(f"unknown option {key!r}; {nearest(key, OPTIONS)}")
             values[OPTIONS[key].field.name] = _typed(key, value, OPTIONS[key].kind)
+        if "batch_size" in values:  # what somebody asked for stays, unless they say otherwise
+            values.setdefault("policy_batch", False)
         return cls(**values)
 
     def to_mapping(self) -> dict[str, Any]:

@@ -8,7 +8,7 @@ all the time, plus the worst micro-batch: see :mod:`d2ft_fl.costs.round_memory` 
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import numpy as np
 
@@ -18,10 +18,12 @@ from d2ft_fl.costs.activations import ActivationBytes
 from d2ft_fl.costs.communication import Communication
 from d2ft_fl.costs.compensation import Extras
 from d2ft_fl.costs.flops import BranchFlops
+from d2ft_fl.costs.machine_speed import MachineSpeed, standard
 from d2ft_fl.costs.memory import MicroBatchMemory
-from d2ft_fl.costs.parameter_counts import Parts
-from d2ft_fl.costs.resources import RESOURCES, Cost
+from d2ft_fl.costs.parameter_counts import Parts, parts_of
+from d2ft_fl.costs.resources import RESOURCES, Cost, costs_from
 from d2ft_fl.costs.round_memory import RoundMemory, active_slots, sizes_of_slots
+from d2ft_fl.costs.seconds import RoundSeconds
 from d2ft_fl.engine.attention import fused_attention
 from d2ft_fl.errors import ConfigError
 from d2ft_fl.subnets.architecture import Architecture
@@ -57,6 +59,8 @@ class CostModel:
         bits_up: Of a number on its way up; see :mod:`d2ft_fl.wire.quantization`. Below 32 the
             client keeps what it began with, as it was sent.
         bits_down: Of a number on its way down.
+        machine: How fast the machine is that seconds are counted on; None for the one that comes
+            with the package.
     """
 
     arch: Architecture
@@ -68,6 +72,7 @@ class CostModel:
     tokens: int = 0
     bits_up: int = PLAIN_BITS
     bits_down: int = PLAIN_BITS
+    machine: MachineSpeed | None = None
 
     def under(self, policy: ExecutionPolicy) -> "CostModel":
         """Return the cost model under an execution policy.
@@ -199,12 +204,43 @@ class CostModel:
         """Return how many examples each slot sees in one round."""
         return slot_totals(examples, self.options.batch_size, self.slots, self.options.epochs)
 
+    # -- seconds -----------------------------------------------------------------------------
+
+    @cached_property
+    def round_seconds(self) -> RoundSeconds:
+        """Seconds of rounds on the machine."""
+        return RoundSeconds(
+            self.seen,
+            self.options,
+            self.slots,
+            self.fused,
+            self.parts,
+            self.branch_flops,
+            self.machine or standard(self.options.precision),
+        )
+
+    def on(self, machine: MachineSpeed | None) -> "CostModel":
+        """Return the cost model that counts seconds on another machine."""
+        return self if machine == self.machine else replace(self, machine=machine)
+
+    def work(
+        self, operations: np.ndarray, examples: np.ndarray, ranks: np.ndarray | None = None
+    ) -> np.ndarray:
+        """Return how long clients compute, as ``Cost.work`` has it: int64 [clients].
+
+        Args:
+            operations: int8 [clients, slots, blocks, heads].
+            examples: On which clients train: int64 [clients].
+            ranks: Those of schedules; see :meth:`ranks`.
+        """
+        return self.round_seconds.work(operations, examples, self.ranks(operations, ranks))
+
     # -- memory ------------------------------------------------------------------------------
 
     @cached_property
     def parts(self) -> Parts:
         """Parameter counts of the model, by what happens to parameters."""
-        return Parts(self.arch)
+        return parts_of(self.arch)
 
     @cached_property
     def extras(self) -> Extras:
@@ -281,7 +317,14 @@ class CostModel:
     @cached_property
     def communication(self) -> Communication:
         """Bytes that travel."""
-        return Communication(self.parts, self.extras, self.slots, self.bits_up, self.bits_down)
+        return _communication(
+            self.arch,
+            self.compensated,
+            self.calibrating,
+            self.slots,
+            self.bits_up,
+            self.bits_down,
+        )
 
     def bytes_down(self, schedule: Schedule) -> int:
         """Return the bytes that travel to a client with an empty cache, headers included."""
@@ -309,7 +352,8 @@ class CostModel:
 
         def compute() -> Cost:
             of_one = self.costs(operations, np.array([examples]), _one(cached), ranks)
-            return Cost(*of_one[0].tolist())
+            work = self.work(operations, np.array([examples]), ranks)
+            return costs_from(of_one, work)[0]
 
         # Many clients do the same where a strategy has all do all.
         return self.known((operations.shape, examples, *tables), compute)
@@ -376,6 +420,11 @@ class CostModel:
         one = replace(self.unquantized(), slots=1, options=options, tokens=0)
         return replace(one, compensated=False, calibrating=False)
 
+    @cached_property
+    def uncompensated(self) -> "CostModel":
+        """The cost model where shortcuts are not compensated."""
+        return replace(self, compensated=False) if self.compensated else self
+
     def unquantized(self) -> "CostModel":
         """Return the cost model where numbers travel unquantized."""
         return replace(self, bits_up=PLAIN_BITS, bits_down=PLAIN_BITS)
@@ -393,6 +442,20 @@ class CostModel:
         cost = plain.cost(plain.everything(), examples)
         down = self.unquantized().bytes_down(self.everything())
         return replace(cost, bytes_down=down) if examples else cost
+
+
+@lru_cache
+def _communication(
+    arch: Architecture,
+    compensated: bool,
+    calibrating: bool,
+    slots: int,
+    bits_up: int,
+    bits_down: int,
+) -> Communication:
+    """Return what travels, which many execution policies have in common."""
+    extras = Extras(arch, compensated, calibrating)
+    return Communication(parts_of(arch), extras, slots, bits_up, bits_down)
 
 
 def _one(table: np.ndarray | None) -> np.ndarray | None:

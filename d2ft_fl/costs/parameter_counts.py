@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import numpy as np
 
@@ -116,3 +116,9 @@ class Parts:
     def loose(self) -> ParameterCounts:
         """Parameters that change: they travel down every round."""
         return ParameterCounts.of(self.arch, lambda p: not p.fixed)
+
+
+@lru_cache
+def parts_of(arch: Architecture) -> Parts:
+    """Return the parameter counts of an architecture, which cost models have in common."""
+    return Parts(arch)

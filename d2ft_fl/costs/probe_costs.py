@@ -9,6 +9,7 @@ import numpy as np
 
 from d2ft_fl.costs.cost_model import CostModel
 from d2ft_fl.costs.resources import MEMORY_MARGIN, Cost
+from d2ft_fl.costs.seconds import RoundSeconds
 from d2ft_fl.lora.config import without_lora
 from d2ft_fl.subnets.architecture import Kind
 from d2ft_fl.subnets.schedule import Operation, Schedule
@@ -69,12 +70,14 @@ def _probes_cost(costs: CostModel, probes: Probes) -> Cost:
     resident = sum(p.numel for p in a.parameters)
     merges = bool(probes.scored) + bool(probes.viewed)
     flops, memory, up = merges * costs.arch.rank * int(costs.merge_flops.sum()), 0, 0
+    seconds, work = one.round_seconds, 0
     if probes.scored:
         everything = one.everything()
         widest = max(p.numel for p in a.of_kind(Kind.SLICED))
         flops += one.flops(everything, 1) * probes.scored
         memory = ELEMENT * (resident + 2 * widest + probes.scored * a.input_elements)
         memory += one.peak_bytes(everything, [1])
+        work += probes.scored * _pass_work(seconds, everything, 1, live=True)
         up = len(probes.kinds) * (ELEMENT * a.blocks * a.heads + TENSOR_HEADER)
     if probes.viewed:
         batch = min(probes.viewed, costs.options.batch_size)
@@ -83,8 +86,23 @@ def _probes_cost(costs: CostModel, probes: Probes) -> Cost:
         flops += (a.embed_flops + 2 * a.dim * a.classes + blocks) * probes.viewed
         viewing = ELEMENT * (resident + batch * a.input_elements + probes.viewed)
         memory = max(memory, viewing + one.peak_bytes(forward, [batch]))
+        whole, rest = divmod(probes.viewed, batch)
+        work += whole * _pass_work(seconds, forward, batch, live=False)
+        work += (rest > 0) * _pass_work(seconds, forward, rest, live=False)
     down = costs.bytes_down(costs.everything())
-    return Cost(flops, memory + memory // MEMORY_MARGIN, up, down)
+    return Cost(flops, memory + memory // MEMORY_MARGIN, up, down, work)
+
+
+def _pass_work(seconds: RoundSeconds, schedule: Schedule, examples: int, live: bool) -> int:
+    """Return the work of one pass over the whole model, as ``Cost.work`` has it."""
+    operations = schedule.operations[None]
+    features = seconds.passes(
+        operations,
+        np.array([[examples]]),
+        np.zeros((1, *operations.shape[2:]), dtype=np.int64),
+        live,
+    )
+    return round(float((features @ seconds.constants)[0]) * seconds.machine.peak)
 
 
 def with_probes(cost: Cost, before: Cost) -> Cost:
@@ -99,6 +117,7 @@ def with_probes(cost: Cost, before: Cost) -> Cost:
         max(cost.memory, before.memory),
         cost.bytes_up + before.bytes_up,
         before.bytes_down,
+        cost.work + before.work,
     )
 
 
@@ -122,5 +141,5 @@ def round_cost(
     """
     if not probes:
         return costs.cost(schedule, examples, cached)
-    cost = replace(costs, compensated=False).cost(schedule, examples)
+    cost = costs.uncompensated.cost(schedule, examples)
     return with_probes(cost, probes_cost(costs, probes, cached))

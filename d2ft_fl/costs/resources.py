@@ -19,10 +19,28 @@ class Cost:
     memory: int = 0  # bytes, at the peak
     bytes_up: int = 0
     bytes_down: int = 0
+    # How long it computes: seconds on the curve of its machine, times the FLOP/s of that curve's
+    # peak. Those are FLOPs that the machine would do meanwhile, were it always at its best.
+    work: int = 0
 
     def vector(self) -> np.ndarray:
         """Return the amounts in the order of ``RESOURCES``: int64 [4]."""
         return np.array([getattr(self, r) for r in RESOURCES], dtype=np.int64)
+
+    def amounts(self) -> dict[str, int]:
+        """Return the amounts by name, in the order of ``RESOURCES``."""
+        return {r: getattr(self, r) for r in RESOURCES}
+
+
+def costs_from(amounts: np.ndarray, work: np.ndarray) -> list[Cost]:
+    """Return costs of which arrays are at hand.
+
+    Args:
+        amounts: In the order of ``RESOURCES``: int64 [costs, 4].
+        work: int64 [costs].
+    """
+    pairs = zip(amounts.tolist(), work.tolist(), strict=True)
+    return [Cost(flops, memory, up, down, w) for (flops, memory, up, down), w in pairs]
 
 
 def workload_variance(flops: Sequence[int]) -> float:

@@ -1,8 +1,9 @@
 """The knapsacks of many clients' plans: what the solver is shown, and what it chooses.
 
 Tables price peak memory from below, and under LoRA FLOPs and memory in excess, by a known amount at
-most, which the solver is shown on top of the budget. In all cases exact costs are checked, and what
-is shown shrinks by what was over until they fit.
+most, which the solver is shown on top of the budget. The time of computing they price as a sum over
+options and opened blocks, which it nearly is. In all cases exact costs are checked, and what is
+shown shrinks by what was over until they fit.
 """
 
 import math
@@ -12,9 +13,10 @@ from functools import cached_property
 
 import numpy as np
 
-from d2ft_fl.costs.resources import MEMORY_MARGIN, Cost
+from d2ft_fl.costs.cost_model import CostModel
+from d2ft_fl.costs.resources import MEMORY_MARGIN, Cost, costs_from
 from d2ft_fl.planning.assignment import Participant
-from d2ft_fl.planning.cost_tables import FLOPS, MEMORIES, MEMORY, TICKS, TIME, Table
+from d2ft_fl.planning.cost_tables import FLOPS, MEMORIES, MEMORY, TICKS, TIME, Table, WorkPrices
 from d2ft_fl.planning.knapsack import Spread, solve, solve_spread, solve_two_stages
 from d2ft_fl.planning.objective import Objective
 from d2ft_fl.planning.patterns import Patterns, pattern_starts
@@ -22,7 +24,8 @@ from d2ft_fl.planning.problem import Solution, Structure, used
 from d2ft_fl.subnets.schedule import Operation, effective
 
 TRIES = 24  # of shrinking what is shown to the solver
-OPTIMISTIC_TRIES = 6  # of them with more FLOPs than the budget has
+OPTIMISTIC_TRIES = 6  # of them with more FLOPs and time than the budget has
+HOPE = 8  # one part in so many of the time is shown on top: its prices may be too high
 
 
 @dataclass(frozen=True)
@@ -57,11 +60,20 @@ class ClientKnapsacks:
 
     @cached_property
     def tables(self) -> tuple[list[Table], np.ndarray]:
-        """Distinct tables, and the index of each client's; with deadlines one a client."""
+        """Distinct tables, and the index of each client's; with deadprices one a client."""
         objective, active, rotation = self.objective, self.active, self.rotation % self.active
         tables = [objective.table(c.examples, active, rotation, c.cached) for c in self.clients]
         if any(c.budget.deadline is not None for c in self.clients):
-            timed = [t.timed(c.budget) for t, c in zip(tables, self.clients, strict=True)]
+            prices = {
+                (c.examples, c.budget.curve): WorkPrices.of(
+                    objective.costs.on(c.budget.curve), c.examples
+                )
+                for c in self.clients
+            }
+            timed = [
+                t.timed(c.budget, prices[c.examples, c.budget.curve])
+                for t, c in zip(tables, self.clients, strict=True)
+            ]
             return timed, np.arange(len(timed))
         distinct = {id(table): table for table in tables}  # clients share objects
         places = {key: place for place, key in enumerate(distinct)}
@@ -103,18 +115,18 @@ class ClientKnapsacks:
         return self.patterns.full / self.objective.costs.slots * utility
 
     def operations(
-        self, capacity: np.ndarray, deadlines: np.ndarray
+        self, capacity: np.ndarray, deadprices: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Choose what fits exactly.
 
         Args:
             capacity: What clients may use: int64 [clients, 4].
-            deadlines: Their ticks: int64 [clients].
+            deadprices: Their ticks: int64 [clients].
 
         Returns:
             Operations and ranks, as of :meth:`_materialise`, and certified gaps, float64 [clients].
         """
-        at_most, excess = self._capacities(capacity, deadlines)
+        at_most, excess = self._capacities(capacity, deadprices)
         shown = at_most + excess
         which = self.tables[1]
         solution = self._choose(shown, np.arange(len(which)))
@@ -122,7 +134,7 @@ class ClientKnapsacks:
         operations, ranks = self._materialise(choice)
         todo = np.arange(len(which))
         for tried in range(TRIES):
-            over = self._over(operations[todo], ranks[todo], todo, capacity, deadlines)
+            over = self._over(operations[todo], ranks[todo], todo, capacity, deadprices)
             again = (over > 0).any(axis=1) & operations[todo].any(axis=(1, 2, 3))
             todo, over = todo[again], over[again]
             if not len(todo):
@@ -141,7 +153,7 @@ class ClientKnapsacks:
         return operations, ranks, _gaps(value, solution.bound)
 
     def _capacities(
-        self, capacity: np.ndarray, deadlines: np.ndarray
+        self, capacity: np.ndarray, deadprices: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
         """Return what options may use, and by how much tables may price them too high.
 
@@ -149,7 +161,7 @@ class ClientKnapsacks:
 
         Args:
             capacity: int64 [clients, 4].
-            deadlines: Ticks: int64 [clients].
+            deadprices: Ticks: int64 [clients].
 
         Returns:
             int64 [clients, the solver's resources] each.
@@ -158,10 +170,13 @@ class ClientKnapsacks:
         constant = np.stack([t.constant for t in tables])[which]
         at_most = np.concatenate([capacity, capacity[:, [MEMORY]]], axis=1)
         if constant.shape[1] > TIME:
-            at_most = np.concatenate([at_most, deadlines[:, None]], axis=1)
+            at_most = np.concatenate([at_most, deadprices[:, None]], axis=1)
         at_most[:, MEMORIES] -= at_most[:, MEMORIES] // (MEMORY_MARGIN + 1)
         at_most -= constant
-        return at_most, np.stack([t.excess for t in tables])[which]
+        excess = np.stack([t.excess for t in tables])[which]
+        if constant.shape[1] > TIME:
+            excess[:, TIME] += at_most[:, TIME].clip(0) // HOPE
+        return at_most, excess
 
     def _over(
         self,
@@ -169,7 +184,7 @@ class ClientKnapsacks:
         ranks: np.ndarray,
         who: np.ndarray,
         capacity: np.ndarray,
-        deadlines: np.ndarray,
+        deadprices: np.ndarray,
     ) -> np.ndarray:
         """Return by how much plans of some clients break budgets.
 
@@ -178,7 +193,7 @@ class ClientKnapsacks:
             ranks: int64 [who, blocks, heads].
             who: Which clients: int64 [who].
             capacity: Of all clients: int64 [clients, 4].
-            deadlines: Of all clients: int64 [clients].
+            deadprices: Of all clients: int64 [clients].
 
         Returns:
             int64 [who, the solver's resources]: of those that the solver's prices do not settle;
@@ -187,22 +202,25 @@ class ClientKnapsacks:
         costs, examples = self.objective.costs, self.examples[who]
         stated_ranks = self.objective.stated_ranks(ranks)
         over = np.zeros((len(who), self.items.shape[-1]), dtype=np.int64)
-        if not any(t.excess.any() for t in self.tables[0]):
+        timed = over.shape[1] > TIME
+        if not timed and not any(t.excess.any() for t in self.tables[0]):
             memory = costs.memories(operations, examples, stated_ranks)
             over[:, MEMORIES] = (memory - capacity[who, MEMORY])[:, None]
             return over
         clients = [self.clients[i] for i in who]
-        exact = costs.costs(operations, examples, cached_of(clients, operations), stated_ranks)
-        over[:, FLOPS] = exact[:, FLOPS] - capacity[who, FLOPS]
-        over[:, MEMORIES] = exact[:, [MEMORY]] - capacity[who, MEMORY][:, None]
-        if over.shape[1] > TIME:
-            for row, (client, cost, ticks) in enumerate(
-                zip(clients, exact, deadlines[who], strict=True)
-            ):
-                if client.budget.deadline is not None:
-                    seconds = client.budget.seconds(Cost(*cost.tolist()))
-                    share = min(2.0, seconds / client.budget.deadline)
-                    over[row, TIME] = math.ceil(TICKS * share) - ticks
+        for row, (client, cost, ticks) in enumerate(
+            zip(
+                clients,
+                costs_of(costs, clients, operations, examples, stated_ranks),
+                deadprices[who].tolist(),
+                strict=True,
+            )
+        ):
+            over[row, FLOPS] = cost.flops - capacity[who[row], FLOPS]
+            over[row, MEMORIES] = cost.memory - capacity[who[row], MEMORY]
+            if timed and client.budget.deadline is not None:
+                share = min(2.0, client.budget.seconds(cost) / client.budget.deadline)
+                over[row, TIME] = math.ceil(TICKS * share) - ticks
         return over
 
     def _choose(
@@ -263,6 +281,31 @@ def _gaps(value: np.ndarray, bound: np.ndarray) -> np.ndarray:
     with np.errstate(invalid="ignore", divide="ignore"):
         gap = np.where(bound > 0, 1 - value / bound, 0.0)
     return gap.clip(0.0, 1.0)
+
+
+def costs_of(
+    costs: CostModel,
+    clients: Sequence[Participant],
+    operations: np.ndarray,
+    examples: np.ndarray,
+    ranks: np.ndarray | None,
+) -> list[Cost]:
+    """Return what rounds cost clients, each on the curve of its own machine.
+
+    Args:
+        costs: The cost model.
+        clients: Whose.
+        operations: int8 [clients, slots, blocks, heads].
+        examples: On which they train: int64 [clients].
+        ranks: Those of schedules; see :meth:`.CostModel.ranks`.
+    """
+    amounts = costs.costs(operations, examples, cached_of(clients, operations), ranks)
+    work = np.zeros(len(clients), dtype=np.int64)
+    for curve in {c.budget.curve for c in clients}:
+        who = np.array([c.budget.curve == curve for c in clients])
+        some = None if ranks is None else ranks[who]
+        work[who] = costs.on(curve).work(operations[who], examples[who], some)
+    return costs_from(amounts, work)
 
 
 def cached_of(clients: Sequence[Participant], operations: np.ndarray) -> np.ndarray | None:

@@ -16,7 +16,7 @@ from d2ft_fl.costs.probe_costs import NO_PROBES, Probes, probes_cost, with_probe
 from d2ft_fl.costs.resources import RESOURCES, Cost
 from d2ft_fl.errors import RunError
 from d2ft_fl.planning.assignment import Assignment, Participant
-from d2ft_fl.planning.client_knapsacks import ClientKnapsacks, cached_of
+from d2ft_fl.planning.client_knapsacks import ClientKnapsacks, costs_of
 from d2ft_fl.planning.cost_tables import DOWN, TICKS
 from d2ft_fl.planning.objective import Objective
 from d2ft_fl.subnets.schedule import Operation, Schedule
@@ -76,7 +76,7 @@ class Planner(Objective):
     ) -> dict[int, Assignment]:
         """Plan clients that afford their probes, and something to train after them."""
         before = {
-            index: probes_cost(self.costs, probe, c.cached)
+            index: probes_cost(self.costs.on(c.budget.curve), probe, c.cached)
             for index, (c, probe) in enumerate(zip(clients, probes, strict=True))
             if probe and index not in planned
         }
@@ -157,25 +157,21 @@ class Planner(Objective):
         full = np.broadcast_to(everything, (len(clients), *everything.shape))
         ranks = np.full((len(clients), arch.blocks, arch.heads), arch.rank)
         examples = np.array([c.examples for c in clients], dtype=np.int64)
-        cached = cached_of(clients, full)
-        costs = self.costs.costs(full, examples, cached, self.stated_ranks(ranks))
-        on_time = [c.on_time(Cost(*w.tolist())) for c, w in zip(clients, costs, strict=True)]
-        return np.logical_and((costs <= capacity).all(axis=1), on_time)
+        costs = costs_of(self.costs, clients, full, examples, self.stated_ranks(ranks))
+        on_time = [c.on_time(cost) for c, cost in zip(clients, costs, strict=True)]
+        within = np.array([cost.vector() for cost in costs]).reshape(-1, 4) <= capacity
+        return np.logical_and(within.all(axis=1), on_time)
 
     def _assignments(self, clients: Sequence[Participant], drafts: "Drafts") -> list[Assignment]:
         """Cost drafts exactly, and make assignments of them."""
         examples = np.array([c.examples for c in clients], dtype=np.int64)
-        costs = self.costs.costs(
-            drafts.operations,
-            examples,
-            cached_of(clients, drafts.operations),
-            self.stated_ranks(drafts.ranks),
-        )
+        ranks = self.stated_ranks(drafts.ranks)
+        costs = costs_of(self.costs, clients, drafts.operations, examples, ranks)
         return [
             Assignment(
                 c.client,
                 Schedule(operations, self.stated_ranks(ranks)),
-                Cost(*cost.tolist()),
+                cost,
                 gap=float(gap) if certified and operations.any() else None,
             )
             for c, operations, ranks, cost, gap, certified in zip(
@@ -184,18 +180,21 @@ class Planner(Objective):
                 drafts.ranks,
                 costs,
                 drafts.gaps,
-                self._certified(examples),
+                self._certified(clients, examples),
                 strict=True,
             )
         ]
 
-    def _certified(self, examples: np.ndarray) -> np.ndarray:
+    def _certified(self, clients: Sequence[Participant], examples: np.ndarray) -> np.ndarray:
         """Whether the solver's gap bounds how far a plan is from the best: bool [clients].
 
         Args:
+            clients: Who is planned.
             examples: On which clients train: int64 [clients].
         """
         certified = examples >= self.costs.slots
+        # How long computing takes has no exact price.
+        certified &= np.array([not (c.budget.deadline and c.budget.speed) for c in clients])
         if self.method != "joint" or self.costs.compensated:
             certified[:] = False
         # What is FROZEN below all that trains in its slot has no price.
@@ -229,7 +228,7 @@ class Planner(Objective):
     @cached_property
     def _uncompensated(self) -> "Planner":
         """The planner of rounds without compensation."""
-        return replace(self, costs=replace(self.costs, compensated=False))
+        return replace(self, costs=self.costs.uncompensated)
 
 
 @dataclass

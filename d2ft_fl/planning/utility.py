@@ -13,13 +13,17 @@ over blocks l and heads h, with backward scores u and forward scores v,
     path_l  = prod_{m > l} (1 - k cut_m)                   cut_m: share of block m cutting gradients
     kept    = prod_l (1 - s mean_h v_lh skipped_lh / mean v)
 
+Batches of b examples, where b0 on all examples are best, are worth exp(-e ln(b / b1)^2), with b1
+the ideal size on a share of the examples, b0 times its root, and 1 below it.
+
 full and skipped are shares of the slots; B is for the classifier, which always trains. A little
 less of anything costs next to nothing, hence the squares: so budgets are best spread over what can
-be saved on. Of the constants a, c, s and those of bits up are about what was measured, a point of
-accuracy being 0.01; k, B and those of bits down are guesses. See `docs/accuracy.md`, also for how
-well the prediction orders plans.
+be saved on. Of the constants a, c, e, s and those of bits up are about what was measured, a point
+of accuracy being 0.01; k, B and those of bits down are guesses. See `docs/accuracy.md`, also for
+how well the prediction orders plans.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -30,8 +34,25 @@ from d2ft_fl.subnets.schedule import Operation
 EXAMPLES, LEARNED = 0.05, 0.033  # a, c
 CUT, SKIPPED = 0.5, 0.3  # k, s
 BASE = 0.02
+BATCHES, SHRINKING = 0.025, 0.5  # what batches that are too large cost; how batches go by examples
 BITS_UP = {32: 1.0, 8: 0.999, 4: 0.993}
 BITS_DOWN = {32: 1.0, 8: 0.999}
+
+
+def ideal_batch(size: int, share: float) -> float:
+    """Return the examples of a step on a share of the examples, where all come in ``size``."""
+    return size * share**SHRINKING
+
+
+def of_batch(batch: int, size: int, share: float) -> float:
+    """Return what batches make of utility, as a factor: 1 up to the ideal size.
+
+    Args:
+        batch: Examples of a step.
+        size: Of a step on all examples, where that is best.
+        share: Of the examples that are trained on.
+    """
+    return math.exp(-BATCHES * math.log(max(1.0, batch / ideal_batch(size, share))) ** 2)
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,9 @@ import numpy as np
 from d2ft_fl.aggregation.sums import MOST_STEP
 from d2ft_fl.budgets.budget import DEADLINE
 from d2ft_fl.config.training_options import DEFAULT_POLICY, ExecutionPolicy
+from d2ft_fl.costs.cost_model import CostModel
 from d2ft_fl.costs.probe_costs import NO_PROBES, Probes, probes_cost, round_cost, with_probes
-from d2ft_fl.costs.resources import RESOURCES, Cost
+from d2ft_fl.costs.resources import RESOURCES, Cost, costs_from
 from d2ft_fl.errors import ConfigError, RunError
 from d2ft_fl.planning.assignment import Assignment, Participant
 from d2ft_fl.planning.importance import KINDS, MEASURED, subnet_scores
@@ -175,9 +176,18 @@ class Round:
         count = client.examples if examples is None else examples
         if probes is None:
             probes = NO_PROBES if schedule.sits_out else self.probes(client, count)
-        costs = self.federation.costs_of(self.state, policy)
+        costs = self.costs_for(client, policy)
         cost = round_cost(costs, schedule, count, probes, client.cached)
         return Assignment(client.client, schedule, cost, probes, examples=count, policy=policy)
+
+    def costs_for(self, client: Participant, policy: ExecutionPolicy = DEFAULT_POLICY) -> CostModel:
+        """Return the cost model of a client's round, with seconds on its own machine's curve.
+
+        Args:
+            client: The client.
+            policy: How it executes its schedule.
+        """
+        return self.federation.costs_of(self.state, policy, client.budget.curve)
 
     def micro_batch_counts(self, policy: ExecutionPolicy = DEFAULT_POLICY) -> list[int]:
         """Return numbers of micro-batches, ascending: one for each size of the largest micro-batch.
@@ -209,15 +219,16 @@ class Round:
         self, client: Participant, schedules: Sequence[Schedule], probes: Probes
     ) -> list[Cost]:
         """Return what schedules cost a client, with the probes before them."""
-        costs = self.federation.costs_of(self.state)
+        costs = self.costs_for(client)
         operations = np.stack([s.operations for s in schedules])
         examples = np.full(len(schedules), client.examples)
         reusable = None if probes else client.cached
         cached = (
             None if reusable is None else np.broadcast_to(reusable, (len(schedules), *self.shape))
         )
-        model = replace(costs, compensated=False) if probes else costs
-        training = [Cost(*row) for row in model.costs(operations, examples, cached).tolist()]
+        model = costs.uncompensated if probes else costs
+        amounts = model.costs(operations, examples, cached)
+        training = costs_from(amounts, model.work(operations, examples))
         if not probes:
             return training
         before = probes_cost(costs, probes, client.cached)

@@ -15,6 +15,8 @@ from d2ft_fl.budgets.matching import matched
 from d2ft_fl.config.run_config import RunConfig
 from d2ft_fl.config.training_options import DEFAULT_POLICY, ExecutionPolicy
 from d2ft_fl.costs.cost_model import CostModel
+from d2ft_fl.costs.machine_speed import MachineSpeed
+from d2ft_fl.costs.resources import Cost
 from d2ft_fl.lora.config import merged
 from d2ft_fl.planning.assignment import Participant
 from d2ft_fl.planning.importance import ScoreBook
@@ -168,18 +170,28 @@ class Federation:
             self.config.compensation and (round_number - 1) % max(1, self.config.score_every) == 0
         )
 
-    def costs_of(self, state: State, policy: ExecutionPolicy = DEFAULT_POLICY) -> CostModel:
+    def costs_of(
+        self,
+        state: State,
+        policy: ExecutionPolicy = DEFAULT_POLICY,
+        curve: MachineSpeed | None = None,
+    ) -> CostModel:
         """Return the cost model of the round after ``state`` under an execution policy.
 
         Args:
             state: The state that the round starts from.
             policy: How clients execute their schedules.
+            curve: The machine on which seconds are counted; None for the package's.
         """
         compensated = state.means.known is not None
-        return self.costs_when(compensated, self.calibrates(state.round + 1), policy)
+        return self.costs_when(compensated, self.calibrates(state.round + 1), policy, curve)
 
     def costs_when(
-        self, compensated: bool, calibrating: bool, policy: ExecutionPolicy = DEFAULT_POLICY
+        self,
+        compensated: bool,
+        calibrating: bool,
+        policy: ExecutionPolicy = DEFAULT_POLICY,
+        curve: MachineSpeed | None = None,
     ) -> CostModel:
         """Return the cost model of rounds with or without compensation and calibration.
 
@@ -187,15 +199,19 @@ class Federation:
             compensated: Whether shortcuts are compensated.
             calibrating: Whether clients measure what subnets add on average.
             policy: How clients execute their schedules.
+            curve: The machine on which seconds are counted; None for the package's.
         """
-        key = compensated, calibrating, policy.priced
+        key = compensated, calibrating, policy.priced, curve
         if key not in self._under:
-            self._under[key] = self.cost_models[compensated, calibrating].under(policy.priced)
+            costs = self.cost_models[compensated, calibrating].under(policy.priced)
+            self._under[key] = costs.on(curve)
         return self._under[key]
 
     @cached_property
-    def _under(self) -> dict[tuple[bool, bool, ExecutionPolicy], CostModel]:
-        """Cost models by (compensated, calibrating, execution policy)."""
+    def _under(
+        self,
+    ) -> dict[tuple[bool, bool, ExecutionPolicy, MachineSpeed | None], CostModel]:
+        """Cost models by (compensated, calibrating, execution policy, curve)."""
         return {}
 
     @cached_property
@@ -295,7 +311,7 @@ class Federation:
             state: The state that the round starts from.
         """
         ordered = sorted(reports, key=lambda r: r.client)
-        full = [self.costs.full_cost(r.examples) for r in ordered]
+        full = [self.full_cost(r.examples, r.budget) for r in ordered]
         budgets = [r.budget for r in ordered]
         if self.config.match:
             share = self.config.match_share
@@ -313,6 +329,22 @@ class Federation:
             )
             for r, budget, whole in zip(ordered, budgets, full, strict=True)
         ]
+
+    def full_cost(self, examples: int, budget: Budget) -> Cost:
+        """Return what training everything costs a client, with seconds on its machine's curve.
+
+        Args:
+            examples: That it has.
+            budget: As it reported it.
+        """
+        return self._full_costs.setdefault(budget.curve, self.costs.on(budget.curve)).full_cost(
+            examples
+        )
+
+    @cached_property
+    def _full_costs(self) -> dict[MachineSpeed | None, CostModel]:
+        """Cost models as configured, by curve."""
+        return {}
 
     def cached(self, state: State, client: int) -> np.ndarray | None:
         """Return the subnets whose fixed parameters a client has cached.

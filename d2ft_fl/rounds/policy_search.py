@@ -1,14 +1,15 @@
 """Each client's execution policy: on how many examples, in how many micro-batches and bits.
 
 For a given execution policy, the knapsack finds each client's schedule. A policy is tried where a
-budget binds that the policy relieves. The result of highest :mod:`utility
-<d2ft_fl.planning.utility>` is taken. By the budget that binds, the policies have:
+budget binds that the policy relieves. Of what was found, the fastest is taken of those whose
+:mod:`utility <d2ft_fl.planning.utility>` is about the highest (:mod:`~d2ft_fl.rounds.policy_choice`
+has the rule). By the budget that binds, the policies have:
 
 * FLOPs or a deadline: fewer examples, in turn and in smaller batches. All of a client's examples
   count in the mean, whatever it trains on. The server takes a larger step along a change that was
   trained on few examples;
-* memory: micro-batches of single examples during the search, and afterwards the fewest
-  micro-batches that fit, for they cost nothing but time; activations computed again;
+* memory: passes of 1, 2, 4 ... examples, each with the schedule that fits beside it, and afterwards
+  the fewest passes that fit, for they cost nothing but time; activations computed again;
 * bytes up: changes in the most bits in which everything could travel;
 * bytes down: weights in fewer bits, which requires changes in fewer bits;
 * a deadline: every combination of bits up and down.
@@ -33,13 +34,13 @@ from d2ft_fl.costs.resources import RESOURCES, Cost
 from d2ft_fl.planning.assignment import Assignment, Participant
 from d2ft_fl.planning.planner import Planner
 from d2ft_fl.planning.utility import Utility
-from d2ft_fl.rounds.context import Round, most
+from d2ft_fl.rounds.context import Round
+from d2ft_fl.rounds.policy_choice import TOLERANCE, Candidate, PolicyChoice
 
 FLOPS, MEMORY, UP, DOWN = map(RESOURCES.index, ("flops", "memory", "bytes_up", "bytes_down"))
 COARSE = (1.0, 0.5, 0.25, 0.125)  # shares of the examples that are tried first
 FINE = (2**-0.5, 2**0.5, 2**-0.25, 2**0.25)  # factors of the best share so far, tried in turn
 RATE, MOST_RATE = 0.5, 3.0  # learning rates grow with the learned share to the power of -RATE
-BATCH = 0.5  # batches shrink with the share of the examples to the power of BATCH
 STEP, MOST_STEP = 0.25, 1.5  # the server's steps, with that of the examples to the power of -STEP
 # Weights of running a subnet and of FROZEN, beside training it: so high that a subnet is skipped,
 # or a gradient cut, only where budgets leave no choice.
@@ -79,19 +80,17 @@ def _on_shares(clients: list[Participant], shares: np.ndarray) -> list[Participa
     ]
 
 
-@dataclass
-class _Best:
-    """The best assignment so far of one client.
+@dataclass(frozen=True)
+class Way:
+    """One way to plan clients' rounds.
 
     Attributes:
-        utility: Its utility.
-        share: The share of the client's examples that it trains on.
-        assignment: The assignment; None before any was better than sitting out.
+        policy: How they execute their schedules.
+        weights: Of running a subnet and of FROZEN, beside training it.
     """
 
-    utility: float = 0.0
-    share: float = 1.0
-    assignment: Assignment | None = None
+    policy: ExecutionPolicy
+    weights: tuple[float, float]
 
 
 @dataclass
@@ -111,7 +110,9 @@ class Search:
     backward: np.ndarray
     forward: np.ndarray
     preferred: np.ndarray
-    _best: defaultdict[int, _Best] = field(default_factory=lambda: defaultdict(_Best))
+    _found: defaultdict[int, dict[Way, Candidate]] = field(
+        default_factory=lambda: defaultdict(dict)
+    )
 
     def best(self) -> list[Assignment]:
         """Return the best round of each client, in order."""
@@ -203,59 +204,78 @@ class Search:
             for up, down in bound.bit_widths
         )
         for share in COARSE if bound.short else COARSE[:1]:
-            self._attempt(clients, policy, PASSING, np.full(len(clients), share))
-        self._refine(clients, policy, PASSING, FINE if bound.short else ())
+            self._attempt(clients, Way(policy, PASSING), np.full(len(clients), share))
+        self._refine(clients, Way(policy, PASSING), FINE if bound.short else ())
         config = self.round.federation.config
         cutting = config.forward_weight, config.frozen_weight
-        others = [(policy, cutting)]
+        others = [Way(policy, cutting)]
         if bound.narrow and not costs.options.checkpointing:
             again = replace(policy, checkpointing=True)
-            others = [(again, PASSING), (again, cutting), *others]
-        others += [(other, PASSING) for other in quantized]
-        for other, weights in others:
-            self._refine(clients, other, weights, (1.0, *FINE[:2]) if bound.short else (1.0,))
+            others = [Way(again, PASSING), Way(again, cutting), *others]
+        others += [Way(other, PASSING) for other in quantized]
+        for other in others:
+            self._refine(clients, other, (1.0, *FINE[:2]) if bound.short else (1.0,))
+        if count is not None:
+            for way in (Way(policy, PASSING), *others):
+                self._larger_passes(clients, way)
 
-    def _refine(
-        self,
-        clients: list[Participant],
-        policy: ExecutionPolicy,
-        weights: tuple[float, float],
-        factors: Iterable[float],
-    ) -> None:
-        """Try an execution policy on the best shares so far times some factors."""
+    def _larger_passes(self, clients: list[Participant], way: Way) -> None:
+        """Plan for passes of 2, 4, 8 ... examples too, as long as that is worth about as much."""
+        batch = self.round.federation.components.training.batch_size
+        size = 1
+        while size < batch and (clients := [c for c in clients if self._hopeful(c, way)]):
+            shares = np.array([self._found[c.client][way].share for c in clients])
+            size = min(batch, 2 * size)
+            way = replace(way, policy=replace(way.policy, micro_batches=-(-batch // size)))
+            self._attempt(clients, way, shares)
+
+    def _hopeful(self, client: Participant, way: Way) -> bool:
+        """Whether what was found in one way is worth about as much as the best so far."""
+        found = self._found[client.client]
+        return way in found and found[way].utility >= self._best(client).utility - TOLERANCE
+
+    def _best(self, client: Participant) -> Candidate:
+        """Return what is worth the most so far."""
+        return max(self._found[client.client].values(), key=lambda found: found.utility)
+
+    def _refine(self, clients: list[Participant], way: Way, factors: Iterable[float]) -> None:
+        """Try one way on the best shares so far times some factors."""
         for factor in factors:
-            shares = np.array([self._best[c.client].share for c in clients])
-            self._attempt(clients, policy, weights, np.minimum(1.0, shares * factor))
+            shares = np.array(
+                [self._best(c).share if self._found[c.client] else 1.0 for c in clients]
+            )
+            self._attempt(clients, way, np.minimum(1.0, shares * factor))
 
-    def _attempt(
-        self,
-        clients: list[Participant],
-        policy: ExecutionPolicy,
-        weights: tuple[float, float],
-        shares: np.ndarray,
-    ) -> None:
-        """Plan each client's schedule for a policy and a share of its examples; keep the best."""
+    def _attempt(self, clients: list[Participant], way: Way, shares: np.ndarray) -> None:
+        """Plan each client's schedule in one way on a share of its examples; keep the best."""
         federation, state = self.round.federation, self.round.state
-        planner = federation.planner_under(state, policy, *weights)
+        planner = federation.planner_under(state, way.policy, *way.weights)
         reduced = _on_shares(clients, shares)
         probes = [self.round.probes(c) for c in reduced]
         planned = planner.plan(reduced, self.preferred, self.forward, self.round.number, probes)
         trained_shares = [r.examples / c.examples for r, c in zip(reduced, clients, strict=True)]
-        utilities = self._utilities(planner, planned, np.array(trained_shares))
-        for utility, share, client, assignment in zip(
-            utilities.tolist(), shares.tolist(), reduced, planned, strict=True
+        ranks = [planner.rank_share(a.schedule) for a in planned]
+        utilities = self._utilities(planner, planned, ranks, np.array(trained_shares))
+        for utility, share, client, assignment, rank in zip(
+            utilities.tolist(), shares.tolist(), reduced, planned, ranks, strict=True
         ):
-            if utility > self._best[client.client].utility and not assignment.schedule.sits_out:
-                assignment = replace(assignment, policy=policy, examples=client.examples)
-                self._best[client.client] = _Best(utility, share, assignment)
+            found = self._found[client.client]
+            better = way not in found or utility > found[way].utility
+            if utility > 0 and better and not assignment.schedule.sits_out:
+                assignment = replace(assignment, policy=way.policy, examples=client.examples)
+                found[way] = Candidate(utility, share, assignment, rank)
 
     def _utilities(
-        self, planner: Planner, planned: list[Assignment], shares: np.ndarray
+        self,
+        planner: Planner,
+        planned: list[Assignment],
+        ranks: list[np.ndarray],
+        shares: np.ndarray,
     ) -> np.ndarray:
         """Return the utility of what was planned on shares of clients' examples: [clients]."""
         return self._utility.of(
             np.stack([a.schedule.operations for a in planned]),
-            np.stack([planner.rank_share(a.schedule) for a in planned]),
+            np.stack(ranks),
             shares,
             [(planner.costs.bits_up, planner.costs.bits_down)] * len(planned),
         )
@@ -266,17 +286,16 @@ class Search:
         return Utility(self.backward, self.forward)
 
     def _finished(self, client: Participant) -> Assignment:
-        """Return a client's best, with more examples and fewer micro-batches as budgets allow."""
-        best = self._best[client.client].assignment
-        if best is None:
+        """Return a client's assignment: the fastest of those that are worth about the most."""
+        if not self._found[client.client]:
             return self.round.sit_out(client)
-        best = self._smaller_batches(client, self._more_examples(client, best))
-        best = self._fewer_micro_batches(client, best)
-        reduction = client.examples / (best.examples or client.examples)
+        found = list(self._found[client.client].values())
+        chosen = PolicyChoice(self.round, self._utility).of(client, found)
+        reduction = client.examples / (chosen.examples or client.examples)
         policy = replace(
-            best.policy, rate=self._rate(best), weight=reduction, step=self._step(reduction)
+            chosen.policy, rate=self._rate(chosen), weight=reduction, step=self._step(reduction)
         )
-        return replace(best, policy=policy)
+        return replace(chosen, policy=policy)
 
     def _step(self, reduction: float) -> float:
         """Return the server's step along a change of ``reduction`` times fewer examples.
@@ -291,40 +310,3 @@ class Search:
         ranks = np.ones((1, *self.round.shape))
         learned = float(self._utility.learned(a.schedule.operations[None], ranks)[0])
         return min(MOST_RATE, learned**-RATE)
-
-    def _more_examples(self, client: Participant, a: Assignment) -> Assignment:
-        """Return the assignment on more examples, as budgets afford: up to half as many more."""
-        fits = a.examples or 0
-        # FLOPs are nearly linear in examples, so that a number by FLOPs is likely and tried first.
-        share = min(2.0, int(client.capacity[FLOPS]) / max(1, a.cost.flops))
-        over = min(client.examples, fits + fits // 2) + 1
-        first = min(over - 1, int(fits * share))
-        return (
-            most(fits, over, lambda n: self._affordable(client, replace(a, examples=n)), first) or a
-        )
-
-    def _smaller_batches(self, client: Participant, a: Assignment) -> Assignment:
-        """Return the assignment in smaller batches, so that fewer examples make many steps."""
-        config = self.round.federation.config
-        share = (a.examples or client.examples) / client.examples
-        size = max(config.slots, round(config.batch_size * share**BATCH))
-        # With several slots another batch size spreads examples differently, at another cost.
-        policies = (replace(a.policy, batch=larger) for larger in range(size, config.batch_size))
-        tried = (self._affordable(client, replace(a, policy=policy)) for policy in policies)
-        return next(filter(None, tried), a)
-
-    def _fewer_micro_batches(self, client: Participant, a: Assignment) -> Assignment:
-        """Return the assignment in the fewest micro-batches that memory affords."""
-        if a.policy.micro_batches is None:
-            return a
-        policies = (
-            replace(a.policy, micro_batches=count)
-            for count in self.round.micro_batch_counts(a.policy)
-        )
-        tried = (self._affordable(client, replace(a, policy=policy)) for policy in policies)
-        return next(filter(None, tried), a)
-
-    def _affordable(self, client: Participant, a: Assignment) -> Assignment | None:
-        """Return an assignment with its cost; None where that exceeds a budget."""
-        cost = self.round.assign(client, a.schedule, a.examples, a.policy, a.probes).cost
-        return replace(a, cost=cost) if client.affords(cost) else None

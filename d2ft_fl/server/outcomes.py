@@ -1,6 +1,7 @@
 """What becomes of every client in a round: trained, failed, or sat out."""
 
 from collections.abc import Container
+from dataclasses import replace
 
 from d2ft_fl.planning.assignment import Assignment, Participant
 from d2ft_fl.records.client_record import ClientRecord
@@ -97,7 +98,8 @@ class Outcomes:
         participant: Participant = self.participants[assignment.client]
         operations = assignment.schedule.operations
         shares = {o.name.lower(): float((operations == o).mean()) for o in Operation}
-        used = None if usage is None else usage.cost
+        # How long it computes on its device is predicted, whatever it took here.
+        used = None if usage is None else replace(usage.cost, work=assignment.cost.work)
         return ClientRecord(
             client=assignment.client,
             device=participant.budget.device,

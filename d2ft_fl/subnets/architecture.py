@@ -15,6 +15,7 @@ common G. What travels up then is exactly that: of F one vector, head by head in
 each its rows of r_h; of G what is cut off at the largest rank.
 """
 
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
@@ -109,10 +110,10 @@ class Parameter:
         most = max(ranks.values())
         return (most, self.shape[1]) if self.factor == "A" else (self.shape[0], most)
 
-    @property
+    @cached_property
     def numel(self) -> int:
         """How many elements it has."""
-        return int(np.prod(self.shape))
+        return math.prod(self.shape)
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from d2ft_fl.config.run_config import resolve_path
 from d2ft_fl.costs.resources import Cost
 from d2ft_fl.errors import ConfigError
 
-FULL = Cost(flops=1000, memory=2000, bytes_up=300, bytes_down=400)
+FULL = Cost(flops=1000, memory=2000, bytes_up=300, bytes_down=400, work=1500)
 WHO = ClientDescription(client=2, examples=10, clients=4)
 
 
@@ -50,7 +50,7 @@ def test_simulated_seconds_add_download_compute_and_upload():
     budget = Budget.from_mapping(
         {"speed": "100 FLOP/s", "bandwidth-up": "100 B/s", "bandwidth-down": "200 B/s"}
     )
-    assert budget.seconds(FULL) == pytest.approx(1000 / 100 + 300 / 100 + 400 / 200)
+    assert budget.seconds(FULL) == pytest.approx(1500 / 100 + 300 / 100 + 400 / 200)
 
 
 def test_a_budget_survives_the_wire():

@@ -134,7 +134,11 @@ A = "[classes.a]\n"
         ("mix = ['a']", 1, r"no device class; write a table \[classes.NAME\]"),
         ("# none\n[classes]", 2, "no device class"),
         ("\n[classes]\na = 3", 3, r"classes.a is 3; write a table \[classes.a\]"),
-        (A + "# two\nfops = 1", 3, "classes.a: unknown entry 'fops'; allowed .*deadline, trace"),
+        (
+            A + "# two\nfops = 1",
+            3,
+            "classes.a: unknown entry 'fops'; allowed .*curve, trace",
+        ),
         (A + "device = 'x'", 2, "unknown entry 'device'"),
         (A + "memory = '1 MiB'\nmemory-up = 1", 3, "unknown entry 'memory-up'"),
         (A + "\nmemory = '-1 MiB'", 3, "memory = '-1 MiB' is negative"),

@@ -16,7 +16,7 @@ from d2ft_fl.runtime.in_process import run_local
 from d2ft_fl.server import console as run_console
 from tests.runtime.test_in_process import rows
 
-FULL = Cost(1000, 2000, 300, 400)
+FULL = Cost(1000, 2000, 300, 400, work=1000)
 
 
 def flops_of(budgets):

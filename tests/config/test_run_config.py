@@ -163,3 +163,16 @@ def test_a_run_folder_that_holds_a_run_is_refused(tmp_path):
     assert result.exit_code == 2
     assert "already holds a run" in result.output
     assert not tmp_path.joinpath("status.json").exists()
+
+
+@pytest.mark.parametrize(
+    "entries,chosen",
+    [
+        ({}, True),
+        ({"batch-size": 16}, False),
+        ({"batch-size": 8, "policy-batch": True}, True),
+        ({"policy-batch": False}, False),
+    ],
+)
+def test_a_batch_size_that_is_given_stays_unless_asked_otherwise(entries, chosen):
+    assert RunConfig.from_mapping(entries).policy_batch is chosen

@@ -108,9 +108,14 @@ def test_the_exact_cost_of_training_the_upper_blocks_affords_it():
 
 def test_a_deadline_is_met_by_the_exact_cost():
     costs = costs_of(depth=3)
-    flops = costs.flops(costs.everything(), EXAMPLES)
-    assert plan(costs, only(UNLIMITED), deadline=1.001 * flops / 1e6).cost.flops == flops
-    assert 0 < plan(costs, only(UNLIMITED), deadline=0.5 * flops / 1e6).cost.flops < flops / 2
+    whole = costs.cost(costs.everything(), EXAMPLES)
+    operations = np.zeros((1, costs.arch.blocks, costs.arch.heads), dtype=np.int8)
+    operations[0, -1, -1] = Operation.FULL
+    least = costs.cost(Schedule(operations), EXAMPLES).work
+    assert plan(costs, only(UNLIMITED), deadline=1.001 * whole.work / 1e6).cost == whole
+    half = plan(costs, only(UNLIMITED), deadline=0.5 * (least + whole.work) / 1e6).cost
+    assert 0 < half.flops < whole.flops
+    assert half.work <= 0.5 * (least + whole.work)
 
 
 @settings(max_examples=60, deadline=None)

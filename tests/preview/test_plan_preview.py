@@ -26,7 +26,7 @@ from d2ft_fl.rounds.federation import Federation, State
 from d2ft_fl.subnets.schedule import Operation, Schedule
 from tests.conftest import reports_of
 
-FULL = Cost(100, 100, 100, 100)
+FULL = Cost(100, 100, 100, 100, work=100)
 
 
 def client(cost, operations=None, speed=None, deadline=None, flops=None, memory=None, down=None):
@@ -60,7 +60,7 @@ def test_a_budget_that_affords_full_fine_tuning_does_not_bind():
 
 
 def test_a_deadline_is_a_budget():
-    found = client(Cost(60, 30, 5, 5), flops=90, speed=10.0, deadline=8.0)
+    found = client(Cost(60, 30, 5, 5, work=60), flops=90, speed=10.0, deadline=8.0)
     assert found.seconds == 6.0
     assert found.shares["deadline"] == 0.75
     assert found.binding == "deadline"

@@ -351,8 +351,8 @@ def test_examples_that_a_client_has_not_are_an_error(examples, monkeypatch):
 
 def test_what_affords_means():
     client = Participant(0, 20, Budget(deadline=1.0, speed=10.0), np.full(4, UNLIMITED))
-    assert client.affords(Cost(flops=10))
-    assert not client.affords(Cost(flops=11))
+    assert client.affords(Cost(work=10))
+    assert not client.affords(Cost(work=11))
     assert client.local == 20
 
 

@@ -47,6 +47,11 @@ class PlanningOptions:
         "in the D2FT paper.",
         choices=PLANNERS,
     )
+    policy_batch: bool = option(
+        True,
+        "Whether d2ft chooses batch sizes up to batch-size for clients that train on fewer "
+        "examples; false by itself where batch-size is given.",
+    )
     slots: int = option(1, "Parts of a batch, each with operations of its own.", low=1)
     backward_score: str = option("fisher", "Importance score of training a subnet.", choices=SCORES)
     forward_score: str = option("fisher", "Importance score of running a subnet.", choices=SCORES)
