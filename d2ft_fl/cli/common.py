@@ -65,8 +65,26 @@ def progress_bar(hidden: bool) -> Progress:
     )  # fmt: skip
 
 
+@contextmanager
+def compiling(config: RunConfig, quiet: bool) -> Iterator[None]:
+    """Compile the planner's solver in another process, where that was not done on this machine.
+
+    The first plan waits for it.
+
+    Args:
+        config: The options of what will be planned, whose names were checked.
+        quiet: Whether to say nothing.
+    """
+    from d2ft_fl.planning import solver_process
+
+    with solver_process.compiling(config.coupling == "spread") as compiles:
+        if compiles and not quiet:
+            terminal.say("compiling the planner, once on this machine: about ten seconds")
+        yield
+
+
 def compile_once(config: RunConfig, quiet: bool) -> None:
-    """Compile the planner's solver where that was not done before, and say so.
+    """Compile the planner's solver, and wait for it, where that was not done on this machine.
 
     Args:
         config: The options of what will be planned.
@@ -77,5 +95,5 @@ def compile_once(config: RunConfig, quiet: bool) -> None:
     coupled = config.coupling == "spread"
     if not knapsack.is_compiled(coupled):
         if not quiet:
-            terminal.say("compiling the planner, once on this machine: about half a minute")
+            terminal.say("compiling the planner, once on this machine: about ten seconds")
         knapsack.compile_solver(coupled)

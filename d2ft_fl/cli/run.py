@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from d2ft_fl.cli.common import Files, Pairs, compile_once, failures, progress_bar
+from d2ft_fl.cli.common import Files, Pairs, compiling, failures, progress_bar
 from d2ft_fl.config.run_config import RunConfig
 from d2ft_fl.config.sources import collect
 from d2ft_fl.errors import ConfigError
@@ -42,13 +42,19 @@ def run(
     ] = False,
 ) -> None:
     """Run a federation and show it round by round."""
-    from d2ft_fl.rounds.checks import checked
+    from d2ft_fl.server import console
 
     with failures():
         if workers and backend is not Backend.local:
             raise ConfigError("--workers belongs to --backend local; Flower starts its own")
-        options = checked(collect(config or [], set_ or [], resume))
-        _run(options, backend, supernodes, workers, as_json)
+        options = collect(config or [], set_ or [], resume).check_values()
+        if not as_json:
+            console.title(options)  # before PyTorch is imported, which takes seconds
+        from d2ft_fl.rounds.checks import check_names, checked
+
+        check_names(options)
+        with compiling(options, as_json):
+            _run(checked(options), backend, supernodes, workers, as_json)
 
 
 def _run(config: RunConfig, backend: Backend, supernodes: int, workers: int, as_json: bool) -> None:
@@ -62,9 +68,8 @@ def _run(config: RunConfig, backend: Backend, supernodes: int, workers: int, as_
     progress = progress_bar(hidden=as_json)
     if not as_json:
         terminal.say(f"run folder: {folder}")
-        console.header(config)
+        console.columns(config)
     try:
-        compile_once(config, as_json)
         with progress:
             task = progress.add_task("starting", total=config.rounds)
 

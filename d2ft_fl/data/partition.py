@@ -1,14 +1,19 @@
-"""Which client has which training examples."""
+"""Which client has which training examples.
 
+flwr-datasets is imported by what needs it. Who has which of the embedded data is worked out once on
+a machine: importing what does it takes seconds, in every worker process.
+"""
+
+import hashlib
 import inspect
 import warnings
+from importlib.metadata import version
 from typing import Any
 
-import datasets
-import flwr_datasets.partitioner as partitioners
 import numpy as np
 
 from d2ft_fl.config.choices import EMBEDDED_DATASETS
+from d2ft_fl.data.kept import kept
 from d2ft_fl.data.sources import Split, first_line
 from d2ft_fl.data.spec import DataSpec
 from d2ft_fl.errors import ConfigError
@@ -25,6 +30,8 @@ def partitioner_class(name: str) -> type:
     Raises:
         ConfigError: When there is none.
     """
+    from flwr_datasets import partitioner as partitioners
+
     known = {n.removesuffix("Partitioner").lower(): n for n in partitioners.__all__}
     known.pop("", None)
     key = name.removesuffix("Partitioner").replace("-", "").replace("_", "").lower()
@@ -36,7 +43,6 @@ def partitioner_class(name: str) -> type:
 
 def partition_of(spec: DataSpec, train: Split) -> list[np.ndarray]:
     """Share the training examples out: per client, indices into ``train``, seeded."""
-    datasets.disable_progress_bars()
     # In random order: some partitioners cut the data as it lies, and folders lie by class.
     chosen = np.random.default_rng([spec.seed, 2]).permutation(
         train.subset(spec.train_examples, spec.seed)
@@ -48,6 +54,24 @@ def partition_of(spec: DataSpec, train: Split) -> list[np.ndarray]:
         )
     if spec.partitioner.lower() == ALL:
         return [np.sort(chosen)] * spec.clients
+    if spec.dataset not in EMBEDDED_DATASETS:
+        return _divided(spec, train, chosen)
+
+    def divide() -> dict[str, np.ndarray]:
+        parts = _divided(spec, train, chosen)
+        return {"rows": np.concatenate(parts), "ends": np.cumsum([len(part) for part in parts])}
+
+    labels = hashlib.sha256(train.labels.tobytes() + chosen.tobytes()).hexdigest()
+    packages = [version(name) for name in ("flwr-datasets", "numpy")]
+    arrays = kept(("partition", spec, labels, packages), divide)
+    return np.split(arrays["rows"], arrays["ends"][:-1])
+
+
+def _divided(spec: DataSpec, train: Split, chosen: np.ndarray) -> list[np.ndarray]:
+    """Divide chosen examples over clients: per client, indices into ``train``, ascending."""
+    import datasets
+
+    datasets.disable_progress_bars()
     kind = partitioner_class(spec.partitioner)
     accepted = inspect.signature(kind).parameters
     arguments = dict(spec.partitioner_arguments)
@@ -63,7 +87,7 @@ def partition_of(spec: DataSpec, train: Split) -> list[np.ndarray]:
             f"partitioner-args: {unknown[0]!r} is not a parameter of {kind.__name__}; it takes "
             f"{', '.join(accepted)}"
         )
-    columns = train.columns.select(chosen)
+    columns = train.table().select(chosen)
     columns = columns.add_column(INDEX, chosen.tolist())
     try:
         partitioner = kind(**arguments)

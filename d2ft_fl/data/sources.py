@@ -1,19 +1,25 @@
-"""Where examples come from: embedded, made up, a folder or the Hugging Face hub."""
+"""Where examples come from: embedded, made up, a folder or the Hugging Face hub.
+
+scikit-learn and ``datasets`` are imported by what needs them: a worker process with embedded data
+does without.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import datasets
 import numpy as np
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 
 from d2ft_fl.config.choices import DIGITS, HUB, MADE_UP
+from d2ft_fl.data.kept import kept
 from d2ft_fl.data.spec import DataSpec
 from d2ft_fl.errors import ConfigError
+
+if TYPE_CHECKING:
+    import datasets
 
 SPLIT_SEED = 2504  # one test split for all seeds of a comparison
 
@@ -23,13 +29,13 @@ class Split:
     """One split: labels and other columns at once, images decoded on demand.
 
     Attributes:
-        columns: Everything but the image, label included, as a light data set.
+        table: Makes a light data set of everything but the image, label included.
         labels: int64 [examples].
         decode: Indices to raw images (PIL or arrays).
         names: Class names.
     """
 
-    columns: datasets.Dataset
+    table: Callable[[], "datasets.Dataset"]
     labels: np.ndarray
     decode: Callable[[np.ndarray], list[Any]]
     names: list[str]
@@ -44,19 +50,40 @@ class Split:
 
 def digits() -> tuple[Split, Split]:
     """Return scikit-learn's 1,797 digits (UCI), 8 x 8 pixels; two fifths are held out."""
-    bunch = load_digits()
-    pixels = np.round(bunch.images * (255 / 16)).astype(np.uint8)[..., None]  # [n, 8, 8, 1]
-    labels = bunch.target.astype(np.int64)
-    parts = train_test_split(
-        np.arange(len(labels)), test_size=0.4, random_state=SPLIT_SEED, stratify=labels
-    )
+    arrays = kept((DIGITS, SPLIT_SEED, version("scikit-learn")), _read_digits)
+    pixels, labels = arrays["pixels"], arrays["labels"]
     names = [str(digit) for digit in range(10)]
 
     def split(rows: np.ndarray) -> Split:
-        columns = datasets.Dataset.from_dict({"label": labels[rows]})
-        return Split(columns, labels[rows], lambda index: list(pixels[rows[index]]), names)
+        return Split(
+            lambda: _labels_alone(labels[rows]),
+            labels[rows],
+            lambda index: list(pixels[rows[index]]),
+            names,
+        )
 
-    return split(np.sort(parts[0])), split(np.sort(parts[1]))
+    return split(arrays["train"]), split(arrays["test"])
+
+
+def _read_digits() -> dict[str, np.ndarray]:
+    """Return pixels, uint8 [n, 8, 8, 1], labels, and the rows of both splits, ascending."""
+    from sklearn.datasets import load_digits
+    from sklearn.model_selection import train_test_split
+
+    bunch = load_digits()
+    pixels = np.round(bunch.images * (255 / 16)).astype(np.uint8)[..., None]
+    labels = bunch.target.astype(np.int64)
+    train, test = train_test_split(
+        np.arange(len(labels)), test_size=0.4, random_state=SPLIT_SEED, stratify=labels
+    )
+    return {"pixels": pixels, "labels": labels, "train": np.sort(train), "test": np.sort(test)}
+
+
+def _labels_alone(labels: np.ndarray) -> "datasets.Dataset":
+    """Return a data set of one column."""
+    import datasets
+
+    return datasets.Dataset.from_dict({"label": labels})
 
 
 def made_up(spec: DataSpec) -> tuple[Split, Split]:
@@ -73,8 +100,8 @@ def made_up(spec: DataSpec) -> tuple[Split, Split]:
             draws = (np.random.default_rng([spec.seed, number, 1, int(i)]) for i in indices)
             return [draw.integers(0, 256, shape, dtype=np.uint8) for draw in draws]
 
-        columns = datasets.Dataset.from_dict({"label": labels})
-        return Split(columns, labels, decode, [str(label) for label in range(10)])
+        names = [str(label) for label in range(10)]
+        return Split(lambda: _labels_alone(labels), labels, decode, names)
 
     return split(0, spec.train_examples or 32 * spec.clients), split(1, spec.test_examples or 256)
 
@@ -85,24 +112,41 @@ def folder_splits(spec: DataSpec) -> tuple[Split, Split]:
     return _split(train, spec.label_column), _split(test, spec.label_column)
 
 
-def _split(data: datasets.Dataset, label: str) -> Split:
+def _split(data: "datasets.Dataset", label: str) -> Split:
     image = _image_column(data)
-    columns = data.remove_columns([image])
     labels = np.asarray(data.with_format("numpy")[label][:], dtype=np.int64)
     names = list(data.features[label].names)
     if len(labels) == 0 or labels.min() < 0 or labels.max() >= len(names):
         raise ConfigError(
             f"column {label!r} holds no labels, or some outside its {len(names)} classes"
         )
-    return Split(columns, labels, lambda index: data[index.tolist()][image], names)
+    return Split(
+        lambda: data.remove_columns([image]),
+        labels,
+        lambda index: data[index.tolist()][image],
+        names,
+    )
 
 
-def _image_column(data: datasets.Dataset) -> str | None:
+def _image_column(data: "datasets.Dataset") -> str | None:
+    import datasets
+
     return next((n for n, f in data.features.items() if isinstance(f, datasets.Image)), None)
 
 
-def _load(dataset: str) -> datasets.DatasetDict:
+def check_folder(dataset: str) -> None:
+    """Raise ConfigError unless a data set is a folder."""
+    if not Path(dataset).is_dir():
+        raise ConfigError(
+            f"dataset = {dataset!r} is not a folder; use {DIGITS!r}, {MADE_UP!r}, "
+            f"'{HUB}OWNER/NAME', or a folder of parquet files or of images in one folder a class"
+        )
+
+
+def _load(dataset: str) -> "datasets.DatasetDict":
     """Return all splits of a data set of the hub, or of a local folder."""
+    import datasets
+
     datasets.disable_progress_bars()
     if dataset.startswith(HUB):
         name, _, configuration = dataset.removeprefix(HUB).partition(":")
@@ -114,11 +158,7 @@ def _load(dataset: str) -> datasets.DatasetDict:
                 f"name ('{HUB}OWNER/NAME' or '{HUB}OWNER/NAME:CONFIGURATION') and the network, or "
                 "use a folder"
             ) from None
-    if not Path(dataset).is_dir():
-        raise ConfigError(
-            f"dataset = {dataset!r} is not a folder; use {DIGITS!r}, {MADE_UP!r}, "
-            f"'{HUB}OWNER/NAME', or a folder of parquet files or of images in one folder a class"
-        )
+    check_folder(dataset)
     try:
         return datasets.load_dataset(dataset)
     except Exception as error:  # datasets raises many kinds for a folder it cannot use
@@ -128,8 +168,10 @@ def _load(dataset: str) -> datasets.DatasetDict:
 
 
 @lru_cache(maxsize=2)
-def hub_or_folder(path: str, label: str) -> tuple[datasets.Dataset, datasets.Dataset]:
+def hub_or_folder(path: str, label: str) -> tuple["datasets.Dataset", "datasets.Dataset"]:
     """Return train and test of a data set with images."""
+    import datasets
+
     loaded = _load(path)
     name = "train" if "train" in loaded else next(iter(loaded))
     train = loaded[name]

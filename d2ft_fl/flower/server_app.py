@@ -28,7 +28,8 @@ def main(grid: Grid, context: Context) -> None:
         config = checked(RunConfig.from_mapping(context.run_config))
         folder = claim_folder(config)
         terminal.say(f"run folder: {folder}")
-        run_console.header(config)
+        run_console.title(config)
+        run_console.columns(config)
         filled = RunConfig(**{**vars(config), "run_folder": str(folder)})
         with contextlib.closing(FlowerPool(grid, filled)) as pool:
             summary = run.run(filled, pool, run_console.round_line)

@@ -12,10 +12,30 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from d2ft_fl.config.run_config import NO_PATHS
 from d2ft_fl.errors import ConfigError
 from d2ft_fl.models.spec import GLYPH_NAME, ModelSpec
 
 GLYPH_WEIGHTS = Path(__file__).parents[1] / "assets" / "vit_glyphs.json"
+
+
+def check_weights(model: str, pretrained: str) -> None:
+    """Raise ConfigError where weights cannot be those of a model, or their file is not there.
+
+    Args:
+        model: Name of the model.
+        pretrained: ``bundled``, ``hub``, ``none`` or an absolute path.
+    """
+    if pretrained == "bundled" and model != GLYPH_NAME:
+        raise ConfigError(
+            f"pretrained = 'bundled' belongs to model {GLYPH_NAME!r}, not {model!r}; "
+            "use 'hub', 'none' or the path of a safetensors file"
+        )
+    if pretrained not in NO_PATHS["pretrained"] and not Path(pretrained).exists():
+        raise ConfigError(
+            f"weights file {pretrained!r} does not exist; use 'bundled', 'hub', 'none' or the "
+            "path of a safetensors file"
+        )
 
 
 def read_weights(spec: ModelSpec) -> dict[str, Tensor]:
@@ -24,20 +44,11 @@ def read_weights(spec: ModelSpec) -> dict[str, Tensor]:
     Raises:
         ConfigError: When they cannot be read.
     """
+    check_weights(spec.name, spec.pretrained)
     if spec.pretrained == "bundled":
-        if spec.name != GLYPH_NAME:
-            raise ConfigError(
-                f"pretrained = 'bundled' belongs to model {GLYPH_NAME!r}, not {spec.name!r}; "
-                "use 'hub', 'none' or the path of a safetensors file"
-            )
         return load_weights_json(GLYPH_WEIGHTS)
     try:
         return safetensors.torch.load_file(spec.pretrained)
-    except FileNotFoundError:
-        raise ConfigError(
-            f"weights file {spec.pretrained!r} does not exist; use 'bundled', 'hub', 'none' or the "
-            "path of a safetensors file"
-        ) from None
     except (SafetensorError, OSError) as error:
         raise ConfigError(
             f"weights file {spec.pretrained!r} is not safetensors: {first_line(error)}"

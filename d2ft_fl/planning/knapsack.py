@@ -66,6 +66,20 @@ def solve(
     Raises:
         ValueError: When shapes do not fit together, or costs are negative.
     """
+    compile_cache.wait_for("solve_all")
+    return _solve(values, costs, capacities, structure, tables, start, effort)
+
+
+def _solve(
+    values: np.ndarray,
+    costs: np.ndarray,
+    capacities: np.ndarray,
+    structure: Structure | None = None,
+    tables: np.ndarray | None = None,
+    start: np.ndarray | None = None,
+    effort: int = 8,
+) -> Solution:
+    """Solve as :func:`solve`, without waiting for a process that compiles."""
     from d2ft_fl.planning.solver.many import solve_all
 
     single = np.ndim(capacities) == 1
@@ -94,15 +108,15 @@ def is_compiled(coupled: bool = False) -> bool:
 
 
 def compile_solver(coupled: bool = False) -> None:
-    """Compile the solver, which the first plan would do otherwise: about half a minute.
+    """Compile the solver, which the first plan would do otherwise: about ten seconds.
 
     Args:
         coupled: Whether to compile the solver of coupled clients, too.
     """
     nothing = np.zeros((1, 1)), np.zeros((1, 1, 1), dtype=np.int64), np.zeros(1, dtype=np.int64)
-    solve(*nothing)
+    _solve(*nothing)
     if coupled:
-        solve_spread(*nothing, Spread(np.zeros(1), np.zeros(1), np.ones(1), 1.0))
+        _solve_spread(*nothing, Spread(np.zeros(1), np.zeros(1), np.ones(1), 1.0))
 
 
 def solve_two_stages(
@@ -215,6 +229,20 @@ def solve_spread(
     Raises:
         ValueError: When shapes do not fit together, or option 0 costs or trains something.
     """
+    compile_cache.wait_for("spread_all")
+    return _solve_spread(values, costs, capacities, spread, structure, tables, effort)
+
+
+def _solve_spread(
+    values: np.ndarray,
+    costs: np.ndarray,
+    capacities: np.ndarray,
+    spread: Spread,
+    structure: Structure | None = None,
+    tables: np.ndarray | None = None,
+    effort: int = 1,
+) -> SpreadSolution:
+    """Solve as :func:`solve_spread`, without waiting for a process that compiles."""
     from d2ft_fl.planning.solver.many import spread_all
 
     values, costs, capacities, tables, structure = checked(

@@ -6,13 +6,37 @@ write instead.
 
 from d2ft_fl.budgets.budget import ClientDescription
 from d2ft_fl.budgets.matching import MATCHES
-from d2ft_fl.config.choices import ADAPTIVE_OPTIMIZERS, SERVER_OPTIMIZERS
+from d2ft_fl.config.choices import (
+    ADAPTIVE_OPTIMIZERS,
+    EMBEDDED_DATASETS,
+    HUB,
+    SERVER_OPTIMIZERS,
+)
 from d2ft_fl.config.run_config import OPTIONS, RunConfig
+from d2ft_fl.data.sources import check_folder
 from d2ft_fl.errors import ConfigError, UnkeptBudget
+from d2ft_fl.models.build import family_of
+from d2ft_fl.models.weights import check_weights
 from d2ft_fl.rounds.components import Components
 from d2ft_fl.rounds.strategies import Strategy
 from d2ft_fl.subnets.architecture import Architecture
 from d2ft_fl.wire.quantization import check_bits
+
+
+def check_names(config: RunConfig) -> None:
+    """Check that options fit together, and all of model and data that takes no time to check.
+
+    Args:
+        config: The options of a run.
+
+    Raises:
+        ConfigError: In one line, what to write instead.
+    """
+    components = Components(checked_options(config))
+    family_of(config.model)
+    if components.dataset not in EMBEDDED_DATASETS and not components.dataset.startswith(HUB):
+        check_folder(components.dataset)
+    check_weights(config.model, components.pretrained)
 
 
 def checked(config: RunConfig) -> RunConfig:

@@ -101,19 +101,16 @@ class Components:
     @cached_property
     def model_spec(self) -> ModelSpec:
         """The model to build."""
-        # It brings data sets and torchvision in, which strategies and options do without.
+        # It brings torchvision in, which strategies and options do without.
         from d2ft_fl.data.federated_data import class_count
 
         c = self.config
-        pretrained = c.pretrained
-        if pretrained not in NO_PATHS["pretrained"]:
-            pretrained = str(resolve_path(pretrained))
         return ModelSpec(
             name=c.model,
             arguments=inline_table("model-args", c.model_args),
-            pretrained=pretrained,
+            pretrained=self.pretrained,
             image_size=c.image_size,
-            classes=class_count(self._dataset, c.label_column),
+            classes=class_count(self.dataset, c.label_column),
             seed=c.seed,
         )
 
@@ -126,7 +123,7 @@ class Components:
         c = self.config
         channels, side, _ = input_shape
         return DataSpec(
-            dataset=self._dataset,
+            dataset=self.dataset,
             label_column=c.label_column,
             image_size=side,
             channels=channels,
@@ -138,8 +135,16 @@ class Components:
             seed=c.seed,
         )
 
+    @property
+    def pretrained(self) -> str:
+        """Where the model's weights come from, or their absolute path."""
+        pretrained = self.config.pretrained
+        if pretrained in NO_PATHS["pretrained"]:
+            return pretrained
+        return str(resolve_path(pretrained))
+
     @cached_property
-    def _dataset(self) -> str:
+    def dataset(self) -> str:
         """The name of the dataset, or its absolute path."""
         dataset = self.config.dataset
         if dataset in NO_PATHS["dataset"] or dataset.startswith(HUB):

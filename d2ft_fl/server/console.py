@@ -7,19 +7,24 @@ from rich.table import Table
 
 from d2ft_fl.config.run_config import RunConfig
 from d2ft_fl.report.format import LABELS, USED, metric_format, metric_label, quantity, unit_of
-from d2ft_fl.rounds.components import Components
 from d2ft_fl.tasks.metrics import MetricSpec
 from d2ft_fl.util.terminal import console, say
 
 LEAST_WIDTH = 6  # characters of a metric's column
 
 
-def header(config: RunConfig) -> None:
-    """Show what is about to run, and what the columns of its lines mean."""
+def title(config: RunConfig) -> None:
+    """Show what is about to run; nothing is loaded for this."""
     say(
         f"{config.strategy}: {config.clients} clients, {config.rounds} rounds, {config.model} on "
         f"{config.dataset}, seed {config.seed}"
     )
+
+
+def columns(config: RunConfig) -> None:
+    """Show what the columns of a run's lines mean."""
+    from d2ft_fl.rounds.components import Components  # brings PyTorch in
+
     say(
         "per resource: mean client's use as a share of training everything / what its budget "
         "allows (worst client's use of its own budget)"

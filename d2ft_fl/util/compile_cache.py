@@ -4,6 +4,7 @@ numba would cache it beside the source, by path and time of change; but Flower u
 for every run. So it is cached in the user's cache folder, by what the compiled sources say.
 """
 
+import fcntl
 import hashlib
 import os
 from functools import cache
@@ -43,3 +44,36 @@ def can_cache() -> bool:
 def is_compiled(function: str) -> bool:
     """Tell whether a function was compiled on this machine before."""
     return any(folder().glob(f"*.{function}-*.nbi"))
+
+
+def try_lock() -> int | None:
+    """Take the lock that says that a process compiles.
+
+    Returns:
+        The open file that holds it, also in a child that gets it; None where another process has
+        it, or nothing can be cached.
+    """
+    if not can_cache():
+        return None
+    lock = os.open(folder() / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(lock)
+        return None
+    return lock
+
+
+@cache
+def wait_for(function: str) -> None:
+    """Wait while another process compiles, unless a function is there already.
+
+    The process that compiles holds the lock, and calls the function without waiting.
+    """
+    if is_compiled(function) or not can_cache():
+        return
+    lock = os.open(folder() / "lock", os.O_RDWR | os.O_CREAT, 0o600)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+    finally:
+        os.close(lock)

@@ -11,7 +11,7 @@ from d2ft_fl.report.plan_figure import draw_plan
 from d2ft_fl.rounds.components import Components
 from d2ft_fl.rounds.context import Participant
 from d2ft_fl.rounds.plan import Plan
-from d2ft_fl.server.console import format_round, header
+from d2ft_fl.server.console import columns, format_round, title
 from d2ft_fl.subnets.schedule import Operation, Schedule
 from tests.tasks.made_up import DISTANCE, Distance
 
@@ -37,7 +37,8 @@ def test_a_rounds_line_says_used_allowed_and_worst():
 
 def test_a_rounds_line_has_the_metrics_of_its_task_below_their_names(capsys, monkeypatch):
     monkeypatch.setattr(Components, "task", Distance())
-    header(RunConfig())
+    title(RunConfig())
+    columns(RunConfig())
     heads = capsys.readouterr().out.splitlines()[-1]
     part = {"used_mean": 50.0, "full_mean": 100.0, "allowed_share": 0.6, "worst": 0.98}
     row = {

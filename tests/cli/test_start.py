@@ -1,10 +1,14 @@
-"""What commands load: those that only list things do without what takes seconds to import."""
+"""How commands start: what they load, and what they check before anything is compiled."""
 
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
+
+from d2ft_fl.cli.main import app
+from d2ft_fl.planning import solver_process
 
 ROOT = Path(__file__).parents[2]
 HEAVY = (
@@ -46,3 +50,27 @@ def test_what_lists_things_loads_nothing_heavy(arguments, word):
     output, loaded = loaded_by(*arguments)
     assert word in output
     assert loaded == []
+
+
+@pytest.mark.parametrize(
+    "pair,words",
+    [
+        ("lr=-1", "lr = -1"),
+        ("strategy=best", "use one of d2ft"),
+        ("slots=99", "slots = 99 is more than"),
+        ("model=resnet50", "'resnet50' is not supported"),
+        ("dataset=/nowhere", "'/nowhere' is not a folder"),
+        ("pretrained=/nowhere", "'/nowhere' does not exist"),
+        ("model=vit_tiny_patch16_224", "'bundled' belongs to"),
+    ],
+)
+@pytest.mark.parametrize("backend", ["local", "flower"])
+def test_options_are_refused_before_anything_is_compiled(monkeypatch, pair, words, backend):
+    def compiling(coupled):
+        raise AssertionError("compiles")
+
+    monkeypatch.setattr(solver_process, "compiling", compiling)
+    said = CliRunner().invoke(app, ["run", "--backend", backend, "--set", pair])
+    assert said.exit_code == 2
+    assert words in said.stderr
+    assert said.stderr.count("\n") == 1
