@@ -49,6 +49,8 @@ class ActivationBytes:
         trains: What trains of each branch.
         inward: Outputs of a head's products in: int64 [2, heads].
         outward: What a head's middle makes for its product out: int64 [2, heads].
+        result: What goes into a head's product out: int64 [2, heads].
+        saves_result: Whether the middle itself saves that: bool [2].
         unfused: What attention that is not fused has besides for a moment, when it runs without a
             graph, with one, and on the way back: int64 [3, 2, heads].
         weights: Weights of a head's products in, in the type of products: int64 [2, heads]; once a
@@ -79,6 +81,8 @@ class ActivationBytes:
     trains: tuple[Trains, ...]
     inward: np.ndarray
     outward: np.ndarray
+    result: np.ndarray
+    saves_result: np.ndarray
     unfused: np.ndarray
     weights: np.ndarray
     outer: int
@@ -130,6 +134,8 @@ class ActivationBytes:
             trains=a.trains,
             inward=inward,
             outward=outward,
+            result=shallow,
+            saves_result=np.array([branch.saves_result for branch in a.branches]),
             unfused=np.zeros((3, 2, a.heads), dtype=np.int64) if fused else unfused_moments(a, c),
             weights=c * a.dim * np.stack(widest),
             outer=final_norm(a, c) + ELEMENT * (2 * a.classes + 2),

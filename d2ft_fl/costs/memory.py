@@ -22,12 +22,12 @@ what its subnets have in the middle.
 **Transients** come on top. The peak of a micro-batch is the largest of what is alive at these
 moments, with a stream for one tensor [N, T, D]:
 
-* forward in a branch: what lower branches saved, x, y, the sum, and for the head group at hand its
-  products in and its z (saved or not);
-* backward in a branch: what it and lower ones saved, the gradient that arrives, the gradient of y,
-  and for all FULL head groups, then all FROZEN ones, the gradients of z and of products in (of q,
-  k, v twice, when they are put together);
-* after it: the gradient of x in place of the head groups';
+* forward in a branch: what lower branches saved, x, y, the sum, and first, for the head group
+  outside the graph at hand, its products in and its z; then what the branch saves;
+* backward in a branch: what it and lower ones saved, the gradient that arrives, and for the head
+  group at hand, FULL and FROZEN heads together, the gradients of z and of products in (of q, k, v
+  twice, when they are put together), then those of products in and of y;
+* after it: the gradients of y and x;
 * the classifier, with everything saved; the embedding, with nothing.
 """
 
@@ -37,8 +37,8 @@ from functools import cached_property, lru_cache
 import numpy as np
 
 from d2ft_fl.costs.activations import ActivationBytes
-from d2ft_fl.engine.grouping import Part, groups, storage_order
-from d2ft_fl.subnets.schedule import BranchOperations, Operation, effective
+from d2ft_fl.engine.grouping import Part, groups
+from d2ft_fl.subnets.schedule import BranchOperations, Operation
 
 
 @dataclass(frozen=True)
@@ -108,6 +108,7 @@ class ExampleCounts:
         training: On which anything of a branch is FULL.
         through: On which a branch is live, and gradient goes on below it.
         running: On which anything of a branch runs.
+        beside: On which something is live, and something runs outside the graph.
         most_ranks: Sum over examples of the largest rank that is FULL in a branch, 0 where there
             is none: int64 [micro-batches, blocks, 2].
     """
@@ -137,6 +138,8 @@ class ExampleCounts:
         self.training = examples_where(sizes, full.any(axis=4))
         self.through = examples_where(sizes, live & run.through)
         self.running = examples_where(sizes, (run.operations != Operation.SHORTCUT).any(axis=4))
+        silent = (run.operations == Operation.FORWARD_ONLY).any(axis=4)
+        self.beside = examples_where(sizes, silent & live)
         if ranks is None:
             self.most_ranks = np.int64(0) * self.training
         else:
@@ -217,59 +220,57 @@ class Moments:
         resident = (self.operations != Operation.SHORTCUT).any(axis=1)
         return resident @ self.bytes.weights.T
 
-    def forward_middle(self) -> np.ndarray:
-        """Return the bytes of the largest head group on its way forward."""
-        b = self.bytes
-        without_graph = b.inward + b.outward + b.unfused[0]
-        with_graph = without_graph if self.checkpointing else b.unfused[1]
-        largest = self.largest(Operation.FORWARD_ONLY, without_graph)
-        if with_graph.any():
-            for operation in (Operation.FULL, Operation.FROZEN):
-                largest = np.maximum(largest, self.largest(operation, with_graph))
-        return largest
-
     def forward(self) -> np.ndarray:
         """Return bytes on the way forward in a branch, at most, with what it saves."""
         b, n = self.bytes, self.count
-        # What is not saved of y; and for a moment, before it is cast, once more as it was.
+        whole_sum = (n.running > 0) * n.total * b.narrow
+        whole_y = n.running * b.narrow
+        passing = np.int64(0) if self.checkpointing else self.largest(True, b.unfused[1])
+        # The product out that adds to what ran outside the graph makes a new tensor. It takes z of
+        # all heads, of which only what FULL ones put in is saved.
+        partly = n.frozen.any(axis=3) & ~b.saves_result
+        passing = np.maximum(passing, n.beside * b.narrow + partly * self.largest(True, b.result))
+        outside = self.largest(False, b.inward + b.outward + b.unfused[0])
+        if self.checkpointing:  # what passes gradient is not saved either
+            outside = np.maximum(outside, self.largest(True, b.inward + b.outward + b.unfused[0]))
+        # Before y is cast, it is there once more as it was.
+        outside = np.maximum(outside + self.cast_weights, self.casts * b.stream * n.running)
         saved_y = n.training * b.keeps_y * (not self.checkpointing)
-        y = b.narrow * (n.running - saved_y)
-        middle = self.forward_middle() + self.cast_weights
-        middle = np.maximum(middle, self.casts * b.stream * n.running)
-        stream = b.stream * (n.total - self.inputs)  # x is there all the same where it is not saved
-        total = self.saved + middle + stream + (n.running > 0) * (y + n.total * b.narrow)
+        y = whole_y - b.narrow * saved_y
+        x = b.stream * (n.total - self.inputs)  # it is there all the same where it is not saved
+        if self.sizes.shape[1] > 1:  # sums of slots are put together
+            passing = np.maximum(passing, whole_sum - y)
+        first = n.total * b.stream + outside + whole_y + whole_sum
+        total = np.maximum(first, self.saved + passing + self.cast_weights + x + y + whole_sum)
         return total + self.between_factors * n.running
 
     def backward_middle(self) -> np.ndarray:
-        """Return the bytes of all FULL head groups, or all FROZEN ones, on the way back.
+        """Return bytes of the largest head group on the way back, from its sum to the norm.
 
         Checkpointed, what is computed again is among them.
         """
         b, n = self.bytes, self.count
         # q, k and v get their gradients one by one, which are then put together.
-        gradients = b.inward * np.array([[2], [1]]) + b.outward
-        if self.checkpointing:
-            gradients = gradients + b.alive
-        middle = np.maximum(
-            self.largest(Operation.FULL, gradients, together=True),
-            self.largest(Operation.FROZEN, gradients, together=True),
-        )
-        if b.unfused[2].any():  # one head group after the other
-            alone = [self.largest(o, b.unfused[2]) for o in (Operation.FULL, Operation.FROZEN)]
-            middle = middle + np.maximum(*alone)
+        twice = b.inward * np.array([[2], [1]])
+        gradients = np.maximum(twice + b.outward - b.result, b.inward + b.outward)
+        if self.checkpointing:  # the gradient of z is held meanwhile
+            gradients = twice + b.outward + b.alive
+        middle = self.largest(True, gradients + b.unfused[2])
         if self.checkpointing:
             middle = middle + (b.statistics + b.narrow + b.normed) * n.live + self.factors
-        return middle
+        gradient_of_y = (b.narrow + b.stream * 3 * b.rms) * n.through
+        if self.sizes.shape[1] > 1:  # of other slots, the gradient of x is there
+            return middle + gradient_of_y
+        return np.maximum(middle, self.largest(True, b.inward) + gradient_of_y)
 
     def backward(self) -> np.ndarray:
         """Return bytes on the way back in a branch, at most, beside what branches saved."""
         b, n = self.bytes, self.count
         arriving = n.total * (b.stream * (1 + b.scaled) + b.narrow * self.casts + b.regraded)
-        gradient_of_y = (b.narrow + b.stream * 3 * b.rms) * n.through
-        gradient_of_y = gradient_of_y + self.between_factors * n.live
-        after = 2 * n.total * b.stream * (n.through > 0)
+        # Of y before and behind its cast, then of x, and the sum with the one that arrived.
+        after = 2 * n.total * b.stream * (n.through > 0) + b.stream * 3 * b.rms * n.through
         middle = np.maximum(self.backward_middle() + self.cast_weights, after)
-        return (n.live > 0) * (arriving + gradient_of_y + middle)
+        return (n.live > 0) * (arriving + self.between_factors * n.live + middle)
 
     def outer(self) -> np.ndarray:
         """Return bytes in the classifier, beside what branches saved: int64 [micro-batches]."""
@@ -280,35 +281,26 @@ class Moments:
         """Return bytes in the embedding: int64 [micro-batches]."""
         return 3 * self.sizes.sum(axis=1) * self.bytes.embedded
 
-    def largest(
-        self, operation: Operation, per_head: np.ndarray, together: bool = False
-    ) -> np.ndarray:
-        """Return the bytes of an operation's largest head group in each branch.
+    def largest(self, alive: bool, per_head: np.ndarray) -> np.ndarray:
+        """Return the bytes of the largest head group of each branch.
 
         Args:
-            operation: Which head groups count.
+            alive: Of those that gradient passes through, or of those outside the graph.
             per_head: Bytes of an example and head: int64 [2, heads].
-            together: Take the head groups of a segment as one.
         """
-        slots = self.sizes.shape[1]
+        operations, slots = self.run.operations, self.sizes.shape[1]
         if slots == 1:  # one slot has one head group
-            does = self.run.operations[:, 0] == operation
+            of_slot = operations[:, 0]
+            does = of_slot >= Operation.FROZEN if alive else of_slot == Operation.FORWARD_ONLY
             return self.sizes[..., None] * (does * per_head).sum(axis=3)
-        largest = np.zeros((len(self.sizes), self.operations.shape[2], 2), dtype=np.int64)
-        stored = effective(self.operations)
+        largest = np.zeros((len(self.sizes), operations.shape[2], 2), dtype=np.int64)
         for index, block, branch in np.ndindex(largest.shape):
-            column = self.run.operations[index, :, block, branch]
-            through = self.run.through[index, :, block, branch]
-            order = stored[index, :, block]
-            for head_groups in _head_groups(
-                column.tobytes(), through.tobytes(), order.tobytes(), slots, operation
-            ):
-                loads = [
-                    int(self.sizes[index, start:stop].sum())
-                    * int(per_head[branch, list(heads)].sum())
-                    for start, stop, heads in head_groups
-                ]
-                load = sum(loads) if together else max(loads)
+            column = operations[index, :, block, branch].tobytes()
+            through = self.run.through[index, :, block, branch].tobytes()
+            factored = bool(self.bytes.near[branch])
+            for start, stop, heads in _head_groups(column, through, slots, factored, alive):
+                examples = int(self.sizes[index, start:stop].sum())
+                load = examples * int(per_head[branch, list(heads)].sum())
                 largest[index, block, branch] = max(int(largest[index, block, branch]), load)
         return largest
 
@@ -327,21 +319,17 @@ def examples_where(sizes: np.ndarray, per_slot: np.ndarray) -> np.ndarray:
 
 @lru_cache(maxsize=1 << 16)
 def _head_groups(
-    operations: bytes, through: bytes, stored: bytes, slots: int, operation: Operation
-) -> list[list[Part]]:
-    """Return the engine's head groups of one operation, segment by segment, of a branch.
+    operations: bytes, through: bytes, slots: int, factored: bool, alive: bool
+) -> list[Part]:
+    """Return the engine's head groups of a branch.
 
     Args:
         operations: As they run, int8 [slots, heads].
         through: Whether gradient goes on below, bool [slots].
-        stored: Operations by which heads are stored, int8 [slots, heads].
         slots: How many there are.
-        operation: Which head groups count.
+        factored: Whether heads that train have LoRA's factors.
+        alive: Those that gradient passes through, or those outside the graph.
     """
-
-    def table(data: bytes) -> np.ndarray:
-        return np.frombuffer(data, dtype=np.int8).reshape(slots, -1)
-
-    wanted = np.frombuffer(through, dtype=bool)
-    segments = groups(table(operations), wanted, storage_order(table(stored)))
-    return [group.head_groups[operation] for group in segments if group.head_groups[operation]]
+    table = np.frombuffer(operations, dtype=np.int8).reshape(slots, -1)
+    segments = groups(table, np.frombuffer(through, dtype=bool), range(table.shape[1]), factored)
+    return [part for group in segments for part in (group.alive if alive else group.silent)]

@@ -14,6 +14,7 @@ A SHORTCUT is not there at all, but for its mean contribution where compensation
 :func:`d2ft_fl.engine.run_branch.run_branch` runs a branch.
 """
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -21,7 +22,6 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from d2ft_fl.engine.grouping import Status
 from d2ft_fl.engine.head_group import HeadGroup
 from d2ft_fl.engine.model_adapter import BranchTraits, Context
 from d2ft_fl.engine.numerics import Numerics
@@ -109,27 +109,8 @@ class Branch:
     def _drops(self, product: str) -> bool:
         return product in self.factors and self.factors[product].dropout > 0
 
-    @cached_property
-    def only_group(self) -> HeadGroup | None:
-        """The head group that is all of the branch, if :mod:`.fast_path` can run it; else None.
-
-        It is FULL in every slot, nothing else runs, and its weights lie side by side.
-        """
-        if self.numerics.mixed or self.numerics.recompute or self.factors:
-            return None
-        if len(self.segments) != 1 or any(offset is not None for offset in self.offsets):
-            return None
-        (segment,) = self.segments
-        if segment.status is not Status.TRAINS or not segment.through or not self.trains.norm:
-            return None
-        if len(segment.alive) != 1 or segment.silent or not segment.alive[0].full:
-            return None
-        products = segment.alive[0].products
-        one_in = len(products) == 2 and all(len(p.views) == 1 for p in products)
-        return segment.alive[0] if one_in else None
-
     def settle(self, overwrite: bool) -> list[Tensor]:
-        """Decide which head groups replace the gradients that they find, and which add to them.
+        """Decide which FULL heads replace the gradients that they find, and which add to them.
 
         Args:
             overwrite: Whether one micro-batch makes a step's gradients; otherwise all add up.
@@ -137,20 +118,16 @@ class Branch:
         Returns:
             Gradients that must be zeroed before a step.
         """
-        full = [group for s in self.segments for group in s.alive if group.full]
-        touched: set[int] = set()
-        first: set[int] = set()  # heads whose first gradient is added to what is there
-        for head_group in full:
-            overwrites = overwrite and touched.isdisjoint(head_group.heads)
-            head_group.gradients.overwrite = overwrites
-            if not overwrites:
-                first.update(set(head_group.heads) - touched)
-            touched.update(head_group.heads)
+        full = [part for s in self.segments for group in s.alive for part in group.parts]
+        times = Counter(head for part in full for head in part.heads)
+        for part in full:  # no order is relied on: autograd chooses it
+            part.overwrite = overwrite and all(times[head] == 1 for head in part.heads)
+        added = {head for part in full if not part.overwrite for head in part.heads}
         products = (*self.spec.inward, self.spec.outward)
         roles = [role for role in self.store.grads if role.split(".")[0] in products]
         return [
             self.store.grads[role][run.rows]
             for role in roles
-            if first
-            for run in self.store.runs(role, first)
+            if added
+            for run in self.store.runs(role, added)
         ]

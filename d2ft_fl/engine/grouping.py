@@ -1,8 +1,10 @@
 """How a block's heads and slots are grouped for execution: storage, segments, head groups.
 
-Slots that ask the same of a block, side by side, are a *segment*. Within one, heads that do the
-same in neighbouring slots are a *head group*, which the engine runs as one narrower branch. Trained
-heads are stored first, alike ones side by side, so that a head group is a few runs of rows.
+Slots that ask the same of a branch, side by side, are a *segment*. Heads of it that run alike are a
+*head group*, which the engine runs as one narrower branch: those that are FULL or FROZEN, through
+which gradient passes, in all of the segment's slots; those that are FORWARD_ONLY in neighbouring
+slots. Trained heads are stored first, alike ones side by side, so that a head group is a few runs
+of rows.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,9 +16,8 @@ import numpy as np
 
 from d2ft_fl.subnets.schedule import Operation
 
-# A head group: first slot, slot behind the last, heads.
+# Some heads in neighbouring slots: first slot, slot behind the last, heads.
 Part = tuple[int, int, tuple[int, ...]]
-RUNNING = (Operation.FULL, Operation.FROZEN, Operation.FORWARD_ONLY)
 
 
 def storage_order(operations: np.ndarray, ranks: Mapping[int, int] | None = None) -> list[int]:
@@ -41,10 +42,16 @@ def storage_order(operations: np.ndarray, ranks: Mapping[int, int] | None = None
         left = [int(h) for h in np.flatnonzero(group)]
         while left:
             last = operations[:, order[-1]] if order else np.full(len(operations), Operation.FULL)
-            nearest = min(left, key=lambda h: (int((operations[:, h] != last).sum()), h))
+            nearest = min(left, key=lambda h: (*_distance(operations[:, h], last), h))
             left.remove(nearest)
             order.append(nearest)
     return order
+
+
+def _distance(some: np.ndarray, others: np.ndarray) -> tuple[int, int]:
+    """Return in how many slots one of two heads is alive and not the other, and they differ."""
+    alive = (some >= Operation.FROZEN) != (others >= Operation.FROZEN)
+    return int(alive.sum()), int((some != others).sum())
 
 
 class Status(IntEnum):
@@ -68,16 +75,22 @@ class Group:
         slots: From which slot to before which.
         status: What the slots ask.
         through: Whether gradient is wanted at the segment's input.
-        head_groups: Operation -> its head groups.
+        alive: Head groups that gradient passes through, each in all of the slots.
+        full: What of these is FULL.
+        silent: Head groups that run outside the graph.
     """
 
     slots: tuple[int, int]
     status: Status
     through: bool
-    head_groups: dict[Operation, list[Part]]
+    alive: list[Part]
+    full: list[Part]
+    silent: list[Part]
 
 
-def groups(operations: np.ndarray, through: np.ndarray, order: Sequence[int]) -> list[Group]:
+def groups(
+    operations: np.ndarray, through: np.ndarray, order: Sequence[int], factored: bool
+) -> list[Group]:
     """Divide a branch's slots into segments, and each segment's work into head groups.
 
     Args:
@@ -85,30 +98,36 @@ def groups(operations: np.ndarray, through: np.ndarray, order: Sequence[int]) ->
             :class:`~d2ft_fl.subnets.schedule.BranchOperations`.
         through: bool [slots], of ``BranchOperations`` too.
         order: Heads as they are stored.
+        factored: Whether heads that train have LoRA's factors. Gradients of those that heads share
+            are of FULL heads alone, so that a FROZEN head with factors is a head group of its own.
     """
     status = _STATUS[operations].max(axis=1)
     through = through & (status >= Status.ALIVE)
+    full, alive = operations == Operation.FULL, operations >= Operation.FROZEN
+    apart = alive & ~full & full.any(axis=0) & factored
+    alike = np.concatenate([alive, full & factored], axis=1)
+    asked = np.concatenate([status[:, None], through[:, None], alike], axis=1)
     return [
         Group(
             (start, stop),
             Status(int(status[start])),
             bool(through[start]),
-            {
-                operation: list(_parts(operations, operation, start, stop, order))
-                for operation in RUNNING
-            },
+            [
+                part
+                for chosen in (alive & ~apart, apart)
+                for part in _parts(chosen, start, stop, order)
+            ],
+            list(_parts(full, start, stop, order)),
+            list(_parts(operations == Operation.FORWARD_ONLY, start, stop, order)),
         )
-        for start, stop in _equal_runs(np.stack([status, through], axis=1))
+        for start, stop in _equal_runs(asked)
     ]
 
 
-def _parts(
-    operations: np.ndarray, operation: Operation, start: int, stop: int, order: Sequence[int]
-) -> Iterator[Part]:
-    """Yield head groups of one operation: neighbouring slots in which equal heads do it."""
-    chosen = operations[start:stop] == operation  # [slots, heads]
-    for a, b in _equal_runs(chosen):
-        if heads := tuple(head for head in order if chosen[a, head]):
+def _parts(chosen: np.ndarray, start: int, stop: int, order: Sequence[int]) -> Iterator[Part]:
+    """Yield heads that are chosen, bool [slots, heads], in neighbouring slots alike."""
+    for a, b in _equal_runs(chosen[start:stop]):
+        if heads := tuple(head for head in order if chosen[start + a, head]):
             yield start + a, start + b, heads
 
 

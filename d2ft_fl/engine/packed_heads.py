@@ -155,19 +155,31 @@ class PackedHeads:
             return self.weights[role][: self.count(role)]
         return rows_of(self.weights[role], self.rows[role], sorted(self.trained), self.trained)
 
-    def runs(self, role: str, heads: Iterable[int]) -> list[Run]:
-        """Return the rows of heads, neighbours joined; columns count from 0 in storage order."""
-        chosen, runs, column = set(heads), list[Run](), 0
+    def runs(
+        self, role: str, heads: Iterable[int], among: Iterable[int] | None = None
+    ) -> list[Run]:
+        """Return the rows of heads, neighbours joined; columns count from 0 in storage order.
+
+        Args:
+            role: Of what is stored.
+            heads: Whose rows.
+            among: Heads whose columns are counted; None for ``heads`` alone.
+        """
+        chosen = set(heads)
+        counted = chosen if among is None else set(among)
+        runs, column = list[Run](), 0
         for head in self.order:
-            if head not in chosen:
+            if head not in counted:
                 continue
             rows = self.rows[role][head]
             columns = slice(column, column + len(rows))
             column = columns.stop
-            if runs and runs[-1].rows.stop == rows.start:
-                runs[-1] = Run(
-                    slice(runs[-1].rows.start, rows.stop), slice(runs[-1].columns.start, column)
-                )
-            else:
-                runs.append(Run(slice(rows.start, rows.stop), columns))
+            if head not in chosen:
+                continue
+            last = runs[-1] if runs else None
+            if last and (last.rows.stop, last.columns.stop) == (rows.start, columns.start):
+                first = runs.pop()
+                rows = range(first.rows.start, rows.stop)
+                columns = slice(first.columns.start, column)
+            runs.append(Run(slice(rows.start, rows.stop), columns))
         return runs

@@ -6,12 +6,13 @@ group's weights is added into the gradient rows of its heads by the product that
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
-from d2ft_fl.engine.matmul import is_faster, times
-from d2ft_fl.engine.packed_heads import PackedHeads, Run
+from d2ft_fl.engine.matmul import add_product, is_faster, times, write_product
+from d2ft_fl.engine.packed_heads import PackedHeads
 from d2ft_fl.engine.saved_activations import Observer
 from d2ft_fl.subnets.branches import BranchSpec, Trains
 
@@ -56,19 +57,6 @@ def branch_factors(
     return factors
 
 
-@dataclass
-class GradientRule:
-    """What becomes of the gradients of a head group's weights; its products share one rule.
-
-    Attributes:
-        wanted: Whether what trains of the weights gets gradients: whether the group is FULL.
-        overwrite: Whether gradients replace those that are there; see ``Branch.settle``.
-    """
-
-    wanted: bool
-    overwrite: bool = False
-
-
 @dataclass(frozen=True)
 class View:
     """A run of rows of a product's weights: views of all that belongs to them, made once a round.
@@ -101,60 +89,24 @@ class Product:
     Attributes:
         role: Module of its weights.
         views: Its runs of rows, in storage order.
+        factored: Runs that have factors: the first rows, those of the largest rank before others.
         factors: Its LoRA factors, or None.
-        gradients: What becomes of gradients of its weights.
     """
 
     role: str
     views: list[View]
+    factored: list[View]
     factors: ProductFactors | None
-    gradients: GradientRule
 
-    @classmethod
-    def of(
-        cls,
-        store: PackedHeads,
-        role: str,
-        heads: Sequence[int],
-        gradients: GradientRule,
-        factors: ProductFactors | None,
-    ) -> "Product":
-        """Make the views of some heads' rows."""
-        weight, bias = f"{role}.weight", f"{role}.bias"
-        near = factors.near if factors else ""
-        trained, wanted = store.count(weight), gradients.wanted
-
-        def factor(of: Mapping[str, Tensor], rows: slice) -> Tensor | None:
-            present = near in of and rows.stop <= trained
-            return store.factor(of, weight, near, rows) if present else None
-
-        def view(run: Run) -> View:
-            return View(
-                run.columns,
-                store.weights[weight][run.rows],
-                store.weights[bias][run.rows] if bias in store.weights else None,
-                factor(store.weights, run.rows),
-                _rows(store.grads.get(weight), run) if wanted else None,
-                _rows(store.grads.get(bias), run) if wanted else None,
-                factor(store.grads, run.rows) if wanted else None,
-                run.rows.start,
-            )
-
-        runs = store.runs(weight, heads)
-        if factors:  # heads that train have factors; those of the others are part of their weights
-            for rows, _ in store.stretches(weight):
-                runs = [part for run in runs for part in run.cut(rows.stop)]
-        return cls(role, [view(run) for run in runs], factors, gradients)
-
-    @property
+    @cached_property
     def width(self) -> int:
         """Columns of what a product in makes, or of what the product out takes."""
         return self.views[-1].columns.stop
 
-    @property
-    def factored(self) -> list[View]:
-        """Runs that have factors, those of the largest rank first."""
-        return [view for view in self.views if view.near is not None]
+    @cached_property
+    def factored_width(self) -> int:
+        """Columns of the runs that have factors, which come first."""
+        return self.factored[-1].columns.stop
 
     def far(self, shared: Mapping[str, Tensor]) -> Tensor:
         """Return the common factor as far as these runs need it: of the largest of their ranks."""
@@ -166,63 +118,105 @@ class Product:
 
     def part(self, wide: Tensor, view: View) -> Tensor:
         """Return a run's columns of a tensor that has those of all runs."""
-        return wide if len(self.views) == 1 else wide[:, view.columns]
+        columns = view.columns
+        whole = columns.stop - columns.start == wide.shape[1]
+        return wide if whole else wide[:, columns]
 
-    def take_gradient(
-        self,
-        name: str,
-        view: View,
-        grad: Tensor | None,
-        left: Tensor,
-        right: Tensor | None,
-        observer: Observer | None,
-    ) -> None:
-        """Add up the gradient of a run's rows: left transposed times right.
+    def side_by_side(self, left: Tensor, weights: Sequence[tuple[Tensor, Tensor | None]]) -> Tensor:
+        """Return ``left`` times a matrix a run, plus its bias: the columns of all runs."""
+        if len(weights) == 1:
+            return times(left, *weights[0])
+        wide = left.new_empty(len(left), self.width)
+        for view, (right, bias) in zip(self.views, weights, strict=True):
+            write_product(wide[:, view.columns], left, right, bias)
+        return wide
+
+
+def views_of(
+    store: PackedHeads,
+    role: str,
+    heads: Sequence[int],
+    among: Sequence[int],
+    factors: ProductFactors | None,
+) -> list[View]:
+    """Return the runs of some heads' rows.
+
+    Args:
+        store: The block's slices.
+        role: Module of the weights.
+        heads: Whose rows.
+        among: Heads whose columns are side by side, these among them.
+        factors: The product's LoRA factors, or None.
+    """
+    weight, bias = f"{role}.weight", f"{role}.bias"
+    near = factors.near if factors else ""
+    trained = store.count(weight)
+
+    def factor(of: Mapping[str, Tensor], rows: slice) -> Tensor | None:
+        present = near in of and rows.stop <= trained
+        return store.factor(of, weight, near, rows) if present else None
+
+    def gradient(name: str, rows: slice) -> Tensor | None:
+        return store.grads[name][rows] if name in store.grads and rows.stop <= trained else None
+
+    runs = store.runs(weight, heads, among)
+    if factors:  # heads that train have factors; those of the others are part of their weights
+        for rows, _ in store.stretches(weight):
+            runs = [part for run in runs for part in run.cut(rows.stop)]
+    return [
+        View(
+            run.columns,
+            store.weights[weight][run.rows],
+            store.weights[bias][run.rows] if bias in store.weights else None,
+            factor(store.weights, run.rows),
+            gradient(weight, run.rows),
+            gradient(bias, run.rows),
+            factor(store.grads, run.rows),
+            run.rows.start,
+        )
+        for run in runs
+    ]
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """Where gradients of one run of rows go.
+
+    Attributes:
+        view: The run.
+        overwrite: Whether they replace those that are there; see ``Branch.settle``.
+        observer: Takes them instead, if there is one.
+    """
+
+    view: View
+    overwrite: bool
+    observer: Observer | None
+
+    def add(self, name: str, grad: Tensor | None, left: Tensor, right: Tensor | None) -> None:
+        """Add up a gradient: left transposed times right.
 
         Args:
             name: Role of the parameter, for the observer.
-            view: The run.
             grad: Where to add it up.
             left: [examples x tokens, rows].
             right: [examples x tokens, columns]; None for a bias, whose gradient sums ``left``.
-            observer: Takes the gradient instead, if there is one.
         """
-        kind = view.weight.dtype
+        kind = self.view.weight.dtype
         # What oneDNN makes has room where gradients of as many rows will be, or were.
         new = right is not None and len(right) >= right.shape[1] and is_faster(left.t(), right)
-        if observer is None and right is not None and kind is left.dtype and not new:
+        if self.observer is None and right is not None and kind is left.dtype and not new:
             assert grad is not None
-            torch.addmm(grad, left.t(), right, beta=0 if self.gradients.overwrite else 1, out=grad)
+            torch.addmm(grad, left.t(), right, beta=0 if self.overwrite else 1, out=grad)
             return
         value = left.sum(0, dtype=kind) if right is None else times(left.t(), right)
-        if observer is not None:
-            observer(name, view.first_row, value.to(kind))
+        if self.observer is not None:
+            self.observer(name, self.view.first_row, value.to(kind))
             return
         assert grad is not None
-        if self.gradients.overwrite:
+        if self.overwrite:
             grad.copy_(value)
         else:
             grad.add_(value)
-
-
-def beside_each_other(
-    left: Tensor, rights: Sequence[tuple[slice, Tensor, Tensor | None]]
-) -> Tensor:
-    """Return ``left`` times several matrices, plus a bias each, in the columns that they name."""
-    if len(rights) == 1:
-        return times(left, *rights[0][1:])
-    wide = left.new_empty(len(left), rights[-1][0].stop)
-    for columns, right, bias in rights:
-        if bias is None:
-            torch.mm(left, right, out=wide[:, columns])
-        else:
-            torch.addmm(bias, left, right, out=wide[:, columns])
-    return wide
-
-
-def add_product(total: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """Do ``total += left @ right``. Not by ``addmm_``, which torch's FLOP counter does not know."""
-    return torch.addmm(total, left, right, out=total)
 
 
 def add_narrower(total: Tensor, left: Tensor, right: Tensor) -> Tensor:
@@ -239,7 +233,3 @@ def first_columns(wide: Tensor, like: Tensor) -> Tensor:
 def dropped(back: Tensor, mask: Tensor, factors: ProductFactors) -> Tensor:
     """Return the gradient of what was dropped out, from that of what was left, in place."""
     return back.mul_(mask).div_(1 - factors.dropout)
-
-
-def _rows(grads: Tensor | None, run: Run) -> Tensor | None:
-    return None if grads is None else grads[run.rows]

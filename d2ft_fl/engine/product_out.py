@@ -4,20 +4,14 @@ Rows are examples x tokens. With LoRA it has factors, ``z (W + s B A)^T``, of wh
 the block and A divided over heads.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
+from d2ft_fl.engine.matmul import add_product, times
 from d2ft_fl.engine.numerics import Numerics
-from d2ft_fl.engine.product import (
-    Product,
-    add_narrower,
-    add_product,
-    beside_each_other,
-    dropped,
-    first_columns,
-)
+from d2ft_fl.engine.product import Gradients, Product, View, add_narrower, dropped, first_columns
 from d2ft_fl.engine.saved_activations import NOTHING_SAVED, Observer, SavedActivations, Sink
 
 
@@ -26,51 +20,51 @@ class ProductOut:
 
     Args:
         product: Its rows and factors.
+        trains: Whether any of the heads is FULL.
     """
 
-    def __init__(self, product: Product):
-        self.product, self.gradients = product, product.gradients
+    def __init__(self, product: Product, trains: bool):
+        self.product, self.trains = product, trains
 
     def forward(
         self,
         z: Tensor,
-        total: Tensor,
+        bias: Tensor | None,
+        into: Tensor | None,
         shared: Mapping[str, Tensor],
         numerics: Numerics,
-        start: Tensor | None,
         drop: bool,
-    ) -> SavedActivations:
-        """Write ``start`` plus z times the weights into ``total`` [rows, dim]; return what to keep.
+    ) -> tuple[Tensor, SavedActivations]:
+        """Return z times the weights, plus ``bias`` and ``into``: [rows, dim]; and what to keep.
 
         Args:
             z: [rows, depth].
-            total: It is overwritten.
+            bias: [dim], or None.
+            into: [rows, dim], or None. It may be overwritten.
             shared: Shared parameters of the block.
             numerics: How arithmetic is done.
-            start: What to add to: ``total`` itself, a bias [dim], or None for nothing.
             drop: Whether LoRA's dropout is drawn.
         """
-        product, factors = self.product, self.product.factors
+        product, factors, total = self.product, self.product.factors, into
         for view in product.views:
-            part, weight = product.part(z, view), numerics.cast(view.weight)
-            if start is None:
-                torch.mm(part, weight, out=total)
-            else:
-                torch.addmm(start, part, weight, out=total)
-            start = total
+            total = times(product.part(z, view), numerics.cast(view.weight), bias, total)
+            bias = None
+        assert total is not None
         if not factors or not product.factored:
-            return NOTHING_SAVED
+            return total, NOTHING_SAVED
         saved = self.into_b(z, numerics, drop)
         assert saved.v is not None
-        add_product(total, saved.v, numerics.cast(product.far(shared)).t())
-        if not self.gradients.wanted:
-            return NOTHING_SAVED
+        total = times(saved.v, numerics.cast(product.far(shared)).t(), into=total)
+        if not self.trains:
+            return total, NOTHING_SAVED
         kept = saved.z_dropped if saved.z_mask is not None and factors.near_trains else None
         v = saved.v if factors.far_trains else None
-        return SavedActivations(v=v, z_dropped=kept, z_mask=saved.z_mask)
+        return total, SavedActivations(v=v, z_dropped=kept, z_mask=saved.z_mask)
 
     def into_b(self, z: Tensor, numerics: Numerics, drop: bool) -> SavedActivations:
-        """Return what A makes of z, as ``v``, with what went into A.
+        """Return what A makes of z, as ``v``, with what went into A, as ``z_dropped``.
+
+        Heads with factors come first in storage order; the others' columns do not go into A.
 
         Args:
             z: [rows, depth].
@@ -79,9 +73,9 @@ class ProductOut:
         """
         product, factors = self.product, self.product.factors
         assert factors is not None
-        into_a, mask = z, None
-        if drop and self.gradients.wanted and factors.dropout:
-            into_a, mask = torch.native_dropout(z, factors.dropout, True)
+        into_a, mask = z[:, : product.factored_width], None
+        if drop and self.trains and factors.dropout:
+            into_a, mask = torch.native_dropout(into_a, factors.dropout, True)
         v: Tensor | None = None
         for view in product.factored:
             assert view.near is not None
@@ -104,7 +98,7 @@ class ProductOut:
         product, factors = self.product, self.product.factors
         if factors is None or not product.factored:
             return None
-        if not deep and not (self.gradients.wanted and factors.near_trains):
+        if not deep and not (self.trains and factors.near_trains):
             return None
         return torch.mm(g, numerics.cast(product.far(shared))).mul_(factors.scaling)
 
@@ -120,8 +114,8 @@ class ProductOut:
             numerics: How arithmetic is done.
         """
         product, factors = self.product, self.product.factors
-        weights = [(view.columns, numerics.cast(view.weight).t(), None) for view in product.views]
-        dz = beside_each_other(g, weights)
+        weights = [(numerics.cast(view.weight).t(), None) for view in product.views]
+        dz = product.side_by_side(g, weights)
         if error is None:
             return dz
         assert factors is not None
@@ -137,6 +131,8 @@ class ProductOut:
 
     def weight_gradients(
         self,
+        full: Sequence[tuple[list[View], slice, bool]],
+        zs: Sequence[Tensor],
         saved: SavedActivations,
         g: Tensor,
         error: Tensor | None,
@@ -146,28 +142,29 @@ class ProductOut:
         """Add up gradients of weights and factors, in the rows of the heads.
 
         Args:
-            saved: What :meth:`forward` gave to keep, and z.
+            full: What is FULL: runs, rows, and whether gradients overwrite.
+            zs: Of each of these runs, what of z it took, [rows, columns]; where needed.
+            saved: What :meth:`forward` gave to keep.
             g: Gradient of the sum, [rows, dim].
             error: See :meth:`factor_error`.
             sink: Takes the gradient of B.
             observer: Takes gradients of weights instead, if there is one.
         """
-        product, name = self.product, f"{self.product.role}.weight"
-        for view in product.views:
-            if view.weight_grad is not None or observer is not None:
-                assert saved.z is not None
-                part = product.part(saved.z, view)
-                product.take_gradient(name, view, view.weight_grad, part, g, observer)
-        factors = product.factors
-        if factors is None or observer is not None:
-            return
-        into_a = saved.z_dropped if saved.z_dropped is not None else saved.z
-        for view in product.views:
-            if view.near_grad is not None:
-                assert into_a is not None
-                assert error is not None
-                part, errors = product.part(into_a, view), first_columns(error, view.near_grad)
-                product.take_gradient(factors.near, view, view.near_grad, part, errors, None)
-        if factors.far_trains:
+        product, factors, given = self.product, self.product.factors, iter(zs)
+        for runs, rows, overwrite in full:
+            for view in runs:
+                into, z = Gradients(view, overwrite, observer), next(given, None)
+                if view.weight_grad is not None or observer is not None:
+                    assert z is not None
+                    into.add(f"{product.role}.weight", view.weight_grad, z, g[rows])
+                if view.near_grad is not None and observer is None:
+                    assert factors is not None
+                    assert error is not None
+                    if saved.z_dropped is not None:
+                        z = product.part(saved.z_dropped[rows], view)
+                    assert z is not None
+                    errors = first_columns(error[rows], view.near_grad)
+                    into.add(factors.near, view.near_grad, z, errors)
+        if factors is not None and factors.far_trains and observer is None:
             assert saved.v is not None
             sink(factors.far, torch.mm(g.t(), saved.v))

@@ -9,15 +9,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from d2ft_fl.engine.matmul import add_product, times
 from d2ft_fl.engine.numerics import Numerics
-from d2ft_fl.engine.product import (
-    Product,
-    add_narrower,
-    add_product,
-    beside_each_other,
-    dropped,
-    first_columns,
-)
+from d2ft_fl.engine.product import Gradients, Product, View, add_narrower, dropped, first_columns
 from d2ft_fl.engine.saved_activations import NOTHING_SAVED, Observer, SavedActivations, Sink
 
 
@@ -26,10 +20,11 @@ class ProductsIn:
 
     Args:
         products: In the order in which the middle takes what they make.
+        trains: Whether any of the heads is FULL.
     """
 
-    def __init__(self, products: list[Product]):
-        self.products, self.gradients = products, products[0].gradients
+    def __init__(self, products: list[Product], trains: bool):
+        self.products, self.trains = products, trains
 
     def forward(
         self, y: Tensor, shared: Mapping[str, Tensor], numerics: Numerics, drop: bool
@@ -44,11 +39,10 @@ class ProductsIn:
         """
         out, saved = [], NOTHING_SAVED
         for product in self.products:
-            h = beside_each_other(
+            h = product.side_by_side(
                 y,
                 [
                     (
-                        view.columns,
                         numerics.cast(view.weight).t(),
                         None if view.bias is None else numerics.cast(view.bias),
                     )
@@ -72,7 +66,7 @@ class ProductsIn:
         """Add what the factors make of y into ``h`` [rows, width]; return what to keep."""
         factors, into_a, mask = product.factors, y, None
         assert factors is not None
-        if drop and self.gradients.wanted and factors.dropout:
+        if drop and self.trains and factors.dropout:
             into_a, mask = torch.native_dropout(y, factors.dropout, True)
         u = torch.mm(into_a, numerics.cast(product.far(shared)).t()).mul_(factors.scaling)
         for view in product.factored:
@@ -80,7 +74,7 @@ class ProductsIn:
             add_product(
                 product.part(h, view), first_columns(u, view.near), numerics.cast(view.near).t()
             )
-        if not self.gradients.wanted:
+        if not self.trains:
             return NOTHING_SAVED
         return SavedActivations(
             u=u if factors.near_trains else None,
@@ -102,7 +96,7 @@ class ProductsIn:
             factors = product.factors
             if factors is None or not product.factored:
                 continue
-            if not through and not (self.gradients.wanted and factors.far_trains):
+            if not through and not (self.trains and factors.far_trains):
                 continue
             du: Tensor | None = None
             for view in product.factored:
@@ -118,36 +112,35 @@ class ProductsIn:
         dhs: Sequence[Tensor],
         error: Tensor | None,
         mask: Tensor | None,
-        dy: Tensor,
         shared: Mapping[str, Tensor],
         numerics: Numerics,
-        add: bool,
-    ) -> None:
-        """Write into ``dy`` [rows, dim] the gradient of y: each dh times its weights.
+    ) -> Tensor:
+        """Return the gradient of y, [rows, dim]: each dh times its weights.
 
         Args:
             dhs: Gradients of what the products make.
             error: See :meth:`factor_error`.
             mask: Where LoRA's dropout left y, if it was drawn.
-            dy: It is overwritten, or added to.
             shared: Shared parameters of the block.
             numerics: How arithmetic is done.
-            add: Whether to add to ``dy``.
         """
+        dy: Tensor | None = None
         for product, dh in zip(self.products, dhs, strict=True):
             for view in product.views:
-                weight, part = numerics.cast(view.weight), product.part(dh, view)
-                torch.addmm(dy, part, weight, beta=int(add), out=dy)
-                add = True
+                dy = times(product.part(dh, view), numerics.cast(view.weight), into=dy)
             if product.factors and error is not None:
                 far = numerics.cast(product.far(shared))
                 if mask is None:
-                    add_product(dy, error, far)
+                    dy = times(error, far, into=dy)
                 else:
-                    dy.add_(dropped(torch.mm(error, far), mask, product.factors))
+                    assert dy is not None
+                    dy.add_(dropped(times(error, far), mask, product.factors))
+        assert dy is not None
+        return dy
 
     def weight_gradients(
         self,
+        full: Sequence[tuple[list[list[View]], slice, bool]],
         saved: SavedActivations,
         y: Tensor | None,
         dhs: Sequence[Tensor],
@@ -158,6 +151,7 @@ class ProductsIn:
         """Add up gradients of weights, biases and factors, in the rows of the heads.
 
         Args:
+            full: What is FULL: runs of each product, rows, and whether gradients overwrite.
             saved: What :meth:`forward` gave to keep.
             y: What went in, where anything needs it.
             dhs: Gradients of what the products make.
@@ -165,22 +159,22 @@ class ProductsIn:
             sink: Takes the gradient of A.
             observer: Takes gradients of weights and biases instead, if there is one.
         """
-        for product, dh in zip(self.products, dhs, strict=True):
+        for index, (product, dh) in enumerate(zip(self.products, dhs, strict=True)):
             factors = product.factors
-            for view in product.views:
-                part = product.part(dh, view)
-                if view.weight_grad is not None or observer is not None:
-                    assert y is not None
-                    name = f"{product.role}.weight"
-                    product.take_gradient(name, view, view.weight_grad, part, y, observer)
-                if view.bias is not None and (view.bias_grad is not None or observer is not None):
-                    name = f"{product.role}.bias"
-                    product.take_gradient(name, view, view.bias_grad, part, None, observer)
-                if view.near_grad is not None and observer is None:
-                    assert factors is not None
-                    assert saved.u is not None
-                    u = first_columns(saved.u, view.near_grad)
-                    product.take_gradient(factors.near, view, view.near_grad, part, u, None)
+            for runs, rows, overwrite in full:
+                for view in runs[index]:
+                    into = Gradients(view, overwrite, observer)
+                    part = product.part(dh[rows], view)
+                    if view.weight_grad is not None or observer is not None:
+                        assert y is not None
+                        into.add(f"{product.role}.weight", view.weight_grad, part, y[rows])
+                    if view.bias is not None and (view.bias_grad is not None or observer):
+                        into.add(f"{product.role}.bias", view.bias_grad, part, None)
+                    if view.near_grad is not None and observer is None:
+                        assert factors is not None
+                        assert saved.u is not None
+                        u = first_columns(saved.u[rows], view.near_grad)
+                        into.add(factors.near, view.near_grad, part, u)
             if factors and factors.far_trains and observer is None:
                 into_a = saved.y_dropped if saved.y_dropped is not None else y
                 assert error is not None

@@ -17,7 +17,6 @@ class SavedActivations(NamedTuple):
     """What a FULL head group keeps for the gradients of its weights; None where none needs it.
 
     Attributes:
-        z: What goes into the product out, [rows, depth].
         u: What A makes of the input of the product in, scaled: [rows, rank].
         v: What A makes of the input of the product out, scaled: [rows, rank].
         y_dropped: What went into A of the product in, where LoRA drops out.
@@ -26,7 +25,6 @@ class SavedActivations(NamedTuple):
         z_mask: Where ``z_dropped`` was not dropped.
     """
 
-    z: Tensor | None = None
     u: Tensor | None = None
     v: Tensor | None = None
     y_dropped: Tensor | None = None
@@ -36,8 +34,3 @@ class SavedActivations(NamedTuple):
 
 
 NOTHING_SAVED = SavedActivations()
-
-
-def no_sink(role: str, gradient: Tensor) -> None:
-    """Refuse gradients of shared factors: for a head group that has none."""
-    raise AssertionError(role)

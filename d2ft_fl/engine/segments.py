@@ -5,23 +5,22 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from d2ft_fl.engine.grouping import Group, Status, groups
+from d2ft_fl.engine.grouping import Part, Status, groups
 from d2ft_fl.engine.head_group import HeadGroup
 from d2ft_fl.engine.packed_heads import PackedHeads
 from d2ft_fl.engine.product import ProductFactors
-from d2ft_fl.subnets.schedule import Operation
 
 
 @dataclass(frozen=True)
 class Segment:
-    """Neighbouring slots that ask the same of a block.
+    """Neighbouring slots that ask the same of a branch.
 
     Attributes:
         slots: From which slot to before which.
         status: What they ask.
         through: Whether gradient is wanted at their input.
-        alive: FULL and FROZEN head groups: gradient passes through them.
-        silent: FORWARD_ONLY head groups.
+        alive: Head groups of FULL and FROZEN heads, in all of the slots: gradient passes through.
+        silent: Head groups of FORWARD_ONLY heads.
     """
 
     slots: tuple[int, int]
@@ -50,20 +49,18 @@ def segments(
         factors: Product -> its LoRA factors.
     """
 
-    def head_groups(part: Group, operation: Operation) -> list[HeadGroup]:
-        full = operation is Operation.FULL
-        return [
-            HeadGroup(store, inward, outward, heads, (start, stop), full, factors)
-            for start, stop, heads in part.head_groups[operation]
-        ]
+    def head_group(part: Part, full: list[Part]) -> HeadGroup:
+        start, stop, heads = part
+        of_it = [f for f in full if set(f[2]) <= set(heads)]
+        return HeadGroup(store, inward, outward, heads, (start, stop), of_it, factors)
 
     return [
         Segment(
-            part.slots,
-            part.status,
-            part.through,
-            head_groups(part, Operation.FULL) + head_groups(part, Operation.FROZEN),
-            head_groups(part, Operation.FORWARD_ONLY),
+            group.slots,
+            group.status,
+            group.through,
+            [head_group(part, group.full) for part in group.alive],
+            [head_group(part, []) for part in group.silent],
         )
-        for part in groups(operations, through, store.order)
+        for group in groups(operations, through, store.order, bool(factors))
     ]

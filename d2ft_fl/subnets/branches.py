@@ -58,6 +58,11 @@ class BranchSpec:
         return self.widths[0]
 
     @property
+    def saves_result(self) -> bool:
+        """Whether the middle saves what it makes: attention does, but for a gate or a copy."""
+        return self.kind is BranchKind.ATTENTION and not self.gated and not self.head_norms
+
+    @property
     def norm_roles(self) -> tuple[str, str]:
         """Roles of the parameters of the norm."""
         return f"{self.norm}.weight", f"{self.norm}.bias"

@@ -85,35 +85,47 @@ def test_forward_with_a_graph_has_what_is_saved_and_the_sum():
     assert (moments.forward() - moments.saved).tolist() == [[[3 * STREAM] * 2] * 2]
 
 
+def test_forward_of_full_and_frozen_heads_has_all_that_goes_into_the_product_out():
+    """Attention saves it anyway; of hidden activations FULL heads' are saved, as a copy."""
+    moments = moments_of([[[FULL, FROZEN], [FULL, FULL]]])
+    both = 3 * 2 * 4 * T * SLICE
+    assert (moments.forward() - moments.saved)[0, 0].tolist() == [3 * STREAM, 3 * STREAM + both]
+
+
+def test_forward_beside_heads_outside_the_graph_has_two_sums():
+    moments = moments_of([[[FULL, FORWARD], [FULL, FULL]]])
+    assert (moments.forward() - moments.saved)[0, 0].tolist() == [2 * 3 * STREAM] * 2
+
+
 def test_forward_in_bfloat16_has_cast_weights():
     moments = moments_of([[[FORWARD, 0], [0, 0]]], precision="bf16")
     assert moments.cast_weights[0].tolist() == [[2 * D * 3 * HEAD, 2 * D * SLICE], [0, 0]]
     assert moments_of([[[FORWARD, 0], [0, 0]]]).cast_weights == 0
 
 
-def test_backward_has_all_full_head_groups_or_all_frozen_ones():
-    """Gradients of q, k and v come twice, and that of z; of hidden activations once each."""
+def test_backward_has_full_and_frozen_heads_together():
+    """Gradients of q, k and v come twice; those of hidden activations and of z once each."""
     middle = moments_of([[[FULL, FULL], [FULL, FROZEN]]]).backward_middle()[0]
-    attention, feed_forward = 4 * T * (2 * 3 + 1) * HEAD, 4 * T * 2 * SLICE
-    assert middle[0].tolist() == [3 * 2 * attention, 3 * 2 * feed_forward]
-    assert middle[1].tolist() == [3 * attention, 3 * feed_forward]
+    attention, feed_forward = 4 * T * 2 * 3 * HEAD, 4 * T * 2 * SLICE
+    assert middle.tolist() == [[3 * 2 * attention, 3 * 2 * feed_forward]] * 2
 
 
 def test_backward_checkpointed_has_what_is_computed_again():
+    """What a branch saves otherwise, and the gradient of attention's result, held meanwhile."""
     rows = [[[FULL, FULL], [0, 0]]]
     again = moments_of(rows, checkpointing=True).backward_middle()[0, 0]
     without = moments_of(rows).backward_middle()[0, 0]
     attention, feed_forward = 4 * T * 4 * HEAD + 4 * T, 4 * T * SLICE
     branch = 8 * T + STREAM  # statistics and y
-    kept = [3 * (branch + 2 * attention), 3 * (branch + 2 * feed_forward)]
+    held = 4 * T * HEAD
+    kept = [3 * (branch + 2 * (attention + held)), 3 * (branch + 2 * feed_forward)]
     assert (again - without).tolist() == kept
 
 
-def test_backward_has_the_gradient_that_arrives_and_that_of_y():
+def test_backward_has_the_gradient_that_arrives_and_those_of_x_and_y():
     moments = moments_of([[[FULL, FULL], [FORWARD, FORWARD]]])
-    arriving_and_y = 2 * 3 * STREAM
     assert moments.backward()[0, 0].tolist() == [
-        arriving_and_y + max(largest, 2 * 3 * STREAM)
+        3 * STREAM + max(largest, 2 * 3 * STREAM)
         for largest in moments.backward_middle()[0, 0].tolist()
     ]
     assert moments.backward()[0, 1].tolist() == [0, 0]  # nothing is live there
@@ -130,9 +142,9 @@ def test_slots_that_do_alike_are_one_head_group():
     """Two slots in which a head is FULL run together; a head in one slot runs with its examples."""
     together = moments_of([[[FULL, 0], [0, 0]], [[FULL, 0], [0, 0]]], sizes=(3, 5))
     each = np.array([[10, 10], [1, 1]])
-    assert together.largest(FULL, each)[0].tolist() == [[80, 8], [0, 0]]
+    assert together.largest(True, each)[0].tolist() == [[80, 8], [0, 0]]
     apart = moments_of([[[FULL, 0], [0, 0]], [[0, FULL], [0, 0]]], sizes=(3, 5))
-    assert apart.largest(FULL, each)[0].tolist() == [[50, 5], [0, 0]]
+    assert apart.largest(True, each)[0].tolist() == [[50, 5], [0, 0]]
 
 
 def test_the_peak_is_the_largest_moment():

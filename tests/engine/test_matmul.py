@@ -10,13 +10,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from d2ft_fl.engine import matmul
 from d2ft_fl.engine.matmul import times
 from d2ft_fl.engine.meter import Flops
-from d2ft_fl.engine.partial_model import PartialModel
-from d2ft_fl.models.timm_vit import TimmViT
-from d2ft_fl.subnets.packing import pack_for
 from d2ft_fl.subnets.schedule import Operation, Schedule
 from tests.conftest import build, random_schedule, weights_of
 from tests.costs.test_cost_model import KINDS, measure
-from tests.engine.test_partial_model import VARIANTS, check_equal_to_timm, gradients, shake
+from tests.engine.test_partial_model import VARIANTS, check_equal_to_timm, shake
 
 pytestmark = pytest.mark.skipif(
     not hasattr(torch.ops.mkldnn, matmul.OPERATOR), reason="this torch has no such operator"
@@ -88,25 +85,3 @@ def test_memory_is_never_above_the_prediction(kind, seed, slots, batch, both):
     predicted, meter = measure(arch, weights_of(model), model, schedule, 14, batch_size=batch)
     assert meter.flops == predicted.flops
     assert meter.peak_bytes <= predicted.memory
-
-
-@pytest.mark.parametrize("name", VARIANTS)
-def test_a_head_group_alone_gives_what_the_general_path_gives(name):
-    model, arch = build(**VARIANTS[name])
-    shake(model)
-    model, schedule = model.double(), schedule_of_two(arch, 1, 3)
-    found = []
-    for alone in (True, False):
-        partial = PartialModel(TimmViT(model), arch)
-        partial.reset(schedule, pack_for(arch, weights_of(model), schedule))
-        partial.gradients()
-        ones = [branch for branch in partial.branches() if branch.only_group is not None]
-        assert ones
-        for branch in ones if not alone else ():
-            branch.only_group = None
-        torch.manual_seed(0)
-        images = torch.randn(6, 1, 16, 16, dtype=torch.float64)
-        partial(images, [6]).square().sum().backward()
-        found.append(gradients(partial))
-    for key, value in found[0].items():
-        assert torch.allclose(value, found[1][key], rtol=1e-10, atol=1e-12), key
