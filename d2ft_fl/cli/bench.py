@@ -145,3 +145,29 @@ def scale_command(
         typer.echo(json.dumps(found))
     else:
         bench_tables.scale_table(found)
+
+
+@app.command("start")
+def start_command(
+    part: Annotated[
+        list[str] | None,
+        typer.Option(help="lists, local, flower or worker; may be repeated. By default all."),
+    ] = None,
+    repeats: Annotated[int, typer.Option(help="Runs of each, in turns.")] = 3,
+    as_json: Annotated[bool, typer.Option("--json", help="Print figures as JSON only.")] = False,
+) -> None:
+    """Time start-up beside imports and Flower's smallest app, and measure a worker's memory."""
+    from d2ft_fl.bench import start
+    from d2ft_fl.cli import bench_tables
+
+    with failures(), progress_bar(hidden=as_json) as progress:
+        task = progress.add_task("measuring", total=None)
+
+        def done(name: str) -> None:
+            progress.update(task, advance=1, description=name)
+
+        found = start.bench_start(tuple(part or start.PARTS), repeats, done)
+    if as_json:
+        typer.echo(json.dumps(found))
+    else:
+        bench_tables.start_table(found)

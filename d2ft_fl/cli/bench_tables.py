@@ -101,3 +101,39 @@ def scale_table(found: dict[str, Any]) -> None:
             say(f"{label}: {found[key]:.3f}")
     if found["milliseconds_beyond_training"] is not None:
         say(f"a FULL client beyond its training: {found['milliseconds_beyond_training']:.1f} ms")
+
+
+START_LABELS = {  # figures of ``d2ft bench start``, in the order in which they are shown
+    "help": "d2ft --help",
+    "strategies": "d2ft strategies",
+    "imports": "importing PyTorch and timm",
+    "local_first_line": "d2ft run --backend local: first line",
+    "local_begins": "... round 1 begins",
+    "local_begins_after_imports": "... after what importing takes",
+    "local_first_round": "... round 1 ends",
+    "local_cold_first_round": "... where nothing is compiled",
+    "local_compiling": "... later, for compiling",
+    "flower_minimal": "Flower's smallest app: round 1 ends",
+    "flower_first_round": "d2ft run: round 1 ends",
+    "flower_cold_first_round": "... where nothing is compiled",
+    "flower_cold_after_minimal": "... later than Flower's smallest app",
+}
+
+
+def start_table(found: dict[str, Any]) -> None:
+    """Print what starting takes."""
+    table = Table(title="start-up: seconds from the command on", title_justify="left")
+    table.add_column("", no_wrap=True)
+    table.add_column("seconds", justify="right")
+    for name, label in START_LABELS.items():
+        if name in found:
+            table.add_row(label, f"{found[name]:.2f}")
+    console.print(table)
+    if "flower_ratio" in found:
+        say(f"round 1 through Flower over Flower's smallest app: {found['flower_ratio']:.3f}")
+    if "worker_private_dirty" in found:
+        say(
+            f"a worker's private memory after a round: "
+            f"{quantity(found['worker_private_dirty'], 'B')}, "
+            f"its model {quantity(found['worker_model'], 'B')}"
+        )
