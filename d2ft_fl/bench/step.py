@@ -1,8 +1,9 @@
 """Speed and memory of scheduled training, beside training all of the unmodified timm model.
 
-Both sides are whole training steps (forward, backward, optimiser) on the same batch, interleaved in
-one process; every ratio is of medians measured side by side. The embedding is frozen in both. The
-other side of LoRA is peft's own: its model of all four products at rank 8.
+All sides are whole training steps (forward, backward, optimiser) on the same batch, which take
+turns in one process: the timm model, the project's own training of everything, and the schedule.
+Every ratio is of medians measured side by side. The embedding is frozen everywhere. The other side
+of LoRA is peft's own: its model of all four products at rank 8.
 """
 
 import copy
@@ -21,10 +22,11 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from d2ft_fl.bench.step_schedules import grid
+from d2ft_fl.bench.step_schedules import grid, mixture
 from d2ft_fl.config.run_config import OPTIONS, RunConfig
 from d2ft_fl.config.training_options import TrainingOptions
 from d2ft_fl.costs.cost_model import CostModel
+from d2ft_fl.engine import matmul
 from d2ft_fl.engine.meter import Meter, tensor_bytes
 from d2ft_fl.engine.model_adapter import ModelAdapter
 from d2ft_fl.engine.numerics import Numerics
@@ -38,7 +40,7 @@ from d2ft_fl.models.spec import ModelSpec
 from d2ft_fl.rounds.tuning import Tuning, load_tuning
 from d2ft_fl.subnets.architecture import Architecture, Kind
 from d2ft_fl.subnets.packing import pack_for
-from d2ft_fl.subnets.schedule import Schedule, micro_batches, slot_sizes
+from d2ft_fl.subnets.schedule import Operation, Schedule, micro_batches, slot_sizes
 from d2ft_fl.tasks.image_classification import ImageClassification
 from d2ft_fl.tasks.task import Batch
 from d2ft_fl.util.torch_device import set_threads, usable_device
@@ -60,10 +62,11 @@ class StepBench:
         device: ``cpu`` or ``cuda``.
         precision: ``fp32`` or ``bf16``, of both sides.
         slots: Slots of a batch.
-        pairs: Pairs of steps of the two sides, for each schedule.
+        pairs: Steps of each side, for each schedule.
         checkpointing: Whether the scheduled side computes activations again.
         micro_batches: Micro-batches of a batch, on the scheduled side.
         tuning: ``full`` or ``lora``.
+        products: Which library multiplies on the scheduled side: ``auto``, ``mkl``, ``onednn``.
     """
 
     model: str
@@ -77,6 +80,7 @@ class StepBench:
     checkpointing: bool = False
     micro_batches: int = 1
     tuning: str = "full"
+    products: str = "auto"
 
     def check(self) -> None:
         """Check that this can be measured.
@@ -119,8 +123,11 @@ class Row:
     Attributes:
         schedule: Name of the schedule.
         slots: Slots of the schedule.
+        batch_size: Examples of a step.
         flop_ratio: Counted FLOPs of a step.
         time_ratio: Median time of a step.
+        own_flop_ratio: Counted FLOPs of a step, over those of the project's own all FULL.
+        own_time_ratio: Median time of a step, over that of the project's own all FULL.
         activation_ratio: Bytes saved for the backward pass.
         predicted_activation_ratio: Bytes saved for the backward pass, by the cost model.
         peak_memory_ratio: Peak bytes of a step, with everything that is resident.
@@ -132,8 +139,11 @@ class Row:
 
     schedule: str
     slots: int
+    batch_size: int
     flop_ratio: float
     time_ratio: float
+    own_flop_ratio: float
+    own_time_ratio: float
     activation_ratio: float
     predicted_activation_ratio: float
     peak_memory_ratio: float
@@ -155,6 +165,14 @@ def bench_step(bench: StepBench, done: Callable[[str], None] = lambda name: None
         done: Told the name of each schedule when it has been measured.
     """
     bench.check()
+    matmul.use(bench.products)
+    try:
+        return _bench_step(bench, done)
+    finally:
+        matmul.use("auto")
+
+
+def _bench_step(bench: StepBench, done: Callable[[str], None]) -> list[Row]:
     set_threads(bench.threads)
     _keep_memory()
     spec = ModelSpec(bench.model, (), "none", bench.image_size, 10, 0)
@@ -170,9 +188,11 @@ def bench_step(bench: StepBench, done: Callable[[str], None] = lambda name: None
     reference = _Reference(
         adapter, arch, weights, bench, images.to(bench.device), labels.to(bench.device)
     )
+    everything = mixture(arch, 1, {Operation.FULL: 1.0})
+    own = _Scheduled(everything, reference, tuning.learning_rate)
     rows = []
     for name, schedule in grid(arch, bench.slots).items():
-        rows.append(_measure(name, schedule, reference, tuning.learning_rate))
+        rows.append(_measure(name, schedule, reference, own))
         done(name)
     return rows
 
@@ -248,49 +268,82 @@ def _adapted(model: torch.nn.Module, arch: Architecture) -> torch.nn.Module:
     return get_peft_model(copy.deepcopy(model), config)
 
 
-def _measure(name: str, schedule: Schedule, reference: _Reference, rate: LearningRate) -> Row:
-    bench, arch = reference.bench, reference.arch
-    images, labels, options = reference.images, reference.labels, bench.options()
-    costs = CostModel(arch, options, schedule.slots, images.device.type)
-    partial = PartialModel(reference.adapter, arch, Numerics.of(options), images.device)
-    packed = pack_for(arch, reference.weights, schedule)
-    reset = Meter(device=images.device)
-    reset.count(lambda: partial.reset(schedule, packed))  # once a round, factors are merged
-    partial.train(True)
-    resets = [_timed(lambda: partial.reset(schedule, packed), images.device) for _ in range(3)]
-    shares = slot_sizes(len(images), schedule.slots)
-    (sizes,) = micro_batches(shares, schedule.active.tolist(), 1)
-    shown = sum(sizes)
-    activations = saved_bytes(
-        lambda: F.cross_entropy(partial(images[:shown], sizes).float(), labels[:shown]),
-        [t for _, t in partial.held()],
-    )
-    counted = Meter(verify=True, device=images.device)
-    stepper = Stepper(partial, ImageClassification(), options, rate, counted, every_slot=True)
-    batch = Batch(images, labels)
-    for _ in range(2):  # the second finds the optimiser's state
-        counted.start()
-        stepper.step(batch)
-    stepper.meter = _NoMeter(device=images.device)
-    ours, theirs = [], []
-    reference.step()
-    stepper.step(batch)
-    for _ in range(bench.pairs):
-        theirs.append(_timed(reference.step, images.device))
-        ours.append(_timed(lambda: stepper.step(batch), images.device))
-    predicted = costs.saved_bytes(schedule, sizes)
+class _Scheduled:
+    """A schedule in training, and what its steps and resets were counted to take.
+
+    Args:
+        schedule: What runs.
+        reference: Whose model, weights and batch they are.
+        rate: Learning rates, as the tuning decides them.
+    """
+
+    def __init__(self, schedule: Schedule, reference: _Reference, rate: LearningRate):
+        bench, arch, images = reference.bench, reference.arch, reference.images
+        self.schedule, self.rate, self.options = schedule, rate, bench.options()
+        self.batch, self.device = Batch(images, reference.labels), images.device
+        self.model = PartialModel(reference.adapter, arch, Numerics.of(self.options), images.device)
+        self.packed = pack_for(arch, reference.weights, schedule)
+        reset = Meter(device=images.device)
+        reset.count(self.reset)  # once a round, factors are merged
+        self.model.train(True)
+        counted = Meter(verify=True, device=images.device)
+        self.stepper = Stepper(
+            self.model, ImageClassification(), self.options, rate, counted, every_slot=True
+        )
+        for _ in range(2):  # the second finds the optimiser's state
+            counted.start()
+            self.step()
+        self.reset_flops, self.flops, self.peak_bytes = (
+            reset.flops,
+            counted.flops,
+            counted.peak_bytes,
+        )
+        self.stepper.meter = _NoMeter(device=images.device)
+
+    def reset(self) -> None:
+        """Take the weights anew."""
+        self.model.reset(self.schedule, self.packed)
+
+    def step(self) -> None:
+        """Run one training step."""
+        self.stepper.step(self.batch)
+
+    def saved(self, sizes: list[int]) -> int:
+        """Return bytes saved for the backward pass by a micro-batch of some examples a slot."""
+        images, labels = (t[: sum(sizes)] for t in (self.batch.inputs, self.batch.targets))
+        return saved_bytes(
+            lambda: F.cross_entropy(self.model(images, sizes).float(), labels),
+            [t for _, t in self.model.held()],
+        )
+
+
+def _measure(name: str, schedule: Schedule, reference: _Reference, own: _Scheduled) -> Row:
+    bench, images = reference.bench, reference.images
+    costs = CostModel(reference.arch, bench.options(), schedule.slots, images.device.type)
+    ours = _Scheduled(schedule, reference, own.rate)
+    (sizes,) = micro_batches(slot_sizes(len(images), schedule.slots), schedule.active.tolist(), 1)
+    activations, predicted = ours.saved(sizes), costs.saved_bytes(schedule, sizes)
+    sides: tuple[Callable[[], None], ...] = (reference.step, own.step, ours.step)
+    for step in sides:
+        step()
+    times = [[_timed(step, images.device) for step in sides] for _ in range(bench.pairs)]
+    theirs, whole, seconds = (statistics.median(side) for side in zip(*times, strict=True))
+    resets = statistics.median(_timed(ours.reset, images.device) for _ in range(3))
     return Row(
         schedule=name,
         slots=schedule.slots,
-        flop_ratio=counted.flops / reference.flops,
-        time_ratio=statistics.median(ours) / statistics.median(theirs),
+        batch_size=len(images),
+        flop_ratio=ours.flops / reference.flops,
+        time_ratio=seconds / theirs,
+        own_flop_ratio=ours.flops / own.flops,
+        own_time_ratio=seconds / whole,
         activation_ratio=activations / reference.activations,
         predicted_activation_ratio=predicted / reference.activations,
-        peak_memory_ratio=counted.peak_bytes / reference.peak_bytes,
+        peak_memory_ratio=ours.peak_bytes / reference.peak_bytes,
         predicted_peak_memory_ratio=costs.memory(schedule, 2 * len(images)) / reference.peak_bytes,
-        reset_ratio=statistics.median(resets) / statistics.median(theirs),
-        seconds=statistics.median(ours),
-        flops_as_predicted=counted.flops + reset.flops == costs.flops(schedule, len(images)),
+        reset_ratio=resets / theirs,
+        seconds=seconds,
+        flops_as_predicted=ours.flops + ours.reset_flops == costs.flops(schedule, len(images)),
     )
 
 

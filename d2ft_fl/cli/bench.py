@@ -9,7 +9,7 @@ import click
 import typer
 
 from d2ft_fl.cli.common import DEVICE, failures, progress_bar
-from d2ft_fl.config.choices import PRECISIONS, TUNINGS
+from d2ft_fl.config.choices import PRECISIONS, PRODUCTS, TUNINGS
 from d2ft_fl.config.renamed import given_twice, notice
 from d2ft_fl.models.spec import GLYPH_NAME
 from d2ft_fl.util import terminal
@@ -21,9 +21,18 @@ app = typer.Typer(help="Measure speed and memory on this machine.", no_args_is_h
 def step_command(
     model: Annotated[str, typer.Option(help="A plain timm ViT.")] = "vit_small_patch16_224",
     image_size: Annotated[int, typer.Option(help="Pixels; 0 keeps the model's own.")] = 0,
-    batch_size: Annotated[int, typer.Option(help="Examples of a step.")] = 8,
+    batch_size: Annotated[
+        list[int] | None, typer.Option(help="Examples of a step; may be repeated. 8.")
+    ] = None,
     threads: Annotated[int, typer.Option(help="Threads of torch, on a CPU.")] = 2,
     device: Annotated[str, typer.Option(help="Where to compute.", click_type=DEVICE)] = "cpu",
+    products: Annotated[
+        str,
+        typer.Option(
+            help="Scheduled side, fp32 on a CPU: which library multiplies; auto: the faster one.",
+            click_type=click.Choice(PRODUCTS),
+        ),
+    ] = "auto",
     precision: Annotated[
         str, typer.Option(help="Of both sides.", click_type=click.Choice(PRECISIONS))
     ] = "fp32",
@@ -58,10 +67,15 @@ def step_command(
                 raise given_twice(old, present)
             typer.echo(notice(old, present), err=True)
             micro_batches = accumulate
-        what = step.StepBench(
-            model, image_size, batch_size, threads, device, precision, slots, pairs,
-            checkpointing, micro_batches, tuning,
-        )  # fmt: skip
+        benches = [
+            step.StepBench(
+                model, image_size, size, threads, device, precision, slots, pairs,
+                checkpointing, micro_batches, tuning, products,
+            )
+            for size in batch_size or [8]
+        ]  # fmt: skip
+        for what in benches:
+            what.check()
         if output is not None:
             plan_figure.check_output(output, step.SUFFIXES)
         with progress_bar(hidden=as_json) as progress:
@@ -70,9 +84,10 @@ def step_command(
             def done(name: str) -> None:
                 progress.update(task, advance=1, description=name)
 
-            rows = step.bench_step(what, done)
+            of_sizes = [step.bench_step(what, done) for what in benches]
         if output is not None:
-            step.draw(rows, what, output)
+            step.draw(of_sizes[0], benches[0], output)
+    rows = [row for of_size in of_sizes for row in of_size]
     if as_json:
         typer.echo(json.dumps([row.to_json() for row in rows]))
         return

@@ -23,21 +23,25 @@ def step_table(rows: list["Row"], tuning: str) -> None:
     """Print schedules beside full training of the timm model, which is 1 everywhere."""
     other = "LoRA of all products by peft" if tuning == "lora" else "Full fine-tuning"
     table = Table(title=f"{other}, of the unmodified timm model = 1", title_justify="left")
+    table.add_column("batch", justify="right")
     table.add_column("schedule")
-    heads = ("FLOPs", "time", "activations", "predicted", "peak memory", "predicted", "reset")
+    heads = ("FLOPs", "time", "FLOPs, own = 1", "time, own = 1", "activations", "predicted",
+             "peak memory", "predicted", "reset")  # fmt: skip
     for head in heads:
         table.add_column(head, justify="right")
     for row in rows:
         numbers = (
             row.flop_ratio,
             row.time_ratio,
+            row.own_flop_ratio,
+            row.own_time_ratio,
             row.activation_ratio,
             row.predicted_activation_ratio,
             row.peak_memory_ratio,
             row.predicted_peak_memory_ratio,
             row.reset_ratio,
         )
-        table.add_row(row.schedule, *(f"{number:.3f}" for number in numbers))
+        table.add_row(str(row.batch_size), row.schedule, *(f"{number:.3f}" for number in numbers))
     console.print(table)
     wrong = [row.schedule for row in rows if not row.flops_as_predicted]
     say(f"FLOPs not as predicted: {', '.join(wrong)}" if wrong else "FLOPs as predicted, exactly")

@@ -50,3 +50,4 @@ SCORES = ("magnitude", "fisher", "gradient", "taylor", "uniform")
 
 TRANSPORTS = ("shared", "message")
 FEW_REPLIES = ("stop", "repeat")
+PRODUCTS = ("auto", "mkl", "onednn")  # libraries that multiply float32 on a CPU

@@ -15,12 +15,11 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from d2ft_fl.config.choices import PRODUCTS
 from d2ft_fl.errors import ConfigError
 
 # Below so many multiplications, what comes before a product takes longer than it.
 LEAST = 1 << 20
-
-LIBRARIES = ("auto", "mkl", "onednn")
 
 
 def times(
@@ -77,8 +76,8 @@ def use(library: str) -> None:
         ConfigError: When there is no such library here.
     """
     global _onednn
-    if library not in LIBRARIES:
-        raise ConfigError(f"--products {library!r} must be one of {', '.join(LIBRARIES)}")
+    if library not in PRODUCTS:
+        raise ConfigError(f"--products {library!r} must be one of {', '.join(PRODUCTS)}")
     if library == "onednn" and not _is_there():
         raise ConfigError("--products 'onednn': this torch has none; use mkl or auto")
     _onednn = is_faster_here() if library == "auto" else library == "onednn"

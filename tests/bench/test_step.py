@@ -15,6 +15,9 @@ KEYS = {
     "schedule",
     "flop_ratio",
     "time_ratio",
+    "batch_size",
+    "own_flop_ratio",
+    "own_time_ratio",
     "activation_ratio",
     "predicted_activation_ratio",
     "peak_memory_ratio",
@@ -42,7 +45,9 @@ def test_rows_are_a_contract_and_predictions_hold(slots, tmp_path):
         )
         assert row["peak_memory_ratio"] <= row["predicted_peak_memory_ratio"]
     by_name = {row["schedule"]: row for row in rows}
-    assert by_name["all FULL"]["flop_ratio"] == 1.0
+    assert by_name["all FULL"]["flop_ratio"] == by_name["all FULL"]["own_flop_ratio"] == 1.0
+    assert all(row["flop_ratio"] == row["own_flop_ratio"] for row in rows)
+    assert {row["batch_size"] for row in rows} == {4}
     assert by_name["all FULL"]["activation_ratio"] == pytest.approx(1.0, rel=0.01)
     for name, row in by_name.items():
         if name.endswith("SHORTCUT") and row["slots"] == 1:
