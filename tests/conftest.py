@@ -47,6 +47,12 @@ def _own_store(monkeypatch, tmp_path_factory):
 
 
 @pytest.fixture(autouse=True)
+def _own_speeds(monkeypatch, tmp_path_factory):
+    """What somebody measured on this machine changes no test, and no test what they measured."""
+    monkeypatch.setenv("D2FT_SPEEDS", str(tmp_path_factory.getbasetemp() / "speeds"))
+
+
+@pytest.fixture(autouse=True)
 def _one_thread():
     torch.set_num_threads(1)
     torch.manual_seed(0)

@@ -11,13 +11,13 @@ after every client (Baruah, Cohen, Plaxton and Varvel, Proportionate progress, A
 
 import math
 import tomllib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from d2ft_fl.budgets.budget import ENTRIES, Budget, ClientDescription
+from d2ft_fl.budgets.budget import CURVE, ENTRIES, Budget, ClientDescription
 from d2ft_fl.budgets.traces import Trace, parse_trace
 from d2ft_fl.errors import ConfigError
 from d2ft_fl.util.toml_lines import Locator, error_line
@@ -161,7 +161,9 @@ def read_devices(path: Path) -> DeviceClasses:
     tables = table.get("classes")
     if not isinstance(tables, dict) or not tables:
         raise ConfigError(f"{at('classes')}: no device class; write a table [classes.NAME]")
-    classes = {name: _device_class(name, entries, at) for name, entries in tables.items()}
+    classes = {
+        name: _device_class(name, entries, at, path.parent) for name, entries in tables.items()
+    }
     return DeviceClasses(classes, _mix(table.get("mix", list(classes)), tuple(classes), at))
 
 
@@ -181,7 +183,7 @@ def named(source: str) -> DeviceClasses:
     )
 
 
-def _device_class(name: str, table: Any, at: Locator) -> DeviceClass:
+def _device_class(name: str, table: Any, at: Locator, folder: Path) -> DeviceClass:
     if not isinstance(table, dict):
         raise ConfigError(
             f"{at('classes', name)}: classes.{name} is {table!r}; write a table [classes.{name}]"
@@ -200,9 +202,13 @@ def _device_class(name: str, table: Any, at: Locator) -> DeviceClass:
         elif entry in entries:
             raise ConfigError(f"{where}: {entry} is given twice; write it once")
         else:
+            if entry == CURVE and isinstance(value, str):
+                value = str(folder / Path(value).expanduser())
             Budget.from_mapping({key: value}, where)  # so that an error names its line
             entries[entry] = value
     budget = Budget.from_mapping({**entries, "device": name})
+    if budget.speed is None and budget.curve is not None:
+        budget = replace(budget, speed=budget.curve.peak)
     rates = (budget.speed, budget.bandwidth_up, budget.bandwidth_down)
     if budget.deadline is not None and not any(rates):
         raise ConfigError(

@@ -1,43 +1,27 @@
-"""What this machine affords: its speed at a transformer's products, and its memory.
+"""What this machine affords: how fast it trains, and its memory.
 
-Timed are the two kinds of float32 products that a transformer block spends its time in, with small
-batches as a client has them: a feed-forward product, and attention's two batched ones (their
-FLOPs, 6 to 1, are about those of a ViT-Small block). Each is repeated for a tenth of a second or
-so, of which the median counts. ``speed`` is the FLOPs of both over the time of both.
+How fast it trains is measured once and kept (:mod:`d2ft_fl.budgets.speed_profile`).
 
 The memory budget is half of what this process could have: what is free, and what it uses already,
 so that a plan's own tensors do not shrink the budget they are checked against. It is rounded down
 to 1, 1.25, 1.5 or 1.75 times a power of two: a client says the same before and during a round.
 """
 
-import statistics
-import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass
-from functools import lru_cache
+from dataclasses import dataclass
 from typing import Any
 
 import psutil
 import torch
 
 from d2ft_fl.budgets.budget import Amount, Budget, ClientDescription
+from d2ft_fl.budgets.kept_speeds import keep
+from d2ft_fl.budgets.speed_profile import measure, profiled
 from d2ft_fl.config.run_config import OPTIONS
+from d2ft_fl.costs.machine_speed import MachineSpeed
 from d2ft_fl.errors import ConfigError
-from d2ft_fl.util.torch_device import free_memory, set_threads, usable_device
+from d2ft_fl.util.torch_device import free_memory, usable_device
 
 MEMORY_SHARE = 0.5  # of what is free: the rest is for the interpreter, the system and others
-ROWS, WIDTH, HIDDEN = 256, 384, 1536  # examples x tokens, and the widths of ViT-Small
-HEADS, TOKENS, HEAD_DIM = 12, 128, 64  # examples x heads
-SECONDS = 0.1
-
-
-@dataclass(frozen=True)
-class Speeds:
-    """FLOP/s of this machine: of feed-forward products, of attention's, and of both together."""
-
-    products: float
-    attention: float
-    speed: float
 
 
 @dataclass(frozen=True)
@@ -45,15 +29,11 @@ class Profile:
     """A measurement of this machine.
 
     Attributes:
-        device: Where it was measured: cpu or cuda.
-        threads: Threads of torch.
-        speeds: FLOP/s.
+        speed: How fast it trains.
         free: Bytes that this process could have.
     """
 
-    device: str
-    threads: int
-    speeds: Speeds
+    speed: MachineSpeed
     free: int
 
     @property
@@ -61,22 +41,27 @@ class Profile:
         """The budget of a client on this machine."""
         return Budget(
             memory=Amount(coarse(int(MEMORY_SHARE * self.free))),
-            speed=self.speeds.speed,
+            speed=self.speed.peak,
             device="measured",
+            curve=self.speed,
         )
 
     def to_json(self) -> dict[str, Any]:
         """Return the measurements, and the budget that follows from them."""
-        return {**asdict(self), "budget": self.budget.to_json()}
+        return {"speed": self.speed.to_json(), "free": self.free, "budget": self.budget.to_json()}
 
-    def to_toml(self) -> str:
-        """Return a device class for a file of budgets."""
+    def to_toml(self, curve: str = "") -> str:
+        """Return a device class for a file of budgets.
+
+        Args:
+            curve: The file of the machine's curve; empty for that of the package.
+        """
         assert self.budget.memory is not None
         return (
             "[classes.measured]\n"
             f'memory = "{self.budget.memory.value / 2**20:g} MiB"\n'
-            f'speed = "{self.speeds.speed / 1e9:.3g} GFLOP/s"\n'
-        )
+            f'speed = "{self.speed.peak / 1e9:.4g} GFLOP/s"\n'
+        ) + (f'curve = "{curve}"\n' if curve else "")
 
 
 @dataclass(frozen=True)
@@ -85,15 +70,17 @@ class Measured:
 
     device: str
     threads: int
+    precision: str = "fp32"
     varies: bool = True
 
     def __call__(self, client: ClientDescription, round_number: int) -> Budget:
-        """Return this machine's budget now. Its speed is measured once a process."""
-        return profile(self.device, self.threads).budget
+        """Return this machine's budget now. Its speed is measured once."""
+        speed = profiled(self.device, self.precision, self.threads)
+        return Profile(speed, _could_have(self.device)).budget
 
 
-def profile(device: str = "cpu", threads: int = 1) -> Profile:
-    """Measure this machine.
+def profile(device: str = "cpu", threads: int = 1, precision: str = "fp32") -> Profile:
+    """Measure this machine, and keep its speed in the user's cache.
 
     Raises:
         ConfigError: When there is no such device here, or no such number of threads.
@@ -101,9 +88,11 @@ def profile(device: str = "cpu", threads: int = 1) -> Profile:
     if threads < 1:
         raise ConfigError(f"threads = {threads} must be 1 or more")
     OPTIONS["device"].check(device)
-    where = usable_device(device)
-    speeds = measure(device, threads)
-    return Profile(device, threads, speeds, free_memory(where) + _held(where))
+    OPTIONS["precision"].check(precision)
+    usable_device(device)
+    speed = measure(device, precision, threads)
+    keep(speed)
+    return Profile(speed, _could_have(device))
 
 
 def coarse(size: int) -> int:
@@ -112,37 +101,10 @@ def coarse(size: int) -> int:
     return size >> shift << shift
 
 
-@lru_cache
-@torch.inference_mode()
-def measure(device: str, threads: int) -> Speeds:
-    """Time the products; takes a few tenths of a second, once a process."""
-    before = torch.get_num_threads()
-    set_threads(threads)
-    try:
-        where = torch.device(device)
-        x = torch.rand(ROWS, WIDTH, device=where)
-        weight = torch.rand(WIDTH, HIDDEN, device=where)
-        q, k, v = torch.rand(3, HEADS, TOKENS, HEAD_DIM, device=where)
-        products = 2 * ROWS * WIDTH * HIDDEN
-        attention = 2 * 2 * HEADS * TOKENS * TOKENS * HEAD_DIM
-        first = _median_seconds(lambda: x @ weight, where)
-        second = _median_seconds(lambda: q @ k.transpose(1, 2) @ v, where)
-    finally:
-        set_threads(before)
-    return Speeds(products / first, attention / second, (products + attention) / (first + second))
-
-
-def _median_seconds(step: Callable[[], Any], device: torch.device) -> float:
-    """Return the median time of one step, once the first steps have warmed up caches."""
-    times: list[float] = []
-    started = time.perf_counter()
-    while len(times) < 5 or time.perf_counter() - started < SECONDS:
-        begun = time.perf_counter()
-        step()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - begun)
-    return statistics.median(times[2:])
+def _could_have(device: str) -> int:
+    """Return the bytes that this process could have on a device."""
+    where = usable_device(device)
+    return free_memory(where) + _held(where)
 
 
 def _held(device: torch.device) -> int:

@@ -41,7 +41,11 @@ class BudgetSource(Protocol):
 
 
 def budget_source(
-    spec: str, resolve: Callable[[str], Path], device: str = "cpu", threads: int = 1
+    spec: str,
+    resolve: Callable[[str], Path],
+    device: str = "cpu",
+    threads: int = 1,
+    precision: str = "fp32",
 ) -> BudgetSource:
     """Return the source that a configuration names.
 
@@ -51,6 +55,7 @@ def budget_source(
         resolve: Makes a path absolute.
         device: Where ``measured`` measures: cpu or cuda.
         threads: Threads of torch that ``measured`` measures with.
+        precision: Of products that ``measured`` measures: fp32 or bf16.
 
     Raises:
         ConfigError: When there is none such, or its file is wrong.
@@ -60,7 +65,7 @@ def budget_source(
     if spec == MEASURED:
         from d2ft_fl.budgets.machine import Measured  # loads torch, which takes seconds
 
-        return Measured(device, threads)
+        return Measured(device, threads, precision)
     if spec.endswith(".toml"):
         return read_devices(resolve(spec))
     if ":" in spec:

@@ -1,4 +1,4 @@
-"""Measuring how fast this machine trains, and keeping that in the user's cache.
+"""Measuring how fast this machine trains.
 
 Products and attention are timed one by one, over a grid of shapes. What they cost within a step,
 and what all else does, is fitted to real steps of a few small models under a few schedules: least
@@ -6,23 +6,20 @@ squares of relative errors, no constant below 0.
 """
 
 import fcntl
-import json
-import platform
 import statistics
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from datetime import date
-from functools import lru_cache, partial
+from functools import partial
 from itertools import product
-from pathlib import Path
 
 import numpy as np
-import platformdirs
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from d2ft_fl.budgets.kept_speeds import folder, keep, kept, software
 from d2ft_fl.config.run_config import RunConfig
 from d2ft_fl.config.training_options import TrainingOptions
 from d2ft_fl.costs.cost_model import CostModel
@@ -39,6 +36,7 @@ from d2ft_fl.subnets.packing import pack_for
 from d2ft_fl.subnets.schedule import Operation, Schedule
 from d2ft_fl.tasks.image_classification import ImageClassification
 from d2ft_fl.tasks.task import Batch
+from d2ft_fl.util.files import unlock
 from d2ft_fl.util.torch_device import set_threads, usable_device
 from d2ft_fl.wire import blob as wire
 
@@ -48,7 +46,7 @@ TOKENS = (16.0, 64.0, 256.0, 1024.0)
 HEAD_WIDTHS = (16.0, 64.0)
 ATTENDED = 1024  # examples x heads x tokens that attention is timed with
 SECONDS = 0.01  # that a product is repeated for
-STEPS = 4  # of which the second fastest counts, others may be disturbed
+STEPS = 3  # of which the second fastest counts, others may be disturbed
 MODELS = ((96, 6, 5, 16), (192, 3, 3, 24), (384, 6, 2, 24))  # dim, heads, blocks, pixels
 BATCHES = ((1, 1), (3, 1), (12, 1), (8, 4))  # examples, micro-batches
 # Shares of FULL, FROZEN and FORWARD_ONLY, the rest is SHORTCUT; and blocks that run, of the last.
@@ -62,43 +60,27 @@ SCHEDULES = (
 TRUST = 0.3  # in the tables, beside one step: how hard factors of what they say are held at 1
 
 
-def folder() -> Path:
-    """Return the folder of what was measured on this machine."""
-    return platformdirs.user_cache_path("d2ft-fl", appauthor=False) / "speed"
-
-
-def path_of(device: str, precision: str, threads: int) -> Path:
-    """Return where a measurement is kept."""
-    return folder() / f"{device}-{precision}-{threads}.json"
-
-
-def kept(device: str, precision: str, threads: int) -> MachineSpeed | None:
-    """Return what was measured on this machine; None where nothing was, or by other software."""
-    try:
-        text = path_of(device, precision, threads).read_text(encoding="utf-8")
-        speed = MachineSpeed.from_json(json.loads(text), "measured")
-    except (OSError, ValueError):
-        return None
-    return speed if speed.source.rsplit(", ", 1)[0] == _software() else None
-
-
 def profiled(device: str, precision: str, threads: int) -> MachineSpeed:
-    """Return what was measured on this machine, measured now where it was not before."""
-    folder().mkdir(parents=True, exist_ok=True)
-    with (folder() / "lock").open("w") as lock:  # two at once would slow each other down
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        return kept(device, precision, threads) or measure_and_keep(device, precision, threads)
+    """Return what was measured on this machine, measured now where it was not before.
 
-
-def measure_and_keep(device: str, precision: str, threads: int) -> MachineSpeed:
-    """Measure this machine, and keep that in the user's cache where it can be written."""
-    speed = measure(device, precision, threads)
+    Args:
+        device: ``cpu`` or ``cuda``.
+        precision: ``fp32`` or ``bf16``.
+        threads: Threads of torch.
+    """
+    if (speed := kept(device, precision, threads)) is not None:
+        return speed
     try:
         folder().mkdir(parents=True, exist_ok=True)
-        path = path_of(device, precision, threads)
-        path.write_text(json.dumps(speed.to_json()), encoding="utf-8")
+        lock = (folder() / "lock").open("w")
     except OSError:
-        pass
+        return measure(device, precision, threads)
+    with lock:  # two at once would slow each other down
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if (speed := kept(device, precision, threads)) is None:
+            speed = measure(device, precision, threads)
+            keep(speed)
+        unlock(lock.fileno())
     return speed
 
 
@@ -118,7 +100,7 @@ def measure(device: str, precision: str, threads: int) -> MachineSpeed:
             device,
             precision,
             threads,
-            f"{_software()}, {date.today().isoformat()}",
+            f"{software()}, {date.today().isoformat()}",
             ROWS,
             WIDTHS,
             tables.products(),
@@ -129,20 +111,6 @@ def measure(device: str, precision: str, threads: int) -> MachineSpeed:
         return _fitted(speed)
     finally:
         set_threads(before)
-
-
-@lru_cache
-def _software() -> str:
-    """Return what figures depend on, besides device, precision and threads."""
-    name = platform.processor() or platform.machine()
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        name = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration, IndexError):
-        pass
-    if torch.cuda.is_available():
-        name += f" and {torch.cuda.get_device_name()}"
-    return f"{name.replace(', ', ' ')}, torch {torch.__version__}"
 
 
 class _Tables:

@@ -1,6 +1,7 @@
 """``d2ft budgets`` and ``d2ft profile``: what clients can afford."""
 
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -89,30 +90,62 @@ def _budget_cells(budget: "Budget") -> list[str]:
 def profile_command(
     threads: Annotated[int, typer.Option(help="Threads of torch, on a CPU.")] = 1,
     device: Annotated[str, typer.Option(help="What to measure.", click_type=DEVICE)] = "cpu",
+    precision: Annotated[str, typer.Option(help="Of products: fp32 or bf16.")] = "fp32",
+    output: Annotated[
+        Path | None, typer.Option(help="A file for the curve, which a device class can name.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON only.")] = False,
 ) -> None:
-    """Measure this machine's speed and free memory, as budgets = "measured" does."""
+    """Measure how fast this machine trains, and its free memory, in some seconds; keep the speed.
+
+    budgets = "measured" has every client do so once. Runs predict their clients' seconds by it.
+    """
+    from d2ft_fl.budgets.kept_speeds import path_of, write_curve
     from d2ft_fl.budgets.machine import profile
 
     with failures():
-        found = profile(device, threads)
+        found = profile(device, threads, precision)
+        if output is not None:
+            write_curve(found.speed, output)
     if as_json:
         typer.echo(json.dumps(found.to_json()))
         return
     _profile_table(found)
+    say(f"kept in {path_of(device, precision, threads)}\n\nfor a file of budgets:\n")
+    say(found.to_toml(str(output or "")).rstrip())
 
 
 def _profile_table(found: "Profile") -> None:
-    """Print what a machine affords, and the class of it for a file of budgets."""
-    from d2ft_fl.report.format import quantity
+    """Print how fast a machine multiplies by shapes, and what all else takes."""
+    from d2ft_fl.report.format import quantity, seconds
 
-    table = Table(title=f"This machine: {found.device}, threads {found.threads}")
-    table.add_column("measured")
-    table.add_column("", justify="right")
-    table.add_row("feed-forward products", quantity(found.speeds.products, "FLOP/s"))
-    table.add_row("attention's products", quantity(found.speeds.attention, "FLOP/s"))
-    table.add_row("both together", quantity(found.speeds.speed, "FLOP/s"))
-    table.add_row("memory it could have", quantity(found.free, "B"))
+    speed = found.speed
+    title = f"This machine: {speed.device}, {speed.precision}, threads {speed.threads}"
+    table = Table(title=f"{title}; GFLOP/s of products", title_justify="left")
+    table.add_column("rows", justify="right")
+    for width in speed.widths:
+        table.add_column(f"width {width:g}", justify="right")
+    for index, rows in enumerate(speed.rows):
+        start = index * len(speed.widths)
+        rates = speed.products[0][start : start + len(speed.widths)]
+        table.add_row(f"{rows:g}", *(f"{rate / 1e9:.1f}" for rate in rates))
     console.print(table)
-    say("for a file of budgets:\n")
-    say(found.to_toml().rstrip())
+    rest = Table(title="and besides", title_justify="left")
+    rest.add_column("measured")
+    rest.add_column("", justify="right")
+    rest.add_row("attention, forward, at most", quantity(max(speed.attention[0]), "FLOP/s"))
+    if speed.traffic:
+        rest.add_row("element by element", quantity(1 / speed.traffic, "B/s"))
+    for label, name in (
+        ("a branch that trains", "branch"),
+        ("... of which not all is FULL, besides", "mixed"),
+        ("a branch that only runs forward", "silent"),
+        ("another head group", "group"),
+        ("a pass", "passes"),
+        ("an optimizer step", "step"),
+        ("... for each tensor", "tensor"),
+        ("a message", "message"),
+    ):
+        rest.add_row(label, seconds(getattr(speed, name)))
+    rest.add_row("memory it could have", quantity(found.free, "B"))
+    console.print(rest)

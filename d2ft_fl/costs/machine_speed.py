@@ -132,8 +132,7 @@ class MachineSpeed:
             return cls._read(values)
         except (AttributeError, TypeError, ValueError, KeyError) as error:
             raise ConfigError(
-                f"{where} is not what d2ft profile --json writes as speed ({error}); measure it "
-                "with d2ft profile"
+                f"{where} is not what d2ft profile --output writes ({error}); measure it again"
             ) from None
 
     @classmethod

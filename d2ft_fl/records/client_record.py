@@ -26,6 +26,8 @@ class ClientRecord:
         seconds: Simulated time.
         deadline: Simulated time that its budget allows; None for any.
         wall_seconds: Time that it took here.
+        predicted_seconds: Time of training that is predicted for this machine; None where
+            ``d2ft profile`` has not measured it.
         training_seconds: Time of ``wall_seconds`` in which it trained.
         train_loss: Mean training loss; None of a client that did not train.
         scored: Examples with which it measured scores.
@@ -46,6 +48,7 @@ class ClientRecord:
     seconds: float
     deadline: float | None
     wall_seconds: float
+    predicted_seconds: float | None
     training_seconds: float
     train_loss: float | None
     scored: int
@@ -72,12 +75,14 @@ class ClientRecord:
             "examples": self.examples,
             "operations": self.operations,
             "policy": asdict(self.policy),
-            "used": asdict(self.used) if self.used else None,
+            "used": self.used.amounts() if self.used else None,
             "predicted": asdict(self.predicted),
             "allowed": allowed,
             "seconds": self.seconds,
             "deadline": self.deadline,
             "wall_seconds": self.wall_seconds,
+            "predicted_seconds": self.predicted_seconds,
+            "training_seconds": self.training_seconds,
             "train_loss": self.train_loss,
             "scored": self.scored,
             "viewed": self.viewed,

@@ -241,6 +241,8 @@ def _client(row: dict[str, Any]) -> dict[str, Any]:
     out = {key: row[key] for key in ("round", "client", "examples", "seconds", "sat_out", "fault")}
     out["device"], out["worked"] = row["device"] or UNNAMED, used is not None
     out |= {key: _number(row[key]) for key in ("train_loss", "gap", "rank")}
+    # Older folders do not have these.
+    out |= {key: _number(row.get(key)) for key in ("training_seconds", "predicted_seconds")}
     for operation in Operation:
         out[operation.name] = row["operations"][operation.name.lower()]
     for name in RESOURCES:

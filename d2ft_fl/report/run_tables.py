@@ -62,7 +62,15 @@ def clients(frame: pd.DataFrame, keys: list[str]) -> str:
     heads += [OPERATIONS[op.name.lower()] for op in operations]
     heads += ["rank"] * ranks + [LABELS[name] for name in RESOURCES] + [DEADLINE] * deadline
     policies = bool(frame["policy"].any())
-    heads += ["time", "loss", "sat out", "faults", *["policy"] * policies]
+    here = bool(frame["predicted_seconds"].notna().any())
+    heads += [
+        "time",
+        *["trained here", "predicted"] * here,
+        "loss",
+        "sat out",
+        "faults",
+        *["policy"] * policies,
+    ]
     groups = _grouped(frame, keys)
     rows = []
     for g in groups[:MOST_ROWS].to_dict("records"):
@@ -74,6 +82,8 @@ def clients(frame: pd.DataFrame, keys: list[str]) -> str:
         row += "".join(_used(g, name) for name in RESOURCES)
         row += _used(g, DEADLINE) * deadline
         row += html.valued(seconds(g["seconds"]), g["seconds"])
+        for name in ("training_seconds", "predicted_seconds") if here else ():
+            row += html.valued(seconds(g[name]), g[name])
         row += html.valued(f"{g['train_loss']:.3g}", g["train_loss"])
         row += html.cells(str(g["sat_out"]), str(g["fault"]))
         rows.append(row + html.words(g["policy"]) * policies)
@@ -92,7 +102,7 @@ def _grouped(frame: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
     grouped = frame.groupby(keys, sort=False)
     out = grouped[[*means, *shares, "memory"]].mean()
     out["count"] = grouped["client"].nunique()
-    for name in (*SUMMED, "seconds"):
+    for name in (*SUMMED, "seconds", "training_seconds", "predicted_seconds"):
         out[name] = grouped[name].sum() / out["count"]  # of floats: FLOPs are beyond int64
     for name in ("sat_out", "fault"):
         out[name] = grouped[name].sum()

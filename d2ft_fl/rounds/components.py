@@ -11,10 +11,12 @@ import torch
 
 from d2ft_fl.aggregation.privacy import Privacy
 from d2ft_fl.aggregation.server_optimizer import ServerOptimizer
+from d2ft_fl.budgets.kept_speeds import kept
 from d2ft_fl.budgets.sources import BudgetSource, budget_source
 from d2ft_fl.config.choices import HUB
 from d2ft_fl.config.run_config import NO_PATHS, RunConfig, inline_table, resolve_path
 from d2ft_fl.config.training_options import TrainingOptions
+from d2ft_fl.costs.machine_speed import MachineSpeed
 from d2ft_fl.data.spec import DataSpec
 from d2ft_fl.models.spec import ModelSpec
 from d2ft_fl.planning import importance
@@ -72,7 +74,13 @@ class Components:
     def budget_source(self) -> BudgetSource:
         """The source of clients' budgets."""
         c = self.config
-        return budget_source(c.budgets, resolve_path, c.device, c.threads_per_client)
+        return budget_source(c.budgets, resolve_path, c.device, c.threads_per_client, c.precision)
+
+    @cached_property
+    def local_speed(self) -> MachineSpeed | None:
+        """How fast this machine is, where ``d2ft profile`` has measured it."""
+        c = self.config
+        return kept(c.device, c.precision, c.threads_per_client)
 
     @cached_property
     def training(self) -> TrainingOptions:

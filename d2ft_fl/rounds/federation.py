@@ -18,7 +18,7 @@ from d2ft_fl.costs.cost_model import CostModel
 from d2ft_fl.costs.machine_speed import MachineSpeed
 from d2ft_fl.costs.resources import Cost
 from d2ft_fl.lora.config import merged
-from d2ft_fl.planning.assignment import Participant
+from d2ft_fl.planning.assignment import Assignment, Participant
 from d2ft_fl.planning.importance import ScoreBook
 from d2ft_fl.planning.planner import Planner
 from d2ft_fl.rounds.components import Components
@@ -345,6 +345,37 @@ class Federation:
     def _full_costs(self) -> dict[MachineSpeed | None, CostModel]:
         """Cost models as configured, by curve."""
         return {}
+
+    def seconds_here(self, state: State, assignments: Iterable[Assignment]) -> dict[int, float]:
+        """Return how long clients are predicted to train on this machine, probes left out.
+
+        Args:
+            state: The state that the round starts from.
+            assignments: Of clients that work.
+
+        Returns:
+            Client -> seconds; of nobody where the machine was not measured.
+        """
+        if (speed := self.components.local_speed) is None:
+            return {}
+        alike: dict[ExecutionPolicy, list[Assignment]] = {}
+        for a in assignments:
+            alike.setdefault(a.policy.priced, []).append(a)
+        found: dict[int, float] = {}
+        for policy, some in alike.items():
+            costs = self.costs_of(state, policy, speed)
+            operations = np.stack([a.schedule.operations for a in some])
+            ranks = [
+                costs.ranks(
+                    a.schedule.operations[None],
+                    None if a.schedule.ranks is None else a.schedule.ranks[None],
+                )
+                for a in some
+            ]
+            examples = np.array([a.examples or 0 for a in some])
+            seconds = costs.round_seconds.of(operations, examples, np.concatenate(ranks))
+            found |= dict(zip((a.client for a in some), seconds.tolist(), strict=True))
+        return found
 
     def cached(self, state: State, client: int) -> np.ndarray | None:
         """Return the subnets whose fixed parameters a client has cached.

@@ -43,7 +43,7 @@ class RoundDispatch:
 
     Attributes:
         round: The round's number, counted from 1.
-        costs: Client -> predicted FLOPs of its assignment.
+        costs: Client -> how long its assignment is predicted to compute, as ``Cost.work`` has it.
         weights: The global model, for those that share memory with the server.
         encode: (client, shared) -> its message, without the model where that is shared.
         stopwatch: Seconds that the server spent, by what it did.

@@ -1,7 +1,8 @@
 """What becomes of every client in a round: trained, failed, or sat out."""
 
-from collections.abc import Container
+from collections.abc import Container, Mapping
 from dataclasses import replace
+from types import MappingProxyType
 
 from d2ft_fl.planning.assignment import Assignment, Participant
 from d2ft_fl.records.client_record import ClientRecord
@@ -30,6 +31,7 @@ class Outcomes:
     Args:
         plan: The plan of the round.
         rank: The rank of the architecture's factors; 0 without any.
+        predicted: Client -> seconds that it is predicted to train on this machine, where known.
 
     Attributes:
         pending: Client -> its assignment, while its answer is awaited.
@@ -37,8 +39,10 @@ class Outcomes:
         strays: Failures of clients that nobody waits for, as lines.
     """
 
-    def __init__(self, plan: Plan, rank: int):
-        self.plan, self.rank = plan, rank
+    def __init__(
+        self, plan: Plan, rank: int, predicted: Mapping[int, float] = MappingProxyType({})
+    ):
+        self.plan, self.rank, self.predicted = plan, rank, predicted
         self.participants = {c.client: c for c in plan.clients}
         self.pending = {a.client: a for a in plan.working}
         self.records: dict[int, ClientRecord] = {}
@@ -112,6 +116,7 @@ class Outcomes:
             seconds=participant.budget.seconds(used) if used else 0.0,
             deadline=participant.budget.deadline,
             wall_seconds=0.0 if usage is None else usage.wall_seconds,
+            predicted_seconds=self.predicted.get(assignment.client),
             training_seconds=0.0 if usage is None else usage.training_seconds,
             train_loss=None if usage is None else usage.train_loss,
             scored=assignment.probes.scored,

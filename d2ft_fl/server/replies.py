@@ -49,7 +49,8 @@ class RoundReplies:
         private: PrivateRound | None = None,
     ):
         self.federation, self.state, self.plan = federation, state, plan
-        self.outcomes = Outcomes(plan, federation.arch.rank)
+        predicted = federation.seconds_here(state, plan.working)
+        self.outcomes = Outcomes(plan, federation.arch.rank, predicted)
         self.measured: dict[int, tuple[dict[str, np.ndarray], int]] = {}
         shown = (sum(slot_examples(federation, state, a)) for a in plan.assignments)
         self.mean_sums = MeanSums(federation.arch, sum(shown))

@@ -238,7 +238,7 @@ class _Run:
         replies = RoundReplies(stage, state, plan, silent, private)
         work = RoundDispatch(
             number,
-            {client: a.cost.flops for client, (_, a) in assignments.items()},
+            {client: a.cost.work for client, (_, a) in assignments.items()},
             state.weights,
             partial(self._message, stage, state, assignments),
             stopwatch,

@@ -1,45 +1,81 @@
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
 from d2ft_fl.budgets import machine as module
+from d2ft_fl.budgets import speed_profile
 from d2ft_fl.budgets.budget import Budget, ClientDescription
 from d2ft_fl.budgets.device_classes import read_devices
-from d2ft_fl.budgets.machine import Profile, Speeds, coarse, measure, profile
+from d2ft_fl.budgets.kept_speeds import keep, kept, path_of, software, write_curve
+from d2ft_fl.budgets.machine import Profile, coarse, profile
 from d2ft_fl.budgets.sources import budget_source
 from d2ft_fl.cli.main import app
 from d2ft_fl.config.run_config import resolve_path
+from d2ft_fl.costs.machine_speed import MachineSpeed, read_curve, standard
 from d2ft_fl.errors import ConfigError
 
 WHO = ClientDescription(0, 10, 1)
-KNOWN = Profile("cpu", 1, Speeds(4e9, 1e9, 2.5e9), free=3 * 2**30)
+KNOWN = Profile(replace(standard(), products=((2e9, 2.5e9) * 15,) * 3), free=3 * 2**30)
 
 
-@pytest.fixture(autouse=True)
-def short(monkeypatch):
-    monkeypatch.setattr(module, "SECONDS", 0.01)
+@pytest.fixture
+def measured(monkeypatch):
+    """A machine that is known already; how often it was measured."""
+    calls = []
+
+    def measure(*which):
+        calls.append(which)
+        return replace(KNOWN.speed, source=f"{software()}, today")
+
+    monkeypatch.setattr(speed_profile, "measure", measure)
+    monkeypatch.setattr(module, "measure", measure)
+    return calls
 
 
-def test_speed_is_all_flops_over_all_time(monkeypatch):
-    seconds = iter([2.0, 0.5])
-    monkeypatch.setattr(module, "_median_seconds", lambda step, device: next(seconds))
-    products, attention = 2 * 256 * 384 * 1536, 4 * 12 * 128**2 * 64  # 6 to 1
-    assert products == 6 * attention
-    got = measure.__wrapped__("cpu", 1)
-    assert got == Speeds(products / 2, attention * 2, (products + attention) / 2.5)
+def test_a_machine_is_measured_once_and_that_is_kept(measured, monkeypatch, tmp_path):
+    monkeypatch.setenv("D2FT_SPEEDS", str(tmp_path / "none"))
+    assert kept("cpu", "fp32", 1) is None
+    source = budget_source("measured", resolve_path)
+    first = source(WHO, 1)
+    assert source(WHO, 2).curve == first.curve == kept("cpu", "fp32", 1)
+    assert measured == [("cpu", "fp32", 1)]
+    assert kept("cpu", "fp32", 2) is None
+    assert kept("cpu", "bf16", 1) is None
 
 
-def test_a_machine_is_measured_once_a_process_and_keeps_its_threads():
+@pytest.mark.parametrize("spoiled", ["", "{}", "[1]"])
+def test_what_is_kept_and_cannot_be_read_is_measured_again(
+    measured, monkeypatch, tmp_path, spoiled
+):
+    monkeypatch.setenv("D2FT_SPEEDS", str(tmp_path))
+    path_of("cpu", "fp32", 1).write_text(spoiled)
+    budget_source("measured", resolve_path)(WHO, 1)
+    assert len(measured) == 1
+
+
+def test_what_other_software_measured_does_not_count(monkeypatch, tmp_path):
+    monkeypatch.setenv("D2FT_SPEEDS", str(tmp_path))
+    keep(replace(KNOWN.speed, source="another processor, torch 1.0, today"))
+    assert kept("cpu", "fp32", 1) is None
+
+
+def test_products_and_steps_are_really_timed(monkeypatch):
+    """Fewer shapes and one model: figures of this machine, and its threads as they were."""
+    monkeypatch.setattr(speed_profile, "ROWS", (16.0, 256.0))
+    monkeypatch.setattr(speed_profile, "WIDTHS", (32.0, 256.0))
+    monkeypatch.setattr(speed_profile, "TOKENS", (16.0,))
+    monkeypatch.setattr(speed_profile, "SECONDS", 0.001)
+    monkeypatch.setattr(speed_profile, "MODELS", ((24, 3, 2, 16),))
     before = torch.get_num_threads()
-    measure.cache_clear()
-    first = profile("cpu", 1)
+    speed = speed_profile.measure("cpu", "fp32", 2)
     assert torch.get_num_threads() == before
-    assert profile("cpu", 1).speeds is first.speeds
-    s = first.speeds
-    assert min(s.products, s.attention) <= s.speed <= max(s.products, s.attention)
-    assert 1e8 < s.speed < 1e14
+    assert speed.threads == 2
+    assert 1e8 < speed.peak < 1e14
+    assert speed.passes + speed.branch + speed.step > 0
+    assert MachineSpeed.from_json(json.loads(json.dumps(speed.to_json())), "x") == speed
 
 
 @pytest.mark.parametrize(
@@ -51,19 +87,20 @@ def test_memory_is_rounded_down_to_quarters_of_a_power_of_two(size, expected):
 
 
 def test_half_of_what_is_free_or_held_already_is_the_memory_budget(monkeypatch):
-    monkeypatch.setattr(module, "measure", lambda device, threads: KNOWN.speeds)
+    monkeypatch.setattr(module, "profiled", lambda *which: KNOWN.speed)
     monkeypatch.setattr(module, "free_memory", lambda device: 2 * 2**30)
     monkeypatch.setattr(module, "_held", lambda device: 2**30)
     source = budget_source("measured", resolve_path)
     assert source.varies
-    assert source(WHO, 1) == Budget.from_mapping(
+    budget = Budget.from_mapping(
         {"memory": "1.5 GiB", "speed": "2.5 GFLOP/s", "device": "measured"}
     )
+    assert source(WHO, 1) == replace(budget, curve=KNOWN.speed)
 
 
 def test_what_a_process_takes_does_not_change_its_budget(monkeypatch):
     """What it holds more is what is free less, here to the byte."""
-    monkeypatch.setattr(module, "measure", lambda device, threads: KNOWN.speeds)
+    monkeypatch.setattr(module, "profiled", lambda *which: KNOWN.speed)
     budgets = []
     for held in (0, 10**9):
         monkeypatch.setattr(module, "free_memory", lambda device, held=held: 4 * 10**9 - held)
@@ -73,9 +110,12 @@ def test_what_a_process_takes_does_not_change_its_budget(monkeypatch):
 
 
 def test_the_toml_is_a_class_of_the_same_budget(tmp_path):
+    write_curve(KNOWN.speed, tmp_path / "curve.json")
     path = tmp_path / "mine.toml"
-    path.write_text(KNOWN.to_toml())
+    path.write_text(KNOWN.to_toml("curve.json"))
     assert read_devices(path)(WHO, 1) == KNOWN.budget
+    path.write_text(KNOWN.to_toml())
+    assert read_devices(path)(WHO, 1) == replace(KNOWN.budget, curve=None)
 
 
 @pytest.mark.parametrize(
@@ -86,17 +126,19 @@ def test_what_cannot_be_measured_is_refused(arguments, message):
         profile(*arguments)
 
 
-def test_the_command_shows_a_class_to_paste():
-    result = CliRunner().invoke(app, ["profile"])
+def test_the_command_shows_a_class_to_paste(measured, tmp_path):
+    curve = tmp_path / "curve.json"
+    result = CliRunner().invoke(app, ["profile", "--output", str(curve)])
     assert result.exit_code == 0
-    assert "feed-forward products" in result.output
+    assert "GFLOP/s of products" in result.output
+    assert read_curve(curve, "x").products == KNOWN.speed.products
     assert "[classes.measured]" in result.output
 
 
-def test_the_command_prints_json():
+def test_the_command_prints_json(measured):
     found = json.loads(CliRunner().invoke(app, ["profile", "--json"]).output)
-    assert found["threads"] == 1
-    assert Budget.from_mapping(found["budget"]).speed == found["speeds"]["speed"]
+    assert found["speed"]["threads"] == 1
+    assert Budget.from_mapping(found["budget"]).speed == KNOWN.speed.peak
 
 
 def test_the_command_refuses_in_one_line_with_exit_code_2():
@@ -109,5 +151,5 @@ def test_the_command_refuses_in_one_line_with_exit_code_2():
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 def test_a_gpu_is_measured_with_its_own_memory():
     found = profile("cuda", 1)
-    assert found.speeds.speed > 1e10
+    assert found.speed.peak > 1e10
     assert 0 < found.free <= torch.cuda.get_device_properties(0).total_memory

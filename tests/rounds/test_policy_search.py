@@ -10,7 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from d2ft_fl.budgets.kept_speeds import keep, kept, software
 from d2ft_fl.config.training_options import DEFAULT_POLICY, ExecutionPolicy
+from d2ft_fl.costs.machine_speed import standard
 from d2ft_fl.costs.resources import RESOURCES
 from d2ft_fl.engine.trainer import Stepper
 from d2ft_fl.errors import ConfigError, RunError
@@ -299,3 +301,29 @@ def test_passes_are_as_large_as_memory_allows_what_is_worth_about_the_most(speed
             if client.affords(other.cost):
                 slower = other.cost.work >= a.cost.work
                 assert slower or worth_of(judge, other, tried, 40) < worth_of(judge, a, tried, 40)
+
+
+@settings(max_examples=10, deadline=None)
+@given(st.floats(0.05, 1.5), st.sampled_from(["", "20 %", "60 %"]), st.booleans())
+def test_no_policy_breaks_a_deadline(share, memory, slow):
+    rates = {"speed": "2 GFLOP/s"} | ({"bandwidth-up": "1 Mbit/s"} if slow else {})
+    _, whole = planned(rates, examples=40)
+    limit = share * whole.clients[0].budget.seconds(whole.assignments[0].cost)
+    a, plan = planned(
+        rates | {"deadline": f"{limit} s"} | ({"memory": memory} if memory else {}), examples=40
+    )
+    assert plan.clients[0].budget.seconds(a.cost) <= limit
+
+
+def test_what_was_measured_here_changes_no_plan_and_no_clock(monkeypatch, tmp_path):
+    budget = {"memory": "60 %", "flops": "60 %", "speed": "10 GFLOP/s", "deadline": "20 s"}
+    before, _ = planned(budget)
+    monkeypatch.setenv("D2FT_SPEEDS", str(tmp_path))
+    slow = replace(standard(), passes=9.0, branch=1.0, source=f"{software()}, today")
+    keep(slow)
+    after, plan = planned(budget)
+    assert kept("cpu", "fp32", 1) == slow
+    assert (after.schedule.operations == before.schedule.operations).all()
+    assert (after.policy, after.cost) == (before.policy, before.cost)
+    federation, state, _ = round_of("d2ft", [budget], **QUIET)
+    assert federation.seconds_here(state, plan.working)[0] > 9.0  # this is what it does change

@@ -1,0 +1,83 @@
+"""How fast this machine is, as measured once and kept in the user's cache; loads no torch.
+
+There is a file for each device, precision and number of threads. What other software measured does
+not count. Nothing here changes a simulation: device classes have curves of their own.
+"""
+
+import json
+import os
+import platform
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+
+import platformdirs
+
+from d2ft_fl.costs.machine_speed import MachineSpeed
+from d2ft_fl.errors import ConfigError
+from d2ft_fl.util.files import put_in_place
+
+
+def folder() -> Path:
+    """Return the folder of what was measured; ``D2FT_SPEEDS`` in the environment names another."""
+    named = os.environ.get("D2FT_SPEEDS")
+    return (
+        Path(named) if named else platformdirs.user_cache_path("d2ft-fl", appauthor=False) / "speed"
+    )
+
+
+def path_of(device: str, precision: str, threads: int) -> Path:
+    """Return where a measurement is kept."""
+    return folder() / f"{device}-{precision}-{threads}.json"
+
+
+def kept(device: str, precision: str, threads: int) -> MachineSpeed | None:
+    """Return what was measured on this machine; None where nothing was, or by other software.
+
+    Args:
+        device: ``cpu`` or ``cuda``.
+        precision: ``fp32`` or ``bf16``.
+        threads: Threads of torch.
+    """
+    path = path_of(device, precision, threads)
+    try:
+        speed = MachineSpeed.from_json(json.loads(path.read_text(encoding="utf-8")), str(path))
+    except (OSError, ValueError, ConfigError):
+        return None
+    return speed if speed.source.startswith(f"{software()}, ") else None
+
+
+def keep(speed: MachineSpeed) -> None:
+    """Keep a measurement, where the cache can be written."""
+    path = path_of(speed.device, speed.precision, speed.threads)
+    part = path.with_suffix(f".{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part.write_text(json.dumps(speed.to_json()), encoding="utf-8")
+        put_in_place(part, path)
+    except OSError:
+        part.unlink(missing_ok=True)
+
+
+def write_curve(speed: MachineSpeed, path: Path) -> None:
+    """Write a measurement into a file that a device class can name as its curve.
+
+    Raises:
+        ConfigError: When it cannot be written.
+    """
+    try:
+        path.write_text(json.dumps(speed.to_json()), encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"--output {str(path)!r}: {error.strerror or error}") from None
+
+
+@cache
+def software() -> str:
+    """Return the processor and the release of torch, which figures depend on."""
+    name = platform.processor() or platform.machine()
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        name = next(line.split(":")[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration, IndexError):
+        pass
+    return f"{name}, torch {version('torch')}"
