@@ -43,3 +43,52 @@ def accumulate(
         count += not fits
         total[i] += np.int64(np.rint((change if fits else 0.0) * scale))
     return count
+
+
+@entry
+def accumulate_quantized(
+    total: np.ndarray,
+    old: np.ndarray,
+    quantized: np.ndarray,
+    sizes: np.ndarray,
+    bits: int,
+    scale: float,
+    most: float,
+) -> int:
+    """Add what :func:`accumulate` adds, from quantized changes.
+
+    The new value, ``old`` plus the change, is rounded to float32, as
+    :func:`~d2ft_fl.wire.quantization.with_quantized_changes` makes it.
+
+    Args:
+        total: Sums: int64 [rows, width].
+        old: Values before the round: float32 [rows, width].
+        quantized: Rows of :func:`~d2ft_fl.wire.quantization.quantize_rows`: uint8 [rows, bytes].
+        sizes: The scales of these rows: float32 [rows].
+        bits: Of a number: 4 or 8.
+        scale: What a change is multiplied by.
+        most: The largest change that is added.
+
+    Returns:
+        How many elements were left out, as :func:`outside` counts them.
+    """
+    count = 0
+    middle = np.float32(2 ** (bits - 1) - 1)
+    width = old.shape[1]
+    numbers = np.empty(width + 1, dtype=np.float32)
+    for row in range(old.shape[0]):
+        size, sent = sizes[row], quantized[row, 4:]
+        if bits == 4:
+            for i in range((width + 1) // 2):
+                numbers[2 * i] = sent[i] & np.uint8(15)
+                numbers[2 * i + 1] = sent[i] >> np.uint8(4)
+        else:
+            for i in range(width):
+                numbers[i] = sent[i]
+        for i in range(width):
+            new = old[row, i] + size * (numbers[i] - middle)
+            change = np.float64(new) - np.float64(old[row, i])
+            fits = abs(change) <= most
+            count += not fits
+            total[row, i] += np.int64(np.rint((change if fits else 0.0) * scale))
+    return count

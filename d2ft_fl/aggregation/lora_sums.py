@@ -323,7 +323,7 @@ def widened(arch: Architecture, weights: Mapping[str, Tensor], update: Update) -
             old = weights[name]
             old = p.pack(old, ranks) if p.kind is Kind.SLICED else old
             tensors[name] = _wide(p, old, new, ranks)
-    return replace(update, schedule=Schedule(schedule.operations), tensors=tensors)
+    return update.holding(tensors, schedule=Schedule(schedule.operations))
 
 
 def _relative(off: float, size: float) -> float:

@@ -28,7 +28,7 @@ import hashlib
 import math
 import tempfile
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -215,7 +215,7 @@ def clipped(
         name: (old[name] + change * (norm / length)).to(update.tensors[name].dtype)
         for name, change in changes.items()
     }
-    return replace(update, tensors=tensors)
+    return update.holding(tensors)
 
 
 def _old(

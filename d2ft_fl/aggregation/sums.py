@@ -12,20 +12,23 @@ and theta_s keeps its bits when C_s is empty. With everyone FULL this is FedAvg 
 
 import hashlib
 import math
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
-from functools import cached_property
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property, lru_cache
 from itertools import groupby
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from d2ft_fl.aggregation.fixed_point import accumulate, outside, squares
+from d2ft_fl.aggregation.fixed_point import accumulate, accumulate_quantized, outside, squares
+from d2ft_fl.config.choices import PLAIN_BITS
 from d2ft_fl.errors import ReplyError
 from d2ft_fl.subnets.architecture import Architecture, Kind, Parameter
 from d2ft_fl.subnets.packing import up_spec
 from d2ft_fl.subnets.schedule import Schedule
+from d2ft_fl.wire.quantization import SCALE_BYTES, dequantize_rows, is_quantized, row_bytes
 
 SUM_BITS = 62  # of int64, that a sum may take
 FRACTION_BITS = 36  # at most, of these: it resolves 1.5e-11
@@ -40,15 +43,29 @@ class Update:
     Attributes:
         schedule: What it was assigned.
         slot_examples: Examples that it ran in each slot, times the weight of an example.
-        tensors: Trained slices, packed, and whole shared and final parameters (``up_spec``).
+        sent: Trained slices, packed, and whole shared and final parameters (``up_spec``), as they
+            travelled: of slices that are quantized at ``bits``, their changes.
         step: What its change is multiplied by in :class:`Sums`, up to :data:`MOST_STEP`; other
             aggregators ignore it.
+        bits: In which a number of quantized changes travelled.
+        in_full: Makes full numbers of ``sent``; None where nothing of it is quantized.
     """
 
     schedule: Schedule
     slot_examples: list[int]
-    tensors: dict[str, Tensor]
+    sent: dict[str, Tensor]
     step: float = 1.0
+    bits: int = PLAIN_BITS
+    in_full: Callable[[Mapping[str, Tensor]], dict[str, Tensor]] | None = None
+
+    @cached_property
+    def tensors(self) -> dict[str, Tensor]:
+        """What was sent, in full numbers."""
+        return self.sent if self.in_full is None else self.in_full(self.sent)
+
+    def holding(self, tensors: dict[str, Tensor], **changes: Any) -> "Update":
+        """Return the update with other full numbers, and other attributes where given."""
+        return replace(self, sent=tensors, bits=PLAIN_BITS, in_full=None, **changes)
 
     def weights(self, p: Parameter) -> dict[int, int]:
         """Return how many examples trained a parameter.
@@ -91,17 +108,19 @@ def validate(arch: Architecture, weights: Mapping[str, Tensor], update: Update) 
     Raises:
         ReplyError: With the first thing that is wrong.
     """
-    spec = up_spec(arch, update.schedule)
-    if missing := sorted(spec.keys() - update.tensors.keys()):
+    spec, sent = up_spec(arch, update.schedule), update.sent
+    if missing := sorted(spec.keys() - sent.keys()):
         raise ReplyError(f"{missing[0]!r} is missing")
-    if extra := sorted(update.tensors.keys() - spec.keys()):
+    if extra := sorted(sent.keys() - spec.keys()):
         raise ReplyError(f"{extra[0]!r} was not assigned")
     for name, shape in spec.items():
-        tensor = update.tensors[name]
-        if tuple(tensor.shape) != shape:
+        tensor, dtype = sent[name], weights[name].dtype
+        if is_quantized(p := arch.by_name[name], update.bits):
+            shape, dtype = (shape[0], row_bytes(p, update.bits)), torch.uint8
+        if tensor.shape != shape:
             raise ReplyError(f"{name!r} has shape {list(tensor.shape)}, not {list(shape)}")
-        if tensor.dtype != weights[name].dtype:
-            raise ReplyError(f"{name!r} is {tensor.dtype}, not {weights[name].dtype}")
+        if tensor.dtype != dtype:
+            raise ReplyError(f"{name!r} is {tensor.dtype}, not {dtype}")
 
 
 @dataclass(frozen=True)
@@ -111,12 +130,38 @@ class Term:
     Attributes:
         parameter: The parameter.
         counts: How many examples trained it; see :meth:`Update.weights`.
-        tensor: Its new value, packed.
+        tensor: Its new value, packed; or its quantized change.
+        bits: In which a number of ``tensor`` travelled, where it is quantized.
     """
 
     parameter: Parameter
     counts: dict[int, int]
     tensor: Tensor
+    bits: int = PLAIN_BITS
+
+    @property
+    def quantized(self) -> bool:
+        """Whether ``tensor`` is a quantized change."""
+        return is_quantized(self.parameter, self.bits)
+
+    def is_finite(self) -> bool:
+        """Whether all numbers are finite."""
+        numbers = self.tensor
+        if self.quantized:
+            numbers = dequantize_rows(numbers, self.parameter.row_width, self.bits)
+        return bool(numbers.isfinite().all())
+
+
+@lru_cache(maxsize=4096)
+def _runs(counts: tuple[tuple[int, float], ...]) -> tuple[tuple[float, int, int], ...]:
+    """Return runs of neighbouring heads that count alike: what they count, first and last head.
+
+    Args:
+        counts: Heads, ascending, and what each counts.
+    """
+    grouped = groupby(enumerate(counts), key=lambda item: (item[1][1], item[1][0] - item[0]))
+    runs = ((count, [head for _, (head, _) in run]) for (count, _), run in grouped)
+    return tuple((count, heads[0], heads[-1]) for count, heads in runs)
 
 
 @dataclass(frozen=True)
@@ -158,11 +203,8 @@ class _Running:
             yield counts[-1], slice(0, len(self.old)), slice(0, len(self.old))
             return
         taken = 0
-        for (count, _), run in groupby(
-            enumerate(counts.items()), key=lambda item: (item[1][1], item[1][0] - item[0])
-        ):
-            heads = [head for _, (head, _) in run]
-            rows = slice(self.starts[heads[0]], self.starts[heads[-1] + 1])
+        for count, first, last in _runs(tuple(counts.items())):
+            rows = slice(self.starts[first], self.starts[last + 1])
             size = rows.stop - rows.start
             yield count, rows, slice(taken, taken + size)
             taken += size
@@ -218,7 +260,7 @@ class Sums:
             ReplyError: See :meth:`terms`.
         """
         validate(self.arch, self.weights, update)
-        terms = list(self._terms(update))
+        terms = list(self._terms(update, update.sent, update.bits))
         for number, term in enumerate(terms, 1):
             if self._accumulate(term, update.step):
                 for added in terms[:number]:  # sums are whole numbers: taking off is exact
@@ -237,7 +279,7 @@ class Sums:
                 large to be summed.
         """
         validate(self.arch, self.weights, update)
-        terms = list(self._terms(update))
+        terms = list(self._terms(update, update.tensors))
         for term in terms:
             running, new = self._running(term.parameter), term.tensor.numpy()
             for _, rows, packed_rows in running.stretches(term.counts):
@@ -245,16 +287,18 @@ class Sums:
                     raise self._wrong(term)
         return terms
 
-    def _terms(self, update: Update) -> "Iterator[Term]":
-        """Yield the terms of an update."""
-        for name, tensor in update.tensors.items():
+    def _terms(
+        self, update: Update, tensors: Mapping[str, Tensor], bits: int = PLAIN_BITS
+    ) -> "Iterator[Term]":
+        """Yield the terms of an update, from its tensors in full numbers or as they travelled."""
+        for name, tensor in tensors.items():
             p = self.arch.by_name[name]
-            yield Term(p, update.weights(p), tensor.detach().contiguous())
+            yield Term(p, update.weights(p), tensor.detach().contiguous(), bits)
 
     @staticmethod
     def _wrong(term: "Term") -> ReplyError:
         """Return the error of a term that cannot be summed."""
-        if not bool(term.tensor.isfinite().all()):
+        if not term.is_finite():
             return ReplyError(f"{term.parameter.name!r} holds values that are not finite")
         return ReplyError(f"{term.parameter.name!r} changes by more than can be summed")
 
@@ -286,11 +330,17 @@ class Sums:
     def _accumulate(self, term: "Term", factor: float) -> int:
         """Add a term times ``factor``; return how many elements are left out: too large to sum."""
         running, new = self._running(term.parameter), term.tensor.numpy()
-        wrong = 0
-        for count, rows, packed_rows in running.stretches(term.counts):
-            scale = factor * count * 2.0**self.fraction_bits
+        one, most, wrong = factor * 2.0**self.fraction_bits, self._most, 0
+        if term.quantized:
+            sizes = new[:, :SCALE_BYTES].copy().view(np.float32)[:, 0]  # [rows]
+            for count, rows, packed in running.stretches(term.counts):
+                into = running.total[rows], running.old[rows]
+                change = new[packed], sizes[packed], term.bits
+                wrong += accumulate_quantized(*into, *change, count * one, most)
+            return wrong
+        for count, rows, packed in running.stretches(term.counts):
             total, old = running.total[rows].ravel(), running.old[rows].ravel()
-            wrong += accumulate(total, old, new[packed_rows].ravel(), scale, self._most)
+            wrong += accumulate(total, old, new[packed].ravel(), count * one, most)
         return wrong
 
     def _count(self, update: Update, terms: "Iterable[Term]") -> None:

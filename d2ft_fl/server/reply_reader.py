@@ -7,7 +7,7 @@ is read here has the form that the assignment asks for. Its values are judged by
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,7 @@ from d2ft_fl.planning.assignment import Assignment
 from d2ft_fl.planning.importance import TENSOR
 from d2ft_fl.rounds.federation import Federation, State
 from d2ft_fl.subnets.packing import GlobalModel
+from d2ft_fl.subnets.schedule import Schedule
 from d2ft_fl.wire import blob as wire
 from d2ft_fl.wire.compensation import MEAN_PREFIX
 from d2ft_fl.wire.quantization import with_quantized_changes
@@ -207,17 +208,21 @@ class ReplyReader:
         return means
 
     def _update(self, assignment: Assignment, tensors: dict[str, Tensor]) -> Update:
-        """Return what a client trained, in full numbers again where changes were quantized."""
+        """Return what a client trained, as it travelled."""
         schedule = assignment.schedule
         bits = assignment.policy.bits_up or self.federation.config.upload_bits
-        if bits < PLAIN_BITS:
-            tensors = with_quantized_changes(
-                self.federation.arch, self._packed_model, schedule, tensors, bits
-            )
+        in_full = partial(self._in_full, schedule, bits) if bits < PLAIN_BITS else None
         takes_steps = self.federation.components.takes_steps
         step = assignment.policy.step if takes_steps else 1.0
         counted = counted_examples(self.federation, self.state, assignment)
-        return Update(schedule, counted, tensors, step)
+        return Update(schedule, counted, tensors, step, bits, in_full)
+
+    def _in_full(
+        self, schedule: Schedule, bits: int, tensors: Mapping[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """Return in full numbers what a client sent, of which some changes are quantized."""
+        arch = self.federation.arch
+        return with_quantized_changes(arch, self._packed_model, schedule, tensors, bits)
 
     @cached_property
     def _packed_model(self) -> GlobalModel:

@@ -115,6 +115,11 @@ class Parameter:
         """How many elements it has."""
         return math.prod(self.shape)
 
+    @cached_property
+    def row_width(self) -> int:
+        """How many elements a row of its slices has."""
+        return self.numel // self.shape[self.axis]
+
 
 @dataclass(frozen=True)
 class Architecture:
@@ -180,7 +185,7 @@ class Architecture:
         """Return elements of each subnet's slices of some parameters: int64 [blocks, heads]."""
         sizes = np.zeros((self.blocks, self.heads), dtype=np.int64)
         for p in filter(which, self.of_kind(Kind.SLICED)):
-            width = p.numel // p.shape[p.axis]
+            width = p.row_width
             sizes[p.block] += [width * len(rows) for rows in p.rows]
         return sizes
 

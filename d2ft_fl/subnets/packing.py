@@ -95,12 +95,13 @@ def _spec(
     arch: Architecture, schedule: Schedule, what: np.ndarray, trained: bool
 ) -> dict[str, tuple[int, ...]]:
     spec: dict[str, tuple[int, ...]] = {}
+    heads_of = [schedule.heads(what, block) for block in range(len(what))]
     for p in arch.parameters:
         if trained and not p.trains:
             continue
         if p.kind in (Kind.FINAL, Kind.EMBEDDING):
             spec[p.name] = p.shape
-        elif p.block >= 0 and (heads := schedule.heads(what, p.block)):
+        elif p.block >= 0 and (heads := heads_of[p.block]):
             ranks = schedule.trained_ranks(p.block) if trained and p.factor else None
             if ranks is not None:
                 spec[p.name] = p.ranked_shape(ranks)

@@ -57,7 +57,7 @@ def is_quantized(p: Parameter, bits: int) -> bool:
 
 def row_bytes(p: Parameter, bits: int) -> int:
     """Return the bytes of one row of a parameter's slices on the wire."""
-    width = p.numel // p.shape[p.axis]
+    width = p.row_width
     return SCALE_BYTES + -(-width * bits // 8) if is_quantized(p, bits) else ELEMENT * width
 
 
@@ -164,5 +164,5 @@ def dequantize(arch: Architecture, tensors: Mapping[str, Tensor], bits: int) -> 
     for name, tensor in tensors.items():
         p = arch.by_name.get(name)  # compensation is no parameter
         if p is not None and is_quantized(p, bits):
-            slices[name] = dequantize_rows(tensor, p.numel // p.shape[p.axis], bits)
+            slices[name] = dequantize_rows(tensor, p.row_width, bits)
     return slices

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -7,8 +9,9 @@ from hypothesis import strategies as st
 from d2ft_fl.aggregation.sums import Sums, Update
 from d2ft_fl.errors import ReplyError
 from d2ft_fl.subnets.architecture import Kind
-from d2ft_fl.subnets.packing import up_spec
+from d2ft_fl.subnets.packing import GlobalModel, up_spec
 from d2ft_fl.subnets.schedule import Operation, Schedule
+from d2ft_fl.wire.quantization import quantize_changes, with_quantized_changes
 from tests.conftest import build, random_schedule, weights_of
 
 MODEL, ARCH = build(depth=2)
@@ -27,6 +30,22 @@ def update(seed, schedule=None, examples=None, step=None):
             base = p.pack(base, schedule.heads(schedule.trained, p.block))
         tensors[name] = base + 0.1 * torch.randn(shape, generator=generator)
     return Update(schedule, examples or [3 + seed % 5, 2], tensors, step or 1 + seed % 3 / 4)
+
+
+def quantized(u, bits):
+    """The update as it travels in few bits, and in full numbers, as the server reads it."""
+    whole, sent = GlobalModel.of(ARCH, WEIGHTS), dict(u.tensors)
+    old = {
+        name: whole.take(ARCH.by_name[name], u.schedule.heads(u.schedule.trained, p.block))
+        for name in sent
+        if (p := ARCH.by_name[name]).kind is Kind.SLICED
+    }
+    sent |= quantize_changes(ARCH, old, sent, bits, torch.Generator().manual_seed(0))
+
+    def in_full(tensors):
+        return with_quantized_changes(ARCH, whole, u.schedule, tensors, bits)
+
+    return replace(u, sent=sent, bits=bits, in_full=in_full), u.holding(in_full(sent))
 
 
 def folded(updates):
@@ -93,6 +112,42 @@ def test_order_of_replies_does_not_matter(seeds, random):
     random.shuffle(updates)
     shuffled = folded(updates)
     assert all(torch.equal(shuffled[name], tensor) for name, tensor in expected.items())
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.lists(st.integers(0, 1000), min_size=1, max_size=4, unique=True), st.sampled_from([8, 4]))
+def test_quantized_changes_add_up_to_the_bits_that_full_numbers_do(seeds, bits):
+    few, full = zip(*(quantized(update(seed), bits) for seed in seeds), strict=True)
+    expected = folded(full)
+    assert all(torch.equal(expected[name], tensor) for name, tensor in folded(few).items())
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize(
+    "change,message",
+    [
+        (lambda rows: rows[:-1], "has shape"),
+        (lambda rows: rows.short(), "int16"),
+        (lambda rows: scaled(rows, float("nan")), "not finite"),
+        (lambda rows: scaled(rows, float("inf")), "not finite"),
+        (lambda rows: scaled(rows, 1e9), "more than can be summed"),
+    ],
+)
+def test_a_bad_quantized_change_is_refused_and_nothing_of_it_is_added(bits, change, message):
+    few, _ = quantized(update(7, Schedule.filled(Operation.FULL, SLOTS, 2, 4)), bits)
+    sums = Sums(ARCH, WEIGHTS, examples=1000)
+    sums.add(few)
+    before = sums.apply()
+    name = "blocks.1.mlp.fc2.weight"
+    with pytest.raises(ReplyError, match=message):
+        sums.add(replace(few, sent=few.sent | {name: change(few.sent[name].clone())}))
+    assert all(torch.equal(before[n], t) for n, t in sums.apply().items())
+
+
+def scaled(rows, scale):
+    """Quantized rows, of which the first has another scale."""
+    rows[0, :4] = torch.tensor([scale]).view(torch.uint8)
+    return rows
 
 
 def test_a_slice_nobody_trained_keeps_its_bits():
