@@ -22,7 +22,7 @@ from typing import Protocol
 import numpy as np
 from torch import Tensor
 
-from d2ft_fl.aggregation.sums import Update
+from d2ft_fl.aggregation.update import Update
 
 
 class Aggregator(Protocol):

@@ -43,7 +43,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from d2ft_fl.aggregation.sums import Sums, Update, validate
+from d2ft_fl.aggregation.sums import Sums
+from d2ft_fl.aggregation.update import Update, validate
 from d2ft_fl.config.choices import LORA_AGGREGATIONS, MIXED_RANK_AGGREGATIONS
 from d2ft_fl.errors import ConfigError
 from d2ft_fl.lora.config import FACTORS, delta, is_common, targeted

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from d2ft_fl.aggregation.keyed_noise import Noise
 from d2ft_fl.aggregation.privacy import Privacy
-from d2ft_fl.aggregation.sums import Sums, Update
+from d2ft_fl.aggregation.sums import Sums
+from d2ft_fl.aggregation.update import Update
 from d2ft_fl.subnets.architecture import Architecture, Kind, Parameter
 from d2ft_fl.subnets.schedule import Schedule
 

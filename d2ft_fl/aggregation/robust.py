@@ -36,7 +36,8 @@ import torch
 from torch import Tensor
 
 from d2ft_fl.aggregation.aggregator import Aggregator
-from d2ft_fl.aggregation.sums import Sums, Update, validate
+from d2ft_fl.aggregation.sums import Sums
+from d2ft_fl.aggregation.update import Update, validate
 from d2ft_fl.subnets.architecture import Architecture, Kind, Parameter
 from d2ft_fl.wire import blob
 

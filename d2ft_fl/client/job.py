@@ -14,11 +14,16 @@ from d2ft_fl.engine.partial_model import Offsets
 from d2ft_fl.rounds.federation import Federation
 from d2ft_fl.rounds.messages import Message
 from d2ft_fl.subnets.architecture import Architecture, Kind
-from d2ft_fl.subnets.packing import pack_for
 from d2ft_fl.subnets.schedule import Schedule
 from d2ft_fl.wire import parameter_cache
 from d2ft_fl.wire.parameter_cache import ParameterCache
-from d2ft_fl.wire.quantization import dequantize, is_quantized, quantize, quantize_changes
+from d2ft_fl.wire.quantization import (
+    Arriving,
+    dequantize,
+    is_quantized,
+    quantize,
+    quantize_changes,
+)
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,14 +66,6 @@ class Job:
         return self.stage.costs_when(self.compensated, message.calibrates, message.policy)
 
     @property
-    def takes_slices_in_place(self) -> bool:
-        """Whether the model takes its slices from a global model at hand, without a copy between.
-
-        Probes need the slices of every head, and quantized ones differ from the global model's.
-        """
-        return not self.message.probes and self.costs.bits_down == PLAIN_BITS
-
-    @property
     def quantizes_changes(self) -> bool:
         """Whether changes travel back in fewer bits than values have."""
         return self.costs.bits_up < PLAIN_BITS
@@ -90,31 +87,20 @@ class Job:
             return len(blob)
         return self.message.whole_size(self.arch, weights, tensors, self.costs.bits_down)
 
-    def complete(
-        self,
-        tensors: dict[str, Tensor],
-        weights: Mapping[str, Tensor] | None,
-        cache: ParameterCache,
-    ) -> dict[str, Tensor]:
+    def complete(self, tensors: dict[str, Tensor], cache: ParameterCache) -> dict[str, Tensor]:
         """Add the slices that did not come with the message, and undo quantization.
-
-        A global model at hand gives the slices as they would have travelled; none where the model
-        takes them in place.
 
         Args:
             tensors: What came with the message, by name.
-            weights: The global model, where it is at hand.
             cache: Fixed parameters that came in earlier rounds.
 
         Returns:
             Packed slices and compensation, by name.
         """
         message, arch, bits = self.message, self.arch, self.costs.bits_down
-        if weights is None and message.cached is not None:
+        if message.cached is not None:
             digests = parameter_cache.read(message.carried, message.digests)
             tensors = cache.complete(arch, message.carried, tensors, message.cached, digests)
-        elif weights is not None and not self.takes_slices_in_place:
-            tensors |= quantize(arch, pack_for(arch, weights, message.carried), bits)
         return dequantize(arch, tensors, bits)
 
     def as_sent_down(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -126,6 +112,16 @@ class Job:
         bits_up, by_name = self.costs.bits_up, self.arch.by_name
         slices = {n: t for n, t in values.items() if is_quantized(by_name[n], bits_up)}
         return quantize(self.arch, slices, self.costs.bits_down)
+
+    def taken_from(self, whole: Arriving) -> dict[str, Tensor]:
+        """Return :meth:`as_sent_down` of a global model's slices, without quantizing them again."""
+        schedule, bits_up = self.message.schedule, self.costs.bits_up
+        return {
+            p.name: whole.as_sent_down.take(p, heads)
+            for p in self.arch.of_kind(Kind.SLICED)
+            if is_quantized(p, bits_up) and p.trains
+            if (heads := schedule.heads(schedule.trained, p.block))
+        }
 
     def quantized_changes(
         self, before: Mapping[str, Tensor], trained: Mapping[str, Tensor], seed: Sequence[int]
@@ -139,8 +135,8 @@ class Job:
         """
         draw = np.random.default_rng([*seed, 2])
         generator = torch.Generator().manual_seed(int(draw.integers(2**62)))
-        values = dequantize(self.arch, before, self.costs.bits_down)
-        return quantize_changes(self.arch, values, trained, self.costs.bits_up, generator)
+        bits = self.costs.bits_up, self.costs.bits_down
+        return quantize_changes(self.arch, before, trained, bits[0], generator, bits[1])
 
 
 def narrowed(

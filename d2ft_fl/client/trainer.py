@@ -41,6 +41,7 @@ from d2ft_fl.subnets.packing import GlobalModel
 from d2ft_fl.util.torch_device import free_memory, set_threads, warm_up
 from d2ft_fl.wire import blob as wire
 from d2ft_fl.wire.parameter_cache import ParameterCache
+from d2ft_fl.wire.quantization import Arriving
 
 
 @lru_cache(maxsize=1)
@@ -62,7 +63,8 @@ class ClientTrainer:
         self.budgets = self.components.budget_source
         self.store = ParameterCache.default()
         self.store.prune()
-        self._laid_out: tuple[Architecture, Mapping[str, Tensor], GlobalModel] | None = None
+        # A round's architecture and global model, and this as it arrives by the bits it travels in.
+        self._laid_out: tuple[Architecture, Mapping[str, Tensor], dict[int, Arriving]] | None = None
 
     @cached_property
     def _adapter(self) -> ModelAdapter:
@@ -138,17 +140,19 @@ class ClientTrainer:
         if job.message.keeps:
             self._refuse_unless_it_fits(job)
         bytes_down = job.bytes_down(blob, tensors, weights)
-        tensors = job.complete(tensors, weights, self.store)
+        whole = None if weights is None else self._lay_out(job, weights)
+        tensors = job.complete(tensors, self.store) if whole is None else whole.model.tensors
         chosen = self.examples.choose(job.message)
         self.meter.start()
         scores: dict[str, Tensor] = {}
         if job.message.probes:
             chosen, scores = self._probe(job, tensors, chosen)
-            tensors = narrowed(job.arch, tensors, job.message.schedule)
+            if whole is None:
+                tensors = narrowed(job.arch, tensors, job.message.schedule)
         options = self._training_options(job.message)
-        self._load(job, tensors, offsets, weights, options)
+        self._load(job, tensors if whole is None else whole.model, offsets, options)
         del tensors, offsets  # the model has copies
-        before, sent_down = self._values_before(job)
+        before, sent_down = self._values_before(job, whole)
         training_started = time.perf_counter()
         loss, trained = self._train_and_pack(job, options, chosen, before, sent_down)
         reply = {
@@ -221,9 +225,8 @@ class ClientTrainer:
     def _load(
         self,
         job: Job,
-        tensors: dict[str, Tensor],
+        source: dict[str, Tensor] | GlobalModel,
         offsets: dict[int, Offsets],
-        weights: Mapping[str, Tensor] | None,
         options: TrainingOptions,
     ) -> None:
         """Reset the model to what a message's schedule needs, with the values that came."""
@@ -231,26 +234,31 @@ class ClientTrainer:
         model.numerics, model.tokens = Numerics.of(options), job.message.policy.tokens
         if model.arch is not job.arch:
             model.tune(job.arch)
-        source: dict[str, Tensor] | GlobalModel = tensors
-        if weights is not None and job.takes_slices_in_place:
-            source = self._lay_out(job.arch, weights)
         reset = partial(model.reset, job.message.schedule, source, offsets)
         if job.arch.rank:  # LoRA's factors are multiplied out, which costs FLOPs
             self.meter.count(reset)
         else:
             reset()
 
-    def _lay_out(self, arch: Architecture, weights: Mapping[str, Tensor]) -> GlobalModel:
-        """Return the global model laid out for taking slices, once a round."""
-        laid_out = self._laid_out
+    def _lay_out(self, job: Job, weights: Mapping[str, Tensor]) -> Arriving:
+        """Return the global model as it arrives, laid out for taking slices, once a round."""
+        arch, bits, laid_out = job.arch, job.costs.bits_down, self._laid_out
         if laid_out is None or laid_out[0] is not arch or laid_out[1] is not weights:
             self._laid_out = laid_out = None  # the old one goes before a new one comes
             self.model.let_go()
-            self._laid_out = laid_out = arch, weights, GlobalModel.of(arch, weights)
-        return laid_out[2]
+            self._laid_out = laid_out = arch, weights, {}
+        if bits not in laid_out[2]:
+            laid_out[2][bits] = Arriving.of(arch, weights, bits)
+        return laid_out[2][bits]
 
-    def _values_before(self, job: Job) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    def _values_before(
+        self, job: Job, whole: Arriving | None
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """Copy what :meth:`_train_and_pack` needs of the values before training.
+
+        Args:
+            job: The message.
+            whole: The global model, where it is at hand.
 
         Returns:
             Packed slices by name, for a hostile client only, and those whose changes travel
@@ -258,8 +266,11 @@ class ClientTrainer:
             model trains.
         """
         hostile = self.config.hostile(job.message.client)
-        before = self._values() if hostile or job.quantizes_changes else {}
-        sent_down = job.as_sent_down(before) if job.quantizes_changes else {}
+        quantizes = job.quantizes_changes
+        before = self._values() if hostile or (quantizes and whole is None) else {}
+        sent_down: dict[str, Tensor] = {}
+        if quantizes:
+            sent_down = job.as_sent_down(before) if whole is None else job.taken_from(whole)
         return before if hostile else {}, sent_down
 
     def _train_and_pack(

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from d2ft_fl.aggregation.mean_compensation import MeanSums
-from d2ft_fl.aggregation.sums import Update
+from d2ft_fl.aggregation.update import Update
 from d2ft_fl.config.choices import PLAIN_BITS
 from d2ft_fl.costs.resources import Cost
 from d2ft_fl.errors import ReplyError

@@ -16,7 +16,9 @@ never changes and the classifier travel as they are.
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,6 +30,7 @@ from d2ft_fl.subnets.schedule import Schedule
 from d2ft_fl.wire.sizes import ELEMENT
 
 SCALE_BYTES = 4
+BLOCK = 1 << 16  # numbers that are quantized at a time: what they need stays in a core's cache
 
 
 def check_bits(up: int, down: int) -> None:
@@ -61,23 +64,65 @@ def row_bytes(p: Parameter, bits: int) -> int:
     return SCALE_BYTES + -(-width * bits // 8) if is_quantized(p, bits) else ELEMENT * width
 
 
-def quantize_rows(rows: Tensor, bits: int, generator: torch.Generator | None = None) -> Tensor:
-    """Quantize numbers [rows, width]: uint8 [rows, bytes].
+def quantize_rows(
+    rows: Tensor,
+    bits: int,
+    generator: torch.Generator | None = None,
+    before: Tensor | None = None,
+    bits_before: int = PLAIN_BITS,
+) -> Tensor:
+    """Quantize numbers [rows, width], or how they changed: uint8 [rows, bytes].
 
     Args:
         rows: Numbers: float32 [rows, width].
         bits: Of a number: 4 or 8.
         generator: Draws what is rounded up; None to round to what is nearest.
+        before: What ``rows`` were, to quantize changes: float32 [rows, width], or quantized.
+        bits_before: Of a number of ``before``.
+    """
+    count, width = rows.shape
+    quantized = torch.empty(count, SCALE_BYTES + -(-width * bits // 8), dtype=torch.uint8)
+    size = max(1, BLOCK // max(1, width))
+    steps, draws = torch.empty(2, min(size, count), width)
+    for start in range(0, count, size):
+        here = slice(start, start + size)
+        block = rows[here]
+        of_block = steps[: len(block)]
+        if before is not None:
+            old = before[here]
+            if bits_before < PLAIN_BITS:
+                old = dequantize_rows(old, width, bits_before)
+            block = torch.sub(block, old, out=of_block)
+        up = 0.5 if generator is None else draws[: len(block)].uniform_(generator=generator)
+        _quantize_block(block, bits, up, of_block, quantized[here])
+    return quantized
+
+
+def _quantize_block(
+    block: Tensor, bits: int, up: Tensor | float, steps: Tensor, into: Tensor
+) -> None:
+    """Quantize a few rows.
+
+    Args:
+        block: Numbers: float32 [rows, width].
+        bits: Of a number.
+        up: What is added before numbers are rounded down: [rows, width], or for all.
+        steps: Is overwritten; may be ``block``.
+        into: Where the quantized rows go: uint8 [rows, bytes].
     """
     largest = 2 ** (bits - 1) - 1
-    scale = rows.abs().amax(dim=1, keepdim=True) / largest  # [rows, 1]
-    steps = rows / torch.where(scale > 0, scale, 1.0)
-    up = 0.5 if generator is None else torch.rand(steps.shape, generator=generator)
-    numbers = ((steps + up).floor_().clamp_(-largest, largest) + largest).to(torch.uint8)
+    scale = block.abs().amax(dim=1, keepdim=True).div_(largest)  # [rows, 1]
+    torch.div(block, torch.where(scale > 0, scale, 1.0), out=steps)
+    steps.add_(up).floor_().clamp_(-largest, largest).add_(largest)
+    into[:, :SCALE_BYTES] = scale.view(torch.uint8)
+    numbers = into[:, SCALE_BYTES:]
     if bits == 4:
-        numbers = torch.nn.functional.pad(numbers, (0, numbers.shape[1] % 2))
-        numbers = numbers[:, ::2] | numbers[:, 1::2] << 4
-    return torch.cat([scale.view(torch.uint8), numbers], dim=1)
+        numbers = torch.zeros(len(steps), 2 * numbers.shape[1], dtype=torch.uint8)
+    with np.errstate(invalid="ignore"):  # in rows that are not finite, which their scales tell
+        # They are whole numbers. torch converts them one by one, four times slower than numpy.
+        np.copyto(numbers[:, : steps.shape[1]].numpy(), steps.numpy(), casting="unsafe")
+    if bits == 4:
+        torch.bitwise_or(numbers[:, ::2], numbers[:, 1::2] << 4, out=into[:, SCALE_BYTES:])
 
 
 def dequantize_rows(quantized: Tensor, width: int, bits: int) -> Tensor:
@@ -86,7 +131,7 @@ def dequantize_rows(quantized: Tensor, width: int, bits: int) -> Tensor:
     numbers = quantized[:, SCALE_BYTES:]
     if bits == 4:
         numbers = torch.stack([numbers & 15, numbers >> 4], dim=2).flatten(1)[:, :width]
-    return scale * (numbers.float() - (2 ** (bits - 1) - 1))
+    return numbers.float().sub_(2 ** (bits - 1) - 1).mul_(scale)
 
 
 def quantize_changes(
@@ -95,21 +140,24 @@ def quantize_changes(
     new: Mapping[str, Tensor],
     bits: int,
     generator: torch.Generator,
+    bits_old: int = PLAIN_BITS,
 ) -> dict[str, Tensor]:
     """Quantize the changes of packed slices, by name; slices that travel as they are are left out.
 
     Args:
         arch: The architecture.
-        old: Packed slices before training.
+        old: Packed slices before training, as :func:`quantize` has them at ``bits_old``.
         new: Packed slices after it.
         bits: Of a number.
         generator: Draws what is rounded up.
+        bits_old: Of a number of ``old``.
     """
-    return {
-        name: quantize_rows(new[name] - tensor, bits, generator)
-        for name, tensor in old.items()
-        if is_quantized(arch.by_name[name], bits)
-    }
+    changes = {}
+    for p in arch.of_kind(Kind.SLICED):  # in one order always: all draw from one generator
+        if p.name in old and is_quantized(p, bits):
+            before = bits_old if is_quantized(p, bits_old) else PLAIN_BITS
+            changes[p.name] = quantize_rows(new[p.name], bits, generator, old[p.name], before)
+    return changes
 
 
 def with_quantized_changes(
@@ -156,6 +204,28 @@ def quantize(arch: Architecture, tensors: Mapping[str, Tensor], bits: int) -> di
         name: quantize_rows(tensor, bits) if is_quantized(arch.by_name[name], bits) else tensor
         for name, tensor in tensors.items()
     }
+
+
+@dataclass(frozen=True, eq=False)
+class Arriving:
+    """A whole model as clients get it, laid out for taking slices.
+
+    Attributes:
+        model: The values that arrive, in full numbers.
+        as_sent_down: The values quantized: what clients count changes from.
+    """
+
+    model: GlobalModel
+    as_sent_down: GlobalModel
+
+    @classmethod
+    def of(cls, arch: Architecture, weights: Mapping[str, Tensor], bits: int) -> "Arriving":
+        """Lay out weights that travel down in some bits a number."""
+        model = GlobalModel.of(arch, weights)
+        if bits == PLAIN_BITS:
+            return cls(model, model)
+        arrived = dequantize(arch, quantize(arch, model.tensors, bits), bits)
+        return cls(GlobalModel(arrived), GlobalModel(quantize(arch, arrived, bits)))
 
 
 def dequantize(arch: Architecture, tensors: Mapping[str, Tensor], bits: int) -> dict[str, Tensor]:

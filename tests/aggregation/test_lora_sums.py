@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from d2ft_fl.aggregation.lora_sums import LoraSums, effective_rows, frozen
-from d2ft_fl.aggregation.sums import Update
+from d2ft_fl.aggregation.update import Update
 from d2ft_fl.config.choices import LORA_AGGREGATIONS
 from d2ft_fl.errors import ConfigError, ReplyError
 from d2ft_fl.lora.config import Lora, factor_name, is_common, targeted, with_lora

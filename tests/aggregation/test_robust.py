@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from d2ft_fl.aggregation.robust import ROBUST, RobustSums, clipped, mixed
-from d2ft_fl.aggregation.sums import Sums, Update
+from d2ft_fl.aggregation.sums import Sums
+from d2ft_fl.aggregation.update import Update
 from d2ft_fl.errors import ConfigError, ReplyError
 from d2ft_fl.records.run_folder import read_rows
 from d2ft_fl.rounds.checks import checked_options

@@ -7,7 +7,8 @@ from flwr.app import Array, ArrayRecord
 from flwr.serverapp import strategy as flower
 
 from d2ft_fl.aggregation.server_optimizer import ServerOptimizer
-from d2ft_fl.aggregation.sums import Sums, Update
+from d2ft_fl.aggregation.sums import Sums
+from d2ft_fl.aggregation.update import Update
 from d2ft_fl.errors import ConfigError
 from d2ft_fl.rounds.checks import checked, checked_options
 from d2ft_fl.runtime.in_process import run_local

@@ -6,7 +6,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from d2ft_fl.aggregation.sums import Sums, Update
+from d2ft_fl.aggregation.sums import Sums
+from d2ft_fl.aggregation.update import Update
 from d2ft_fl.errors import ReplyError
 from d2ft_fl.subnets.architecture import Kind
 from d2ft_fl.subnets.packing import GlobalModel, up_spec

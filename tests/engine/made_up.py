@@ -24,7 +24,8 @@ import torch.nn.functional as F  # noqa: E402
 from torch import nn  # noqa: E402
 
 from d2ft_fl.aggregation.mean_compensation import MeanBook, MeanSums  # noqa: E402
-from d2ft_fl.aggregation.sums import Sums, Update  # noqa: E402
+from d2ft_fl.aggregation.sums import Sums  # noqa: E402
+from d2ft_fl.aggregation.update import Update  # noqa: E402
 from d2ft_fl.budgets.budget import Budget  # noqa: E402
 from d2ft_fl.config.run_config import RunConfig  # noqa: E402
 from d2ft_fl.config.training_options import TrainingOptions  # noqa: E402

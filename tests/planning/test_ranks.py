@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from d2ft_fl.aggregation.lora_sums import LoraSums, effective_rows, widened
-from d2ft_fl.aggregation.sums import Update
+from d2ft_fl.aggregation.update import Update
 from d2ft_fl.bench.step import saved_bytes
 from d2ft_fl.budgets.budget import UNLIMITED, Budget
 from d2ft_fl.costs.resources import RESOURCES
