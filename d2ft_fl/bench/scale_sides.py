@@ -1,11 +1,12 @@
 """What ``d2ft bench scale`` compares with: the bare floor, and plain Flower's FedAvg.
 
-    python -c "from d2ft_fl.bench.scale_sides import main; main()" floor|flower JOB
+    python -c "from d2ft_fl.bench.scale_sides import main; main()" SIDE JOB
 
-(not as ``__main__``, which workers would not find). JOB is a :class:`Job` as JSON. Each round's
-seconds go to standard output, a JSON line each. Both train the unmodified timm model, everything
-but its embedding, with AdamW, on the same images as the project does, in as many processes of one
-thread as there are workers.
+(not as ``__main__``, which workers would not find). SIDE is ``floor``, ``products`` for the floor
+with the project's matrix products, or ``flower``; JOB is a :class:`Job` as JSON. Each round's
+seconds go to standard output, a JSON line each, after a short round that is not timed. All train
+the unmodified timm model, everything but its embedding, with AdamW, on the same images as the
+project does, in as many processes of one thread as there are workers.
 """
 
 import json
@@ -14,15 +15,16 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from d2ft_fl.config.run_config import RunConfig
 from d2ft_fl.data.federated_data import FederatedData, open_data
+from d2ft_fl.engine.matmul import times
 from d2ft_fl.models.build import build_adapter
 from d2ft_fl.rounds.components import Components
 from d2ft_fl.subnets.architecture import Kind
@@ -39,7 +41,7 @@ class Job:
         clients: How many clients take part in a round.
         examples: Examples of each client, all of which it trains on once a round.
         batch_size: Examples of a step.
-        rounds: Rounds that count; one more comes before them.
+        rounds: Rounds that count; another one comes before them, short where it can be.
         workers: Processes that train.
     """
 
@@ -77,10 +79,38 @@ class Job:
         return json.dumps(asdict(self))
 
 
-class Trainer:
-    """A plain client, which trains the whole timm model for one epoch."""
+class Product(torch.autograd.Function):
+    """A linear layer by :func:`~d2ft_fl.engine.matmul.times`, as the project multiplies."""
 
-    def __init__(self, job: Job):
+    @staticmethod
+    def forward(ctx: Any, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """Return ``inputs @ weight.T + bias``: [..., columns]."""
+        ctx.save_for_backward(inputs, weight)
+        ctx.biased = bias is not None
+        return times(inputs.flatten(0, -2), weight.t(), bias).view(*inputs.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        """Return the gradients that are needed of inputs, weight and bias."""
+        inputs, weight = ctx.saved_tensors
+        rows = grad.flatten(0, -2)
+        through = times(rows, weight).view_as(inputs) if ctx.needs_input_grad[0] else None
+        return through, times(rows.t(), inputs.flatten(0, -2)), rows.sum(0) if ctx.biased else None
+
+
+def _by_product(layer: nn.Linear, inputs: Tensor) -> Tensor:
+    return Product.apply(inputs, layer.weight, layer.bias)
+
+
+class Trainer:
+    """A plain client, which trains the whole timm model for one epoch.
+
+    Args:
+        job: What to train.
+        same_products: Whether linear layers multiply as the project does.
+    """
+
+    def __init__(self, job: Job, same_products: bool = False):
         config = job.config()
         set_threads(1)
         self.batch_size, self.config = job.batch_size, config
@@ -89,6 +119,10 @@ class Trainer:
         for name, parameter in self.model.named_parameters():
             parameter.requires_grad_(arch.by_name[name].kind is not Kind.EMBEDDING)
         self.trained = [p for p in self.model.parameters() if p.requires_grad]
+        if same_products:
+            for layer in self.model.modules():
+                if isinstance(layer, nn.Linear):
+                    layer.forward = partial(_by_product, layer)  # type: ignore[method-assign]
 
     def batches(self, data: FederatedData, client: int) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield a client's examples in batches, in order."""
@@ -116,13 +150,18 @@ def data_of(job: Job) -> FederatedData:
 # -- the floor: plain processes that train and average -------------------------------------------
 
 
-def floor(job: Job) -> None:
-    """Run rounds of plain processes, each of which trains its share of clients and sums changes."""
+def floor(job: Job, same_products: bool = False) -> None:
+    """Run rounds of plain processes, each of which trains its share of clients and sums changes.
+
+    Args:
+        job: What to do.
+        same_products: Whether linear layers multiply as the project does.
+    """
     context = multiprocessing.get_context("spawn")
     pipes, processes = [], []
     for rank in range(job.workers):
         ours, theirs = context.Pipe()
-        process = context.Process(target=_floor_worker, args=(job, rank, theirs))
+        process = context.Process(target=_floor_worker, args=(job, rank, theirs, same_products))
         process.start()
         pipes.append(ours)
         processes.append(process)
@@ -134,23 +173,24 @@ def floor(job: Job) -> None:
     for pipe in pipes:
         pipe.send(weights)
     total = job.clients * job.examples
-    for _ in range(job.rounds + 1):
+    for number in range(job.rounds + 1):
         started = time.perf_counter()
         for pipe in pipes:
-            pipe.send(True)
+            pipe.send(job.clients if number else 1)
         for pipe in pipes:
             pipe.recv()
         for name, tensor in weights.items():
             tensor.add_(sum(sums[name] for sums in shared), alpha=1 / total)
-        print(json.dumps(time.perf_counter() - started), flush=True)
+        if number:
+            print(json.dumps(time.perf_counter() - started), flush=True)
     for pipe in pipes:
-        pipe.send(False)
+        pipe.send(0)
     for process in processes:
         process.join()
 
 
-def _floor_worker(job: Job, rank: int, pipe: Any) -> None:
-    trainer, data = Trainer(job), data_of(job)
+def _floor_worker(job: Job, rank: int, pipe: Any, same_products: bool) -> None:
+    trainer, data = Trainer(job, same_products), data_of(job)
     clients = range(rank, job.clients, job.workers)
     for client in clients:  # decoded before anything is timed
         next(trainer.batches(data, client))
@@ -159,10 +199,10 @@ def _floor_worker(job: Job, rank: int, pipe: Any) -> None:
     pipe.send(True)
     pipe.send(sums)
     weights = pipe.recv()
-    while pipe.recv():
+    while most := pipe.recv():
         for tensor in sums.values():
             tensor.zero_()
-        for client in clients:
+        for client in clients[:most]:
             with torch.no_grad():
                 for name, parameter in trainer.model.named_parameters():
                     parameter.copy_(weights[name])
@@ -204,18 +244,22 @@ def flower(job: Job) -> None:
         return Message(RecordDict({"arrays": arrays, "metrics": metrics}), reply_to=message)
 
     class Timed(FedAvg):
-        """FedAvg that prints how long its rounds take."""
+        """FedAvg that prints how long its rounds take, all but the first, in which few train."""
 
-        def configure_train(self, *args: Any) -> Any:
+        def configure_train(self, server_round: int, *args: Any) -> Any:
+            self.expected = min(job.clients, job.workers) if server_round == 1 else job.clients
+            self.fraction_train = self.expected / job.clients
+            self.min_train_nodes = self.expected
             self.started = time.perf_counter()
-            return super().configure_train(*args)
+            return super().configure_train(server_round, *args)
 
         def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> Any:
             replies = list(replies)
-            if any(reply.has_error() for reply in replies) or len(replies) != job.clients:
+            if any(reply.has_error() for reply in replies) or len(replies) != self.expected:
                 raise RuntimeError("a client failed")
             aggregated = super().aggregate_train(server_round, replies)
-            print(json.dumps(time.perf_counter() - self.started), flush=True)
+            if server_round > 1:
+                print(json.dumps(time.perf_counter() - self.started), flush=True)
             return aggregated
 
     @server_app.main()
@@ -230,5 +274,5 @@ def flower(job: Job) -> None:
 
 def main() -> None:
     """Run the side that the command line names."""
-    sides = {"floor": floor, "flower": flower}
+    sides = {"floor": floor, "products": partial(floor, same_products=True), "flower": flower}
     sides[sys.argv[1]](Job(**json.loads(sys.argv[2])))

@@ -131,11 +131,16 @@ def scale_command(
         int, typer.Option(help="Pixels; 0 keeps the model's own, -1 is 64, or that of vit_glyphs.")
     ] = -1,
     batch_size: Annotated[int, typer.Option(help="Examples of a step.")] = 32,
-    rounds: Annotated[int, typer.Option(help="Of a run, besides one before them.")] = 3,
-    repeats: Annotated[int, typer.Option(help="Runs of each side, in turns.")] = 2,
+    rounds: Annotated[int, typer.Option(help="Of a run, besides one before them.")] = 2,
+    repeats: Annotated[int, typer.Option(help="Runs of each side, in turns, at most.")] = 3,
+    seconds: Annotated[
+        float, typer.Option(help="No side is run again that would end later than that.")
+    ] = 170.0,
     side: Annotated[
         list[str] | None,
-        typer.Option(help="floor, flower, full or d2ft; may be repeated. By default all."),
+        typer.Option(
+            help="floor, products, flower, full or d2ft; may be repeated. By default all."
+        ),
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print figures as JSON only.")] = False,
 ) -> None:
@@ -148,7 +153,7 @@ def scale_command(
             image_size = 0 if model == GLYPH_NAME else 64
         step = scale.ScaleBench(
             clients, examples, model, image_size, batch_size, rounds, repeats,
-            tuple(side or scale.SIDES),
+            tuple(side or scale.SIDES), seconds,
         ).check()  # fmt: skip
         task = progress.add_task("measuring", total=repeats * len(step.sides))
 

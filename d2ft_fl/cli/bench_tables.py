@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 SIDE_NAMES = {
     "floor": "floor: plain processes that train and average",
+    "products": "the floor with this project's matrix products",
     "flower": "Flower's FedAvg, quickstart client",
     "full": "this project, everything FULL",
     "d2ft": "this project, d2ft at 60 % compute, 50 % bytes",
@@ -96,6 +97,9 @@ def scale_table(found: dict[str, Any]) -> None:
         "the last columns are peaks of resident memory"
     )
     for key, label in (
+        ("own_ratio", "d2ft over everything FULL"),
+        ("flop_ratio", "FLOPs of d2ft over those of everything FULL"),
+        ("same_products_floor_ratio", "everything FULL over the floor with its products"),
         ("floor_ratio", "everything FULL over the floor"),
         ("full_flower_ratio", "everything FULL over Flower's FedAvg"),
         ("flower_fedavg_ratio", "d2ft over Flower's FedAvg"),
@@ -103,6 +107,8 @@ def scale_table(found: dict[str, Any]) -> None:
     ):
         if found[key] is not None:
             say(f"{label}: {found[key]:.3f}")
+    if found["policy"] is not None:
+        say(f"d2ft's policy: {found['policy']}")
     if found["milliseconds_beyond_training"] is not None:
         say(f"a FULL client beyond its training: {found['milliseconds_beyond_training']:.1f} ms")
 

@@ -81,7 +81,7 @@ class ExecutionPolicy:
         rate: What the learning rates of all but the classifier are multiplied by.
         weight: What each of its examples counts when means are taken.
         step: What the server multiplies the client's change by; see :class:`Update
-            <d2ft_fl.aggregation.sums.Update>`.
+            <d2ft_fl.aggregation.update.Update>`.
         batch: Examples of a step, one a slot at least: fewer of them make more steps.
     """
 
