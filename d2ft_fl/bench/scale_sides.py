@@ -13,7 +13,7 @@ import json
 import multiprocessing
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import lru_cache, partial
 from typing import Any
@@ -90,7 +90,7 @@ class Product(torch.autograd.Function):
         return times(inputs.flatten(0, -2), weight.t(), bias).view(*inputs.shape[:-1], -1)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients that are needed of inputs, weight and bias."""
         inputs, weight = ctx.saved_tensors
         rows = grad.flatten(0, -2)
@@ -274,5 +274,6 @@ def flower(job: Job) -> None:
 
 def main() -> None:
     """Run the side that the command line names."""
+    sides: dict[str, Callable[[Job], None]]
     sides = {"floor": floor, "products": partial(floor, same_products=True), "flower": flower}
     sides[sys.argv[1]](Job(**json.loads(sys.argv[2])))
