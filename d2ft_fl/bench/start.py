@@ -160,9 +160,9 @@ def minimal_flower() -> float:
 
 
 def worker() -> None:
-    """Train a round of the default job in one worker process, and print that process's memory.
+    """Train one client of the default job in a worker process, and print that process's memory.
 
-    One JSON object: bytes of its own that it has written to, and bytes of its model.
+    One JSON object: bytes of its own that it has written to, and how many tensors took at most.
     """
     from d2ft_fl.rounds.checks import checked
     from d2ft_fl.runtime.in_process import run_local
@@ -177,8 +177,10 @@ def worker() -> None:
 
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "run"
-        run_local(checked(RunConfig(rounds=1, run_folder=str(folder))), look, False, workers=1)
-        found["model"] = (folder / "model.safetensors").stat().st_size
+        config = RunConfig(rounds=1, sample_clients=1, run_folder=str(folder))
+        run_local(checked(config), look, False, workers=1)
+        client = json.loads((folder / "clients.jsonl").read_text().splitlines()[0])
+        found["tensors"] = client["used"]["memory"]
     print(json.dumps(found))
 
 

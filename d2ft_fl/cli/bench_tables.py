@@ -143,7 +143,7 @@ def start_table(found: dict[str, Any]) -> None:
         say(f"round 1 through Flower over Flower's smallest app: {found['flower_ratio']:.3f}")
     if "worker_private_dirty" in found:
         say(
-            f"a worker's private memory after a round: "
+            f"a worker's private memory after its first client: "
             f"{quantity(found['worker_private_dirty'], 'B')}, "
-            f"its model {quantity(found['worker_model'], 'B')}"
+            f"of which tensors took up to {quantity(found['worker_tensors'], 'B')}"
         )
