@@ -20,6 +20,11 @@ from d2ft_fl.engine.saved_activations import NOTHING_SAVED, SavedActivations
 SharedGradients = dict[str, Tensor]
 
 
+# Wants a gradient, which it never gets: what trains may be sliced parameters alone, whose gradients
+# are written where they belong, and autograd is to come by all the same.
+ANCHOR = torch.empty(0, requires_grad=True)
+
+
 @dataclass(frozen=True)
 class GroupRun:
     """One run of a head group on its examples.
@@ -141,11 +146,7 @@ class GroupRun:
 
 
 class In(torch.autograd.Function):
-    """The products in: y [rows, dim] to what each of them makes, [rows, width].
-
-    ``anchor`` wants a gradient, which it never gets: what trains may be sliced parameters alone,
-    whose gradients are written where they belong, and autograd is to come by all the same.
-    """
+    """The products in: y [rows, dim] to what each of them makes, [rows, width]."""
 
     @staticmethod
     def forward(
@@ -154,7 +155,8 @@ class In(torch.autograd.Function):
         """Multiply y by the weights; ``far`` is the LoRA factor that heads share."""
         hs, saved = run.inward(y, _shared(run, 0, far))
         ctx.run = run
-        ctx.save_for_backward(y if run.keeps_y else None, far, *saved)
+        ctx.plain = saved is NOTHING_SAVED
+        ctx.save_for_backward(y if run.keeps_y else None, far, *(() if ctx.plain else saved))
         return tuple(hs)
 
     @staticmethod
@@ -162,9 +164,8 @@ class In(torch.autograd.Function):
         """Return gradients of y and of the shared factor."""
         y, far, *saved = ctx.saved_tensors
         shared = _shared(ctx.run, 0, far)
-        dy, grads = ctx.run.inward_gradients(
-            SavedActivations(*saved), y, dhs, shared, ctx.needs_input_grad[2]
-        )
+        kept = NOTHING_SAVED if ctx.plain else SavedActivations(*saved)
+        dy, grads = ctx.run.inward_gradients(kept, y, dhs, shared, ctx.needs_input_grad[2])
         return None, None, dy, _of_far(grads, far)
 
 
@@ -185,15 +186,17 @@ class Out(torch.autograd.Function):
         total, saved = run.outward(z, bias, into, _shared(run, 1, far))
         zs = run.kept_z(z, saved)
         ctx.run, ctx.bias_type = run, None if bias is None else bias.dtype
-        ctx.save_for_backward(far, *saved, *zs)
+        ctx.plain = saved is NOTHING_SAVED
+        ctx.save_for_backward(far, *(() if ctx.plain else saved), *zs)
         return total
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         """Return gradients of z, of the bias and of the shared factor."""
         far, *rest = ctx.saved_tensors
-        fields = len(SavedActivations._fields)
-        saved, zs = SavedActivations(*rest[:fields]), rest[fields:]
+        fields = 0 if ctx.plain else len(SavedActivations._fields)
+        saved = SavedActivations(*rest[:fields]) if fields else NOTHING_SAVED
+        zs = rest[fields:]
         shared = _shared(ctx.run, 1, far)
         dz, grads = ctx.run.outward_gradients(saved, zs, g, shared, ctx.needs_input_grad[2])
         db = g.sum(0, dtype=ctx.bias_type) if ctx.needs_input_grad[3] else None

@@ -18,8 +18,8 @@ from torch.utils.flop_counter import register_flop_formula
 from d2ft_fl.config.choices import PRODUCTS
 from d2ft_fl.errors import ConfigError
 
-# Below so many multiplications, what comes before a product takes longer than it.
-LEAST = 1 << 20
+# Below so many multiplications, what comes before a product takes longer than what it saves.
+LEAST = 1 << 23
 
 
 def times(
@@ -42,6 +42,16 @@ def times(
     if into is None:
         return torch.mm(left, right) if bias is None else torch.addmm(bias, left, right)
     return add_product(into if bias is None else into.add_(bias), left, right)
+
+
+def transposed_times(left: Tensor, right: Tensor) -> Tensor:
+    """Return ``left.t() @ right``: [k, m] and [k, n] to [m, n], which may lie transposed.
+
+    oneDNN is up to 1.4 times faster with the narrower of the two on its left.
+    """
+    if is_faster(left.t(), right) and left.shape[1] > right.shape[1]:
+        return times(right.t(), left).t()
+    return times(left.t(), right)
 
 
 def write_product(out: Tensor, left: Tensor, right: Tensor, bias: Tensor | None) -> None:

@@ -11,7 +11,13 @@ from functools import cached_property
 import torch
 from torch import Tensor
 
-from d2ft_fl.engine.matmul import add_product, is_faster, times, write_product
+from d2ft_fl.engine.matmul import (
+    add_product,
+    is_faster,
+    times,
+    transposed_times,
+    write_product,
+)
 from d2ft_fl.engine.packed_heads import PackedHeads
 from d2ft_fl.engine.saved_activations import Observer
 from d2ft_fl.subnets.branches import BranchSpec, Trains
@@ -208,7 +214,7 @@ class Gradients:
             assert grad is not None
             torch.addmm(grad, left.t(), right, beta=0 if self.overwrite else 1, out=grad)
             return
-        value = left.sum(0, dtype=kind) if right is None else times(left.t(), right)
+        value = left.sum(0, dtype=kind) if right is None else transposed_times(left, right)
         if self.observer is not None:
             self.observer(name, self.view.first_row, value.to(kind))
             return

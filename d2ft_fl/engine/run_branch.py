@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
 from d2ft_fl.engine.branch import Branch
-from d2ft_fl.engine.branch_nodes import GroupRun, In, Out, wide
+from d2ft_fl.engine.branch_nodes import ANCHOR, GroupRun, In, Out, wide
 from d2ft_fl.engine.grouping import Status
 from d2ft_fl.engine.head_group import HeadGroup
 from d2ft_fl.engine.model_adapter import Context
@@ -142,7 +142,7 @@ class SegmentRun:
         if self.segment.status is Status.IDLE:
             return self._idle(x)
         if y is None:
-            total = Recomputed.apply(self, tuple(shared), anchor(x), x, *shared.values())
+            total = Recomputed.apply(self, tuple(shared), ANCHOR, x, *shared.values())
         elif graph:
             total = self.total(begun)
         else:
@@ -153,7 +153,7 @@ class SegmentRun:
 
     def total(self, begun: "Begun") -> Tensor:
         """Return the sum before its scale, [rows, dim], with what gradient comes back through."""
-        x, shared, _, y, total = begun
+        _, shared, _, y, total = begun
         spec = self.branch.spec
         bias, far = shared.get(spec.bias), shared.get(spec.far_roles[1])
         assert y is not None
@@ -162,9 +162,9 @@ class SegmentRun:
             z = self.middle(run, y, shared)
             self._tell(head_group, z)
             if index:
-                total = total + Out.apply(run, anchor(x), z, None, None, far)
+                total = total + Out.apply(run, ANCHOR, z, None, None, far)
             else:
-                total = Out.apply(run, anchor(x), z, bias, total, far)
+                total = Out.apply(run, ANCHOR, z, bias, total, far)
             del z  # before the next is computed
         assert total is not None
         return total
@@ -178,7 +178,7 @@ class SegmentRun:
         branch = self.branch
         deep = self.segment.through or (bool(run.full) and branch.trains.inward)
         with torch.set_grad_enabled(deep and torch.is_grad_enabled()):
-            hs = In.apply(run, anchor(y), y, shared.get(branch.spec.far_roles[0]))
+            hs = In.apply(run, ANCHOR, y, shared.get(branch.spec.far_roles[0]))
             return branch.middle(hs, self.tokens, shared, self._context(run.head_group))
 
     def group_run(self, head_group: HeadGroup) -> GroupRun:
@@ -329,8 +329,3 @@ class Recomputed(torch.autograd.Function):
             given = grads.get(role) if leaf.requires_grad else None
             results.append(leaf.grad if given is None else wide(given, leaf))
         return None, None, None, *results
-
-
-def anchor(like: Tensor) -> Tensor:
-    """Return an empty tensor that wants a gradient; see :class:`~.branch_nodes.In`."""
-    return like.new_empty(0, requires_grad=True)
