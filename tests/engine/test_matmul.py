@@ -8,8 +8,9 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 from d2ft_fl.engine import matmul
-from d2ft_fl.engine.matmul import times
+from d2ft_fl.engine.matmul import add_product, times, transposed_times, write_product
 from d2ft_fl.engine.meter import Flops
+from d2ft_fl.errors import ConfigError
 from d2ft_fl.subnets.schedule import Operation, Schedule
 from tests.conftest import build, random_schedule, weights_of
 from tests.costs.test_cost_model import KINDS, measure
@@ -24,7 +25,7 @@ pytestmark = pytest.mark.skipif(
 def always(monkeypatch):
     """oneDNN for everything, as on a machine where it is faster and products are large."""
     monkeypatch.setattr(matmul, "LEAST", 1)
-    monkeypatch.setattr(matmul, "is_faster_here", lambda: True)
+    monkeypatch.setattr(matmul, "_onednn", True)
 
 
 def schedule_of_two(arch, slots, seed):
@@ -47,10 +48,40 @@ def test_a_product_is_a_product_however_it_lies(m, k, n, bias):
             assert torch.equal(found, times(a, b, more))
 
 
+@pytest.mark.parametrize("library", ["mkl", "onednn"])
+def test_products_go_where_they_are_to(library, monkeypatch):
+    matmul.use(library)
+    try:
+        left, right, bias = torch.randn(6, 5), torch.randn(5, 4), torch.randn(4)
+        exact = left.double() @ right.double()
+        close = {"rtol": 0, "atol": 1e-5, "check_dtype": False}
+        torch.testing.assert_close(times(left, right, into=torch.ones(6, 4)), exact + 1, **close)
+        into = times(left, right, bias, torch.ones(6, 4))
+        torch.testing.assert_close(into, exact + bias + 1, **close)
+        wide = torch.zeros(6, 9)
+        write_product(wide[:, 2:6], left, right, bias)
+        torch.testing.assert_close(wide[:, 2:6], exact + bias, **close)
+        assert not wide[:, :2].any()
+        assert not wide[:, 6:].any()
+        torch.testing.assert_close(add_product(torch.ones(6, 4), left, right), exact + 1, **close)
+        for a, b in ((left, torch.randn(6, 3)), (left, torch.randn(6, 7))):  # wide and narrow
+            torch.testing.assert_close(transposed_times(a, b), a.double().t() @ b.double(), **close)
+    finally:
+        matmul.use("auto")
+
+
+def test_an_unknown_library_is_refused():
+    with pytest.raises(ConfigError, match=r"'blas' must be one of auto, mkl, onednn"):
+        matmul.use("blas")
+
+
 def test_flops_are_those_of_any_product():
-    left, right = torch.randn(5, 7), torch.randn(7, 3)
+    left, right, into = torch.randn(5, 7), torch.randn(7, 3), torch.randn(5, 3)
     with Flops() as own, FlopCounterMode(display=False) as torchs:
         times(left, right)
+    assert own.flops == torchs.get_total_flops() == 2 * 5 * 7 * 3
+    with Flops() as own, FlopCounterMode(display=False) as torchs:
+        times(left, right, torch.randn(3), into)
     assert own.flops == torchs.get_total_flops() == 2 * 5 * 7 * 3
 
 
