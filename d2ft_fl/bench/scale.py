@@ -146,7 +146,8 @@ def bench_scale(bench: ScaleBench, done: Callable[[str], None]) -> dict[str, Any
     measured = {side: Side() for side in bench.sides}
     began = time.monotonic()
     for repeat in range(bench.repeats):
-        if time.monotonic() - began > bench.seconds * repeat / (repeat + 1):
+        took = time.monotonic() - began
+        if repeat and took * (repeat + 1) / repeat > bench.seconds:
             break
         for name, side in measured.items():
             with _peaks(side.peak):

@@ -1,12 +1,15 @@
 """The figures of ``d2ft bench scale`` from rounds by hand; real runs of it are slow."""
 
 import json
+import math
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
 from typer.testing import CliRunner
 
+from d2ft_fl.bench import scale
 from d2ft_fl.bench.scale import ScaleBench, Side, _parts, _policy, _ratios
 from d2ft_fl.bench.scale_sides import Job, Trainer
 from d2ft_fl.cli.main import app
@@ -79,6 +82,19 @@ def test_what_cannot_be_measured_is_said():
         ScaleBench(0, 8, "vit_glyphs", 0, 8, 2, 1).check()
     with pytest.raises(ConfigError, match="--side 'pfl' is unknown; use some of floor, products"):
         ScaleBench(2, 8, "vit_glyphs", 0, 8, 2, 1, ("pfl",)).check()
+
+
+@pytest.mark.parametrize("seconds,runs", [(math.inf, 3), (0.0, 1)])
+def test_every_side_runs_once_and_again_while_there_is_time(monkeypatch, seconds, runs):
+    def run(bench, side):
+        side.seconds.append(1.0)
+
+    monkeypatch.setattr(scale, "_SIDES", {"floor": run, "products": run})
+    bench = replace(BENCH, repeats=3, sides=("floor", "products"), seconds=seconds)
+    done = []
+    measured = scale.bench_scale(bench, done.append)["measured"]
+    assert [len(side["rounds"]) for side in measured.values()] == [runs, runs]
+    assert [line.split(",")[0] for line in done] == ["floor", "products"] * runs
 
 
 @pytest.mark.slow
