@@ -258,6 +258,11 @@ class Moments:
         middle = self.largest(True, gradients + b.unfused[2])
         if self.checkpointing:
             middle = middle + (b.statistics + b.narrow + b.normed) * n.live + self.factors
+        elif self.sizes.shape[1] == 1 and b.near.any():
+            # What of z was saved is gone when its gradient has come. Without LoRA, whose prices
+            # allow for it, the planner's lower bounds of memory would be above the cost.
+            z = (n.deep * b.full).sum(axis=3)
+            middle = np.maximum(middle - z, self.largest(True, b.outward))
         gradient_of_y = (b.narrow + b.stream * 3 * b.rms) * n.through
         if self.sizes.shape[1] > 1:  # of other slots, the gradient of x is there
             return middle + gradient_of_y
@@ -269,8 +274,8 @@ class Moments:
         arriving = n.total * (b.stream * (1 + b.scaled) + b.narrow * self.casts + b.regraded)
         # Of y before and behind its cast, then of x, and the sum with the one that arrived.
         after = 2 * n.total * b.stream * (n.through > 0) + b.stream * 3 * b.rms * n.through
-        middle = np.maximum(self.backward_middle() + self.cast_weights, after)
-        return (n.live > 0) * (arriving + self.between_factors * n.live + middle)
+        middle = self.backward_middle() + self.cast_weights + self.between_factors * n.live
+        return (n.live > 0) * (arriving + np.maximum(middle, after))
 
     def outer(self) -> np.ndarray:
         """Return bytes in the classifier, beside what branches saved: int64 [micro-batches]."""

@@ -140,7 +140,7 @@ class ClientKnapsacks:
             if not len(todo):
                 break
             spent = used(choice[todo], self.items, self.structure, which[todo])
-            less = np.where(np.isin(np.arange(over.shape[1]), MEMORIES), over // 2, over)
+            less = np.where(np.isin(np.arange(over.shape[1]), MEMORIES), over // 3, over)
             lower = np.minimum(shown[todo], spent) - np.maximum(1, less)
             shown[todo] = np.where(over > 0, lower, shown[todo])
             if tried >= OPTIMISTIC_TRIES:

@@ -31,7 +31,7 @@ OPTIONS = {
     "slots": 2,
     "score-every": 1,
 }
-CLOCKS = ("wall_seconds", "plan_seconds", "clock")
+CLOCKS = ("wall_seconds", "plan_seconds", "clock", "training_seconds", "predicted_seconds")
 
 
 def environment(tmp_path, **more):

@@ -34,7 +34,7 @@ from d2ft_fl.server import checkpoint, run
 from d2ft_fl.server.checkpoint import Checkpoint
 from d2ft_fl.server.recorder import Recorder
 
-CLOCKS = ("wall_seconds", "plan_seconds", "clock")
+CLOCKS = ("wall_seconds", "plan_seconds", "clock", "training_seconds", "predicted_seconds")
 
 
 def some_state(round_number=3):

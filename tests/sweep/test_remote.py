@@ -8,7 +8,7 @@ from d2ft_fl.sweep.folder import SweepFolder
 from d2ft_fl.sweep.remote import Files, Outcome, run_trial
 from d2ft_fl.sweep.trials import Trial
 
-CLOCKS = ("wall_seconds", "plan_seconds", "clock")
+CLOCKS = ("wall_seconds", "plan_seconds", "clock", "training_seconds", "predicted_seconds")
 
 
 @pytest.fixture
