@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from d2ft_fl.config.run_config import RunConfig
 from d2ft_fl.data.federated_data import FederatedData, open_data
-from d2ft_fl.engine.matmul import times
+from d2ft_fl.engine.matmul import times, transposed_times
 from d2ft_fl.models.build import build_adapter
 from d2ft_fl.rounds.components import Components
 from d2ft_fl.subnets.architecture import Kind
@@ -95,7 +95,8 @@ class Product(torch.autograd.Function):
         inputs, weight = ctx.saved_tensors
         rows = grad.flatten(0, -2)
         through = times(rows, weight).view_as(inputs) if ctx.needs_input_grad[0] else None
-        return through, times(rows.t(), inputs.flatten(0, -2)), rows.sum(0) if ctx.biased else None
+        of_weight = transposed_times(rows, inputs.flatten(0, -2))
+        return through, of_weight, rows.sum(0) if ctx.biased else None
 
 
 def _by_product(layer: nn.Linear, inputs: Tensor) -> Tensor:

@@ -339,24 +339,39 @@ class CostModel:
 
     # -- together ----------------------------------------------------------------------------
 
-    def cost(self, schedule: Schedule, examples: int, cached: np.ndarray | None = None) -> Cost:
+    def cost(
+        self,
+        schedule: Schedule,
+        examples: int,
+        cached: np.ndarray | None = None,
+        timed: bool = True,
+    ) -> Cost:
         """Return what one round costs a client; sitting out costs nothing.
 
         Args:
             schedule: What the client runs.
             examples: On which it trains.
             cached: Subnets whose fixed parameters it has: bool [blocks, heads]; None for none.
+            timed: Whether to say how long it computes, which takes as long as all else.
         """
         operations, ranks = schedule.operations[None], _one(schedule.ranks)
+        count = np.array([examples])
         tables = [None if t is None else t.tobytes() for t in (operations, ranks, cached)]
 
-        def compute() -> Cost:
-            of_one = self.costs(operations, np.array([examples]), _one(cached), ranks)
-            work = self.work(operations, np.array([examples]), ranks)
-            return costs_from(of_one, work)[0]
+        def amounts() -> Cost:
+            of_one = self.costs(operations, count, _one(cached), ranks)
+            return costs_from(of_one, np.zeros(1, dtype=np.int64))[0]
 
         # Many clients do the same where a strategy has all do all.
-        return self.known((operations.shape, examples, *tables), compute)
+        key = operations.shape, examples, *tables
+        cost = self.known(key, amounts)
+        if not timed:
+            return cost
+
+        def with_work() -> Cost:
+            return replace(cost, work=int(self.work(operations, count, ranks)[0]))
+
+        return self.known((*key, timed), with_work)
 
     def known(self, key: Hashable, compute: Callable[[], Cost]) -> Cost:
         """Return what ``compute`` returns, which this model keeps by ``key``."""

@@ -127,6 +127,7 @@ def round_cost(
     examples: int,
     probes: Probes,
     cached: np.ndarray | None = None,
+    timed: bool = True,
 ) -> Cost:
     """Return the cost of a round, with the probes before it, if any.
 
@@ -138,8 +139,9 @@ def round_cost(
         examples: On which it trains.
         probes: What it does before training.
         cached: Subnets whose fixed parameters it has: bool [blocks, heads].
+        timed: See :meth:`.CostModel.cost`.
     """
     if not probes:
-        return costs.cost(schedule, examples, cached)
-    cost = costs.uncompensated.cost(schedule, examples)
+        return costs.cost(schedule, examples, cached, timed)
+    cost = costs.uncompensated.cost(schedule, examples, timed=timed)
     return with_probes(cost, probes_cost(costs, probes, cached))

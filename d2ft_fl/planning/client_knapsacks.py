@@ -60,7 +60,7 @@ class ClientKnapsacks:
 
     @cached_property
     def tables(self) -> tuple[list[Table], np.ndarray]:
-        """Distinct tables, and the index of each client's; with deadprices one a client."""
+        """Distinct tables, and the index of each client's; with deadlines one a client."""
         objective, active, rotation = self.objective, self.active, self.rotation % self.active
         tables = [objective.table(c.examples, active, rotation, c.cached) for c in self.clients]
         if any(c.budget.deadline is not None for c in self.clients):
@@ -115,18 +115,18 @@ class ClientKnapsacks:
         return self.patterns.full / self.objective.costs.slots * utility
 
     def operations(
-        self, capacity: np.ndarray, deadprices: np.ndarray
+        self, capacity: np.ndarray, deadlines: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Choose what fits exactly.
 
         Args:
             capacity: What clients may use: int64 [clients, 4].
-            deadprices: Their ticks: int64 [clients].
+            deadlines: Their ticks: int64 [clients].
 
         Returns:
             Operations and ranks, as of :meth:`_materialise`, and certified gaps, float64 [clients].
         """
-        at_most, excess = self._capacities(capacity, deadprices)
+        at_most, excess = self._capacities(capacity, deadlines)
         shown = at_most + excess
         which = self.tables[1]
         solution = self._choose(shown, np.arange(len(which)))
@@ -134,7 +134,7 @@ class ClientKnapsacks:
         operations, ranks = self._materialise(choice)
         todo = np.arange(len(which))
         for tried in range(TRIES):
-            over = self._over(operations[todo], ranks[todo], todo, capacity, deadprices)
+            over = self._over(operations[todo], ranks[todo], todo, capacity, deadlines)
             again = (over > 0).any(axis=1) & operations[todo].any(axis=(1, 2, 3))
             todo, over = todo[again], over[again]
             if not len(todo):
@@ -153,7 +153,7 @@ class ClientKnapsacks:
         return operations, ranks, _gaps(value, solution.bound)
 
     def _capacities(
-        self, capacity: np.ndarray, deadprices: np.ndarray
+        self, capacity: np.ndarray, deadlines: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
         """Return what options may use, and by how much tables may price them too high.
 
@@ -161,7 +161,7 @@ class ClientKnapsacks:
 
         Args:
             capacity: int64 [clients, 4].
-            deadprices: Ticks: int64 [clients].
+            deadlines: Ticks: int64 [clients].
 
         Returns:
             int64 [clients, the solver's resources] each.
@@ -170,7 +170,7 @@ class ClientKnapsacks:
         constant = np.stack([t.constant for t in tables])[which]
         at_most = np.concatenate([capacity, capacity[:, [MEMORY]]], axis=1)
         if constant.shape[1] > TIME:
-            at_most = np.concatenate([at_most, deadprices[:, None]], axis=1)
+            at_most = np.concatenate([at_most, deadlines[:, None]], axis=1)
         at_most[:, MEMORIES] -= at_most[:, MEMORIES] // (MEMORY_MARGIN + 1)
         at_most -= constant
         excess = np.stack([t.excess for t in tables])[which]
@@ -184,7 +184,7 @@ class ClientKnapsacks:
         ranks: np.ndarray,
         who: np.ndarray,
         capacity: np.ndarray,
-        deadprices: np.ndarray,
+        deadlines: np.ndarray,
     ) -> np.ndarray:
         """Return by how much plans of some clients break budgets.
 
@@ -193,7 +193,7 @@ class ClientKnapsacks:
             ranks: int64 [who, blocks, heads].
             who: Which clients: int64 [who].
             capacity: Of all clients: int64 [clients, 4].
-            deadprices: Of all clients: int64 [clients].
+            deadlines: Of all clients: int64 [clients].
 
         Returns:
             int64 [who, the solver's resources]: of those that the solver's prices do not settle;
@@ -202,25 +202,22 @@ class ClientKnapsacks:
         costs, examples = self.objective.costs, self.examples[who]
         stated_ranks = self.objective.stated_ranks(ranks)
         over = np.zeros((len(who), self.items.shape[-1]), dtype=np.int64)
-        timed = over.shape[1] > TIME
-        if not timed and not any(t.excess.any() for t in self.tables[0]):
+        if not any(t.excess.any() for t in self.tables[0]) and over.shape[1] <= TIME:
             memory = costs.memories(operations, examples, stated_ranks)
             over[:, MEMORIES] = (memory - capacity[who, MEMORY])[:, None]
             return over
         clients = [self.clients[i] for i in who]
-        for row, (client, cost, ticks) in enumerate(
-            zip(
-                clients,
-                costs_of(costs, clients, operations, examples, stated_ranks),
-                deadprices[who].tolist(),
-                strict=True,
-            )
-        ):
-            over[row, FLOPS] = cost.flops - capacity[who[row], FLOPS]
-            over[row, MEMORIES] = cost.memory - capacity[who[row], MEMORY]
-            if timed and client.budget.deadline is not None:
-                share = min(2.0, client.budget.seconds(cost) / client.budget.deadline)
-                over[row, TIME] = math.ceil(TICKS * share) - ticks
+        exact = costs_of(costs, clients, operations, examples, stated_ranks, timed=False)
+        amounts = np.array([cost.vector() for cost in exact])
+        over[:, FLOPS] = amounts[:, FLOPS] - capacity[who, FLOPS]
+        over[:, MEMORIES] = amounts[:, [MEMORY]] - capacity[who, MEMORY][:, None]
+        if over.shape[1] > TIME:
+            for row, (client, cost, ticks) in enumerate(
+                zip(clients, exact, deadlines[who].tolist(), strict=True)
+            ):
+                if client.budget.deadline is not None:
+                    share = min(2.0, client.budget.seconds(cost) / client.budget.deadline)
+                    over[row, TIME] = math.ceil(TICKS * share) - ticks
         return over
 
     def _choose(
@@ -289,6 +286,7 @@ def costs_of(
     operations: np.ndarray,
     examples: np.ndarray,
     ranks: np.ndarray | None,
+    timed: bool,
 ) -> list[Cost]:
     """Return what rounds cost clients, each on the curve of its own machine.
 
@@ -298,11 +296,14 @@ def costs_of(
         operations: int8 [clients, slots, blocks, heads].
         examples: On which they train: int64 [clients].
         ranks: Those of schedules; see :meth:`.CostModel.ranks`.
+        timed: Whether costs say how long all compute, and not only those with a deadline.
     """
     amounts = costs.costs(operations, examples, cached_of(clients, operations), ranks)
     work = np.zeros(len(clients), dtype=np.int64)
-    for curve in {c.budget.curve for c in clients}:
-        who = np.array([c.budget.curve == curve for c in clients])
+    late = [timed or c.budget.deadline is not None for c in clients]
+    for curve in {c.budget.curve for c, counts in zip(clients, late, strict=True) if counts}:
+        on_it = (c.budget.curve == curve for c in clients)
+        who = np.array([*on_it]) & late
         some = None if ranks is None else ranks[who]
         work[who] = costs.on(curve).work(operations[who], examples[who], some)
     return costs_from(amounts, work)

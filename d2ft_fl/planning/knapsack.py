@@ -67,19 +67,6 @@ def solve(
         ValueError: When shapes do not fit together, or costs are negative.
     """
     compile_cache.wait_for("solve_all")
-    return _solve(values, costs, capacities, structure, tables, start, effort)
-
-
-def _solve(
-    values: np.ndarray,
-    costs: np.ndarray,
-    capacities: np.ndarray,
-    structure: Structure | None = None,
-    tables: np.ndarray | None = None,
-    start: np.ndarray | None = None,
-    effort: int = 8,
-) -> Solution:
-    """Solve as :func:`solve`, without waiting for a process that compiles."""
     from d2ft_fl.planning.solver.many import solve_all
 
     single = np.ndim(capacities) == 1
@@ -114,9 +101,9 @@ def compile_solver(coupled: bool = False) -> None:
         coupled: Whether to compile the solver of coupled clients, too.
     """
     nothing = np.zeros((1, 1)), np.zeros((1, 1, 1), dtype=np.int64), np.zeros(1, dtype=np.int64)
-    _solve(*nothing)
+    solve(*nothing)
     if coupled:
-        _solve_spread(*nothing, Spread(np.zeros(1), np.zeros(1), np.ones(1), 1.0))
+        solve_spread(*nothing, Spread(np.zeros(1), np.zeros(1), np.ones(1), 1.0))
 
 
 def solve_two_stages(
@@ -230,19 +217,6 @@ def solve_spread(
         ValueError: When shapes do not fit together, or option 0 costs or trains something.
     """
     compile_cache.wait_for("spread_all")
-    return _solve_spread(values, costs, capacities, spread, structure, tables, effort)
-
-
-def _solve_spread(
-    values: np.ndarray,
-    costs: np.ndarray,
-    capacities: np.ndarray,
-    spread: Spread,
-    structure: Structure | None = None,
-    tables: np.ndarray | None = None,
-    effort: int = 1,
-) -> SpreadSolution:
-    """Solve as :func:`solve_spread`, without waiting for a process that compiles."""
     from d2ft_fl.planning.solver.many import spread_all
 
     values, costs, capacities, tables, structure = checked(

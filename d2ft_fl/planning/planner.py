@@ -35,6 +35,7 @@ class Planner(Objective):
         forward: np.ndarray,
         rotation: int = 0,
         probes: Sequence[Probes] | None = None,
+        timed: bool = True,
     ) -> list[Assignment]:
         """Return schedules that keep every budget, of clients in order.
 
@@ -48,6 +49,8 @@ class Planner(Objective):
             rotation: Shifts which slots a partly scheduled subnet gets, for example the round.
             probes: What each client is to do with the whole model first, where its budgets afford
                 that: both, else selecting alone, else none.
+            timed: Whether costs say how long clients compute; those of clients with deadlines do
+                in any case.
 
         Raises:
             RunError: When a plan breaks a budget, which is a bug.
@@ -57,9 +60,9 @@ class Planner(Objective):
         planned: dict[int, Assignment] = {}
         selecting = [Probes(viewed=w.viewed) for w in wanted]
         for first in (wanted, selecting) if selecting != wanted else (wanted,):
-            planned |= self._plan_after(first, clients, planned, backward, forward, rotation)
+            planned |= self._plan_after(first, clients, planned, backward, forward, rotation, timed)
         who = np.array([i for i in range(len(clients)) if i not in planned], dtype=np.int64)
-        others = self._plan(clients, who, capacity[who], backward, forward, rotation)
+        others = self._plan(clients, who, capacity[who], backward, forward, rotation, timed)
         planned |= dict(zip(who.tolist(), others, strict=True))
         in_order = [planned[i] for i in range(len(clients))]
         self._refuse_broken_budgets(clients, in_order, capacity)
@@ -73,6 +76,7 @@ class Planner(Objective):
         backward: np.ndarray,
         forward: np.ndarray,
         rotation: int,
+        timed: bool,
     ) -> dict[int, Assignment]:
         """Plan clients that afford their probes, and something to train after them."""
         before = {
@@ -88,7 +92,9 @@ class Planner(Objective):
         reserved = np.array([clients[i].capacity for i in who]) - spent * [1, 0, 1, 0]
         reserved[:, DOWN] = UNLIMITED  # everything travels down already
         # What has the whole model sent down gets no compensation on top.
-        plans = self._uncompensated._plan(clients, who, reserved, backward, forward, rotation, able)
+        plans = self._uncompensated._plan(
+            clients, who, reserved, backward, forward, rotation, timed, able
+        )
         return {
             index: replace(a, cost=with_probes(a.cost, able[index]), probes=probes[index])
             for index, a in zip(able, plans, strict=True)
@@ -103,6 +109,7 @@ class Planner(Objective):
         backward: np.ndarray,
         forward: np.ndarray,
         rotation: int,
+        timed: bool,
         before: Mapping[int, Cost] | None = None,
     ) -> list[Assignment]:
         """Plan some clients: try with all slots active, then with fewer, until something trains.
@@ -114,6 +121,7 @@ class Planner(Objective):
             backward: Scores of training, of all clients.
             forward: Scores of running, of all clients.
             rotation: By how much patterns are shifted.
+            timed: See :meth:`plan`.
             before: Cost of their probes, which deadlines are less by.
         """
         if not len(who):
@@ -136,7 +144,7 @@ class Planner(Objective):
                 drafts.improve(part, *knapsacks.operations(capacity[part], deadlines[part]))
         if self.costs.compensated:  # the solver charges every block for skipping
             drafts.fill(self._affording_everything(chosen, capacity), arch.rank)
-        return self._assignments(chosen, drafts)
+        return self._assignments(chosen, drafts, timed)
 
     def _chunks(self, left: np.ndarray) -> Iterator[np.ndarray]:
         """Cut clients into those that are solved for at once; coupled ones are so together."""
@@ -157,16 +165,18 @@ class Planner(Objective):
         full = np.broadcast_to(everything, (len(clients), *everything.shape))
         ranks = np.full((len(clients), arch.blocks, arch.heads), arch.rank)
         examples = np.array([c.examples for c in clients], dtype=np.int64)
-        costs = costs_of(self.costs, clients, full, examples, self.stated_ranks(ranks))
+        costs = costs_of(self.costs, clients, full, examples, self.stated_ranks(ranks), timed=False)
         on_time = [c.on_time(cost) for c, cost in zip(clients, costs, strict=True)]
         within = np.array([cost.vector() for cost in costs]).reshape(-1, 4) <= capacity
         return np.logical_and(within.all(axis=1), on_time)
 
-    def _assignments(self, clients: Sequence[Participant], drafts: "Drafts") -> list[Assignment]:
+    def _assignments(
+        self, clients: Sequence[Participant], drafts: "Drafts", timed: bool
+    ) -> list[Assignment]:
         """Cost drafts exactly, and make assignments of them."""
         examples = np.array([c.examples for c in clients], dtype=np.int64)
         ranks = self.stated_ranks(drafts.ranks)
-        costs = costs_of(self.costs, clients, drafts.operations, examples, ranks)
+        costs = costs_of(self.costs, clients, drafts.operations, examples, ranks, timed)
         return [
             Assignment(
                 c.client,

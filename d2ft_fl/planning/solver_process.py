@@ -52,5 +52,6 @@ def compiling(coupled: bool) -> Iterator[bool]:
 
 
 if __name__ == "__main__":
+    compile_cache.compile_here()
     gc.set_threshold(100_000)  # numba makes millions of objects, hardly any in cycles
     knapsack.compile_solver(coupled=COUPLED in sys.argv[2:])

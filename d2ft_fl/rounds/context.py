@@ -176,9 +176,20 @@ class Round:
         count = client.examples if examples is None else examples
         if probes is None:
             probes = NO_PROBES if schedule.sits_out else self.probes(client, count)
-        costs = self.costs_for(client, policy)
-        cost = round_cost(costs, schedule, count, probes, client.cached)
-        return Assignment(client.client, schedule, cost, probes, examples=count, policy=policy)
+        a = Assignment(client.client, schedule, Cost(), probes, examples=count, policy=policy)
+        return replace(a, cost=self.cost_of(client, a))
+
+    def cost_of(self, client: Participant, a: Assignment, timed: bool = True) -> Cost:
+        """Return what an assignment is predicted to cost.
+
+        Args:
+            client: Who does it.
+            a: The assignment; what it says of its cost is ignored.
+            timed: See :meth:`.CostModel.cost`.
+        """
+        costs = self.costs_for(client, a.policy)
+        examples = client.examples if a.examples is None else a.examples
+        return round_cost(costs, a.schedule, examples, a.probes, client.cached, timed)
 
     def costs_for(self, client: Participant, policy: ExecutionPolicy = DEFAULT_POLICY) -> CostModel:
         """Return the cost model of a client's round, with seconds on its own machine's curve.

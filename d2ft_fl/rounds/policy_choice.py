@@ -110,7 +110,8 @@ class PolicyChoice:
         for candidate, utility in zip(grown, worth, strict=True):
             if utility >= least:
                 a, factor = self._in_batches(client, candidate.assignment, least / utility)
-                finished.append(self._fewer_micro_batches(client, a))
+                a = self.in_fewest_passes(client, a)
+                finished.append(replace(a, cost=self.round.cost_of(client, a)))
                 utilities.append(utility * factor)
         seconds = [seconds_of(client, a.cost) for a in finished]
         return finished[fastest(utilities, seconds)]
@@ -164,7 +165,7 @@ class PolicyChoice:
                 return tried, of_batch(batch, size, share)
         return a, of_batch(size, size, share)
 
-    def _fewer_micro_batches(self, client: Participant, a: Assignment) -> Assignment:
+    def in_fewest_passes(self, client: Participant, a: Assignment) -> Assignment:
         """Return the assignment in the fewest micro-batches that memory affords."""
         if a.policy.micro_batches is None:
             return a
@@ -182,6 +183,9 @@ class PolicyChoice:
         return best
 
     def _affordable(self, client: Participant, a: Assignment) -> Assignment | None:
-        """Return an assignment with its cost; None where that exceeds a budget."""
-        cost = self.round.assign(client, a.schedule, a.examples, a.policy, a.probes).cost
+        """Return an assignment with its cost; None where that exceeds a budget.
+
+        How long it computes is said where there is a deadline alone.
+        """
+        cost = self.round.cost_of(client, a, timed=client.budget.deadline is not None)
         return replace(a, cost=cost) if client.affords(cost) else None

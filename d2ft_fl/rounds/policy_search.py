@@ -220,19 +220,34 @@ class Search:
                 self._larger_passes(clients, way)
 
     def _larger_passes(self, clients: list[Participant], way: Way) -> None:
-        """Plan for passes of 2, 4, 8 ... examples too, as long as that is worth about as much."""
-        batch = self.round.federation.components.training.batch_size
-        size = 1
-        while size < batch and (clients := [c for c in clients if self._hopeful(c, way)]):
-            shares = np.array([self._found[c.client][way].share for c in clients])
-            size = min(batch, 2 * size)
-            way = replace(way, policy=replace(way.policy, micro_batches=-(-batch // size)))
-            self._attempt(clients, way, shares)
+        """Plan for larger passes too, as long as that is worth about as much.
 
-    def _hopeful(self, client: Participant, way: Way) -> bool:
-        """Whether what was found in one way is worth about as much as the best so far."""
-        found = self._found[client.client]
-        return way in found and found[way].utility >= self._best(client).utility - TOLERANCE
+        A schedule that was planned for small passes is also the best for larger ones in which it
+        still fits. So the next size that is tried is the power of two above those.
+        """
+        batch = self.round.federation.components.training.batch_size
+        todo = [(client, way) for client in clients]
+        while todo:
+            larger: defaultdict[Way, list[tuple[Participant, float]]] = defaultdict(list)
+            for client, now in todo:
+                found = self._found[client.client].get(now)
+                if found is None or not self._hopeful(client, found):
+                    continue
+                fewest = self._choice.in_fewest_passes(client, found.assignment)
+                passes = fewest.policy.micro_batches
+                if passes and passes > 1:
+                    size = min(batch, 1 << (-(-batch // passes)).bit_length())
+                    policy = replace(way.policy, micro_batches=-(-batch // size))
+                    larger[replace(way, policy=policy)].append((client, found.share))
+            todo = []
+            for now, some in larger.items():
+                who, shares = zip(*some, strict=True)
+                self._attempt(list(who), now, np.array(shares))
+                todo += [(client, now) for client in who]
+
+    def _hopeful(self, client: Participant, found: Candidate) -> bool:
+        """Whether a candidate is worth about as much as the best so far."""
+        return found.utility >= self._best(client).utility - TOLERANCE
 
     def _best(self, client: Participant) -> Candidate:
         """Return what is worth the most so far."""
@@ -252,7 +267,8 @@ class Search:
         planner = federation.planner_under(state, way.policy, *way.weights)
         reduced = _on_shares(clients, shares)
         probes = [self.round.probes(c) for c in reduced]
-        planned = planner.plan(reduced, self.preferred, self.forward, self.round.number, probes)
+        scores = self.preferred, self.forward
+        planned = planner.plan(reduced, *scores, self.round.number, probes, timed=False)
         trained_shares = [r.examples / c.examples for r, c in zip(reduced, clients, strict=True)]
         ranks = [planner.rank_share(a.schedule) for a in planned]
         utilities = self._utilities(planner, planned, ranks, np.array(trained_shares))
@@ -285,12 +301,17 @@ class Search:
         """What measures the utility of schedules."""
         return Utility(self.backward, self.forward)
 
+    @cached_property
+    def _choice(self) -> PolicyChoice:
+        """What finishes candidates, and chooses among them."""
+        return PolicyChoice(self.round, self._utility)
+
     def _finished(self, client: Participant) -> Assignment:
         """Return a client's assignment: the fastest of those that are worth about the most."""
         if not self._found[client.client]:
             return self.round.sit_out(client)
         found = list(self._found[client.client].values())
-        chosen = PolicyChoice(self.round, self._utility).of(client, found)
+        chosen = self._choice.of(client, found)
         reduction = client.examples / (chosen.examples or client.examples)
         policy = replace(
             chosen.policy, rate=self._rate(chosen), weight=reduction, step=self._step(reduction)

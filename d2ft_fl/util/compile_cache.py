@@ -64,13 +64,19 @@ def try_lock() -> int | None:
     return lock
 
 
+_compiles_here = False
+
+
+def compile_here() -> None:
+    """Say that this is the process that compiles, which waits for nobody."""
+    global _compiles_here
+    _compiles_here = True
+
+
 @cache
 def wait_for(function: str) -> None:
-    """Wait while another process compiles, unless a function is there already.
-
-    The process that compiles holds the lock, and calls the function without waiting.
-    """
-    if is_compiled(function) or not can_cache():
+    """Wait while another process compiles, unless a function is there already."""
+    if _compiles_here or is_compiled(function) or not can_cache():
         return
     lock = os.open(folder() / "lock", os.O_RDWR | os.O_CREAT, 0o600)
     try:
