@@ -53,10 +53,14 @@ class RoundMemory:
         """
         first = np.minimum(examples, self.options.batch_size)
         rest = first if self.options.epochs > 1 else np.minimum(examples - first, first)
-        at_first = self.batches(operations, first, ranks)
+        other = np.flatnonzero(first != rest)
+        which = np.concatenate([np.arange(len(first)), other])  # at once, which is faster
+        batches = self.batches(
+            operations[which], np.concatenate([first, rest[other]]), ranks[which]
+        )
+        at_first = batches[: len(first)]
         later = at_first.copy()
-        if (other := first != rest).any():
-            later[other] = self.batches(operations[other], rest[other], ranks[other])
+        later[other] = batches[len(first) :]
         before = self.resident(operations, ranks, moments=False)
         after = self.resident(operations, ranks)
         peak = np.maximum(before + at_first, after + later)
@@ -108,16 +112,16 @@ class RoundMemory:
             ranks: Of subnets that train, else 0: int64 [clients, blocks, heads].
         """
         running = sizes_of_slots(batch, self.slots) * active_slots(operations)  # [clients, slots]
-        ends = np.cumsum(np.pad(running, [(0, 0), (1, 0)]), axis=1)
-        total = ends[:, -1]
+        total = running.sum(axis=1)
         images = batch + np.where(total < batch, total, 0)  # put together in a batch apart
         count = self.options.micro_batches
-        cuts = np.cumsum(np.pad(sizes_of_slots(total, count), [(0, 0), (1, 0)]), axis=1)
-        within = np.clip(ends[:, None], cuts[:, :-1, None], cuts[:, 1:, None])
-        # [clients, micro-batches, slots], as `subnets.schedule.micro_batches` cuts a batch
-        sizes = np.diff(within, axis=2)
-        if self.slots == 1:
-            sizes = sizes[:, :1]  # the first is no smaller than any other
+        if self.slots == 1:  # the first is no smaller than any other
+            sizes = -(-total // count)[:, None, None]
+        else:
+            ends, cuts = _bounds(running), _bounds(sizes_of_slots(total, count))
+            within = np.clip(ends[:, None], cuts[:, :-1, None], cuts[:, 1:, None])
+            # [clients, micro-batches, slots], as `subnets.schedule.micro_batches` cuts a batch
+            sizes = np.diff(within, axis=2)
         peaks = [
             np.where(one.any(axis=1), self.micro_batches(operations, one, ranks).peak(), 0)
             for one in sizes.swapaxes(0, 1)
@@ -136,6 +140,11 @@ class RoundMemory:
         """
         checkpointing = self.options.checkpointing
         return MicroBatchMemory.of(self.activations, checkpointing, operations, sizes, ranks)
+
+
+def _bounds(sizes: np.ndarray) -> np.ndarray:
+    """Return where parts begin, and the last one ends: int64 [..., parts + 1] from [..., parts]."""
+    return np.concatenate([np.zeros_like(sizes[..., :1]), np.cumsum(sizes, axis=-1)], axis=-1)
 
 
 def active_slots(operations: np.ndarray) -> np.ndarray:

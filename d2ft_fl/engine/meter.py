@@ -28,24 +28,31 @@ class Flops(TorchDispatchMode):
         super().__init__()
         self.flops = 0
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Spare every operation a call: nothing is compiled here that would look inside."""
+        return False
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         return self._counted(func, args, kwargs or {})
 
     def _counted(self, func: Any, args: Any, kwargs: Any) -> Any:
+        if func in _WITHOUT:
+            return func(*args, **kwargs)
         formula = flop_registry.get(func._overloadpacket)
-        if formula is None and func not in _WHOLE:
+        if formula is None:
             with self:
                 out = func.decompose(*args, **kwargs)
-            if out is not NotImplemented:
-                return out
-            _WHOLE.add(func)
+            if out is NotImplemented:
+                _WITHOUT.add(func)
+                out = func(*args, **kwargs)
+            return out
         out = func(*args, **kwargs)
-        if formula is not None:
-            self.flops += _evaluate(formula, args, kwargs, out)
+        self.flops += _evaluate(formula, args, kwargs, out)
         return out
 
 
-_WHOLE: set[Any] = set()  # operations without a formula that no others are behind
+_WITHOUT: set[Any] = set()  # operations without a formula that no others are behind
 MOST_EVALUATED = 1 << 16
 _evaluated: dict[Any, int] = {}  # formula, shapes and what else it was given -> FLOPs
 
@@ -71,27 +78,34 @@ class LiveBytes(Flops):
     def __init__(self) -> None:
         super().__init__()
         self.live = self.peak = 0
-        self._seen: set[int] = set()
+        self._seen: dict[int, Any] = {}  # address of a storage -> what watches its life
 
-    def _free(self, key: int, size: int) -> None:
-        self._seen.discard(key)
-        self.live -= size
+    def _follow(self, storage: Any) -> None:
+        """Count a storage until it dies, unless it is followed already."""
+        key = storage._cdata
+        if key in self._seen or not (size := storage.nbytes()):
+            return
+
+        def free(_: object) -> None:
+            del self._seen[key]
+            self.live -= size
+
+        self._seen[key] = weakref.ref(storage, free)
+        self.live += size
+        self.peak = max(self.peak, self.live)
 
     def ignore(self, tensors: Iterable[Tensor]) -> None:
         """Leave out the storages of some tensors, which were there before."""
-        self._seen.update(t.untyped_storage()._cdata for t in tensors)
+        self._seen.update((t.untyped_storage()._cdata, None) for t in tensors)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = self._counted(func, args, kwargs or {})
-        for leaf in (out,) if isinstance(out, Tensor) else tree_leaves(out):
-            if isinstance(leaf, Tensor):
-                storage = leaf.untyped_storage()
-                key, size = storage._cdata, storage.nbytes()
-                if size and key not in self._seen:
-                    self._seen.add(key)
-                    self.live += size
-                    self.peak = max(self.peak, self.live)
-                    weakref.finalize(storage, self._free, key, size)
+        if isinstance(out, Tensor):
+            self._follow(out.untyped_storage())
+        elif out is not None:
+            for leaf in tree_leaves(out):
+                if isinstance(leaf, Tensor):
+                    self._follow(leaf.untyped_storage())
         return out
 
 

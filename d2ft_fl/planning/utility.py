@@ -89,6 +89,16 @@ class Utility:
         lost = EXAMPLES * np.log(examples) ** 2 + LEARNED * np.log(learned) ** 2
         return np.exp(-lost) * np.array([BITS_UP[u] * BITS_DOWN[d] for u, d in bits]) * kept
 
+    @staticmethod
+    def most(share: float, bits: tuple[int, int]) -> float:
+        """Return the utility of training everything on a share of the examples: no round has more.
+
+        Args:
+            share: Of the client's examples.
+            bits: Of numbers on their way up and down.
+        """
+        return math.exp(-EXAMPLES * math.log(share) ** 2) * BITS_UP[bits[0]] * BITS_DOWN[bits[1]]
+
     def learned(self, operations: np.ndarray, ranks: np.ndarray) -> np.ndarray:
         """Return what trains, as far as the loss sees it, as a share: float64 [clients].
 

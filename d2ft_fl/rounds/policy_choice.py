@@ -10,18 +10,20 @@ times the root of the share. Smaller batches are slower, and what larger ones co
 little at first, so that the largest is taken that the tolerance leaves.
 """
 
+from bisect import bisect_left
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
+from d2ft_fl.config.training_options import ExecutionPolicy
 from d2ft_fl.costs.machine_speed import standard
 from d2ft_fl.costs.resources import RESOURCES, Cost
 from d2ft_fl.planning.assignment import Assignment, Participant
 from d2ft_fl.planning.utility import Utility, ideal_batch, of_batch
 from d2ft_fl.rounds.context import Round, most
 
-FLOPS = RESOURCES.index("flops")
+FLOPS, MEMORY = map(RESOURCES.index, ("flops", "memory"))
 TOLERANCE = 0.005  # of utility, for which a faster policy is taken
 HOPEFUL = 0.005  # by how much more a candidate may gain than others when it is finished
 
@@ -170,17 +172,21 @@ class PolicyChoice:
         if a.policy.micro_batches is None:
             return a
         counts = self.round.micro_batch_counts(a.policy)
-        least = [count for count in counts if count < a.policy.micro_batches]
-        low, high, best = 0, len(least), a
-        while low < high:  # the more there are, the less memory each takes
-            middle = (low + high) // 2
-            policy = replace(a.policy, micro_batches=least[middle])
-            tried = self._affordable(client, replace(a, policy=policy))
-            if tried is None:
-                low = middle + 1
-            else:
-                high, best = middle, tried
-        return best
+        fewer = [count for count in counts if count < a.policy.micro_batches]
+        policies = [replace(a.policy, micro_batches=count) for count in fewer]
+        # The more there are, the less memory each takes.
+        first = bisect_left(policies, True, key=lambda policy: self._fits(client, a, policy))
+        if first == len(policies):
+            return a
+        return self._affordable(client, replace(a, policy=policies[first])) or a
+
+    def _fits(self, client: Participant, a: Assignment, policy: ExecutionPolicy) -> bool:
+        """Whether training in some way takes no more memory than the client has."""
+        costs = self.round.costs_for(client, policy)
+        if a.probes:
+            costs = costs.uncompensated
+        examples = client.examples if a.examples is None else a.examples
+        return costs.memory(a.schedule, examples) <= client.capacity[MEMORY]
 
     def _affordable(self, client: Participant, a: Assignment) -> Assignment | None:
         """Return an assignment with its cost; None where that exceeds a budget.

@@ -32,10 +32,9 @@ from d2ft_fl.config.training_options import ExecutionPolicy
 from d2ft_fl.costs.probe_costs import round_cost
 from d2ft_fl.costs.resources import RESOURCES, Cost
 from d2ft_fl.planning.assignment import Assignment, Participant
-from d2ft_fl.planning.planner import Planner
 from d2ft_fl.planning.utility import Utility
 from d2ft_fl.rounds.context import Round
-from d2ft_fl.rounds.policy_choice import TOLERANCE, Candidate, PolicyChoice
+from d2ft_fl.rounds.policy_choice import HOPEFUL, TOLERANCE, Candidate, PolicyChoice
 
 FLOPS, MEMORY, UP, DOWN = map(RESOURCES.index, ("flops", "memory", "bytes_up", "bytes_down"))
 COARSE = (1.0, 0.5, 0.25, 0.125)  # shares of the examples that are tried first
@@ -113,6 +112,7 @@ class Search:
     _found: defaultdict[int, dict[Way, Candidate]] = field(
         default_factory=lambda: defaultdict(dict)
     )
+    _tried: set[tuple[int, Way, int]] = field(default_factory=set)
 
     def best(self) -> list[Assignment]:
         """Return the best round of each client, in order."""
@@ -265,15 +265,30 @@ class Search:
         """Plan each client's schedule in one way on a share of its examples; keep the best."""
         federation, state = self.round.federation, self.round.state
         planner = federation.planner_under(state, way.policy, *way.weights)
-        reduced = _on_shares(clients, shares)
+        bits = planner.costs.bits_up, planner.costs.bits_down
+        hopeful = [
+            (client, share, reduced)
+            for client, share, reduced in zip(
+                clients, shares.tolist(), _on_shares(clients, shares), strict=True
+            )
+            if self._may_win(client, way, reduced.examples, bits)
+        ]
+        if not hopeful:
+            return
+        chosen, of_examples, reduced = map(list, zip(*hopeful, strict=True))
         probes = [self.round.probes(c) for c in reduced]
         scores = self.preferred, self.forward
         planned = planner.plan(reduced, *scores, self.round.number, probes, timed=False)
-        trained_shares = [r.examples / c.examples for r, c in zip(reduced, clients, strict=True)]
+        trained_shares = [r.examples / c.examples for r, c in zip(reduced, chosen, strict=True)]
         ranks = [planner.rank_share(a.schedule) for a in planned]
-        utilities = self._utilities(planner, planned, ranks, np.array(trained_shares))
+        utilities = self._utility.of(
+            np.stack([a.schedule.operations for a in planned]),
+            np.stack(ranks),
+            np.array(trained_shares),
+            [bits] * len(planned),
+        )
         for utility, share, client, assignment, rank in zip(
-            utilities.tolist(), shares.tolist(), reduced, planned, ranks, strict=True
+            utilities.tolist(), of_examples, reduced, planned, ranks, strict=True
         ):
             found = self._found[client.client]
             better = way not in found or utility > found[way].utility
@@ -281,20 +296,16 @@ class Search:
                 assignment = replace(assignment, policy=way.policy, examples=client.examples)
                 found[way] = Candidate(utility, share, assignment, rank)
 
-    def _utilities(
-        self,
-        planner: Planner,
-        planned: list[Assignment],
-        ranks: list[np.ndarray],
-        shares: np.ndarray,
-    ) -> np.ndarray:
-        """Return the utility of what was planned on shares of clients' examples: [clients]."""
-        return self._utility.of(
-            np.stack([a.schedule.operations for a in planned]),
-            np.stack(ranks),
-            shares,
-            [(planner.costs.bits_up, planner.costs.bits_down)] * len(planned),
-        )
+    def _may_win(self, client: Participant, way: Way, examples: int, bits: tuple[int, int]) -> bool:
+        """Whether a candidate that was not tried yet could be chosen, however much it trained."""
+        attempt = client.client, way, examples
+        if attempt in self._tried:
+            return False
+        self._tried.add(attempt)
+        if not self._found[client.client]:
+            return True
+        most = Utility.most(examples / client.examples, bits)
+        return most >= self._best(client).utility - TOLERANCE - HOPEFUL
 
     @cached_property
     def _utility(self) -> Utility:

@@ -64,3 +64,17 @@ def test_doing_more_is_never_worth_less(seed, slots, examples):
     after = of(operations, examples, judge=judge)
     assert after >= before - 1e-12
     assert of(operations, examples / 2, judge=judge) < after
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(0, 10_000), st.integers(1, 3), st.floats(0.05, 1.0))
+def test_no_round_has_more_than_the_most(seed, slots, examples):
+    draw = np.random.default_rng(seed)
+    judge = Utility(*draw.random((2, ARCH.blocks, ARCH.heads)) + 0.01)
+    for up, down in [(32, 32), (8, 32), (8, 8), (4, 8)]:
+        ranks = np.ones((1, ARCH.blocks, ARCH.heads))
+        shares, most = np.array([examples]), Utility.most(examples, (up, down))
+        some = random_schedule(ARCH, slots, seed).operations[None]
+        everything = np.full_like(some, Operation.FULL)
+        assert judge.of(some, ranks, shares, [(up, down)])[0] <= most + 1e-12
+        assert judge.of(everything, ranks, shares, [(up, down)])[0] == pytest.approx(most)

@@ -16,6 +16,7 @@ from d2ft_fl.costs.machine_speed import standard
 from d2ft_fl.costs.resources import RESOURCES
 from d2ft_fl.engine.trainer import Stepper
 from d2ft_fl.errors import ConfigError, RunError
+from d2ft_fl.planning.planner import Planner
 from d2ft_fl.planning.utility import Utility, of_batch
 from d2ft_fl.rounds.context import Round, plan_round
 from d2ft_fl.rounds.policy_choice import TOLERANCE, fastest
@@ -219,6 +220,31 @@ def test_no_plain_plan_is_worth_more(budget, seed):
         assert best >= plain_worth * 0.99 - 1e-9
     over = found.cost.vector() > round.clients[0].capacity
     assert not over.any(), [r for r, o in zip(RESOURCES, over, strict=True) if o]
+
+
+@pytest.mark.parametrize(
+    "budget",
+    [
+        {"flops": "60 %", "memory": "50 %"},
+        {"flops": "15 %", "bytes-up": "20 %"},
+        {"flops": "40 %", "bytes-up": "30 %", "bytes-down": "40 %"},
+    ],
+)
+def test_what_can_not_win_is_not_planned_which_changes_nothing(budget, monkeypatch):
+    counted, plan = [], Planner.plan
+
+    def counting(self, clients, *args, **options):
+        counted.append(len(clients))
+        return plan(self, clients, *args, **options)
+
+    monkeypatch.setattr(Planner, "plan", counting)
+    some, _ = planned(budget, examples=200)
+    few = sum(counted)
+    monkeypatch.setattr(Search, "_may_win", lambda *_: True)
+    every, _ = planned(budget, examples=200)
+    assert (some.schedule.operations == every.schedule.operations).all()
+    assert (some.policy, some.examples, some.cost) == (every.policy, every.examples, every.cost)
+    assert few < sum(counted) - few
 
 
 def worth_of(judge, a, round_number, examples=20):
