@@ -49,9 +49,15 @@ def transposed_times(left: Tensor, right: Tensor) -> Tensor:
 
     oneDNN is up to 1.4 times faster with the narrower of the two on its left.
     """
-    if is_faster(left.t(), right) and left.shape[1] > right.shape[1]:
+    swapped = left.shape[1] > right.shape[1] or not _is_dense(right)
+    if swapped and is_faster(right.t(), left):
         return times(right.t(), left).t()
     return times(left.t(), right)
+
+
+def is_transposed_faster(left: Tensor, right: Tensor) -> bool:
+    """Whether oneDNN does :func:`transposed_times`."""
+    return is_faster(left.t(), right) or is_faster(right.t(), left)
 
 
 def write_product(out: Tensor, left: Tensor, right: Tensor, bias: Tensor | None) -> None:
@@ -70,13 +76,23 @@ def add_product(total: Tensor, left: Tensor, right: Tensor) -> Tensor:
 
 
 def is_faster(left: Tensor, right: Tensor) -> bool:
-    """Whether oneDNN multiplies these faster; it makes new tensors only."""
+    """Whether oneDNN multiplies these faster; it makes new tensors only.
+
+    It is hundreds of times slower where the right one is a cut of a wider tensor, which may lie in
+    any way on the left.
+    """
     return (
-        left.dtype is torch.float32
+        _onednn
+        and left.dtype is torch.float32
         and left.numel() * right.shape[1] >= LEAST
         and left.device.type == "cpu"
-        and _onednn
+        and _is_dense(right)
     )
+
+
+def _is_dense(matrix: Tensor) -> bool:
+    """Whether nothing lies between its rows, or between its columns."""
+    return matrix.is_contiguous() or matrix.t().is_contiguous()
 
 
 def use(library: str) -> None:

@@ -70,6 +70,31 @@ def test_products_go_where_they_are_to(library, monkeypatch):
         matmul.use("auto")
 
 
+def lying(rows, columns):
+    """A matrix as it may lie in memory: whole, transposed, rows or columns of a wider one."""
+    whole = torch.randn(rows, columns)
+    yield whole
+    yield whole.t().contiguous().t()
+    yield torch.randn(rows + 3, columns)[2:-1].copy_(whole)
+    yield torch.randn(rows, columns + 9)[:, 4:-5].copy_(whole)
+    yield torch.randn(columns, rows + 9)[:, 4:-5].t().copy_(whole)
+
+
+def test_no_product_is_left_to_the_slow_reference(capfd):
+    """oneDNN says which of its implementations ran: ``ref`` is hundreds of times slower."""
+    with torch.backends.mkldnn.verbose(torch.backends.mkldnn.VERBOSE_ON):
+        for a in lying(20, 48):
+            for b in lying(48, 33):
+                times(a, b)
+                times(a, b, torch.randn(33), torch.randn(20, 33))
+            for b in lying(20, 33):
+                transposed_times(a, b)
+                transposed_times(b, a)
+    said = capfd.readouterr().out
+    assert "inner_product" in said
+    assert "ref" not in said
+
+
 def test_an_unknown_library_is_refused():
     with pytest.raises(ConfigError, match=r"'blas' must be one of auto, mkl, onednn"):
         matmul.use("blas")
