@@ -13,12 +13,9 @@ import time
 from collections.abc import Callable, Iterable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
@@ -45,7 +42,6 @@ from d2ft_fl.tasks.image_classification import ImageClassification
 from d2ft_fl.tasks.task import Batch
 from d2ft_fl.util.torch_device import set_threads, usable_device
 
-SUFFIXES = (".png", ".svg", ".pdf")
 PAIRS = 15
 LORA = Lora.of(RunConfig())
 
@@ -378,38 +374,3 @@ def saved_bytes(forward: Callable[[], Tensor], held: Iterable[Tensor]) -> int:
     with saved_tensors_hooks(keep, lambda tensor: tensor):
         forward()
     return sum(storages.values())
-
-
-def draw(rows: list[Row], bench: StepBench, path: Path) -> None:
-    """Plot time over FLOPs, with the diagonal, on which saved arithmetic is saved time."""
-    figure = Figure(figsize=(8.6, 5.6))
-    FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    axes.plot([0, 1.05], [0, 1.05], color="0.4", linewidth=1, label="time = FLOPs")
-    axes.fill_between([0, 1.05], [0, 1.05], [0.05, 1.10], color="0.9", label="up to 0.05 more")
-    colours = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9"]
-    for index, row in enumerate(rows):
-        axes.plot(
-            row.flop_ratio,
-            row.time_ratio,
-            marker="os^DvP"[index // len(colours) % 6],
-            color=colours[index % len(colours)],
-            markersize=8,
-            linestyle="none",
-            label=row.schedule,
-        )
-    axes.set_xlim(0, 1.08)
-    axes.set_ylim(0, max(1.12, *(row.time_ratio + 0.05 for row in rows)))
-    axes.set_xlabel("FLOPs of a step, training all of the timm model = 1")
-    axes.set_ylabel("time of a step, the same = 1")
-    slots = f"{bench.slots} slot{'s' * (bench.slots > 1)}"
-    axes.set_title(
-        f"{bench.model}, {bench.tuning} tuning, batch {bench.batch_size}, {slots}, "
-        f"{bench.precision} on {bench.device}"
-        + (f", {bench.threads} threads" if bench.device == "cpu" else ""),
-        fontsize=11,
-    )
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), frameon=False, fontsize=8)
-    figure.tight_layout()
-    figure.savefig(path, dpi=130)

@@ -56,7 +56,7 @@ def step_command(
     as_json: Annotated[bool, typer.Option("--json", help="Print rows as JSON only.")] = False,
 ) -> None:
     """Time scheduled training beside full fine-tuning of the unmodified timm model."""
-    from d2ft_fl.bench import step
+    from d2ft_fl.bench import step, step_picture
     from d2ft_fl.cli import bench_tables
     from d2ft_fl.report import plan_figure
 
@@ -77,7 +77,7 @@ def step_command(
         for what in benches:
             what.check()
         if output is not None:
-            plan_figure.check_output(output, step.SUFFIXES)
+            plan_figure.check_output(output, step_picture.SUFFIXES)
         with progress_bar(hidden=as_json) as progress:
             task = progress.add_task("measuring", total=None)
 
@@ -86,7 +86,7 @@ def step_command(
 
             of_sizes = [step.bench_step(what, done) for what in benches]
         if output is not None:
-            step.draw(of_sizes[0], benches[0], output)
+            step_picture.draw(of_sizes, benches, output)
     rows = [row for of_size in of_sizes for row in of_size]
     if as_json:
         typer.echo(json.dumps([row.to_json() for row in rows]))

@@ -2,13 +2,13 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import numpy as np
 
 from d2ft_fl.config.choices import PLAIN_BITS
 from d2ft_fl.costs.compensation import Extras
-from d2ft_fl.costs.parameter_counts import Parts, Which
+from d2ft_fl.costs.parameter_counts import Parts, Which, parts_of
 from d2ft_fl.subnets.architecture import Architecture, Kind, Parameter, has_fixed
 from d2ft_fl.subnets.schedule import residents, trainees
 from d2ft_fl.wire.quantization import is_quantized, row_bytes
@@ -133,3 +133,9 @@ class Communication:
 def _spared(p: Parameter, bits: int) -> int:
     """Return the bytes by which a row is shorter in so many bits."""
     return row_bytes(p, PLAIN_BITS) - row_bytes(p, bits)
+
+
+@lru_cache
+def communication_of(extras: Extras, slots: int, bits_up: int, bits_down: int) -> Communication:
+    """Return the communication of a model, which many execution policies have in common."""
+    return Communication(parts_of(extras.arch), extras, slots, bits_up, bits_down)

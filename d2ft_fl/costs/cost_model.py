@@ -8,21 +8,21 @@ all the time, plus the worst micro-batch: see :mod:`d2ft_fl.costs.round_memory` 
 
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property, lru_cache
+from functools import cached_property
 
 import numpy as np
 
 from d2ft_fl.config.choices import PLAIN_BITS
 from d2ft_fl.config.training_options import DEFAULT_POLICY, ExecutionPolicy, TrainingOptions
 from d2ft_fl.costs.activations import ActivationBytes
-from d2ft_fl.costs.communication import Communication
+from d2ft_fl.costs.communication import Communication, communication_of
 from d2ft_fl.costs.compensation import Extras
-from d2ft_fl.costs.flops import BranchFlops
 from d2ft_fl.costs.machine_speed import MachineSpeed, standard
 from d2ft_fl.costs.memory import MicroBatchMemory
 from d2ft_fl.costs.parameter_counts import Parts, parts_of
 from d2ft_fl.costs.resources import RESOURCES, Cost, costs_from
-from d2ft_fl.costs.round_memory import RoundMemory, active_slots, sizes_of_slots
+from d2ft_fl.costs.round_flops import RoundFlops
+from d2ft_fl.costs.round_memory import RoundMemory
 from d2ft_fl.costs.seconds import RoundSeconds
 from d2ft_fl.engine.attention import fused_attention
 from d2ft_fl.errors import ConfigError
@@ -31,10 +31,9 @@ from d2ft_fl.subnets.schedule import (
     Operation,
     Schedule,
     micro_batches,
-    residents,
     slot_sizes,
     slot_totals,
-    trainees,
+    trained_ranks,
 )
 from d2ft_fl.wire.quantization import check_bits
 
@@ -115,29 +114,9 @@ class CostModel:
     # -- FLOPs -------------------------------------------------------------------------------
 
     @cached_property
-    def branch_flops(self) -> BranchFlops:
-        """FLOPs of operations, by branch."""
-        return BranchFlops.of(self.seen, self.fused, self.options.checkpointing)
-
-    @cached_property
-    def operation_flops(self) -> np.ndarray:
-        """FLOPs of each operation of each head on one example, at most: int64 [operations, heads].
-
-        A FULL subnet pays most where something below it trains. What a block pays besides is in
-        :attr:`block_flops`.
-        """
-        flops = self.branch_flops
-        total = flops.base[:, 1].sum(axis=1)
-        total[Operation.FULL] += self.arch.rank * flops.near[Operation.FULL, 1].sum(axis=0)
-        return total
-
-    @cached_property
-    def block_flops(self) -> np.ndarray:
-        """FLOPs of LoRA's factors that a block's heads share: int64 [operations]; 0 without LoRA.
-
-        They are for one example, at most, and per rank of the largest that trains.
-        """
-        return self.branch_flops.far[:, 1].sum(axis=1)
+    def round_flops(self) -> RoundFlops:
+        """FLOPs of rounds."""
+        return RoundFlops(self.seen, self.options, self.slots, self.fused)
 
     @property
     def fused(self) -> bool:
@@ -145,25 +124,11 @@ class CostModel:
         attention = self.arch.attention
         return fused_attention(self.device, attention.head_width, attention.dropout)
 
-    @property
-    def base_flops(self) -> int:
-        """FLOPs of one example outside the blocks: embedding forward, classifier forth and back."""
-        return self.arch.embed_flops + 6 * self.arch.dim * self.arch.classes
-
-    @cached_property
-    def merge_flops(self) -> np.ndarray:
-        """FLOPs of merging a subnet's factors into its weights, per rank: int64 [blocks, heads]."""
-        weights = [
-            p.role for p in self.arch.parameters if p.role.split(".")[0] in self.arch.targets
-        ]
-        roles = {role for role in weights if role.endswith(".weight")}
-        sizes = self.arch.sliced_sizes(lambda p: p.role in roles and not p.factor)
-        return 2 * sizes
-
     def flops(self, schedule: Schedule, examples: int) -> int:
         """Return the FLOPs of one round of local training on ``examples`` examples."""
-        ranks = self.ranks(schedule.operations[None], _one(schedule.ranks))
-        return int(self._flops(schedule.operations[None], np.array([examples]), ranks)[0])
+        operations = schedule.operations[None]
+        ranks = self.ranks(operations, _one(schedule.ranks))
+        return int(self.round_flops.of(operations, np.array([examples]), ranks)[0])
 
     def ranks(self, operations: np.ndarray, ranks: np.ndarray | None) -> np.ndarray:
         """Return the ranks at which subnets train, else 0: int64 [clients, blocks, heads].
@@ -171,34 +136,8 @@ class CostModel:
         Args:
             operations: int8 [clients, slots, blocks, heads].
             ranks: Those of schedules; None for the architecture's.
-
-        Raises:
-            ConfigError: When a rank is not between 1 and that of the architecture.
         """
-        trained, largest = trainees(operations), self.arch.rank
-        if ranks is None:
-            return trained * np.int64(largest)
-        used = ranks[trained]
-        if len(used) and not 1 <= used.min() <= used.max() <= largest:
-            raise ConfigError(
-                f"subnets train at ranks 1 to {largest}, not {used.min()} to {used.max()}"
-                if largest
-                else "only LoRA has ranks: leave those of a schedule at None"
-            )
-        return trained * ranks
-
-    def _flops(self, operations: np.ndarray, examples: np.ndarray, ranks: np.ndarray) -> np.ndarray:
-        """Return the FLOPs of many clients' rounds: int64 [clients]."""
-        per_slot = self.branch_flops.per_slot(operations, self.arch.trains, ranks)
-        per_slot += self.base_flops * active_slots(operations)  # [clients, slots]
-        full, rest = np.divmod(examples, self.options.batch_size)
-        whole = np.array(slot_sizes(self.options.batch_size, self.slots))
-        totals = full[:, None] * whole + sizes_of_slots(rest, self.slots)
-        flops = self.options.epochs * (per_slot * totals).sum(axis=1)
-        if self.arch.rank:
-            merged = residents(operations) * (self.arch.rank - ranks)
-            flops += (merged * self.merge_flops).sum(axis=(1, 2))
-        return flops
+        return trained_ranks(operations, ranks, self.arch.rank)
 
     def slot_totals(self, examples: int) -> list[int]:
         """Return how many examples each slot sees in one round."""
@@ -215,7 +154,7 @@ class CostModel:
             self.slots,
             self.fused,
             self.parts,
-            self.branch_flops,
+            self.round_flops.by_branch,
             self.machine or standard(self.options.precision),
         )
 
@@ -317,14 +256,7 @@ class CostModel:
     @cached_property
     def communication(self) -> Communication:
         """Bytes that travel."""
-        return _communication(
-            self.arch,
-            self.compensated,
-            self.calibrating,
-            self.slots,
-            self.bits_up,
-            self.bits_down,
-        )
+        return communication_of(self.extras, self.slots, self.bits_up, self.bits_down)
 
     def bytes_down(self, schedule: Schedule) -> int:
         """Return the bytes that travel to a client with an empty cache, headers included."""
@@ -417,7 +349,7 @@ class CostModel:
     ) -> np.ndarray:
         used_ranks = self.ranks(operations, ranks)
         parts = (
-            self._flops(operations, examples, used_ranks),
+            self.round_flops.of(operations, examples, used_ranks),
             self.memories(operations, examples, ranks),
             self.communication.up(operations, used_ranks),
             self.communication.down(operations, cached, ranks),
@@ -457,20 +389,6 @@ class CostModel:
         cost = plain.cost(plain.everything(), examples)
         down = self.unquantized().bytes_down(self.everything())
         return replace(cost, bytes_down=down) if examples else cost
-
-
-@lru_cache
-def _communication(
-    arch: Architecture,
-    compensated: bool,
-    calibrating: bool,
-    slots: int,
-    bits_up: int,
-    bits_down: int,
-) -> Communication:
-    """Return what travels, which many execution policies have in common."""
-    extras = Extras(arch, compensated, calibrating)
-    return Communication(parts_of(arch), extras, slots, bits_up, bits_down)
 
 
 def _one(table: np.ndarray | None) -> np.ndarray | None:

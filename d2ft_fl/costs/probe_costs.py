@@ -69,7 +69,7 @@ def _probes_cost(costs: CostModel, probes: Probes) -> Cost:
     one = replace(costs.plain(), arch=a.without_dropout())
     resident = sum(p.numel for p in a.parameters)
     merges = bool(probes.scored) + bool(probes.viewed)
-    flops, memory, up = merges * costs.arch.rank * int(costs.merge_flops.sum()), 0, 0
+    flops, memory, up = merges * costs.arch.rank * int(costs.round_flops.of_merging.sum()), 0, 0
     seconds, work = one.round_seconds, 0
     if probes.scored:
         everything = one.everything()
@@ -82,7 +82,7 @@ def _probes_cost(costs: CostModel, probes: Probes) -> Cost:
     if probes.viewed:
         batch = min(probes.viewed, costs.options.batch_size)
         forward = Schedule.filled(Operation.FORWARD_ONLY, 1, a.blocks, a.heads)
-        blocks = a.blocks * int(one.operation_flops[Operation.FORWARD_ONLY].sum())
+        blocks = a.blocks * int(one.round_flops.of_operations[Operation.FORWARD_ONLY].sum())
         flops += (a.embed_flops + 2 * a.dim * a.classes + blocks) * probes.viewed
         viewing = ELEMENT * (resident + batch * a.input_elements + probes.viewed)
         memory = max(memory, viewing + one.peak_bytes(forward, [batch]))

@@ -165,7 +165,7 @@ class Pricing:
         for operation in (Operation.FORWARD_ONLY, Operation.FROZEN, Operation.FULL):
             flops += self.examples_of(operation, self.totals) * self.flops_of_operation(operation)
         unused = (patterns.runs > 0) * (costs.arch.rank - patterns.rank)
-        return flops + costs.merge_flops.reshape(-1, 1) * unused
+        return flops + costs.round_flops.of_merging.reshape(-1, 1) * unused
 
     def flops_of_operation(self, operation: Operation) -> np.ndarray:
         """Price an operation on one example: int64 [subnets, 1], or [subnets, options] under LoRA.
@@ -174,13 +174,13 @@ class Pricing:
         opening it costs. Of any other operation a head that trains pays the block's part itself.
         """
         costs, rank = self.costs, self.patterns.rank
-        flops = costs.operation_flops[operation][self.head, None]
+        flops = costs.round_flops.of_operations[operation][self.head, None]
         if not costs.arch.rank:
             return flops
-        near = costs.branch_flops.near[operation, 1].sum(axis=0)[self.head, None]
+        near = costs.round_flops.by_branch.near[operation, 1].sum(axis=0)[self.head, None]
         if operation is Operation.FULL:
             return flops + near * (rank - costs.arch.rank)
-        return flops + (near + costs.block_flops[operation]) * rank
+        return flops + (near + costs.round_flops.of_blocks[operation]) * rank
 
     def bytes_up_of_options(self) -> np.ndarray:
         """Price bytes up: the slices of options that train, in [subnets, options]."""
@@ -257,7 +257,8 @@ class Pricing:
         """Price the block's part of LoRA's factors: FLOPs, int64 [levels]."""
         flops = np.zeros(levels, dtype=np.int64)
         examples = int(self.totals[: self.active].sum())
-        flops[TRAINED:] = self.costs.block_flops[Operation.FULL] * examples * self.rank_steps
+        per_rank = self.costs.round_flops.of_blocks[Operation.FULL] * examples
+        flops[TRAINED:] = per_rank * self.rank_steps
         return flops
 
     def bytes_up_of_openings(self, levels: int) -> np.ndarray:
@@ -308,7 +309,7 @@ class Pricing:
     def constant(self) -> np.ndarray:
         """Price running anything at all: int64 [5]."""
         constant = np.zeros(LATER + 1, dtype=np.int64)
-        constant[FLOPS] = self.costs.base_flops * int(self.totals[: self.active].sum())
+        constant[FLOPS] = self.costs.round_flops.outside * int(self.totals[: self.active].sum())
         constant[UP] = self.costs.parts.trained.outer_bytes + MESSAGE_HEADER
         constant[DOWN] = self.bytes_down_of_anything()
         for phase in self.phases:
@@ -354,11 +355,11 @@ class Pricing:
             frozen: Whether FROZEN is offered.
         """
         costs, arch, totals = self.costs, self.costs.arch, self.totals[: self.active]
-        per_example = costs.branch_flops.spared_at_the_bottom(arch.trains, arch.rank)
+        per_example = costs.round_flops.by_branch.spared_at_the_bottom(arch.trains, arch.rank)
         if len(totals) > 1:
             # Of a block in a slot: that nobody is FULL there, and that each head pays for the rest.
             others = [Operation.FORWARD_ONLY, Operation.FROZEN][: 1 + frozen]
-            rest = (arch.heads - 1) * costs.block_flops[others].max()
-            shared = costs.block_flops[Operation.FULL] + rest
+            rest = (arch.heads - 1) * costs.round_flops.of_blocks[others].max()
+            shared = costs.round_flops.of_blocks[Operation.FULL] + rest
             per_example += arch.blocks * arch.rank * int(shared)
         return per_example * int(totals.sum())

@@ -177,6 +177,30 @@ def trainees(operations: np.ndarray) -> np.ndarray:
     return (operations == Operation.FULL).any(axis=1)
 
 
+def trained_ranks(operations: np.ndarray, ranks: np.ndarray | None, largest: int) -> np.ndarray:
+    """Return the ranks at which subnets train, else 0: int64 [clients, blocks, heads].
+
+    Args:
+        operations: int8 [clients, slots, blocks, heads].
+        ranks: Those of schedules, int64 [clients, blocks, heads]; None for the largest.
+        largest: Rank of LoRA's factors in the model; 0 without LoRA.
+
+    Raises:
+        ConfigError: When a rank is not between 1 and the largest.
+    """
+    trained = trainees(operations)
+    if ranks is None:
+        return trained * np.int64(largest)
+    used = ranks[trained]
+    if len(used) and not 1 <= used.min() <= used.max() <= largest:
+        raise ConfigError(
+            f"subnets train at ranks 1 to {largest}, not {used.min()} to {used.max()}"
+            if largest
+            else "only LoRA has ranks: leave those of a schedule at None"
+        )
+    return trained * ranks
+
+
 def effective(operations: np.ndarray) -> np.ndarray:
     """Return operations as they run: FROZEN is FORWARD_ONLY below all that trains in its slot.
 

@@ -12,6 +12,7 @@ from d2ft_fl.config.training_options import ExecutionPolicy
 from d2ft_fl.costs import cost_model as costs
 from d2ft_fl.costs.probe_costs import Probes, probes_cost, round_cost
 from d2ft_fl.costs.resources import Cost
+from d2ft_fl.costs.round_flops import RoundFlops
 from d2ft_fl.engine.meter import Meter
 from d2ft_fl.engine.numerics import Numerics
 from d2ft_fl.engine.partial_model import PartialModel
@@ -189,11 +190,11 @@ def test_by_hand_one_block_one_head():
     through = 2 * (inward + outward) + 5 * attention
     weights = 2 * (inward + outward)
     expected = [0, forward, forward + through, forward + through + weights]
-    assert costs.operation_flops[:, 0].tolist() == expected
-    again = cost_model(arch, checkpointing=True).operation_flops[:, 0] - costs.operation_flops[:, 0]
-    assert again.tolist() == [0, 0] + [2 * inward + 2 * attention] * 2
-    assert costs.base_flops == 2 * 16 * (4 * 4) * 24 + 6 * 24 * 5
-    assert costs.flops(costs.everything(), 10) == 10 * (expected[3] + costs.base_flops)
+    assert costs.round_flops.of_operations[:, 0].tolist() == expected
+    again = cost_model(arch, checkpointing=True).round_flops.of_operations[:, 0]
+    assert (again - expected).tolist() == [0, 0] + [2 * inward + 2 * attention] * 2
+    assert costs.round_flops.outside == 2 * 16 * (4 * 4) * 24 + 6 * 24 * 5
+    assert costs.flops(costs.everything(), 10) == 10 * (expected[3] + costs.round_flops.outside)
     saved = costs.saved_bytes(costs.everything(), [1]) - costs.activations.outer
     # 16 units of T D, the statistics of two norms, and the log-sum of attention
     assert saved == 4 * (16 * 17 * 24 + 2 * 2 * 17 + 17)
@@ -266,7 +267,7 @@ def test_a_cost_model_believes_nobody_but_its_own_arithmetic(monkeypatch):
         return costs.full_cost(20), probes_cost(costs, Probes(scored=4, kinds=("fisher",)))
 
     right = found()
-    monkeypatch.setattr(costs.CostModel, "base_flops", 0)
+    monkeypatch.setattr(RoundFlops, "outside", 0)
     assert all(now.flops < then.flops for now, then in zip(found(), right, strict=True))
     monkeypatch.undo()
     assert found() == right

@@ -171,7 +171,7 @@ def test_the_lowest_branch_that_trains_passes_nothing_on():
     one = costs.flops(Schedule(low), 1) - costs.flops(Schedule(forward), 1)
     two = costs.flops(Schedule(both), 1) - costs.flops(Schedule(low), 1)
     inward = 2 * 17 * 48 * 3 * 48  # products in of attention, all heads
-    whole = costs.operation_flops[:, 0] * 4
+    whole = costs.round_flops.of_operations[:, 0] * 4
     assert one < two
     assert two - one == inward + 2 * 17 * 3 * 48  # dy, by weights and by A
     assert whole[Operation.FULL] > 0

@@ -200,7 +200,7 @@ def test_memory_of_openings_by_hand():
 
 def test_openings_by_rank_add_what_each_rank_adds():
     p = pricing(lora=Lora(rank=4), ranks=(1, 4))
-    per_rank = p.costs.block_flops[Operation.FULL] * EXAMPLES
+    per_rank = p.costs.round_flops.of_blocks[Operation.FULL] * EXAMPLES
     assert p.flops_of_openings(4).tolist() == [0, 0, per_rank, 3 * per_rank]
     # Of the common factor of each of four products, 3 more rows of it: all are D = 24 or 96 wide.
     widths = [
@@ -227,7 +227,7 @@ def test_anything_at_all_costs_embedding_classifier_and_headers():
         everything.bytes_up,
         everything.bytes_down,
     ]
-    assert constant[FLOPS] == p.costs.base_flops * EXAMPLES
+    assert constant[FLOPS] == p.costs.round_flops.outside * EXAMPLES
     outer = sum(q.numel for q in ARCH.parameters if q.block < 0 and q.trains)
     assert constant[2] - MESSAGE_HEADER >= ELEMENT * outer
     assert total[MEMORY] <= everything.memory

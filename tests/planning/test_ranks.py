@@ -268,7 +268,7 @@ def test_a_rank_for_all_costs_what_an_architecture_of_that_rank_does():
     ours, theirs = wide.cost(low, 8), slim.cost(schedule, 8)
     assert ours.bytes_up == theirs.bytes_up
     assert ours.memory == theirs.memory
-    folded = 4 * int((schedule.resident * wide.merge_flops).sum())
+    folded = 4 * int((schedule.resident * wide.round_flops.of_merging).sum())
     assert ours.flops == theirs.flops + folded
 
 

@@ -9,9 +9,9 @@ import timm
 import torch
 
 from d2ft_fl.client import trainer
-from d2ft_fl.costs import cost_model
 from d2ft_fl.costs.flops import BranchFlops
 from d2ft_fl.costs.resources import RESOURCES
+from d2ft_fl.costs.round_flops import RoundFlops
 from d2ft_fl.errors import ConfigError, RunError
 from d2ft_fl.records.run_folder import claim_folder
 from d2ft_fl.rounds.checks import checked
@@ -71,7 +71,7 @@ def test_fedavg_reports_what_it_uses_beyond_budgets(quick):
 
 def test_a_planted_wrong_formula_shows_up_as_violations(quick, monkeypatch):
     """What clients report as used does not come from the cost model."""
-    right = cost_model.CostModel.branch_flops.func
+    right = RoundFlops.by_branch.func
 
     def half(self):
         whole = right(self)
@@ -81,7 +81,7 @@ def test_a_planted_wrong_formula_shows_up_as_violations(quick, monkeypatch):
     reference = run_local(quick(rounds=1))
     assert reference["violations"] == 0
     full = {c["client"]: c["allowed"] for c in rows(reference["folder"], "clients.jsonl")}
-    monkeypatch.setattr(cost_model.CostModel, "branch_flops", broken)
+    monkeypatch.setattr(RoundFlops, "by_branch", broken)
     budgets = {c: allowed["flops"] for c, allowed in full.items()}
     monkeypatch.setattr(
         "d2ft_fl.budgets.device_classes.DeviceClasses.__call__",
