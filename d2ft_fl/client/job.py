@@ -133,8 +133,7 @@ class Job:
             trained: Packed slices by name, after training.
             seed: Of stochastic rounding.
         """
-        draw = np.random.default_rng([*seed, 2])
-        generator = torch.Generator().manual_seed(int(draw.integers(2**62)))
+        generator = np.random.SFC64([*seed, 2])
         bits = self.costs.bits_up, self.costs.bits_down
         return quantize_changes(self.arch, before, trained, bits[0], generator, bits[1])
 

@@ -6,7 +6,8 @@ A row d becomes whole numbers q of b bits, and one scale s for them:
 
 **Up**, d is what a client changed of a row, and u is drawn from [0, 1), so that s q is d on
 average: stochastic rounding (QSGD, Alistarh et al., NeurIPS 2017, arXiv 1610.02132, whose norm is
-that of the whole gradient). The server adds s q to what the row is.
+that of the whole gradient). The server adds s q to what the row is. u has 16 bits, with which the
+mean is d to s / 2^17.
 
 **Down**, d is the row, and u = 1/2: all clients begin with the same weights, next to the server's,
 which stay as exact as they are. So what comes back must be a change: down needs few bits up.
@@ -67,7 +68,7 @@ def row_bytes(p: Parameter, bits: int) -> int:
 def quantize_rows(
     rows: Tensor,
     bits: int,
-    generator: torch.Generator | None = None,
+    generator: np.random.BitGenerator | None = None,
     before: Tensor | None = None,
     bits_before: int = PLAIN_BITS,
 ) -> Tensor:
@@ -93,9 +94,16 @@ def quantize_rows(
             if bits_before < PLAIN_BITS:
                 old = dequantize_rows(old, width, bits_before)
             block = torch.sub(block, old, out=of_block)
-        up = 0.5 if generator is None else draws[: len(block)].uniform_(generator=generator)
+        up = 0.5 if generator is None else _drawn(generator, draws[: len(block)])
         _quantize_block(block, bits, up, of_block, quantized[here])
     return quantized
+
+
+def _drawn(generator: np.random.BitGenerator, into: Tensor) -> Tensor:
+    """Fill a tensor with draws from the middles of 2^16 equal parts of [0, 1)."""
+    bits = np.asarray(generator.random_raw(-(-into.numel() // 4))).view(np.int16)
+    np.multiply(bits[: into.numel()].reshape(into.shape), np.float32(2**-16), out=into.numpy())
+    return into.add_(0.5 + 2**-17)
 
 
 def _quantize_block(
@@ -139,7 +147,7 @@ def quantize_changes(
     old: Mapping[str, Tensor],
     new: Mapping[str, Tensor],
     bits: int,
-    generator: torch.Generator,
+    generator: np.random.BitGenerator,
     bits_old: int = PLAIN_BITS,
 ) -> dict[str, Tensor]:
     """Quantize the changes of packed slices, by name; slices that travel as they are are left out.

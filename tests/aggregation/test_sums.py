@@ -41,7 +41,7 @@ def quantized(u, bits):
         for name in sent
         if (p := ARCH.by_name[name]).kind is Kind.SLICED
     }
-    sent |= quantize_changes(ARCH, old, sent, bits, torch.Generator().manual_seed(0))
+    sent |= quantize_changes(ARCH, old, sent, bits, np.random.SFC64(0))
 
     def in_full(tensors):
         return with_quantized_changes(ARCH, whole, u.schedule, tensors, bits)
