@@ -10,7 +10,7 @@ export FLWR_DISABLE_UPDATE_CHECK := 1
 export FLWR_TELEMETRY_ENABLED := 0
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help install run test test-slow lint options constraints clean
+.PHONY: help install run test test-slow lint options speed constraints clean
 
 help:
 	@echo "make run     federated fine-tuning of the default job, from nothing"
@@ -44,6 +44,10 @@ lint: $(READY)
 # After a change of an option: its comment in pyproject.toml, and docs/options.md.
 options: $(READY)
 	$(BIN)/python -m d2ft_fl.cli.options_page
+
+# The speed tables of README, on this machine: half an hour in which nothing else may run.
+speed: $(READY)
+	$(BIN)/python experiments/speed/measure.py
 
 constraints: $(READY)
 	$(BIN)/uv pip compile --quiet --python-version 3.11 --extra dev --no-header --no-annotate \

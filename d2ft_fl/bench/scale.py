@@ -29,7 +29,7 @@ import psutil
 from d2ft_fl.bench.scale_sides import Job
 from d2ft_fl.config.run_config import RunConfig
 from d2ft_fl.errors import ConfigError, RunError
-from d2ft_fl.flower.superlink import flower_environment, run_flower
+from d2ft_fl.flower.superlink import flower_environment, run_flower, superlink
 from d2ft_fl.report.format import policy_words
 from d2ft_fl.rounds.checks import checked
 
@@ -218,7 +218,8 @@ def _ours(strategy: str, budgets: str) -> Callable[[ScaleBench, Side], None]:
             bench.job.config(), strategy=strategy, budgets=str(file), run_folder=str(folder)
         )
         rows: list[dict[str, Any]] = []
-        run_flower(checked(config), folder, 0, rows.append)
+        with superlink() as link:
+            run_flower(checked(config), folder, 0, rows.append, link)
         lines = [json.loads(line) for line in (folder / "clients.jsonl").read_text().splitlines()]
         shutil.rmtree(scratch)  # that of a run that failed stays, with its log
         for row in rows[1:]:

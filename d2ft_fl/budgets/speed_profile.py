@@ -39,6 +39,7 @@ from d2ft_fl.tasks.task import Batch
 from d2ft_fl.util.files import unlock
 from d2ft_fl.util.torch_device import set_threads, usable_device
 from d2ft_fl.wire import blob as wire
+from d2ft_fl.wire.quantization import quantize_rows
 
 ROWS = (16.0, 64.0, 256.0, 1024.0, 4096.0)
 WIDTHS = (32.0, 64.0, 128.0, 256.0, 512.0, 1024.0)
@@ -46,7 +47,9 @@ TOKENS = (16.0, 64.0, 256.0, 1024.0)
 HEAD_WIDTHS = (16.0, 64.0)
 ATTENDED = 1024  # examples x heads x tokens that attention is timed with
 SECONDS = 0.01  # that a product is repeated for
-STEPS = 3  # of which the second fastest counts, others may be disturbed
+STEPS = 5  # of which the median counts
+EXAMPLES = 64  # that batches are taken from
+CODED = 1024, 256  # rows and columns that are quantized
 MODELS = ((96, 6, 5, 16), (192, 3, 3, 24), (384, 6, 2, 24))  # dim, heads, blocks, pixels
 BATCHES = ((1, 1), (3, 1), (12, 1), (8, 4))  # examples, micro-batches
 # Shares of FULL, FROZEN and FORWARD_ONLY, the rest is SHORTCUT; and blocks that run, of the last.
@@ -176,8 +179,11 @@ def _fitted(speed: MachineSpeed) -> MachineSpeed:
     """Return a machine's speed with the constants that real steps ask for."""
     from scipy.optimize import nnls  # takes a while to import
 
-    rows, seconds = zip(*_steps(speed), strict=True)
+    rows, seconds, starts = zip(*_steps(speed), strict=True)
     features, spent = np.array(rows), np.array(seconds)
+    begun = FEATURES.index("start")
+    start = float(np.median(np.array(starts) / features[:, begun]))
+    features[:, begun] = 0  # steps that were timed are not the first
     held = np.zeros((3, len(FEATURES)))
     held[[0, 1, 2], [0, 1, 2]] = TRUST * np.sqrt(len(spent))
     left = np.concatenate([features / spent[:, None], held])
@@ -185,11 +191,12 @@ def _fitted(speed: MachineSpeed) -> MachineSpeed:
     scale = np.maximum(np.abs(left).max(axis=0), 1e-300)
     constants = nnls(left / scale, right)[0] / scale
     fitted = dict(zip(FEATURES, constants.tolist(), strict=True))
+    fitted |= {"start": max(0.0, start), "coded": _coded_seconds()}
     return replace(speed, **fitted, message=_message_seconds())
 
 
-def _steps(speed: MachineSpeed) -> Iterator[tuple[np.ndarray, float]]:
-    """Yield what steps of small models consist of, and how long they took."""
+def _steps(speed: MachineSpeed) -> Iterator[tuple[np.ndarray, float, float]]:
+    """Yield what steps of small models consist of, how long one took, and the first one more."""
     task, device = ImageClassification(), torch.device(speed.device)
     for dim, heads, blocks, side in MODELS:
         arguments = (("embed_dim", dim), ("num_heads", heads), ("depth", blocks))
@@ -201,28 +208,27 @@ def _steps(speed: MachineSpeed) -> Iterator[tuple[np.ndarray, float]]:
             options = TrainingOptions.of(config)
             costs = CostModel(arch, options, 1, speed.device, machine=speed)
             model = PartialModel(adapter, arch, Numerics.of(options), device)
-            images = Batch(
-                torch.rand(batch, *adapter.input_shape, device=device),
-                torch.zeros(batch, dtype=torch.long, device=device),
-            )
+            pool = torch.rand(EXAMPLES, *adapter.input_shape, device=device)
+            labels = torch.zeros(EXAMPLES, dtype=torch.long, device=device)
+            index = torch.arange(batch, device=device)
             for *shares, depth in SCHEDULES:
                 schedule = _mixture(shares, blocks, heads, depth)
                 model.reset(schedule, pack_for(arch, weights, schedule))
                 model.train(True)
+                begun = time.perf_counter()
                 meter = _NoMeter(device=device)
                 stepper = Stepper(model, task, options, lambda *_: 1e-6, meter, every_slot=True)
-                stepper.step(images)
-                spent = []
-                for _ in range(STEPS):
-                    begun = time.perf_counter()
-                    stepper.step(images)
+                ends = [begun]
+                for _ in range(1 + STEPS):
+                    stepper.step(Batch(pool[index], labels[index]))
                     if device.type == "cuda":
                         torch.cuda.synchronize(device)
-                    spent.append(time.perf_counter() - begun)
+                    ends.append(time.perf_counter())
+                first, *spent = np.diff(ends).tolist()
                 operations = schedule.operations[None]
                 ranks = np.zeros(operations.shape[::2][:1] + operations.shape[2:], dtype=np.int64)
                 features = costs.round_seconds.features(operations, np.array([batch]), ranks)
-                yield features[0], sorted(spent)[1]
+                yield features[0], statistics.median(spent), first - statistics.median(spent)
 
 
 class _NoMeter(Meter):
@@ -243,6 +249,14 @@ def _mixture(shares: Sequence[float], blocks: int, heads: int, depth: int) -> Sc
         row[start:stop] = operation
     running = np.arange(blocks)[:, None] >= blocks - depth
     return Schedule((row * running)[None].astype(np.int8))
+
+
+def _coded_seconds() -> float:
+    """Return the seconds of a number whose change is quantized."""
+    after, before = torch.rand(2, *CODED)
+    generator = np.random.SFC64(0)
+    quantizing = partial(quantize_rows, after, 8, generator, before)
+    return seconds_of(quantizing, torch.device("cpu")) / after.numel()
 
 
 def _message_seconds() -> float:

@@ -1,10 +1,12 @@
 """``d2ft run``."""
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -13,6 +15,9 @@ from d2ft_fl.config.run_config import RunConfig
 from d2ft_fl.config.sources import collect
 from d2ft_fl.errors import ConfigError
 from d2ft_fl.util import terminal
+
+if TYPE_CHECKING:
+    from d2ft_fl.flower.superlink import SuperLink
 
 
 class Backend(StrEnum):
@@ -50,14 +55,30 @@ def run(
         options = collect(config or [], set_ or [], resume).check_values()
         if not as_json:
             console.title(options)  # before PyTorch is imported, which takes seconds
-        from d2ft_fl.rounds.checks import check_names, checked
+        with _superlink(backend) as link:  # starts while PyTorch is imported
+            from d2ft_fl.rounds.checks import check_names, checked
 
-        check_names(options)
-        with compiling(options, as_json):
-            _run(checked(options), backend, supernodes, workers, as_json)
+            check_names(options)
+            with compiling(options, as_json):
+                _run(checked(options), link, supernodes, workers, as_json)
 
 
-def _run(config: RunConfig, backend: Backend, supernodes: int, workers: int, as_json: bool) -> None:
+@contextmanager
+def _superlink(backend: Backend) -> "Iterator[SuperLink | None]":
+    """Start Flower's SuperLink where clients run behind it."""
+    if backend is Backend.local:
+        yield None
+        return
+    from d2ft_fl.flower.superlink import app_folder, superlink
+
+    app_folder()
+    with superlink() as link:
+        yield link
+
+
+def _run(
+    config: RunConfig, link: "SuperLink | None", supernodes: int, workers: int, as_json: bool
+) -> None:
     from d2ft_fl.flower.superlink import run_flower
     from d2ft_fl.records.run_folder import claim_folder, note_failure
     from d2ft_fl.runtime.in_process import run_local
@@ -78,10 +99,10 @@ def _run(config: RunConfig, backend: Backend, supernodes: int, workers: int, as_
                     console.round_line(row)
                 progress.update(task, completed=row["round"], description="training")
 
-            if backend is Backend.local:
+            if link is None:
                 summary = run_local(config, show, workers=workers)
             else:
-                summary = run_flower(config, folder, supernodes, show)
+                summary = run_flower(config, folder, supernodes, show, link)
     except (Exception, KeyboardInterrupt) as error:
         note_failure(folder, str(error) or type(error).__name__)
         raise

@@ -35,7 +35,7 @@ from d2ft_fl.subnets.schedule import (
     slot_totals,
     trained_ranks,
 )
-from d2ft_fl.wire.quantization import check_bits
+from d2ft_fl.wire.quantization import check_bits, is_quantized
 
 CHUNK = 128  # clients whose costs are computed at once: more take memory, and not less time
 MOST_KNOWN = 4096  # costs that are kept
@@ -155,6 +155,7 @@ class CostModel:
             self.fused,
             self.parts,
             self.round_flops.by_branch,
+            self.arch.sliced_sizes(lambda p: is_quantized(p, self.bits_up)),
             self.machine or standard(self.options.precision),
         )
 

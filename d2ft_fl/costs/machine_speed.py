@@ -51,6 +51,8 @@ class MachineSpeed:
         step: Seconds of an optimiser step.
         tensor: Seconds of a tensor that is stepped.
         stepped: Seconds of a byte that is stepped: of weights, gradients and moments.
+        start: Seconds of beginning to train, for each block that trains and once more.
+        coded: Seconds of a number whose change is quantized.
         message: Seconds of a message, down or up, beside those of its bytes.
     """
 
@@ -76,6 +78,8 @@ class MachineSpeed:
     step: float = 0.0
     tensor: float = 0.0
     stepped: float = 0.0
+    start: float = 0.0
+    coded: float = 0.0
     message: float = 0.0
 
     @cached_property

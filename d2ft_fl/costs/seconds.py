@@ -40,7 +40,7 @@ from d2ft_fl.wire.sizes import ELEMENT
 # What a round's seconds are linear in, as `MachineSpeed` names what each is multiplied by.
 FEATURES = (
     "product", "weight", "attend", "traffic", "branch", "mixed", "silent", "group",
-    "passes", "step", "tensor", "stepped",
+    "passes", "step", "tensor", "stepped", "start", "coded",
 )  # fmt: skip
 FORWARD, THROUGH, WEIGHTS = range(3)
 CHUNK = 128  # clients that are looked at at once: more take memory, and not less time
@@ -60,6 +60,7 @@ class RoundSeconds:
         fused: Whether attention is torch's fused one.
         parts: Parameter counts of the model.
         flops: FLOPs of operations, by branch: those of LoRA's factors are taken from there.
+        coded: Numbers of a trained subnet that travel quantized: int64 [blocks, heads].
         machine: How fast the machine is.
     """
 
@@ -69,6 +70,7 @@ class RoundSeconds:
     fused: bool
     parts: Parts
     flops: BranchFlops
+    coded: np.ndarray
     machine: MachineSpeed
 
     def of(self, operations: np.ndarray, examples: np.ndarray, ranks: np.ndarray) -> np.ndarray:
@@ -129,8 +131,12 @@ class RoundSeconds:
         total[:, FEATURES.index("step")] = steps
         total[:, FEATURES.index("tensor")] = steps * self._tensors(operations)
         total[:, FEATURES.index("stepped")] = steps * self._stepped_bytes(operations, ranks)
+        total *= self.options.epochs
+        trained = trainees(operations)
+        total[:, FEATURES.index("start")] = 1 + trained.any(axis=2).sum(axis=1)
+        total[:, FEATURES.index("coded")] = (trained * self.coded).sum(axis=(1, 2))
         works = operations.any(axis=(1, 2, 3)) & (examples > 0)
-        return total * (self.options.epochs * works)[:, None]
+        return total * works[:, None]
 
     def _passes(
         self, operations: np.ndarray, batch: np.ndarray, times: np.ndarray

@@ -96,6 +96,7 @@ def query(message: Message, context: Context) -> Message:
     try:
         node, nodes = _place(context)
         if asked["clients"] is None:
+            _worker_pool_of(context).start()
             answer = {"node": node, "nodes": nodes, "cpus": _cpus() if simulated() else None}
         else:
             answer["reports"] = _worker_pool_of(context).reports(

@@ -10,11 +10,9 @@ from flwr.serverapp import Grid, ServerApp
 
 from d2ft_fl.config.run_config import RunConfig
 from d2ft_fl.errors import D2FTError
-from d2ft_fl.flower.grid_pool import FlowerPool
+from d2ft_fl.flower.wake import is_simulated, wake
 from d2ft_fl.records.run_folder import claim_folder, note_failure, read_status
-from d2ft_fl.rounds.checks import checked
 from d2ft_fl.server import console as run_console
-from d2ft_fl.server import run
 from d2ft_fl.util import terminal
 
 app = ServerApp()
@@ -25,6 +23,13 @@ def main(grid: Grid, context: Context) -> None:
     """Run the configured federation and log its lines and tables."""
     folder: Path | None = None
     try:
+        if is_simulated(grid):
+            wake(grid)
+        # PyTorch is imported here and in the workers at once.
+        from d2ft_fl.flower.grid_pool import FlowerPool
+        from d2ft_fl.rounds.checks import checked
+        from d2ft_fl.server import run
+
         config = checked(RunConfig.from_mapping(context.run_config))
         folder = claim_folder(config)
         terminal.say(f"run folder: {folder}")

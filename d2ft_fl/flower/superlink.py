@@ -15,18 +15,16 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import httpx
 import psutil
-import torch
 
 from d2ft_fl.config.run_config import RunConfig
 from d2ft_fl.errors import RunError
-from d2ft_fl.records.run_folder import read_rows, read_status
-from d2ft_fl.runtime import shared_memory
-from d2ft_fl.server.run import Progress
+from d2ft_fl.records.run_folder import Progress, read_rows, read_status
 from d2ft_fl.util.toml import dump_toml
 
 START_TIMEOUT = 60.0
@@ -103,20 +101,49 @@ def _lives_in(process: psutil.Process, home: Path) -> bool:
         return False
 
 
-@contextlib.contextmanager
-def superlink() -> Iterator[tuple[dict[str, str], Path, subprocess.Popen]]:
-    """Start a private SuperLink in simulation mode, and end it with all that it started.
+@dataclass(frozen=True)
+class SuperLink:
+    """A private SuperLink in simulation mode, which may still be starting.
 
-    Yields:
-        The environment in which ``flwr`` finds it, its log file, and its process.
+    Attributes:
+        environment: In which ``flwr`` finds it.
+        log: Its log file.
+        process: Its process.
+        port: Of its health server.
     """
+
+    environment: dict[str, str]
+    log: Path
+    process: subprocess.Popen
+    port: int
+
+    def wait(self) -> None:
+        """Wait until it answers.
+
+        Raises:
+            RunError: When it ended, or does not answer in time.
+        """
+        deadline = time.monotonic() + START_TIMEOUT
+        while time.monotonic() < deadline:
+            if self.process.poll() is not None:
+                raise RunError(f"flower-superlink ended at once: {_last_line(self.log)}")
+            with contextlib.suppress(httpx.HTTPError):
+                if httpx.get(f"http://127.0.0.1:{self.port}/health", timeout=1.0).is_success:
+                    return
+            time.sleep(0.2)
+        raise RunError(f"flower-superlink did not start within {START_TIMEOUT:.0f} s")
+
+
+@contextlib.contextmanager
+def superlink() -> Iterator[SuperLink]:
+    """Start a private SuperLink, and end it with all that it started."""
     home = Path(tempfile.mkdtemp(prefix="d2ft-flwr-"))
     port, control = free_ports(2)
     home.joinpath("config.toml").write_text(
         f'[superlink]\ndefault = "{CONNECTION}"\n\n'
         f'[superlink.{CONNECTION}]\naddress = "127.0.0.1:{port}"\ninsecure = true\n'
     )
-    variables, log = flower_environment(home), home / "superlink.log"
+    environment, log = flower_environment(home), home / "superlink.log"
     command = [
         "flower-superlink", "--insecure", "--simulation", "--isolation", "subprocess",
         "--disable-runtime-dependency-installation",
@@ -126,32 +153,21 @@ def superlink() -> Iterator[tuple[dict[str, str], Path, subprocess.Popen]]:
     with log.open("w") as output:
         process = subprocess.Popen(
             command,
-            env=variables,
+            env=environment,
             stdout=output,
             stderr=subprocess.STDOUT,
             cwd=home,
             start_new_session=True,  # Ctrl-C is for this process, which stops it
         )
     try:
-        _wait_healthy(process, port, log)
-        yield variables, log, process
+        yield SuperLink(environment, log, process, port)
     finally:
         stop_family(home)
         process.wait()
         shutil.rmtree(home, ignore_errors=True)
+        from d2ft_fl.runtime import shared_memory  # needs torch, which is imported by now
+
         shared_memory.prune()
-
-
-def _wait_healthy(process: subprocess.Popen, port: int, log: Path) -> None:
-    deadline = time.monotonic() + START_TIMEOUT
-    while time.monotonic() < deadline:
-        if process.poll() is not None:
-            raise RunError(f"flower-superlink ended at once: {_last_line(log)}")
-        with contextlib.suppress(httpx.HTTPError):
-            if httpx.get(f"http://127.0.0.1:{port}/health", timeout=1.0).is_success:
-                return
-        time.sleep(0.2)
-    raise RunError(f"flower-superlink did not start within {START_TIMEOUT:.0f} s")
 
 
 def _last_line(log: Path) -> str:
@@ -160,7 +176,7 @@ def _last_line(log: Path) -> str:
 
 
 def run_flower(
-    config: RunConfig, folder: Path, supernodes: int, progress: Progress
+    config: RunConfig, folder: Path, supernodes: int, progress: Progress, link: SuperLink
 ) -> dict[str, Any]:
     """Run a checked configuration on Flower's simulation engine; return the summary.
 
@@ -169,12 +185,14 @@ def run_flower(
         folder: The run folder.
         supernodes: Virtual SuperNodes to spread the clients over; 0 for as many as are best.
         progress: Called with each round's line.
+        link: Where it runs. It may have been started before the configuration was checked.
 
     Raises:
         RunError: When the run does not end well.
     """
     app = app_folder()
-    with superlink() as (environment, log, process), tempfile.TemporaryDirectory() as scratch:
+    link.wait()
+    with tempfile.TemporaryDirectory() as scratch:
         file = Path(scratch) / "run.toml"
         file.write_text(dump_toml(config.to_mapping() | {"run-folder": str(folder)}))
         started = subprocess.run(
@@ -183,16 +201,17 @@ def run_flower(
                 "--run-config", str(file),
                 "--federation-config", _simulation(config, supernodes),
             ],
-            env=environment, capture_output=True, text=True, check=False, timeout=COMMAND_TIMEOUT,
+            env=link.environment, capture_output=True, text=True, check=False,
+            timeout=COMMAND_TIMEOUT,
         )  # fmt: skip
         run_id = _run_id(started)
         try:
-            return _follow(folder, run_id, environment, process, progress)
+            return _follow(folder, run_id, link, progress)
         except RunError:
             folder.mkdir(parents=True, exist_ok=True)
-            output = log.read_text(errors="replace")
-            if process.poll() is None:
-                output += _output_of_run(run_id, environment)
+            output = link.log.read_text(errors="replace")
+            if link.process.poll() is None:
+                output += _output_of_run(run_id, link.environment)
             folder.joinpath("flower.log").write_text(output)
             raise
 
@@ -221,6 +240,8 @@ def _simulation(config: RunConfig, supernodes: int) -> str:
     cpus = config.threads_per_client if cluster else max(config.threads_per_client, cores // nodes)
     text = f"num-supernodes={nodes} client-resources-num-cpus={cpus}"
     if config.device == "cuda":
+        import torch  # a SuperLink starts while it is imported
+
         share = math.floor(1000 * torch.cuda.device_count() / max(1, cores // cpus)) / 1000
         text += f" client-resources-num-gpus={min(float(torch.cuda.device_count()), share)}"
     return text
@@ -237,13 +258,7 @@ def _run_id(started: subprocess.CompletedProcess) -> str:
         raise RunError(f"flwr run failed: {text[-1] if text else 'no output'}") from None
 
 
-def _follow(
-    folder: Path,
-    run_id: str,
-    environment: dict[str, str],
-    process: subprocess.Popen,
-    progress: Progress,
-) -> dict[str, Any]:
+def _follow(folder: Path, run_id: str, link: SuperLink, progress: Progress) -> dict[str, Any]:
     """Report rounds as they are recorded, until the run ends."""
     shown, next_check = 0, time.monotonic() + STATUS_SECONDS
     while True:
@@ -254,11 +269,11 @@ def _follow(
             return json.loads(folder.joinpath("summary.json").read_text())
         if status.get("status") == "failed":
             raise RunError(status["reason"])
-        if process.poll() is not None:
+        if link.process.poll() is not None:
             raise RunError(f"flower-superlink ended; see {folder / 'flower.log'}")
         if time.monotonic() > next_check:
             # Asking Flower takes a second of a core.
-            if not _simulates(process) and (ended := _ended(run_id, environment)):
+            if not _simulates(link.process) and (ended := _ended(run_id, link.environment)):
                 status = read_status(folder)
                 if status.get("status") not in ("finished", "failed"):
                     raise RunError(f"Flower ended the run ({ended}); see {folder / 'flower.log'}")

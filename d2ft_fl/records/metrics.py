@@ -1,13 +1,18 @@
 """Metrics in the lines of ``rounds.jsonl``, of today's runs and of older ones."""
 
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import Any
 
-from d2ft_fl.tasks.image_classification import ImageClassification
 from d2ft_fl.tasks.metrics import MetricSpec
 
-# What runs were measured by that did not write it into their lines.
-_FIRST = MetricSpec.of(ImageClassification())
+
+@cache
+def _first() -> MetricSpec:
+    """Return what runs were measured by that did not write it into their lines."""
+    from d2ft_fl.tasks.image_classification import ImageClassification  # needs torch
+
+    return MetricSpec.of(ImageClassification())
 
 
 def with_metrics(line: Mapping[str, Any]) -> dict[str, Any]:
@@ -18,8 +23,8 @@ def with_metrics(line: Mapping[str, Any]) -> dict[str, Any]:
     """
     if "metrics" in line:
         return dict(line)
-    values = {name: line.get(name) for name in _FIRST.names}
-    return {**line, **_FIRST.entries(values)}
+    values = {name: line.get(name) for name in _first().names}
+    return {**line, **_first().entries(values)}
 
 
 def primary_of(line: Mapping[str, Any]) -> float | None:

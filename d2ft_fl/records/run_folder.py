@@ -6,7 +6,7 @@ import itertools
 import json
 import os
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +16,8 @@ from d2ft_fl.config.run_config import RunConfig, resolve_path
 from d2ft_fl.errors import ConfigError, RunError
 from d2ft_fl.records.metrics import with_metrics
 from d2ft_fl.util.files import put_in_place, unlock
+
+Progress = Callable[[dict[str, Any]], None]  # is called with each round's line
 
 
 def claim_folder(config: RunConfig) -> Path:

@@ -33,7 +33,7 @@ class Candidate:
     """A schedule that was planned for a client, under an execution policy.
 
     Attributes:
-        utility: Its utility, of the configured batch size.
+        utility: Its utility: of the configured batch size, until it is finished.
         share: The share of the client's examples that it trains on.
         assignment: What the client would do.
         ranks: How far training at its rank counts, of each subnet: float64 [blocks, heads].
@@ -108,18 +108,33 @@ class PolicyChoice:
         grown = [self._more_examples(client, c) for c in alike.values()]
         worth = [self._utility(client, c) for c in grown]
         least = max(worth) - TOLERANCE
-        finished, utilities = [], []
+        finished: list[Candidate] = []
         for candidate, utility in zip(grown, worth, strict=True):
             if utility >= least:
-                a, factor = self._in_batches(client, candidate.assignment, least / utility)
-                a = self.in_fewest_passes(client, a)
-                finished.append(replace(a, cost=self.round.cost_of(client, a)))
-                utilities.append(utility * factor)
-        seconds = [seconds_of(client, a.cost) for a in finished]
-        return finished[fastest(utilities, seconds)]
+                finished.append(self._finished(client, candidate, least / utility))
+        seconds = [seconds_of(client, c.assignment.cost) for c in finished]
+        return finished[fastest([c.utility for c in finished], seconds)].assignment
+
+    def _finished(self, client: Participant, candidate: Candidate, least: float) -> Candidate:
+        """Return a candidate in batches that suit it, and in the fewest passes.
+
+        Args:
+            client: The client.
+            candidate: On its examples.
+            least: See :meth:`_in_batches`.
+        """
+        a = self._in_batches(client, candidate.assignment, least)
+        a = self.in_fewest_passes(client, a)
+        a = replace(a, cost=self.round.cost_of(client, a))
+        ended = replace(candidate, assignment=a)
+        utility, config = self._utility(client, ended), self.round.federation.config
+        if config.policy_batch:
+            share = (a.examples or client.examples) / client.examples
+            utility *= of_batch(a.policy.batch or config.batch_size, config.batch_size, share)
+        return replace(ended, utility=utility)
 
     def _utility(self, client: Participant, candidate: Candidate) -> float:
-        """Return a candidate's utility on the examples that it has now."""
+        """Return a candidate's utility on the examples that it has now, batches left out."""
         a = candidate.assignment
         costs = self.round.federation.costs_of(self.round.state, a.policy)
         share = (a.examples or client.examples) / client.examples
@@ -138,34 +153,29 @@ class PolicyChoice:
         more = most(fits, over, lambda n: self._affordable(client, replace(a, examples=n)), first)
         return replace(candidate, assignment=more or a)
 
-    def _in_batches(
-        self, client: Participant, a: Assignment, least: float
-    ) -> tuple[Assignment, float]:
+    def _in_batches(self, client: Participant, a: Assignment, least: float) -> Assignment:
         """Return an assignment in the largest batches that are worth enough.
 
         Args:
             client: The client.
             a: The assignment.
             least: What batches may at most make of its utility, as a factor.
-
-        Returns:
-            The assignment, and what its batches make of its utility.
         """
         config = self.round.federation.config
         size = config.batch_size
         share = (a.examples or client.examples) / client.examples
         if not config.policy_batch:
-            return a, 1.0
+            return a
         smallest = max(config.slots, round(ideal_batch(size, share)))
         larger = [b for b in range(smallest, size + 1) if of_batch(b, size, share) >= least]
         # With several slots another batch size spreads examples differently, at another cost.
         for batch in sorted(larger, reverse=True) or [smallest]:
             if batch == size:
-                return a, of_batch(size, size, share)
+                return a
             policy = replace(a.policy, batch=batch)
             if (tried := self._affordable(client, replace(a, policy=policy))) is not None:
-                return tried, of_batch(batch, size, share)
-        return a, of_batch(size, size, share)
+                return tried
+        return a
 
     def in_fewest_passes(self, client: Participant, a: Assignment) -> Assignment:
         """Return the assignment in the fewest micro-batches that memory affords."""

@@ -11,6 +11,7 @@ from d2ft_fl.budgets.budget import Budget
 from d2ft_fl.client.trainer import client_trainer
 from d2ft_fl.config.run_config import RunConfig
 from d2ft_fl.errors import ConfigError, RunError
+from d2ft_fl.records.run_folder import Progress
 from d2ft_fl.rounds.federation import Report
 from d2ft_fl.runtime.shared_memory import SharedMemory
 from d2ft_fl.runtime.worker_pool import Job, WorkerPool
@@ -116,7 +117,7 @@ class WorkerProcessPool(_Everyone):
 
 def run_local(
     config: RunConfig,
-    progress: run.Progress = lambda row: None,
+    progress: Progress = lambda row: None,
     report: bool = True,
     workers: int = 0,
 ) -> dict[str, Any]:

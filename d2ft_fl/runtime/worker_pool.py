@@ -102,6 +102,11 @@ class WorkerPool:
             worker.end()
         self._workers.clear()
 
+    def start(self) -> None:
+        """Start all worker processes that are not there yet, and wait for none."""
+        while len(self._workers) < self.size:
+            self._workers.append(self._start())
+
     # -- asking ------------------------------------------------------------------------------
 
     def reports(self, clients: Sequence[int], round_number: int, seconds: float) -> list[list[Any]]:

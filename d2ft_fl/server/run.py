@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property, partial
 from pathlib import Path
@@ -21,7 +21,7 @@ from d2ft_fl.engine.model_adapter import ModelAdapter
 from d2ft_fl.errors import ConfigError, RunError
 from d2ft_fl.models.build import build_adapter
 from d2ft_fl.records.metrics import primary_of
-from d2ft_fl.records.run_folder import claim_folder, only_one, read_rows
+from d2ft_fl.records.run_folder import Progress, claim_folder, only_one, read_rows
 from d2ft_fl.rounds.components import Components
 from d2ft_fl.rounds.context import Assignment, Participant, plan_round
 from d2ft_fl.rounds.federation import Federation, Report, State
@@ -61,9 +61,6 @@ class ClientPool(Protocol):
 
         A reply in shared memory is valid until the next one is asked for.
         """
-
-
-Progress = Callable[[dict[str, Any]], None]
 
 
 def run(

@@ -52,12 +52,26 @@ def test_on_a_machine_of_one_speed_time_is_flops_over_speed(slots, seed, checkpo
         ("mixed", 0),
         ("silent", 0),
         ("group", 0),
+        ("start", 3 + 1),
+        ("coded", 0),
     ],
 )
 def test_what_a_round_of_everything_consists_of(feature, expected):
     options = {"batch_size": 8, "micro_batches": 2}
     found = seconds(all_of(ARCH), 21, only(feature), **options)
     assert found == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("epochs", [1, 3])
+def test_changes_are_quantized_and_an_optimiser_made_once_a_round(epochs):
+    rows = [[0, 0, 0, 0], [3, 1, 0, 0], [2, 3, 3, 0]]
+    schedule = Schedule(np.array([rows], dtype=np.int8))
+    numbers = 3 * (4 * 6 * 24 + 2 * 24 * 24)  # of 3 heads: 6 of 24 columns each, 24 hidden units
+    for feature, expected in (("start", 2 + 1), ("coded", numbers)):
+        costs = cost_model(ARCH, 1, epochs=epochs)
+        costs = replace(costs, machine=only(feature), bits_up=8)
+        work = costs.work(schedule.operations[None], np.array([21]))[0]
+        assert work / costs.machine.peak == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(
@@ -88,9 +102,10 @@ def test_neighbouring_slots_that_do_the_same_are_one_run():
 
 def test_epochs_and_whole_batches_add_up():
     for machine in (standard(), standard("fp32", 2)):
-        one = seconds(all_of(ARCH), 8, machine, batch_size=8) - 2 * machine.message
-        four = seconds(all_of(ARCH), 32, machine, batch_size=8) - 2 * machine.message
-        twice = seconds(all_of(ARCH), 8, machine, batch_size=8, epochs=2) - 2 * machine.message
+        once = 2 * machine.message + (1 + ARCH.blocks) * machine.start
+        one = seconds(all_of(ARCH), 8, machine, batch_size=8) - once
+        four = seconds(all_of(ARCH), 32, machine, batch_size=8) - once
+        twice = seconds(all_of(ARCH), 8, machine, batch_size=8, epochs=2) - once
         assert four == pytest.approx(4 * one, rel=1e-6)
         assert twice == pytest.approx(2 * one, rel=1e-6)
 

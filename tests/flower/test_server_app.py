@@ -1,6 +1,7 @@
 """What nodes say is not believed: malformed, of others' clients, or in Flower's own name."""
 
 import json
+import subprocess
 import sys
 from types import ModuleType, SimpleNamespace
 
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from d2ft_fl.errors import ConfigError, RunError
-from d2ft_fl.flower import grid_messages, nodes
+from d2ft_fl.flower import grid_messages, nodes, wake
 from d2ft_fl.flower.answers import reports_of, results_of
 from d2ft_fl.flower.client_app import simulated
 from d2ft_fl.flower.grid_pool import FlowerPool
@@ -216,3 +217,23 @@ def test_of_two_nodes_with_the_same_clients_one_waits_until_the_other_is_gone(gr
     del own.replies[9]
     assert pool.clients(3) == {0: 3, 2: 3, 1: pool.nodes.joined[8], 3: pool.nodes.joined[8]}
     assert pool.nodes.serving == {3: range(0, 4, 2), 8: range(1, 4, 2)}
+
+
+def test_nodes_are_woken_once_they_are_there(grid, monkeypatch):
+    monkeypatch.setattr(wake, "Message", lambda content, **sent: (sent, content))
+    nodes = grid(node_3=None, node_4=None)
+    there = iter([[], [], [3, 4]])
+    nodes.get_node_ids = lambda: next(there)
+    wake.wake(nodes)
+    assert [sent["dst_node_id"] for sent, _ in nodes.asked] == [3, 4]
+    for sent, content in nodes.asked:
+        assert sent["message_type"] == "query"
+        assert json.loads(content["query"]["json"]) == {"clients": None}
+
+
+def test_a_server_that_wakes_nodes_has_not_imported_torch():
+    """Else waking them would come too late to be of use."""
+    code = "import sys, d2ft_fl.flower.server_app; print('torch' in sys.modules)"
+    command = [sys.executable, "-c", code]
+    said = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert said.stdout.strip() == "False"

@@ -120,6 +120,17 @@ def test_a_configuration_that_a_child_cannot_use_is_said(quick):
         list(worker_pool.work([Job(0, b"")], 60.0))
 
 
+def test_workers_that_were_started_ahead_are_those_that_answer(quick):
+    options = quick(clients=3).to_mapping()
+    with WorkerPool(options, 2) as pool:
+        pool.start()
+        pool.start()
+        started = {p.pid for p in psutil.Process().children()}
+        assert len(started) == 2
+        assert [client for client, *_ in pool.reports([0, 2], 1, 60.0)] == [0, 2]
+        assert {p.pid for p in psutil.Process().children()} == started
+
+
 def test_a_child_ends_with_its_parent(quick):
     reader, writer = os.pipe()
     if not (parent := os.fork()):
