@@ -16,7 +16,17 @@ import numpy as np
 from d2ft_fl.costs.cost_model import CostModel
 from d2ft_fl.costs.resources import MEMORY_MARGIN, Cost, costs_from
 from d2ft_fl.planning.assignment import Participant
-from d2ft_fl.planning.cost_tables import FLOPS, MEMORIES, MEMORY, TICKS, TIME, Table, WorkPrices
+from d2ft_fl.planning.cost_tables import (
+    DOWN,
+    FLOPS,
+    MEMORIES,
+    MEMORY,
+    TICKS,
+    TIME,
+    UP,
+    Table,
+    WorkPrices,
+)
 from d2ft_fl.planning.knapsack import Spread, solve, solve_spread, solve_two_stages
 from d2ft_fl.planning.objective import Objective
 from d2ft_fl.planning.patterns import Patterns, pattern_starts
@@ -25,6 +35,9 @@ from d2ft_fl.subnets.schedule import Operation, effective
 
 TRIES = 24  # of shrinking what is shown to the solver
 OPTIMISTIC_TRIES = 6  # of them with more FLOPs and time than the budget has
+BYTES = [UP, DOWN]
+FILLS = 4  # times that more is trained where much of a deadline is left
+UNUSED = 0.1  # of a deadline that may be left
 HOPE = 8  # one part in so many of the time is shown on top: its prices may be too high
 
 
@@ -150,7 +163,66 @@ class ClientKnapsacks:
             operations[todo], ranks[todo] = self._materialise(fresh.choice)
         operations[todo] = Operation.SHORTCUT  # no choice fits
         value[todo] = -np.inf
+        if shown.shape[1] > TIME and self.objective.coupling != "spread":
+            fits = np.flatnonzero(np.isfinite(value))
+            for client in fits[[self.clients[i].budget.deadline is not None for i in fits]]:
+                value[client] += self._use_time(client, choice, at_most, capacity, deadlines)
+            operations[fits], ranks[fits] = self._materialise(choice[fits])
         return operations, ranks, _gaps(value, solution.bound)
+
+    def _use_time(
+        self,
+        client: int,
+        choice: np.ndarray,
+        at_most: np.ndarray,
+        capacity: np.ndarray,
+        deadlines: np.ndarray,
+    ) -> float:
+        """Train more where a client would leave much of its deadline unused.
+
+        The solver's prices of time can be too high. So subnets become FULL in all slots, those
+        first that are worth the most for the time that each takes, as it is found out exactly.
+
+        Args:
+            client: Whose choice it is.
+            choice: Of all clients: int64 [clients, subnets]. The client's is replaced.
+            at_most: What options may use: int64 [clients, the solver's resources].
+            capacity: What clients may use: int64 [clients, 4].
+            deadlines: Their ticks: int64 [clients].
+
+        Returns:
+            What that adds to the choice's value.
+        """
+
+        def over_of(tried: np.ndarray) -> np.ndarray:
+            who = np.full(len(tried), client)
+            over = self._over(*self._materialise(tried), who, capacity, deadlines)
+            prices = used(tried, self.items, self.structure, self.tables[1][who])
+            over[:, BYTES] = (prices - at_most[client])[:, BYTES]  # which are exact
+            return over
+
+        train, rest = (u[client if len(u) > 1 else 0] for u in self.utilities)
+        utility, places = train + rest, np.arange(choice.shape[1])  # [subnets, options]
+        full, before = int(self.share.argmax()), choice[client].copy()
+        for _ in range(FILLS):
+            now = choice[client]
+            gain = utility[:, full] - utility[places, now]
+            open_to = np.flatnonzero((now != full) & (gain > 0))
+            tried = np.repeat(now[None], len(open_to) + 1, axis=0)
+            tried[np.arange(len(open_to)), open_to] = full
+            over = over_of(tried)
+            left = -int(over[-1, TIME])  # as it is now
+            fits = (over[:-1] <= 0).all(axis=1)
+            if left <= UNUSED * deadlines[client] or not fits.any():
+                break
+            takes = np.maximum(1, over[:-1, TIME] + left)[fits]
+            order = np.argsort(-gain[open_to][fits] / takes, kind="stable")
+            # Together they may take more of something than there is: then the first one does not.
+            several = open_to[fits][order][np.cumsum(takes[order]) <= left]
+            more = np.repeat(now[None], 2, axis=0)
+            more[0, several], more[1, several[0]] = full, full
+            choice[client] = more[int(np.argmax((over_of(more) <= 0).all(axis=1)))]
+        return float((utility[places, choice[client]] - utility[places, before]).sum())
 
     def _capacities(
         self, capacity: np.ndarray, deadlines: np.ndarray

@@ -22,7 +22,8 @@ MOST = 0.5
 def test_quantized_changes_add_what_full_numbers_add(seed, rows, width, bits, size):
     draw = torch.Generator().manual_seed(seed)
     old = torch.randn(rows, width, generator=draw)
-    sent = quantize_rows(size * torch.randn(rows, width, generator=draw), bits, draw)
+    changes = size * torch.randn(rows, width, generator=draw)
+    sent = quantize_rows(changes, bits, np.random.SFC64(seed))
     new = old + dequantize_rows(sent, width, bits)
     totals = [np.full((rows, width), 7, dtype=np.int64) for _ in range(2)]
     scale = 3 * 2.0**36
