@@ -144,6 +144,8 @@ class MachineSpeed:
         known = {f.name for f in fields(cls)}
         if unknown := sorted(values.keys() - known):
             raise ValueError(f"unknown: {', '.join(unknown)}")
+        if missing := [name for name in known if name not in values]:  # of an older release
+            raise ValueError(f"missing: {', '.join(sorted(missing))}")
         read: dict[str, Any] = dict(values)
         for name in ("rows", "widths", "tokens", "head_widths"):
             read[name] = tuple(float(v) for v in values[name])

@@ -95,7 +95,7 @@ class LiveBytes(Flops):
         self.peak = max(self.peak, self.live)
 
     def ignore(self, tensors: Iterable[Tensor]) -> None:
-        """Leave out the storages of some tensors, which were there before."""
+        """Leave out the storages of some tensors, which were there before it is active."""
         self._seen.update((t.untyped_storage()._cdata, None) for t in tensors)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -12,6 +12,7 @@ device.
 
 import json
 import sys
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -69,6 +70,12 @@ def _worker_pool_of(context: Context) -> WorkerPool:
     return _worker_pool(json.dumps({**context.run_config, **node_options}, sort_keys=True))
 
 
+def _round_clients(context: Context) -> int:
+    """Return how many clients take part in a round."""
+    config = context.run_config
+    return int(config["sample-clients"]) or int(config["clients"])
+
+
 def _place(context: Context) -> tuple[int, int]:
     """Return the number of this node, counted from 0, and how many nodes there are.
 
@@ -96,7 +103,9 @@ def query(message: Message, context: Context) -> Message:
     try:
         node, nodes = _place(context)
         if asked["clients"] is None:
-            _worker_pool_of(context).start()
+            if simulated():
+                with suppress(Exception):  # that there are none is said when they are needed
+                    _worker_pool_of(context).start(_round_clients(context))
             answer = {"node": node, "nodes": nodes, "cpus": _cpus() if simulated() else None}
         else:
             answer["reports"] = _worker_pool_of(context).reports(

@@ -25,6 +25,7 @@ import psutil
 from d2ft_fl.config.run_config import RunConfig
 from d2ft_fl.errors import RunError
 from d2ft_fl.records.run_folder import Progress, read_rows, read_status
+from d2ft_fl.runtime import shared_memory
 from d2ft_fl.util.toml import dump_toml
 
 START_TIMEOUT = 60.0
@@ -165,8 +166,6 @@ def superlink() -> Iterator[SuperLink]:
         stop_family(home)
         process.wait()
         shutil.rmtree(home, ignore_errors=True)
-        from d2ft_fl.runtime import shared_memory  # needs torch, which is imported by now
-
         shared_memory.prune()
 
 

@@ -163,7 +163,8 @@ class ClientKnapsacks:
             operations[todo], ranks[todo] = self._materialise(fresh.choice)
         operations[todo] = Operation.SHORTCUT  # no choice fits
         value[todo] = -np.inf
-        if shown.shape[1] > TIME and self.objective.coupling != "spread":
+        of_its_own = self.objective.coupling != "spread" and self.objective.method != "two-stage"
+        if shown.shape[1] > TIME and of_its_own:
             fits = np.flatnonzero(np.isfinite(value))
             for client in fits[[self.clients[i].budget.deadline is not None for i in fits]]:
                 value[client] += self._use_time(client, choice, at_most, capacity, deadlines)
@@ -208,14 +209,16 @@ class ClientKnapsacks:
             now = choice[client]
             gain = utility[:, full] - utility[places, now]
             open_to = np.flatnonzero((now != full) & (gain > 0))
-            tried = np.repeat(now[None], len(open_to) + 1, axis=0)
+            left = -int(over_of(now[None])[0, TIME])
+            if left <= UNUSED * deadlines[client] or not len(open_to):
+                break
+            tried = np.repeat(now[None], len(open_to), axis=0)
             tried[np.arange(len(open_to)), open_to] = full
             over = over_of(tried)
-            left = -int(over[-1, TIME])  # as it is now
-            fits = (over[:-1] <= 0).all(axis=1)
-            if left <= UNUSED * deadlines[client] or not fits.any():
+            fits = (over <= 0).all(axis=1)
+            if not fits.any():
                 break
-            takes = np.maximum(1, over[:-1, TIME] + left)[fits]
+            takes = np.maximum(1, over[:, TIME] + left)[fits]
             order = np.argsort(-gain[open_to][fits] / takes, kind="stable")
             # Together they may take more of something than there is: then the first one does not.
             several = open_to[fits][order][np.cumsum(takes[order]) <= left]

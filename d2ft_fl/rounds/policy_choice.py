@@ -186,9 +186,10 @@ class PolicyChoice:
         policies = [replace(a.policy, micro_batches=count) for count in fewer]
         # The more there are, the less memory each takes.
         first = bisect_left(policies, True, key=lambda policy: self._fits(client, a, policy))
-        if first == len(policies):
-            return a
-        return self._affordable(client, replace(a, policy=policies[first])) or a
+        for policy in policies[first:]:
+            if (tried := self._affordable(client, replace(a, policy=policy))) is not None:
+                return tried
+        return a
 
     def _fits(self, client: Participant, a: Assignment, policy: ExecutionPolicy) -> bool:
         """Whether training in some way takes no more memory than the client has."""

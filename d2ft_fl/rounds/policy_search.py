@@ -8,8 +8,8 @@ has the rule). By the budget that binds, the policies have:
 * FLOPs or a deadline: fewer examples, in turn and in smaller batches. All of a client's examples
   count in the mean, whatever it trains on. The server takes a larger step along a change that was
   trained on few examples;
-* memory: passes of 1, 2, 4 ... examples, each with the schedule that fits beside it, and afterwards
-  the fewest passes that fit, for they cost nothing but time; activations computed again;
+* memory: passes of 1 example, and of ever more, each with the schedule that fits beside it, and
+  afterwards the fewest passes that fit, for they cost nothing but time; activations computed again;
 * bytes up: changes in the most bits in which everything could travel;
 * bytes down: weights in fewer bits, which requires changes in fewer bits;
 * a deadline: every combination of bits up and down.
@@ -237,7 +237,8 @@ class Search:
                 passes = fewest.policy.micro_batches
                 if passes and passes > 1:
                     size = min(batch, 1 << (-(-batch // passes)).bit_length())
-                    policy = replace(way.policy, micro_batches=-(-batch // size))
+                    count = min(-(-batch // size), passes - 1)
+                    policy = replace(way.policy, micro_batches=count)
                     larger[replace(way, policy=policy)].append((client, found.share))
             todo = []
             for now, some in larger.items():

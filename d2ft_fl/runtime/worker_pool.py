@@ -81,6 +81,8 @@ class _Worker:
 class WorkerPool:
     """Up to ``size`` worker processes under one configuration, started when they are needed.
 
+    They can be started before; see :meth:`start`.
+
     Attributes:
         options: The configuration, by its keys in TOML.
         size: How many clients train at once.
@@ -102,9 +104,9 @@ class WorkerPool:
             worker.end()
         self._workers.clear()
 
-    def start(self) -> None:
-        """Start all worker processes that are not there yet, and wait for none."""
-        while len(self._workers) < self.size:
+    def start(self, clients: int) -> None:
+        """Start the worker processes that so many clients will need, and wait for none."""
+        while len(self._workers) < min(self.size, clients):
             self._workers.append(self._start())
 
     # -- asking ------------------------------------------------------------------------------

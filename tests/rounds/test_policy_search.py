@@ -329,6 +329,15 @@ def test_passes_are_as_large_as_memory_allows_what_is_worth_about_the_most(speed
             assert slower or worth_of(judge, other, tried, 40) < worth_of(judge, a, tried, 40)
 
 
+@pytest.mark.parametrize("batch", [10, 24, 20, 48])
+@pytest.mark.parametrize("share", [85, 70, 55, 40])
+def test_any_batch_size_is_cut_into_fewer_passes_until_there_are_none(batch, share):
+    """Sizes are powers of two, which need not divide it."""
+    a, _ = planned({"memory": f"{share} %"}, examples=100, batch_size=batch)
+    assert a.policy.micro_batches
+    assert not a.schedule.sits_out
+
+
 @settings(max_examples=10, deadline=None)
 @given(st.floats(0.05, 1.5), st.sampled_from(["", "20 %", "60 %"]), st.booleans())
 def test_no_policy_breaks_a_deadline(share, memory, slow):

@@ -123,8 +123,10 @@ def test_a_configuration_that_a_child_cannot_use_is_said(quick):
 def test_workers_that_were_started_ahead_are_those_that_answer(quick):
     options = quick(clients=3).to_mapping()
     with WorkerPool(options, 2) as pool:
-        pool.start()
-        pool.start()
+        pool.start(1)
+        assert len(psutil.Process().children()) == 1
+        pool.start(3)
+        pool.start(3)
         started = {p.pid for p in psutil.Process().children()}
         assert len(started) == 2
         assert [client for client, *_ in pool.reports([0, 2], 1, 60.0)] == [0, 2]
