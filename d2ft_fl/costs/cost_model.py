@@ -149,12 +149,8 @@ class CostModel:
     def round_seconds(self) -> RoundSeconds:
         """Seconds of rounds on the machine."""
         return RoundSeconds(
-            self.seen,
-            self.options,
-            self.slots,
-            self.fused,
+            self.round_flops,
             self.parts,
-            self.round_flops.by_branch,
             self.arch.sliced_sizes(lambda p: is_quantized(p, self.bits_up)),
             self.machine or standard(self.options.precision),
         )

@@ -23,14 +23,14 @@ speed (:meth:`d2ft_fl.budgets.budget.Budget.seconds`).
 """
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 
 from d2ft_fl.config.training_options import TrainingOptions
-from d2ft_fl.costs.flops import BranchFlops
 from d2ft_fl.costs.machine_speed import MachineSpeed
 from d2ft_fl.costs.parameter_counts import Parts
+from d2ft_fl.costs.round_flops import RoundFlops
 from d2ft_fl.costs.round_memory import MOMENTS, active_slots, sizes_of_slots
 from d2ft_fl.subnets.architecture import Architecture
 from d2ft_fl.subnets.branches import BranchKind
@@ -54,24 +54,26 @@ class RoundSeconds:
     """Seconds of clients' rounds on one machine.
 
     Attributes:
-        arch: The architecture, with as many tokens as blocks see.
-        options: How clients train.
-        slots: Slots of schedules.
-        fused: Whether attention is torch's fused one.
+        flops: FLOPs of the same rounds, which say of what model, how trained, in how many slots.
         parts: Parameter counts of the model.
-        flops: FLOPs of operations, by branch: those of LoRA's factors are taken from there.
         coded: Numbers of a trained subnet that travel quantized: int64 [blocks, heads].
         machine: How fast the machine is.
     """
 
-    arch: Architecture
-    options: TrainingOptions
-    slots: int
-    fused: bool
+    flops: RoundFlops
     parts: Parts
-    flops: BranchFlops
     coded: np.ndarray
     machine: MachineSpeed
+
+    @property
+    def arch(self) -> Architecture:
+        """The architecture, with as many tokens as blocks see."""
+        return self.flops.arch
+
+    @property
+    def options(self) -> TrainingOptions:
+        """How clients train."""
+        return self.flops.options
 
     def of(self, operations: np.ndarray, examples: np.ndarray, ranks: np.ndarray) -> np.ndarray:
         """Return the seconds of rounds of local training: float64 [clients].
@@ -153,13 +155,13 @@ class RoundSeconds:
             passes that are not alike.
         """
         parts = self.options.micro_batches
-        running = sizes_of_slots(batch, self.slots) * active_slots(operations)
+        running = sizes_of_slots(batch, self.flops.slots) * active_slots(operations)
         total = running.sum(axis=1)
         found = []
-        if self.slots == 1 or parts == 1:
+        if self.flops.slots == 1 or parts == 1:
             parts = np.clip(total, 1, parts)
             size, extra = np.divmod(total, parts)
-            if self.slots > 1:
+            if self.flops.slots > 1:
                 kinds = [(running, np.ones_like(total))]
             else:
                 kinds = [((size + 1)[:, None], extra), (size[:, None], parts - extra)]
@@ -328,7 +330,7 @@ class RoundSeconds:
             live, still = alive[here][..., 1], silent[here][..., 1]
             again = 1 + self.options.checkpointing
             seconds = 2 * ahead * one * (live * again + still)
-            seconds += (5 if self.fused else 4) * back * one * live * deep[here]
+            seconds += (5 if self.flops.fused else 4) * back * one * live * deep[here]
             total += seconds.sum(axis=1)
         return total
 
@@ -341,8 +343,8 @@ class RoundSeconds:
         ranks: np.ndarray,
     ) -> None:
         """Add the products of LoRA's factors, and one more group in each branch that has some."""
-        per_slot = self.flops.per_slot(operations, self.arch.trains, ranks)
-        per_slot -= self.flops.per_slot(operations, self.arch.trains, np.zeros_like(ranks))
+        of_ranks = partial(self.flops.by_branch.per_slot, operations, self.arch.trains)
+        per_slot = of_ranks(ranks) - of_ranks(np.zeros_like(ranks))
         rows = self.arch.tokens * sizes.sum(axis=1)
         width = np.sqrt(self.arch.dim * np.maximum(1, ranks.max(axis=(1, 2))))
         per_flop = self.machine.product_seconds(FORWARD, rows, width)

@@ -4,17 +4,17 @@ Flower's own ``send_and_receive`` returns when all replies are there; here each 
 arrives.
 """
 
-import json
 import time
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
 import httpx
-from flwr.app import ConfigRecord, Message, RecordDict
+from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
 from d2ft_fl.errors import RunError
 from d2ft_fl.flower.answers import Answer, answer_of
+from d2ft_fl.flower.records import query_of
 from d2ft_fl.server.dispatch import ClientFailure
 
 POLL_SECONDS = 0.02  # in memory
@@ -46,8 +46,7 @@ class GridMessages:
 
     def ask(self, node: int, question: Mapping[str, Any], seconds: float) -> str:
         """Send a question to a node; return the message's id as :meth:`push` does."""
-        content = RecordDict({"query": ConfigRecord({"json": json.dumps(question)})})
-        return self.push(node, "query", content, seconds)
+        return self.push(node, "query", query_of(question), seconds)
 
     def pull(self, waiting: Collection[str]) -> Iterator[tuple[str, Message | ClientFailure]]:
         """Yield the id and reply of each message in ``waiting`` whose reply is there.

@@ -9,6 +9,7 @@ from d2ft_fl.errors import ConfigError, D2FTError, RunError
 from d2ft_fl.flower.answers import Answer, answer_of
 from d2ft_fl.flower.client_app import simulated
 from d2ft_fl.flower.grid_messages import NODES_POLL_SECONDS, GridMessages
+from d2ft_fl.flower.records import PLACE
 from d2ft_fl.server.dispatch import ClientFailure
 
 log = logging.getLogger(__name__)
@@ -93,7 +94,7 @@ class NodeDirectory:
         for node in sorted(there - known):
             # The message is valid for longer than its answer is waited for: after that the node is
             # asked anew, and nothing has failed.
-            if sent := self.messages.ask(node, {"clients": None}, 2 * PLACE_SECONDS):
+            if sent := self.messages.ask(node, PLACE, 2 * PLACE_SECONDS):
                 self._asked[sent] = node, now + PLACE_SECONDS
         self._serve()
 

@@ -1,10 +1,13 @@
-"""Blobs as Flower's records."""
+"""Blobs and questions as Flower's records."""
 
+import json
 from collections.abc import Iterator, Mapping
 from itertools import accumulate
+from typing import Any
 
-from flwr.app import Array, ArrayRecord
+from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
 
+PLACE: dict[str, Any] = {"clients": None}  # asks a node which clients it serves
 BUNDLE_BYTES = 1 << 20
 BLOB = "d2ft.blob"  # the arrays' serialization type: no other reader takes them for its own
 
@@ -51,3 +54,8 @@ def unpack_blobs(arrays: Mapping[str, Array], index: Index) -> Iterator[tuple[in
 
 def _array(data: bytes) -> Array:
     return Array(dtype="uint8", shape=(len(data),), stype=BLOB, data=data)
+
+
+def query_of(question: Mapping[str, Any]) -> RecordDict:
+    """Return a question to a node as the content of a message."""
+    return RecordDict({"query": ConfigRecord({"json": json.dumps(question)})})

@@ -112,7 +112,7 @@ class Search:
     _found: defaultdict[int, dict[Way, Candidate]] = field(
         default_factory=lambda: defaultdict(dict)
     )
-    _tried: set[tuple[int, Way, int]] = field(default_factory=set)
+    _tried: set[tuple[int, Way, int]] = field(default_factory=set)  # client, way, examples
 
     def best(self) -> list[Assignment]:
         """Return the best round of each client, in order."""
@@ -272,10 +272,12 @@ class Search:
             for client, share, reduced in zip(
                 clients, shares.tolist(), _on_shares(clients, shares), strict=True
             )
-            if self._may_win(client, way, reduced.examples, bits)
+            if (client.client, way, reduced.examples) not in self._tried
+            and self._may_win(client, reduced.examples, bits)
         ]
         if not hopeful:
             return
+        self._tried |= {(client.client, way, reduced.examples) for client, _, reduced in hopeful}
         chosen, of_examples, reduced = map(list, zip(*hopeful, strict=True))
         probes = [self.round.probes(c) for c in reduced]
         scores = self.preferred, self.forward
@@ -297,12 +299,8 @@ class Search:
                 assignment = replace(assignment, policy=way.policy, examples=client.examples)
                 found[way] = Candidate(utility, share, assignment, rank)
 
-    def _may_win(self, client: Participant, way: Way, examples: int, bits: tuple[int, int]) -> bool:
-        """Whether a candidate that was not tried yet could be chosen, however much it trained."""
-        attempt = client.client, way, examples
-        if attempt in self._tried:
-            return False
-        self._tried.add(attempt)
+    def _may_win(self, client: Participant, examples: int, bits: tuple[int, int]) -> bool:
+        """Whether a candidate could be chosen, however much it trained."""
         if not self._found[client.client]:
             return True
         most = Utility.most(examples / client.examples, bits)

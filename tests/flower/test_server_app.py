@@ -231,6 +231,12 @@ def test_nodes_are_woken_once_they_are_there(grid, monkeypatch):
         assert json.loads(content["query"]["json"]) == {"clients": None}
 
 
+def test_flowers_own_grid_of_a_simulation_is_known(grid):
+    simulated = pytest.importorskip("flwr.superlink.grid").InMemoryGrid
+    assert wake.is_simulated(simulated.__new__(simulated))
+    assert not wake.is_simulated(grid())
+
+
 def test_a_server_that_wakes_nodes_has_not_imported_torch():
     """Else waking them would come too late to be of use."""
     code = "import sys, d2ft_fl.flower.server_app; print('torch' in sys.modules)"
