@@ -209,8 +209,9 @@ class Gradients:
         """
         kind = self.view.weight.dtype
         # What oneDNN makes has room where gradients of as many rows will be, or were.
-        large = right is not None and len(right) >= right.shape[1]
-        new = large and right is not None and is_transposed_faster(left, right)
+        new = (
+            right is not None and len(right) >= right.shape[1] and is_transposed_faster(left, right)
+        )
         if self.observer is None and right is not None and kind is left.dtype and not new:
             assert grad is not None
             torch.addmm(grad, left.t(), right, beta=0 if self.overwrite else 1, out=grad)
