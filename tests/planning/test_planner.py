@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from d2ft_fl.budgets.budget import UNLIMITED, Budget
 from d2ft_fl.config.run_config import RunConfig
 from d2ft_fl.costs.probe_costs import Probes
+from d2ft_fl.planning import client_knapsacks
 from d2ft_fl.planning.assignment import Participant
 from d2ft_fl.planning.planner import Planner
 from d2ft_fl.rounds.components import Components
@@ -373,6 +374,18 @@ def test_most_of_the_time_is_used_to_train_some(slots, share):
     assert 0.8 * budget.deadline <= budget.seconds(assignment.cost) <= budget.deadline
     full = assignment.schedule.operations == Operation.FULL
     assert 0 < full.sum() < full.size
+
+
+@pytest.mark.parametrize("method,changes", [("joint", True), ("two-stage", False)])
+def test_time_that_is_left_changes_no_plan_in_two_stages(method, changes, monkeypatch):
+    """Which are D2FT's own, deadline or not."""
+    budget = Budget(speed=1e8, bandwidth_up=1e5, bandwidth_down=1e6)
+    least, most = seconds_of_one_head(budget, 3), seconds_of_all(budget, 3)
+    budget = replace(budget, deadline=least + 0.75 * (most - least))
+    options = {"slots": 3, "forward_weight": 0.1, "method": method}
+    found = by_deadline(budget, **options).schedule.operations
+    monkeypatch.setattr(client_knapsacks, "UNUSED", 2.0)  # may be left: all of it
+    assert (found != by_deadline(budget, **options).schedule.operations).any() == changes
 
 
 @pytest.mark.parametrize("score_examples", [0, 4])
