@@ -22,7 +22,7 @@ BENCHMARKS = {
     "step": ["step", "--batch-size", "8", "--batch-size", "4", "--pairs", "5"],
     "step_mkl": ["step", "--pairs", "5", "--products", "mkl"],
     "lora": ["step", "--tuning", "lora", "--pairs", "5"],
-    "scale": ["scale", "--seconds", "1"],
+    "scale": ["scale", "--repeats", "1"],
     "start": ["start", "--repeats", "1"],
 }
 
