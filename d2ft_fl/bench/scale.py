@@ -38,7 +38,7 @@ FREE = "[classes.any]\n"
 D2FT = '[classes.any]\nflops = "60 %"\nbytes-up = "50 %"\nbytes-down = "50 %"\n'
 # Role of a process, by what its command line contains.
 ROLES = {
-    "worker": ("d2ft_fl.runtime.worker_process", "ray::ClientAppActor", "multiprocessing.spawn"),
+    "worker": ("d2ft_fl.runtime.fork_server", "ray::ClientAppActor", "multiprocessing.spawn"),
     "server": ("flwr-simulation", "d2ft_fl.bench.scale_sides"),
 }
 SIDE = "from d2ft_fl.bench.scale_sides import main; main()"

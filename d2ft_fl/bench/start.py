@@ -165,15 +165,17 @@ def worker() -> None:
     One JSON object: bytes of its own that it has written to, and how many tensors took at most.
     """
     from d2ft_fl.rounds.checks import checked
+    from d2ft_fl.runtime import fork_server
     from d2ft_fl.runtime.in_process import run_local
 
     found: dict[str, int] = {}
 
     def look(row: dict[str, Any]) -> None:
-        for child in psutil.Process().children():
+        for server in psutil.Process().children():
             with contextlib.suppress(psutil.Error):
-                if "d2ft_fl.runtime.worker_process" in child.cmdline():
-                    found["private_dirty"] = private_dirty(child.pid)
+                if fork_server.__name__ in server.cmdline():
+                    (forked,) = server.children()
+                    found["private_dirty"] = private_dirty(forked.pid)
 
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "run"

@@ -1,15 +1,13 @@
 """Worker processes that train clients: several at once, and each can be ended.
 
 Training may hang, or take its process with it (memory, a library's fault). Here that costs one
-client and a restart. This process only carries blobs and needs no torch.
+client and a restart. This process only carries blobs and needs no torch: workers are forks of a
+process that has it (:mod:`~d2ft_fl.runtime.fork_server`).
 """
 
 import json
 import os
 import signal
-import socket
-import subprocess
-import sys
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,14 +17,13 @@ from multiprocessing.connection import Connection, wait
 from typing import Any
 
 from d2ft_fl.errors import ConfigError, RunError
+from d2ft_fl.runtime.fork_server import ForkedProcess, ForkServer
 from d2ft_fl.server.dispatch import ClientFailure
 
 START_SECONDS = 120.0
 # The longest message that a busy worker is sent ahead: it fits into the connection's buffer.
 # Waiting for a worker to read would mean neither ending one that hangs nor reading its reply.
 AHEAD_BYTES = 1 << 15
-# Have glibc keep freed memory: a client's weights fit where those of the one before were.
-KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 25), "MALLOC_TRIM_THRESHOLD_": str(1 << 30)}
 
 
 @dataclass(frozen=True)
@@ -48,13 +45,16 @@ class Job:
 
 @dataclass(eq=False)
 class _Worker:
-    process: subprocess.Popen
-    connection: Connection
-    lifeline: int
+    process: ForkedProcess
     slot: int  # its place in the pool: no other worker has it at the same time
     ready: bool = False
     jobs: deque[Job] = field(default_factory=deque)  # the one it works on, and the one after
     started: float = field(default_factory=time.monotonic)
+
+    @property
+    def connection(self) -> Connection:
+        """The connection to the process."""
+        return self.process.connection
 
     def send(self, request: Mapping[str, Any], blob: bytes = b"") -> None:
         self.connection.send_bytes(json.dumps(request).encode())
@@ -62,9 +62,7 @@ class _Worker:
 
     def how_it_ended(self) -> str:
         """Return how a worker process ended whose connection is closed."""
-        with suppress(subprocess.TimeoutExpired):
-            self.process.wait(1.0)
-        code = self.process.poll()
+        code = self.process.exit_code(1.0)
         if code is not None and code < 0:
             with suppress(ValueError):
                 return f"signal {signal.Signals(-code).name}"
@@ -72,10 +70,7 @@ class _Worker:
 
     def end(self) -> None:
         """Kill the process."""
-        self.process.kill()
-        self.process.wait()
-        self.connection.close()
-        os.close(self.lifeline)
+        self.process.end()
 
 
 class WorkerPool:
@@ -91,6 +86,7 @@ class WorkerPool:
     def __init__(self, options: Mapping[str, Any], size: int):
         self.options, self.size = dict(options), size
         self._workers: list[_Worker] = []
+        self._fork_server: ForkServer | None = None
 
     def __enter__(self) -> "WorkerPool":
         return self
@@ -101,8 +97,14 @@ class WorkerPool:
     def close(self) -> None:
         """End all worker processes."""
         for worker in self._workers:
-            worker.end()
+            if worker.ready:
+                worker.end()
+            else:  # the fork server may be busy with imports, and need not be waited for
+                worker.process.let_go()
         self._workers.clear()
+        if self._fork_server:
+            self._fork_server.close()
+            self._fork_server = None
 
     def start(self, clients: int) -> None:
         """Start the worker processes that so many clients will need, and wait for none."""
@@ -211,7 +213,7 @@ class WorkerPool:
 
     def _hand_out(self, pending: deque[Job], deadline: float) -> None:
         for worker in list(self._workers):
-            if worker.ready and not worker.jobs and worker.process.poll() is not None:
+            if worker.ready and not worker.jobs and worker.process.exit_code() is not None:
                 self._drop(worker)  # it died while it had nothing to do: nobody's fault
         for worker in self._workers:
             if pending and worker.ready and not worker.jobs:
@@ -274,34 +276,28 @@ class WorkerPool:
     # -- processes ---------------------------------------------------------------------------
 
     def _start(self) -> _Worker:
-        ours, theirs = socket.socketpair()
-        lifeline, lifeline_end = os.pipe()
-        environment = {
-            **KEEP_MEMORY,
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
-        }
+        environment = dict(os.environ)
         slot = min(set(range(len(self._workers) + 1)) - {w.slot for w in self._workers})
         if devices := os.environ.get("CUDA_VISIBLE_DEVICES", ""):
             names = devices.split(",")
             environment["CUDA_VISIBLE_DEVICES"] = names[slot % len(names)]
-        process = subprocess.Popen(
-            [
-                sys.executable,
-                "-m",
-                "d2ft_fl.runtime.worker_process",
-                str(theirs.fileno()),
-                str(lifeline),
-            ],
-            pass_fds=(theirs.fileno(), lifeline),
-            env=environment,
-            stdin=subprocess.DEVNULL,
-        )
-        theirs.close()
-        os.close(lifeline)
-        worker = _Worker(process, Connection(ours.detach()), lifeline_end, slot)
-        worker.connection.send_bytes(json.dumps(self.options).encode())
+        worker = _Worker(self._forked(environment), slot)
+        with suppress(OSError):  # it has ended, which shows when it is to say that it is ready
+            worker.connection.send_bytes(json.dumps(self.options).encode())
         return worker
+
+    def _forked(self, environment: Mapping[str, str]) -> ForkedProcess:
+        """Return a fork of the fork server; where there is none any more, of a new one."""
+        if self._fork_server is None:
+            self._fork_server = ForkServer.shared()
+        if self._fork_server:
+            try:
+                return self._fork_server.fork(environment)
+            except OSError:
+                self._fork_server.close()
+        self._fork_server = ForkServer.prepare()
+        self._fork_server.start()
+        return self._fork_server.fork(environment)
 
     def _greet(self, worker: _Worker) -> None:
         """Receive a new worker's word that it is ready.

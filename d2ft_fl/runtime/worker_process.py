@@ -1,17 +1,13 @@
 """A worker process, which trains clients and can be ended when it hangs.
 
-See :mod:`d2ft_fl.runtime.worker_pool`, which starts it as
-
-    python -m d2ft_fl.runtime.worker_process CONNECTION LIFELINE
-
-Both are file descriptors. Over the connection come, after the configuration as JSON, requests of
-two frames, JSON and a blob, and go answers of one. When no process has the lifeline's other end
-open any more, this process ends at once, whatever it is doing.
+See :mod:`d2ft_fl.runtime.worker_pool`, which asks a fork server for it. Over its connection come,
+after the configuration as JSON, requests of two frames, JSON and a blob, and go answers of one.
+When no process has the other end of its lifeline open any more, this process ends at once, whatever
+it is doing.
 """
 
 import json
 import os
-import sys
 import threading
 import time
 from multiprocessing.connection import Connection
@@ -21,6 +17,17 @@ from typing import Any
 from d2ft_fl.errors import D2FTError
 
 
+def run(connection: int, lifeline: int) -> None:
+    """Be a worker until there is nobody to ask.
+
+    Args:
+        connection: File descriptor of the connection.
+        lifeline: File descriptor of the lifeline.
+    """
+    threading.Thread(target=_end_with, args=(lifeline,), daemon=True).start()
+    main(Connection(connection))
+
+
 def main(connection: Connection) -> None:
     """Answer requests until there is nobody to ask."""
     from d2ft_fl.client.trainer import ClientTrainer
@@ -28,6 +35,8 @@ def main(connection: Connection) -> None:
 
     try:
         trainer = ClientTrainer(RunConfig.from_mapping(json.loads(connection.recv_bytes())))
+    except EOFError:
+        return
     except D2FTError as error:
         connection.send_bytes(json.dumps({"error": str(error)}).encode())
         return
@@ -81,9 +90,3 @@ def _end_with(lifeline: int) -> None:
     while os.read(lifeline, 1):
         pass
     os._exit(1)
-
-
-if __name__ == "__main__":
-    requests, lifeline = int(sys.argv[1]), int(sys.argv[2])
-    threading.Thread(target=_end_with, args=(lifeline,), daemon=True).start()
-    main(Connection(requests))

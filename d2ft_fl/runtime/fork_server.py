@@ -1,0 +1,294 @@
+"""A process that has imported PyTorch once, and forks each worker process from itself.
+
+Importing PyTorch and timm takes seconds of a core and hundreds of megabytes, in every worker that
+does it. A fork begins with all of it at once, and shares the memory. The fork server runs nothing
+but imports, so that no thread of a library is lost in a fork. It is started as
+
+    python -m d2ft_fl.runtime.fork_server LISTENER LIFELINE
+
+Both are file descriptors. Whoever wants a worker connects to the listener and sends a request: its
+length, JSON, and with it the descriptors of the worker's connection and lifeline
+(:mod:`d2ft_fl.runtime.worker_process`). The same connection is afterwards the worker's: when the
+worker has ended, its exit code comes back, and when the other end closes, the worker is killed.
+"""
+
+import gc
+import importlib
+import json
+import os
+import selectors
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+import traceback
+from collections.abc import Mapping
+from contextlib import suppress
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any, Self
+
+from d2ft_fl.runtime import worker_process
+
+SHARED = "D2FT_FORK_SERVER"  # environment variable: the socket of one that processes share
+# What workers need, whatever they train; the rest they import themselves.
+PRELOADED = ("d2ft_fl.client.trainer", "d2ft_fl.models.timm_vit", "d2ft_fl.runtime.shared_memory")
+# Have glibc keep freed memory: a client's weights fit where those of the one before were.
+KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 25), "MALLOC_TRIM_THRESHOLD_": str(1 << 30)}
+LENGTH = struct.Struct("!I")
+CODE = struct.Struct("!i")
+BACKLOG = 128
+PATIENCE = 5.0  # seconds for what takes none: a request to arrive, a process to be killed
+
+
+class ForkedProcess:
+    """A worker process that a fork server started.
+
+    Attributes:
+        connection: To the worker.
+    """
+
+    def __init__(self, connection: Connection, lifeline: int, control: socket.socket):
+        self.connection = connection
+        self._lifeline, self._control = lifeline, control
+        self._code: int | None = None
+
+    def exit_code(self, seconds: float = 0.0) -> int | None:
+        """Return how the process ended, as :mod:`subprocess` has it; None while it goes on.
+
+        Args:
+            seconds: How long to wait for its end.
+        """
+        if self._code is None:
+            self._control.settimeout(seconds)
+            with suppress(TimeoutError, BlockingIOError):
+                try:
+                    told = self._control.recv(CODE.size)
+                except ConnectionError:
+                    told = b""
+                # Without a word the fork server itself has ended.
+                self._code = CODE.unpack(told)[0] if len(told) == CODE.size else -signal.SIGKILL
+        return self._code
+
+    def end(self) -> None:
+        """Kill the process."""
+        with suppress(OSError):
+            self._control.shutdown(socket.SHUT_WR)
+        self.exit_code(PATIENCE)
+        self.let_go()
+
+    def let_go(self) -> None:
+        """Close what it is reached by, without waiting: it ends by itself."""
+        self._control.close()
+        self.connection.close()
+        with suppress(OSError):
+            os.close(self._lifeline)
+
+
+class ForkServer:
+    """A fork server, as those see it who want workers.
+
+    Attributes:
+        path: Its socket, in a folder of its own.
+        process: The process, where it was started from here and runs.
+    """
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.process: subprocess.Popen | None = None
+        self._lifeline = -1
+        self._folder: tempfile.TemporaryDirectory | None = None
+        self._listener: socket.socket | None = None
+
+    @classmethod
+    def shared(cls) -> Self | None:
+        """Return the fork server that this process's environment names, if it can be reached."""
+        path = Path(os.environ.get(SHARED, ""))
+        return cls(path) if path.is_socket() else None
+
+    @classmethod
+    def prepare(cls) -> Self:
+        """Return one that takes requests, and answers them when it is started."""
+        folder = tempfile.TemporaryDirectory(prefix="d2ft-fork-")  # for this user alone
+        server = cls(Path(folder.name) / "socket")
+        server._folder = folder
+        server._listener = socket.socket(socket.AF_UNIX)
+        server._listener.bind(str(server.path))
+        server._listener.listen(BACKLOG)
+        return server
+
+    def start(self, environment: Mapping[str, str] | None = None) -> None:
+        """Start the process, which ends with this one.
+
+        Args:
+            environment: Of the process; None for that of this one.
+        """
+        assert self._listener
+        here = os.environ if environment is None else environment
+        reader, self._lifeline = os.pipe()
+        descriptors = self._listener.fileno(), reader
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", __spec__.name, *map(str, descriptors)],
+            pass_fds=descriptors,
+            env={**KEEP_MEMORY, **here, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            stdin=subprocess.DEVNULL,
+        )
+        self._listener.close()
+        os.close(reader)
+
+    def fork(self, environment: Mapping[str, str]) -> ForkedProcess:
+        """Ask for a worker process, and wait for nothing.
+
+        Args:
+            environment: Of the worker, but for what libraries read when they are loaded.
+
+        Raises:
+            OSError: When the fork server is gone.
+        """
+        request = {"environment": dict(environment), "path": sys.path, "folder": os.getcwd()}
+        text = json.dumps(request).encode()
+        control = socket.socket(socket.AF_UNIX)
+        try:
+            control.connect(str(self.path))
+            ours, theirs = socket.socketpair()
+            reader, lifeline = os.pipe()
+            with theirs:
+                descriptors = [theirs.fileno(), reader]
+                socket.send_fds(control, [LENGTH.pack(len(text))], descriptors)
+                control.sendall(text)
+            os.close(reader)
+        except OSError:
+            control.close()
+            raise
+        return ForkedProcess(Connection(ours.detach()), lifeline, control)
+
+    def close(self) -> None:
+        """End the process, if it was started from here."""
+        if self.process:
+            self.process.kill()  # its workers end with it
+            self.process.wait()
+            os.close(self._lifeline)
+        elif self._listener:
+            self._listener.close()
+        if self._folder:
+            self._folder.cleanup()
+
+
+# -- the process ---------------------------------------------------------------------------------
+
+
+def preload() -> None:
+    """Import what every worker needs; what cannot be imported is a worker's to say."""
+    for name in PRELOADED:
+        with suppress(Exception):
+            importlib.import_module(name)
+    gc.collect()
+    gc.freeze()  # a collection in a worker would write to, and so copy, every object
+
+
+class _Server:
+    """The loop of a fork server."""
+
+    def __init__(self, listener: socket.socket, lifeline: int):
+        self.listener, self.lifeline = listener, lifeline
+        self.woken, self.waker = socket.socketpair()
+        self.waker.setblocking(False)
+        self.selector = selectors.DefaultSelector()
+        self.controls: dict[int, socket.socket] = {}  # pid -> the connection it was asked for over
+        for source in (listener, lifeline, self.woken):
+            self.selector.register(source, selectors.EVENT_READ)
+
+    def run(self) -> None:
+        """Fork, kill and reap until nobody has the lifeline's other end open any more."""
+        signal.set_wakeup_fd(self.waker.fileno())
+        signal.signal(signal.SIGCHLD, lambda *_: None)
+        while True:
+            ready = {key.fileobj for key, _ in self.selector.select()}
+            if self.lifeline in ready:
+                return
+            if self.listener in ready:
+                self._accept()
+            if self.woken in ready:
+                self.woken.recv(1 << 12)
+            for pid, control in list(self.controls.items()):
+                if control in ready:  # closed at its other end
+                    self.selector.unregister(control)
+                    os.kill(pid, signal.SIGKILL)
+            self._reap()
+
+    def _accept(self) -> None:
+        control, _ = self.listener.accept()
+        control.settimeout(PATIENCE)
+        try:
+            head, descriptors, _, _ = socket.recv_fds(control, LENGTH.size, 2)
+            (length,) = LENGTH.unpack(head)
+            text = b""
+            while len(text) < length:
+                if not (more := control.recv(length - len(text))):
+                    raise EOFError
+                text += more
+            connection, lifeline = descriptors
+        except (OSError, EOFError, ValueError, struct.error):  # whoever asked is gone
+            control.close()
+            return
+        pid = os.fork()
+        if not pid:
+            self._become_worker(control, json.loads(text), connection, lifeline)
+        os.close(connection)
+        os.close(lifeline)
+        self.controls[pid] = control
+        self.selector.register(control, selectors.EVENT_READ)
+
+    def _become_worker(
+        self, control: socket.socket, request: dict[str, Any], connection: int, lifeline: int
+    ) -> None:
+        """Be a worker, in the fork, and end."""
+        code = 1
+        try:
+            signal.set_wakeup_fd(-1)
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            self.selector.close()
+            for other in (control, self.listener, self.woken, self.waker, *self.controls.values()):
+                other.close()
+            os.close(self.lifeline)
+            os.environ.clear()
+            os.environ.update(request["environment"])
+            sys.path[:] = request["path"]
+            with suppress(OSError):
+                os.chdir(request["folder"])
+            worker_process.run(connection, lifeline)
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            with suppress(Exception):
+                sys.stdout.flush()
+                sys.stderr.flush()
+            os._exit(code)
+
+    def _reap(self) -> None:
+        """Say of every worker that has ended how it did."""
+        while self.controls:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+            if not pid:
+                return
+            control = self.controls.pop(pid)
+            with suppress(KeyError, ValueError):
+                self.selector.unregister(control)
+            with suppress(OSError):
+                control.send(CODE.pack(os.waitstatus_to_exitcode(status)))
+            control.close()
+
+
+def main() -> None:
+    """Serve until whoever started this is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for who asked for workers
+    listener, lifeline = int(sys.argv[1]), int(sys.argv[2])
+    preload()
+    _Server(socket.socket(fileno=listener), lifeline).run()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,101 @@
+"""Fork servers: what forks are like, and what is known of their end."""
+
+import json
+import os
+import signal
+import socket
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from d2ft_fl.runtime.fork_server import SHARED, ForkServer
+from d2ft_fl.runtime.worker_pool import WorkerPool
+
+
+@pytest.fixture(scope="module")
+def server():
+    server = ForkServer.prepare()
+    server.start()
+    yield server
+    server.close()
+
+
+def worker_of(server):
+    """The process of the only worker of a fork server, once it is there."""
+    for _ in range(600):
+        if found := psutil.Process(server.process.pid).children():
+            return found[0]
+        time.sleep(0.1)
+    raise AssertionError("no worker was forked")
+
+
+def test_it_forks_with_one_thread_and_everything_imported(server):
+    """A thread of a library would be missing in each fork, and its locks might be held."""
+    forked = server.fork(os.environ)
+    worker = worker_of(server)
+    assert psutil.Process(server.process.pid).num_threads() == 1
+    maps = {Path(m.path).name for m in worker.memory_maps()}
+    assert any(name.startswith("libtorch_cpu") for name in maps)
+    forked.end()
+    assert not psutil.pid_exists(worker.pid)
+
+
+def test_a_fork_is_where_and_what_who_asked_is(server, tmp_path, monkeypatch, quick):
+    """Its plug-in is found by the search path of the process that asks, and sees its variables."""
+    tmp_path.joinpath("own_budget.py").write_text(
+        "import json, os\n"
+        "def budget(client, round):\n"
+        "    said = {'folder': os.getcwd(), 'mark': os.environ.get('D2FT_TEST_MARK')}\n"
+        "    open(os.environ['D2FT_TEST_SAID'], 'w').write(json.dumps(said))\n"
+        "    return {'flops': '50 %'}\n"
+    )
+    said = tmp_path / "said.json"
+    monkeypatch.setenv(SHARED, str(server.path))
+    monkeypatch.setenv("D2FT_TEST_MARK", "here")
+    monkeypatch.setenv("D2FT_TEST_SAID", str(said))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with WorkerPool(quick(budgets="own_budget:budget").to_mapping(), 1) as pool:
+        pool.reports([0], 1, 60.0)
+        assert worker_of(server).is_running()
+        assert psutil.Process().children() == [psutil.Process(server.process.pid)]  # and no other
+    assert json.loads(said.read_text()) == {"folder": str(tmp_path), "mark": "here"}
+
+
+def test_how_a_fork_ends_is_told(server):
+    by_signal, by_itself = server.fork(os.environ), server.fork(os.environ)
+    assert by_signal.exit_code() is None
+    worker_of(server).send_signal(signal.SIGTERM)
+    assert by_signal.exit_code(10.0) == -signal.SIGTERM
+    by_itself.connection.close()  # there is nobody to ask
+    assert by_itself.exit_code(10.0) == 0
+    by_signal.let_go()
+    by_itself.let_go()
+
+
+def test_a_fork_that_is_let_go_ends(server):
+    forked = server.fork(os.environ)
+    worker = worker_of(server)
+    forked.let_go()
+    assert psutil.wait_procs([worker], timeout=10)[1] == []
+
+
+def test_a_pool_whose_fork_server_is_gone_starts_another(quick, monkeypatch):
+    server = ForkServer.prepare()
+    server.start()
+    monkeypatch.setenv(SHARED, str(server.path))
+    with WorkerPool(quick().to_mapping(), 1) as pool:
+        assert len(pool.reports([0], 1, 60.0)) == 1
+        server.close()
+        assert len(pool.reports([0, 1], 1, 60.0)) == 2
+
+
+def test_what_is_no_request_ends_nothing(server):
+    with socket.socket(socket.AF_UNIX) as control:
+        control.connect(str(server.path))
+        control.sendall(b"\x00\x00\x01\x00{")
+    forked = server.fork(os.environ)
+    assert worker_of(server).is_running()
+    forked.end()
