@@ -114,14 +114,11 @@ class RoundMemory:
         running = sizes_of_slots(batch, self.slots) * active_slots(operations)  # [clients, slots]
         total = running.sum(axis=1)
         images = batch + np.where(total < batch, total, 0)  # put together in a batch apart
-        count = self.options.micro_batches
+        count = micro_batch_counts(self.options, operations, total)
         if self.slots == 1:  # the first is no smaller than any other
-            sizes = -(-total // count)[:, None, None]
+            sizes = -(-total // np.maximum(1, count))[:, None, None]
         else:
-            ends, cuts = _bounds(running), _bounds(sizes_of_slots(total, count))
-            within = np.clip(ends[:, None], cuts[:, :-1, None], cuts[:, 1:, None])
-            # [clients, micro-batches, slots], as `subnets.schedule.micro_batches` cuts a batch
-            sizes = np.diff(within, axis=2)
+            sizes = cut_in_micro_batches(running, count)
         peaks = [
             np.where(one.any(axis=1), self.micro_batches(operations, one, ranks).peak(), 0)
             for one in sizes.swapaxes(0, 1)
@@ -140,6 +137,44 @@ class RoundMemory:
         """
         checkpointing = self.options.checkpointing
         return MicroBatchMemory.of(self.activations, checkpointing, operations, sizes, ranks)
+
+
+def micro_batch_counts(
+    options: TrainingOptions, operations: np.ndarray, total: np.ndarray
+) -> np.ndarray:
+    """Return in how many micro-batches batches are run, as :func:`.micro_batches` has it.
+
+    Args:
+        options: How clients train.
+        operations: int8 [clients, slots, blocks, heads].
+        total: Examples of each batch that are run: int64 [clients].
+
+    Returns:
+        int64 [clients]; 0 of nothing.
+    """
+    active = active_slots(operations)
+    batch = np.full(len(operations), options.batch_size)
+    whole = (sizes_of_slots(batch, operations.shape[1]) * active).sum(axis=1)
+    largest = np.maximum(1, -(-whole // options.micro_batches))
+    return -(-total // largest)
+
+
+def cut_in_micro_batches(running: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """Return examples of each slot in each micro-batch, as :func:`.micro_batches` cuts batches.
+
+    Args:
+        running: Examples of each slot that are run: int64 [clients, slots].
+        counts: In how many micro-batches: int64 [clients].
+
+    Returns:
+        int64 [clients, micro-batches, slots], nothing in those that a client does not have.
+    """
+    total, counts = running.sum(axis=1)[:, None], np.maximum(1, counts)[:, None]
+    index = np.arange(counts.max())
+    sizes = (total // counts + (index < total % counts)) * (index < counts)
+    ends, cuts = _bounds(running), _bounds(sizes)
+    within = np.clip(ends[:, None], cuts[:, :-1, None], cuts[:, 1:, None])
+    return np.diff(within, axis=2)
 
 
 def _bounds(sizes: np.ndarray) -> np.ndarray:

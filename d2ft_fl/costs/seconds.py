@@ -31,7 +31,13 @@ from d2ft_fl.config.training_options import TrainingOptions
 from d2ft_fl.costs.machine_speed import MachineSpeed
 from d2ft_fl.costs.parameter_counts import Parts
 from d2ft_fl.costs.round_flops import RoundFlops
-from d2ft_fl.costs.round_memory import MOMENTS, active_slots, sizes_of_slots
+from d2ft_fl.costs.round_memory import (
+    MOMENTS,
+    active_slots,
+    cut_in_micro_batches,
+    micro_batch_counts,
+    sizes_of_slots,
+)
 from d2ft_fl.subnets.architecture import Architecture
 from d2ft_fl.subnets.branches import BranchKind
 from d2ft_fl.subnets.schedule import BranchOperations, Operation, trainees
@@ -154,27 +160,19 @@ class RoundSeconds:
             Clients [passes], examples of each slot [passes, slots] and how often, [passes]: of all
             passes that are not alike.
         """
-        parts = self.options.micro_batches
         running = sizes_of_slots(batch, self.flops.slots) * active_slots(operations)
         total = running.sum(axis=1)
+        parts = np.maximum(1, micro_batch_counts(self.options, operations, total))
         found = []
-        if self.flops.slots == 1 or parts == 1:
-            parts = np.clip(total, 1, parts)
+        if self.flops.slots == 1:  # of two sizes at most
             size, extra = np.divmod(total, parts)
-            if self.flops.slots > 1:
-                kinds = [(running, np.ones_like(total))]
-            else:
-                kinds = [((size + 1)[:, None], extra), (size[:, None], parts - extra)]
-            for sizes, count in kinds:
-                chosen = np.flatnonzero((count * times > 0) & sizes.any(axis=1))
-                found.append((chosen, sizes[chosen], (count * times)[chosen]))
-            return found
-        ends = np.cumsum(np.pad(running, [(0, 0), (1, 0)]), axis=1)
-        cuts = np.cumsum(np.pad(sizes_of_slots(total, parts), [(0, 0), (1, 0)]), axis=1)
-        within = np.clip(ends[:, None], cuts[:, :-1, None], cuts[:, 1:, None])
-        for sizes in np.diff(within, axis=2).swapaxes(0, 1):
-            chosen = np.flatnonzero(sizes.any(axis=1) & (times > 0))
-            found.append((chosen, sizes[chosen], times[chosen]))
+            kinds = [((size + 1)[:, None], extra), (size[:, None], parts - extra)]
+        else:
+            sizes = cut_in_micro_batches(running, parts)
+            kinds = [(one, np.ones_like(total)) for one in sizes.swapaxes(0, 1)]
+        for sizes, count in kinds:
+            chosen = np.flatnonzero((count * times > 0) & sizes.any(axis=1))
+            found.append((chosen, sizes[chosen], (count * times)[chosen]))
         return found
 
     def _tensors(self, operations: np.ndarray) -> np.ndarray:

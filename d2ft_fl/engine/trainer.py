@@ -47,8 +47,8 @@ def train(
 ) -> float:
     """Follow the model's schedule over the batches; its tensors end as the client's update.
 
-    A batch is divided over slots, and run in ``micro_batches`` parts whose gradients add up
-    weighted by examples; one optimiser step a batch. A slice that no slot of a batch ran FULL is
+    A batch is divided over slots, and run in micro-batches whose gradients add up weighted by
+    examples; one optimiser step a batch. A slice that no slot of a batch ran FULL is
     not stepped.
 
     Args:
@@ -128,7 +128,9 @@ class Stepper:
         """Run one batch and step; returns its summed loss, and the weight of what ran."""
         schedule = self.model.schedule
         sizes = slot_sizes(len(batch), schedule.slots)
-        parts = micro_batches(sizes, schedule.active.tolist(), self.options.micro_batches)
+        whole = slot_sizes(self.options.batch_size, schedule.slots)
+        count = self.options.micro_batches
+        parts = micro_batches(sizes, schedule.active.tolist(), whole, count)
         if not parts:
             return 0.0, 0
         running = _running(batch, sizes, schedule)
