@@ -14,6 +14,7 @@ from torch import Tensor
 
 from d2ft_fl.engine.branch import Branch
 from d2ft_fl.engine.head_group import FullPart, HeadGroup
+from d2ft_fl.engine.product import rows_of
 from d2ft_fl.engine.saved_activations import NOTHING_SAVED, SavedActivations
 
 # Gradients of parameters that heads share, by role.
@@ -110,7 +111,12 @@ class GroupRun:
         """
         if not self.branch.trains.z or saved.z_dropped is not None:
             return []
-        return [z[rows][:, view.columns] for part, rows in self.full for view in part.outward]
+        product = self.head_group.outward.product
+        return [
+            product.part(rows_of(z, rows), view)
+            for part, rows in self.full
+            for view in part.outward
+        ]
 
     def kept_z(self, z: Tensor, saved: SavedActivations) -> list[Tensor]:
         """Return what of z to keep: copies, where all of it would otherwise stay for a part."""

@@ -216,6 +216,9 @@ class Gradients:
             assert grad is not None
             torch.addmm(grad, left.t(), right, beta=0 if self.overwrite else 1, out=grad)
             return
+        if right is None and self.observer is None and self.overwrite and grad is not None:
+            torch.sum(left, 0, dtype=kind, out=grad)
+            return
         value = left.sum(0, dtype=kind) if right is None else transposed_times(left, right)
         if self.observer is not None:
             self.observer(name, self.view.first_row, value.to(kind))
@@ -225,6 +228,11 @@ class Gradients:
             grad.copy_(value)
         else:
             grad.add_(value)
+
+
+def rows_of(tensor: Tensor, rows: slice) -> Tensor:
+    """Return some rows of a tensor; all of them are the tensor, which spares torch a view."""
+    return tensor if rows.stop - rows.start == len(tensor) else tensor[rows]
 
 
 def add_narrower(total: Tensor, left: Tensor, right: Tensor) -> Tensor:

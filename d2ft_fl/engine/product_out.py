@@ -11,7 +11,15 @@ from torch import Tensor
 
 from d2ft_fl.engine.matmul import add_product, times
 from d2ft_fl.engine.numerics import Numerics
-from d2ft_fl.engine.product import Gradients, Product, View, add_narrower, dropped, first_columns
+from d2ft_fl.engine.product import (
+    Gradients,
+    Product,
+    View,
+    add_narrower,
+    dropped,
+    first_columns,
+    rows_of,
+)
 from d2ft_fl.engine.saved_activations import NOTHING_SAVED, Observer, SavedActivations, Sink
 
 
@@ -156,7 +164,7 @@ class ProductOut:
                 into, z = Gradients(view, overwrite, observer), next(given, None)
                 if view.weight_grad is not None or observer is not None:
                     assert z is not None
-                    into.add(f"{product.role}.weight", view.weight_grad, z, g[rows])
+                    into.add(f"{product.role}.weight", view.weight_grad, z, rows_of(g, rows))
                 if view.near_grad is not None and observer is None:
                     assert factors is not None
                     assert error is not None

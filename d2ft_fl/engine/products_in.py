@@ -11,7 +11,15 @@ from torch import Tensor
 
 from d2ft_fl.engine.matmul import add_product, times
 from d2ft_fl.engine.numerics import Numerics
-from d2ft_fl.engine.product import Gradients, Product, View, add_narrower, dropped, first_columns
+from d2ft_fl.engine.product import (
+    Gradients,
+    Product,
+    View,
+    add_narrower,
+    dropped,
+    first_columns,
+    rows_of,
+)
 from d2ft_fl.engine.saved_activations import NOTHING_SAVED, Observer, SavedActivations, Sink
 
 
@@ -164,10 +172,10 @@ class ProductsIn:
             for runs, rows, overwrite in full:
                 for view in runs[index]:
                     into = Gradients(view, overwrite, observer)
-                    part = product.part(dh[rows], view)
+                    part = product.part(rows_of(dh, rows), view)
                     if view.weight_grad is not None or observer is not None:
                         assert y is not None
-                        into.add(f"{product.role}.weight", view.weight_grad, part, y[rows])
+                        into.add(f"{product.role}.weight", view.weight_grad, part, rows_of(y, rows))
                     if view.bias is not None and (view.bias_grad is not None or observer):
                         into.add(f"{product.role}.bias", view.bias_grad, part, None)
                     if view.near_grad is not None and observer is None:

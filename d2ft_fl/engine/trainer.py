@@ -97,6 +97,7 @@ class Stepper:
     beside: Sequence[Tensor] = ()
     every_slot: bool = False
     _overwrite: bool | None = None
+    _shown: list[int] | None = None  # slots of whose heads the optimiser is shown gradients
     _zeroed: list[Tensor] = field(default_factory=list)
 
     @cached_property
@@ -178,6 +179,9 @@ class Stepper:
     def _choose_stepped(self, sizes: list[int]) -> None:
         """Show the optimiser the gradients of exactly the slices that this batch ran FULL."""
         runs = [slot for slot, size in enumerate(sizes) if size]
+        if runs == self._shown:  # it keeps those of the last batch
+            return
+        self._shown = runs
         full = (self.model.schedule.operations[runs] == Operation.FULL).any(axis=0)
         for e in self.entries:
             if e.block < 0:
