@@ -232,7 +232,11 @@ class CostModel:
         return int(self.memories(schedule.operations[None], np.array([examples]), ranks)[0])
 
     def memories(
-        self, operations: np.ndarray, examples: np.ndarray, ranks: np.ndarray | None = None
+        self,
+        operations: np.ndarray,
+        examples: np.ndarray,
+        ranks: np.ndarray | None = None,
+        parts: np.ndarray | None = None,
     ) -> np.ndarray:
         """Return the peak bytes of many clients' rounds: int64 [clients].
 
@@ -240,8 +244,9 @@ class CostModel:
             operations: int8 [clients, slots, blocks, heads].
             examples: On which clients train: int64 [clients].
             ranks: Those of schedules; see :meth:`ranks`.
+            parts: Micro-batches of a batch: int64 [clients]; None for as configured.
         """
-        return self.round_memory.peak(operations, examples, self.ranks(operations, ranks))
+        return self.round_memory.peak(operations, examples, self.ranks(operations, ranks), parts)
 
     def micro_batches(self, schedule: Schedule, batch: int) -> list[list[int]]:
         """Return the examples of each slot in each micro-batch of a batch."""

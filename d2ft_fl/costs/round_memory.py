@@ -41,7 +41,13 @@ class RoundMemory:
     activations: ActivationBytes
     kept: np.ndarray
 
-    def peak(self, operations: np.ndarray, examples: np.ndarray, ranks: np.ndarray) -> np.ndarray:
+    def peak(
+        self,
+        operations: np.ndarray,
+        examples: np.ndarray,
+        ranks: np.ndarray,
+        parts: np.ndarray | None = None,
+    ) -> np.ndarray:
         """Return the peak bytes of rounds, margin included: int64 [clients].
 
         The first batch finds no optimiser state yet; it counts in every later one.
@@ -50,13 +56,16 @@ class RoundMemory:
             operations: int8 [clients, slots, blocks, heads].
             examples: On which clients train: int64 [clients].
             ranks: Of subnets that train, else 0: int64 [clients, blocks, heads].
+            parts: Micro-batches of a whole batch: int64 [clients]; None for as configured.
         """
+        if parts is None:
+            parts = np.full(len(examples), self.options.micro_batches)
         first = np.minimum(examples, self.options.batch_size)
         rest = first if self.options.epochs > 1 else np.minimum(examples - first, first)
         other = np.flatnonzero(first != rest)
         which = np.concatenate([np.arange(len(first)), other])  # at once, which is faster
         batches = self.batches(
-            operations[which], np.concatenate([first, rest[other]]), ranks[which]
+            operations[which], np.concatenate([first, rest[other]]), ranks[which], parts[which]
         )
         at_first = batches[: len(first)]
         later = at_first.copy()
@@ -103,18 +112,21 @@ class RoundMemory:
         kept = (trained * self.kept).sum(axis=(1, 2))
         return ELEMENT * elements + kept + self.extras.resident(operations)
 
-    def batches(self, operations: np.ndarray, batch: np.ndarray, ranks: np.ndarray) -> np.ndarray:
+    def batches(
+        self, operations: np.ndarray, batch: np.ndarray, ranks: np.ndarray, parts: np.ndarray
+    ) -> np.ndarray:
         """Return the bytes of a batch of images and of its worst micro-batch: int64 [clients].
 
         Args:
             operations: int8 [clients, slots, blocks, heads].
             batch: Examples of the batch: int64 [clients].
             ranks: Of subnets that train, else 0: int64 [clients, blocks, heads].
+            parts: Micro-batches of a whole batch: int64 [clients].
         """
         running = sizes_of_slots(batch, self.slots) * active_slots(operations)  # [clients, slots]
         total = running.sum(axis=1)
         images = batch + np.where(total < batch, total, 0)  # put together in a batch apart
-        count = micro_batch_counts(self.options, operations, total)
+        count = micro_batch_counts(self.options.batch_size, operations, total, parts)
         if self.slots == 1:  # the first is no smaller than any other
             sizes = -(-total // np.maximum(1, count))[:, None, None]
         else:
@@ -140,22 +152,23 @@ class RoundMemory:
 
 
 def micro_batch_counts(
-    options: TrainingOptions, operations: np.ndarray, total: np.ndarray
+    batch_size: int, operations: np.ndarray, total: np.ndarray, parts: np.ndarray
 ) -> np.ndarray:
     """Return in how many micro-batches batches are run, as :func:`.micro_batches` has it.
 
     Args:
-        options: How clients train.
+        batch_size: Examples of a whole batch.
         operations: int8 [clients, slots, blocks, heads].
         total: Examples of each batch that are run: int64 [clients].
+        parts: Micro-batches of a whole batch, at most: int64 [clients].
 
     Returns:
         int64 [clients]; 0 of nothing.
     """
     active = active_slots(operations)
-    batch = np.full(len(operations), options.batch_size)
+    batch = np.full(len(operations), batch_size)
     whole = (sizes_of_slots(batch, operations.shape[1]) * active).sum(axis=1)
-    largest = np.maximum(1, -(-whole // options.micro_batches))
+    largest = np.maximum(1, -(-whole // parts))
     return -(-total // largest)
 
 

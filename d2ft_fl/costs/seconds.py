@@ -162,7 +162,9 @@ class RoundSeconds:
         """
         running = sizes_of_slots(batch, self.flops.slots) * active_slots(operations)
         total = running.sum(axis=1)
-        parts = np.maximum(1, micro_batch_counts(self.options, operations, total))
+        options = self.options
+        parts = np.full_like(total, options.micro_batches)
+        parts = micro_batch_counts(options.batch_size, operations, total, parts).clip(1)
         found = []
         if self.flops.slots == 1:  # of two sizes at most
             size, extra = np.divmod(total, parts)

@@ -10,13 +10,11 @@ times the root of the share. Smaller batches are slower, and what larger ones co
 little at first, so that the largest is taken that the tolerance leaves.
 """
 
-from bisect import bisect_left
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 
-from d2ft_fl.config.training_options import ExecutionPolicy
 from d2ft_fl.costs.machine_speed import standard
 from d2ft_fl.costs.resources import RESOURCES, Cost
 from d2ft_fl.planning.assignment import Assignment, Participant
@@ -183,21 +181,27 @@ class PolicyChoice:
             return a
         counts = self.round.micro_batch_counts(a.policy)
         fewer = [count for count in counts if count < a.policy.micro_batches]
-        policies = [replace(a.policy, micro_batches=count) for count in fewer]
-        # The more there are, the less memory each takes.
-        first = bisect_left(policies, True, key=lambda policy: self._fits(client, a, policy))
-        for policy in policies[first:]:
+        for count in fewer[self._first_that_fits(client, a, fewer) :]:
+            policy = replace(a.policy, micro_batches=count)
             if (tried := self._affordable(client, replace(a, policy=policy))) is not None:
                 return tried
         return a
 
-    def _fits(self, client: Participant, a: Assignment, policy: ExecutionPolicy) -> bool:
-        """Whether training in some way takes no more memory than the client has."""
-        costs = self.round.costs_for(client, policy)
+    def _first_that_fits(self, client: Participant, a: Assignment, counts: list[int]) -> int:
+        """Return the index of the first number of micro-batches in which memory suffices."""
+        if not counts:
+            return 0
+        costs = self.round.costs_for(client, a.policy)
         if a.probes:
             costs = costs.uncompensated
-        examples = client.examples if a.examples is None else a.examples
-        return costs.memory(a.schedule, examples) <= client.capacity[MEMORY]
+        each = len(counts)
+        ranks = a.schedule.ranks
+        ranks = None if ranks is None else np.repeat(ranks[None], each, axis=0)
+        operations = np.repeat(a.schedule.operations[None], each, axis=0)
+        examples = np.full(each, client.examples if a.examples is None else a.examples)
+        memory = costs.memories(operations, examples, ranks, np.array(counts))
+        fits = memory <= client.capacity[MEMORY]
+        return int(fits.argmax()) if fits.any() else len(counts)
 
     def _affordable(self, client: Participant, a: Assignment) -> Assignment | None:
         """Return an assignment with its cost; None where that exceeds a budget.

@@ -2,7 +2,7 @@
 
     python experiments/speed/measure.py [NAME ...]
 
-runs the benchmarks of those names (by default all, about half an hour on two quiet cores), keeps
+runs the benchmarks of those names (by default all, three quarters of an hour on two quiet cores), keeps
 what they print under `results/`, with the commit and the machine, and has `tables.py` write the
 tables and `docs/step.png` anew. Nothing else may run meanwhile.
 """
@@ -20,6 +20,7 @@ HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 BENCHMARKS = {
     "step": ["step", "--batch-size", "8", "--batch-size", "4", "--pairs", "5"],
+    "step_large": ["step", "--batch-size", "16", "--batch-size", "32", "--pairs", "3"],
     "step_mkl": ["step", "--pairs", "5", "--products", "mkl"],
     "lora": ["step", "--tuning", "lora", "--pairs", "5"],
     "scale": ["scale", "--repeats", "1"],

@@ -99,11 +99,18 @@ def start() -> str:
         ("`d2ft run`, through Flower: round 1 ends", r["flower_first_round"]),
         ("the same, nothing compiled", r["flower_cold_first_round"]),
     ]
-    return table(["", "seconds"], [[what, f"{value:.1f}"] for what, value in rows]) + source(found)
+    private, tensors = (r[name] / 1e6 for name in ("worker_private_dirty", "worker_tensors"))
+    said = (
+        f"\nA worker process that has trained has {private:.0f} MB of its own, of which "
+        f"{tensors:.0f} MB are tensors; PyTorch's it shares with all others.\n"
+    )
+    seconds = [[what, f"{value:.1f}"] for what, value in rows]
+    return table(["", "seconds"], seconds) + said + source(found)
 
 
 TABLES: dict[str, Callable[[], str]] = {
     "step": lambda: step("step"),
+    "step_large": lambda: step("step_large"),
     "step_mkl": lambda: step("step_mkl"),
     "lora": lora,
     "scale": scale,

@@ -4,8 +4,6 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from d2ft_fl.config.run_config import RunConfig
-from d2ft_fl.config.training_options import TrainingOptions
 from d2ft_fl.costs.round_memory import (
     cut_in_micro_batches,
     micro_batch_counts,
@@ -52,9 +50,8 @@ def test_every_example_runs_once_and_in_as_few_parts_as_the_largest_allows(
     assert len(totals) <= 1 or sum(totals) > largest * (len(totals) - 1)  # one fewer is too few
     operations = np.full((1, slots, 1, 1), Operation.SHORTCUT, dtype=np.int8)
     operations[0, active] = Operation.FULL
-    options = TrainingOptions.of(RunConfig(batch_size=batch_size, micro_batches=parts))
     vector = sizes_of_slots(np.array([batch]), slots) * np.array([active])
-    counts = micro_batch_counts(options, operations, vector.sum(axis=1))
+    counts = micro_batch_counts(batch_size, operations, vector.sum(axis=1), np.array([parts]))
     assert counts[0] == len(cut)
     if cut:
         assert cut_in_micro_batches(vector, counts)[0].tolist() == cut
