@@ -40,6 +40,8 @@ KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 25), "MALLOC_TRIM_THRESHOLD_":
 LENGTH = struct.Struct("!I")
 CODE = struct.Struct("!i")
 BACKLOG = 128
+PREFIX = "d2ft-fork-"  # of a fork server's folder
+LONGEST = 90  # bytes of that folder's name: those of a socket may be 103 on macOS, 107 on Linux
 PATIENCE = 5.0  # seconds for what takes none: a request to arrive, a process to be killed
 
 
@@ -111,7 +113,10 @@ class ForkServer:
     @classmethod
     def prepare(cls) -> Self:
         """Return one that takes requests, and answers them when it is started."""
-        folder = tempfile.TemporaryDirectory(prefix="d2ft-fork-")  # for this user alone
+        folder = tempfile.TemporaryDirectory(prefix=PREFIX)  # for this user alone
+        if len(os.fsencode(folder.name)) > LONGEST:
+            folder.cleanup()
+            folder = tempfile.TemporaryDirectory(prefix=PREFIX, dir="/tmp")
         server = cls(Path(folder.name) / "socket")
         server._folder = folder
         server._listener = socket.socket(socket.AF_UNIX)
@@ -150,18 +155,21 @@ class ForkServer:
         request = {"environment": dict(environment), "path": sys.path, "folder": os.getcwd()}
         text = json.dumps(request).encode()
         control = socket.socket(socket.AF_UNIX)
+        ours, theirs = socket.socketpair()
+        reader, lifeline = os.pipe()
         try:
             control.connect(str(self.path))
-            ours, theirs = socket.socketpair()
-            reader, lifeline = os.pipe()
-            with theirs:
-                descriptors = [theirs.fileno(), reader]
-                socket.send_fds(control, [LENGTH.pack(len(text))], descriptors)
-                control.sendall(text)
-            os.close(reader)
+            descriptors = [theirs.fileno(), reader]
+            socket.send_fds(control, [LENGTH.pack(len(text))], descriptors)
+            control.sendall(text)
         except OSError:
+            os.close(lifeline)
+            ours.close()
             control.close()
             raise
+        finally:
+            theirs.close()
+            os.close(reader)
         return ForkedProcess(Connection(ours.detach()), lifeline, control)
 
     def close(self) -> None:

@@ -99,3 +99,15 @@ def test_what_is_no_request_ends_nothing(server):
     forked = server.fork(os.environ)
     assert worker_of(server).is_running()
     forked.end()
+
+
+def test_a_long_folder_for_temporary_files_is_no_hindrance(tmp_path, monkeypatch):
+    """The name of a socket may have about a hundred bytes."""
+    long = tmp_path / ("x" * 100)
+    long.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(long))
+    server = ForkServer.prepare()
+    assert server.path.is_socket()
+    server.close()
+    assert not server.path.parent.exists()
+    assert not list(long.iterdir())
