@@ -45,7 +45,7 @@ lint: $(READY)
 options: $(READY)
 	$(BIN)/python -m d2ft_fl.cli.options_page
 
-# The speed tables of README, on this machine: half an hour in which nothing else may run.
+# The speed tables of README, on this machine: three quarters of an hour in which nothing else may run.
 speed: $(READY)
 	$(BIN)/python experiments/speed/measure.py
 

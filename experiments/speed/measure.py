@@ -20,7 +20,7 @@ HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 BENCHMARKS = {
     "step": ["step", "--batch-size", "8", "--batch-size", "4", "--pairs", "5"],
-    "step_large": ["step", "--batch-size", "16", "--batch-size", "32", "--pairs", "3"],
+    "step_large": ["step", "--batch-size", "16", "--pairs", "3"],
     "step_mkl": ["step", "--pairs", "5", "--products", "mkl"],
     "lora": ["step", "--tuning", "lora", "--pairs", "5"],
     "scale": ["scale", "--repeats", "1"],
