@@ -2,9 +2,9 @@
 
     python experiments/speed/measure.py [NAME ...]
 
-runs the benchmarks of those names (by default all, three quarters of an hour on two quiet cores), keeps
-what they print under `results/`, with the commit and the machine, and has `tables.py` write the
-tables and `docs/step.png` anew. Nothing else may run meanwhile.
+runs the benchmarks of those names (by default all, which takes three quarters of an hour on two
+quiet cores), keeps what they print under `results/`, with the commit and the machine, and has
+`tables.py` write the tables and `docs/step.png` anew. Nothing else may run meanwhile.
 """
 
 import json
