@@ -317,8 +317,7 @@ def _measure(name: str, schedule: Schedule, reference: _Reference, own: _Schedul
     bench, images = reference.bench, reference.images
     costs = CostModel(reference.arch, bench.options(), schedule.slots, images.device.type)
     ours = _Scheduled(schedule, reference, own.rate)
-    whole = slot_sizes(len(images), schedule.slots)
-    (sizes,) = micro_batches(whole, schedule.active.tolist(), whole, 1)
+    (sizes,) = micro_batches(slot_sizes(len(images), schedule.slots), schedule.active.tolist(), 1)
     activations, predicted = ours.saved(sizes), costs.saved_bytes(schedule, sizes)
     sides: tuple[Callable[[], None], ...] = (reference.step, own.step, ours.step)
     for step in sides:

@@ -250,9 +250,8 @@ class CostModel:
 
     def micro_batches(self, schedule: Schedule, batch: int) -> list[list[int]]:
         """Return the examples of each slot in each micro-batch of a batch."""
-        options, active = self.options, schedule.active.tolist()
-        sizes, whole = (slot_sizes(n, schedule.slots) for n in (batch, options.batch_size))
-        return micro_batches(sizes, active, whole, options.micro_batches)
+        sizes = slot_sizes(batch, schedule.slots)
+        return micro_batches(sizes, schedule.active.tolist(), self.options.micro_batches)
 
     # -- bytes -------------------------------------------------------------------------------
 

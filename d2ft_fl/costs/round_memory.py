@@ -56,7 +56,7 @@ class RoundMemory:
             operations: int8 [clients, slots, blocks, heads].
             examples: On which clients train: int64 [clients].
             ranks: Of subnets that train, else 0: int64 [clients, blocks, heads].
-            parts: Micro-batches of a whole batch: int64 [clients]; None for as configured.
+            parts: Micro-batches of a batch: int64 [clients]; None for as configured.
         """
         if parts is None:
             parts = np.full(len(examples), self.options.micro_batches)
@@ -121,16 +121,15 @@ class RoundMemory:
             operations: int8 [clients, slots, blocks, heads].
             batch: Examples of the batch: int64 [clients].
             ranks: Of subnets that train, else 0: int64 [clients, blocks, heads].
-            parts: Micro-batches of a whole batch: int64 [clients].
+            parts: Micro-batches of a batch: int64 [clients].
         """
         running = sizes_of_slots(batch, self.slots) * active_slots(operations)  # [clients, slots]
         total = running.sum(axis=1)
         images = batch + np.where(total < batch, total, 0)  # put together in a batch apart
-        count = micro_batch_counts(self.options.batch_size, operations, total, parts)
         if self.slots == 1:  # the first is no smaller than any other
-            sizes = -(-total // np.maximum(1, count))[:, None, None]
+            sizes = -(-total // parts)[:, None, None]
         else:
-            sizes = cut_in_micro_batches(running, count)
+            sizes = cut_in_micro_batches(running, parts)
         peaks = [
             np.where(one.any(axis=1), self.micro_batches(operations, one, ranks).peak(), 0)
             for one in sizes.swapaxes(0, 1)
@@ -151,38 +150,17 @@ class RoundMemory:
         return MicroBatchMemory.of(self.activations, checkpointing, operations, sizes, ranks)
 
 
-def micro_batch_counts(
-    batch_size: int, operations: np.ndarray, total: np.ndarray, parts: np.ndarray
-) -> np.ndarray:
-    """Return in how many micro-batches batches are run, as :func:`.micro_batches` has it.
-
-    Args:
-        batch_size: Examples of a whole batch.
-        operations: int8 [clients, slots, blocks, heads].
-        total: Examples of each batch that are run: int64 [clients].
-        parts: Micro-batches of a whole batch, at most: int64 [clients].
-
-    Returns:
-        int64 [clients]; 0 of nothing.
-    """
-    active = active_slots(operations)
-    batch = np.full(len(operations), batch_size)
-    whole = (sizes_of_slots(batch, operations.shape[1]) * active).sum(axis=1)
-    largest = np.maximum(1, -(-whole // parts))
-    return -(-total // largest)
-
-
 def cut_in_micro_batches(running: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """Return examples of each slot in each micro-batch, as :func:`.micro_batches` cuts batches.
 
     Args:
         running: Examples of each slot that are run: int64 [clients, slots].
-        counts: In how many micro-batches: int64 [clients].
+        counts: In how many micro-batches, at most: int64 [clients].
 
     Returns:
         int64 [clients, micro-batches, slots], nothing in those that a client does not have.
     """
-    total, counts = running.sum(axis=1)[:, None], np.maximum(1, counts)[:, None]
+    total, counts = running.sum(axis=1)[:, None], counts[:, None]
     index = np.arange(counts.max())
     sizes = (total // counts + (index < total % counts)) * (index < counts)
     ends, cuts = _bounds(running), _bounds(sizes)

@@ -35,7 +35,6 @@ from d2ft_fl.costs.round_memory import (
     MOMENTS,
     active_slots,
     cut_in_micro_batches,
-    micro_batch_counts,
     sizes_of_slots,
 )
 from d2ft_fl.subnets.architecture import Architecture
@@ -162,9 +161,7 @@ class RoundSeconds:
         """
         running = sizes_of_slots(batch, self.flops.slots) * active_slots(operations)
         total = running.sum(axis=1)
-        options = self.options
-        parts = np.full_like(total, options.micro_batches)
-        parts = micro_batch_counts(options.batch_size, operations, total, parts).clip(1)
+        parts = total.clip(1, self.options.micro_batches)
         found = []
         if self.flops.slots == 1:  # of two sizes at most
             size, extra = np.divmod(total, parts)

@@ -129,9 +129,7 @@ class Stepper:
         """Run one batch and step; returns its summed loss, and the weight of what ran."""
         schedule = self.model.schedule
         sizes = slot_sizes(len(batch), schedule.slots)
-        whole = slot_sizes(self.options.batch_size, schedule.slots)
-        count = self.options.micro_batches
-        parts = micro_batches(sizes, schedule.active.tolist(), whole, count)
+        parts = micro_batches(sizes, schedule.active.tolist(), self.options.micro_batches)
         if not parts:
             return 0.0, 0
         running = _running(batch, sizes, schedule)

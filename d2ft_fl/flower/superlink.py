@@ -133,7 +133,8 @@ class SuperLink:
                 raise RunError(f"flower-superlink ended at once: {_last_line(self.log)}")
             with contextlib.suppress(httpx.HTTPError):
                 if httpx.get(f"http://127.0.0.1:{self.port}/health", timeout=1.0).is_success:
-                    self.fork_server.start(self.environment)
+                    with self.log.open("a") as output:
+                        self.fork_server.start(self.environment, output)
                     return
             time.sleep(0.2)
         raise RunError(f"flower-superlink did not start within {START_TIMEOUT:.0f} s")
@@ -157,7 +158,7 @@ def superlink() -> Iterator[SuperLink]:
         "--host", "127.0.0.1", "--port", str(port),
         "--control-api-address", f"127.0.0.1:{control}",
     ]  # fmt: skip
-    with log.open("w") as output:
+    with log.open("a") as output:
         process = subprocess.Popen(
             command,
             env=environment,

@@ -28,7 +28,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any, Self
+from typing import IO, Any, Self
 
 from d2ft_fl.runtime import worker_process
 
@@ -42,6 +42,7 @@ CODE = struct.Struct("!i")
 BACKLOG = 128
 PREFIX = "d2ft-fork-"  # of a fork server's folder
 LONGEST = 90  # bytes of that folder's name: those of a socket may be 103 on macOS, 107 on Linux
+CLOSING = 0.5  # seconds for a fork server to end by itself
 PATIENCE = 5.0  # seconds for what takes none: a request to arrive, a process to be killed
 
 
@@ -124,11 +125,14 @@ class ForkServer:
         server._listener.listen(BACKLOG)
         return server
 
-    def start(self, environment: Mapping[str, str] | None = None) -> None:
+    def start(
+        self, environment: Mapping[str, str] | None = None, log: IO[str] | None = None
+    ) -> None:
         """Start the process, which ends with this one.
 
         Args:
             environment: Of the process; None for that of this one.
+            log: Where it and its workers print; None for where this process does.
         """
         assert self._listener
         here = os.environ if environment is None else environment
@@ -139,6 +143,8 @@ class ForkServer:
             pass_fds=descriptors,
             env={**KEEP_MEMORY, **here, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
             stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=None if log is None else subprocess.STDOUT,
         )
         self._listener.close()
         os.close(reader)
@@ -175,9 +181,12 @@ class ForkServer:
     def close(self) -> None:
         """End the process, if it was started from here."""
         if self.process:
-            self.process.kill()  # its workers end with it
-            self.process.wait()
-            os.close(self._lifeline)
+            os.close(self._lifeline)  # has it kill its workers
+            try:
+                self.process.wait(CLOSING)
+            except subprocess.TimeoutExpired:  # it imports, and has none yet
+                self.process.kill()
+                self.process.wait()
         elif self._listener:
             self._listener.close()
         if self._folder:
@@ -209,12 +218,17 @@ class _Server:
             self.selector.register(source, selectors.EVENT_READ)
 
     def run(self) -> None:
-        """Fork, kill and reap until nobody has the lifeline's other end open any more."""
+        """Fork, kill and reap until nobody has the lifeline's other end open any more.
+
+        Workers end with it.
+        """
         signal.set_wakeup_fd(self.waker.fileno())
         signal.signal(signal.SIGCHLD, lambda *_: None)
         while True:
             ready = {key.fileobj for key, _ in self.selector.select()}
             if self.lifeline in ready:
+                for pid in self.controls:
+                    os.kill(pid, signal.SIGKILL)
                 return
             if self.listener in ready:
                 self._accept()
@@ -229,6 +243,7 @@ class _Server:
     def _accept(self) -> None:
         control, _ = self.listener.accept()
         control.settimeout(PATIENCE)
+        descriptors: list[int] = []
         try:
             head, descriptors, _, _ = socket.recv_fds(control, LENGTH.size, 2)
             (length,) = LENGTH.unpack(head)
@@ -238,10 +253,13 @@ class _Server:
                     raise EOFError
                 text += more
             connection, lifeline = descriptors
-        except (OSError, EOFError, ValueError, struct.error):  # whoever asked is gone
-            control.close()
+            pid = os.fork()
+        except (OSError, EOFError, ValueError, struct.error):
+            # Whoever asked is gone, or there is no memory for one more: they see it by the end of
+            # the connection.
+            for descriptor in (control.detach(), *descriptors):
+                os.close(descriptor)
             return
-        pid = os.fork()
         if not pid:
             self._become_worker(control, json.loads(text), connection, lifeline)
         os.close(connection)

@@ -219,32 +219,25 @@ def slot_sizes(examples: int, slots: int) -> list[int]:
     return [base + (slot < extra) for slot in range(slots)]
 
 
-def micro_batches(
-    sizes: Sequence[int], active: Sequence[bool], whole: Sequence[int], parts: int
-) -> list[list[int]]:
+def micro_batches(sizes: Sequence[int], active: Sequence[bool], parts: int) -> list[list[int]]:
     """Cut a batch into micro-batches that run one after another: examples of each slot in each.
 
     Examples of inactive slots are not run at all; the others, slot by slot, are divided as evenly
-    as possible into as few micro-batches as are no larger than the largest of a whole batch, which
-    is cut into at most ``parts``.
+    as possible into at most ``parts`` micro-batches.
 
     Args:
         sizes: Examples of each slot.
         active: Which slots run anything.
-        whole: Examples of each slot in a whole batch.
-        parts: Micro-batches of a whole batch, at most.
+        parts: Micro-batches, at most.
     """
-    run, all_run = (
-        [size if on else 0 for size, on in zip(of_slots, active, strict=True)]
-        for of_slots in (sizes, whole)
-    )
-    largest = max(1, -(-sum(all_run) // parts))
+    run = [size if on else 0 for size, on in zip(sizes, active, strict=True)]
     ends = np.cumsum([0, *run])
-    total = int(ends[-1])
-    if not total:
-        return []
-    cuts = np.cumsum([0, *slot_sizes(total, -(-total // largest))]).tolist()
-    return [np.diff(ends.clip(start, stop)).tolist() for start, stop in pairwise(cuts)]
+    cuts = np.cumsum([0, *slot_sizes(int(ends[-1]), parts)])
+    sizes_of_each = []
+    for start, stop in pairwise(cuts.tolist()):
+        if start < stop:
+            sizes_of_each.append(np.diff(ends.clip(start, stop)).tolist())
+    return sizes_of_each
 
 
 def slot_totals(examples: int, batch_size: int, slots: int, epochs: int) -> list[int]:

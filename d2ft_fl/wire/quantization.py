@@ -111,8 +111,9 @@ def _changed(block: Tensor, before: Tensor, bits: int, into: Tensor) -> Tensor:
     if bits == PLAIN_BITS:
         return torch.sub(block, before, out=into)
     scale, numbers = _scale_and_numbers(before, block.shape[1], bits)
-    numbers = into.copy_(numbers).sub_(2 ** (bits - 1) - 1)
-    return torch.addcmul(block, numbers, scale, value=-1, out=into)
+    # Rounded as in `dequantize_rows`: what did not change must not seem to.
+    old = into.copy_(numbers).sub_(2 ** (bits - 1) - 1).mul_(scale)
+    return torch.sub(block, old, out=into)
 
 
 def _drawn(generator: np.random.BitGenerator, into: Tensor) -> Tensor:

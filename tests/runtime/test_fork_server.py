@@ -92,6 +92,30 @@ def test_a_pool_whose_fork_server_is_gone_starts_another(quick, monkeypatch):
         assert len(pool.reports([0, 1], 1, 60.0)) == 2
 
 
+def test_workers_end_with_their_fork_server():
+    server = ForkServer.prepare()
+    server.start()
+    forked = server.fork(os.environ)
+    worker = worker_of(server)
+    server.close()
+    assert psutil.wait_procs([worker], timeout=5)[1] == []
+    assert forked.exit_code(5.0) == -signal.SIGKILL
+    forked.let_go()
+
+
+def test_what_workers_print_goes_to_the_log(tmp_path):
+    server = ForkServer.prepare()
+    log = tmp_path / "log"
+    with log.open("a") as output:
+        server.start(log=output)
+    forked = server.fork({"PATH": os.environ["PATH"]})
+    forked.connection.send_bytes(b"no configuration")
+    assert forked.exit_code(60.0) == 1
+    server.close()
+    forked.let_go()
+    assert "JSONDecodeError" in log.read_text()
+
+
 def test_what_is_no_request_ends_nothing(server):
     with socket.socket(socket.AF_UNIX) as control:
         control.connect(str(server.path))

@@ -213,7 +213,7 @@ class LocalTrainingOptions:
     micro_batches: int = option(
         1,
         "Parts that a batch is run in, one after another, their gradients added up: less memory "
-        "for more time. A smaller last batch is run in parts no larger than those.",
+        "for more time.",
         low=1,
     )
     proximal: float = option(
