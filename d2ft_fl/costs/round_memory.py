@@ -62,14 +62,23 @@ class RoundMemory:
             parts = np.full(len(examples), self.options.micro_batches)
         first = np.minimum(examples, self.options.batch_size)
         rest = first if self.options.epochs > 1 else np.minimum(examples - first, first)
-        other = np.flatnonzero(first != rest)
-        which = np.concatenate([np.arange(len(first)), other])  # at once, which is faster
+        kinds = [rest]
+        if self.slots > 1 and parts.max() > 1:
+            # A smaller batch is cut elsewhere: a micro-batch may have more of one slot than any of
+            # a whole batch.
+            kinds.append(np.where(examples > first, examples % self.options.batch_size, 0))
+        others = [np.flatnonzero(first != kind) for kind in kinds]
+        which = np.concatenate([np.arange(len(first)), *others])  # at once, which is faster
+        sizes = [kind[other] for kind, other in zip(kinds, others, strict=True)]
         batches = self.batches(
-            operations[which], np.concatenate([first, rest[other]]), ranks[which], parts[which]
+            operations[which], np.concatenate([first, *sizes]), ranks[which], parts[which]
         )
-        at_first = batches[: len(first)]
-        later = at_first.copy()
-        later[other] = batches[len(first) :]
+        at_first, *smaller = np.split(batches, np.cumsum([len(first), *map(len, others[:-1])]))
+        later = np.zeros_like(at_first)
+        for other, of_kind in zip(others, smaller, strict=True):
+            all_of_kind = at_first.copy()
+            all_of_kind[other] = of_kind
+            later = np.maximum(later, all_of_kind)
         before = self.resident(operations, ranks, moments=False)
         after = self.resident(operations, ranks)
         peak = np.maximum(before + at_first, after + later)

@@ -47,8 +47,8 @@ def train(
 ) -> float:
     """Follow the model's schedule over the batches; its tensors end as the client's update.
 
-    A batch is divided over slots, and run in micro-batches whose gradients add up weighted by
-    examples; one optimiser step a batch. A slice that no slot of a batch ran FULL is
+    A batch is divided over slots, and run in ``micro_batches`` parts whose gradients add up
+    weighted by examples; one optimiser step a batch. A slice that no slot of a batch ran FULL is
     not stepped.
 
     Args:

@@ -10,6 +10,9 @@ Both are file descriptors. Whoever wants a worker connects to the listener and s
 length, JSON, and with it the descriptors of the worker's connection and lifeline
 (:mod:`d2ft_fl.runtime.worker_process`). The same connection is afterwards the worker's: when the
 worker has ended, its exit code comes back, and when the other end closes, the worker is killed.
+
+Python's own (``multiprocessing``) serves the process that started it alone, while here Ray's actors
+find one that the command started; and its forks import the main module, which is Ray's there.
 """
 
 import gc

@@ -31,8 +31,8 @@ from d2ft_fl.subnets.schedule import Schedule
 from d2ft_fl.wire.sizes import ELEMENT
 
 SCALE_BYTES = 4
-# Numbers that are quantized at a time: what they need nearly stays in a core's cache, and asking
-# for so many takes longer than to ask.
+# Numbers that are quantized at a time. What fewer need stays in a core's cache; but then calls of
+# torch take longer than what they do.
 BLOCK = 1 << 18
 TINY = 2.0**-126  # the least scale that has a reciprocal
 

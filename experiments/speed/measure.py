@@ -21,6 +21,7 @@ RESULTS = HERE / "results"
 BENCHMARKS = {
     "step": ["step", "--batch-size", "8", "--batch-size", "4", "--pairs", "5"],
     "step_large": ["step", "--batch-size", "16", "--pairs", "3"],
+    "step_slots": ["step", "--slots", "5", "--pairs", "5"],
     "step_mkl": ["step", "--pairs", "5", "--products", "mkl"],
     "lora": ["step", "--tuning", "lora", "--pairs", "5"],
     "scale": ["scale", "--repeats", "1"],

@@ -111,6 +111,7 @@ def start() -> str:
 TABLES: dict[str, Callable[[], str]] = {
     "step": lambda: step("step"),
     "step_large": lambda: step("step_large"),
+    "step_slots": lambda: step("step_slots"),
     "step_mkl": lambda: step("step_mkl"),
     "lora": lora,
     "scale": scale,

@@ -4,14 +4,14 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from d2ft_fl.bench.step import saved_bytes
 from d2ft_fl.config.training_options import ExecutionPolicy
 from d2ft_fl.costs import cost_model as costs
 from d2ft_fl.costs.probe_costs import Probes, probes_cost, round_cost
-from d2ft_fl.costs.resources import Cost
+from d2ft_fl.costs.resources import MEMORY_MARGIN, Cost
 from d2ft_fl.costs.round_flops import RoundFlops
 from d2ft_fl.engine.meter import Meter
 from d2ft_fl.engine.numerics import Numerics
@@ -76,6 +76,53 @@ def test_counted_equals_predicted(seed, slots, batch, examples, **options):
     )
     assert meter.flops == predicted.flops
     assert meter.peak_bytes <= predicted.memory
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    slots=st.integers(1, 5),
+    batch_size=st.integers(5, 16),
+    examples=st.integers(1, 40),
+    micro_batches=st.integers(1, 6),
+    epochs=st.integers(1, 2),
+    dear=st.integers(0, 4),
+)
+@example(slots=5, batch_size=11, examples=32, micro_batches=6, epochs=1, dear=1)
+@example(slots=5, batch_size=11, examples=31, micro_batches=6, epochs=2, dear=2)
+def test_memory_is_that_of_the_worst_micro_batch_of_any_batch(slots, examples, dear, **options):
+    """One slot trains everything, the others next to nothing; each batch is looked at by itself."""
+    schedule = one_slot_trains(slots, dear % slots)
+    model = cost_model(ARCH, slots, **options)
+    assert model.memory(schedule, examples) == worst_batch(model, schedule, examples)
+
+
+def one_slot_trains(slots, dear):
+    operations = np.zeros((slots, ARCH.blocks, ARCH.heads), dtype=np.int8)
+    operations[:, -1, 0] = Operation.FORWARD_ONLY
+    operations[dear] = Operation.FULL
+    return Schedule(operations)
+
+
+def test_a_smaller_last_batch_may_take_the_most():
+    """It is cut elsewhere: two examples of the slot that trains come together."""
+    schedule = one_slot_trains(5, 1)
+    whole, last = (
+        measure(ARCH, WEIGHTS, MODEL, schedule, n, batch_size=11, micro_batches=6) for n in (22, 32)
+    )
+    assert whole[1].peak_bytes < last[1].peak_bytes <= last[0].memory
+
+
+def worst_batch(model, schedule, examples):
+    """The peak of a round, batch by batch and micro-batch by micro-batch."""
+    size, pixels = model.options.batch_size, ARCH.input_elements
+    operations, ranks = schedule.operations[None], np.zeros((1, ARCH.blocks, ARCH.heads), int)
+    (peak,) = model.round_memory.resident(operations, ranks)  # when all is done
+    batches = [min(size, examples - start) for start in range(0, examples, size)]
+    for index, batch in enumerate(batches * model.options.epochs):
+        (held,) = model.round_memory.resident(operations, ranks, moments=index > 0)
+        for part in model.micro_batches(schedule, batch):
+            peak = max(peak, held + 4 * pixels * batch + model.peak_bytes(schedule, part))
+    return peak + peak // MEMORY_MARGIN
 
 
 WAYS = {
