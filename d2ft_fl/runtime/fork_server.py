@@ -40,6 +40,7 @@ SHARED = "D2FT_FORK_SERVER"  # environment variable: the socket of one that proc
 PRELOADED = ("d2ft_fl.client.trainer", "d2ft_fl.models.timm_vit", "d2ft_fl.runtime.shared_memory")
 # Have glibc keep freed memory: a client's weights fit where those of the one before were.
 KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 25), "MALLOC_TRIM_THRESHOLD_": str(1 << 30)}
+NO_THREADS = {"OPENBLAS_NUM_THREADS": "1"}  # NumPy's library would start some when it is loaded
 LENGTH = struct.Struct("!I")
 CODE = struct.Struct("!i")
 BACKLOG = 128
@@ -144,7 +145,12 @@ class ForkServer:
         self.process = subprocess.Popen(
             [sys.executable, "-m", __spec__.name, *map(str, descriptors)],
             pass_fds=descriptors,
-            env={**KEEP_MEMORY, **here, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            env={
+                **KEEP_MEMORY,
+                **here,
+                **NO_THREADS,
+                "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+            },
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=None if log is None else subprocess.STDOUT,
@@ -317,6 +323,7 @@ def main() -> None:
     listener, lifeline = int(sys.argv[1]), int(sys.argv[2])
     preload()
     _Server(socket.socket(fileno=listener), lifeline).run()
+    os._exit(0)  # libraries would report on standard error what is alive at a regular end
 
 
 if __name__ == "__main__":
