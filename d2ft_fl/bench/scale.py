@@ -32,6 +32,7 @@ from d2ft_fl.errors import ConfigError, RunError
 from d2ft_fl.flower.superlink import flower_environment, run_flower, superlink
 from d2ft_fl.report.format import policy_words
 from d2ft_fl.rounds.checks import checked
+from d2ft_fl.runtime import fork_server
 
 SIDES = ("floor", "products", "flower", "full", "d2ft")
 FREE = "[classes.any]\n"
@@ -218,7 +219,8 @@ def _ours(strategy: str, budgets: str) -> Callable[[ScaleBench, Side], None]:
             bench.job.config(), strategy=strategy, budgets=str(file), run_folder=str(folder)
         )
         rows: list[dict[str, Any]] = []
-        with superlink() as link:
+        with fork_server.shared() as forks, superlink() as link:
+            forks.start(link.log)
             run_flower(checked(config), folder, 0, rows.append, link)
         lines = [json.loads(line) for line in (folder / "clients.jsonl").read_text().splitlines()]
         shutil.rmtree(scratch)  # that of a run that failed stays, with its log

@@ -18,6 +18,7 @@ from d2ft_fl.util import terminal
 
 if TYPE_CHECKING:
     from d2ft_fl.flower.superlink import SuperLink
+    from d2ft_fl.runtime.fork_server import ForkServer
 
 
 class Backend(StrEnum):
@@ -47,20 +48,35 @@ def run(
     ] = False,
 ) -> None:
     """Run a federation and show it round by round."""
-    from d2ft_fl.server import console
-
     with failures():
         if workers and backend is not Backend.local:
             raise ConfigError("--workers belongs to --backend local; Flower starts its own")
         options = collect(config or [], set_ or [], resume).check_values()
-        if not as_json:
-            console.title(options)  # before PyTorch is imported, which takes seconds
-        with _superlink(backend) as link:  # starts while PyTorch is imported
+        processes = bool(workers) or backend is Backend.flower
+        with _fork_server(processes) as forks, _superlink(backend) as link:
+            from d2ft_fl.server import console
+
+            if not as_json:
+                console.title(options)  # before PyTorch is imported, which takes seconds
             from d2ft_fl.rounds.checks import check_names, checked
 
             check_names(options)
+            if forks:
+                forks.start_here(link.log if link else None)
             with compiling(options, as_json):
                 _run(checked(options), link, supernodes, workers, as_json)
+
+
+@contextmanager
+def _fork_server(wanted: bool) -> "Iterator[ForkServer | None]":
+    """Yield what worker processes will be forks of, where there are to be some."""
+    if not wanted:
+        yield None
+        return
+    from d2ft_fl.runtime import fork_server
+
+    with fork_server.shared() as forks:
+        yield forks
 
 
 @contextmanager
@@ -72,7 +88,7 @@ def _superlink(backend: Backend) -> "Iterator[SuperLink | None]":
     from d2ft_fl.flower.superlink import app_folder, superlink
 
     app_folder()
-    with superlink() as link:
+    with superlink() as link:  # starts while PyTorch is imported
         yield link
 
 

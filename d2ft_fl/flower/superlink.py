@@ -26,7 +26,6 @@ from d2ft_fl.config.run_config import RunConfig
 from d2ft_fl.errors import RunError
 from d2ft_fl.records.run_folder import Progress, read_rows, read_status
 from d2ft_fl.runtime import shared_memory
-from d2ft_fl.runtime.fork_server import SHARED, ForkServer
 from d2ft_fl.util.toml import dump_toml
 
 START_TIMEOUT = 60.0
@@ -112,17 +111,15 @@ class SuperLink:
         log: Its log file.
         process: Its process.
         port: Of its health server.
-        fork_server: What workers on this machine are forks of.
     """
 
     environment: dict[str, str]
     log: Path
     process: subprocess.Popen
     port: int
-    fork_server: ForkServer
 
     def wait(self) -> None:
-        """Wait until it answers; from then on workers' imports have a core to themselves.
+        """Wait until it answers.
 
         Raises:
             RunError: When it ended, or does not answer in time.
@@ -133,8 +130,6 @@ class SuperLink:
                 raise RunError(f"flower-superlink ended at once: {_last_line(self.log)}")
             with contextlib.suppress(httpx.HTTPError):
                 if httpx.get(f"http://127.0.0.1:{self.port}/health", timeout=1.0).is_success:
-                    with self.log.open("a") as output:
-                        self.fork_server.start(self.environment, output)
                     return
             time.sleep(0.2)
         raise RunError(f"flower-superlink did not start within {START_TIMEOUT:.0f} s")
@@ -149,8 +144,7 @@ def superlink() -> Iterator[SuperLink]:
         f'[superlink]\ndefault = "{CONNECTION}"\n\n'
         f'[superlink.{CONNECTION}]\naddress = "127.0.0.1:{port}"\ninsecure = true\n'
     )
-    fork_server = ForkServer.prepare()
-    environment = flower_environment(home) | {SHARED: str(fork_server.path)}
+    environment = flower_environment(home)
     log = home / "superlink.log"
     command = [
         "flower-superlink", "--insecure", "--simulation", "--isolation", "subprocess",
@@ -168,11 +162,10 @@ def superlink() -> Iterator[SuperLink]:
             start_new_session=True,  # Ctrl-C is for this process, which stops it
         )
     try:
-        yield SuperLink(environment, log, process, port, fork_server)
+        yield SuperLink(environment, log, process, port)
     finally:
         stop_family(home)
         process.wait()
-        fork_server.close()
         shutil.rmtree(home, ignore_errors=True)
         shared_memory.prune()
 

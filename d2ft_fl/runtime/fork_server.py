@@ -4,9 +4,10 @@ Importing PyTorch and timm takes seconds of a core and hundreds of megabytes, in
 does it. A fork begins with all of it at once, and shares the memory. The fork server runs nothing
 but imports, so that no thread of a library is lost in a fork. It is started as
 
-    python -m d2ft_fl.runtime.fork_server LISTENER LIFELINE
+    python -m d2ft_fl.runtime.fork_server LISTENER LIFELINE [LOG]
 
-Both are file descriptors. Whoever wants a worker connects to the listener and sends a request: its
+with file descriptors, or is itself a fork of a command that needs PyTorch too, and imports it once
+for both. Whoever wants a worker connects to the listener and sends a request: its
 length, JSON, and with it the descriptors of the worker's connection and lifeline
 (:mod:`d2ft_fl.runtime.worker_process`). The same connection is afterwards the worker's: when the
 worker has ended, its exit code comes back, and when the other end closes, the worker is killed.
@@ -15,6 +16,7 @@ Python's own (``multiprocessing``) serves the process that started it alone, whi
 find one that the command started; and its forks import the main module, which is Ray's there.
 """
 
+import ctypes
 import gc
 import importlib
 import json
@@ -23,23 +25,25 @@ import selectors
 import signal
 import socket
 import struct
-import subprocess
 import sys
 import tempfile
 import traceback
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import IO, Any, Self
+from typing import Any, NoReturn, Self
+
+import psutil
 
 from d2ft_fl.runtime import worker_process
 
 SHARED = "D2FT_FORK_SERVER"  # environment variable: the socket of one that processes share
 # What workers need, whatever they train; the rest they import themselves.
 PRELOADED = ("d2ft_fl.client.trainer", "d2ft_fl.models.timm_vit", "d2ft_fl.runtime.shared_memory")
-# Have glibc keep freed memory: a client's weights fit where those of the one before were.
-KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 25), "MALLOC_TRIM_THRESHOLD_": str(1 << 30)}
+# Parameters of glibc's mallopt, M_MMAP_THRESHOLD and M_TRIM_THRESHOLD, that have it keep freed
+# memory: a client's weights fit where those of the one before were.
+KEEP_MEMORY = {-3: 1 << 25, -1: 1 << 30}
 NO_THREADS = {"OPENBLAS_NUM_THREADS": "1"}  # NumPy's library would start some when it is loaded
 LENGTH = struct.Struct("!I")
 CODE = struct.Struct("!i")
@@ -104,7 +108,7 @@ class ForkServer:
 
     def __init__(self, path: Path):
         self.path = path
-        self.process: subprocess.Popen | None = None
+        self.process: psutil.Process | None = None
         self._lifeline = -1
         self._folder: tempfile.TemporaryDirectory | None = None
         self._listener: socket.socket | None = None
@@ -129,34 +133,53 @@ class ForkServer:
         server._listener.listen(BACKLOG)
         return server
 
-    def start(
-        self, environment: Mapping[str, str] | None = None, log: IO[str] | None = None
-    ) -> None:
+    def start(self, log: Path | None = None) -> None:
         """Start the process, which ends with this one.
 
         Args:
-            environment: Of the process; None for that of this one.
             log: Where it and its workers print; None for where this process does.
         """
+        with self._handed_over() as (listener, lifeline):
+            self.process = psutil.Popen(
+                [
+                    sys.executable, "-m", __spec__.name, str(listener), str(lifeline),
+                    *([] if log is None else [str(log)]),
+                ],
+                pass_fds=(listener, lifeline),
+                env=os.environ
+                | NO_THREADS
+                | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            )  # fmt: skip
+
+    def start_here(self, log: Path | None = None) -> None:
+        """Import what workers need in this process too, and start the process as a fork of it.
+
+        Where this process has other threads, a library's that has run already or Python's own, the
+        process is started apart: in a fork those would be missing, and locks stay as they are.
+
+        Args:
+            log: As for :meth:`start`.
+        """
+        preload()
+        if psutil.Process().num_threads() > 1:
+            self.start(log)
+            return
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()  # else a fork prints it once more
+        with self._handed_over() as (listener, lifeline):
+            if not (pid := os.fork()):
+                os.close(self._lifeline)
+                _serve(listener, lifeline, log)
+            self.process = psutil.Process(pid)
+
+    @contextmanager
+    def _handed_over(self) -> Iterator[tuple[int, int]]:
+        """Yield the listener and the lifeline for the process, and let go of them here."""
         assert self._listener
-        here = os.environ if environment is None else environment
-        reader, self._lifeline = os.pipe()
-        descriptors = self._listener.fileno(), reader
-        self.process = subprocess.Popen(
-            [sys.executable, "-m", __spec__.name, *map(str, descriptors)],
-            pass_fds=descriptors,
-            env={
-                **KEEP_MEMORY,
-                **here,
-                **NO_THREADS,
-                "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
-            },
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=None if log is None else subprocess.STDOUT,
-        )
+        lifeline, self._lifeline = os.pipe()
+        yield self._listener.fileno(), lifeline
         self._listener.close()
-        os.close(reader)
+        os.close(lifeline)
 
     def fork(self, environment: Mapping[str, str]) -> ForkedProcess:
         """Ask for a worker process, and wait for nothing.
@@ -193,13 +216,32 @@ class ForkServer:
             os.close(self._lifeline)  # has it kill its workers
             try:
                 self.process.wait(CLOSING)
-            except subprocess.TimeoutExpired:  # it imports, and has none yet
+            except psutil.TimeoutExpired:  # it imports, and has none yet
                 self.process.kill()
                 self.process.wait()
         elif self._listener:
             self._listener.close()
         if self._folder:
             self._folder.cleanup()
+
+
+@contextmanager
+def shared() -> Iterator[ForkServer]:
+    """Yield a fork server, yet to be started, that this process and those it starts share.
+
+    NumPy starts no threads if it is loaded meanwhile: the server may be a fork of this process.
+    """
+    server = ForkServer.prepare()
+    unset = {name: value for name, value in NO_THREADS.items() if name not in os.environ}
+    before = {SHARED: os.environ[SHARED]} if SHARED in os.environ else {}
+    os.environ.update(unset | {SHARED: str(server.path)})
+    try:
+        yield server
+    finally:
+        for name in (*unset, SHARED):
+            del os.environ[name]
+        os.environ.update(before)
+        server.close()
 
 
 # -- the process ---------------------------------------------------------------------------------
@@ -210,8 +252,6 @@ def preload() -> None:
     for name in PRELOADED:
         with suppress(Exception):
             importlib.import_module(name)
-    gc.collect()
-    gc.freeze()  # a collection in a worker would write to, and so copy, every object
 
 
 class _Server:
@@ -317,13 +357,43 @@ class _Server:
             control.close()
 
 
+def _serve(listener: int, lifeline: int, log: Path | None) -> NoReturn:
+    """Serve until whoever started this is gone, and end.
+
+    Args:
+        listener: File descriptor of the socket.
+        lifeline: File descriptor whose other end they have.
+        log: Where to print; None for where this process does.
+    """
+    code = 1
+    try:
+        for number in signal.valid_signals():
+            if callable(signal.getsignal(number)):  # of the command that this is a fork of
+                signal.signal(number, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for who asked for workers
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        if log is not None:
+            output = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+            os.dup2(output, 1)
+            os.dup2(output, 2)
+        with suppress(AttributeError):  # no glibc
+            for parameter, value in KEEP_MEMORY.items():
+                ctypes.CDLL(None).mallopt(parameter, value)
+        preload()
+        gc.collect()
+        gc.freeze()  # a collection in a worker would write to, and so copy, every object
+        _Server(socket.socket(fileno=listener), lifeline).run()
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(code)  # at a regular end libraries would report what is alive, the command's too
+
+
 def main() -> None:
     """Serve until whoever started this is gone."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for who asked for workers
-    listener, lifeline = int(sys.argv[1]), int(sys.argv[2])
-    preload()
-    _Server(socket.socket(fileno=listener), lifeline).run()
-    os._exit(0)  # libraries would report on standard error what is alive at a regular end
+    listener, lifeline, *log = sys.argv[1:]
+    _serve(int(listener), int(lifeline), Path(log[0]) if log else None)
 
 
 if __name__ == "__main__":

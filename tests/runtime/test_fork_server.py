@@ -4,12 +4,16 @@ import json
 import os
 import signal
 import socket
+import subprocess
+import sys
+import threading
 import time
 from pathlib import Path
 
 import psutil
 import pytest
 
+from d2ft_fl.runtime import fork_server
 from d2ft_fl.runtime.fork_server import SHARED, ForkServer
 from d2ft_fl.runtime.worker_pool import WorkerPool
 
@@ -106,8 +110,7 @@ def test_workers_end_with_their_fork_server():
 def test_what_workers_print_goes_to_the_log(tmp_path):
     server = ForkServer.prepare()
     log = tmp_path / "log"
-    with log.open("a") as output:
-        server.start(log=output)
+    server.start(log)
     forked = server.fork({"PATH": os.environ["PATH"]})
     forked.connection.send_bytes(b"no configuration")
     assert forked.exit_code(60.0) == 1
@@ -115,6 +118,61 @@ def test_what_workers_print_goes_to_the_log(tmp_path):
     forked.let_go()
     last = log.read_text().splitlines()[-1]  # of the worker: the fork server ends without a word
     assert last.startswith("json.decoder.JSONDecodeError")
+
+
+COMMAND = """
+import json, os, signal, sys, threading
+from pathlib import Path
+import psutil
+from d2ft_fl.runtime import fork_server
+signal.signal(signal.SIGTERM, lambda *_: sys.exit("of the command"))
+print("said before")
+with fork_server.shared() as server:
+    server.start_here(Path(sys.argv[1]))
+    forked = fork_server.ForkServer.shared().fork(os.environ)
+    forked.connection.send_bytes(b"no configuration")
+    forked.exit_code(60.0)
+    process = psutil.Process(server.process.pid)
+    other = fork_server.ForkServer.shared().fork(os.environ)
+    while not process.children():
+        pass
+    process.children()[0].terminate()
+    said = {
+        "forked": process.cmdline() == psutil.Process().cmdline(),
+        "threads": process.num_threads(),
+        "torch": "torch" in sys.modules,
+        "code": other.exit_code(10.0),
+    }
+said["ends"] = not process.is_running()
+said["named"] = fork_server.SHARED in os.environ
+print(json.dumps(said))
+"""
+
+
+def test_a_command_that_imports_pytorch_for_itself_has_a_fork_serve(tmp_path):
+    log = tmp_path / "log"
+    ended = subprocess.run(
+        [sys.executable, "-c", COMMAND, str(log)],
+        capture_output=True, text=True, check=False, timeout=120,
+    )  # fmt: skip
+    before, said = ended.stdout.splitlines()
+    assert (before, ended.stderr) == ("said before", "")
+    assert json.loads(said) == {
+        "forked": True, "threads": 1, "torch": True, "code": -signal.SIGTERM,
+        "ends": True, "named": False,
+    }  # fmt: skip
+    assert log.read_text().splitlines()[-1].startswith("json.decoder.JSONDecodeError")
+
+
+def test_a_process_that_has_other_threads_is_not_forked():
+    over = threading.Event()
+    thread = threading.Thread(target=over.wait)
+    thread.start()
+    with fork_server.shared() as server:
+        server.start_here()
+        assert isinstance(server.process, psutil.Popen)
+    over.set()
+    thread.join()
 
 
 def test_what_is_no_request_ends_nothing(server):
