@@ -34,13 +34,14 @@ from d2ft_fl.lora.config import Lora
 from d2ft_fl.lora.peft_files import target_pattern
 from d2ft_fl.models.build import build_adapter
 from d2ft_fl.models.spec import ModelSpec
+from d2ft_fl.report.format import quantity
 from d2ft_fl.rounds.tuning import Tuning, load_tuning
 from d2ft_fl.subnets.architecture import Architecture, Kind
 from d2ft_fl.subnets.packing import pack_for
 from d2ft_fl.subnets.schedule import Operation, Schedule, micro_batches, slot_sizes
 from d2ft_fl.tasks.image_classification import ImageClassification
 from d2ft_fl.tasks.task import Batch
-from d2ft_fl.util.torch_device import set_threads, usable_device
+from d2ft_fl.util.torch_device import free_memory, set_threads, usable_device
 
 PAIRS = 15
 LORA = Lora.of(RunConfig())
@@ -180,17 +181,33 @@ def _bench_step(bench: StepBench, done: Callable[[str], None]) -> list[Row]:
     weights = {n: p.detach().clone() for n, p in model.named_parameters()}
     tuning = bench.load_tuning()
     arch = tuning.architecture(arch, 1)
+    everything = mixture(arch, 1, {Operation.FULL: 1.0})
+    _check_memory(bench, CostModel(arch, bench.options(), 1, bench.device), everything)
     weights = dict(tuning.prepare(weights, arch, 1, weights)[0])
     reference = _Reference(
         adapter, arch, weights, bench, images.to(bench.device), labels.to(bench.device)
     )
-    everything = mixture(arch, 1, {Operation.FULL: 1.0})
     own = _Scheduled(everything, reference, tuning.learning_rate)
     rows = []
     for name, schedule in grid(arch, bench.slots).items():
         rows.append(_measure(name, schedule, reference, own))
         done(name)
     return rows
+
+
+def _check_memory(bench: StepBench, costs: CostModel, everything: Schedule) -> None:
+    """Check that three trainings side by side fit, of which one at a time has activations.
+
+    Raises:
+        ConfigError: When they do not.
+    """
+    # What is freed comes back in other sizes: a step leaves about as much behind as it takes.
+    needed = 2 * costs.memory(everything, bench.batch_size) + 3 * costs.memory(everything, 1)
+    if needed > (free := free_memory(usable_device(bench.device))):
+        raise ConfigError(
+            f"--batch-size {bench.batch_size} takes about {quantity(needed, 'B')} of memory, of "
+            f"which {quantity(free, 'B')} are free: use fewer examples, or a smaller model or image"
+        )
 
 
 def _keep_memory() -> None:
@@ -369,7 +386,7 @@ def saved_bytes(forward: Callable[[], Tensor], held: Iterable[Tensor]) -> int:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in resident:
             storages[storage.data_ptr()] = storage.nbytes()
-        return tensor
+        return tensor.detach()  # else a node that keeps its result would keep itself, for good
 
     with saved_tensors_hooks(keep, lambda tensor: tensor):
         forward()

@@ -1,12 +1,16 @@
 """The benchmark of a training step: what it measures, and its command."""
 
+import gc
 import json
+import weakref
 
 import numpy as np
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from d2ft_fl.bench import step_schedules
+from d2ft_fl.bench.step import saved_bytes
 from d2ft_fl.cli.main import app
 from d2ft_fl.subnets.schedule import Operation
 from tests.conftest import build
@@ -26,6 +30,28 @@ SMALL = [
     "bench", "step", "--model", "vit_tiny_patch16_224", "--image-size", "32", "--batch-size", "4",
     "--threads", "1", "--pairs", "1",
 ]  # fmt: skip
+
+
+def test_a_batch_that_does_not_fit_is_refused_before_it_is_made(monkeypatch):
+    monkeypatch.setattr("d2ft_fl.bench.step.free_memory", lambda device: 10**6)
+    result = CliRunner().invoke(app, SMALL)
+    assert result.exit_code == 2
+    assert "--batch-size 4 takes about" in result.stderr
+    assert "of which 1 MB are free" in result.stderr
+
+
+def test_counting_what_is_saved_keeps_nothing():
+    """A node of autograd that keeps its result, as that of exp, must not keep itself for good."""
+    made = []
+
+    def forward():
+        result = torch.ones(3, requires_grad=True).exp()
+        made.append(weakref.ref(result))
+        return result.sum()
+
+    assert saved_bytes(forward, []) == 3 * 4
+    gc.collect()
+    assert made[0]() is None
 
 
 @pytest.mark.parametrize("slots", [1, 3])
