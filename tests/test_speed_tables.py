@@ -55,9 +55,9 @@ def test_a_table_is_replaced_where_it_stands(tmp_path, monkeypatch):
     page = "a\n<!-- speed: step -->\nold\n<!-- /speed -->\nz\n"
     assert TABLES.written(page) == (
         "a\n<!-- speed: step -->\n"
-        "| schedule | FLOPs | time | batch 4 | over timm's | activations |\n"
-        "| --- | --- | --- | --- | --- | --- |\n"
-        "| 1/2 `FULL`, 1/2 `FROZEN` | 0.85 | 0.88 | 0.84 | 0.85 | 0.88 |\n"
+        "| schedule | FLOPs | batch 4 | batch 8 | activations |\n"
+        "| --- | --- | --- | --- | --- |\n"
+        "| 1/2 `FULL`, 1/2 `FROZEN` | 0.85 | 0.84 / 0.85 | 0.88 / 0.85 | 0.88 |\n"
         "\n*`d2ft x` at abc, now: one.*\n"
         "<!-- /speed -->\nz\n"
     )

@@ -19,8 +19,12 @@ from d2ft_fl.budgets.kept_speeds import software
 HERE = Path(__file__).parent
 RESULTS = HERE / "results"
 BENCHMARKS = {
-    "step": ["step", "--batch-size", "8", "--batch-size", "4", "--pairs", "5"],
-    "step_large": ["step", "--batch-size", "16", "--pairs", "3"],
+    "step": [
+        "step",
+        *(o for n in (4, 8, 16, 32) for o in ("--batch-size", str(n))),
+        "--pairs",
+        "3",
+    ],
     "step_slots": ["step", "--slots", "5", "--pairs", "5"],
     "step_mkl": ["step", "--pairs", "5", "--products", "mkl"],
     "lora": ["step", "--tuning", "lora", "--pairs", "5"],

@@ -42,19 +42,18 @@ def source(found: dict[str, Any]) -> str:
 
 
 def step(name: str) -> str:
-    """Return the table of whole training steps: of the first batch size all, of others the time."""
+    """Return the table of whole training steps: time beside ours and timm's, for each batch size."""
     found = kept(name)
     rows = found["results"]
-    sizes = list(dict.fromkeys(row["batch_size"] for row in rows))
-    first, *others = ([row for row in rows if row["batch_size"] == size] for size in sizes)
-    heads = ["schedule", "FLOPs", "time", *(f"batch {size}" for size in sizes[1:])]
-    heads += ["over timm's", "activations"]
+    sizes = sorted({row["batch_size"] for row in rows})
+    of_sizes = [[row for row in rows if row["batch_size"] == size] for size in sizes]
+    heads = ["schedule", "FLOPs", *(f"batch {size}" for size in sizes), "activations"]
     lines = []
-    for index, row in enumerate(first):
-        own = [row["own_flop_ratio"], row["own_time_ratio"]]
-        own += [of_size[index]["own_time_ratio"] for of_size in others]
-        figures = [f"{value:.2f}" for value in (*own, row["time_ratio"], row["activation_ratio"])]
-        lines.append([_operations(row["schedule"]), *figures])
+    for alike in zip(*of_sizes, strict=True):
+        row = alike[0]
+        times = [f"{one['own_time_ratio']:.2f} / {one['time_ratio']:.2f}" for one in alike]
+        flops, activations = (f"{row[k]:.2f}" for k in ("own_flop_ratio", "activation_ratio"))
+        lines.append([_operations(row["schedule"]), flops, *times, activations])
     return table(heads, lines) + source(found)
 
 
@@ -110,7 +109,6 @@ def start() -> str:
 
 TABLES: dict[str, Callable[[], str]] = {
     "step": lambda: step("step"),
-    "step_large": lambda: step("step_large"),
     "step_slots": lambda: step("step_slots"),
     "step_mkl": lambda: step("step_mkl"),
     "lora": lora,
@@ -130,14 +128,12 @@ def written(page: str) -> str:
 
 
 def draw() -> None:
-    """Draw `docs/step.png`, of the first batch size."""
+    """Draw `docs/step.png`, of batches of 8."""
     from d2ft_fl.bench.step import Row, StepBench
     from d2ft_fl.bench.step_picture import draw as draw_rows
 
-    found = [Row(**row) for row in kept("step")["results"]]
-    size = found[0].batch_size
-    rows = [row for row in found if row.batch_size == size]
-    bench = StepBench("vit_small_patch16_224", 0, size, 2, "cpu", "fp32", 1)
+    rows = [Row(**row) for row in kept("step")["results"] if row["batch_size"] == 8]
+    bench = StepBench("vit_small_patch16_224", 0, 8, 2, "cpu", "fp32", 1)
     draw_rows([rows], [bench], ROOT / "docs" / "step.png")
 
 
