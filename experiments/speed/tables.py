@@ -42,7 +42,7 @@ def source(found: dict[str, Any]) -> str:
 
 
 def step(name: str) -> str:
-    """Return the table of whole training steps: time beside ours and timm's, for each batch size."""
+    """Return the table of whole training steps: times of each batch size, over ours and timm's."""
     found = kept(name)
     rows = found["results"]
     sizes = sorted({row["batch_size"] for row in rows})
