@@ -7,8 +7,8 @@ but imports, so that no thread of a library is lost in a fork. It is started as
     python -m d2ft_fl.runtime.fork_server LISTENER LIFELINE [LOG]
 
 with file descriptors, or is itself a fork of a command that needs PyTorch too, and imports it once
-for both. Whoever wants a worker connects to the listener and sends a request: its
-length, JSON, and with it the descriptors of the worker's connection and lifeline
+for both. Whoever wants a worker connects to the listener and sends a request: its length, JSON, and
+with it the descriptors of the worker's connection and lifeline
 (:mod:`d2ft_fl.runtime.worker_process`). The same connection is afterwards the worker's: when the
 worker has ended, its exit code comes back, and when the other end closes, the worker is killed.
 
