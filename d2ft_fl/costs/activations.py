@@ -92,6 +92,11 @@ class ActivationBytes:
     mask: int
     regraded: int
 
+    @property
+    def casts(self) -> bool:
+        """Whether products are in bfloat16, to which weights are cast as well."""
+        return self.narrow != self.stream
+
     @classmethod
     def of(
         cls, a: Architecture, options: TrainingOptions, fused: bool, device: str, embedded: int

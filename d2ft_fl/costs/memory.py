@@ -177,7 +177,6 @@ class Moments:
         inward_trains = np.array([branch.inward for branch in activations.trains])
         kept_by_rank = ranks if activations.ranked.any() else None
         self.count = ExampleCounts(self.run, sizes, inward_trains, kept_by_rank)
-        self.casts = activations.narrow != activations.stream  # products are in bfloat16
 
     @cached_property
     def inputs(self) -> np.ndarray:
@@ -215,7 +214,7 @@ class Moments:
     @cached_property
     def cast_weights(self) -> np.ndarray | np.int64:
         """Bytes of the weights of products in, cast to bfloat16 for as long as the branch runs."""
-        if not self.casts:
+        if not self.bytes.casts:
             return np.int64(0)
         resident = (self.operations != Operation.SHORTCUT).any(axis=1)
         return resident @ self.bytes.weights.T
@@ -234,7 +233,7 @@ class Moments:
         if self.checkpointing:  # what passes gradient is not saved either
             outside = np.maximum(outside, self.largest(True, b.inward + b.outward + b.unfused[0]))
         # Before y is cast, it is there once more as it was.
-        outside = np.maximum(outside + self.cast_weights, self.casts * b.stream * n.running)
+        outside = np.maximum(outside + self.cast_weights, b.casts * b.stream * n.running)
         saved_y = n.training * b.keeps_y * (not self.checkpointing)
         y = whole_y - b.narrow * saved_y
         x = b.stream * (n.total - self.inputs)  # it is there all the same where it is not saved
@@ -271,7 +270,7 @@ class Moments:
     def backward(self) -> np.ndarray:
         """Return bytes on the way back in a branch, at most, beside what branches saved."""
         b, n = self.bytes, self.count
-        arriving = n.total * (b.stream * (1 + b.scaled) + b.narrow * self.casts + b.regraded)
+        arriving = n.total * (b.stream * (1 + b.scaled) + b.narrow * b.casts + b.regraded)
         # Of y before and behind its cast, then of x, and the sum with the one that arrived.
         after = 2 * n.total * b.stream * (n.through > 0) + b.stream * 3 * b.rms * n.through
         middle = self.backward_middle() + self.cast_weights + self.between_factors * n.live

@@ -5,6 +5,7 @@ compare with, and a batch's images. :mod:`d2ft_fl.costs.memory` has micro-batche
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -17,6 +18,7 @@ from d2ft_fl.costs.resources import MEMORY_MARGIN
 from d2ft_fl.subnets.schedule import Operation, residents, trainees
 from d2ft_fl.wire.sizes import ELEMENT
 
+MOST_KNOWN = 1 << 14  # schedules whose memory is kept
 MOMENTS = {"adamw": 2, "sgd": 1}  # tensors of optimiser state per trained tensor
 
 
@@ -139,11 +141,41 @@ class RoundMemory:
             sizes = -(-total // parts)[:, None, None]
         else:
             sizes = cut_in_micro_batches(running, parts)
-        peaks = [
-            np.where(one.any(axis=1), self.micro_batches(operations, one, ranks).peak(), 0)
-            for one in sizes.swapaxes(0, 1)
-        ]
-        return ELEMENT * self.parts.arch.input_elements * images + np.max(peaks, axis=0)
+        if self.slots == 1 and not self.activations.casts:
+            peaks = sizes[:, 0, 0] * self.of_an_example(operations, ranks)
+        else:
+            of_each = [
+                np.where(one.any(axis=1), self.micro_batches(operations, one, ranks).peak(), 0)
+                for one in sizes.swapaxes(0, 1)
+            ]
+            peaks = np.max(of_each, axis=0)
+        return ELEMENT * self.parts.arch.input_elements * images + peaks
+
+    def of_an_example(self, operations: np.ndarray, ranks: np.ndarray) -> np.ndarray:
+        """Return the peak bytes of a micro-batch of one example: int64 [clients].
+
+        In one slot n examples take n times that, if no weights are cast besides. It is kept: the
+        search for policies asks for the same schedules in many sizes.
+
+        Args:
+            operations: int8 [clients, 1, blocks, heads].
+            ranks: Of subnets that train, else 0: int64 [clients, blocks, heads].
+        """
+        keys = [(o.tobytes(), r.tobytes()) for o, r in zip(operations, ranks, strict=True)]
+        if len(self._known) + len(keys) > MOST_KNOWN:
+            self._known.clear()
+        new = {key: index for index, key in enumerate(keys) if key not in self._known}
+        if new:
+            rows = list(new.values())
+            one = np.ones((len(rows), 1), dtype=np.int64)
+            peaks = self.micro_batches(operations[rows], one, ranks[rows]).peak()
+            self._known.update(zip(new, peaks.tolist(), strict=True))
+        return np.array([self._known[key] for key in keys], dtype=np.int64)
+
+    @cached_property
+    def _known(self) -> dict[tuple[bytes, bytes], int]:
+        """Peak bytes of an example, by operations and ranks."""
+        return {}
 
     def micro_batches(
         self, operations: np.ndarray, sizes: np.ndarray, ranks: np.ndarray

@@ -78,6 +78,9 @@ def test_counted_equals_predicted(seed, slots, batch, examples, **options):
     assert meter.peak_bytes <= predicted.memory
 
 
+FIVE = {"slots": 5, "batch_size": 11, "checkpointing": False}
+
+
 @settings(max_examples=60, deadline=None)
 @given(
     slots=st.integers(1, 5),
@@ -86,9 +89,12 @@ def test_counted_equals_predicted(seed, slots, batch, examples, **options):
     micro_batches=st.integers(1, 6),
     epochs=st.integers(1, 2),
     dear=st.integers(0, 4),
+    precision=st.sampled_from(["fp32", "bf16"]),
+    checkpointing=st.booleans(),
 )
-@example(slots=5, batch_size=11, examples=32, micro_batches=6, epochs=1, dear=1)
-@example(slots=5, batch_size=11, examples=31, micro_batches=6, epochs=2, dear=2)
+@example(**FIVE, examples=32, dear=1, micro_batches=6, epochs=1, precision="fp32")
+@example(**FIVE, examples=31, dear=2, micro_batches=6, epochs=2, precision="fp32")
+@example(**FIVE | {"slots": 1}, examples=32, dear=0, micro_batches=3, epochs=1, precision="bf16")
 def test_memory_is_that_of_the_worst_micro_batch_of_any_batch(slots, examples, dear, **options):
     """One slot trains everything, the others next to nothing; each batch is looked at by itself."""
     schedule = one_slot_trains(slots, dear % slots)

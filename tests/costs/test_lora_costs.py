@@ -93,6 +93,26 @@ def test_peak_memory_is_predicted_within_ten_percent(seed, slots, targets):
     assert meter.peak_bytes <= predicted.memory <= 1.1 * meter.peak_bytes
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    seed=st.integers(0, 100_000),
+    examples=st.integers(1, 30),
+    targets=SUBSETS,
+    dropout=st.sampled_from([0.0, 0.1]),
+    checkpointing=st.booleans(),
+)
+def test_examples_of_one_slot_take_what_one_takes_each(
+    seed, examples, targets, dropout, checkpointing
+):
+    arch, _ = adapted(targets=tuple(targets), dropout=dropout)
+    costs = cost_model(arch, checkpointing=checkpointing)
+    schedule = random_schedule(arch, 1, seed)
+    operations = schedule.operations[None]
+    ranks = costs.ranks(operations, None if schedule.ranks is None else schedule.ranks[None])
+    (one,) = costs.round_memory.of_an_example(operations, ranks)
+    assert examples * one == costs.peak_bytes(schedule, [examples])
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.1])
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("targets", [TARGETS, ("qkv",), ("proj",), ("fc1",), ("proj", "fc2")])
