@@ -181,12 +181,12 @@ def _bench_step(bench: StepBench, done: Callable[[str], None]) -> list[Row]:
     weights = {n: p.detach().clone() for n, p in model.named_parameters()}
     tuning = bench.load_tuning()
     arch = tuning.architecture(arch, 1)
-    everything = mixture(arch, 1, {Operation.FULL: 1.0})
-    _check_memory(bench, CostModel(arch, bench.options(), 1, bench.device), everything)
+    _check_memory(bench, CostModel(arch, bench.options(), 1, bench.device))
     weights = dict(tuning.prepare(weights, arch, 1, weights)[0])
     reference = _Reference(
         adapter, arch, weights, bench, images.to(bench.device), labels.to(bench.device)
     )
+    everything = mixture(arch, 1, {Operation.FULL: 1.0})
     own = _Scheduled(everything, reference, tuning.learning_rate)
     rows = []
     for name, schedule in grid(arch, bench.slots).items():
@@ -195,14 +195,16 @@ def _bench_step(bench: StepBench, done: Callable[[str], None]) -> list[Row]:
     return rows
 
 
-def _check_memory(bench: StepBench, costs: CostModel, everything: Schedule) -> None:
+def _check_memory(bench: StepBench, costs: CostModel) -> None:
     """Check that three trainings side by side fit, of which one at a time has activations.
+
+    The reference trains in whole batches, whatever the scheduled side does.
 
     Raises:
         ConfigError: When they do not.
     """
     # What is freed comes back in other sizes: a step leaves about as much behind as it takes.
-    needed = 2 * costs.memory(everything, bench.batch_size) + 3 * costs.memory(everything, 1)
+    needed = 2 * costs.full_cost(bench.batch_size).memory + 3 * costs.full_cost(1).memory
     if needed > (free := free_memory(usable_device(bench.device))):
         raise ConfigError(
             f"--batch-size {bench.batch_size} takes about {quantity(needed, 'B')} of memory, of "

@@ -18,7 +18,7 @@ from d2ft_fl.costs.resources import MEMORY_MARGIN
 from d2ft_fl.subnets.schedule import Operation, residents, trainees
 from d2ft_fl.wire.sizes import ELEMENT
 
-MOST_KNOWN = 1 << 14  # schedules whose memory is kept
+MOST_KNOWN = 1 << 12  # schedules whose memory is kept
 MOMENTS = {"adamw": 2, "sgd": 1}  # tensors of optimiser state per trained tensor
 
 
@@ -64,23 +64,16 @@ class RoundMemory:
             parts = np.full(len(examples), self.options.micro_batches)
         first = np.minimum(examples, self.options.batch_size)
         rest = first if self.options.epochs > 1 else np.minimum(examples - first, first)
-        kinds = [rest]
+        at_first = self.batches(operations, first, ranks, parts)
+        later = at_first
+        if (rest != first).any():
+            later = self.batches(operations, rest, ranks, parts)
         if self.slots > 1 and parts.max() > 1:
             # A smaller batch is cut elsewhere: a micro-batch may have more of one slot than any of
             # a whole batch.
-            kinds.append(np.where(examples > first, examples % self.options.batch_size, 0))
-        others = [np.flatnonzero(first != kind) for kind in kinds]
-        which = np.concatenate([np.arange(len(first)), *others])  # at once, which is faster
-        sizes = [kind[other] for kind, other in zip(kinds, others, strict=True)]
-        batches = self.batches(
-            operations[which], np.concatenate([first, *sizes]), ranks[which], parts[which]
-        )
-        at_first, *smaller = np.split(batches, np.cumsum([len(first), *map(len, others[:-1])]))
-        later = np.zeros_like(at_first)
-        for other, of_kind in zip(others, smaller, strict=True):
-            all_of_kind = at_first.copy()
-            all_of_kind[other] = of_kind
-            later = np.maximum(later, all_of_kind)
+            last = np.where(examples > first, examples % self.options.batch_size, 0)
+            if last.any():
+                later = np.maximum(later, self.batches(operations, last, ranks, parts))
         before = self.resident(operations, ranks, moments=False)
         after = self.resident(operations, ranks)
         peak = np.maximum(before + at_first, after + later)
@@ -161,7 +154,8 @@ class RoundMemory:
             operations: int8 [clients, 1, blocks, heads].
             ranks: Of subnets that train, else 0: int64 [clients, blocks, heads].
         """
-        keys = [(o.tobytes(), r.tobytes()) for o, r in zip(operations, ranks, strict=True)]
+        of_ranks = [r.tobytes() for r in ranks] if self.parts.arch.rank else [b""] * len(ranks)
+        keys = list(zip([o.tobytes() for o in operations], of_ranks, strict=True))
         if len(self._known) + len(keys) > MOST_KNOWN:
             self._known.clear()
         new = {key: index for index, key in enumerate(keys) if key not in self._known}

@@ -121,7 +121,7 @@ def test_what_workers_print_goes_to_the_log(tmp_path):
 
 
 COMMAND = """
-import json, os, signal, sys, threading
+import json, os, signal, sys, time
 from pathlib import Path
 import psutil
 from d2ft_fl.runtime import fork_server
@@ -135,7 +135,7 @@ with fork_server.shared() as server:
     process = psutil.Process(server.process.pid)
     other = fork_server.ForkServer.shared().fork(os.environ)
     while not process.children():
-        pass
+        time.sleep(0.01)
     process.children()[0].terminate()
     said = {
         "forked": process.cmdline() == psutil.Process().cmdline(),
@@ -166,7 +166,7 @@ def test_a_command_that_imports_pytorch_for_itself_has_a_fork_serve(tmp_path):
 
 def test_a_process_that_has_other_threads_is_not_forked():
     over = threading.Event()
-    thread = threading.Thread(target=over.wait)
+    thread = threading.Thread(target=over.wait, daemon=True)
     thread.start()
     with fork_server.shared() as server:
         server.start_here()
