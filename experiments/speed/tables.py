@@ -5,6 +5,7 @@ replaced.
 """
 
 import json
+import math
 import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -54,7 +55,20 @@ def step(name: str) -> str:
         times = [f"{one['own_time_ratio']:.2f} / {one['time_ratio']:.2f}" for one in alike]
         flops, activations = (f"{row[k]:.2f}" for k in ("own_flop_ratio", "activation_ratio"))
         lines.append([_operations(row["schedule"]), flops, *times, activations])
-    return table(heads, lines) + source(found)
+    return table(heads, lines) + predicted(rows) + source(found)
+
+
+def predicted(rows: Sequence[dict[str, Any]]) -> str:
+    """Return a line that says how well the cost model predicted what steps took."""
+    exact = sum(row["flops_as_predicted"] for row in rows)
+    within = [
+        math.ceil(max(100 * abs(row[f"predicted_{name}"] / row[name] - 1) for row in rows))
+        for name in ("activation_ratio", "peak_memory_ratio")
+    ]
+    return (
+        f"\nFLOPs are as predicted in {exact} of {len(rows)} cases; activations are predicted "
+        f"within {within[0]} %, peak memory within {within[1]} %.\n"
+    )
 
 
 def lora() -> str:
