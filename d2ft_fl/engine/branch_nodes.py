@@ -100,7 +100,8 @@ class GroupRun:
         if not (factors.far_trains or drops):
             return NOTHING_SAVED
         saved = outward.into_b(z, numerics, self.drops)
-        return saved if drops else saved._replace(z_dropped=None)
+        keeps = drops and factors.near_trains
+        return saved if keeps else saved._replace(z_dropped=None)
 
     def parts_of(self, z: Tensor, saved: SavedActivations) -> list[Tensor]:
         """Return what of z the gradients of weights need: of each run of FULL heads, its columns.
