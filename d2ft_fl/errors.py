@@ -17,6 +17,10 @@ class ReplyError(D2FTError):
     """A client's reply is not what its assignment asked for."""
 
 
+class Divergence(ReplyError):
+    """Training diverges: a loss or a weight is not finite, or far too large."""
+
+
 class RunError(D2FTError):
     """A run cannot go on."""
 

@@ -24,7 +24,7 @@ from torch import Tensor
 from d2ft_fl.aggregation.fixed_point import accumulate, accumulate_quantized, outside, squares
 from d2ft_fl.aggregation.update import Update, validate
 from d2ft_fl.config.choices import PLAIN_BITS
-from d2ft_fl.errors import ReplyError
+from d2ft_fl.errors import Divergence, ReplyError
 from d2ft_fl.subnets.architecture import Architecture, Parameter
 from d2ft_fl.wire.quantization import SCALE_BYTES, dequantize_rows, is_quantized
 
@@ -210,8 +210,8 @@ class Sums:
     def _wrong(term: "Term") -> ReplyError:
         """Return the error of a term that cannot be summed."""
         if not term.is_finite():
-            return ReplyError(f"{term.parameter.name!r} holds values that are not finite")
-        return ReplyError(f"{term.parameter.name!r} changes by more than can be summed")
+            return Divergence(f"{term.parameter.name!r} holds values that are not finite")
+        return Divergence(f"{term.parameter.name!r} changes by more than can be summed")
 
     def length(self, terms: "list[Term]") -> float:
         """Return how long the whole change of an update is (L2).

@@ -33,6 +33,7 @@ from d2ft_fl.flower.superlink import flower_environment, run_flower, superlink
 from d2ft_fl.report.format import policy_words
 from d2ft_fl.rounds.checks import checked
 from d2ft_fl.runtime import fork_server
+from d2ft_fl.util.spelling import unknown
 
 SIDES = ("floor", "products", "flower", "full", "d2ft")
 FREE = "[classes.any]\n"
@@ -84,8 +85,8 @@ class ScaleBench:
             if getattr(self, name) < 1:
                 option = name.replace("_", "-")
                 raise ConfigError(f"--{option} {getattr(self, name)} must be 1 or more")
-        if unknown := [side for side in self.sides if side not in SIDES]:
-            raise ConfigError(f"--side {unknown[0]!r} is unknown; use some of {', '.join(SIDES)}")
+        if strange := [side for side in self.sides if side not in SIDES]:
+            raise ConfigError(unknown("--side ", strange[0], SIDES))
         checked(self.job.config())
         return self
 

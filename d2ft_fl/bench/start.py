@@ -25,6 +25,7 @@ import psutil
 from d2ft_fl.config.run_config import RunConfig
 from d2ft_fl.errors import ConfigError, RunError
 from d2ft_fl.flower.superlink import flower_environment, stop_family
+from d2ft_fl.util.spelling import unknown
 
 PARTS = ("lists", "local", "flower", "worker")
 TIMEOUT = 300.0
@@ -206,8 +207,8 @@ def bench_start(
         ConfigError: When a part is unknown, or ``repeats`` is below 1.
         RunError: When a command that is measured fails.
     """
-    if unknown := sorted(set(parts) - set(PARTS)):
-        raise ConfigError(f"--part {unknown[0]!r} is unknown; use {', '.join(PARTS)}")
+    if strange := sorted(set(parts) - set(PARTS)):
+        raise ConfigError(unknown("--part ", strange[0], PARTS))
     if repeats < 1:
         raise ConfigError(f"--repeats = {repeats} must be 1 or more")
     seen: defaultdict[str, list[float]] = defaultdict(list)

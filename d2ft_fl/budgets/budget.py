@@ -21,6 +21,7 @@ import numpy as np
 from d2ft_fl.costs.machine_speed import MachineSpeed, read_curve
 from d2ft_fl.costs.resources import RESOURCES, Cost
 from d2ft_fl.errors import ConfigError
+from d2ft_fl.util.spelling import meant
 
 DEADLINE = "deadline"
 CURVE = "curve"  # a file of a machine's speed by shapes, or what stands in one
@@ -163,7 +164,8 @@ class Budget:
                 values[name] = _parse(name, value, f"{where}: {key} = {value!r}")
             else:
                 raise ConfigError(
-                    f"{where}: unknown entry {key!r}; allowed are {', '.join(ENTRIES)}"
+                    f"{where}: unknown entry {key!r}{meant(key, ENTRIES)}; allowed are "
+                    f"{', '.join(ENTRIES)}"
                 )
         return cls(**values)
 
@@ -187,6 +189,11 @@ def _parse(name: str, value: Any, where: str) -> Amount | float:
         raise ConfigError(f"{where} cannot be read; write something like {example}")
     if not np.isfinite(number) or number < 0:
         raise ConfigError(f"{where} is negative or not finite; write something like {example}")
+    if name in RESOURCES and not share and 0 < number < 1:
+        raise ConfigError(
+            f"{where} is less than one: if {number:.4g} of training everything is meant, write "
+            f'"{100 * number:.4g} %"; an amount is something like {example}'
+        )
     if name in RESOURCES:
         return Amount(number, share)
     if share or number == 0:

@@ -20,6 +20,7 @@ from typing import Any
 from d2ft_fl.budgets.budget import CURVE, ENTRIES, Budget, ClientDescription
 from d2ft_fl.budgets.traces import Trace, parse_trace
 from d2ft_fl.errors import ConfigError
+from d2ft_fl.util.toml import read_text
 from d2ft_fl.util.toml_lines import Locator, error_line
 
 BUILTIN = ("devices", "hardware")  # files of device classes among the assets
@@ -144,13 +145,9 @@ def read_devices(path: Path) -> DeviceClasses:
     Raises:
         ConfigError: When the file is missing, is not TOML, or has a wrong entry, with its line.
     """
+    text = read_text(path, "budgets file")
     try:
-        text = path.read_text(encoding="utf-8")
         table = tomllib.loads(text)
-    except OSError as error:
-        raise ConfigError(f"budgets file {str(path)!r}: {error.strerror or error}") from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"budgets file {str(path)!r} is not TOML: {error}") from None
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{path.name}:{error_line(error, text)}: not TOML: {error}") from None
     at = Locator(path.name, text)

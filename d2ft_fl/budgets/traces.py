@@ -19,6 +19,7 @@ from typing import Any
 
 from d2ft_fl.budgets.budget import Amount, Budget
 from d2ft_fl.errors import ConfigError
+from d2ft_fl.util.spelling import meant
 
 PHI = (math.sqrt(5) - 1) / 2
 
@@ -100,7 +101,7 @@ def parse_trace(value: Any, where: str) -> Trace:
     numbers = isinstance(value, list) and all(type(f) in (int, float) for f in value)
     if not numbers or not value or not all(0 < f <= 1 for f in value):
         raise ConfigError(
-            f"{where}: trace = {value!r} is unknown; use {', '.join(map(repr, _SHAPES))}, or a "
-            "list of factors above 0 and at most 1"
+            f"{where}: trace = {value!r} is unknown{meant(str(value), _SHAPES)}; use "
+            f"{', '.join(map(repr, _SHAPES))}, or a list of factors above 0 and at most 1"
         )
     return Trace("list", tuple(float(f) for f in value))

@@ -8,7 +8,7 @@ from typing import Annotated
 import click
 import typer
 
-from d2ft_fl.cli.common import DEVICE, failures, progress_bar
+from d2ft_fl.cli.common import DEVICE, failures
 from d2ft_fl.config.choices import PRECISIONS, PRODUCTS, TUNINGS
 from d2ft_fl.config.renamed import given_twice, notice
 from d2ft_fl.models.spec import GLYPH_NAME
@@ -78,7 +78,7 @@ def step_command(
             what.check()
         if output is not None:
             plan_figure.check_output(output, step_picture.SUFFIXES)
-        with progress_bar(hidden=as_json) as progress:
+        with terminal.progress_bar(hidden=as_json) as progress:
             task = progress.add_task("measuring", total=None)
 
             def done(name: str) -> None:
@@ -109,7 +109,7 @@ def planner_command(
     from d2ft_fl.bench import planner
     from d2ft_fl.cli import bench_tables
 
-    with failures(), progress_bar(hidden=as_json) as progress:
+    with failures(), terminal.progress_bar(hidden=as_json) as progress:
         task = progress.add_task("measuring", total=None)
 
         def done(name: str) -> None:
@@ -148,7 +148,7 @@ def scale_command(
     from d2ft_fl.bench import scale
     from d2ft_fl.cli import bench_tables
 
-    with failures(), progress_bar(hidden=as_json) as progress:
+    with failures(), terminal.progress_bar(hidden=as_json) as progress:
         if image_size < 0:
             image_size = 0 if model == GLYPH_NAME else 64
         step = scale.ScaleBench(
@@ -180,7 +180,7 @@ def start_command(
     from d2ft_fl.bench import start
     from d2ft_fl.cli import bench_tables
 
-    with failures(), progress_bar(hidden=as_json) as progress:
+    with failures(), terminal.progress_bar(hidden=as_json) as progress:
         task = progress.add_task("measuring", total=None)
 
         def done(name: str) -> None:

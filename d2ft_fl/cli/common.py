@@ -8,7 +8,6 @@ from typing import Annotated
 
 import click
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from d2ft_fl.config.choices import DEVICES
 from d2ft_fl.config.run_config import RunConfig
@@ -50,19 +49,6 @@ def failures() -> Iterator[None]:
 
 def _interrupt(number: int, frame: object) -> None:
     raise KeyboardInterrupt
-
-
-def progress_bar(hidden: bool) -> Progress:
-    """Return a bar that shows how far a command is.
-
-    Args:
-        hidden: Whether nothing may be printed but a result; a log gets no bar either.
-    """
-    return Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(),
-        console=terminal.console, transient=True,
-        disable=hidden or not terminal.console.is_terminal,
-    )  # fmt: skip
 
 
 @contextmanager

@@ -12,8 +12,9 @@ from d2ft_fl.cli.common import failures
 from d2ft_fl.cli.options_page import allowed_words, by_group, to_markdown, to_toml, toml_value
 from d2ft_fl.config.option import TYPE_NAMES, Option
 from d2ft_fl.config.renamed import RENAMED, notice
-from d2ft_fl.config.run_config import OPTIONS, nearest
+from d2ft_fl.config.run_config import OPTIONS
 from d2ft_fl.errors import ConfigError
+from d2ft_fl.util.spelling import nearest
 from d2ft_fl.util.terminal import console, say
 
 

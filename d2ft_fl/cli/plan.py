@@ -8,7 +8,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from d2ft_fl.cli.common import Files, Pairs, compiling, failures, progress_bar
+from d2ft_fl.cli.common import Files, Pairs, compiling, failures
 from d2ft_fl.config.run_config import RunConfig
 from d2ft_fl.config.sources import collect
 from d2ft_fl.util import terminal
@@ -52,7 +52,7 @@ def _plan(
 
     if output is not None:
         plan_figure.check_output(output, preview_page.SUFFIXES)
-    with compiling(config, as_json), progress_bar(hidden=as_json) as progress:
+    with compiling(config, as_json), terminal.progress_bar(hidden=as_json) as progress:
         task = progress.add_task(f"loading {config.model}", total=rounds)
 
         def done(planned: int) -> None:
@@ -89,7 +89,7 @@ def choose_command(
     with failures():
         pairs = ["strategy=caff", f"model={models[0]}", "pretrained=none", *(set_ or [])]
         options = checked_options(collect(config or [], pairs))
-        with progress_bar(hidden=as_json) as progress:
+        with terminal.progress_bar(hidden=as_json) as progress:
             task = progress.add_task("planning", total=len(models))
 
             def done(model: str) -> None:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from d2ft_fl.cli.common import Files, Pairs, compiling, failures, progress_bar
+from d2ft_fl.cli.common import Files, Pairs, compiling, failures
 from d2ft_fl.config.run_config import RunConfig
 from d2ft_fl.config.sources import collect
 from d2ft_fl.errors import ConfigError
@@ -64,7 +64,8 @@ def run(
             if forks:
                 forks.start_here(link.log if link else None)
             with compiling(options, as_json):
-                _run(checked(options), link, supernodes, workers, as_json)
+                note = (lambda line: None) if as_json else console.note
+                _run(checked(options, note), link, supernodes, workers, as_json)
 
 
 @contextmanager
@@ -102,7 +103,7 @@ def _run(
 
     folder = claim_folder(config)
     config = replace(config, run_folder=str(folder))
-    progress = progress_bar(hidden=as_json)
+    progress = terminal.progress_bar(hidden=as_json)
     if not as_json:
         terminal.say(f"run folder: {folder}")
         console.columns(config)

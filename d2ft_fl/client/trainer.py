@@ -4,6 +4,7 @@ One client trainer serves any number of clients in turn. It builds its model and
 once a process, and resets the model in place for each message.
 """
 
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import replace
@@ -23,6 +24,7 @@ from d2ft_fl.config.training_options import TrainingOptions
 from d2ft_fl.costs.probe_costs import round_cost
 from d2ft_fl.costs.resources import RESOURCES
 from d2ft_fl.data.federated_data import FederatedData, open_data
+from d2ft_fl.data.labels import digest_of, listed
 from d2ft_fl.engine.mean_tally import MeanTally
 from d2ft_fl.engine.meter import Meter
 from d2ft_fl.engine.model_adapter import ModelAdapter
@@ -30,7 +32,7 @@ from d2ft_fl.engine.numerics import Numerics
 from d2ft_fl.engine.partial_model import Offsets, PartialModel
 from d2ft_fl.engine.probes import ProbeRunner
 from d2ft_fl.engine.trainer import train
-from d2ft_fl.errors import Refusal
+from d2ft_fl.errors import ConfigError, Divergence, Refusal
 from d2ft_fl.models.build import build_adapter
 from d2ft_fl.planning.importance import TENSOR
 from d2ft_fl.rounds.components import Components
@@ -101,6 +103,22 @@ class ClientTrainer:
         """
         _ = self.model
         return Report(client, self.examples.count(client), self._budget(client, round_number))
+
+    def check_classes(self, digest: str) -> None:
+        """Check that this client numbers classes as the run does.
+
+        Args:
+            digest: Of the run's classes; empty where there is nothing to compare.
+
+        Raises:
+            ConfigError: When its data have other classes, or the same in another order.
+        """
+        names = self.components.class_names
+        if digest and digest != digest_of(names):
+            raise ConfigError(
+                f"the data of this node have the classes {listed(names)}, which are not the run's "
+                "in number and order: list those of the run in its option classes"
+            )
 
     def _budget(self, client: int, round_number: int) -> Budget:
         clients = len(self.data.partitions)
@@ -344,6 +362,11 @@ class ClientTrainer:
                 self.meter,
                 [*others, *(means.held() if means else ())],
                 every_slot=smallest >= message.schedule.slots,
+            )
+        if not math.isfinite(loss):
+            raise Divergence(
+                f"the loss of client {message.client} is not finite: training diverges at "
+                f"{self.config.learning_rates}"
             )
         result = {name: tensor.cpu() for name, tensor in model.update().items()}
         return loss, result | (means.finish() if means else {})

@@ -13,6 +13,7 @@ MADE_UP = "made-up"
 EMBEDDED_DATASETS = (DIGITS, MADE_UP)  # need no file
 HUB = "hub:"  # begins the name of a data set of the Hugging Face hub
 PRETRAINED = ("bundled", "hub", "none")
+BAD_EXAMPLES = ("leave-out", "stop")
 DATA_SELECTIONS = ("random", "entropy")
 
 TUNINGS = ("full", "lora")  # those that come with the project; any module may be another

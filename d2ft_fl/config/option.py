@@ -12,6 +12,7 @@ from functools import cached_property
 from typing import Any
 
 from d2ft_fl.errors import ConfigError
+from d2ft_fl.util.spelling import meant
 
 TYPE_NAMES = {int: "whole number", float: "number", str: "text", bool: "true or false"}
 _INFINITE = float("inf")
@@ -188,7 +189,8 @@ class Option:
         if self._allowed.accepts(value):
             return
         if self.kind is str:
-            raise ConfigError(f"{self.key} = {value!r} is unknown; use one of {self.allowed}")
+            near = meant(value, self.choices)
+            raise ConfigError(f"{self.key} = {value!r} is unknown{near}; use one of {self.allowed}")
         raise ConfigError(f"{self.key} = {value} must be {self.allowed}")
 
     def to_json(self) -> dict[str, Any]:

@@ -4,10 +4,9 @@ Its fields are the options of :mod:`d2ft_fl.config.groups`; each is one key of
 ``[tool.flwr.app.config]`` in ``pyproject.toml``, with ``-`` for ``_``.
 """
 
-import difflib
 import os
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -32,6 +31,7 @@ from d2ft_fl.config.groups.server import (
 from d2ft_fl.config.option import Option, options_of
 from d2ft_fl.config.renamed import renamed
 from d2ft_fl.errors import ConfigError
+from d2ft_fl.util.spelling import nearest
 
 
 @dataclass(frozen=True)
@@ -108,9 +108,26 @@ class RunConfig(  # a dataclass has the fields of its last base first
         """Whether a client's change is bounded, so that none may be multiplied by a step."""
         return self.aggregation != "mean" or self.clip_norm > 0
 
+    @property
+    def learning_rates(self) -> str:
+        """The learning rates of clients as options, to end a message with."""
+        factors = f"lora-lr = {self.lora_lr:g}, " if self.tuning == "lora" else ""
+        return f"lr = {self.lr:g}, {factors}head-lr = {self.head_lr:g}"
+
     def offered_ranks(self) -> tuple[int, ...]:
         """Return the ranks that subnets may train at besides ``lora-rank``."""
         return tuple(int(text) for text in self.lora_ranks.split(",") if text.strip())
+
+    def class_list(self) -> tuple[str, ...]:
+        """Return the names of classes that the option lists; none where the data set decides.
+
+        Raises:
+            ConfigError: When it is no list, or names a class twice.
+        """
+        names = name_list("classes", self.classes)
+        if twice := [name for name in names if names.count(name) > 1]:
+            raise ConfigError(f"classes names {twice[0]!r} twice; name each class once")
+        return names
 
     def rate_factor(self, round_number: int) -> float:
         """Return what learning rates are multiplied by in a round, counted from 1."""
@@ -134,13 +151,6 @@ def resolve_path(path: str) -> Path:
     return Path(os.path.expanduser(path)).absolute()
 
 
-def nearest(key: str, known: Iterable[str]) -> str:
-    """Return what somebody who wrote ``key`` may have meant, as the end of a message."""
-    known = list(known)
-    near = difflib.get_close_matches(key, known, n=1)
-    return f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
-
-
 def _typed(key: str, value: Any, kind: Any) -> Any:
     """Return ``value`` as the type that ``key`` has; an int passes for a float, and for text."""
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
@@ -160,6 +170,27 @@ _EXAMPLES = {
     str: 'string, like "text"',
     bool: "truth value: true or false",
 }
+
+
+def name_list(key: str, text: str) -> tuple[str, ...]:
+    """Read ``a, b`` or ``["a", "b"]`` as names.
+
+    Args:
+        key: The option that the text belongs to.
+        text: What the option is set to.
+
+    Raises:
+        ConfigError: When the text begins with a bracket and is no array of texts.
+    """
+    if not text.strip().startswith("["):
+        return tuple(name.strip() for name in text.split(",") if name.strip())
+    try:
+        names = tomllib.loads(f"names = {text}")["names"]
+    except tomllib.TOMLDecodeError:
+        names = None
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ConfigError(f'{key} = {text!r} cannot be read; write "cat, dog" or ["cat", "dog"]')
+    return tuple(names)
 
 
 def inline_table(key: str, text: str) -> tuple[tuple[str, Any], ...]:

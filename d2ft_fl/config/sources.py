@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from d2ft_fl.config.choices import HUB
-from d2ft_fl.config.renamed import renamed
-from d2ft_fl.config.run_config import NO_PATHS, RunConfig, resolve_path
+from d2ft_fl.config.renamed import RENAMED, renamed
+from d2ft_fl.config.run_config import NO_PATHS, OPTIONS, RunConfig, resolve_path
 from d2ft_fl.errors import ConfigError
 from d2ft_fl.util.toml import read_toml
 
@@ -63,8 +63,20 @@ def parse_pairs(pairs: Iterable[str]) -> dict[str, Any]:
         key, sign, text = pair.partition("=")
         if not sign:
             raise ConfigError(f"--set {pair!r} is not key=value")
-        entries[key.strip()] = parse_value(text.strip())
+        key = key.strip()
+        option = OPTIONS.get(RENAMED.get(key, key))
+        as_text = option is not None and option.kind is str
+        entries[key] = parse_text(text.strip()) if as_text else parse_value(text.strip())
     return absolute(renamed(entries), Path())
+
+
+def parse_text(text: str) -> str:
+    """Return the value of a text option, which is the text itself; quotes around it are taken off.
+
+    ``2026-11-29`` is a date in TOML, and ``[0.1]`` a list: neither is meant here.
+    """
+    value = parse_value(text) if text[:1] in ('"', "'") else text
+    return value if isinstance(value, str) else text
 
 
 def parse_value(text: str) -> Any:

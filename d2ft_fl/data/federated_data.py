@@ -5,6 +5,7 @@ Images are decoded and resized once per process, a client's at a time, and kept 
 
 from dataclasses import dataclass, field
 from functools import cached_property, lru_cache
+from typing import Any
 
 import numpy as np
 import torch
@@ -12,17 +13,12 @@ from torch import Tensor
 from torchvision.transforms import v2
 
 from d2ft_fl.config.choices import DIGITS, EMBEDDED_DATASETS, MADE_UP
+from d2ft_fl.data.folders import Loaded, load
+from d2ft_fl.data.images import BadImage, picture_of
+from d2ft_fl.data.inspection import Inspected, inspect
 from d2ft_fl.data.partition import partition_of
-from d2ft_fl.data.sources import (
-    SPLIT_SEED,
-    Split,
-    digits,
-    first_line,
-    folder_splits,
-    hub_or_folder,
-    made_up,
-)
-from d2ft_fl.data.spec import DataSpec
+from d2ft_fl.data.sources import Split, choice_of, digits, made_up, read_splits
+from d2ft_fl.data.spec import SPLIT_SEED, DataSpec
 from d2ft_fl.errors import ConfigError
 
 CPU = torch.device("cpu")
@@ -30,12 +26,20 @@ CPU = torch.device("cpu")
 
 @dataclass(eq=False)
 class FederatedData:
-    """A data set as the clients of a federation hold it. Use :func:`open_data` to get one."""
+    """A data set as the clients of a federation hold it. Use :func:`open_data` to get one.
+
+    Attributes:
+        spec: Which data, and how it is shared out.
+        train: Examples that clients share; ``test`` those that are held out.
+        partitions: int64 [examples] a client: which of ``train`` it has.
+        inspected: What was found of both, of data sets that were looked at.
+    """
 
     spec: DataSpec
     train: Split
     test: Split
-    partitions: list[np.ndarray] = field(default_factory=list)  # indices into train
+    partitions: list[np.ndarray] = field(default_factory=list)
+    inspected: tuple[Inspected, ...] = ()
     _kept: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)  # by partition
 
     @property
@@ -56,11 +60,12 @@ class FederatedData:
     def _pixels(self, split: Split, indices: np.ndarray) -> Tensor:
         """Return decoded, resized images: uint8 [examples, channels, side, side]."""
         try:
-            return torch.stack([self._resize(image) for image in split.decode(indices)])
-        except (OSError, ValueError, TypeError) as error:
+            values = split.values(split.places(indices))
+            return torch.stack([self._resize(picture_of(value)) for value in values])
+        except (OSError, ValueError, TypeError, BadImage) as error:
             raise ConfigError(
-                f"dataset {self.spec.dataset!r} holds an image that cannot be decoded: "
-                f"{first_line(error)}"
+                f"an image of dataset {self.spec.dataset!r} that was good before the run cannot be "
+                f"decoded any more: {error}"
             ) from None
 
     def _decoded(self, client: int) -> tuple[Tensor, Tensor]:
@@ -87,36 +92,74 @@ class FederatedData:
 
     @cached_property
     def _test_pixels(self) -> tuple[Tensor, Tensor]:
-        indices = self.test.subset(self.spec.test_examples, SPLIT_SEED)
-        return self._pixels(self.test, indices), torch.from_numpy(self.test.labels[indices])
+        everything = np.arange(len(self.test))
+        return self._pixels(self.test, everything), torch.from_numpy(self.test.labels)
 
     @property
     def test_size(self) -> int:
         """How many held-out examples are used."""
-        return len(self._test_pixels[1])
+        return len(self.test)
 
     def test_batch(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """Held-out examples ``start`` to ``stop``: float32 images, labels."""
         images, labels = self._test_pixels
         return self._normalize(images[start:stop]), labels[start:stop]
 
+    @property
+    def notes(self) -> list[str]:
+        """What somebody who runs this may want to know, a line each."""
+        if self.spec.dataset in EMBEDDED_DATASETS:
+            return []
+        notes = [*_loaded(self.spec).notes]
+        for part in self.inspected:
+            notes += part.notes
+        flat = self.inspected[0].constant
+        if blank := [c for c, part in enumerate(self.partitions) if flat[part].all()]:
+            shown = ", ".join(map(str, blank[:5])) + (", ..." if len(blank) > 5 else "")
+            notes.append(
+                f"all images of {len(blank)} of {len(self.partitions)} clients ({shown}) are of "
+                "one colour each: there is nothing to learn from them"
+            )
+        return notes
+
+    def describe(self) -> dict[str, Any]:
+        """Return what a run folder says of the data, as JSON."""
+        loaded = None if self.spec.dataset in EMBEDDED_DATASETS else _loaded(self.spec)
+        sides: dict[str, dict[str, Any]] = {}
+        for side, split in (("train", self.train), ("test", self.test)):
+            counts = np.bincount(split.labels, minlength=self.classes)
+            sides[side] = {
+                "split": split.name,
+                "examples": len(split),
+                "examples_of_class": counts.tolist(),
+                "unlabelled": loaded.unlabelled[side == "test"] if loaded else 0,
+            }
+        for found, part in zip(sides.values(), self.inspected, strict=False):
+            found["left_out"] = [vars(example) for example in part.bad]
+        return {
+            "dataset": self.spec.dataset,
+            "classes": list(self.train.names),
+            **sides,
+            "notes": self.notes,
+        }
+
+
+def _loaded(spec: DataSpec) -> Loaded:
+    return load(choice_of(spec))
+
 
 @lru_cache(maxsize=2)
 def open_data(spec: DataSpec) -> FederatedData:
-    """Load and partition a data set, once a process.
+    """Load and partition a data set, once a process; images that cannot be used are left out.
 
     Raises:
         ConfigError: When there is no such data, or it cannot be shared out as asked.
     """
     sources = {DIGITS: lambda spec: digits(), MADE_UP: made_up}
-    train, test = sources.get(spec.dataset, folder_splits)(spec)
-    data = FederatedData(spec, train, test)
-    data.partitions = partition_of(spec, train)
+    train, test = sources.get(spec.dataset, read_splits)(spec)
+    train = train.sample(spec.train_examples, spec.seed)
+    test = test.sample(spec.test_examples, SPLIT_SEED)
+    inspected = tuple(inspect(half, spec.dataset, spec.bad_examples) for half in (train, test))
+    data = FederatedData(spec, inspected[0].split, inspected[1].split, inspected=inspected)
+    data.partitions = partition_of(spec, data.train)
     return data
-
-
-def class_count(dataset: str, label_column: str) -> int:
-    """How many classes a data set has, without sharing it out."""
-    if dataset in EMBEDDED_DATASETS:
-        return 10
-    return len(hub_or_folder(dataset, label_column)[0].features[label_column].names)

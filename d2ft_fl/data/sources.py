@@ -4,62 +4,88 @@ scikit-learn and ``datasets`` are imported by what needs them: a worker process 
 does without.
 """
 
+import hashlib
+import os
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import lru_cache
+from dataclasses import dataclass, replace
 from importlib.metadata import version
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from d2ft_fl.config.choices import DIGITS, HUB, MADE_UP
+from d2ft_fl.config.choices import DIGITS, EMBEDDED_DATASETS
+from d2ft_fl.data.folders import Choice, Loaded, load
 from d2ft_fl.data.kept import kept
-from d2ft_fl.data.spec import DataSpec
-from d2ft_fl.errors import ConfigError
+from d2ft_fl.data.spec import SPLIT_SEED, DataSpec
 
 if TYPE_CHECKING:
     import datasets
 
-SPLIT_SEED = 2504  # one test split for all seeds of a comparison
+
+TEN = tuple(str(number) for number in range(10))  # classes of embedded data
+CHUNK = 1000  # rows that are read at once
 
 
-@dataclass
+@dataclass(frozen=True)
 class Split:
-    """One split: labels and other columns at once, images decoded on demand.
+    """One split: labels at once, images and other columns on demand.
 
     Attributes:
-        table: Makes a light data set of everything but the image, label included.
+        table: Rows, int64 [n] -> a light data set of everything but the image, label included.
         labels: int64 [examples].
-        decode: Indices to raw images (PIL or arrays).
+        values: Rows, int64 [n] -> images as they lie: arrays, or undecoded files.
         names: Class names.
+        name: Of the split, as messages call it.
+        identity: Rows -> a digest of their images as they lie; None where all are known to be good.
+        numbers: int64: the row of each example in its data set, for messages; None: as here.
+        rows: int64 [examples]: where in all of the above the examples are; None: all, in order.
     """
 
-    table: Callable[[], "datasets.Dataset"]
+    table: Callable[[np.ndarray], "datasets.Dataset"]
     labels: np.ndarray
-    decode: Callable[[np.ndarray], list[Any]]
-    names: list[str]
+    values: Callable[[np.ndarray], list[Any]]
+    names: tuple[str, ...]
+    name: str = "train"
+    identity: Callable[[np.ndarray], str] | None = None
+    numbers: np.ndarray | None = None
+    rows: np.ndarray | None = None
 
-    def subset(self, count: int, seed: int) -> np.ndarray:
-        """Return indices of ``count`` seeded random examples (0: all), ascending."""
-        if count == 0 or count >= len(self.labels):
-            return np.arange(len(self.labels))
-        order = np.random.default_rng(seed).permutation(len(self.labels))
-        return np.sort(order[:count])
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def places(self, indices: np.ndarray) -> np.ndarray:
+        """Return the rows of some examples in the data set: int64 [n]."""
+        return indices if self.rows is None else self.rows[indices]
+
+    def row_of(self, index: int) -> int:
+        """Return the row of an example in the data set as it lies on disk."""
+        row = int(self.places(np.array([index]))[0])
+        return row if self.numbers is None else int(self.numbers[row])
+
+    def take(self, indices: np.ndarray) -> "Split":
+        """Return a split of some of the examples, in their order."""
+        return replace(self, labels=self.labels[indices], rows=self.places(indices))
+
+    def sample(self, count: int, seed: int) -> "Split":
+        """Return a split of ``count`` seeded random examples (0: all), in their order."""
+        if count == 0 or count >= len(self):
+            return self
+        order = np.random.default_rng(seed).permutation(len(self))
+        return self.take(np.sort(order[:count]))
 
 
 def digits() -> tuple[Split, Split]:
     """Return scikit-learn's 1,797 digits (UCI), 8 x 8 pixels; two fifths are held out."""
     arrays = kept((DIGITS, SPLIT_SEED, version("scikit-learn")), _read_digits)
     pixels, labels = arrays["pixels"], arrays["labels"]
-    names = [str(digit) for digit in range(10)]
 
     def split(rows: np.ndarray) -> Split:
+        mine = labels[rows]
         return Split(
-            lambda: _labels_alone(labels[rows]),
-            labels[rows],
+            lambda index: _labels_alone(mine[index]),
+            mine,
             lambda index: list(pixels[rows[index]]),
-            names,
+            TEN,
         )
 
     return split(arrays["train"]), split(arrays["test"])
@@ -95,113 +121,71 @@ def made_up(spec: DataSpec) -> tuple[Split, Split]:
     def split(number: int, count: int) -> Split:
         labels = np.random.default_rng([spec.seed, number]).integers(0, 10, count)
 
-        def decode(indices: np.ndarray) -> list[np.ndarray]:
+        def values(indices: np.ndarray) -> list[np.ndarray]:
             shape = spec.image_size, spec.image_size, spec.channels
             draws = (np.random.default_rng([spec.seed, number, 1, int(i)]) for i in indices)
             return [draw.integers(0, 256, shape, dtype=np.uint8) for draw in draws]
 
-        names = [str(label) for label in range(10)]
-        return Split(lambda: _labels_alone(labels), labels, decode, names)
+        return Split(lambda rows: _labels_alone(labels[rows]), labels, values, TEN)
 
     return split(0, spec.train_examples or 32 * spec.clients), split(1, spec.test_examples or 256)
 
 
-def folder_splits(spec: DataSpec) -> tuple[Split, Split]:
+def read_splits(spec: DataSpec) -> tuple[Split, Split]:
     """Return the training and the held-out split of a folder, or of a data set of the hub."""
-    train, test = hub_or_folder(spec.dataset, spec.label_column)
-    return _split(train, spec.label_column), _split(test, spec.label_column)
+    loaded = load(choice_of(spec))
+    halves, names = (loaded.train, loaded.test), loaded.splits
+    train, test = (
+        _split(data, loaded, spec.label_column, name)
+        for data, name in zip(halves, names, strict=True)
+    )
+    return train, test
 
 
-def _split(data: "datasets.Dataset", label: str) -> Split:
-    image = _image_column(data)
-    labels = np.asarray(data.with_format("numpy")[label][:], dtype=np.int64)
-    names = list(data.features[label].names)
-    if len(labels) == 0 or labels.min() < 0 or labels.max() >= len(names):
-        raise ConfigError(
-            f"column {label!r} holds no labels, or some outside its {len(names)} classes"
-        )
+def class_names(spec: DataSpec) -> tuple[str, ...]:
+    """Return the names of the classes of a data set, without sharing it out."""
+    return TEN if spec.dataset in EMBEDDED_DATASETS else tuple(load(choice_of(spec)).names)
+
+
+def choice_of(spec: DataSpec) -> Choice:
+    """Return what of a data set is used, without what it is used for."""
+    return Choice(spec.dataset, spec.label_column, spec.image_column, spec.test_split, spec.classes)
+
+
+def _split(data: "datasets.Dataset", loaded: Loaded, label: str, name: str) -> Split:
+    image = loaded.image
     return Split(
-        lambda: data.remove_columns([image]),
-        labels,
-        lambda index: data[index.tolist()][image],
-        names,
+        lambda rows: data.remove_columns([image, loaded.row]).select(rows),
+        np.asarray(data.with_format("numpy")[label][:], dtype=np.int64),
+        lambda rows: data[rows][image],
+        tuple(loaded.names),
+        name=name,
+        identity=lambda rows: _identity(data, image, rows),
+        numbers=np.asarray(data[loaded.row]),
     )
 
 
-def _image_column(data: "datasets.Dataset") -> str | None:
-    import datasets
+def _identity(data: "datasets.Dataset", image: str, rows: np.ndarray) -> str:
+    """Return a digest that is another one when an image of some rows may be another.
 
-    return next((n for n, f in data.features.items() if isinstance(f, datasets.Image)), None)
+    Args:
+        data: A split.
+        image: The column of images.
+        rows: int64 [examples].
+    """
+    digest = hashlib.sha256()
+    for start in range(0, len(rows), CHUNK):
+        for value in data[rows[start : start + CHUNK]][image]:
+            digest.update(_mark(value))
+    return digest.hexdigest()
 
 
-def check_folder(dataset: str) -> None:
-    """Raise ConfigError unless a data set is a folder."""
-    if not Path(dataset).is_dir():
-        raise ConfigError(
-            f"dataset = {dataset!r} is not a folder; use {DIGITS!r}, {MADE_UP!r}, "
-            f"'{HUB}OWNER/NAME', or a folder of parquet files or of images in one folder a class"
-        )
-
-
-def _load(dataset: str) -> "datasets.DatasetDict":
-    """Return all splits of a data set of the hub, or of a local folder."""
-    import datasets
-
-    datasets.disable_progress_bars()
-    if dataset.startswith(HUB):
-        name, _, configuration = dataset.removeprefix(HUB).partition(":")
-        try:
-            return datasets.load_dataset(name, configuration or None)
-        except Exception as error:  # whatever a hub that does not answer brings about
-            raise ConfigError(
-                f"dataset = {dataset!r} cannot be had from the hub: {first_line(error)}; check the "
-                f"name ('{HUB}OWNER/NAME' or '{HUB}OWNER/NAME:CONFIGURATION') and the network, or "
-                "use a folder"
-            ) from None
-    check_folder(dataset)
+def _mark(value: dict[str, Any] | None) -> bytes:
+    """Return the bytes of an image, or name, size and time of its file."""
+    if value is None or value["bytes"] is not None:
+        return b"none" if value is None else len(value["bytes"]).to_bytes(8) + value["bytes"]
     try:
-        return datasets.load_dataset(dataset)
-    except Exception as error:  # datasets raises many kinds for a folder it cannot use
-        raise ConfigError(
-            f"dataset {dataset!r} holds no images that can be read: {first_line(error)}"
-        ) from None
-
-
-@lru_cache(maxsize=2)
-def hub_or_folder(path: str, label: str) -> tuple["datasets.Dataset", "datasets.Dataset"]:
-    """Return train and test of a data set with images."""
-    import datasets
-
-    loaded = _load(path)
-    name = "train" if "train" in loaded else next(iter(loaded))
-    train = loaded[name]
-    image = _image_column(train)
-    if image is None:
-        raise ConfigError(
-            f"dataset {path!r} holds no images: its columns are {', '.join(train.column_names)}"
-        )
-    if label not in train.column_names:
-        raise ConfigError(
-            f"label-column = {label!r} is not in dataset {path!r}; its columns are "
-            f"{', '.join(train.column_names)}"
-        )
-    held_out = next((loaded[n] for n in ("test", "validation") if n in loaded and n != name), None)
-    try:
-        if not isinstance(train.features[label], datasets.ClassLabel):
-            train = train.class_encode_column(label)
-        if held_out is None:
-            parts = train.train_test_split(test_size=0.2, seed=SPLIT_SEED, stratify_by_column=label)
-            train, held_out = parts["train"], parts["test"]
-        else:  # the same numbers for the same names
-            held_out = held_out.cast_column(label, train.features[label])
-        rgb = datasets.Image(mode="RGB")
-        return train.cast_column(image, rgb), held_out.cast_column(image, rgb)
-    except Exception as error:  # as above
-        raise ConfigError(
-            f"labels {label!r} of dataset {path!r} cannot be used: {first_line(error)}"
-        ) from None
-
-
-def first_line(error: Exception) -> str:
-    """Return the first line of an error's message; its type where it has none."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+        stat = os.stat(value["path"] or "")
+        return f"{value['path']} {stat.st_size} {stat.st_mtime_ns} ".encode()
+    except OSError:
+        return f"{value['path']} is missing ".encode()

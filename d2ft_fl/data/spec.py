@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
+SPLIT_SEED = 2504  # one test split for all seeds of a comparison
+
 
 @dataclass(frozen=True)
 class DataSpec:
@@ -18,3 +20,7 @@ class DataSpec:
     train_examples: int
     test_examples: int
     seed: int
+    image_column: str = ""
+    test_split: str = ""
+    classes: tuple[str, ...] = ()
+    bad_examples: str = "leave-out"

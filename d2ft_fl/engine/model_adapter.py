@@ -73,6 +73,10 @@ class ModelAdapter(Protocol):
         """The whole, unmodified model; its parameters are the state that a run begins with."""
 
     @property
+    def notes(self) -> Sequence[str]:
+        """What somebody who runs this model may want to know of its weights, a line each."""
+
+    @property
     def input_shape(self) -> tuple[int, ...]:
         """Shape of one example: (channels, height, width) of images, (tokens,) of text."""
 

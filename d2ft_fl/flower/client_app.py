@@ -26,6 +26,7 @@ from d2ft_fl.runtime import ray_model_store
 from d2ft_fl.runtime.shared_memory import SharedMemory
 from d2ft_fl.runtime.worker_pool import Job, WorkerPool
 from d2ft_fl.server.dispatch import ClientFailure
+from d2ft_fl.util.spelling import meant
 
 app = ClientApp()
 ASK_SECONDS = 600.0
@@ -33,6 +34,9 @@ ASK_SECONDS = 600.0
 NODE_OPTIONS = (
     "dataset",
     "label-column",
+    "image-column",
+    "test-split",
+    "bad-examples",
     "partitioner",
     "partitioner-args",
     "train-examples",
@@ -84,8 +88,11 @@ def _place(context: Context) -> tuple[int, int]:
     """
     node_config = context.node_config
     if unknown := sorted(node_config.keys() - {*NODE_OPTIONS, *PLACE}):
-        allowed = ", ".join((*PLACE, *NODE_OPTIONS))
-        raise ConfigError(f"node-config: {unknown[0]!r} is unknown; allowed are {allowed}")
+        allowed = *PLACE, *NODE_OPTIONS
+        raise ConfigError(
+            f"node-config: {unknown[0]!r} is unknown{meant(unknown[0], allowed)}; allowed are "
+            f"{', '.join(allowed)}"
+        )
     node, nodes = (node_config.get(key) for key in PLACE)
     if type(node) is not int or type(nodes) is not int or not 0 <= node < nodes:
         raise ConfigError(
@@ -109,7 +116,7 @@ def query(message: Message, context: Context) -> Message:
             answer = {"node": node, "nodes": nodes, "cpus": _cpus() if simulated() else None}
         else:
             answer["reports"] = _worker_pool_of(context).reports(
-                asked["clients"], asked["round"], ASK_SECONDS
+                asked["clients"], asked["round"], ASK_SECONDS, asked["classes"]
             )
     except RunError as error:  # not of the configuration: others may answer
         answer["failed"] = str(error)

@@ -13,6 +13,7 @@ real devices, and where ``transport`` says so, messages carry everything.
 import json
 import time
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from uuid import uuid4
 
@@ -20,11 +21,13 @@ from flwr.app import ConfigRecord, RecordDict
 from flwr.serverapp import Grid
 
 from d2ft_fl.config.run_config import RunConfig
+from d2ft_fl.data.labels import digest_of
 from d2ft_fl.errors import ConfigError
 from d2ft_fl.flower.answers import Answer, Reply, reports_of, results_of
 from d2ft_fl.flower.grid_messages import GridMessages
 from d2ft_fl.flower.nodes import NodeDirectory
 from d2ft_fl.flower.records import pack_blobs
+from d2ft_fl.rounds.components import Components
 from d2ft_fl.rounds.federation import Report
 from d2ft_fl.runtime.ray_model_store import ModelStore, machines
 from d2ft_fl.runtime.shared_memory import SharedMemory
@@ -53,6 +56,11 @@ class FlowerPool:
         self.shared_memory: SharedMemory | None = None
         self.model_store: ModelStore | None = None
 
+    @cached_property
+    def _classes(self) -> str:
+        """Digest of the run's classes, with which nodes compare theirs."""
+        return digest_of(Components(self.config).class_names)
+
     def close(self) -> None:
         """Delete what was shared."""
         if self.shared_memory:
@@ -75,7 +83,8 @@ class FlowerPool:
         """
         groups = self._groups(clients, [list(part) for part in self._split(clients)])
         questions = {
-            node: {"round": round_number, "clients": asked} for node, asked in groups.items()
+            node: {"round": round_number, "clients": asked, "classes": self._classes}
+            for node, asked in groups.items()
         }
         reports: list[Report] = []
         silent: dict[int, ClientFailure] = {}

@@ -30,7 +30,7 @@ def main(grid: Grid, context: Context) -> None:
         from d2ft_fl.rounds.checks import checked
         from d2ft_fl.server import run
 
-        config = checked(RunConfig.from_mapping(context.run_config))
+        config = checked(RunConfig.from_mapping(context.run_config), run_console.note)
         folder = claim_folder(config)
         terminal.say(f"run folder: {folder}")
         run_console.title(config)

@@ -21,6 +21,7 @@ from torch import Tensor
 from d2ft_fl.config.run_config import RunConfig
 from d2ft_fl.errors import ConfigError
 from d2ft_fl.subnets.architecture import Architecture, Kind, Parameter
+from d2ft_fl.util.spelling import unknown
 
 FACTORS = ("A", "B")
 
@@ -76,9 +77,7 @@ class Lora:
         possible = arch.possible_targets
         for target in self.targets:
             if target not in possible:
-                raise ConfigError(
-                    f"lora-targets: {target!r} is unknown; use some of {', '.join(possible)}"
-                )
+                raise ConfigError(unknown("lora-targets: ", target, possible))
         self.check_targets()
         return self.targets or possible
 

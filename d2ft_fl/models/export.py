@@ -32,6 +32,7 @@ from d2ft_fl.models.build import build_adapter, family_of
 from d2ft_fl.models.family import Family
 from d2ft_fl.models.spec import ModelSpec
 from d2ft_fl.subnets.architecture import Architecture
+from d2ft_fl.util.spelling import unknown
 from d2ft_fl.util.toml import read_toml
 
 ADAPTER_FOLDER = "adapter"  # in the run's folder; whole weights go to one of the library's name
@@ -158,7 +159,7 @@ def export_run(run: Path, format: str = "", output: Path | None = None) -> Expor
     family = _family(run)
     library = family.library
     if format not in ("", "peft", library):
-        raise ConfigError(f"--format {format!r} is unknown; use one of peft, {library}")
+        raise ConfigError(unknown("--format ", format, ("peft", library)))
     by_lora = any(run.joinpath(name).exists() for name in (FACTORS_FILE, LORA_FILE))
     tuned = load_tuned(run) if by_lora else None
     format = format or (library if tuned is None else "peft")

@@ -17,6 +17,7 @@ class ModelSpec:
         image_size: Side in pixels; 0 keeps the model's own.
         classes: Outputs of the classifier.
         seed: Seed of everything that no weights file sets.
+        class_names: Names of the classes by their numbers, for who loads the model; or empty.
     """
 
     name: str
@@ -25,3 +26,4 @@ class ModelSpec:
     image_size: int
     classes: int
     seed: int
+    class_names: tuple[str, ...] = ()

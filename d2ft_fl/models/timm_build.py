@@ -10,8 +10,10 @@ from torch import Tensor
 
 from d2ft_fl.errors import ConfigError
 from d2ft_fl.models.spec import GLYPH_NAME, ModelSpec
-from d2ft_fl.models.timm_vit import TimmViT, check
+from d2ft_fl.models.timm_vit import TimmViT, check, unseen
+from d2ft_fl.models.weight_names import as_timm_names
 from d2ft_fl.models.weights import first_line, read_weights
+from d2ft_fl.util.spelling import meant
 
 # The bundled model: 6 blocks x 6 heads, pretrained by experiments/pretrain_glyphs.py.
 GLYPH_VIT: dict[str, Any] = {
@@ -23,6 +25,7 @@ GLYPH_VIT: dict[str, Any] = {
     "depth": 6,
     "num_heads": 6,
 }
+OVERLAY = "pretrained_cfg_overlay"  # an argument of timm.create_model
 
 
 def timm_arguments(spec: ModelSpec) -> dict[str, Any]:
@@ -42,9 +45,15 @@ def build_timm(spec: ModelSpec) -> TimmViT:
     vit = check(_create(spec, pretrained=False), spec.name)
     if spec.pretrained == "hub":
         vit = check(_create(spec, pretrained=True), spec.name)
-    elif spec.pretrained != "none":
-        load_weights(vit, read_weights(spec), spec)
-    return TimmViT(vit.eval(), timm_arguments(spec))
+    notes = unseen(vit)
+    if spec.pretrained not in ("hub", "none"):
+        state, renamed = as_timm_names(read_weights(spec), vit.state_dict())
+        load_weights(vit, state, spec)
+        notes += renamed
+    arguments = timm_arguments(spec)
+    if spec.class_names:  # timm's own place for them: model.pretrained_cfg["label_names"]
+        arguments[OVERLAY] = {"label_names": list(spec.class_names)}
+    return TimmViT(vit.eval(), arguments, tuple(notes))
 
 
 def _create(spec: ModelSpec, pretrained: bool) -> torch.nn.Module:
@@ -68,6 +77,12 @@ def _create(spec: ModelSpec, pretrained: bool) -> torch.nn.Module:
                     f"{first_line(error)}; check the name and the network, or use the path of a "
                     "safetensors file"
                 ) from None
+            if not timm.is_model(spec.name):
+                near = meant(spec.name, timm.list_models(["vit_*", "deit*"]))
+                raise ConfigError(
+                    f"model {spec.name!r} is unknown to timm {timm.__version__}{near}; see "
+                    "timm.list_models('vit*')"
+                ) from None
             raise ConfigError(f"model {spec.name!r} cannot be built: {first_line(error)}") from None
 
 
@@ -75,8 +90,15 @@ def load_weights(model: VisionTransformer, state: dict[str, Tensor], spec: Model
     """Copy a state dict in: position embedding resampled, classifier kept only if it fits.
 
     Raises:
-        ConfigError: For a missing or surplus tensor, or a shape that disagrees.
+        ConfigError: For a missing or surplus tensor, whole numbers, or a shape that disagrees.
     """
+    for name, tensor in state.items():
+        if not tensor.is_floating_point():
+            kind = str(tensor.dtype).removeprefix("torch.")
+            raise ConfigError(
+                f"weights {spec.pretrained!r}: {name!r} holds {kind}, not floating-point numbers; "
+                "use weights that are not quantized"
+            )
     state = {name: tensor.float() for name, tensor in state.items()}
     wanted = model.state_dict()
     if {"pos_embed"} <= state.keys() & wanted.keys() and (

@@ -11,10 +11,6 @@ from d2ft_fl.models.family import Family
 from d2ft_fl.models.spec import GLYPH_NAME, ModelSpec
 
 
-def _knows(name: str) -> bool:
-    return name == GLYPH_NAME or name.startswith(("vit_", "deit_"))
-
-
 @contextmanager
 def _without(name: str) -> Iterator[None]:
     """Have a module look as if it was not installed, while others are imported that can do without.
@@ -31,6 +27,16 @@ def _without(name: str) -> Iterator[None]:
         del sys.modules[name]
 
 
+def _knows(name: str) -> bool:
+    """Return whether timm has a model; any of its models may turn out not to be a plain ViT."""
+    if name == GLYPH_NAME or name.startswith(("vit_", "deit")):
+        return True  # also with a slip in it, which timm is asked about when it builds the model
+    with _without("wandb"):
+        import timm
+
+    return timm.is_model(name)
+
+
 def _build(spec: ModelSpec) -> ModelAdapter:
     with _without("wandb"):
         from d2ft_fl.models.timm_build import build_timm
@@ -42,6 +48,7 @@ def _read(entries: Mapping[str, Any]) -> tuple[dict[str, Any], int]:
     """Take the arguments of ``timm.create_model`` apart."""
     arguments = dict(entries)
     classes = int(arguments.pop("num_classes"))
+    arguments.pop("pretrained_cfg_overlay", None)  # names of classes
     del arguments["model_name"]  # of the bundled model another than the specification's
     return arguments, classes
 
@@ -64,7 +71,7 @@ def _create(spec: ModelSpec) -> tuple[str, str]:
 
 
 TIMM = Family(
-    names=f"{GLYPH_NAME!r} or a plain timm ViT (vit_* or deit_*)",
+    names=f"{GLYPH_NAME!r} or a plain timm ViT (vit_* or deit*)",
     library="timm",
     knows=_knows,
     build=_build,

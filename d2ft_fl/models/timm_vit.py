@@ -71,12 +71,28 @@ def _is_off(module: nn.Module) -> bool:
     return isinstance(module, nn.Identity) or (isinstance(module, nn.Dropout) and module.p == 0)
 
 
+# What in timm's other architectures does not divide into heads that run and train by themselves.
+OTHERS = {
+    "Eva": "rotates queries and keys by position (RoPE) and gates its feed-forward layers (SwiGLU)",
+    "Beit": "adds a trained bias of relative positions to attention, and has none for keys",
+    "VisionTransformerRelPos": "adds a trained bias of relative positions to attention",
+    "VisionTransformerDistilled": "has two classifiers",
+    "SwinTransformer": "attends within shifted windows, and has other heads in every stage",
+    "SwinTransformerV2": "attends within shifted windows, and has other heads in every stage",
+    "ConvNeXt": "consists of convolutions and has no attention heads",
+    "ResNet": "consists of convolutions and has no attention heads",
+    "EfficientNet": "consists of convolutions and has no attention heads",
+    "MlpMixer": "mixes tokens by a layer of their own and has no attention heads",
+}
+
+
 def _objection(model: nn.Module) -> str | None:
     """Return why this model does not decompose into subnets here, or None when it does."""
     if type(model) is not VisionTransformer:
-        return f"it is a {type(model).__name__}"
-    if len(model.blocks) == 0 or model.patch_embed.num_patches == 0:
-        return "it has no blocks or no patches"
+        name = type(model).__name__
+        return f"{name} {OTHERS.get(name, 'is an architecture of its own')}"
+    if len(model.blocks) == 0:
+        return "it has no blocks"
     if type(model.patch_embed) is not PatchEmbed:
         return f"it embeds images by {type(model.patch_embed).__name__}"
     if model.attn_pool is not None:
@@ -114,17 +130,35 @@ def check(model: nn.Module, name: str) -> VisionTransformer:
     """Return the model, once it is known to be a plain ViT.
 
     Raises:
-        ConfigError: When it is not, with the reason.
+        ConfigError: When it is not, with the reason, or its images are smaller than a patch.
     """
     if reason := _objection(model):
         raise ConfigError(
-            f"model {name!r} is not supported: {reason}; use a plain timm ViT (vit_* or deit_*: "
+            f"model {name!r} is not supported: {reason}; use a plain timm ViT (vit_* or deit*: "
             "pre-norm blocks of Attention and Mlp with LayerNorm or RmsNorm, with or without layer "
             "scale, registers, class token, q/k norms, attention gates, dropout and stochastic "
             f"depth, pooled by {', '.join(POOLS)})"
         )
     assert isinstance(model, VisionTransformer)
+    (height, width), patch = model.patch_embed.img_size, model.patch_embed.patch_size
+    if model.patch_embed.num_patches == 0:
+        raise ConfigError(
+            f"image-size = {min(height, width)} is less than a patch of model {name!r}, which has "
+            f"{patch[0]} pixels a side; use {patch[0]} or more"
+        )
     return model
+
+
+def unseen(model: VisionTransformer) -> list[str]:
+    """Return a line where a border of images is not seen, as they are no multiple of a patch."""
+    (height, width), (side, _) = model.patch_embed.img_size, model.patch_embed.patch_size
+    if not (left := max(height % side, width % side)):
+        return []
+    low = width - width % side
+    return [
+        f"images of {width} pixels are no multiple of the model's patches of {side}: a border of "
+        f"{left} is not seen; image-size = {low} or {low + side} has none"
+    ]
 
 
 def _split(width: int, heads: int) -> list[range]:
@@ -164,10 +198,12 @@ class TimmViT:
     Attributes:
         model: A model that :func:`check` has passed.
         arguments: The keyword arguments of ``timm.create_model`` that build it, for its export.
+        notes: What was done to weights so that they fit, a line each.
     """
 
     model: VisionTransformer
     arguments: Mapping[str, Any] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
 
     @property
     def input_shape(self) -> tuple[int, int, int]:

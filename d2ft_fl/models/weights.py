@@ -17,6 +17,8 @@ from d2ft_fl.errors import ConfigError
 from d2ft_fl.models.spec import GLYPH_NAME, ModelSpec
 
 GLYPH_WEIGHTS = Path(__file__).parents[1] / "assets" / "vit_glyphs.json"
+LFS_POINTER = b"version https://git-lfs"
+PICKLES = (b"PK\x03\x04", b"\x80")  # of torch.save, as it is and as it was
 
 
 def check_weights(model: str, pretrained: str) -> None:
@@ -31,10 +33,34 @@ def check_weights(model: str, pretrained: str) -> None:
             f"pretrained = 'bundled' belongs to model {GLYPH_NAME!r}, not {model!r}; "
             "use 'hub', 'none' or the path of a safetensors file"
         )
-    if pretrained not in NO_PATHS["pretrained"] and not Path(pretrained).exists():
+    if pretrained not in NO_PATHS["pretrained"]:
+        _check_file(Path(pretrained))
+
+
+def _check_file(path: Path) -> None:
+    """Raise ConfigError unless a file is there and may be safetensors, by how it begins."""
+    where = f"weights file {str(path)!r}"
+    if path.is_dir():
+        inside = sorted(p.name for p in path.glob("*.safetensors"))
+        hint = f"name one of its files: {', '.join(inside)}" if inside else "name a file"
+        raise ConfigError(f"pretrained = {str(path)!r} is a folder; {hint}")
+    if not path.exists():
         raise ConfigError(
-            f"weights file {pretrained!r} does not exist; use 'bundled', 'hub', 'none' or the "
-            "path of a safetensors file"
+            f"{where} does not exist; use 'bundled', 'hub', 'none' or the path of a safetensors "
+            "file"
+        )
+    try:
+        with path.open("rb") as file:
+            start = file.read(64)
+    except OSError as error:
+        raise ConfigError(f"{where} cannot be read: {error.strerror}") from None
+    if start.startswith(LFS_POINTER):
+        raise ConfigError(f"{where} is the pointer of a file in Git LFS: run `git lfs pull` first")
+    if start.startswith(PICKLES) and start[8:9] != b"{":  # which is safetensors, its size first
+        raise ConfigError(
+            f"{where} is a pickle of PyTorch, which can run code when it is read: write it once as "
+            "safetensors, by safetensors.torch.save_file(torch.load(FILE, weights_only=True), "
+            '"weights.safetensors")'
         )
 
 
@@ -48,11 +74,18 @@ def read_weights(spec: ModelSpec) -> dict[str, Tensor]:
     if spec.pretrained == "bundled":
         return load_weights_json(GLYPH_WEIGHTS)
     try:
-        return safetensors.torch.load_file(spec.pretrained)
+        state = safetensors.torch.load_file(spec.pretrained)
     except (SafetensorError, OSError) as error:
         raise ConfigError(
             f"weights file {spec.pretrained!r} is not safetensors: {first_line(error)}"
         ) from None
+    for name, tensor in state.items():
+        if tensor.is_floating_point() and not tensor.float().isfinite().all():
+            raise ConfigError(
+                f"weights file {spec.pretrained!r}: {name!r} holds numbers that are not finite; "
+                "use weights whose training did not diverge"
+            )
+    return state
 
 
 def save_weights_json(path: Path, state: Mapping[str, Tensor]) -> int:

@@ -266,8 +266,10 @@ def preview(
     components = Components(config)
     adapter = build_adapter(components.model_spec)
     arch = adapter.describe()
+    notes = list(adapter.notes)
     if examples is None:
-        sizes = [len(p) for p in open_data(components.data_spec(adapter.input_shape)).partitions]
+        data = open_data(components.data_spec(adapter.input_shape))
+        sizes, notes = [len(part) for part in data.partitions], notes + data.notes
     else:
         sizes = [examples] * config.clients
     federation = Federation(components, arch)
@@ -286,7 +288,7 @@ def preview(
         found.append(_round(stage, plan))
         state = follow(stage, state, plan)
     progress(rounds)
-    return Preview(config, arch.blocks, arch.heads, found, _notes(federation, found))
+    return Preview(config, arch.blocks, arch.heads, found, notes + _notes(federation, found))
 
 
 def _reports(source: BudgetSource, sizes: Sequence[int], round_number: int) -> list[Report]:

@@ -4,6 +4,8 @@
 write instead.
 """
 
+from collections.abc import Callable
+
 from d2ft_fl.budgets.budget import ClientDescription
 from d2ft_fl.budgets.matching import MATCHES
 from d2ft_fl.config.choices import (
@@ -13,7 +15,7 @@ from d2ft_fl.config.choices import (
     SERVER_OPTIMIZERS,
 )
 from d2ft_fl.config.run_config import OPTIONS, RunConfig
-from d2ft_fl.data.sources import check_folder
+from d2ft_fl.data.folders import check_folder
 from d2ft_fl.errors import ConfigError, UnkeptBudget
 from d2ft_fl.models.build import family_of
 from d2ft_fl.models.weights import check_weights
@@ -39,11 +41,12 @@ def check_names(config: RunConfig) -> None:
     check_weights(config.model, components.pretrained)
 
 
-def checked(config: RunConfig) -> RunConfig:
+def checked(config: RunConfig, note: Callable[[str], None] = lambda line: None) -> RunConfig:
     """Return the configuration, once everything that it names exists and fits together.
 
     Args:
         config: The options of a run.
+        note: Called with each line on weights and data that who runs this may want to know.
 
     Raises:
         ConfigError: In one line, what to write instead.
@@ -57,7 +60,10 @@ def checked(config: RunConfig) -> RunConfig:
     adapter = build_adapter(components.model_spec)
     arch = adapter.describe()
     components.tuning.check_model(arch)
-    partitions = open_data(components.data_spec(adapter.input_shape)).partitions
+    data = open_data(components.data_spec(adapter.input_shape))
+    partitions = data.partitions
+    for line in (*adapter.notes, *data.notes):
+        note(line)
     _check_budgets(components, arch, [len(examples) for examples in partitions])
     return config
 

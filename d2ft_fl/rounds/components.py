@@ -109,18 +109,24 @@ class Components:
     @cached_property
     def model_spec(self) -> ModelSpec:
         """The model to build."""
-        # It brings torchvision in, which strategies and options do without.
-        from d2ft_fl.data.federated_data import class_count
-
-        c = self.config
+        c, names = self.config, self.class_names
         return ModelSpec(
             name=c.model,
             arguments=inline_table("model-args", c.model_args),
             pretrained=self.pretrained,
             image_size=c.image_size,
-            classes=class_count(self.dataset, c.label_column),
+            classes=len(names),
             seed=c.seed,
+            class_names=names,
         )
+
+    @cached_property
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the classes, by their numbers."""
+        # It brings datasets in, which strategies and options do without.
+        from d2ft_fl.data.sources import class_names
+
+        return class_names(self.data_spec((0, 0, 0)))
 
     def data_spec(self, input_shape: tuple[int, ...]) -> DataSpec:
         """Return the data to open, for a model that takes examples of a shape.
@@ -141,6 +147,10 @@ class Components:
             train_examples=c.train_examples,
             test_examples=c.test_examples,
             seed=c.seed,
+            image_column=c.image_column,
+            test_split=c.test_split,
+            classes=c.class_list(),
+            bad_examples=c.bad_examples,
         )
 
     @property

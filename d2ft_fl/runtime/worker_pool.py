@@ -113,15 +113,25 @@ class WorkerPool:
 
     # -- asking ------------------------------------------------------------------------------
 
-    def reports(self, clients: Sequence[int], round_number: int, seconds: float) -> list[list[Any]]:
+    def reports(
+        self, clients: Sequence[int], round_number: int, seconds: float, classes: str = ""
+    ) -> list[list[Any]]:
         """Return reports of clients: [client, examples, budget as JSON] of each.
+
+        Args:
+            clients: Who is asked.
+            round_number: Of the round that they are asked for.
+            seconds: How long to wait.
+            classes: Digest of the run's classes; empty where the data are the run's own.
 
         Raises:
             ConfigError: With what a client reports to be wrong with the configuration.
             RunError: When there is no answer in time.
         """
         deadline = time.monotonic() + seconds
-        request = {"do": "report", "clients": list(clients), "round": round_number}
+        request = {
+            "do": "report", "clients": list(clients), "round": round_number, "classes": classes
+        }  # fmt: skip
         answer = self._ask(request, deadline) or self._ask(request, deadline, again=True)
         if "error" in answer:
             raise ConfigError(answer["error"])

@@ -58,6 +58,7 @@ def _answer(trainer: Any, request: dict[str, Any], blob: bytes) -> bytes:
 def _reports(trainer: Any, request: dict[str, Any]) -> bytes:
     """Return the reports of clients, as JSON."""
     try:
+        trainer.check_classes(request["classes"])
         reports = [trainer.report(client, request["round"]) for client in request["clients"]]
     except D2FTError as error:
         return json.dumps({"error": str(error)}).encode()

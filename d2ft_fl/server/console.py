@@ -21,6 +21,11 @@ def title(config: RunConfig) -> None:
     )
 
 
+def note(line: str) -> None:
+    """Show what somebody who runs this may want to know of weights and data."""
+    say(f"note: {line}")
+
+
 def columns(config: RunConfig) -> None:
     """Show what the columns of a run's lines mean."""
     from d2ft_fl.rounds.components import Components  # brings PyTorch in

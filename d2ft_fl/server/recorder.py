@@ -11,6 +11,7 @@ plan.png                 picture of the last round's plan
 model.safetensors, model.json   the final model, a timm state dict and how to build it
 summary.json             totals, and the comparison with full fine-tuning
 status.json              running, finished or failed, and why
+data.json                classes by their numbers, examples of each, what was left out and why
 versions.json            versions of packages, the machine, the commit of the code
 report.html              the run's page, see :mod:`d2ft_fl.report`; trials of a sweep have none
 """
@@ -51,12 +52,14 @@ class Recorder:
         folder: The run folder.
         federation: The federation, of no round in particular.
         adapter: The model, which writes itself.
+        data: What ``data.json`` says.
         rows: Lines of ``rounds.jsonl`` so far.
     """
 
     folder: Path
     federation: Federation
     adapter: ModelAdapter
+    data: Mapping[str, Any] = field(default_factory=dict)
     rows: list[dict[str, Any]] = field(default_factory=list)
     _reported: dict[int, list[Any]] = field(default_factory=dict)
 
@@ -100,6 +103,7 @@ class Recorder:
         self.folder.joinpath("plans").mkdir(exist_ok=True)
         entries = self.federation.config.to_mapping() | {"run-folder": str(self.folder)}
         write_whole(self.folder / "config.toml", dump_toml(entries | {"resume": ""}))
+        self.folder.joinpath("data.json").write_text(json.dumps(self.data, indent=2) + "\n")
         made_with = versions(self.federation.config.device)
         self.folder.joinpath("versions.json").write_text(json.dumps(made_with, indent=2) + "\n")
 

@@ -11,7 +11,7 @@ from d2ft_fl.aggregation.factory import make_aggregator
 from d2ft_fl.aggregation.mean_compensation import MeanSums
 from d2ft_fl.aggregation.private_sums import PrivateRound
 from d2ft_fl.aggregation.server_optimizer import Moments
-from d2ft_fl.errors import ReplyError
+from d2ft_fl.errors import Divergence, ReplyError
 from d2ft_fl.planning.assignment import Assignment
 from d2ft_fl.records.client_record import ClientRecord
 from d2ft_fl.rounds.federation import Federation, State
@@ -87,6 +87,9 @@ class RoundReplies:
         try:
             reply = self.reader.read(assignment, blob)
             self.aggregator.add(reply.update)
+        except Divergence as error:  # or an attack
+            rates = self.federation.config.learning_rates
+            self.fail(client, f"{error}, as where training diverges: {rates}")
         except ReplyError as error:
             self.fail(client, str(error))
         except Exception as error:  # a reply that breaks its reading fails alone

@@ -123,7 +123,7 @@ class _Run:
         self.there: Mapping[int, int] = {}
         self.seconds_before = 0.0  # that a resumed run took so far
         model.to(self.components.device)
-        self.recorder = Recorder(folder, self.federation, self.adapter)
+        self.recorder = Recorder(folder, self.federation, self.adapter, self.data.describe())
         self.budgets_vary = self.components.budget_source.varies
         self.privacy = self.components.privacy
 

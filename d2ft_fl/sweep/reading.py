@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 from d2ft_fl.config.renamed import renamed
-from d2ft_fl.config.run_config import RunConfig, nearest
+from d2ft_fl.config.run_config import RunConfig
 from d2ft_fl.config.sources import absolute, parse_pairs, read_options
 from d2ft_fl.errors import ConfigError
 from d2ft_fl.sweep.draws import Choice, Draw, Span
 from d2ft_fl.sweep.spec import Asha, Group, RunOptions, Sweep, place_name
 from d2ft_fl.sweep.written import toml_value
+from d2ft_fl.util.spelling import nearest
+from d2ft_fl.util.toml import read_text
 from d2ft_fl.util.toml_lines import Locator, error_line
 
 TOP = ("name", "config", "seeds", "base", "grid", "search", "group", "run")
@@ -36,13 +38,9 @@ def read_sweep(path: Path, pairs: Sequence[str] = ()) -> Sweep:
         ConfigError: For a file that cannot be read, unknown keys, wrong types and empty lists, with
             the line.
     """
+    text = read_text(path, "sweep")
     try:
-        text = path.read_text(encoding="utf-8")
         table = tomllib.loads(text)
-    except OSError as error:
-        raise ConfigError(f"sweep {str(path)!r}: {error.strerror or error}") from None
-    except UnicodeDecodeError as error:
-        raise ConfigError(f"sweep {str(path)!r} is not TOML: {error}") from None
     except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"{path.name}:{error_line(error, text)}: not TOML: {error}") from None
     return _Reader(Locator(path.name, text), path.parent).sweep(table, path.stem, pairs)

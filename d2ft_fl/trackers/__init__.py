@@ -17,6 +17,7 @@ from typing import Any, Protocol
 
 from d2ft_fl.errors import ConfigError, RunError
 from d2ft_fl.util.plugins import load_attribute
+from d2ft_fl.util.spelling import unknown
 
 _EXTRAS = ("wandb", "mlflow")  # of this project; each imports the package of its name
 BUILTIN = ("tensorboard", *_EXTRAS)
@@ -70,8 +71,7 @@ def _plugin(name: str) -> Factory:
 def _builtin(name: str) -> Factory:
     if name not in BUILTIN:
         raise ConfigError(
-            f"trackers = {name!r} is unknown; use some of {', '.join(BUILTIN)}, or module:callable "
-            "of a factory of your own"
+            f"{unknown('trackers = ', name, BUILTIN)}, or module:callable of a factory of your own"
         )
     if name in _EXTRAS and not _is_installed(name):
         raise ConfigError(

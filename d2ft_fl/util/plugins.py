@@ -11,6 +11,7 @@ from types import ModuleType
 from typing import Any
 
 from d2ft_fl.errors import ConfigError
+from d2ft_fl.util.spelling import unknown
 
 
 def load_attribute(spec: str, what: str) -> Any:
@@ -46,8 +47,7 @@ def load_module(package: str, spec: str, what: str, builtin: tuple[str, ...]) ->
         return importlib.import_module(_path(package, spec))
     if "." not in spec:
         raise ConfigError(
-            f"{what} = {spec!r} is unknown; use one of {', '.join(builtin)}, or the dotted path "
-            "of a module of your own"
+            f"{unknown(f'{what} = ', spec, builtin)}, or the dotted path of a module of your own"
         )
     return _import(spec, f"{what} = {spec!r}")
 

@@ -1,5 +1,6 @@
 """TOML read, with errors in a line, and written."""
 
+import codecs
 import json
 import tomllib
 from pathlib import Path
@@ -15,6 +16,28 @@ def dump_toml(entries: dict[str, Any]) -> str:
     )
 
 
+def read_text(path: Path, what: str) -> str:
+    """Return the text of a file, without the mark that some editors begin it with.
+
+    Args:
+        path: The file.
+        what: What messages call it, like ``configuration file``.
+
+    Raises:
+        ConfigError: When it cannot be read or is not UTF-8.
+    """
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"{what} {str(path)!r}: {error.strerror or error}") from None
+    try:
+        return data.decode("utf-8-sig")  # Notepad writes a byte order mark
+    except UnicodeDecodeError as error:
+        wide = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        reason = "UTF-16" if wide else f"not UTF-8 (byte {error.start})"
+        raise ConfigError(f"{what} {str(path)!r} is {reason}; save it as UTF-8") from None
+
+
 def read_toml(path: Path) -> dict[str, Any]:
     """Return the keys of a configuration file.
 
@@ -22,8 +45,6 @@ def read_toml(path: Path) -> dict[str, Any]:
         ConfigError: When it cannot be read or is not flat TOML.
     """
     try:
-        return tomllib.loads(path.read_text())
-    except OSError as error:
-        raise ConfigError(f"configuration file {str(path)!r}: {error.strerror or error}") from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        return tomllib.loads(read_text(path, "configuration file"))
+    except tomllib.TOMLDecodeError as error:
         raise ConfigError(f"configuration file {str(path)!r} is not TOML: {error}") from None

@@ -80,7 +80,7 @@ def test_a_round_splits_into_what_it_was_spent_on():
 def test_what_cannot_be_measured_is_said():
     with pytest.raises(ConfigError, match="--clients 0 must be 1 or more"):
         ScaleBench(0, 8, "vit_glyphs", 0, 8, 2, 1).check()
-    with pytest.raises(ConfigError, match="--side 'pfl' is unknown; use some of floor, products"):
+    with pytest.raises(ConfigError, match="--side 'pfl' is unknown; use one of floor, products"):
         ScaleBench(2, 8, "vit_glyphs", 0, 8, 2, 1, ("pfl",)).check()
 
 

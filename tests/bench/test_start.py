@@ -53,7 +53,7 @@ def test_what_follows_from_medians():
 
 
 def test_parts_and_repeats_are_checked():
-    with pytest.raises(ConfigError, match="--part 'all' is unknown; use lists"):
+    with pytest.raises(ConfigError, match="--part 'all' is unknown; use one of lists"):
         start.bench_start(("all",), 1)
     with pytest.raises(ConfigError, match="--repeats = 0"):
         start.bench_start(("lists",), 0)

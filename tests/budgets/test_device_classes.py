@@ -149,7 +149,11 @@ A = "[classes.a]\n"
         (A + "speed = 1\ndeadline = 'soon'", 3, 'cannot be read; write something like "30 s"'),
         (A + "speed = 1\ndeadline = inf", 3, "not finite"),
         (A + "deadline = '30 s'\nflops = 1", 2, "deadline has no effect without a speed or"),
-        (A + "speed = 1\ntrace = 'solar'", 3, "trace = 'solar' is unknown; use 'battery', 'load'"),
+        (
+            A + "speed = 1\ntrace = 'solar'",
+            3,
+            "'solar' is unknown; use 'battery', 'load'",
+        ),
         (A + "flops = 1\ntrace = [\n 1,\n 2,\n]", 3, r"trace = \[1, 2\] is unknown"),
         (A + "memory = 1\ntrace = 'battery'", 3, "trace has nothing to scale; write one of flops,"),
         ("mix = [\n 'b',\n]\n" + A, 1, r"mix = \['b'\] must list names among a"),

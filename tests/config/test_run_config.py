@@ -94,13 +94,16 @@ def test_the_default_configuration_checks():
         ({"partitioner": "best"}, "use one of .*Dirichlet"),
         ({"partitioner-args": "alpha 0.5"}, "partitioner-args = .* cannot be read"),
         ({"model": "resnet50"}, "model 'resnet50' is not supported"),
-        ({"model": "vit_nonsense", "pretrained": "none"}, "cannot be built"),
+        ({"model": "vit_nonsense", "pretrained": "none"}, "is unknown to timm"),
         ({"model": "vit_tiny_patch16_224"}, "'bundled' belongs to model 'vit_glyphs'"),
         ({"pretrained": "/nowhere.safetensors"}, "does not exist"),
         ({"budgets": "rich"}, "budgets = 'rich'"),
         ({"exploration": 1.5}, "exploration = 1.5 must be between 0 and 1"),
         ({"precision": "fp16"}, "use one of fp32, bf16"),
-        ({"device": "tpu"}, "device = 'tpu' is unknown; use one of cpu, cuda"),
+        (
+            {"device": "tpu"},
+            r"device = 'tpu' is unknown \(did you mean 'cpu'\?\); use one of cpu, cuda",
+        ),
         ({"micro-batches": 0}, "micro-batches = 0 must be 1 or more"),
         ({"pretrained": "hub"}, "'hub' has no weights of model 'vit_glyphs'"),
         (

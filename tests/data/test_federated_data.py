@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-from d2ft_fl.data.federated_data import class_count, open_data
+from d2ft_fl.data.federated_data import open_data
 from d2ft_fl.data.spec import DataSpec
 from d2ft_fl.errors import ConfigError
 
@@ -49,8 +49,8 @@ def test_images_are_normalised_and_of_the_models_size():
 def test_images_are_decoded_once_a_process():
     data = open_data(replace(SPEC, seed=99))
     calls = []
-    decode = data.train.decode
-    data.train.decode = lambda index: calls.append(len(index)) or decode(index)
+    values = data.train.values
+    data.train = replace(data.train, values=lambda rows: calls.append(len(rows)) or values(rows))
     for _ in range(3):
         data.client_batch(0, np.arange(4))
     assert calls == [len(data.partitions[0])]
@@ -92,6 +92,28 @@ def test_a_sample_of_the_training_split():
         ({"clients": 2000}, "clients = 2000 is more than the 1078 training examples"),
         ({"partitioner_arguments": (("beta", 1),)}, "'beta' is not a parameter of Dirichlet"),
         ({"partitioner_arguments": (("alpha", -1.0),)}, "cannot share 1078 examples"),
+        ({"partitioner_arguments": ()}, "partitioner-args lacks 'alpha', which Dirichlet"),
+        ({"partitioner_arguments": (("alfa", 1),)}, r"'alfa' .* \(did you mean 'alpha'\?\)"),
+        (
+            {"partitioner_arguments": (("alpha", 0.5), ("min_partition_size", 200))},
+            r"10 clients have fewer than min_partition_size = 200 examples in ten draws .*client 0 "
+            r"has \d+, client 1 .*lower min_partition_size in partitioner-args, raise alpha = 0.5",
+        ),
+        (
+            {
+                "partitioner": "Pathological",
+                "partitioner_arguments": (("num_classes_per_partition", 20),),
+            },
+            "`num_classes_per_partition`=20 is greater",
+        ),
+        (
+            {
+                "clients": 700,
+                "partitioner": "Shard",
+                "partitioner_arguments": (("num_shards_per_partition", 2),),
+            },
+            "some would get a part without examples",
+        ),
         (
             {"clients": 300, "partitioner_arguments": (("alpha", 0.1), ("min_partition_size", 0))},
             "is left with no examples",
@@ -129,8 +151,7 @@ def test_a_folder_of_images(folder):
         partitioner_arguments=(),
     )
     data = open_data(spec)
-    assert data.train.names == ["cat", "dog"]
-    assert class_count(str(folder), "label") == 2
+    assert data.train.names == ("cat", "dog")
     assert data.client_batch(0, np.array([0]))[0].shape == (1, 3, 16, 16)
     assert data.test_size == 4
 
@@ -151,7 +172,7 @@ def test_train_and_test_labels_get_the_same_numbers(tmp_path):
         table.to_parquet(str(tmp_path / f"{split}.parquet"))
     spec = replace(SPEC, dataset=str(tmp_path), clients=2, partitioner="Iid")
     data = open_data(replace(spec, partitioner_arguments=()))
-    assert data.test.names == data.train.names == ["0", "1", "2"]
+    assert data.test.names == data.train.names == ("0", "1", "2")
     assert data.test.labels.tolist() == [1, 2, 2]
 
 
@@ -185,7 +206,7 @@ def test_labels_that_cannot_be_used_are_refused(tmp_path):
         (tmp_path / name).mkdir()
         for index in range(count):
             Image.new("RGB", (8, 8)).save(tmp_path / name / f"{index}.png")
-    with pytest.raises(ConfigError, match=r"labels 'label' .* cannot be used"):
+    with pytest.raises(ConfigError, match="has one example of class 'b'"):
         open_data(replace(SPEC, dataset=str(tmp_path), clients=1))
 
 
@@ -206,7 +227,7 @@ def test_a_folder_of_parquet_without_test_split_and_with_text_labels(tmp_path):
         partitioner_arguments=(),
     )
     data = open_data(spec)
-    assert data.train.names == ["even", "odd"]
+    assert data.train.names == ("even", "odd")
     assert len(data.train.labels) == 16
     assert data.test_size == 4
     with pytest.raises(ConfigError, match=r"label-column = 'label' .* picture, kind"):
@@ -214,10 +235,10 @@ def test_a_folder_of_parquet_without_test_split_and_with_text_labels(tmp_path):
 
 
 def test_a_folder_without_images(tmp_path):
-    with pytest.raises(ConfigError, match="holds no images"):
+    with pytest.raises(ConfigError, match="holds no images and no tables"):
         open_data(replace(SPEC, dataset=str(tmp_path)))
     tmp_path.joinpath("train.csv").write_text("a,label\n1,2\n")
-    with pytest.raises(ConfigError, match="holds no images: its columns are a, label"):
+    with pytest.raises(ConfigError, match=r"no images in dataset .* its columns are a, label"):
         open_data(replace(SPEC, dataset=str(tmp_path)))
 
 

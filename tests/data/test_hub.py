@@ -74,10 +74,11 @@ ABSENT = """
 from d2ft_fl.errors import ConfigError
 from d2ft_fl.models.build import build_adapter
 from d2ft_fl.models.spec import ModelSpec
-from d2ft_fl.data.federated_data import class_count
+from d2ft_fl.config.run_config import RunConfig
+from d2ft_fl.rounds.components import Components
 for call in (
     lambda: build_adapter(ModelSpec("vit_tiny_patch16_224", (), "hub", 0, 10, 0)).model,
-    lambda: class_count("hub:no/where", "label"),
+    lambda: Components(RunConfig(dataset="hub:no/where")).class_names,
 ):
     try:
         call()

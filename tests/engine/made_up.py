@@ -226,6 +226,8 @@ class Adapter:
 
         return [(BranchTraits(norm, attend), BranchTraits(norm, feed))] * BLOCKS
 
+    notes = ()
+
     def without_blocks(self):
         outer = Plain().to(self.model.last_gain.dtype)
         outer.tower = nn.ModuleList()

@@ -88,8 +88,12 @@ def test_a_file_that_is_not_safetensors_is_refused(tmp_path):
 @pytest.mark.parametrize(
     "name,arguments,reason",
     [
-        ("resnet18", (), "is not supported"),
-        ("swin_tiny_patch4_window7_224", (), "is not supported"),
+        ("resnet18", (), "ResNet consists of convolutions and has no attention heads"),
+        ("swin_tiny_patch4_window7_224", (), "SwinTransformer attends within shifted windows"),
+        ("beit_base_patch16_224", (), "Beit adds a trained bias of relative positions"),
+        ("eva02_tiny_patch14_224", (), "Eva rotates queries and keys"),
+        ("convnext_atto", (), "ConvNeXt consists of convolutions"),
+        ("mixer_s32_224", (), "MlpMixer mixes tokens by a layer of their own"),
         ("vit_small_r26_s32_224", (), "not supported|cannot be built"),
         ("vit_tiny_patch16_224", (("scale_attn_norm", True),), "norms across heads"),
         ("vit_tiny_patch16_224", (("scale_mlp_norm", True),), "norms across heads"),
@@ -110,9 +114,28 @@ def test_everything_else_is_refused_by_name(name, arguments, reason):
     assert "\n" not in str(error.value)
 
 
-def test_deit_is_a_plain_vit():
-    spec = ModelSpec("deit_tiny_patch16_224", (("depth", 1),), "none", 32, 10, 0)
+@pytest.mark.parametrize("name", ["deit_tiny_patch16_224", "deit3_small_patch16_224"])
+def test_deit_is_a_plain_vit(name):
+    spec = ModelSpec(name, (("depth", 1),), "none", 32, 10, 0)
     assert len(build_adapter(spec).model.blocks) == 1
+
+
+def test_images_smaller_than_a_patch_are_refused():
+    with pytest.raises(ConfigError, match=r"image-size = 8 is less than a patch .* 16 or more"):
+        build_adapter(ModelSpec("vit_tiny_patch16_224", (), "none", 8, 10, 0))
+
+
+def test_a_border_that_no_patch_sees_is_said():
+    (note,) = build_adapter(ModelSpec("vit_glyphs", (), "none", 30, 10, 0)).notes
+    assert "a border of 2 is not seen; image-size = 28 or 32 has none" in note
+    assert build_adapter(ModelSpec("vit_glyphs", (), "none", 32, 10, 0)).notes == ()
+
+
+def test_the_exported_model_says_which_class_is_which(tmp_path):
+    adapter = build_adapter(ModelSpec("vit_glyphs", (), "none", 16, 2, 0, ("cat", "dog")))
+    adapter.export(tmp_path, {n: p.detach() for n, p in adapter.model.named_parameters()})
+    again = timm.create_model(**json.loads((tmp_path / "model.json").read_text()))
+    assert list(again.pretrained_cfg["label_names"]) == ["cat", "dog"]
 
 
 def test_the_exported_model_is_what_timm_takes(tmp_path):

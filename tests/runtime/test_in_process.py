@@ -37,7 +37,7 @@ def test_a_run_keeps_every_budget_and_leaves_its_folder(quick, strategy):
     assert {p.name for p in folder.iterdir()} == {
         "config.toml", "rounds.jsonl", "clients.jsonl", "plans", "plan.png",
         "model.safetensors", "model.json", "summary.json", "status.json",
-        "versions.json", "report.html", "checkpoints",
+        "versions.json", "data.json", "report.html", "checkpoints",
     }  # fmt: skip
     for row in rows(folder):
         assert {"round", "accuracy", "loss", "flops", "memory", "bytes_up", "bytes_down"} <= set(

@@ -171,7 +171,7 @@ def test_a_file_that_is_not_there_or_no_text_is_said(tmp_path, write):
         read_sweep(tmp_path / "gone.toml")
     path = write("")
     path.write_bytes(b"\xff\xfe")
-    with pytest.raises(ConfigError, match="not TOML"):
+    with pytest.raises(ConfigError, match="is UTF-16; save it as UTF-8"):
         read_sweep(path)
 
 

@@ -340,7 +340,7 @@ def test_a_tracker_that_cannot_be_started_ends_the_run_before_it_begins(sinks, t
     [
         (
             "tensorbord",
-            "trackers = 'tensorbord' is unknown; use some of tensorboard, wandb, mlflow",
+            r"'tensorbord' is unknown \(did you mean 'tensorboard'\?\); use one of tensorboard",
         ),
         ("tensorboard, csv", "trackers = 'csv' is unknown"),
         ("nowhere:Sink", "trackers = 'nowhere:Sink': cannot import 'nowhere'"),

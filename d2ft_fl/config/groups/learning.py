@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from d2ft_fl.config.choices import (
+    BAD_EXAMPLES,
     DATA_SELECTIONS,
     EMBEDDED_DATASETS,
     LORA_AGGREGATIONS,
@@ -55,6 +56,25 @@ class DataOptions:
     )
     label_column: str = option(
         "label", "Column that has the class of an example; fine_label for CIFAR-100."
+    )
+    image_column: str = option(
+        "", "Column that has the images; empty for the only one, or the first of several."
+    )
+    classes: str = option(
+        "",
+        'Names of the classes in the order of their numbers, like "cat, dog" or a TOML array; '
+        "empty for those of the data set. Devices that hold data of their own need it.",
+    )
+    test_split: str = option(
+        "",
+        "Split that is held out; empty for test, else validation, else a fifth of the training "
+        "split.",
+    )
+    bad_examples: str = option(
+        "leave-out",
+        "What becomes of images that cannot be decoded: they are left out and counted, or stop the "
+        "run before it begins.",
+        choices=BAD_EXAMPLES,
     )
     partitioner: str = option(
         "Dirichlet",

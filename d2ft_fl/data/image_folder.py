@@ -1,0 +1,216 @@
+"""A folder of image files, one folder a class, as data sets: one a split.
+
+The first level may be splits (``train``, ``test``, ...), as Hugging Face's ``imagefolder`` has
+them; the folder that an image lies in is its class. A ``metadata`` file (CSV, JSON lines, parquet)
+beside images may give them labels and other columns, with ``file_name`` relative to the file.
+``imagefolder`` itself takes a minute for each 60,000 files, in every process, and leaves out what
+does not lie in a split that it sees.
+"""
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from d2ft_fl.data.labels import listed
+from d2ft_fl.errors import ConfigError
+
+if TYPE_CHECKING:
+    import datasets
+    import pyarrow as pa
+
+# Names of folders that are splits, as Hugging Face's datasets understands them.
+SPLITS = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
+    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
+}
+SUFFIXES = frozenset(
+    f".{ending}"
+    for ending in (
+        *("png", "jpg", "jpeg", "jfif", "jpe", "bmp", "dib", "gif", "webp", "tif", "tiff", "ppm"),
+        *("pgm", "pbm", "pnm", "tga", "jp2", "avif", "ico", "pcx", "sgi"),
+    )
+)
+METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
+FILE_NAME, IMAGE, LABEL = "file_name", "image", "label"
+
+
+def files_below(folder: Path, suffixes: frozenset[str] = SUFFIXES) -> list[Path]:
+    """Return files with some endings, in order, relative to a folder; hidden ones are left out."""
+    return sorted(
+        (
+            Path(place, name).relative_to(folder)
+            for place, _, names in _walk(folder)
+            for name in names
+            if os.path.splitext(name)[1].lower() in suffixes and not name.startswith(".")
+        ),
+        key=str,
+    )
+
+
+def _walk(folder: Path) -> Iterator[tuple[str, list[str], list[str]]]:
+    for place, folders, names in os.walk(folder, followlinks=True):
+        folders[:] = [f for f in folders if not f.startswith((".", "__"))]
+        yield place, folders, names
+
+
+def read(folder: Path, files: Sequence[Path]) -> "dict[str, datasets.Dataset]":
+    """Return a data set for each split, with the columns ``image`` and, where known, ``label``.
+
+    Args:
+        folder: The folder of the data set.
+        files: Its image files, relative to it, in order.
+
+    Raises:
+        ConfigError: When it is not clear which split or class an image belongs to.
+    """
+    return {
+        split: _Split(folder, root, members).read()
+        for split, (root, members) in _splits(folder, files).items()
+    }
+
+
+def _children(files: Sequence[Path], root: Path) -> set[str]:
+    """Return the names of the folders in ``root`` with images; empty for images right in it."""
+    inner = (file.relative_to(root).parts for file in files)
+    return {parts[0] if len(parts) > 1 else "" for parts in inner}
+
+
+def _splits_among(names: Iterable[str]) -> dict[str, str]:
+    """Return those of some folders' names that are splits: name -> split."""
+    return {name: SPLITS[name.lower()] for name in sorted(names) if name.lower() in SPLITS}
+
+
+def _root(files: Sequence[Path]) -> Path:
+    """Return the folder that holds the splits: an archive may have been unpacked into its own."""
+    root = Path()
+    names = _children(files, root)
+    while len(names) == 1 and "" not in names and not _splits_among(names):
+        root /= names.pop()
+        names = _children(files, root)
+    return root if _splits_among(names) else Path()
+
+
+def _splits(folder: Path, files: Sequence[Path]) -> dict[str, tuple[Path, list[Path]]]:
+    """Return split -> its folder and its images, relative to the data set's folder."""
+    root = _root(files)
+    named = _splits_among(_children(files, root))
+    if not named:
+        return {"train": (root, list(files))}
+    members = {name: [f for f in files if f.is_relative_to(root / name)] for name in named}
+    inside = {file for files in members.values() for file in files}
+    if beside := next((file for file in files if file not in inside), None):
+        split = next(iter(named))
+        raise ConfigError(
+            f"dataset {str(folder)!r} has images beside its split {split!r}, like {str(beside)!r}: "
+            f"put those to train on into a folder 'train'; if {split!r} is a class, put all "
+            "classes into 'train'"
+        )
+    if len(set(named.values())) < len(named):
+        raise ConfigError(
+            f"dataset {str(folder)!r} has the folders {listed(list(named))}, of which two are one "
+            "split: rename or remove one"
+        )
+    return {split: (root / name, members[name]) for name, split in named.items()}
+
+
+class _Split:
+    """The images of one split."""
+
+    def __init__(self, folder: Path, root: Path, files: list[Path]):
+        self.folder, self.root, self.files = folder, root, files
+
+    def read(self) -> "datasets.Dataset":
+        """Return the split as a data set: labels of the metadata, else the class folders."""
+        import datasets
+
+        paths = [str(self.folder / file) for file in self.files]
+        folders = dict(zip(paths, self._class_folders(), strict=False))
+        table = self._metadata()
+        columns: dict[str, list[Any]] = {}
+        if table is not None:
+            columns, paths = _by_file(table, paths)
+        if LABEL not in columns and folders:
+            columns[LABEL] = [folders.get(path) for path in paths]
+        data = datasets.Dataset.from_dict({IMAGE: paths, **columns})
+        return data.cast_column(IMAGE, datasets.Image(decode=False))
+
+    def _class_folders(self) -> list[str]:
+        """Return the class of each image, by its folder; nothing where there are no such folders.
+
+        Raises:
+            ConfigError: When folders lie within folders so that more than one could be the class.
+        """
+        parents = [file.relative_to(self.root).parent for file in self.files]
+        folders = sorted(set(parents))
+        if folders == [Path()]:
+            return []
+        by_name: dict[str, Path] = {}
+        above = {ancestor: folder for folder in folders for ancestor in folder.parents}
+        for folder in folders:
+            other = above.get(folder) or by_name.get(folder.name)
+            by_name[folder.name] = folder
+            if other is not None:
+                one, two = (str(self.root / place) for place in sorted((folder, other)))
+                raise ConfigError(
+                    f"dataset {str(self.folder)!r} has images in {one!r} and in {two!r}, so that "
+                    "it is not clear which folder is their class: put all images of a class into "
+                    f"one folder, or write a metadata.csv with {FILE_NAME} and {LABEL}"
+                )
+        return [parent.name for parent in parents]
+
+    def _metadata(self) -> "pa.Table | None":
+        """Return the rows of metadata files, ``file_name`` absolute; None where there are none."""
+        import pyarrow as pa
+
+        places = {self.folder / self.root, *(self.folder / self.root).parents}
+        places = {p for p in places if p.is_relative_to(self.folder)}
+        places |= {(self.folder / file).parent for file in self.files}
+        found = [p / name for p in sorted(places) for name in METADATA if (p / name).is_file()]
+        tables = [_metadata_table(path) for path in found]
+        try:
+            return pa.concat_tables(tables, promote_options="default") if tables else None
+        except pa.ArrowInvalid as error:
+            raise ConfigError(
+                f"metadata files {listed([str(path) for path in found])} have columns of different "
+                f"types: {str(error).splitlines()[0]}"
+            ) from None
+
+
+def _metadata_table(path: Path) -> "pa.Table":
+    import pyarrow as pa
+    from pyarrow import csv, json, parquet
+
+    read = {".csv": csv.read_csv, ".jsonl": json.read_json, ".parquet": parquet.read_table}
+    try:
+        table = read[path.suffix](path)
+    except (pa.ArrowException, OSError) as error:
+        raise ConfigError(f"{str(path)!r} cannot be read: {str(error).splitlines()[0]}") from None
+    if FILE_NAME not in table.column_names:
+        raise ConfigError(
+            f"{str(path)!r} has no column {FILE_NAME!r}, which says to which image a row belongs; "
+            f"its columns are {', '.join(table.column_names)}"
+        )
+    if IMAGE in table.column_names:
+        raise ConfigError(
+            f"{str(path)!r} has a column {IMAGE!r}, which is the name of the images themselves: "
+            "rename it"
+        )
+    names = [str(path.parent / str(name)) for name in table[FILE_NAME].to_pylist()]
+    return table.set_column(table.column_names.index(FILE_NAME), FILE_NAME, pa.array(names))
+
+
+def _by_file(table: "pa.Table", paths: list[str]) -> tuple[dict[str, list[Any]], list[str]]:
+    """Return the other columns of metadata in the order of all images, and these images.
+
+    Files that rows name are images also where they are missing, so that this comes out.
+    """
+    columns = {name: table[name].to_pylist() for name in table.column_names}
+    row = {name: index for index, name in enumerate(columns.pop(FILE_NAME))}
+    paths = sorted({*paths, *row})
+    order = [row.get(path) for path in paths]
+    return {
+        name: [None if index is None else values[index] for index in order]
+        for name, values in columns.items()
+    }, paths
