@@ -4,6 +4,7 @@ Everything is settled here, once: the splits that train and that are held out, t
 and one number for each class in all splits (:mod:`d2ft_fl.data.labels`).
 """
 
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
@@ -168,9 +169,9 @@ def _reader(folder: Path) -> "Callable[[], Mapping[str, datasets.Dataset]]":
     """Return what reads a folder, by the files in it."""
     if tables.is_saved(folder):
         return lambda: tables.read_saved(folder)
-    files = image_folder.files_below(folder, tables.SUFFIXES)
+    files = tables.files_of(folder)
     strong = [f for f in files if f.suffix in (".parquet", ".arrow") and f.stem != "metadata"]
-    images = [] if strong else image_folder.files_below(folder)
+    images = {} if strong else image_folder.files_below(folder)
     if images:
         return lambda: image_folder.read(folder, images)
     if not files:
@@ -259,30 +260,40 @@ def _numbered(
     return data.remove_columns([label]).add_column(label, numbers[kept], feature=feature)
 
 
+def whole_numbers(data: "datasets.Dataset", column: str) -> np.ndarray:
+    """Return a column of whole numbers: int64 [examples]."""
+    return np.asarray(data.with_format("numpy")[column][:], dtype=np.int64)
+
+
 def _halves(
     data: "datasets.Dataset", label: str, where: str
 ) -> "tuple[datasets.Dataset, datasets.Dataset]":
     """Divide a split into what trains and what is held out, every class alike."""
-    counts = np.bincount(np.asarray(data[label]), minlength=len(data.features[label].names))
+    from datasets.utils.stratify import stratified_shuffle_split_generate_indices
+
+    labels, names = whole_numbers(data, label), data.features[label].names
+    counts = np.bincount(labels, minlength=len(names))
     if (alone := np.flatnonzero(counts == 1)).size:
-        name = data.features[label].names[alone[0]]
         raise ConfigError(
-            f"{where} has one example of class {name!r}, and a fifth of each class is held out: "
-            "add examples, leave the class out, or make a split 'test'"
+            f"{where} has one example of class {names[alone[0]]!r}, and a fifth of each class is "
+            "held out: add examples, leave the class out, or make a split 'test'"
         )
-    try:
-        parts = data.train_test_split(
-            test_size=HELD_OUT_SHARE, seed=SPLIT_SEED, stratify_by_column=label
+    held_out = math.ceil(HELD_OUT_SHARE * len(data))
+    draw = np.random.default_rng(SPLIT_SEED)
+    try:  # what Dataset.train_test_split does, but for reading labels one by one
+        split = stratified_shuffle_split_generate_indices(
+            labels, len(data) - held_out, held_out, rng=draw
         )
+        train, test = next(split)
     except ValueError as error:  # fewer examples than classes
         raise ConfigError(
             f"{where}: no fifth of {len(data)} examples can be held out: {first_line(error)}"
         ) from None
-    return parts["train"], parts["test"]
+    return data.select(train), data.select(test)
 
 
 def _note_absent(train: "datasets.Dataset", label: str, names: list[str], notes: list[str]) -> None:
     """Note the classes that no client can learn."""
-    there = np.bincount(np.asarray(train[label]), minlength=len(names))
+    there = np.bincount(whole_numbers(train, label), minlength=len(names))
     if absent := [name for name, count in zip(names, there, strict=True) if not count]:
         notes.append(f"no example to train on has the class {listed(absent)}")

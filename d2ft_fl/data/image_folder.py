@@ -8,7 +8,8 @@ does not lie in a split that it sees.
 """
 
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -36,45 +37,45 @@ METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
 FILE_NAME, IMAGE, LABEL = "file_name", "image", "label"
 
 
-def files_below(folder: Path, suffixes: frozenset[str] = SUFFIXES) -> list[Path]:
-    """Return files with some endings, in order, relative to a folder; hidden ones are left out."""
-    return sorted(
-        (
-            Path(place, name).relative_to(folder)
-            for place, _, names in _walk(folder)
-            for name in names
-            if os.path.splitext(name)[1].lower() in suffixes and not name.startswith(".")
-        ),
-        key=str,
-    )
+Images = Mapping[Path, Sequence[str]]  # folder, relative to the data set's -> names of its files
 
 
-def _walk(folder: Path) -> Iterator[tuple[str, list[str], list[str]]]:
+def files_below(folder: Path, suffixes: frozenset[str] = SUFFIXES) -> dict[Path, list[str]]:
+    """Return the files with some endings, by their folders; hidden ones are left out.
+
+    Args:
+        folder: Where to look; folders of the result are relative to it.
+        suffixes: The endings, in lower case.
+    """
+    found: dict[Path, list[str]] = {}
     for place, folders, names in os.walk(folder, followlinks=True):
-        folders[:] = [f for f in folders if not f.startswith((".", "__"))]
-        yield place, folders, names
+        folders[:] = sorted(f for f in folders if not f.startswith((".", "__")))
+        here = [n for n in names if os.path.splitext(n)[1].lower() in suffixes and n[0] != "."]
+        if here:
+            found[Path(place).relative_to(folder)] = sorted(here)
+    return found
 
 
-def read(folder: Path, files: Sequence[Path]) -> "dict[str, datasets.Dataset]":
+def read(folder: Path, images: Images) -> "dict[str, datasets.Dataset]":
     """Return a data set for each split, with the columns ``image`` and, where known, ``label``.
 
     Args:
         folder: The folder of the data set.
-        files: Its image files, relative to it, in order.
+        images: Its image files.
 
     Raises:
         ConfigError: When it is not clear which split or class an image belongs to.
     """
     return {
         split: _Split(folder, root, members).read()
-        for split, (root, members) in _splits(folder, files).items()
+        for split, (root, members) in _splits(folder, images).items()
     }
 
 
-def _children(files: Sequence[Path], root: Path) -> set[str]:
+def _children(folders: Iterable[Path], root: Path) -> set[str]:
     """Return the names of the folders in ``root`` with images; empty for images right in it."""
-    inner = (file.relative_to(root).parts for file in files)
-    return {parts[0] if len(parts) > 1 else "" for parts in inner}
+    inner = (folder.relative_to(root).parts for folder in folders)
+    return {parts[0] if parts else "" for parts in inner}
 
 
 def _splits_among(names: Iterable[str]) -> dict[str, str]:
@@ -82,92 +83,106 @@ def _splits_among(names: Iterable[str]) -> dict[str, str]:
     return {name: SPLITS[name.lower()] for name in sorted(names) if name.lower() in SPLITS}
 
 
-def _root(files: Sequence[Path]) -> Path:
+def _root(folders: Iterable[Path]) -> Path:
     """Return the folder that holds the splits: an archive may have been unpacked into its own."""
     root = Path()
-    names = _children(files, root)
+    names = _children(folders, root)
     while len(names) == 1 and "" not in names and not _splits_among(names):
         root /= names.pop()
-        names = _children(files, root)
+        names = _children(folders, root)
     return root if _splits_among(names) else Path()
 
 
-def _splits(folder: Path, files: Sequence[Path]) -> dict[str, tuple[Path, list[Path]]]:
+def _splits(folder: Path, images: Images) -> dict[str, tuple[Path, Images]]:
     """Return split -> its folder and its images, relative to the data set's folder."""
-    root = _root(files)
-    named = _splits_among(_children(files, root))
+    root = _root(images)
+    children = _children(images, root)
+    named = _splits_among(children)
     if not named:
-        return {"train": (root, list(files))}
-    members = {name: [f for f in files if f.is_relative_to(root / name)] for name in named}
-    inside = {file for files in members.values() for file in files}
-    if beside := next((file for file in files if file not in inside), None):
-        split = next(iter(named))
+        return {"train": (root, images)}
+    if others := sorted(children - named.keys()):
+        split, place = next(iter(named)), root / others[0]
+        example = next(p / names[0] for p, names in images.items() if p.is_relative_to(place))
         raise ConfigError(
-            f"dataset {str(folder)!r} has images beside its split {split!r}, like {str(beside)!r}: "
-            f"put those to train on into a folder 'train'; if {split!r} is a class, put all "
-            "classes into 'train'"
+            f"dataset {str(folder)!r} has images beside its split {split!r}, like "
+            f"{str(example)!r}: put those to train on into a folder 'train'; if {split!r} is a "
+            "class, put all classes into 'train'"
         )
     if len(set(named.values())) < len(named):
         raise ConfigError(
             f"dataset {str(folder)!r} has the folders {listed(list(named))}, of which two are one "
             "split: rename or remove one"
         )
-    return {split: (root / name, members[name]) for name, split in named.items()}
+    return {
+        split: (root / name, {p: n for p, n in images.items() if p.is_relative_to(root / name)})
+        for name, split in named.items()
+    }
 
 
+@dataclass(frozen=True)
 class _Split:
-    """The images of one split."""
+    """The images of one split.
 
-    def __init__(self, folder: Path, root: Path, files: list[Path]):
-        self.folder, self.root, self.files = folder, root, files
+    Attributes:
+        folder: The folder of the data set.
+        root: The folder of the split, relative to it.
+        images: The image files of the split.
+    """
+
+    folder: Path
+    root: Path
+    images: Images
 
     def read(self) -> "datasets.Dataset":
         """Return the split as a data set: labels of the metadata, else the class folders."""
         import datasets
 
-        paths = [str(self.folder / file) for file in self.files]
-        folders = dict(zip(paths, self._class_folders(), strict=False))
-        table = self._metadata()
+        class_of = self._class_folders()
+        classes = {
+            f"{self.folder / place}{os.sep}{name}": class_of.get(place)
+            for place, names in self.images.items()
+            for name in names
+        }
+        paths = sorted(classes)
         columns: dict[str, list[Any]] = {}
+        table = self._metadata()
         if table is not None:
             columns, paths = _by_file(table, paths)
-        if LABEL not in columns and folders:
-            columns[LABEL] = [folders.get(path) for path in paths]
+        if LABEL not in columns and class_of:
+            columns[LABEL] = [classes.get(path) for path in paths]
         data = datasets.Dataset.from_dict({IMAGE: paths, **columns})
         return data.cast_column(IMAGE, datasets.Image(decode=False))
 
-    def _class_folders(self) -> list[str]:
-        """Return the class of each image, by its folder; nothing where there are no such folders.
+    def _class_folders(self) -> dict[Path, str]:
+        """Return folder -> class; nothing where images lie right in the folder of the split.
 
         Raises:
             ConfigError: When folders lie within folders so that more than one could be the class.
         """
-        parents = [file.relative_to(self.root).parent for file in self.files]
-        folders = sorted(set(parents))
-        if folders == [Path()]:
-            return []
+        folders = sorted(self.images)
+        if folders == [self.root]:
+            return {}
         by_name: dict[str, Path] = {}
         above = {ancestor: folder for folder in folders for ancestor in folder.parents}
         for folder in folders:
             other = above.get(folder) or by_name.get(folder.name)
             by_name[folder.name] = folder
             if other is not None:
-                one, two = (str(self.root / place) for place in sorted((folder, other)))
+                one, two = (str(place) for place in sorted((folder, other)))
                 raise ConfigError(
                     f"dataset {str(self.folder)!r} has images in {one!r} and in {two!r}, so that "
                     "it is not clear which folder is their class: put all images of a class into "
                     f"one folder, or write a metadata.csv with {FILE_NAME} and {LABEL}"
                 )
-        return [parent.name for parent in parents]
+        return {folder: folder.name for folder in folders}
 
     def _metadata(self) -> "pa.Table | None":
         """Return the rows of metadata files, ``file_name`` absolute; None where there are none."""
         import pyarrow as pa
 
-        places = {self.folder / self.root, *(self.folder / self.root).parents}
-        places = {p for p in places if p.is_relative_to(self.folder)}
-        places |= {(self.folder / file).parent for file in self.files}
-        found = [p / name for p in sorted(places) for name in METADATA if (p / name).is_file()]
+        places = sorted({self.root, *self.root.parents, *self.images})
+        paths = [self.folder / place / name for place in places for name in METADATA]
+        found = [path for path in paths if path.is_file()]
         tables = [_metadata_table(path) for path in found]
         try:
             return pa.concat_tables(tables, promote_options="default") if tables else None

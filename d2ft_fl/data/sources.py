@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from d2ft_fl.config.choices import DIGITS, EMBEDDED_DATASETS
-from d2ft_fl.data.folders import Choice, Loaded, load
+from d2ft_fl.data.folders import Choice, Loaded, load, whole_numbers
 from d2ft_fl.data.kept import kept
 from d2ft_fl.data.spec import SPLIT_SEED, DataSpec
 
@@ -156,12 +156,12 @@ def _split(data: "datasets.Dataset", loaded: Loaded, label: str, name: str) -> S
     image = loaded.image
     return Split(
         lambda rows: data.remove_columns([image, loaded.row]).select(rows),
-        np.asarray(data.with_format("numpy")[label][:], dtype=np.int64),
+        whole_numbers(data, label),
         lambda rows: data[rows][image],
         tuple(loaded.names),
         name=name,
         identity=lambda rows: _identity(data, image, rows),
-        numbers=np.asarray(data[loaded.row]),
+        numbers=whole_numbers(data, loaded.row),
     )
 
 

@@ -29,6 +29,12 @@ SUFFIXES = frozenset(
 SAVED = ("dataset_dict.json", "state.json")  # what save_to_disk writes
 
 
+def files_of(folder: Path) -> list[Path]:
+    """Return the files of tables in a folder, relative to it."""
+    below = files_below(folder, SUFFIXES)
+    return [place / name for place, names in below.items() for name in names]
+
+
 def is_saved(folder: Path) -> bool:
     """Return whether a folder was written by ``save_to_disk`` of Hugging Face's datasets."""
     return any(folder.joinpath(name).is_file() for name in SAVED)
@@ -62,7 +68,7 @@ def _view(folder: Path) -> Iterator[Path]:
     """Lend a folder of links to the tables alone, whose path means nothing else to ``glob``."""
     with tempfile.TemporaryDirectory(prefix="d2ft-view-") as made:
         view = Path(made).resolve()
-        for file in [*files_below(folder, SUFFIXES), *_card(folder)]:
+        for file in [*files_of(folder), *_card(folder)]:
             view.joinpath(file).parent.mkdir(parents=True, exist_ok=True)
             view.joinpath(file).symlink_to(folder / file)
         yield view

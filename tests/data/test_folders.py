@@ -7,6 +7,7 @@ import pytest
 
 from d2ft_fl.data.federated_data import open_data
 from d2ft_fl.data.folders import Choice, load
+from d2ft_fl.data.spec import SPLIT_SEED
 from d2ft_fl.errors import ConfigError
 from tests.data.files import class_folders, declared, parquet, picture, png, save, spec
 
@@ -248,3 +249,14 @@ def test_a_class_that_nobody_can_learn_is_named(tmp_path):
     found = loaded(tmp_path)
     assert found.names == ["a", "b", "c"]
     assert "no example to train on has the class 'c'" in found.notes
+
+
+def test_the_fifth_that_is_held_out_is_that_of_datasets(tmp_path):
+    labels = [0] * 7 + [1] * 12 + [2] * 4
+    parquet(tmp_path / "train.parquet", labels, number=range(23))
+    found = loaded(tmp_path)
+    whole = datasets.Dataset.from_dict({"label": labels, "number": list(range(23))})
+    theirs = whole.cast_column("label", datasets.ClassLabel(names=["0", "1", "2"]))
+    theirs = theirs.train_test_split(test_size=0.2, seed=SPLIT_SEED, stratify_by_column="label")
+    assert list(found.train["number"]) == list(theirs["train"]["number"])
+    assert list(found.test["number"]) == list(theirs["test"]["number"])
