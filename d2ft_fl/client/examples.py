@@ -1,5 +1,6 @@
 """Which examples a client trains on, and in which order: by seed, round and client."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,6 +22,7 @@ class LocalExamples:
         seed: Of the run.
         epochs_per_round: How often a client sees its examples in a round.
         device: Where batches go.
+        flips_labels: Whether a client trains on label L - 1 - y for y, of L classes.
     """
 
     data: FederatedData
@@ -28,6 +30,7 @@ class LocalExamples:
     seed: int
     epochs_per_round: int
     device: torch.device
+    flips_labels: Callable[[int], bool] = lambda client: False
 
     def count(self, client: int) -> int:
         """Return how many examples a client has."""
@@ -61,11 +64,16 @@ class LocalExamples:
 
     def batch(self, client: int, examples: np.ndarray) -> Batch:
         """Return some of a client's examples as one batch."""
-        return self.task.collate(self.data.client_batch(client, examples, self.device))
+        inputs, targets = self.data.client_batch(client, examples, self.device)
+        if self.flips_labels(client):
+            targets = self.data.classes - 1 - targets
+        return self.task.collate((inputs, targets))
 
     def task_of(self, client: int) -> Task:
         """Return what a client learns, which may depend on the labels that it has."""
         labels = self.data.train.labels[self.data.partitions[client]]
+        if self.flips_labels(client):
+            labels = self.data.classes - 1 - labels
         return self.task.for_client(labels, self.data.classes, self.device)
 
     def _order(self, client: int, round_number: int) -> list[np.ndarray]:

@@ -82,7 +82,12 @@ class ClientTrainer:
     def examples(self) -> LocalExamples:
         """Which examples clients train on, in which order."""
         return LocalExamples(
-            self.data, self.components.task, self.config.seed, self.options.epochs, self.device
+            self.data,
+            self.components.task,
+            self.config.seed,
+            self.options.epochs,
+            self.device,
+            self.config.flips_labels,
         )
 
     @cached_property
@@ -170,9 +175,9 @@ class ClientTrainer:
         options = self._training_options(job.message)
         self._load(job, tensors if whole is None else whole.model, offsets, options)
         del tensors, offsets  # the model has copies
-        before, sent_down = self._values_before(job, whole)
+        sent_down = self._sent_down(job, whole)
         training_started = time.perf_counter()
-        loss, trained = self._train_and_pack(job, options, chosen, before, sent_down)
+        loss, trained = self._train_and_pack(job, options, chosen, sent_down)
         reply = {
             "round": job.message.round,
             "client": job.message.client,
@@ -269,46 +274,37 @@ class ClientTrainer:
             laid_out[2][bits] = Arriving.of(arch, weights, bits)
         return laid_out[2][bits]
 
-    def _values_before(
-        self, job: Job, whole: Arriving | None
-    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """Copy what :meth:`_train_and_pack` needs of the values before training.
+    def _sent_down(self, job: Job, whole: Arriving | None) -> dict[str, Tensor]:
+        """Copy the values, before training, of packed slices whose changes travel quantized.
+
+        Nothing else is copied: copies take memory while the model trains.
 
         Args:
             job: The message.
             whole: The global model, where it is at hand.
 
         Returns:
-            Packed slices by name, for a hostile client only, and those whose changes travel
-            quantized, as they came down. Nothing else is copied: copies take memory while the
-            model trains.
+            The slices by name, as they came down.
         """
-        hostile = self.config.hostile(job.message.client)
-        quantizes = job.quantizes_changes
-        before = self._values() if hostile or (quantizes and whole is None) else {}
-        sent_down: dict[str, Tensor] = {}
-        if quantizes:
-            sent_down = job.as_sent_down(before) if whole is None else job.taken_from(whole)
-        return before if hostile else {}, sent_down
+        if not job.quantizes_changes:
+            return {}
+        return job.as_sent_down(self._values()) if whole is None else job.taken_from(whole)
 
     def _train_and_pack(
         self,
         job: Job,
         options: TrainingOptions,
         chosen: np.ndarray,
-        before: dict[str, Tensor],
         sent_down: dict[str, Tensor],
     ) -> tuple[float, dict[str, Tensor]]:
         """Train the model as it is loaded, and make of the result what travels back.
 
-        A hostile client scales what training changed. Changes are quantized where the message says
-        so.
+        Changes are quantized where the message says so.
 
         Args:
             job: The message.
             options: How the client trains.
             chosen: Numbers of the examples, among the client's: [examples].
-            before: Values that a hostile client's changes are counted from, by name.
             sent_down: Values that quantized changes are counted from, by name.
 
         Returns:
@@ -316,8 +312,6 @@ class ClientTrainer:
         """
         message = job.message
         loss, trained = self._train(message, options, chosen, list(sent_down.values()))
-        for name, value in before.items():
-            trained[name] = value + (trained[name] - value) * self.config.hostile_scale
         if job.quantizes_changes:
             seed = self.examples.seed_of(message.client, message.round)
             trained |= job.quantized_changes(sent_down, trained, seed)

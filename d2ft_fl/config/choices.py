@@ -38,6 +38,7 @@ LORA_AGGREGATIONS = (
 )
 
 AGGREGATIONS = ("mean", "trimmed-mean", "median", "mean-around-median")
+ATTACKS = ("sign-flip", "gaussian", "label-flip", "inner-product", "alie", "min-max")
 ADAPTIVE_OPTIMIZERS = ("fedadam", "fedyogi")  # divide by the root of a second moment
 SERVER_OPTIMIZERS = ("mean", "fedavgm", *ADAPTIVE_OPTIMIZERS)
 PLAIN_BITS = 32  # a float32 as it is: not quantized

@@ -103,6 +103,10 @@ class RunConfig(  # a dataclass has the fields of its last base first
         order = np.random.default_rng([self.seed, 4]).permutation(self.clients)
         return client in order[:count]
 
+    def flips_labels(self, client: int) -> bool:
+        """Return whether a client trains on wrong labels, for experiments."""
+        return self.hostile_attack == "label-flip" and self.hostile(client)
+
     @property
     def bounds_changes(self) -> bool:
         """Whether a client's change is bounded, so that none may be multiplied by a step."""

@@ -164,6 +164,11 @@ def _check_server(config: RunConfig) -> None:
 def _check_robust(config: RunConfig) -> None:
     """Raise ConfigError unless updates can be aggregated as configured."""
     taking_part = config.sample_clients or config.clients
+    if config.hostile_share and config.lora_ranks.strip():
+        raise ConfigError(
+            "hostile-share makes slices of clients alike, which have other ranks each under "
+            f"lora-ranks = {config.lora_ranks!r}: leave one of both out"
+        )
     hostile = config.suspects(taking_part)
     if config.aggregation != "mean" and taking_part <= 2 * hostile:
         raise ConfigError(

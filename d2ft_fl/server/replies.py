@@ -8,9 +8,11 @@ from torch import Tensor
 
 from d2ft_fl.aggregation.aggregator import Aggregator
 from d2ft_fl.aggregation.factory import make_aggregator
+from d2ft_fl.aggregation.hostile import LABEL_FLIP, Attack
 from d2ft_fl.aggregation.mean_compensation import MeanSums
 from d2ft_fl.aggregation.private_sums import PrivateRound
 from d2ft_fl.aggregation.server_optimizer import Moments
+from d2ft_fl.aggregation.update import Update
 from d2ft_fl.errors import Divergence, ReplyError
 from d2ft_fl.planning.assignment import Assignment
 from d2ft_fl.records.client_record import ClientRecord
@@ -37,6 +39,7 @@ class RoundReplies:
         outcomes: What became of each client so far.
         measured: Client -> the scores that it measured, and on how many examples.
         aggregator: What takes the updates.
+        attack: What hostile clients make of theirs; None where nobody is.
         asked: How many clients were asked for a report or a reply, and not left out before.
     """
 
@@ -56,6 +59,8 @@ class RoundReplies:
         self.mean_sums = MeanSums(federation.arch, sum(shown))
         self.reader = ReplyReader(federation, state, plan.round, self.mean_sums)
         self.aggregator = self._make_aggregator(private)
+        self.attack = self._make_attack()
+        self._attackers: dict[int, Reply] = {}
         for client, failure in silent.items():
             self.outcomes.stray(client, failure.reason)
         self.asked = len(plan.working) + len(silent)
@@ -73,6 +78,16 @@ class RoundReplies:
             private,
         )
 
+    def _make_attack(self) -> Attack | None:
+        """Return what hostile clients of this round send, where the server makes it."""
+        c, number = self.federation.config, self.plan.round
+        if not c.hostile_share or c.hostile_attack == LABEL_FLIP:
+            return None
+        weights = self.state.weights
+        return Attack(
+            self.federation.arch, weights, c.hostile_attack, c.hostile_scale, (c.seed, number)
+        )
+
     def add(self, client: int, blob: bytes | memoryview) -> None:
         """Validate one reply and aggregate it; a reply that fails is left out and named.
 
@@ -86,7 +101,10 @@ class RoundReplies:
             return
         try:
             reply = self.reader.read(assignment, blob)
-            self.aggregator.add(reply.update)
+            if self.attack and self.federation.config.hostile(client):
+                self._attackers[client] = reply
+                return
+            self._include(client, reply.update)
         except Divergence as error:  # or an attack
             rates = self.federation.config.learning_rates
             self.fail(client, f"{error}, as where training diverges: {rates}")
@@ -96,6 +114,28 @@ class RoundReplies:
             self.fail(client, f"its answer cannot be read: {type(error).__name__}: {error}")
         else:
             self._note(assignment, reply)
+
+    def _include(self, client: int, update: Update) -> None:
+        """Aggregate an update; attackers learn of it."""
+        self.aggregator.add(update)
+        if self.attack:
+            self.attack.see(client, update)
+
+    def complete(self) -> None:
+        """Aggregate what waited for all replies to be there: what hostile clients send."""
+        if self.attack is None:
+            return
+        attackers = sorted(self._attackers.items())
+        for _, reply in attackers:
+            self.attack.join(reply.update)
+        for client, reply in attackers:
+            assignment = self.outcomes.pending[client]
+            try:
+                self.aggregator.add(self.attack.send(client, reply.update))
+            except ReplyError as error:
+                self.fail(client, str(error))
+            else:
+                self._note(assignment, reply)
 
     def _note(self, assignment: Assignment, reply: Reply) -> None:
         """Keep what an aggregated reply measured and used."""

@@ -246,6 +246,7 @@ class _Run:
             else:
                 with stopwatch.of("fold"):
                     replies.add(client, reply)
+        replies.complete()
         return stage, plan, replies
 
     def _message(

@@ -74,3 +74,16 @@ def test_what_a_client_learns_depends_on_its_own_labels():
     examples = LocalExamples(data, ImageClassification(1.0), 3, 1, torch.device("cpu"))
     shares = examples.task_of(0).prior.exp().tolist()
     assert shares == pytest.approx([0.4, 0.4, 0.2])
+
+
+def test_a_client_that_flips_labels_trains_on_the_last_for_the_first():
+    data = SimpleNamespace(
+        partitions={0: np.arange(3), 1: np.arange(3)}, classes=10,
+        train=SimpleNamespace(labels=np.array([0, 4, 9])),
+        client_batch=lambda client, positions, device: (
+            torch.zeros(len(positions)), torch.tensor([0, 4, 9])[positions]
+        ),
+    )  # fmt: skip
+    examples = LocalExamples(data, CLASSIFY, 0, 1, torch.device("cpu"), lambda client: client == 1)
+    assert examples.batch(0, np.arange(3)).targets.tolist() == [0, 4, 9]
+    assert examples.batch(1, np.arange(3)).targets.tolist() == [9, 5, 0]

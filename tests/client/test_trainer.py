@@ -43,9 +43,8 @@ def test_free_memory_is_read_when_the_model_is_there(quick, monkeypatch):
     assert seen == [True]
 
 
-@pytest.mark.parametrize("options", [{"hostile_share": 1.0}, {"upload_bits": 8}])
-def test_copying_values_does_not_count_as_training(quick, monkeypatch, options):
-    config = quick(**options)
+def test_copying_values_does_not_count_as_training(quick, monkeypatch):
+    config = quick(upload_bits=8)
     message, client, now = first_message(config), ClientTrainer(config), [0.0]
     copy = client._values
 

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from d2ft_fl.config.choices import (
     AGGREGATIONS,
+    ATTACKS,
     DOWNLOAD_BITS,
     SERVER_OPTIMIZERS,
     UPLOAD_BITS,
@@ -75,13 +76,17 @@ class HostileOptions:
     """Hostile clients, for experiments."""
 
     hostile_share: float = option(
-        0.0,
-        "Share of the clients that send their change multiplied by hostile-scale.",
-        low=0,
-        high=1,
+        0.0, "Share of the clients that attack, as hostile-attack says.", low=0, high=1
+    )
+    hostile_attack: str = option(
+        "sign-flip",
+        "What hostile clients do: they send hostile-scale times their change (sign-flip), noise as "
+        "large (gaussian), or hostile-scale times the mean of the honest (inner-product); they "
+        "hide among these (alie, min-max); or they train on wrong labels (label-flip).",
+        choices=ATTACKS,
     )
     hostile_scale: float = option(
-        -10.0, "Factor that hostile clients multiply their change by before they send it."
+        -10.0, "Factor of the attacks sign-flip, gaussian and inner-product."
     )
 
 
