@@ -30,6 +30,7 @@ from d2ft_fl.planning.knapsack import (
     solve_two_stages,
 )
 from d2ft_fl.planning.problem import Solution, used
+from d2ft_fl.util.strict_json import write_json
 
 COUPLINGS = ("none", "spread")
 OPERATIONS = (3, 4)
@@ -221,7 +222,7 @@ def bench_planner(
 
 def _apart(*arguments: int | str) -> Row:
     """Run :func:`measure` in a process of its own."""
-    command = [sys.executable, "-m", __name__, json.dumps(arguments)]
+    command = [sys.executable, "-m", __name__, write_json(arguments)]
     ended = subprocess.run(command, capture_output=True, text=True, check=False)
     if ended.returncode:
         reason = (ended.stderr.strip() or "no message").splitlines()[-1]
@@ -230,4 +231,4 @@ def _apart(*arguments: int | str) -> Row:
 
 
 if __name__ == "__main__":
-    print(json.dumps(asdict(measure(*json.loads(sys.argv[1])))))
+    print(write_json(asdict(measure(*json.loads(sys.argv[1])))))

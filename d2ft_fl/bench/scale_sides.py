@@ -28,6 +28,7 @@ from d2ft_fl.engine.matmul import times, transposed_times
 from d2ft_fl.models.build import build_adapter
 from d2ft_fl.rounds.components import Components
 from d2ft_fl.subnets.architecture import Kind
+from d2ft_fl.util.strict_json import write_json
 from d2ft_fl.util.torch_device import set_threads
 
 
@@ -76,7 +77,7 @@ class Job:
 
     def to_json(self) -> str:
         """Return the job as the command line takes it."""
-        return json.dumps(asdict(self))
+        return write_json(asdict(self))
 
 
 class Product(torch.autograd.Function):
@@ -183,7 +184,7 @@ def floor(job: Job, same_products: bool = False) -> None:
         for name, tensor in weights.items():
             tensor.add_(sum(sums[name] for sums in shared), alpha=1 / total)
         if number:
-            print(json.dumps(time.perf_counter() - started), flush=True)
+            print(write_json(time.perf_counter() - started), flush=True)
     for pipe in pipes:
         pipe.send(0)
     for process in processes:
@@ -260,7 +261,7 @@ def flower(job: Job) -> None:
                 raise RuntimeError("a client failed")
             aggregated = super().aggregate_train(server_round, replies)
             if server_round > 1:
-                print(json.dumps(time.perf_counter() - self.started), flush=True)
+                print(write_json(time.perf_counter() - self.started), flush=True)
             return aggregated
 
     @server_app.main()

@@ -26,6 +26,7 @@ from d2ft_fl.config.run_config import RunConfig
 from d2ft_fl.errors import ConfigError, RunError
 from d2ft_fl.flower.superlink import flower_environment, stop_family
 from d2ft_fl.util.spelling import unknown
+from d2ft_fl.util.strict_json import write_json
 
 PARTS = ("lists", "local", "flower", "worker")
 TIMEOUT = 300.0
@@ -184,7 +185,7 @@ def worker() -> None:
         run_local(checked(config), look, False, workers=1)
         client = json.loads((folder / "clients.jsonl").read_text().splitlines()[0])
         found["tensors"] = client["used"]["memory"]
-    print(json.dumps(found))
+    print(write_json(found))
 
 
 def private_dirty(pid: int) -> int:

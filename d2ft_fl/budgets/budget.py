@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from d2ft_fl.costs.machine_speed import MachineSpeed, read_curve
+from d2ft_fl.costs.machine_speed import LEAST, MOST, MachineSpeed, is_name, read_curve
 from d2ft_fl.costs.resources import RESOURCES, Cost
 from d2ft_fl.errors import ConfigError
 from d2ft_fl.util.spelling import meant
@@ -143,6 +143,8 @@ class Budget:
     def from_mapping(cls, entries: Mapping[str, Any], where: str = "budget") -> "Budget":
         """Return a budget from a TOML table, a JSON object or what a plug-in returned.
 
+        A curve may be the path of a file here: what another machine sent is for :meth:`from_json`.
+
         Args:
             entries: Names of entries, with ``-`` or ``_``, and their values.
             where: What error messages begin with.
@@ -156,7 +158,9 @@ class Budget:
             if name in values:
                 raise ConfigError(f"{where}: {key} is given twice; write it once")
             if name == "device":
-                values[name] = str(value)
+                if not is_name(value):
+                    raise ConfigError(f"{where}: {key} must be a name of 60 letters at most")
+                values[name] = value
             elif name == CURVE:
                 read = read_curve if isinstance(value, (str, Path)) else MachineSpeed.from_json
                 values[name] = read(value, f"{where}: {key}")
@@ -168,6 +172,26 @@ class Budget:
                     f"{', '.join(ENTRIES)}"
                 )
         return cls(**values)
+
+    @classmethod
+    def from_json(cls, entries: Any, where: str = "budget") -> "Budget":
+        """Return the budget that :meth:`to_json` wrote, on this machine or another.
+
+        Nothing in it is taken for the path of a file.
+
+        Args:
+            entries: Any value of JSON.
+            where: What error messages begin with.
+
+        Raises:
+            ConfigError: For anything that :meth:`to_json` does not write.
+        """
+        if not isinstance(entries, Mapping):
+            raise ConfigError(f"{where} is a {type(entries).__name__}, not a table")
+        for key, value in entries.items():
+            if isinstance(value, str) and key != "device":
+                raise ConfigError(f"{where}: {str(key)[:60]!r} is text")
+        return cls.from_mapping(entries, where)
 
 
 def _parse(name: str, value: Any, where: str) -> Amount | float:
@@ -189,6 +213,11 @@ def _parse(name: str, value: Any, where: str) -> Amount | float:
         raise ConfigError(f"{where} cannot be read; write something like {example}")
     if not np.isfinite(number) or number < 0:
         raise ConfigError(f"{where} is negative or not finite; write something like {example}")
+    if number and not LEAST <= number <= MOST:
+        raise ConfigError(
+            f"{where} is out of all proportion: from {LEAST:g} to {MOST:g} in FLOPs, bytes and "
+            f"seconds; write something like {example}"
+        )
     if name in RESOURCES and not share and 0 < number < 1:
         raise ConfigError(
             f"{where} is less than one: if {number:.4g} of training everything is meant, write "

@@ -16,6 +16,7 @@ import platformdirs
 from d2ft_fl.costs.machine_speed import MachineSpeed
 from d2ft_fl.errors import ConfigError
 from d2ft_fl.util.files import put_in_place
+from d2ft_fl.util.strict_json import write_json
 
 
 def folder() -> Path:
@@ -53,7 +54,7 @@ def keep(speed: MachineSpeed) -> None:
     part = path.with_suffix(f".{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(json.dumps(speed.to_json()), encoding="utf-8")
+        part.write_text(write_json(speed.to_json()), encoding="utf-8")
         put_in_place(part, path)
     except OSError:
         part.unlink(missing_ok=True)
@@ -66,7 +67,7 @@ def write_curve(speed: MachineSpeed, path: Path) -> None:
         ConfigError: When it cannot be written.
     """
     try:
-        path.write_text(json.dumps(speed.to_json()), encoding="utf-8")
+        path.write_text(write_json(speed.to_json()), encoding="utf-8")
     except OSError as error:
         raise ConfigError(f"--output {str(path)!r}: {error.strerror or error}") from None
 

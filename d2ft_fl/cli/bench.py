@@ -1,6 +1,5 @@
 """``d2ft bench``: speed and memory of this machine."""
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -13,6 +12,7 @@ from d2ft_fl.config.choices import PRECISIONS, PRODUCTS, TUNINGS
 from d2ft_fl.config.renamed import given_twice, notice
 from d2ft_fl.models.spec import GLYPH_NAME
 from d2ft_fl.util import terminal
+from d2ft_fl.util.strict_json import write_json
 
 app = typer.Typer(help="Measure speed and memory on this machine.", no_args_is_help=True)
 
@@ -89,7 +89,7 @@ def step_command(
             step_picture.draw(of_sizes, benches, output)
     rows = [row for of_size in of_sizes for row in of_size]
     if as_json:
-        typer.echo(json.dumps([row.to_json() for row in rows]))
+        typer.echo(write_json([row.to_json() for row in rows]))
         return
     bench_tables.step_table(rows, tuning)
     if output is not None:
@@ -117,7 +117,7 @@ def planner_command(
 
         rows = planner.bench_planner(clients or [100, 1_000, 10_000], subnets, sample, done)
     if as_json:
-        typer.echo(json.dumps([asdict(row) for row in rows]))
+        typer.echo(write_json([asdict(row) for row in rows]))
     else:
         bench_tables.planner_table(rows)
 
@@ -162,7 +162,7 @@ def scale_command(
 
         found = scale.bench_scale(step, done)
     if as_json:
-        typer.echo(json.dumps(found))
+        typer.echo(write_json(found))
     else:
         bench_tables.scale_table(found)
 
@@ -188,6 +188,6 @@ def start_command(
 
         found = start.bench_start(tuple(part or start.PARTS), repeats, done)
     if as_json:
-        typer.echo(json.dumps(found))
+        typer.echo(write_json(found))
     else:
         bench_tables.start_table(found)

@@ -1,6 +1,5 @@
 """``d2ft budgets`` and ``d2ft profile``: what clients can afford."""
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -9,6 +8,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from d2ft_fl.cli.common import DEVICE, failures
+from d2ft_fl.util.strict_json import write_json
 from d2ft_fl.util.terminal import console, say
 
 if TYPE_CHECKING:
@@ -31,7 +31,7 @@ def budgets_command(
         found = device_classes.named(source)
     rows = found.to_json(clients)
     if as_json:
-        typer.echo(json.dumps({"varies": found.varies, "classes": rows}))
+        typer.echo(write_json({"varies": found.varies, "classes": rows}))
         return
     _budgets_table(source, clients, found)
 
@@ -108,7 +108,7 @@ def profile_command(
         if output is not None:
             write_curve(found.speed, output)
     if as_json:
-        typer.echo(json.dumps(found.to_json()))
+        typer.echo(write_json(found.to_json()))
         return
     _profile_table(found)
     say(f"kept in {path_of(device, precision, threads)}\n\nfor a file of budgets:\n")

@@ -1,12 +1,12 @@
 """``d2ft certificates``."""
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
 from d2ft_fl.cli.common import failures
+from d2ft_fl.util.strict_json import write_json
 
 
 def certificates_command(
@@ -23,4 +23,4 @@ def certificates_command(
 
     with failures():
         made = [str(path) for path in certificates.make(folder, host or [], nodes)]
-    typer.echo(json.dumps(made) if as_json else "\n".join(made))
+    typer.echo(write_json(made) if as_json else "\n".join(made))

@@ -1,12 +1,12 @@
 """``d2ft export``."""
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from d2ft_fl.cli.common import failures
+from d2ft_fl.util.strict_json import write_json
 from d2ft_fl.util.terminal import say
 
 if TYPE_CHECKING:
@@ -32,7 +32,7 @@ def export_command(
     with failures():
         found = export_run(run, format, output)
     if as_json:
-        typer.echo(json.dumps(found.to_json()))
+        typer.echo(write_json(found.to_json()))
     else:
         _exported(found)
 

@@ -1,6 +1,5 @@
 """``d2ft options``."""
 
-import json
 import sys
 from typing import Annotated
 
@@ -15,6 +14,7 @@ from d2ft_fl.config.renamed import RENAMED, notice
 from d2ft_fl.config.run_config import OPTIONS
 from d2ft_fl.errors import ConfigError
 from d2ft_fl.util.spelling import nearest
+from d2ft_fl.util.strict_json import write_json
 from d2ft_fl.util.terminal import console, say
 
 
@@ -34,7 +34,7 @@ def options_command(
             raise ConfigError("--markdown, --toml and --json exclude each other; give one")
         found = [_named(name)] if name else list(OPTIONS.values())
     if as_json:
-        typer.echo(json.dumps([one.to_json() for one in found]))
+        typer.echo(write_json([one.to_json() for one in found]))
     elif markdown:
         typer.echo(to_markdown(found), nl=False)
     elif as_toml:

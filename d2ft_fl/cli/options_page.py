@@ -3,7 +3,6 @@
 Run this module (``make options``) to write both anew after a change of an option.
 """
 
-import json
 import textwrap
 from collections.abc import Iterable
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 from d2ft_fl.config.option import TYPE_NAMES, Option
 from d2ft_fl.config.renamed import RENAMED
 from d2ft_fl.config.run_config import OPTIONS
+from d2ft_fl.util.strict_json import write_json
 
 SECTION = "[tool.flwr.app.config]\n"
 END = "# -- end of the options (`make options`)\n"
@@ -31,7 +31,7 @@ def toml_value(value: Any) -> str:
     if isinstance(value, float) and 0 < abs(value) < 0.01:
         mantissa, exponent = f"{value:e}".split("e")
         return f"{float(mantissa):g}e{int(exponent)}"
-    return json.dumps(value, ensure_ascii=False)
+    return write_json(value, ensure_ascii=False)
 
 
 def allowed_words(option: Option) -> str:

@@ -1,6 +1,5 @@
 """``d2ft plan`` and ``d2ft choose``: what would be trained, without training."""
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -12,6 +11,7 @@ from d2ft_fl.cli.common import Files, Pairs, compiling, failures
 from d2ft_fl.config.run_config import RunConfig
 from d2ft_fl.config.sources import collect
 from d2ft_fl.util import terminal
+from d2ft_fl.util.strict_json import write_json
 
 if TYPE_CHECKING:
     from d2ft_fl.preview.model_selection import Candidate
@@ -62,7 +62,7 @@ def _plan(
     if output is not None:
         preview_page.write(found, output)
     if as_json:
-        typer.echo(json.dumps(found.to_json()))
+        typer.echo(write_json(found.to_json()))
         return
     console.show(found)
     if output is not None:
@@ -97,7 +97,7 @@ def choose_command(
 
             found = choose(options, models, examples, done)
     if as_json:
-        typer.echo(json.dumps([c.to_json() for c in found]))
+        typer.echo(write_json([c.to_json() for c in found]))
     else:
         _candidates_table(found)
 

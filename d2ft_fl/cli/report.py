@@ -1,6 +1,5 @@
 """``d2ft report``."""
 
-import json
 from pathlib import Path
 from typing import Annotated
 
@@ -9,6 +8,7 @@ import typer
 from d2ft_fl.cli.common import failures
 from d2ft_fl.errors import ConfigError
 from d2ft_fl.util import terminal
+from d2ft_fl.util.strict_json import write_json
 
 
 def report_command(
@@ -40,6 +40,6 @@ def report_command(
         kind = pages.kind_of(path)
         page = (pages.run_page if kind == pages.RUN else pages.sweep_page)(path, output)
     if as_json:
-        typer.echo(json.dumps({"kind": kind, "report": str(page.absolute())}))
+        typer.echo(write_json({"kind": kind, "report": str(page.absolute())}))
     else:
         terminal.say(f"report: {page.absolute()}")

@@ -1,6 +1,5 @@
 """``d2ft run``."""
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -15,6 +14,7 @@ from d2ft_fl.config.run_config import RunConfig
 from d2ft_fl.config.sources import collect
 from d2ft_fl.errors import ConfigError
 from d2ft_fl.util import terminal
+from d2ft_fl.util.strict_json import write_json
 
 if TYPE_CHECKING:
     from d2ft_fl.flower.superlink import SuperLink
@@ -124,6 +124,6 @@ def _run(
         note_failure(folder, str(error) or type(error).__name__)
         raise
     if as_json:
-        typer.echo(json.dumps(summary))
+        typer.echo(write_json(summary))
     else:
         console.summary(summary)

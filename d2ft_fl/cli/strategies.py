@@ -1,6 +1,5 @@
 """``d2ft strategies``."""
 
-import json
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -8,6 +7,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from d2ft_fl.cli.common import failures
+from d2ft_fl.util.strict_json import write_json
 from d2ft_fl.util.terminal import console, say
 
 if TYPE_CHECKING:
@@ -33,7 +33,7 @@ def strategies_command(
         else:
             found = [strategies.load_strategy(name)]
     if as_json:
-        typer.echo(json.dumps([m.to_json() for m in found]))
+        typer.echo(write_json([m.to_json() for m in found]))
     elif markdown:
         typer.echo(to_markdown(found), nl=False)
     elif name:

@@ -23,6 +23,24 @@ WAYS = ("forward", "backward")  # of attention
 
 Table = tuple[tuple[float, ...], ...]
 
+# Of any figure of a machine or a budget that is not 0: within these, no sum or quotient of figures
+# is infinite.
+LEAST, MOST = 1e-18, 1e30
+MOST_LETTERS = 60  # of a name
+MOST_SOURCE = 300  # letters that say where a curve was measured
+MOST_PLACES = 100  # of a table, on one axis
+MOST_THREADS = 10_000
+
+
+def is_name(value: Any, most: int = MOST_LETTERS) -> bool:
+    """Return whether a value is a short text of letters that can be printed.
+
+    Args:
+        value: Any value.
+        most: How many letters it may have.
+    """
+    return isinstance(value, str) and len(value) <= most and value.isprintable()
+
 
 @dataclass(frozen=True)
 class MachineSpeed:
@@ -134,7 +152,7 @@ class MachineSpeed:
         """
         try:
             return cls._read(values)
-        except (AttributeError, TypeError, ValueError, KeyError) as error:
+        except (AttributeError, TypeError, ValueError, KeyError, OverflowError) as error:
             raise ConfigError(
                 f"{where} is not what d2ft profile --output writes ({error}); measure it again"
             ) from None
@@ -147,10 +165,19 @@ class MachineSpeed:
         if missing := [name for name in known if name not in values]:  # of an older release
             raise ValueError(f"missing: {', '.join(sorted(missing))}")
         read: dict[str, Any] = dict(values)
+        for name in ("device", "precision", "source"):
+            if not is_name(read[name], MOST_SOURCE):
+                raise ValueError(f"{name} must be text of {MOST_SOURCE} letters at most")
+        if type(read["threads"]) is not int or not 0 < read["threads"] <= MOST_THREADS:
+            raise ValueError(f"threads must be a whole number from 1 to {MOST_THREADS}")
         for name in ("rows", "widths", "tokens", "head_widths"):
+            if len(values[name]) > MOST_PLACES:
+                raise ValueError(f"{name} has {len(values[name])} places, of at most {MOST_PLACES}")
             read[name] = tuple(float(v) for v in values[name])
-            if not read[name] or min(read[name]) <= 0 or sorted(set(read[name])) != [*read[name]]:
+            if not read[name] or sorted(set(read[name])) != [*read[name]]:
                 raise ValueError(f"{name} must ascend from above 0")
+            if not LEAST <= read[name][0] <= read[name][-1] <= MOST:
+                raise ValueError(f"{name} must be from {LEAST:g} to {MOST:g}")
         for name, kinds, axes in (
             ("products", KINDS, ("rows", "widths")),
             ("attention", WAYS, ("tokens", "head_widths")),
@@ -159,13 +186,13 @@ class MachineSpeed:
             cells = len(read[axes[0]]) * len(read[axes[1]])
             if [len(table) for table in read[name]] != [cells] * len(kinds):
                 raise ValueError(f"{name} must have {len(kinds)} tables of {cells} figures")
-            if not all(0 < v < np.inf for table in read[name] for v in table):
-                raise ValueError(f"{name} must be above 0")
+            if not all(LEAST <= v <= MOST for table in read[name] for v in table):
+                raise ValueError(f"{name} must be from {LEAST:g} to {MOST:g}")
         for f in fields(cls):
             if f.type in (float, "float") and f.name in read:
                 read[f.name] = float(read[f.name])
-                if not 0 <= read[f.name] < np.inf:
-                    raise ValueError(f"{f.name} must be 0 or more")
+                if not 0 <= read[f.name] <= MOST:
+                    raise ValueError(f"{f.name} must be from 0 to {MOST:g}")
         return cls(**read)
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from d2ft_fl.costs.cost_model import CostModel
-from d2ft_fl.costs.resources import MEMORY_MARGIN, Cost
+from d2ft_fl.costs.resources import MEMORY_MARGIN, MOST_WORK, Cost
 from d2ft_fl.costs.seconds import RoundSeconds
 from d2ft_fl.lora.config import without_lora
 from d2ft_fl.subnets.architecture import Kind
@@ -102,7 +102,8 @@ def _pass_work(seconds: RoundSeconds, schedule: Schedule, examples: int, live: b
         np.zeros((1, *operations.shape[2:]), dtype=np.int64),
         live,
     )
-    return round(float((features @ seconds.constants)[0]) * seconds.machine.peak)
+    work = float((features @ seconds.constants)[0]) * seconds.machine.peak
+    return round(min(work, MOST_WORK))
 
 
 def with_probes(cost: Cost, before: Cost) -> Cost:

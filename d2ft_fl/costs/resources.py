@@ -8,6 +8,7 @@ import numpy as np
 RESOURCES = ("flops", "memory", "bytes_up", "bytes_down")
 
 
+MOST_WORK = 2**60  # of a round: whatever a curve says, the sum of a few is an int64
 MEMORY_MARGIN = 32  # 1/32 on top for the small tensors that the formula leaves out
 
 

@@ -30,6 +30,7 @@ import numpy as np
 from d2ft_fl.config.training_options import TrainingOptions
 from d2ft_fl.costs.machine_speed import MachineSpeed
 from d2ft_fl.costs.parameter_counts import Parts
+from d2ft_fl.costs.resources import MOST_WORK
 from d2ft_fl.costs.round_flops import RoundFlops
 from d2ft_fl.costs.round_memory import (
     MOMENTS,
@@ -105,7 +106,7 @@ class RoundSeconds:
         works = operations.any(axis=(1, 2, 3)) & (examples > 0)
         # Whole numbers: the last bits of sums depend on how many clients are looked at at once.
         work = (seconds + 2 * self.machine.message * works) * self.machine.peak
-        return np.rint(work).astype(np.int64)
+        return np.rint(np.minimum(work, MOST_WORK)).astype(np.int64)
 
     @cached_property
     def constants(self) -> np.ndarray:

@@ -1,6 +1,5 @@
 """What nodes answer, read with distrust: a malformed answer fails the node's clients alone."""
 
-import json
 import logging
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -11,22 +10,43 @@ from d2ft_fl.budgets.budget import Budget
 from d2ft_fl.flower.records import unpack_blobs
 from d2ft_fl.rounds.federation import Report
 from d2ft_fl.server.dispatch import ClientFailure
+from d2ft_fl.util.strict_json import read_json
 
 log = logging.getLogger(__name__)
 MOST_EXAMPLES = 10**7  # of a client
+# Letters of a node's answer: so many, and so many for each client that it is asked for or was sent.
+# A budget with a curve has 4,000.
+ANSWER_LETTERS, CLIENT_LETTERS = 1 << 14, 1 << 14
 
 Answer = dict[str, Any] | ClientFailure
 Reply = bytes | memoryview | ClientFailure
 
 
-def answer_of(reply: Message | ClientFailure) -> Answer:
-    """Return what a node answers to a question, or why there is no answer."""
+def answer_of(reply: Message | ClientFailure, clients: int = 0) -> Answer:
+    """Return what a node answers to a question, or why there is no answer.
+
+    Args:
+        reply: The node's message.
+        clients: For how many clients it was asked.
+    """
     if isinstance(reply, ClientFailure):
         return reply
     try:
-        return dict(json.loads(str(reply.content.config_records["answer"]["json"])))
+        return _told(reply, "answer", clients)
     except Exception as error:
         return ClientFailure(f"its SuperNode's answer is malformed: {error}")
+
+
+def _told(reply: Message, record: str, clients: int) -> dict[str, Any]:
+    """Return the JSON of one of a message's records, which speaks of so many clients.
+
+    Raises:
+        Exception: Of any kind, when it is malformed.
+    """
+    text = reply.content.config_records[record]["json"]
+    if not isinstance(text, str):
+        raise TypeError(f"JSON that is a {type(text).__name__}")
+    return read_json(text, ANSWER_LETTERS + CLIENT_LETTERS * clients)
 
 
 def reports_of(answer: Mapping[str, Any], asked: Sequence[int]) -> list[Report]:
@@ -46,9 +66,7 @@ def reports_of(answer: Mapping[str, Any], asked: Sequence[int]) -> list[Report]:
         if type(examples) is not int or not 0 < examples <= MOST_EXAMPLES:
             raise ValueError(f"client {client!r} has {examples!r} examples")
         if type(client) is int and client in asked:
-            reports.append(
-                Report(client, examples, Budget.from_mapping(budget, f"client {client}"))
-            )
+            reports.append(Report(client, examples, Budget.from_json(budget, f"client {client}")))
     return reports
 
 
@@ -62,7 +80,7 @@ def results_of(reply: Message, sent: Sequence[int]) -> Iterator[tuple[int, Reply
         sent: The clients whose assignments the message had.
     """
     try:
-        outcome = json.loads(str(reply.content.config_records["outcome"]["json"]))
+        outcome = _told(reply, "outcome", len(sent))
         results = dict(unpack_blobs(reply.content.array_records["results"], outcome["index"]))
         failures = {int(client): str(why) for client, why in outcome["failures"].items()}
         if others := (results.keys() | failures.keys()) - set(sent):

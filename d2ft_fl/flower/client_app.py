@@ -27,6 +27,7 @@ from d2ft_fl.runtime.shared_memory import SharedMemory
 from d2ft_fl.runtime.worker_pool import Job, WorkerPool
 from d2ft_fl.server.dispatch import ClientFailure
 from d2ft_fl.util.spelling import meant
+from d2ft_fl.util.strict_json import write_json
 
 app = ClientApp()
 ASK_SECONDS = 600.0
@@ -71,7 +72,7 @@ def _worker_pool(options: str) -> WorkerPool:
 
 def _worker_pool_of(context: Context) -> WorkerPool:
     node_options = {k: context.node_config[k] for k in NODE_OPTIONS if k in context.node_config}
-    return _worker_pool(json.dumps({**context.run_config, **node_options}, sort_keys=True))
+    return _worker_pool(write_json({**context.run_config, **node_options}, sort_keys=True))
 
 
 def _round_clients(context: Context) -> int:
@@ -122,7 +123,7 @@ def query(message: Message, context: Context) -> Message:
         answer["failed"] = str(error)
     except D2FTError as error:
         answer["error"] = str(error)
-    content = RecordDict({"answer": ConfigRecord({"json": json.dumps(answer)})})
+    content = RecordDict({"answer": ConfigRecord({"json": write_json(answer)})})
     return Message(content, reply_to=message)
 
 
@@ -151,7 +152,7 @@ def train(message: Message, context: Context) -> Message:
         elif reply:
             results[client] = reply
     arrays, index = pack_blobs(results)
-    outcome = ConfigRecord({"json": json.dumps({"index": index, "failures": failures})})
+    outcome = ConfigRecord({"json": write_json({"index": index, "failures": failures})})
     return Message(RecordDict({"results": arrays, "outcome": outcome}), reply_to=message)
 
 

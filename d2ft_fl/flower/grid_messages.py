@@ -87,7 +87,7 @@ class GridMessages:
             for sent, reply in self.pull(list(waiting)):
                 node = waiting.pop(sent)
                 silent.discard(node)
-                yield node, answer_of(reply)
+                yield node, answer_of(reply, len(questions[node]["clients"]))
             if waiting:
                 time.sleep(self.poll_seconds)
         yield from (

@@ -10,7 +10,6 @@ back through shared memory (:mod:`d2ft_fl.runtime.shared_memory`), and messages 
 real devices, and where ``transport`` says so, messages carry everything.
 """
 
-import json
 import time
 from collections.abc import Iterator, Sequence
 from functools import cached_property
@@ -32,6 +31,7 @@ from d2ft_fl.rounds.federation import Report
 from d2ft_fl.runtime.ray_model_store import ModelStore, machines
 from d2ft_fl.runtime.shared_memory import SharedMemory
 from d2ft_fl.server.dispatch import ClientFailure, RoundDispatch
+from d2ft_fl.util.strict_json import write_json
 
 GRACE_SECONDS = 5.0  # for what workers end at the deadline to be heard of
 NODES_GRACE_SECONDS = 30.0  # where messages are fetched every few seconds, and take a while
@@ -193,7 +193,7 @@ class FlowerPool:
             "model": model and str(model),
             "model-store": self.model_store and self.model_store.name,
         }
-        record = ConfigRecord({"json": json.dumps(dispatch)})
+        record = ConfigRecord({"json": write_json(dispatch)})
         return RecordDict({"assignments": arrays, "dispatch": record})
 
     def _arrived(

@@ -10,7 +10,7 @@ from d2ft_fl.flower.answers import Answer, answer_of
 from d2ft_fl.flower.client_app import simulated
 from d2ft_fl.flower.grid_messages import NODES_POLL_SECONDS, GridMessages
 from d2ft_fl.flower.records import PLACE
-from d2ft_fl.server.dispatch import ClientFailure
+from d2ft_fl.server.dispatch import ClientFailure, short_reason
 
 log = logging.getLogger(__name__)
 NODES_TIMEOUT = 120.0
@@ -105,16 +105,17 @@ class NodeDirectory:
                 raise RunError(answer.reason)
             if "error" in answer:
                 raise ConfigError(str(answer["error"]))
-            served = range(int(answer["node"]), self.config.clients, int(answer["nodes"]))
-            if served.step < 1 or served.start < 0:
-                raise ValueError(f"node {answer['node']} of {answer['nodes']}")
-            cpus = answer["cpus"]
+            number, nodes, cpus = answer["node"], answer["nodes"], answer["cpus"]
+            if type(number) is not int or type(nodes) is not int or not 0 <= number < nodes:
+                raise ValueError(f"node {number!r} of {nodes!r}")
+            served = range(number, self.config.clients, nodes)
         except Exception as error:
             if simulated():
                 raise error if isinstance(error, D2FTError) else RunError(str(error)) from error
+            reason = short_reason(str(error))
             again = time.monotonic() + PLACE_SECONDS if isinstance(error, RunError) else math.inf
-            self.refused[node] = str(error), again
-            log.warning("SuperNode %s is left out: %s", node, error)
+            self.refused[node] = reason, again
+            log.warning("SuperNode %s is left out: %s", node, reason)
             return
         self._places[node] = served
         if simulated() and cpus is not None:

@@ -1,11 +1,12 @@
 """Blobs and questions as Flower's records."""
 
-import json
 from collections.abc import Iterator, Mapping
 from itertools import accumulate
 from typing import Any
 
 from flwr.app import Array, ArrayRecord, ConfigRecord, RecordDict
+
+from d2ft_fl.util.strict_json import write_json
 
 PLACE: dict[str, Any] = {"clients": None}  # asks a node which clients it serves
 BUNDLE_BYTES = 1 << 20
@@ -45,8 +46,10 @@ def unpack_blobs(arrays: Mapping[str, Array], index: Index) -> Iterator[tuple[in
         array = arrays[str(number)]
         if array.stype != BLOB or type(array.data) is not bytes:
             raise ValueError(f"an array of {array.stype!r}, not {BLOB!r}")
+        if not all(type(n) is int and n >= 0 for pair in contents for n in pair):
+            raise ValueError("clients and sizes are no whole numbers from 0 on")
         ends = list(accumulate((size for _, size in contents), initial=0))
-        if ends[-1] != len(array.data) or any(size < 0 for _, size in contents):
+        if ends[-1] != len(array.data):
             raise ValueError(f"{ends[-1]} bytes, and {len(array.data)} in the array")
         for (client, size), start in zip(contents, ends, strict=False):
             yield client, array.data[start : start + size]
@@ -58,4 +61,4 @@ def _array(data: bytes) -> Array:
 
 def query_of(question: Mapping[str, Any]) -> RecordDict:
     """Return a question to a node as the content of a message."""
-    return RecordDict({"query": ConfigRecord({"json": json.dumps(question)})})
+    return RecordDict({"query": ConfigRecord({"json": write_json(question)})})

@@ -33,6 +33,7 @@ from d2ft_fl.models.family import Family
 from d2ft_fl.models.spec import ModelSpec
 from d2ft_fl.subnets.architecture import Architecture
 from d2ft_fl.util.spelling import unknown
+from d2ft_fl.util.strict_json import write_json
 from d2ft_fl.util.toml import read_toml
 
 ADAPTER_FOLDER = "adapter"  # in the run's folder; whole weights go to one of the library's name
@@ -78,7 +79,7 @@ def save_tuned(
         folder / FACTORS_FILE,
     )
     named = replace(lora, targets=lora.targets_in(arch))
-    folder.joinpath(LORA_FILE).write_text(json.dumps(asdict(named), indent=2) + "\n")
+    folder.joinpath(LORA_FILE).write_text(write_json(asdict(named), indent=2) + "\n")
 
 
 def load_tuned(folder: Path) -> Tuned:

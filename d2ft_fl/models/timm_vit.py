@@ -7,7 +7,6 @@ before it; gated attention, norms of queries and keys, and layer scale are known
 """
 
 import copy
-import json
 import math
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
@@ -37,6 +36,7 @@ from d2ft_fl.engine.model_adapter import BlockTraits, BranchTraits, Context, Mid
 from d2ft_fl.errors import ConfigError
 from d2ft_fl.subnets.architecture import Architecture, Kind, Parameter
 from d2ft_fl.subnets.branches import BranchKind, BranchSpec
+from d2ft_fl.util.strict_json import write_json
 
 # A block's parameters, by the role the engine knows them under.
 SLICED_ON_OUTPUT = ("fc1.weight", "fc1.bias")
@@ -266,7 +266,7 @@ class TimmViT:
         safetensors.torch.save_file(
             {n: t.contiguous() for n, t in weights.items()}, folder / "model.safetensors"
         )
-        (folder / "model.json").write_text(json.dumps(dict(self.arguments), indent=2) + "\n")
+        (folder / "model.json").write_text(write_json(dict(self.arguments), indent=2) + "\n")
 
 
 def _describe(model: VisionTransformer, input_shape: tuple[int, int, int]) -> Architecture:

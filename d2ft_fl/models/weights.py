@@ -15,6 +15,7 @@ from torch import Tensor
 from d2ft_fl.config.run_config import NO_PATHS
 from d2ft_fl.errors import ConfigError
 from d2ft_fl.models.spec import GLYPH_NAME, ModelSpec
+from d2ft_fl.util.strict_json import write_json
 
 GLYPH_WEIGHTS = Path(__file__).parents[1] / "assets" / "vit_glyphs.json"
 LFS_POINTER = b"version https://git-lfs"
@@ -94,7 +95,7 @@ def save_weights_json(path: Path, state: Mapping[str, Tensor]) -> int:
         name: {"shape": list(t.shape), "float16": base64.b64encode(_half(t)).decode()}
         for name, t in state.items()
     }
-    return path.write_text(json.dumps(tensors) + "\n")
+    return path.write_text(write_json(tensors) + "\n")
 
 
 def _half(tensor: Tensor) -> bytes:

@@ -16,6 +16,7 @@ from d2ft_fl.config.run_config import RunConfig, resolve_path
 from d2ft_fl.errors import ConfigError, RunError
 from d2ft_fl.records.metrics import with_metrics
 from d2ft_fl.util.files import put_in_place, unlock
+from d2ft_fl.util.strict_json import write_json
 
 Progress = Callable[[dict[str, Any]], None]  # is called with each round's line
 
@@ -156,7 +157,7 @@ def write_status(folder: Path, status: str, reason: str = "", before: str | None
     folder.mkdir(parents=True, exist_ok=True)
     partial = folder / "status.json.part"
     entries = {"status": status, "reason": reason} | ({"before": before} if before else {})
-    partial.write_text(json.dumps(entries) + "\n")
+    partial.write_text(write_json(entries) + "\n")
     partial.replace(folder / "status.json")
 
 

@@ -1,6 +1,5 @@
 """A sweep's folder, read: its trials, and the settings that repeat over seeds."""
 
-import json
 import math
 from collections import Counter
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from d2ft_fl.report.reading import damaged, read_json
 from d2ft_fl.report.run_folder import RunFolder
 from d2ft_fl.report.statistics import Interval, differences
 from d2ft_fl.tasks.metrics import MetricSpec
+from d2ft_fl.util.strict_json import write_json
 
 TRIALS = "trials.json"
 SEED = "seed"
@@ -50,7 +50,7 @@ class Trial:
     @property
     def setting(self) -> str:
         """Its settings but the seed, as JSON."""
-        return json.dumps({k: v for k, v in self.settings.items() if k != SEED}, sort_keys=True)
+        return write_json({k: v for k, v in self.settings.items() if k != SEED}, sort_keys=True)
 
 
 @dataclass(frozen=True, eq=False)
@@ -287,7 +287,7 @@ class SweepFolder:
             if trial.finished and trial.run and key in trial.settings:
                 others = {k: v for k, v in trial.settings.items() if k not in (key, SEED)}
                 seed = of[trial.settings[key]].setdefault(trial.settings.get(SEED), {})
-                seed[json.dumps(others, sort_keys=True)] = _at(
+                seed[write_json(others, sort_keys=True)] = _at(
                     trial.run.totals, ("metrics", metric)
                 )
         out = {}
@@ -309,7 +309,7 @@ def _plain(value: Any) -> Any:
 
 def spelled(value: Any) -> str:
     """Write a value as TOML and JSON have it."""
-    return json.dumps(value, ensure_ascii=False)
+    return write_json(value, ensure_ascii=False)
 
 
 def _trial(folder: Path, entry: dict[str, Any]) -> Trial:

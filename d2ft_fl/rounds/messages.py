@@ -127,7 +127,7 @@ class Message:
             policy=ExecutionPolicy(*meta["way"]),
             calibrates=bool(meta["calibrate"]),
             keeps=tuple(meta["keeps"]),
-            budget=Budget.from_mapping(meta["budget"]) if meta.get("held") else None,
+            budget=Budget.from_json(meta["budget"]) if meta.get("held") else None,
             cached=None if cached is None else _unpacked(cached, schedule.resident.shape),
             digests=meta.get("digests", ""),
             meta=meta,

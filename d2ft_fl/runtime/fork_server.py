@@ -37,6 +37,7 @@ from typing import Any, NoReturn, Self
 import psutil
 
 from d2ft_fl.runtime import worker_process
+from d2ft_fl.util.strict_json import write_json
 
 SHARED = "D2FT_FORK_SERVER"  # environment variable: the socket of one that processes share
 # What workers need, whatever they train; the rest they import themselves.
@@ -191,7 +192,7 @@ class ForkServer:
             OSError: When the fork server is gone.
         """
         request = {"environment": dict(environment), "path": sys.path, "folder": os.getcwd()}
-        text = json.dumps(request).encode()
+        text = write_json(request).encode()
         control = socket.socket(socket.AF_UNIX)
         ours, theirs = socket.socketpair()
         reader, lifeline = os.pipe()

@@ -81,7 +81,7 @@ class WorkerProcessPool(_Everyone):
             rows = self.worker_pool.reports(clients, round_number, self.config.round_timeout)
         except RunError as error:
             return [], dict.fromkeys(clients, ClientFailure(str(error)))
-        return [Report(c, n, Budget.from_mapping(b)) for c, n, b in rows], {}
+        return [Report(c, n, Budget.from_json(b)) for c, n, b in rows], {}
 
     def train(
         self, work: RoundDispatch

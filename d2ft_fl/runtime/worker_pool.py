@@ -19,6 +19,7 @@ from typing import Any
 from d2ft_fl.errors import ConfigError, RunError
 from d2ft_fl.runtime.fork_server import ForkedProcess, ForkServer
 from d2ft_fl.server.dispatch import ClientFailure
+from d2ft_fl.util.strict_json import write_json
 
 START_SECONDS = 120.0
 # The longest message that a busy worker is sent ahead: it fits into the connection's buffer.
@@ -57,7 +58,7 @@ class _Worker:
         return self.process.connection
 
     def send(self, request: Mapping[str, Any], blob: bytes = b"") -> None:
-        self.connection.send_bytes(json.dumps(request).encode())
+        self.connection.send_bytes(write_json(request).encode())
         self.connection.send_bytes(blob)
 
     def how_it_ended(self) -> str:
@@ -293,7 +294,7 @@ class WorkerPool:
             environment["CUDA_VISIBLE_DEVICES"] = names[slot % len(names)]
         worker = _Worker(self._forked(environment), slot)
         with suppress(OSError):  # it has ended, which shows when it is to say that it is ready
-            worker.connection.send_bytes(json.dumps(self.options).encode())
+            worker.connection.send_bytes(write_json(self.options).encode())
         return worker
 
     def _forked(self, environment: Mapping[str, str]) -> ForkedProcess:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from d2ft_fl.errors import D2FTError
+from d2ft_fl.util.strict_json import write_json
 
 
 def run(connection: int, lifeline: int) -> None:
@@ -38,7 +39,7 @@ def main(connection: Connection) -> None:
     except EOFError:
         return
     except D2FTError as error:
-        connection.send_bytes(json.dumps({"error": str(error)}).encode())
+        connection.send_bytes(write_json({"error": str(error)}).encode())
         return
     connection.send_bytes(b"{}")
     while True:
@@ -61,11 +62,11 @@ def _reports(trainer: Any, request: dict[str, Any]) -> bytes:
         trainer.check_classes(request["classes"])
         reports = [trainer.report(client, request["round"]) for client in request["clients"]]
     except D2FTError as error:
-        return json.dumps({"error": str(error)}).encode()
+        return write_json({"error": str(error)}).encode()
     except Exception as error:  # a budget may be a user's function
-        return json.dumps({"failed": f"{type(error).__name__}: {error}"}).encode()
+        return write_json({"failed": f"{type(error).__name__}: {error}"}).encode()
     rows = [[r.client, r.examples, r.budget.to_json()] for r in reports]
-    return json.dumps({"reports": rows}).encode()
+    return write_json({"reports": rows}).encode()
 
 
 def _work(trainer: Any, request: dict[str, Any], blob: bytes) -> bytes:

@@ -8,7 +8,6 @@ whole or not there. Nothing in it is code.
 """
 
 import hashlib
-import json
 import logging
 import re
 from collections.abc import Iterator, Mapping
@@ -30,6 +29,7 @@ from d2ft_fl.planning.importance import ScoreBook
 from d2ft_fl.rounds.components import Components
 from d2ft_fl.rounds.federation import Report, State
 from d2ft_fl.util.files import put_in_place, sync
+from d2ft_fl.util.strict_json import write_json
 from d2ft_fl.wire.blob import decode, write
 
 log = logging.getLogger(__name__)
@@ -141,7 +141,7 @@ def digest_of(weights: Mapping[str, Tensor]) -> str:
 
 
 def _digest(tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> str:
-    total = hashlib.blake2b(json.dumps(meta, sort_keys=True).encode(), digest_size=16)
+    total = hashlib.blake2b(write_json(meta, sort_keys=True).encode(), digest_size=16)
     for name in sorted(tensors):
         tensor = tensors[name].detach().contiguous()
         total.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -230,7 +230,7 @@ def _unpack(tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> Checkpoin
         {name: Moments(t, second.get(name)) for name, t in first.items()},
     )
     reports = {
-        client: Report(client, examples, Budget.from_mapping(budget))
+        client: Report(client, examples, Budget.from_json(budget))
         for client, examples, budget in meta["reports"]
     }
     return Checkpoint(state, reports)

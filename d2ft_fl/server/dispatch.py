@@ -10,11 +10,31 @@ if TYPE_CHECKING:  # those who only carry blobs need no torch
     from torch import Tensor
 
 
+MOST_LETTERS = 300  # of the reason of a failure
+
+
+def short_reason(reason: str) -> str:
+    """Return a reason as one line of readable length, of letters that can be printed.
+
+    It comes from a client, which may send any text.
+
+    Args:
+        reason: Any text.
+    """
+    lines = reason[: 10 * MOST_LETTERS].strip().splitlines()
+    line = lines[0] if lines else "no reason is known"
+    line = "".join(letter if letter.isprintable() else "?" for letter in line)
+    return line if len(line) <= MOST_LETTERS else line[: MOST_LETTERS - 3] + "..."
+
+
 @dataclass(frozen=True)
 class ClientFailure:
-    """A client that did not answer, and why."""
+    """A client that did not answer, and why, as :func:`short_reason` has it."""
 
     reason: str
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "reason", short_reason(self.reason))
 
 
 class Stopwatch:

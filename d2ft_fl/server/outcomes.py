@@ -7,22 +7,9 @@ from types import MappingProxyType
 from d2ft_fl.planning.assignment import Assignment, Participant
 from d2ft_fl.records.client_record import ClientRecord
 from d2ft_fl.rounds.plan import Plan
+from d2ft_fl.server.dispatch import short_reason
 from d2ft_fl.server.reply_reader import Usage
 from d2ft_fl.subnets.schedule import Operation
-
-MOST_LETTERS = 300  # of the reason of a failure
-
-
-def short_reason(reason: str) -> str:
-    """Return a reason as one line of readable length.
-
-    It comes from a client, which may send any text.
-
-    Args:
-        reason: Any text.
-    """
-    line = next(iter(reason.strip().splitlines()), "no reason is known")
-    return line if len(line) <= MOST_LETTERS else line[: MOST_LETTERS - 3] + "..."
 
 
 class Outcomes:

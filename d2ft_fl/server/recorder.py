@@ -16,7 +16,6 @@ versions.json            versions of packages, the machine, the commit of the co
 report.html              the run's page, see :mod:`d2ft_fl.report`; trials of a sweep have none
 """
 
-import json
 import logging
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -38,6 +37,7 @@ from d2ft_fl.records.summary import summarise
 from d2ft_fl.records.versions import versions
 from d2ft_fl.rounds.federation import Federation, Report, State
 from d2ft_fl.rounds.plan import Plan
+from d2ft_fl.util.strict_json import write_json
 from d2ft_fl.util.toml import dump_toml
 
 log = logging.getLogger(__name__)
@@ -91,7 +91,7 @@ class Recorder:
             if not path.exists() or name == "reports.jsonl":  # what was asked is not asked again
                 continue
             kept = [line for line in read_lines(path) if line["round"] <= rounds]
-            write_whole(path, "".join(json.dumps(line) + "\n" for line in kept))
+            write_whole(path, "".join(write_json(line) + "\n" for line in kept))
         for line in read_lines(self.folder / "reports.jsonl"):
             if line["round"] > rounds and line["reports"]:  # where nobody answered, all are asked
                 self._reported.setdefault(line["round"], []).append(line["reports"])
@@ -105,7 +105,7 @@ class Recorder:
         write_whole(self.folder / "config.toml", dump_toml(entries | {"resume": ""}))
         self.folder.joinpath("data.json").write_text(json.dumps(self.data, indent=2) + "\n")
         made_with = versions(self.federation.config.device)
-        self.folder.joinpath("versions.json").write_text(json.dumps(made_with, indent=2) + "\n")
+        self.folder.joinpath("versions.json").write_text(write_json(made_with, indent=2) + "\n")
 
     def reports(self, round_number: int, reports: Sequence[Report]) -> None:
         """Record what clients reported before a round; for runs whose budgets vary by round."""
@@ -121,12 +121,12 @@ class Recorder:
         attempts = self._reported.get(round_number)
         if not attempts:
             return None
-        return [Report(c, n, Budget.from_mapping(b)) for c, n, b in attempts.pop(0)]
+        return [Report(c, n, Budget.from_json(b)) for c, n, b in attempts.pop(0)]
 
     def _append(self, name: str, lines: Iterable[Mapping[str, Any]]) -> None:
         """Append lines to a file so that they survive a power cut."""
         with self.folder.joinpath(name).open("a") as file:
-            file.writelines(json.dumps(line) + "\n" for line in lines)
+            file.writelines(write_json(line) + "\n" for line in lines)
             file.flush()
             os.fsync(file.fileno())
 
@@ -192,7 +192,7 @@ def write_summary(folder: Path, summary: Mapping[str, Any], report: bool = True)
         summary: The totals.
         report: Whether to write the page; a sweep has one page for all its runs.
     """
-    folder.joinpath("summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    folder.joinpath("summary.json").write_text(write_json(summary, indent=2) + "\n")
     if report:
         _write_report(folder)
     write_status(folder, "finished")

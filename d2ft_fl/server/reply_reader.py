@@ -5,6 +5,7 @@ is read here has the form that the assignment asks for. Its values are judged by
 :class:`~d2ft_fl.aggregation.aggregator.Aggregator`.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -30,6 +31,10 @@ from d2ft_fl.wire.quantization import with_quantized_changes
 
 MORE_BYTES = 1 << 16  # beyond the plan, for the reason that a failed client gives
 MOST_COUNT = 2**62  # FLOPs, bytes and examples of a report are below it
+MOST_LOSS = 1e15
+REPORT = frozenset({"round", "client", "slot_examples", "loss", "used"})
+USED = frozenset({"flops", "memory", "bytes_down", "seconds", "training"})
+_SECONDS = re.compile(r"[0-9]{8}\.[0-9]{3}")  # as clients write them, up to three years
 
 
 def slot_examples(federation: Federation, state: State, assignment: Assignment) -> list[int]:
@@ -140,33 +145,30 @@ class ReplyReader:
         if len(blob) > most:
             raise ReplyError(f"{len(blob)} bytes, where {most} are the most that can be")
         tensors, meta = wire.decode(blob)
-        if meta.get("error"):
+        if "error" in meta:
             raise ReplyError(str(meta["error"]))
         return tensors, meta
 
     @staticmethod
     def _usage(meta: Mapping[str, Any], bytes_up: int) -> Usage:
         """Return the usage that a report states, once all its numbers are possible."""
-        try:
-            used = meta["used"]
-            cost = Cost(int(used["flops"]), int(used["memory"]), bytes_up, int(used["bytes_down"]))
-            usage = Usage(
-                round_number=int(meta["round"]),
-                client=int(meta["client"]),
-                cost=cost,
-                wall_seconds=float(used["seconds"]),
-                training_seconds=float(used["training"]),
-                train_loss=float(meta["loss"]),
-                slot_examples=[int(count) for count in meta["slot_examples"]],
-            )
-        except (KeyError, TypeError, ValueError, OverflowError) as error:
-            raise ReplyError(f"the report is incomplete or malformed: {error}") from None
-        counts = (cost.flops, cost.memory, cost.bytes_down)
-        seconds = (usage.wall_seconds, usage.training_seconds)
-        finite = np.isfinite([*seconds, usage.train_loss]).all()
-        if not finite or not all(0 <= count < MOST_COUNT for count in counts):
+        used = meta.get("used")
+        if not isinstance(used, dict) or meta.keys() != REPORT or used.keys() != USED:
+            raise ReplyError("the report is incomplete or malformed: it has other entries")
+        whole = [meta["round"], meta["client"], used["flops"], used["memory"], used["bytes_down"]]
+        wall, training, shown = used["seconds"], used["training"], meta["slot_examples"]
+        if not isinstance(shown, list) or not all(type(n) is int for n in [*whole, *shown]):
+            raise ReplyError("the report is incomplete or malformed: counts must be whole numbers")
+        if not all(isinstance(text, str) and _SECONDS.fullmatch(text) for text in (wall, training)):
+            raise ReplyError("the report is incomplete or malformed: seconds are 00000000.000")
+        if not all(0 <= count < MOST_COUNT for count in whole):
             raise ReplyError("the report holds numbers that cannot be")
-        return usage
+        loss = meta["loss"]
+        if type(loss) not in (int, float) or not abs(loss) <= MOST_LOSS:
+            raise ReplyError(f"the report's loss {loss!r} is no number up to {MOST_LOSS:g}")
+        number, client, flops, memory, bytes_down = whole
+        cost = Cost(flops, memory, bytes_up, bytes_down)
+        return Usage(number, client, cost, float(wall), float(training), float(loss), shown)
 
     def _check_answers(self, assignment: Assignment, usage: Usage) -> None:
         """Refuse an answer to another round or client, or one after other examples."""

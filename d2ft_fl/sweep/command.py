@@ -1,6 +1,5 @@
 """``d2ft sweep``: from a file to a folder of results."""
 
-import json
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
@@ -22,6 +21,7 @@ from d2ft_fl.sweep.spec import Sweep
 from d2ft_fl.sweep.trials import Trial, expand, sweep_hash, sweep_metrics, varied
 from d2ft_fl.sweep.written import toml_sweep
 from d2ft_fl.util import terminal
+from d2ft_fl.util.strict_json import write_json
 from d2ft_fl.util.torch_device import usable_device
 
 FAILED, NOTHING_RAN = 1, 2  # exit codes
@@ -99,7 +99,7 @@ def _list(folder: SweepFolder, trials: Sequence[Trial], as_json: bool) -> None:
         state = State("refused", trial.refused) if trial.refused else folder.state(trial.id)
         rows.append({"trial": trial.id, "settings": dict(trial.settings), **asdict(state)})
     if as_json:
-        typer.echo(json.dumps({"folder": str(folder.path), "trials": rows}))
+        typer.echo(write_json({"folder": str(folder.path), "trials": rows}))
     else:
         show.trial_list(rows)
         terminal.say(f"sweep folder: {folder.path}")
@@ -146,7 +146,7 @@ def _conclude(
     settings = by_setting(rows, varied(asked), metrics)
     if as_json:
         entries = [setting.to_json(metrics) for setting in settings]
-        typer.echo(json.dumps({"folder": str(folder.path), "trials": rows, "settings": entries}))
+        typer.echo(write_json({"folder": str(folder.path), "trials": rows, "settings": entries}))
         _page(folder.path)
     else:
         show.settings_table(settings, metrics)

@@ -30,6 +30,7 @@ from d2ft_fl.records.run_folder import read_rows
 from d2ft_fl.sweep.remote import Changes, Outcome
 from d2ft_fl.sweep.trials import Trial
 from d2ft_fl.util.files import put_in_place, sync, unlock
+from d2ft_fl.util.strict_json import write_json
 from d2ft_fl.util.toml import dump_toml
 
 SCRATCH = "d2ft-sweep-"
@@ -149,7 +150,7 @@ class SweepFolder:
         if outcome.status == "finished":  # it was somewhere else when it wrote this
             path = folder / "summary.json"
             summary = json.loads(path.read_text()) | {"folder": str(folder)}
-            path.write_text(json.dumps(summary, indent=2) + "\n")
+            path.write_text(write_json(summary, indent=2) + "\n")
         if outcome.traceback:
             folder.joinpath("error.txt").write_text(outcome.traceback)
         for path in (folder.parent, *folder.rglob("*")):
@@ -174,5 +175,5 @@ class SweepFolder:
 def _write_json(path: Path, value: Any) -> None:
     """Write a file so that it is the old one or the new one whenever the machine stops."""
     part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(value, indent=1) + "\n")
+    part.write_text(write_json(value, indent=1) + "\n")
     put_in_place(part, path)

@@ -1,7 +1,6 @@
 """The trials of a sweep, each with an id that its configuration alone decides."""
 
 import hashlib
-import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -18,6 +17,7 @@ from d2ft_fl.sweep.contents import contents
 from d2ft_fl.sweep.draws import uniform
 from d2ft_fl.sweep.spec import Group, Sweep, place_name
 from d2ft_fl.tasks.metrics import MetricSpec
+from d2ft_fl.util.strict_json import write_json
 
 ID_DIGITS = 10
 
@@ -50,7 +50,7 @@ class Trial:
 
 
 def _hash(value: Any) -> str:
-    text = json.dumps(value, sort_keys=True)
+    text = write_json(value, sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:ID_DIGITS]
 
 

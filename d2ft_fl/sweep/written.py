@@ -1,8 +1,9 @@
 """Writing a sweep as TOML: the resolved one in its folder, which is a file to sweep again."""
 
-import json
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
+
+from d2ft_fl.util.strict_json import write_json
 
 if TYPE_CHECKING:
     from d2ft_fl.sweep.spec import Group, Sweep
@@ -15,7 +16,7 @@ def toml_value(value: Any) -> str:
         return f"{{ {inner} }}" if inner else "{}"
     if isinstance(value, list | tuple):
         return f"[{', '.join(toml_value(v) for v in value)}]"
-    return json.dumps(value, ensure_ascii=False)
+    return write_json(value, ensure_ascii=False)
 
 
 def toml_sweep(sweep: "Sweep") -> str:

@@ -1,18 +1,18 @@
 """TOML read, with errors in a line, and written."""
 
 import codecs
-import json
 import tomllib
 from pathlib import Path
 from typing import Any
 
 from d2ft_fl.errors import ConfigError
+from d2ft_fl.util.strict_json import write_json
 
 
 def dump_toml(entries: dict[str, Any]) -> str:
     """Return flat TOML: JSON's spelling of strings, numbers and truth values is TOML's too."""
     return "".join(
-        f"{key} = {json.dumps(value, ensure_ascii=False)}\n" for key, value in entries.items()
+        f"{key} = {write_json(value, ensure_ascii=False)}\n" for key, value in entries.items()
     )
 
 

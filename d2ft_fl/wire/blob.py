@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from d2ft_fl.errors import ReplyError
+from d2ft_fl.util.strict_json import read_json, write_json
 
 META = "d2ft"
 LENGTH_BYTES = 8  # of a header's length, before it; headers are padded to a multiple of it
@@ -32,11 +33,14 @@ _TYPES = {
 }
 _ORDER = tuple(_TYPES)
 _DTYPES = {name: dtype for dtype, name in _TYPES.items()}
+_MALFORMED = (
+    SafetensorError, KeyError, TypeError, ValueError, RecursionError, OSError, ReplyError,
+)  # fmt: skip
 
 
 def encode(tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> bytes:
     """Return tensors and JSON-able metadata as one safetensors blob."""
-    return safetensors.torch.save(dict(tensors), metadata={META: json.dumps(meta)})
+    return safetensors.torch.save(dict(tensors), metadata={META: write_json(meta)})
 
 
 def size(tensors: "Iterable[Described]", meta: Any) -> int:
@@ -92,12 +96,12 @@ Described = tuple[str, tuple[int, ...], torch.dtype]
 
 def _header(tensors: Iterable[Described], meta: Any) -> tuple[bytes, list[Described]]:
     """Return the header of a safetensors blob, and its tensors in the order in which they come."""
-    entries: dict[str, Any] = {"__metadata__": {META: json.dumps(meta)}}
+    entries: dict[str, Any] = {"__metadata__": {META: write_json(meta)}}
     order, end = sorted(tensors, key=lambda t: (_ORDER.index(t[2]), t[0])), 0
     for name, shape, dtype in order:
         start, end = end, end + dtype.itemsize * math.prod(shape)
         entries[name] = {"dtype": _TYPES[dtype], "shape": shape, "data_offsets": (start, end)}
-    text = json.dumps(entries, separators=(",", ":")).encode()
+    text = write_json(entries, separators=(",", ":")).encode()
     text = text.ljust(-(-len(text) // LENGTH_BYTES) * LENGTH_BYTES)
     return len(text).to_bytes(LENGTH_BYTES, "little") + text, order
 
@@ -119,11 +123,9 @@ def decode(blob: bytes | memoryview | Path) -> tuple[dict[str, Tensor], dict[str
         else:
             end = LENGTH_BYTES + int.from_bytes(blob[:LENGTH_BYTES], "little")
             header, tensors = json.loads(blob[LENGTH_BYTES:end]), safetensors.torch.load(blob)
-        meta = json.loads(header["__metadata__"][META])
-        if not isinstance(meta, dict):
-            raise TypeError(f"metadata is a {type(meta).__name__}")
-        return tensors, meta
-    except (SafetensorError, KeyError, TypeError, ValueError, RecursionError, OSError) as error:
+        text = header["__metadata__"][META]
+        return tensors, read_json(text, len(text))
+    except _MALFORMED as error:
         raise ReplyError(f"not a safetensors message of this project: {error}") from None
 
 
