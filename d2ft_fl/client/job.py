@@ -11,11 +11,13 @@ from d2ft_fl.config.choices import PLAIN_BITS
 from d2ft_fl.costs.cost_model import CostModel
 from d2ft_fl.engine.mean_tally import received
 from d2ft_fl.engine.partial_model import Offsets
+from d2ft_fl.errors import Refusal
 from d2ft_fl.rounds.federation import Federation
 from d2ft_fl.rounds.messages import Message
 from d2ft_fl.subnets.architecture import Architecture, Kind
+from d2ft_fl.subnets.packing import down_spec
 from d2ft_fl.subnets.schedule import Schedule
-from d2ft_fl.wire import parameter_cache
+from d2ft_fl.wire.compensation import skip_name, skip_spec
 from d2ft_fl.wire.parameter_cache import ParameterCache
 from d2ft_fl.wire.quantization import (
     Arriving,
@@ -24,6 +26,8 @@ from d2ft_fl.wire.quantization import (
     quantize,
     quantize_changes,
 )
+
+MOST_SHOWN = 60  # letters of a name that is refused
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,17 +46,54 @@ class Job:
 
     @classmethod
     def read(
-        cls, blob: bytes, federation: Federation
+        cls, blob: bytes, federation: Federation, shared: bool
     ) -> "tuple[Job, dict[str, Tensor], dict[int, Offsets]]":
         """Read a message.
+
+        Args:
+            blob: The message.
+            federation: The federation, of any round.
+            shared: Whether the global model is at hand.
 
         Returns:
             What to do, the tensors that came, by name, and the compensation among them: block ->
             offsets, one a slot; empty where there is none.
+
+        Raises:
+            D2FTError: With the first thing about the message that cannot be.
         """
-        message, tensors = Message.decode(blob)
-        offsets = received(message.schedule, tensors)
-        return cls(message, federation.at(message.round), bool(offsets)), tensors, offsets
+        message, tensors = Message.decode(blob, federation)
+        stage = federation.at(message.round)
+        compensated = any(skip_name(block) in tensors for block in range(stage.arch.blocks))
+        job = cls(message, stage, compensated)
+        job.check_tensors(tensors, shared)
+        return job, tensors, received(message.schedule, tensors)
+
+    def check_tensors(self, tensors: Mapping[str, Tensor], shared: bool) -> None:
+        """Refuse a message that has other tensors than it says, or numbers that are not finite.
+
+        Args:
+            tensors: What came, by name.
+            shared: Whether slices of a global model are at hand, so that none came.
+        """
+        message, arch = self.message, self.arch
+        wanted = [] if shared else message.slices(arch, self.costs.bits_down)
+        spec = {name: (shape, dtype) for name, shape, dtype in wanted}
+        if self.compensated:
+            if message.probes or not self.stage.config.compensation:
+                raise Refusal("the message compensates what the run's options do not")
+            shapes = skip_spec(self.stage.model_arch, message.schedule)
+            spec |= {name: (shape, torch.float32) for name, shape in shapes.items()}
+        if odd := sorted(spec.keys() ^ tensors.keys()):
+            state = "lacks" if odd[0] in spec else "has, and was not to have,"
+            raise Refusal(f"the message {state} tensor {odd[0][:MOST_SHOWN]!r}")
+        for name, (shape, dtype) in spec.items():
+            tensor = tensors[name]
+            if tuple(tensor.shape) != shape or tensor.dtype != dtype:
+                raise Refusal(
+                    f"the message has {name!r} as {tensor.dtype} {list(tensor.shape)}, not as "
+                    f"{dtype} {list(shape)}"
+                )
 
     @property
     def arch(self) -> Architecture:
@@ -85,7 +126,7 @@ class Job:
         """
         if weights is None:
             return len(blob)
-        return self.message.whole_size(self.arch, weights, tensors, self.costs.bits_down)
+        return self.message.whole_size(self.arch, tensors, self.costs.bits_down)
 
     def complete(self, tensors: dict[str, Tensor], cache: ParameterCache) -> dict[str, Tensor]:
         """Add the slices that did not come with the message, and undo quantization.
@@ -95,13 +136,23 @@ class Job:
             cache: Fixed parameters that came in earlier rounds.
 
         Returns:
-            Packed slices and compensation, by name.
+            Packed slices, by name.
+
+        Raises:
+            Refusal: When slices are gone, or are not what they should be.
         """
-        message, arch, bits = self.message, self.arch, self.costs.bits_down
+        message, arch = self.message, self.arch
         if message.cached is not None:
-            digests = parameter_cache.read(message.carried, message.digests)
-            tensors = cache.complete(arch, message.carried, tensors, message.cached, digests)
-        return dequantize(arch, tensors, bits)
+            tensors = cache.complete(
+                arch, message.carried, tensors, message.cached, message.digests
+            )
+        tensors = dequantize(arch, tensors, self.costs.bits_down)
+        slices = {name: t for name, t in tensors.items() if name in arch.by_name}
+        if {name: tuple(t.shape) for name, t in slices.items()} != down_spec(arch, message.carried):
+            raise Refusal("the weights that are kept here are not those of this run")
+        if not all(bool(t.isfinite().all()) for t in tensors.values()):
+            raise Refusal("the message has weights that are not finite")
+        return slices
 
     def as_sent_down(self, values: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Quantize, as they came down, the slices whose changes travel quantized.

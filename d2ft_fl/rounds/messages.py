@@ -1,7 +1,7 @@
 """Messages to clients: an assignment, and the slices of the global model that it needs."""
 
 from collections.abc import Mapping
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -12,9 +12,11 @@ from d2ft_fl.budgets.budget import Budget
 from d2ft_fl.config.training_options import ExecutionPolicy
 from d2ft_fl.costs.probe_costs import Probes
 from d2ft_fl.costs.resources import RESOURCES
+from d2ft_fl.errors import Refusal
 from d2ft_fl.planning.assignment import Assignment
+from d2ft_fl.rounds import message_fields as fields
 from d2ft_fl.rounds.federation import Federation, State
-from d2ft_fl.subnets.architecture import Architecture
+from d2ft_fl.subnets.architecture import Architecture, has_fixed
 from d2ft_fl.subnets.packing import carried, pack_for
 from d2ft_fl.subnets.schedule import Operation, Schedule
 from d2ft_fl.wire import blob as wire
@@ -90,7 +92,7 @@ class Message:
         budget: The budget that the client must keep; None for the one that it has by now.
         cached: Subnets whose fixed parameters it has cached: bool [blocks, heads]; None where the
             model has no fixed parameters.
-        digests: Names of fixed parameters, as :mod:`d2ft_fl.wire.parameter_cache` reads them.
+        digests: Names of the fixed parameters that the client needs; empty without any.
         meta: The message's metadata as they travel.
     """
 
@@ -104,78 +106,83 @@ class Message:
     keeps: tuple[str, ...]
     budget: Budget | None
     cached: np.ndarray | None
-    digests: str
+    digests: parameter_cache.Digests
     meta: Mapping[str, Any]
 
     @classmethod
-    def decode(cls, blob: bytes) -> "tuple[Message, dict[str, Tensor]]":
+    def decode(cls, blob: bytes, federation: Federation) -> "tuple[Message, dict[str, Tensor]]":
         """Return the message and packed tensors that :func:`encode_assignment` wrote.
+
+        Of the message everything is checked that can be without the client and its data; of the
+        tensors nothing.
 
         Args:
             blob: The message as it travels.
+            federation: The federation, of any round.
+
+        Raises:
+            ReplyError: When the blob is no message at all.
+            Refusal: With the first field that cannot be.
+            ConfigError: For a schedule or a budget that cannot be.
         """
         tensors, meta = wire.decode(blob)
-        schedule = _schedule(meta)
-        cached = meta.get("holds")
-        scored, viewed, *kinds = meta["passes"]
+        fields.check_names(meta)
+        config = federation.config
+        number = fields.whole(meta["round"], "round", 1, config.rounds)
+        stage = federation.at(number)
+        arch = stage.arch
+        schedule = fields.schedule_of(meta, config.slots, arch)
+        if fields.truth(meta["calibrate"], "calibrate") != stage.calibrates(number):
+            raise Refusal("the message and the run's options differ on whether to calibrate")
+        if ("holds" in meta) != has_fixed(arch):
+            raise Refusal("the message and the model differ on whether parameters are fixed")
+        budget = Budget.from_json(meta["budget"]) if "budget" in meta else None
         message = cls(
-            client=int(meta["client"]),
-            round=int(meta["round"]),
+            client=fields.whole(meta["client"], "client", 0, config.clients - 1),
+            round=number,
             schedule=schedule,
-            probes=Probes(scored, viewed, tuple(kinds)),
-            examples=int(meta["examples"]),
-            policy=ExecutionPolicy(*meta["way"]),
-            calibrates=bool(meta["calibrate"]),
-            keeps=tuple(meta["keeps"]),
-            budget=Budget.from_json(meta["budget"]) if meta.get("held") else None,
-            cached=None if cached is None else _unpacked(cached, schedule.resident.shape),
-            digests=meta.get("digests", ""),
+            probes=fields.probes_of(meta["passes"]),
+            examples=fields.whole(meta["examples"], "examples", 1, fields.MOST_EXAMPLES),
+            policy=fields.policy_of(meta["way"], config.slots, arch),
+            calibrates=meta["calibrate"],
+            keeps=fields.keeps_of(meta["keeps"]),
+            budget=budget if fields.whole(meta.get("held", 0), "held", 0, 1) else None,
+            cached=fields.held_of(meta["holds"], arch) if "holds" in meta else None,
+            digests={},
             meta=meta,
         )
+        if "digests" in meta:
+            names = parameter_cache.read(message.carried, meta["digests"])
+            message = replace(message, digests=names)
         return message, tensors
 
-    def whole_size(
-        self,
-        arch: Architecture,
-        weights: Mapping[str, Tensor],
-        came: Mapping[str, Tensor],
-        bits: int,
-    ) -> int:
+    def whole_size(self, arch: Architecture, came: Mapping[str, Tensor], bits: int) -> int:
         """Return the bytes that the message would have if its slices travelled with it.
 
         Args:
             arch: The architecture of the round.
-            weights: The global model, by name.
             came: Tensors that did travel with the message.
             bits: Bits in which weights travel down.
         """
-        slices = [
+        offsets = [(name, tuple(t.shape), t.dtype) for name, t in came.items()]
+        return wire.size([*self.slices(arch, bits), *offsets], self.meta)
+
+    def slices(self, arch: Architecture, bits: int) -> list[wire.Described]:
+        """Return name, shape and type of each slice that the message has, or is to be read with.
+
+        Args:
+            arch: The architecture of the round.
+            bits: Bits in which weights travel down.
+        """
+        return [
             (p.name, (p.packed_shape(heads)[0], row_bytes(p, bits)), torch.uint8)
             if is_quantized(p, bits)
-            else (p.name, p.packed_shape(heads) if heads else p.shape, weights[p.name].dtype)
+            else (p.name, p.packed_shape(heads) if heads else p.shape, torch.float32)
             for p, heads in carried(arch, self.carried, self.cached)
         ]
-        offsets = [(name, tuple(t.shape), t.dtype) for name, t in came.items()]
-        return wire.size([*slices, *offsets], self.meta)
 
     @property
     def carried(self) -> Schedule:
         """The schedule whose slices the client gets: everything, where probes come first."""
         shape = self.schedule.operations.shape[1:]
         return Schedule.filled(Operation.FULL, 1, *shape) if self.probes else self.schedule
-
-
-def _schedule(meta: Mapping[str, Any]) -> Schedule:
-    """Return the schedule that a message describes."""
-    shape = meta["shape"]
-    operations = np.frombuffer(bytes.fromhex(meta["operations"]), dtype=np.int8).reshape(shape)
-    if "ranks" not in meta:
-        return Schedule(operations)
-    ranks = np.frombuffer(bytes.fromhex(meta["ranks"]), dtype=f"<u{RANK_BYTES}")
-    return Schedule(operations, ranks.astype(np.int64).reshape(shape[1:]))
-
-
-def _unpacked(text: str, shape: tuple[int, ...]) -> np.ndarray:
-    """Return truth values that a message packs as hexadecimal text: bool of ``shape``."""
-    data = np.frombuffer(bytes.fromhex(text), dtype=np.uint8)
-    return np.unpackbits(data, count=int(np.prod(shape))).reshape(shape).astype(bool)

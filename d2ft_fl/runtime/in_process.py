@@ -52,7 +52,8 @@ class InProcessPool(_Everyone):
         shared = self.config.transport == "shared"
         for client in work.costs:
             message = work.encode(client, shared)
-            yield client, self.client_trainer.work(message, work.weights if shared else None)
+            weights = work.weights if shared else None
+            yield client, self.client_trainer.work(message, weights, client)
 
 
 class WorkerProcessPool(_Everyone):

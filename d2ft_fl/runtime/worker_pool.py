@@ -245,7 +245,13 @@ class WorkerPool:
         seconds = deadline - time.monotonic()
         with suppress(OSError):  # it has ended, which shows when its reply is waited for
             worker.send(
-                {"do": "work", "model": job.model, "reply": job.reply, "seconds": seconds},
+                {
+                    "do": "work",
+                    "client": job.client,
+                    "model": job.model,
+                    "reply": job.reply,
+                    "seconds": seconds,
+                },
                 job.blob,
             )
 

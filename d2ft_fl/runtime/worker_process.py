@@ -77,9 +77,9 @@ def _work(trainer: Any, request: dict[str, Any], blob: bytes) -> bytes:
     model = request["model"]
     weights = None if model is None else shared_memory.read_model(Path(model))
     if request["reply"] is None:
-        return trainer.work(blob, weights)
+        return trainer.work(blob, weights, request["client"])
     until = time.monotonic() + request["seconds"]
-    tensors, meta = trainer.answer(blob, weights)
+    tensors, meta = trainer.answer(blob, weights, request["client"])
     try:
         shared_memory.put(Path(request["reply"]), tensors, meta, until)
     except OSError as error:  # such as no room

@@ -9,12 +9,14 @@ begin from the same weights, share them; a group that changes after all gets ano
 
 import hashlib
 import os
+import re
 import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import platformdirs
@@ -24,7 +26,6 @@ from torch import Tensor
 
 from d2ft_fl.errors import Refusal
 from d2ft_fl.subnets.architecture import Architecture, Kind, Parameter
-from d2ft_fl.subnets.packing import down_spec
 from d2ft_fl.subnets.schedule import Schedule
 from d2ft_fl.wire import blob
 
@@ -33,6 +34,7 @@ Digests = dict[Group, str]
 DIGEST_BYTES = 8
 KEEP_DAYS = 30.0
 OUTER: Group = (-1, -1)
+_HEX = re.compile("[0-9a-f]*")
 
 
 def _fixed(arch: Architecture) -> dict[int, list[Parameter]]:
@@ -115,10 +117,18 @@ def write(schedule: Schedule, names: Digests) -> str:
     return "".join(names[group] for group in groups_of(schedule))
 
 
-def read(schedule: Schedule, text: str) -> Digests:
-    """Return the names that :func:`write` wrote."""
-    width = 2 * DIGEST_BYTES
-    return {group: text[i * width : (i + 1) * width] for i, group in enumerate(groups_of(schedule))}
+def read(schedule: Schedule, text: Any) -> Digests:
+    """Return the names that :func:`write` wrote.
+
+    They become names of files.
+
+    Raises:
+        Refusal: When the text is anything else than digests, one of each group.
+    """
+    width, groups = 2 * DIGEST_BYTES, list(groups_of(schedule))
+    if not isinstance(text, str) or len(text) != width * len(groups) or not _HEX.fullmatch(text):
+        raise Refusal(f"the message has digests that are not {len(groups)} of {width} digits")
+    return {group: text[i * width : (i + 1) * width] for i, group in enumerate(groups)}
 
 
 @dataclass(frozen=True)
@@ -166,7 +176,8 @@ class ParameterCache:
             names: The names of the groups that the schedule needs.
 
         Raises:
-            Refusal: When a group is gone that the server believes to be here.
+            Refusal: When a group is gone that the server believes to be here, or one comes under
+                the name of another.
         """
         by_block = _fixed(arch)
         parts: dict[str, list[Tensor]] = {}
@@ -179,13 +190,13 @@ class ParameterCache:
                 of_group = _cut(
                     parameters, tensors, schedule.resident[block] & ~cached[block], head
                 )
+                if _digest(of_group) != names[group]:
+                    raise Refusal("weights came that are not those of their digest")
                 self._save(names[group], of_group)
             for name, tensor in of_group.items():
                 parts.setdefault(name, []).append(tensor)
         whole = {name: t for name, t in tensors.items() if name not in parts}
         whole |= {name: ts[0] if len(ts) == 1 else torch.cat(ts) for name, ts in parts.items()}
-        if whole.keys() < down_spec(arch, schedule).keys():
-            raise Refusal("the weights that are kept here are not those of this run")
         return whole
 
     def _path(self, name: str) -> Path:
