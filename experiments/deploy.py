@@ -165,7 +165,11 @@ def main() -> None:
     parser.add_argument("--nodes", type=int, default=3)
     parser.add_argument("--port", type=int, default=8443)
     parser.add_argument("--host", action="append", default=[], help="of this machine")
-    parser.add_argument("--node-config", default="", help="more of it, the same for all nodes")
+    parser.add_argument(
+        "--node-config",
+        default='takes="data, budgets"',
+        help="more of it, the same for all nodes; by default runs choose their data and budgets",
+    )
     arguments = parser.parse_args()
     for number in (signal.SIGINT, signal.SIGTERM):  # also where a shell has it ignored
         signal.signal(number, signal.default_int_handler)

@@ -53,10 +53,16 @@ def client_trainer(config: RunConfig) -> "ClientTrainer":
 
 
 class ClientTrainer:
-    """Trains for any number of clients, one after another, under one configuration."""
+    """Trains for any number of clients, one after another, under one configuration.
 
-    def __init__(self, config: RunConfig):
-        self.config = config
+    Args:
+        config: The options of the run.
+        owns_budget: Whether the clients' budget was set where they are: then they keep all of it,
+            whatever a plan promises and whatever budget it was made for.
+    """
+
+    def __init__(self, config: RunConfig, owns_budget: bool = False):
+        self.config, self.owns_budget = config, owns_budget
         self.components = Components(config)
         self.options = self.components.training
         self.device = self.components.device
@@ -164,7 +170,7 @@ class ClientTrainer:
         job, tensors, offsets = Job.read(blob, self._federation, weights is not None)
         self._refuse_what_is_not_here(job.message, client)
         _ = self.model  # is built before free memory is read, and before anything is measured
-        if job.message.keeps:
+        if job.message.keeps or self.owns_budget:
             self._refuse_unless_it_fits(job)
         bytes_down = job.bytes_down(blob, tensors, weights)
         whole = None if weights is None else self._lay_out(job, weights)
@@ -222,11 +228,18 @@ class ClientTrainer:
         """
         message, costs = job.message, job.costs
         cost = round_cost(costs, message.schedule, message.examples, message.probes, message.cached)
-        budget = message.budget or self._budget(message.client, message.round)
-        allowed = budget.capacity(job.stage.costs.full_cost(self.examples.count(message.client)))
-        for resource, planned, limit in zip(RESOURCES, cost.vector(), allowed, strict=True):
-            if planned > limit and resource in message.keeps:
-                raise Refusal(f"the plan needs {planned} of {resource}, the budget allows {limit}")
+        full = job.stage.costs.full_cost(self.examples.count(message.client))
+        budgets = [(message.budget, message.keeps)] if message.budget else []
+        if self.owns_budget or not budgets:
+            own = self._budget(message.client, message.round)
+            budgets.append((own, RESOURCES if self.owns_budget else message.keeps))
+        for budget, kept in budgets:
+            limits = zip(RESOURCES, cost.vector(), budget.capacity(full), strict=True)
+            for resource, planned, most in limits:
+                if planned > most and resource in kept:
+                    raise Refusal(
+                        f"the plan needs {planned} of {resource}, the budget allows {most}"
+                    )
         if cost.memory > (free := free_memory(self.device)):
             raise Refusal(f"the plan needs {cost.memory} bytes of memory, {free} are free")
 

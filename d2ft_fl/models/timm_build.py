@@ -27,9 +27,24 @@ GLYPH_VIT: dict[str, Any] = {
 }
 OVERLAY = "pretrained_cfg_overlay"  # an argument of timm.create_model
 
+# Arguments of ``timm.create_model`` that would read files or the network.
+ELSEWHERE = {
+    "model_name", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path",
+    "cache_dir",
+}  # fmt: skip
+
 
 def timm_arguments(spec: ModelSpec) -> dict[str, Any]:
-    """Return the keyword arguments of ``timm.create_model`` that build a model."""
+    """Return the keyword arguments of ``timm.create_model`` that build a model.
+
+    Raises:
+        ConfigError: When ``model-args`` would take weights from elsewhere.
+    """
+    if odd := sorted({name for name, _ in spec.arguments} & ELSEWHERE):
+        raise ConfigError(
+            f"model-args sets {odd[0]!r}; which model it is, and where its weights come from, say "
+            "model and pretrained"
+        )
     base: dict[str, Any] = dict(GLYPH_VIT) if spec.name == GLYPH_NAME else {"model_name": spec.name}
     if spec.image_size:
         base["img_size"] = spec.image_size

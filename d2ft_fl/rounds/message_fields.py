@@ -17,6 +17,7 @@ from d2ft_fl.errors import Refusal
 from d2ft_fl.planning.importance import MEASURED
 from d2ft_fl.subnets.architecture import Architecture
 from d2ft_fl.subnets.schedule import Schedule
+from d2ft_fl.util.strict_json import SHOWN, refused, whole
 from d2ft_fl.wire.sizes import RANK_BYTES
 
 NEEDED = frozenset(
@@ -27,7 +28,6 @@ OPTIONAL = (frozenset({"budget", "held"}), frozenset({"ranks"}), frozenset({"hol
 MOST_EXAMPLES = 10**9
 MOST_PARTS = 10**6  # micro-batches of a batch, examples of a step
 MOST_FACTOR = 1e6  # of rates, of what an example counts, of steps
-SHOWN = 40  # letters of a value that is refused
 
 
 def check_names(meta: Mapping[str, Any]) -> None:
@@ -41,17 +41,10 @@ def check_names(meta: Mapping[str, Any]) -> None:
         raise Refusal(f"the message {state} {odd[0][:SHOWN]!r}")
 
 
-def whole(value: Any, what: str, low: int, high: int) -> int:
-    """Return a whole number, once it is one within a range."""
-    if type(value) is not int or not low <= value <= high:
-        raise _refused(value, what, f"a whole number from {low} to {high}")
-    return value
-
-
 def truth(value: Any, what: str) -> bool:
     """Return a truth value, once it is one."""
     if type(value) is not bool:
-        raise _refused(value, what, "true or false")
+        raise refused(value, what, "true or false")
     return value
 
 
@@ -62,7 +55,7 @@ def content(value: Any, what: str, count: int) -> bytes:
     except (TypeError, ValueError):
         data = b""
     if not isinstance(value, str) or len(data) != count:
-        raise _refused(value, what, f"{count} bytes in hexadecimal")
+        raise refused(value, what, f"{count} bytes in hexadecimal")
     return data
 
 
@@ -70,7 +63,7 @@ def schedule_of(meta: Mapping[str, Any], slots: int, arch: Architecture) -> Sche
     """Return the schedule of a message, once it is one of a round's architecture."""
     shape = [slots, arch.blocks, arch.heads]
     if meta["shape"] != shape or any(type(n) is not int for n in meta["shape"]):
-        raise _refused(meta["shape"], "shape", str(shape))
+        raise refused(meta["shape"], "shape", str(shape))
     codes = content(meta["operations"], "operations", int(np.prod(shape)))
     operations = np.frombuffer(codes, dtype=np.int8).reshape(shape)
     ranks = None
@@ -89,11 +82,11 @@ def schedule_of(meta: Mapping[str, Any], slots: int, arch: Architecture) -> Sche
 def probes_of(value: Any) -> Probes:
     """Return the probes of a message."""
     if not isinstance(value, list) or len(value) < 2:
-        raise _refused(value, "passes", "two numbers and kinds of scores")
+        raise refused(value, "passes", "two numbers and kinds of scores")
     scored, viewed = (whole(n, "passes", 0, MOST_EXAMPLES) for n in value[:2])
     kinds = tuple(value[2:])
     if kinds != tuple(kind for kind in MEASURED if kind in kinds) or bool(kinds) != bool(scored):
-        raise _refused(value, "passes", "to score examples, by kinds that can be measured")
+        raise refused(value, "passes", "to score examples, by kinds that can be measured")
     return Probes(scored, viewed, kinds)
 
 
@@ -103,7 +96,7 @@ def policy_of(value: Any, slots: int, arch: Architecture) -> ExecutionPolicy:
     Whether its bits and tokens go together with all else says the cost model.
     """
     if not isinstance(value, list) or len(value) != len(ExecutionPolicy.__dataclass_fields__):
-        raise _refused(value, "way", "an execution policy")
+        raise refused(value, "way", "an execution policy")
     way = ExecutionPolicy(*value)
     for name, low, high in (
         ("micro_batches", 1, MOST_PARTS),
@@ -120,14 +113,14 @@ def policy_of(value: Any, slots: int, arch: Architecture) -> ExecutionPolicy:
     for name in ("rate", "weight", "step"):
         factor = getattr(way, name)
         if type(factor) not in (int, float) or not 0 < factor <= MOST_FACTOR:
-            raise _refused(factor, name, f"above 0, and {MOST_FACTOR:g} at most")
+            raise refused(factor, name, f"above 0, and {MOST_FACTOR:g} at most")
     return way
 
 
 def keeps_of(value: Any) -> tuple[str, ...]:
     """Return the budgets that a plan promises to keep."""
     if not isinstance(value, list) or value != [r for r in RESOURCES if r in value]:
-        raise _refused(value, "keeps", f"of {', '.join(RESOURCES)}, in this order")
+        raise refused(value, "keeps", f"of {', '.join(RESOURCES)}, in this order")
     return tuple(value)
 
 
@@ -138,9 +131,3 @@ def held_of(value: Any, arch: Architecture) -> np.ndarray:
     if np.unpackbits(data)[count:].any():
         raise Refusal("the message's holds are of more subnets than there are")
     return np.unpackbits(data, count=count).reshape(arch.blocks, arch.heads).astype(bool)
-
-
-def _refused(value: Any, what: str, allowed: str) -> Refusal:
-    """Return the refusal of a field."""
-    shown = repr(value)[:SHOWN]
-    return Refusal(f"the message has {what} {shown}, which is not {allowed}")

@@ -19,6 +19,7 @@ from d2ft_fl.rounds.federation import Federation, State
 from d2ft_fl.subnets.architecture import Architecture, has_fixed
 from d2ft_fl.subnets.packing import carried, pack_for
 from d2ft_fl.subnets.schedule import Operation, Schedule
+from d2ft_fl.util.strict_json import whole
 from d2ft_fl.wire import blob as wire
 from d2ft_fl.wire import parameter_cache
 from d2ft_fl.wire.quantization import is_quantized, quantize, row_bytes
@@ -128,7 +129,7 @@ class Message:
         tensors, meta = wire.decode(blob)
         fields.check_names(meta)
         config = federation.config
-        number = fields.whole(meta["round"], "round", 1, config.rounds)
+        number = whole(meta["round"], "round", 1, config.rounds)
         stage = federation.at(number)
         arch = stage.arch
         schedule = fields.schedule_of(meta, config.slots, arch)
@@ -138,15 +139,15 @@ class Message:
             raise Refusal("the message and the model differ on whether parameters are fixed")
         budget = Budget.from_json(meta["budget"]) if "budget" in meta else None
         message = cls(
-            client=fields.whole(meta["client"], "client", 0, config.clients - 1),
+            client=whole(meta["client"], "client", 0, config.clients - 1),
             round=number,
             schedule=schedule,
             probes=fields.probes_of(meta["passes"]),
-            examples=fields.whole(meta["examples"], "examples", 1, fields.MOST_EXAMPLES),
+            examples=whole(meta["examples"], "examples", 1, fields.MOST_EXAMPLES),
             policy=fields.policy_of(meta["way"], config.slots, arch),
             calibrates=meta["calibrate"],
             keeps=fields.keeps_of(meta["keeps"]),
-            budget=budget if fields.whole(meta.get("held", 0), "held", 0, 1) else None,
+            budget=budget if whole(meta.get("held", 0), "held", 0, 1) else None,
             cached=fields.held_of(meta["holds"], arch) if "holds" in meta else None,
             digests={},
             meta=meta,

@@ -82,10 +82,11 @@ class WorkerPool:
     Attributes:
         options: The configuration, by its keys in TOML.
         size: How many clients train at once.
+        owns_budget: Whether clients keep their own budget whatever a plan promises.
     """
 
-    def __init__(self, options: Mapping[str, Any], size: int):
-        self.options, self.size = dict(options), size
+    def __init__(self, options: Mapping[str, Any], size: int, owns_budget: bool = False):
+        self.options, self.size, self.owns_budget = dict(options), size, owns_budget
         self._workers: list[_Worker] = []
         self._fork_server: ForkServer | None = None
 
@@ -300,7 +301,8 @@ class WorkerPool:
             environment["CUDA_VISIBLE_DEVICES"] = names[slot % len(names)]
         worker = _Worker(self._forked(environment), slot)
         with suppress(OSError):  # it has ended, which shows when it is to say that it is ready
-            worker.connection.send_bytes(write_json(self.options).encode())
+            terms = {"options": self.options, "owns-budget": self.owns_budget}
+            worker.connection.send_bytes(write_json(terms).encode())
         return worker
 
     def _forked(self, environment: Mapping[str, str]) -> ForkedProcess:

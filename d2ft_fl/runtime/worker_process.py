@@ -35,7 +35,9 @@ def main(connection: Connection) -> None:
     from d2ft_fl.config.run_config import RunConfig
 
     try:
-        trainer = ClientTrainer(RunConfig.from_mapping(json.loads(connection.recv_bytes())))
+        terms = json.loads(connection.recv_bytes())
+        config = RunConfig.from_mapping(terms["options"]).check_values()
+        trainer = ClientTrainer(config, terms["owns-budget"])
     except EOFError:
         return
     except D2FTError as error:

@@ -103,7 +103,7 @@ class Recorder:
         self.folder.joinpath("plans").mkdir(exist_ok=True)
         entries = self.federation.config.to_mapping() | {"run-folder": str(self.folder)}
         write_whole(self.folder / "config.toml", dump_toml(entries | {"resume": ""}))
-        self.folder.joinpath("data.json").write_text(json.dumps(self.data, indent=2) + "\n")
+        self.folder.joinpath("data.json").write_text(write_json(self.data, indent=2) + "\n")
         made_with = versions(self.federation.config.device)
         self.folder.joinpath("versions.json").write_text(write_json(made_with, indent=2) + "\n")
 

@@ -8,7 +8,9 @@ import json
 import math
 from typing import Any
 
-from d2ft_fl.errors import ReplyError
+from d2ft_fl.errors import Refusal, ReplyError
+
+SHOWN = 40  # letters of a value that is refused
 
 
 def write_json(value: Any, **layout: Any) -> str:
@@ -52,6 +54,34 @@ def read_json(text: str | bytes, most: int) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise ReplyError(f"JSON of a {type(value).__name__}, not of an object")
     return value
+
+
+def whole(value: Any, what: str, low: int, high: int) -> int:
+    """Return a whole number that a stranger sent, once it is one within a range.
+
+    Args:
+        value: What was sent.
+        what: Its name.
+        low: The smallest that it can be.
+        high: The largest that it can be.
+
+    Raises:
+        Refusal: When it is none such.
+    """
+    if type(value) is not int or not low <= value <= high:
+        raise refused(value, what, f"a whole number from {low} to {high}")
+    return value
+
+
+def refused(value: Any, what: str, allowed: str) -> Refusal:
+    """Return the refusal of what a message says.
+
+    Args:
+        value: What it says.
+        what: Of what.
+        allowed: What it may say.
+    """
+    return Refusal(f"the message has {what} {repr(value)[:SHOWN]}, which is not {allowed}")
 
 
 def _finite(text: str) -> float:

@@ -84,7 +84,8 @@ def test_the_app_runs_on_nodes_of_which_one_dies_and_another_comes(deployment, t
     own.write_text('[classes.edge]\nflops = "70 %"\n')
     ports = free_ports(4)
     for k, more in ((0, ""), (1, f' budgets="{own}"'), (2, "")):
-        deployment.supernode(f"node-{k}", ports[k], f"partition-id={k} num-partitions=3{more}")
+        place = f'partition-id={k} num-partitions=3 takes="data, budgets"'
+        deployment.supernode(f"node-{k}", ports[k], place + more)
     folder, log = tmp_path / "run", tmp_path / "node-2.log"
     config = (
         f'budgets="measured" clients=3 rounds=4 train-examples=150 test-examples=100 '
@@ -98,7 +99,8 @@ def test_the_app_runs_on_nodes_of_which_one_dies_and_another_comes(deployment, t
     while "train message" not in log.read_text() and time.monotonic() < deadline:
         time.sleep(0.2)
     deployment.stop("node-2", signal.SIGKILL)
-    deployment.supernode("late", ports[3], "partition-id=2 num-partitions=3")
+    place = 'partition-id=2 num-partitions=3 takes="data, budgets"'
+    deployment.supernode("late", ports[3], place)
     while status(folder) in ("", "starting", "running") and time.monotonic() < deadline:
         time.sleep(1)
     assert status(folder) == "finished", folder.joinpath("status.json").read_text()
