@@ -137,38 +137,44 @@ class ClientTrainer:
         return self.budgets(description, round_number)
 
     def work(
-        self, blob: bytes, weights: Mapping[str, Tensor] | None = None, client: int | None = None
+        self,
+        blob: bytes,
+        weights: Mapping[str, Tensor] | None = None,
+        asked: tuple[int, int] | None = None,
     ) -> bytes:
         """Carry one message out and return the encoded reply. See :meth:`answer`."""
-        return wire.encode(*self.answer(blob, weights, client))
+        return wire.encode(*self.answer(blob, weights, asked))
 
     def answer(
-        self, blob: bytes, weights: Mapping[str, Tensor] | None = None, client: int | None = None
+        self,
+        blob: bytes,
+        weights: Mapping[str, Tensor] | None = None,
+        asked: tuple[int, int] | None = None,
     ) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Carry one message out. An exception becomes a reply that names it.
 
         Args:
             blob: The message, as :func:`~d2ft_fl.rounds.messages.encode_assignment` writes it.
             weights: The global model, where it is at hand and did not come with the message.
-            client: Whose message it has to be; None for anybody's.
+            asked: The round and the client that the message has to be of; None for any.
 
         Returns:
             Tensors and metadata of the reply. The tensors are good until the next message.
         """
         try:
-            return self._answer(blob, weights, client)
+            return self._answer(blob, weights, asked)
         except Exception as error:  # the one boundary: a failure is an answer, not a lost process
             reason = (str(error).strip() or "no message").splitlines()[0]
             return {}, {"error": f"{type(error).__name__}: {reason}"}
 
     def _answer(
-        self, blob: bytes, weights: Mapping[str, Tensor] | None, client: int | None
+        self, blob: bytes, weights: Mapping[str, Tensor] | None, asked: tuple[int, int] | None
     ) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Carry one message out, step by step; arguments and result of :meth:`answer`."""
         set_threads(self.config.threads_per_client)
         started = time.perf_counter()
         job, tensors, offsets = Job.read(blob, self._federation, weights is not None)
-        self._refuse_what_is_not_here(job.message, client)
+        self._refuse_what_is_not_here(job.message, asked)
         _ = self.model  # is built before free memory is read, and before anything is measured
         if job.message.keeps or self.owns_budget:
             self._refuse_unless_it_fits(job)
@@ -203,14 +209,17 @@ class ClientTrainer:
         }
         return scores | trained, reply
 
-    def _refuse_what_is_not_here(self, message: Message, client: int | None) -> None:
+    def _refuse_what_is_not_here(self, message: Message, asked: tuple[int, int] | None) -> None:
         """Check a message against who it came for, and the examples that there are.
 
         Raises:
-            Refusal: When it is another client's, or of more examples than the client has.
+            Refusal: When it is another client's or round's, or of more examples than there are.
         """
-        if client is not None and message.client != client:
-            raise Refusal(f"a message for client {message.client} came for client {client}")
+        if asked is not None and (message.round, message.client) != asked:
+            raise Refusal(
+                f"a message of round {message.round} for client {message.client} came in round "
+                f"{asked[0]} for client {asked[1]}"
+            )
         probes, local = message.probes, self.examples.count(message.client)
         most = max(message.examples, probes.scored, probes.viewed)
         if most > local or probes.viewed not in (0, local):

@@ -146,6 +146,7 @@ def train(message: Message, context: Context) -> Message:
     _check_clients(list(blobs), context)
     jobs = [
         Job(
+            dispatch["round"],
             client,
             blob,
             str(model) if model else None,

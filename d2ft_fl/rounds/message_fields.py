@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from d2ft_fl.config.choices import DOWNLOAD_BITS, UPLOAD_BITS
+from d2ft_fl.config.run_config import RunConfig
 from d2ft_fl.config.training_options import ExecutionPolicy
 from d2ft_fl.costs.probe_costs import Probes
 from d2ft_fl.costs.resources import RESOURCES
@@ -26,7 +27,7 @@ NEEDED = frozenset(
 # Fields that come together, or not at all.
 OPTIONAL = (frozenset({"budget", "held"}), frozenset({"ranks"}), frozenset({"holds", "digests"}))
 MOST_EXAMPLES = 10**9
-MOST_PARTS = 10**6  # micro-batches of a batch, examples of a step
+MOST_BATCH = 10**6
 MOST_FACTOR = 1e6  # of rates, of what an example counts, of steps
 
 
@@ -90,7 +91,7 @@ def probes_of(value: Any) -> Probes:
     return Probes(scored, viewed, kinds)
 
 
-def policy_of(value: Any, slots: int, arch: Architecture) -> ExecutionPolicy:
+def policy_of(value: Any, config: RunConfig, arch: Architecture) -> ExecutionPolicy:
     """Return the execution policy of a message.
 
     Whether its bits and tokens go together with all else says the cost model.
@@ -99,11 +100,11 @@ def policy_of(value: Any, slots: int, arch: Architecture) -> ExecutionPolicy:
         raise refused(value, "way", "an execution policy")
     way = ExecutionPolicy(*value)
     for name, low, high in (
-        ("micro_batches", 1, MOST_PARTS),
+        ("micro_batches", 1, max(config.batch_size, config.micro_batches)),
         ("tokens", arch.prefix + 1, arch.tokens),
         ("bits_up", min(UPLOAD_BITS), max(UPLOAD_BITS)),
         ("bits_down", min(DOWNLOAD_BITS), max(DOWNLOAD_BITS)),
-        ("batch", slots, MOST_PARTS),
+        ("batch", config.slots, MOST_BATCH),
     ):
         if (number := getattr(way, name)) is not None:
             whole(number, name, low, high)

@@ -144,7 +144,7 @@ class Message:
             schedule=schedule,
             probes=fields.probes_of(meta["passes"]),
             examples=whole(meta["examples"], "examples", 1, fields.MOST_EXAMPLES),
-            policy=fields.policy_of(meta["way"], config.slots, arch),
+            policy=fields.policy_of(meta["way"], config, arch),
             calibrates=meta["calibrate"],
             keeps=fields.keeps_of(meta["keeps"]),
             budget=budget if whole(meta.get("held", 0), "held", 0, 1) else None,

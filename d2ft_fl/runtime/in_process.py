@@ -53,7 +53,7 @@ class InProcessPool(_Everyone):
         for client in work.costs:
             message = work.encode(client, shared)
             weights = work.weights if shared else None
-            yield client, self.client_trainer.work(message, weights, client)
+            yield client, self.client_trainer.work(message, weights, (work.round, client))
 
 
 class WorkerProcessPool(_Everyone):
@@ -107,6 +107,7 @@ class WorkerProcessPool(_Everyone):
         model = str(shared_memory.publish(work.round, work.weights)) if shared_memory else None
         return [
             Job(
+                work.round,
                 client,
                 work.encode(client, shared_memory is not None),
                 model,

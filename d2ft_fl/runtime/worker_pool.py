@@ -32,12 +32,14 @@ class Job:
     """One client's work.
 
     Attributes:
+        round: The round's number, counted from 1.
         client: The client's number.
         blob: The message with its assignment.
         model: File of the model in shared memory; None where the message has the model.
         reply: Where the reply goes in shared memory; None where it is sent back.
     """
 
+    round: int
     client: int
     blob: bytes
     model: str | None = None
@@ -248,6 +250,7 @@ class WorkerPool:
             worker.send(
                 {
                     "do": "work",
+                    "round": job.round,
                     "client": job.client,
                     "model": job.model,
                     "reply": job.reply,

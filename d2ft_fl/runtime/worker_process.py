@@ -77,11 +77,12 @@ def _work(trainer: Any, request: dict[str, Any], blob: bytes) -> bytes:
     from d2ft_fl.wire import blob as wire
 
     model = request["model"]
+    asked = request["round"], request["client"]
     weights = None if model is None else shared_memory.read_model(Path(model))
     if request["reply"] is None:
-        return trainer.work(blob, weights, request["client"])
+        return trainer.work(blob, weights, asked)
     until = time.monotonic() + request["seconds"]
-    tensors, meta = trainer.answer(blob, weights, request["client"])
+    tensors, meta = trainer.answer(blob, weights, asked)
     try:
         shared_memory.put(Path(request["reply"]), tensors, meta, until)
     except OSError as error:  # such as no room

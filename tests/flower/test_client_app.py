@@ -186,7 +186,7 @@ def test_a_node_works_for_its_own_clients(node):
 )  # fmt: skip
 def test_a_node_refuses_other_work_before_it_begins(node, changes, tmp_path):
     """A model's path would be one to read, and replies would be written beside it."""
-    with pytest.raises(Exception, match="message|serve|JSON"):
+    with pytest.raises(Exception, match=r"message|serve|JSON"):
         work(**changes)
     assert node.asked == []
 

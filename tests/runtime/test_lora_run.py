@@ -68,10 +68,10 @@ def test_a_client_that_lost_its_weights_says_so_and_gets_them_again(lora, tmp_pa
         [],
     )
 
-    def losing(blob, weights, client):
+    def losing(blob, weights, asked):
         messages.append(blob)
         pool.client_trainer.store = empty if len(messages) == 4 else full  # client 1 in round 2
-        return work(blob, weights, client)
+        return work(blob, weights, asked)
 
     pool.client_trainer.work = losing
     first, second, third = rows(run(config, pool)["folder"])

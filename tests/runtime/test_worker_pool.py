@@ -117,7 +117,7 @@ def test_too_few_replies_repeat_a_round(faulty, monkeypatch, caplog):
 def test_a_configuration_that_a_child_cannot_use_is_said(quick):
     worker_pool = WorkerPool(quick().to_mapping() | {"tuning": "gone.module"}, 1)
     with worker_pool, pytest.raises(ConfigError, match=r"gone\.module"):
-        list(worker_pool.work([Job(0, b"")], 60.0))
+        list(worker_pool.work([Job(1, 0, b"")], 60.0))
 
 
 def test_workers_that_were_started_ahead_are_those_that_answer(quick):
@@ -161,7 +161,7 @@ def test_a_child_ends_with_its_parent(quick):
 
 def test_what_nobody_began_before_the_deadline_is_said(quick):
     with WorkerPool(quick().to_mapping(), 1) as worker_pool:
-        found = dict(worker_pool.work([Job(0, b""), Job(1, b"")], 0.5))
+        found = dict(worker_pool.work([Job(1, 0, b""), Job(1, 1, b"")], 0.5))
     assert found == {c: ClientFailure("not begun before the round's deadline") for c in (0, 1)}
 
 
