@@ -10,6 +10,7 @@ message as long as this process does: one for each of a simulated SuperNode's CP
 device.
 """
 
+import json
 import re
 import sys
 from contextlib import suppress

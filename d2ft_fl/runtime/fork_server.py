@@ -46,8 +46,7 @@ PRELOADED = ("d2ft_fl.client.trainer", "d2ft_fl.models.timm_vit", "d2ft_fl.runti
 # memory: a client's weights fit where those of the one before were.
 KEEP_MEMORY = {-3: 1 << 25, -1: 1 << 30}
 NO_THREADS = {"OPENBLAS_NUM_THREADS": "1"}  # NumPy's library would start some when it is loaded
-LENGTH = struct.Struct("!I")
-CODE = struct.Struct("!i")
+LENGTH, CODE = struct.Struct("!I"), struct.Struct("!i")
 BACKLOG = 128
 PREFIX = "d2ft-fork-"  # of a fork server's folder
 LONGEST = 90  # bytes of that folder's name: those of a socket may be 103 on macOS, 107 on Linux

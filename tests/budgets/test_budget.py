@@ -1,3 +1,7 @@
+import json
+import math
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -6,9 +10,11 @@ from hypothesis import strategies as st
 from d2ft_fl.budgets.budget import UNLIMITED, Amount, Budget, ClientDescription
 from d2ft_fl.budgets.sources import budget_source
 from d2ft_fl.config.run_config import resolve_path
+from d2ft_fl.costs.machine_speed import LEAST, MOST, standard
 from d2ft_fl.costs.resources import Cost
 from d2ft_fl.errors import ConfigError
 
+CURVE = json.loads(json.dumps(standard().to_json()))
 FULL = Cost(flops=1000, memory=2000, bytes_up=300, bytes_down=400, work=1500)
 WHO = ClientDescription(client=2, examples=10, clients=4)
 
@@ -57,7 +63,38 @@ def test_a_budget_survives_the_wire():
     budget = Budget.from_mapping(
         {"flops": "33.3 %", "memory": "1 GiB", "speed": "3 FLOP/s", "deadline": "500 ms"}
     )
-    assert Budget.from_mapping(budget.to_json()) == budget
+    assert Budget.from_json(json.loads(json.dumps(budget.to_json()))) == budget
+
+
+@pytest.mark.parametrize(
+    "entries",
+    [
+        {"curve": "curve.json"}, {"flops": "40 %"}, {"speed": "1"},
+        {"speed": 5e-324}, {"flops": 1e308}, {"bandwidth_up": 1e-19}, {"deadline": 2e30},
+        {"flops": {"share": 1e31}}, {"memory": 10**400}, {"device": "x" * 61}, {"device": 3},
+        {"device": "a\nb"}, {"device": "\x1b[2J"}, {"device": "\ud800"}, {"x" * 10**6: 1},
+        {"curve": CURVE | {"threads": 10**9}}, {"curve": CURVE | {"threads": True}},
+        {"curve": CURVE | {"source": "x" * 301}}, {"curve": CURVE | {"step": 1e31}},
+        {"curve": CURVE | {"rows": [*range(1, 102)]}}, {"curve": CURVE | {"tokens": [1e-19]}},
+        [], "budget", 3, None,
+    ],
+)  # fmt: skip
+def test_what_another_machine_sends_is_bounded_and_no_path(entries, tmp_path, monkeypatch):
+    """Within the bounds no quotient is infinite: the largest count over the smallest rate."""
+    monkeypatch.chdir(tmp_path)
+    Path("curve.json").write_text(json.dumps(CURVE))
+    with pytest.raises(ConfigError) as error:
+        Budget.from_json(entries, "client 3")
+    assert str(error.value).startswith("client 3")
+    assert math.isfinite(2**62 / LEAST)
+
+
+def test_the_bounds_of_figures_are_in_them():
+    budget = Budget.from_json(
+        {"speed": LEAST, "deadline": MOST, "flops": 0, "device": "x" * 60, "curve": CURVE}
+    )
+    assert (budget.speed, budget.deadline, budget.flops) == (LEAST, MOST, Amount(0.0))
+    assert Budget.from_json(budget.to_json()) == budget
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """What a client does with a message, and in which order."""
 
+import re
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -14,6 +15,7 @@ from d2ft_fl.rounds.components import Components
 from d2ft_fl.rounds.context import plan_round
 from d2ft_fl.rounds.federation import Federation, State
 from d2ft_fl.rounds.messages import encode_assignment
+from d2ft_fl.wire import blob as wire
 from tests.conftest import reports_of
 from tests.data.files import class_folders
 
@@ -41,6 +43,26 @@ def test_free_memory_is_read_when_the_model_is_there(quick, monkeypatch):
     _, reply = client.answer(message)
     assert "error" not in reply
     assert seen == [True]
+
+
+def test_a_client_keeps_a_budget_of_its_own_whatever_the_plan_promises(quick, tmp_path):
+    own = tmp_path / "own.toml"
+    own.write_text('[classes.small]\nflops = "1 %"\n')
+    message = first_message(quick(strategy="fedavg", match="", budgets="devices"))
+    tensors, meta = wire.decode(message)
+    message = wire.encode(tensors, meta | {"keeps": []})
+    config = quick(strategy="fedavg", budgets=str(own))
+    assert "error" not in ClientTrainer(config).answer(message)[1]
+    _, reply = ClientTrainer(config, owns_budget=True).answer(message)
+    assert re.match(r"Refusal: the plan needs \d+ of flops, the budget allows \d+", reply["error"])
+
+
+def test_a_message_that_came_for_somebody_else_is_refused(quick):
+    config = quick()
+    message, client = first_message(config), ClientTrainer(config)
+    for asked in ((1, 1), (2, 0)):
+        _, reply = client.answer(message, asked=asked)
+        assert reply["error"].startswith("Refusal: a message of round 1 for client 0 came in round")
 
 
 def test_copying_values_does_not_count_as_training(quick, monkeypatch):
@@ -73,12 +95,10 @@ def test_a_node_whose_classes_are_others_says_which_it_has(quick, tmp_path):
     assert listing.data.train.labels.max() == 2
 
 
-def test_a_loss_that_is_not_finite_says_so_with_the_rates(quick, monkeypatch):
-    config = quick(strategy="fedavg", clients=1, rounds=1)
-    message, client = first_message(config), ClientTrainer(config)
-    monkeypatch.setattr(trainer, "train", lambda *a, **k: float("nan"))
-    _, meta = client.answer(message)
-    assert meta["error"] == (
+def test_training_that_diverges_says_so_with_its_rates(quick):
+    config = quick(lr=1e30, head_lr=1e30, optimizer="sgd", strategy="fedavg")
+    _, reply = ClientTrainer(config).answer(first_message(config))
+    assert reply["error"] == (
         "Divergence: the loss of client 0 is not finite: training diverges at "
-        f"lr = {config.lr:g}, head-lr = {config.head_lr:g}"
+        "lr = 1e+30, head-lr = 1e+30"
     )

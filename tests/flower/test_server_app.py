@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from d2ft_fl.errors import ConfigError, RunError
 from d2ft_fl.flower import grid_messages, nodes, wake
-from d2ft_fl.flower.answers import reports_of, results_of
+from d2ft_fl.flower.answers import answer_of, reports_of, results_of
 from d2ft_fl.flower.client_app import simulated
 from d2ft_fl.flower.grid_pool import FlowerPool
 from d2ft_fl.flower.records import BUNDLE_BYTES, pack_blobs, unpack_blobs
@@ -112,11 +112,40 @@ def test_an_array_that_holds_no_blobs_is_a_fault_and_not_parsed(stype, data):
 
 @pytest.mark.parametrize(
     "rows",
-    [[[0, -1, {}]], [[0, 10**12, {}]], [[0, "many", {}]], [[0, 5, {"flops": "lots"}]], [[0]], 3],
-)
+    [
+        [[0, -1, {}]], [[0, 10**12, {}]], [[0, "many", {}]], [[0, 5, {"flops": "lots"}]], [[0]], 3,
+        [[0, 5, {"device": "x" * 61}]], [[0, 5, {"curve": "/etc/passwd"}]], [[0, True, {}]],
+        [[0, 5, {"speed": 5e-324}]], [[0, 5, []]],
+    ],
+)  # fmt: skip
 def test_reports_that_cannot_be_true_are_refused(rows):
     with pytest.raises((ConfigError, ValueError, TypeError)):
         reports_of({"reports": rows}, [0])
+
+
+@pytest.mark.parametrize("letters", [20_000_000, 40_000])
+def test_an_answer_that_is_too_long_is_not_read(letters):
+    """A client may have 16 KiB, beside as much for the node."""
+    told = {"reports": [[0, 5, {"device": "x" * letters}]]}
+    failure = answer_of(reply(answer=json.dumps(told)), 1)
+    assert failure.reason.startswith("its SuperNode's answer is malformed: JSON of ")
+    outcome = {"index": [], "failures": {"1": "x" * letters}}
+    assert [f.reason[:30] for _, f in results_of(reply(outcome=outcome), [1])] == [
+        "its SuperNode's answer is malf"
+    ]
+
+
+@pytest.mark.parametrize("text", ['{"reports": [[0, 5, {"speed": NaN}]]}', '{"reports": 1e999}'])
+def test_an_answer_is_json(text):
+    assert "no finite number" in answer_of(reply(answer=text), 1).reason
+
+
+def test_a_reason_is_one_line_that_can_be_printed():
+    reason = ClientFailure("\x1b[31m" + "y" * 10**7 + "\nsecond").reason
+    assert reason.startswith("?[31my")
+    assert len(reason) == 300
+    assert ClientFailure(" \n ").reason == "no reason is known"
+    assert ClientFailure("a\ud800\nb").reason == "a?"
 
 
 def place(node, count):
@@ -151,8 +180,11 @@ def test_a_silent_node_is_not_waited_for_longer_than_a_round(grid, quick):
     assert (found, silent) == ([], {0: ClientFailure("its SuperNode does not answer")})
 
 
-def test_a_node_whose_place_cannot_be_is_left_out(grid, quick):
-    pool = FlowerPool(grid(node_7=place(0, 0), node_8=place(1, 2)), quick())
+@pytest.mark.parametrize(
+    "odd", [(0, 0), (2, 2), (-1, 2), (0.0, 2), (False, 2), ("0", 2), (0, None)]
+)
+def test_a_node_whose_place_cannot_be_is_left_out(grid, quick, odd):
+    pool = FlowerPool(grid(node_7=place(*odd), node_8=place(1, 2)), quick())
     for _ in range(2):
         pool.nodes.meet()
     assert list(pool.nodes.serving) == [8]

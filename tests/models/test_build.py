@@ -156,3 +156,12 @@ def test_a_family_of_a_plug_in_builds_the_models_it_knows_and_no_others(monkeypa
     assert len(build_adapter(TINY).model.blocks) == 2
     with pytest.raises(ConfigError, match="'other' is not supported: use 'mine' or 'vit_glyphs'"):
         build_adapter(ModelSpec("other", (), "none", 0, 7, 0))
+
+
+@pytest.mark.parametrize(
+    "name", ["checkpoint_path", "model_name", "pretrained", "pretrained_cfg", "cache_dir"]
+)
+def test_arguments_name_no_other_model_and_no_file(name):
+    spec = replace(TINY, arguments=(("depth", 2), (name, "/tmp/other.pth")))
+    with pytest.raises(ConfigError, match=f"model-args sets '{name}'"):
+        build_adapter(spec)

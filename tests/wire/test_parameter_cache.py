@@ -124,3 +124,32 @@ def test_what_is_damaged_is_missed_and_mended(damage, tmp_path):
     _, whole = exchange(store, schedule, schedule.resident)
     expected = pack_for(ARCH, STATE, schedule)
     assert all(torch.equal(whole[name], tensor) for name, tensor in expected.items())
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "../../../../etc/x", "/tmp/a/b/c/d/e/f", "ABCDEF0123456789", "0x12345678901234",
+        "\u0660" * 16, "0123456789abcde\n", " " * 16,
+    ],
+)  # fmt: skip
+def test_a_digest_that_is_none_names_no_file(text):
+    schedule = Schedule.filled(Operation.FULL, 1, ARCH.blocks, ARCH.heads)
+    names = write(schedule, NAMES)
+    assert read(schedule, names) == NAMES
+    for wrong in (text[:16] + names[16:], names[:-16] + text[:16], names + "0" * 16, names[1:], 3):
+        with pytest.raises(Refusal, match="digests that are not"):
+            read(schedule, wrong)
+
+
+def test_what_comes_under_the_name_of_something_else_is_not_kept(tmp_path):
+    store = ParameterCache(tmp_path)
+    schedule = Schedule.filled(Operation.FULL, 1, ARCH.blocks, ARCH.heads)
+    exchange(store, schedule, nothing())
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*.safetensors")}
+    other = dict(STATE)
+    name = "blocks.1.mlp.fc2.weight"
+    other[name] = STATE[name] + 1
+    with pytest.raises(Refusal, match="not those of their digest"):
+        exchange(store, schedule, nothing(), other, NAMES)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*.safetensors")} == before
