@@ -1,15 +1,18 @@
 """A run of a task that is no classification, from its loss to its summary."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
 
+from d2ft_fl.records.run_folder import read_rows
 from d2ft_fl.report.run_folder import RunFolder
 from d2ft_fl.rounds.checks import checked
 from d2ft_fl.rounds.components import Components
-from d2ft_fl.runtime.in_process import run_local
+from d2ft_fl.runtime.in_process import InProcessPool, run_local
 from d2ft_fl.server import console as run_console
+from d2ft_fl.server import run as run_module
 from tests.tasks.made_up import Distance
 
 
@@ -58,3 +61,25 @@ def test_old_scripts_find_metrics_by_their_names_alone(quick, evaluated):
     assert summary["accuracy"] == summary["metrics"]["accuracy"] == summary["best_accuracy"]
     assert summary["loss"] == rows[-1]["loss"]
     assert rows[0]["utility"] > 0
+
+
+def test_a_model_whose_loss_is_not_finite_leaves_json(quick, monkeypatch):
+    """It is null in every file, and the page is written all the same."""
+    losses = iter([math.nan, math.inf])
+
+    def evaluate(*arguments):
+        return {"accuracy": 0.5, "loss": next(losses)}
+
+    monkeypatch.setattr(run_module, "evaluate", evaluate)
+    config = checked(quick())
+    folder = Path(run_module.run(config, InProcessPool(config))["folder"])
+    lines = [
+        line
+        for path in folder.glob("*.json*")
+        for line in ([path.read_text()] if path.suffix == ".json" else path.open())
+    ]
+    read = [json.loads(line, parse_constant=pytest.fail) for line in lines]
+    assert [row["loss"] for row in read_rows(folder)] == [None, None]
+    assert [row["accuracy"] for row in read_rows(folder)] == [0.5, 0.5]
+    assert len(read) > 5
+    assert folder.joinpath("report.html").stat().st_size > 10_000
