@@ -90,6 +90,8 @@ def test_a_node_answers_for_its_own_clients_only():
         {"index": [[[1, 2]]], "failures": {}}, {"index": [[[1, -1], [3, 4]]], "failures": {}},
         {"index": [[[1]]], "failures": {}}, {"index": [[[[], 3]]], "failures": {}},
         {"index": [[], [[1, 3]]], "failures": {}},
+        {"index": [[[True, 3]]], "failures": {}}, {"index": [[[1.0, 3]]], "failures": {}},
+        {"index": [[["1", 3]]], "failures": {}}, {"index": [[[1, 3.0]]], "failures": {}},
     ],
 )  # fmt: skip
 def test_a_malformed_answer_is_a_fault_of_all_its_clients(outcome):
