@@ -102,3 +102,22 @@ def test_training_that_diverges_says_so_with_its_rates(quick):
         "Divergence: the loss of client 0 is not finite: training diverges at "
         "lr = 1e+30, head-lr = 1e+30"
     )
+
+
+@pytest.mark.parametrize(
+    "change,reason",
+    [
+        (lambda t, m: t["head.bias"].fill_(float("nan")), "weights that are not finite"),
+        (lambda t, m: t["head.bias"].fill_(-float("inf")), "weights that are not finite"),
+        (lambda t, m: m.update(examples=31), "of 31 examples, 0 to score and 0 to select from"),
+        (lambda t, m: m.update(passes=[0, 29]), "0 to score and 29 to select from; there are 30"),
+    ],
+)
+def test_what_no_budget_stops_is_refused_all_the_same(quick, change, reason):
+    """FedAvg keeps no budget, so that its clients look at none."""
+    config = quick(strategy="fedavg", backward_score="uniform", forward_score="uniform")
+    tensors, meta = wire.decode(first_message(config))
+    change(tensors, meta)
+    _, reply = ClientTrainer(config).answer(wire.encode(tensors, meta))
+    assert reply["error"].startswith("Refusal: ")
+    assert reason in reply["error"]
