@@ -24,7 +24,8 @@ import psutil
 
 from d2ft_fl.config.run_config import RunConfig
 from d2ft_fl.errors import ConfigError, RunError
-from d2ft_fl.flower.superlink import flower_environment, stop_family
+from d2ft_fl.flower.superlink import flower_environment
+from d2ft_fl.runtime import guard
 from d2ft_fl.util.spelling import unknown
 from d2ft_fl.util.strict_json import write_json
 
@@ -157,7 +158,7 @@ def minimal_flower() -> float:
                 time.sleep(0.05)
             return time.perf_counter() - start
         finally:
-            stop_family(Path(home))
+            guard.end_family(Path(home), guard.GRACE_SECONDS)
             process.wait()
 
 

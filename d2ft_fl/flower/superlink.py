@@ -1,18 +1,17 @@
 """Running the app through Flower: a private SuperLink, the run, its progress, its end.
 
-``flwr run`` leaves its SuperLink running and exits 0 when a run failed. Here the SuperLink is a
-child process on free ports with a home of its own, and what it started ends with the run.
+``flwr run`` leaves its SuperLink running and exits 0 when a run failed. Here the SuperLink has free
+ports and a home of its own, under a guard (:mod:`d2ft_fl.runtime.guard`): it ends with the run, and
+with this process, and so does what it started.
 """
 
 import contextlib
 import json
 import math
 import os
-import shutil
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -25,7 +24,9 @@ import psutil
 from d2ft_fl.config.run_config import RunConfig
 from d2ft_fl.errors import RunError
 from d2ft_fl.records.run_folder import Progress, read_rows, read_status
-from d2ft_fl.runtime import shared_memory
+from d2ft_fl.runtime import guard
+from d2ft_fl.util import scratch
+from d2ft_fl.util.scratch import Scratch
 from d2ft_fl.util.toml import dump_toml
 
 START_TIMEOUT = 60.0
@@ -35,6 +36,9 @@ CLUSTER_NODES = 64
 NICENESS = "RAY_worker_niceness"
 CONNECTION = "d2ft"
 SIMULATION = "flwr-simulation"  # Flower's program
+# Bytes of a home's name: Ray has its sockets in it, as
+# ray/session_2026-01-31_12-00-00_123456_4194304/sockets/plasma_store, of 103 (macOS) at most.
+LONGEST = 103 - 68
 
 
 def app_folder() -> Path:
@@ -65,41 +69,24 @@ def flower_environment(home: Path) -> dict[str, str]:
     """Return this process's environment, with Flower in a home of its own and off the network."""
     tools = str(Path(sys.executable).parent)
     paths = [*filter(None, [os.environ.get("PYTHONPATH")]), os.getcwd()]
+    # Ray joins any cluster that was started on this machine, and dies with that, but for this.
+    address = os.environ.get("RAY_ADDRESS", "local")
+    # Ray never deletes what it writes for a cluster of its own.
+    own = {"RAY_TMPDIR": os.environ.get("RAY_TMPDIR", str(home))} if address == "local" else {}
     return {
         **os.environ,
+        **own,
         "PATH": os.pathsep.join([tools, os.environ.get("PATH", "")]),
         "PYTHONPATH": os.pathsep.join(paths),  # plug-ins lie where the command was started
-        "FLWR_HOME": str(home),
+        guard.HOME: str(home),
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
         "FLWR_DISABLE_UPDATE_CHECK": "1",
         "FLWR_TELEMETRY_ENABLED": "0",
         "RAY_USAGE_STATS_ENABLED": "0",
         NICENESS: os.environ.get(NICENESS, "0"),  # Ray's own is 15
-        # Else Ray joins any cluster that was started on this machine, and dies with that.
-        "RAY_ADDRESS": os.environ.get("RAY_ADDRESS", "local"),
+        "RAY_ADDRESS": address,
         "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
     }
-
-
-def stop_family(home: Path) -> None:
-    """End every process that belongs to a private Flower home, orphans included."""
-    family = {p for p in psutil.process_iter() if _lives_in(p, home)}
-    for member in list(family):  # Ray's agents write their title over their environment
-        with contextlib.suppress(psutil.NoSuchProcess):
-            family.update(member.children(recursive=True))
-    left = list(family)
-    for end in (psutil.Process.terminate, psutil.Process.kill):
-        for member in left:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                end(member)
-        _, left = psutil.wait_procs(left, timeout=5)
-
-
-def _lives_in(process: psutil.Process, home: Path) -> bool:
-    try:
-        return process.pid != os.getpid() and process.environ().get("FLWR_HOME") == str(home)
-    except (psutil.Error, OSError):
-        return False
 
 
 @dataclass(frozen=True)
@@ -109,14 +96,16 @@ class SuperLink:
     Attributes:
         environment: In which ``flwr`` finds it.
         log: Its log file.
-        process: Its process.
+        process: Its guard's process, which ends when it does.
         port: Of its health server.
+        home: Its folder.
     """
 
     environment: dict[str, str]
     log: Path
     process: subprocess.Popen
     port: int
+    home: Path
 
     def wait(self) -> None:
         """Wait until it answers.
@@ -137,9 +126,13 @@ class SuperLink:
 
 @contextlib.contextmanager
 def superlink() -> Iterator[SuperLink]:
-    """Start a private SuperLink, and end it with all that it started."""
-    home = Path(tempfile.mkdtemp(prefix="d2ft-flwr-"))
-    port, control = free_ports(2)
+    """Start a private SuperLink, and end it with all that it started.
+
+    Raises:
+        RunError: When there is no folder with a name that is short enough for it.
+    """
+    own = Scratch.make(scratch.short_path(scratch.FLOWER, LONGEST))
+    home, (port, control) = own.path, free_ports(2)
     home.joinpath("config.toml").write_text(
         f'[superlink]\ndefault = "{CONNECTION}"\n\n'
         f'[superlink.{CONNECTION}]\naddress = "127.0.0.1:{port}"\ninsecure = true\n'
@@ -152,22 +145,11 @@ def superlink() -> Iterator[SuperLink]:
         "--host", "127.0.0.1", "--port", str(port),
         "--control-api-address", f"127.0.0.1:{control}",
     ]  # fmt: skip
-    with log.open("a") as output:
-        process = subprocess.Popen(
-            command,
-            env=environment,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            cwd=home,
-            start_new_session=True,  # Ctrl-C is for this process, which stops it
-        )
+    guarded = guard.start(own, command, log, environment)
     try:
-        yield SuperLink(environment, log, process, port)
+        yield SuperLink(environment, log, guarded.process, port, home)
     finally:
-        stop_family(home)
-        process.wait()
-        shutil.rmtree(home, ignore_errors=True)
-        shared_memory.prune()
+        guarded.end()
 
 
 def _last_line(log: Path) -> str:
@@ -192,28 +174,28 @@ def run_flower(
     """
     app = app_folder()
     link.wait()
-    with tempfile.TemporaryDirectory() as scratch:
-        file = Path(scratch) / "run.toml"
-        file.write_text(dump_toml(config.to_mapping() | {"run-folder": str(folder)}))
-        started = subprocess.run(
-            [
-                "flwr", "run", str(app), CONNECTION, "--format", "json",
-                "--run-config", str(file),
-                "--federation-config", _simulation(config, supernodes),
-            ],
-            env=link.environment, capture_output=True, text=True, check=False,
-            timeout=COMMAND_TIMEOUT,
-        )  # fmt: skip
-        run_id = _run_id(started)
-        try:
-            return _follow(folder, run_id, link, progress)
-        except RunError:
+    file = link.home / guard.OPTIONS
+    file.write_text(dump_toml(config.to_mapping() | {"run-folder": str(folder)}))
+    started = subprocess.run(
+        [
+            "flwr", "run", str(app), CONNECTION, "--format", "json",
+            "--run-config", str(file),
+            "--federation-config", _simulation(config, supernodes),
+        ],
+        env=link.environment, capture_output=True, text=True, check=False,
+        timeout=COMMAND_TIMEOUT,
+    )  # fmt: skip
+    run_id = _run_id(started)
+    try:
+        return _follow(folder, run_id, link, progress)
+    except RunError:
+        output = link.log.read_text(errors="replace")
+        if link.process.poll() is None:
+            output += _output_of_run(run_id, link.environment)
+        with contextlib.suppress(OSError):  # the disk may be full, which is the reason
             folder.mkdir(parents=True, exist_ok=True)
-            output = link.log.read_text(errors="replace")
-            if link.process.poll() is None:
-                output += _output_of_run(run_id, link.environment)
             folder.joinpath("flower.log").write_text(output)
-            raise
+        raise
 
 
 def _output_of_run(run_id: str, environment: dict[str, str]) -> str:

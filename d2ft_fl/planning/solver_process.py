@@ -2,9 +2,10 @@
 
 :func:`compiling` starts it as
 
-    python -m d2ft_fl.planning.solver_process LOCK [coupled]
+    python -m d2ft_fl.planning.solver_process LOCK LIFELINE [coupled]
 
-with the file descriptor of the lock of the compile cache, which it holds until it ends. Whoever
+with the file descriptors of the lock of the compile cache, which it holds until it ends, and of its
+lifeline. Whoever
 wants to plan meanwhile, in any process, waits for that (:mod:`d2ft_fl.util.compile_cache`).
 """
 
@@ -16,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from d2ft_fl.planning import knapsack
-from d2ft_fl.util import compile_cache
+from d2ft_fl.util import compile_cache, lifeline
 
 COUPLED = "coupled"
 
@@ -35,23 +36,26 @@ def compiling(coupled: bool) -> Iterator[bool]:
     if lock is None:
         yield False
         return
+    reader, writer = lifeline.new()
     process = subprocess.Popen(
-        [sys.executable, "-m", __name__, str(lock), *([COUPLED] if coupled else [])],
-        pass_fds=(lock,),
+        [sys.executable, "-m", __name__, str(lock), str(reader), *([COUPLED] if coupled else [])],
+        pass_fds=(lock, reader),
         env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )
-    os.close(lock)  # the process has it
+    for handed_over in (lock, reader):
+        os.close(handed_over)
     try:
         yield True
     finally:
-        process.terminate()  # no harm where it has ended
+        lifeline.close(writer)  # no harm where it has ended
         process.wait()
 
 
 if __name__ == "__main__":
+    lifeline.end_with(int(sys.argv[2]))
     compile_cache.compile_here()
     gc.set_threshold(100_000)  # numba makes millions of objects, hardly any in cycles
-    knapsack.compile_solver(coupled=COUPLED in sys.argv[2:])
+    knapsack.compile_solver(coupled=COUPLED in sys.argv[3:])

@@ -7,10 +7,12 @@ but imports, so that no thread of a library is lost in a fork. It is started as
     python -m d2ft_fl.runtime.fork_server LISTENER LIFELINE [LOG]
 
 with file descriptors, or is itself a fork of a command that needs PyTorch too, and imports it once
-for both. Whoever wants a worker connects to the listener and sends a request: its length, JSON, and
-with it the descriptors of the worker's connection and lifeline
-(:mod:`d2ft_fl.runtime.worker_process`). The same connection is afterwards the worker's: when the
-worker has ended, its exit code comes back, and when the other end closes, the worker is killed.
+for both. It ends with whoever started it, and deletes what a killed one left.
+
+Whoever wants a worker connects to the listener and sends a request: its length, JSON, and with it
+the descriptors of the worker's connection and lifeline (:mod:`d2ft_fl.runtime.worker_process`). The
+same connection is afterwards the worker's: when the worker has ended, its exit code comes back, and
+when the other end closes, the worker is killed.
 
 Python's own (``multiprocessing``) serves the process that started it alone, while here Ray's actors
 find one that the command started; and its forks import the main module, which is Ray's there.
@@ -26,7 +28,6 @@ import signal
 import socket
 import struct
 import sys
-import tempfile
 import traceback
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -37,6 +38,9 @@ from typing import Any, NoReturn, Self
 import psutil
 
 from d2ft_fl.runtime import worker_process
+from d2ft_fl.util import lifeline as lifelines
+from d2ft_fl.util import scratch
+from d2ft_fl.util.scratch import Scratch
 from d2ft_fl.util.strict_json import write_json
 
 SHARED = "D2FT_FORK_SERVER"  # environment variable: the socket of one that processes share
@@ -48,8 +52,7 @@ KEEP_MEMORY = {-3: 1 << 25, -1: 1 << 30}
 NO_THREADS = {"OPENBLAS_NUM_THREADS": "1"}  # NumPy's library would start some when it is loaded
 LENGTH, CODE = struct.Struct("!I"), struct.Struct("!i")
 BACKLOG = 128
-PREFIX = "d2ft-fork-"  # of a fork server's folder
-LONGEST = 90  # bytes of that folder's name: those of a socket may be 103 on macOS, 107 on Linux
+LONGEST = 90  # bytes of its folder's name: a socket's may have 103 on macOS, 107 on Linux
 CLOSING = 0.5  # seconds for a fork server to end by itself
 PATIENCE = 5.0  # seconds for what takes none: a request to arrive, a process to be killed
 
@@ -95,7 +98,7 @@ class ForkedProcess:
         self._control.close()
         self.connection.close()
         with suppress(OSError):
-            os.close(self._lifeline)
+            lifelines.close(self._lifeline)
 
 
 class ForkServer:
@@ -110,8 +113,7 @@ class ForkServer:
         self.path = path
         self.process: psutil.Process | None = None
         self._lifeline = -1
-        self._folder: tempfile.TemporaryDirectory | None = None
-        self._listener: socket.socket | None = None
+        self._folder: Scratch | None = None
 
     @classmethod
     def shared(cls) -> Self | None:
@@ -121,17 +123,12 @@ class ForkServer:
 
     @classmethod
     def prepare(cls) -> Self:
-        """Return one that takes requests, and answers them when it is started."""
-        folder = tempfile.TemporaryDirectory(prefix=PREFIX)  # for this user alone
-        if len(os.fsencode(folder.name)) > LONGEST:
-            folder.cleanup()
-            folder = tempfile.TemporaryDirectory(prefix=PREFIX, dir="/tmp")
-        server = cls(Path(folder.name) / "socket")
-        server._folder = folder
-        server._listener = socket.socket(socket.AF_UNIX)
-        server._listener.bind(str(server.path))
-        server._listener.listen(BACKLOG)
-        return server
+        """Return one that is known by its path, and takes requests when it is started.
+
+        Raises:
+            RunError: When there is no folder whose name is short enough for a socket.
+        """
+        return cls(scratch.short_path(scratch.FORKS, LONGEST) / "socket")
 
     def start(self, log: Path | None = None) -> None:
         """Start the process, which ends with this one.
@@ -168,17 +165,19 @@ class ForkServer:
             stream.flush()  # else a fork prints it once more
         with self._handed_over() as (listener, lifeline):
             if not (pid := os.fork()):
-                os.close(self._lifeline)
                 _serve(listener, lifeline, log)
             self.process = psutil.Process(pid)
 
     @contextmanager
     def _handed_over(self) -> Iterator[tuple[int, int]]:
-        """Yield the listener and the lifeline for the process, and let go of them here."""
-        assert self._listener
-        lifeline, self._lifeline = os.pipe()
-        yield self._listener.fileno(), lifeline
-        self._listener.close()
+        """Yield a listener and a lifeline for the process, and let go of them here."""
+        # The folder is made no sooner: as long as there is no process, none deletes it with this.
+        self._folder = Scratch.make(self.path.parent)
+        lifeline, self._lifeline = lifelines.new()
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(str(self.path))
+            listener.listen(BACKLOG)
+            yield listener.fileno(), lifeline
         os.close(lifeline)
 
     def fork(self, environment: Mapping[str, str]) -> ForkedProcess:
@@ -194,14 +193,14 @@ class ForkServer:
         text = write_json(request).encode()
         control = socket.socket(socket.AF_UNIX)
         ours, theirs = socket.socketpair()
-        reader, lifeline = os.pipe()
+        reader, lifeline = lifelines.new()
         try:
             control.connect(str(self.path))
             descriptors = [theirs.fileno(), reader]
             socket.send_fds(control, [LENGTH.pack(len(text))], descriptors)
             control.sendall(text)
         except OSError:
-            os.close(lifeline)
+            lifelines.close(lifeline)
             ours.close()
             control.close()
             raise
@@ -213,16 +212,14 @@ class ForkServer:
     def close(self) -> None:
         """End the process, if it was started from here."""
         if self.process:
-            os.close(self._lifeline)  # has it kill its workers
+            lifelines.cut(self._lifeline)  # has it kill its workers
             try:
                 self.process.wait(CLOSING)
             except psutil.TimeoutExpired:  # it imports, and has none yet
                 self.process.kill()
                 self.process.wait()
-        elif self._listener:
-            self._listener.close()
         if self._folder:
-            self._folder.cleanup()
+            self._folder.delete()
 
 
 @contextmanager
@@ -267,10 +264,7 @@ class _Server:
             self.selector.register(source, selectors.EVENT_READ)
 
     def run(self) -> None:
-        """Fork, kill and reap until nobody has the lifeline's other end open any more.
-
-        Workers end with it.
-        """
+        """Fork, kill and reap until the lifeline ends, and workers with it."""
         signal.set_wakeup_fd(self.waker.fileno())
         signal.signal(signal.SIGCHLD, lambda *_: None)
         while True:
@@ -278,6 +272,7 @@ class _Server:
             if self.lifeline in ready:
                 for pid in self.controls:
                     os.kill(pid, signal.SIGKILL)
+                    os.waitpid(pid, 0)
                 return
             if self.listener in ready:
                 self._accept()
@@ -379,10 +374,13 @@ def _serve(listener: int, lifeline: int, log: Path | None) -> NoReturn:
         with suppress(AttributeError):  # no glibc
             for parameter, value in KEEP_MEMORY.items():
                 ctypes.CDLL(None).mallopt(parameter, value)
+        served = os.getppid()
         preload()
         gc.collect()
         gc.freeze()  # a collection in a worker would write to, and so copy, every object
         _Server(socket.socket(fileno=listener), lifeline).run()
+        if os.read(lifeline, 1) != lifelines.CALMLY:
+            scratch.prune_after(served, PATIENCE)
         code = 0
     except BaseException:
         traceback.print_exc()

@@ -12,7 +12,6 @@ A file of replies has a number of its own, and is called
     NUMBER.ROUND-CLIENT-LENGTH.reply    with a reply of so many bytes at its beginning
 """
 
-import fcntl
 import mmap
 import os
 import re
@@ -28,13 +27,12 @@ from typing import TYPE_CHECKING, Any
 from uuid import uuid4
 
 from d2ft_fl.errors import RunError
-from d2ft_fl.util.files import unlock
+from d2ft_fl.util import scratch
+from d2ft_fl.util.scratch import MEMORY, Scratch
 
 if TYPE_CHECKING:  # a process that only passes paths on needs no torch
     from torch import Tensor
 
-PREFIX = "d2ft-exchange-"
-MEMORY = Path("/dev/shm")
 WAITING = 4  # replies that may wait to be aggregated, before worker processes wait
 _REPLY = re.compile(r"(?P<number>\w+)\.(?P<round>\d+)-(?P<client>\d+)-(?P<length>\d+)\.reply")
 _mapped: dict[Path, dict[str, mmap.mmap]] = {}  # folder -> files of replies, by number
@@ -46,12 +44,11 @@ class SharedMemory:
 
     Attributes:
         folder: Where it is.
-        lock: File descriptor of the folder, locked by the process that made it: whoever can lock
-            the folder may delete it. None in other processes.
+        scratch: The same, of the process that made it. None in other processes.
     """
 
     folder: Path
-    lock: int | None = None
+    scratch: Scratch | None = None
 
     @classmethod
     def create(cls, model_bytes: int = 0, workers: int = 1) -> "SharedMemory":
@@ -63,23 +60,18 @@ class SharedMemory:
             model_bytes: Size of the global model; no reply is longer.
             workers: How many worker processes write replies at once.
         """
-        prune()
+        scratch.prune()
         root, needed = _memory(), (2 + WAITING + workers) * model_bytes
         if root is None or shutil.disk_usage(root).free < needed:
             root = Path(tempfile.gettempdir())
-        new = Path(tempfile.mkdtemp(prefix=".d2ft-", dir=root))
-        lock = os.open(new, os.O_RDONLY)
-        fcntl.flock(lock, fcntl.LOCK_EX)  # before another process could find it without a lock
-        name = new.name.removeprefix(".d2ft-")
-        return cls(new.rename(root / f"{PREFIX}{os.getpid()}-{name}"), lock)
+        own = Scratch.make(scratch.new_path(f"{scratch.EXCHANGE}{os.getpid()}-", root))
+        return cls(own.path, own)
 
     def close(self) -> None:
         """Delete the folder."""
         _mapped.pop(self.folder, None)
-        shutil.rmtree(self.folder, ignore_errors=True)
-        if self.lock is not None:
-            unlock(self.lock)
-            os.close(self.lock)
+        if self.scratch:
+            self.scratch.delete()
 
     # -- the model, down ---------------------------------------------------------------------
 
@@ -214,26 +206,3 @@ def read_model(path: Path) -> "dict[str, Tensor]":
 def _memory() -> Path | None:
     """Return the folder of shared memory of this machine, if there is one."""
     return MEMORY if os.access(MEMORY, os.W_OK) else None
-
-
-def prune() -> None:
-    """Delete the folders that processes of this machine left when they ended."""
-    for root in filter(None, {_memory(), Path(tempfile.gettempdir())}):
-        for folder in root.glob(f"{PREFIX}*"):
-            with suppress(OSError):
-                if folder.stat().st_uid == os.getuid():
-                    _delete_unless_locked(folder)
-
-
-def _delete_unless_locked(folder: Path) -> None:
-    """Delete a folder unless a process has locked it.
-
-    Raises:
-        OSError: When it is locked.
-    """
-    lock = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        shutil.rmtree(folder, ignore_errors=True)
-    finally:
-        os.close(lock)

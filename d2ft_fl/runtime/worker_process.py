@@ -7,14 +7,13 @@ it is doing.
 """
 
 import json
-import os
-import threading
 import time
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 from d2ft_fl.errors import D2FTError
+from d2ft_fl.util.lifeline import end_with
 from d2ft_fl.util.strict_json import write_json
 
 
@@ -25,7 +24,7 @@ def run(connection: int, lifeline: int) -> None:
         connection: File descriptor of the connection.
         lifeline: File descriptor of the lifeline.
     """
-    threading.Thread(target=_end_with, args=(lifeline,), daemon=True).start()
+    end_with(lifeline)
     main(Connection(connection))
 
 
@@ -88,10 +87,3 @@ def _work(trainer: Any, request: dict[str, Any], blob: bytes) -> bytes:
     except OSError as error:  # such as no room
         return wire.encode({}, {"error": f"its answer cannot be written: {error.strerror}"})
     return b""
-
-
-def _end_with(lifeline: int) -> None:
-    """End this process when no other has the other end of the lifeline open."""
-    while os.read(lifeline, 1):
-        pass
-    os._exit(1)

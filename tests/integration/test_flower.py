@@ -17,8 +17,9 @@ import torch
 
 from d2ft_fl.config.sources import collect
 from d2ft_fl.flower.records import pack_blobs, unpack_blobs
-from d2ft_fl.flower.superlink import free_ports, stop_family
+from d2ft_fl.flower.superlink import free_ports
 from d2ft_fl.rounds.checks import checked
+from d2ft_fl.runtime.guard import end_family
 from d2ft_fl.runtime.in_process import run_local
 
 ROOT = Path(__file__).parent.parent.parent
@@ -241,7 +242,7 @@ def bare(tmp_path):
         )  # fmt: skip
 
     yield run
-    stop_family(tmp_path / "home")
+    end_family(tmp_path / "home", 5.0)
 
 
 def flower_pairs(folder):

@@ -190,6 +190,7 @@ def test_a_long_folder_for_temporary_files_is_no_hindrance(tmp_path, monkeypatch
     long.mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(long))
     server = ForkServer.prepare()
+    server.start()
     assert server.path.is_socket()
     server.close()
     assert not server.path.parent.exists()

@@ -11,6 +11,7 @@ import torch
 
 from d2ft_fl.runtime import shared_memory
 from d2ft_fl.runtime.shared_memory import SharedMemory
+from d2ft_fl.util import scratch
 from d2ft_fl.wire import blob as wire
 
 
@@ -66,10 +67,10 @@ def test_what_a_killed_process_left_is_deleted():
     ended = subprocess.Popen(["true"])
     ended.wait()
     root = SharedMemory.create()
-    orphan = root.folder.parent / f"{shared_memory.PREFIX}{ended.pid}-x"
+    orphan = root.folder.parent / f"{scratch.EXCHANGE}{ended.pid}-x"
     orphan.mkdir()
     own = Path(root.folder)
-    shared_memory.prune()
+    scratch.prune()
     assert not orphan.exists()
     assert own.exists()
     assert str(os.getpid()) in own.name
