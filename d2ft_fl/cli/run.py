@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from d2ft_fl.cli.common import Files, Pairs, compiling, failures
-from d2ft_fl.config.run_config import RunConfig
+from d2ft_fl.config.run_config import RunConfig, resolve_path
 from d2ft_fl.config.sources import collect
 from d2ft_fl.errors import ConfigError
 from d2ft_fl.util import terminal
@@ -52,8 +52,11 @@ def run(
         if workers and backend is not Backend.local:
             raise ConfigError("--workers belongs to --backend local; Flower starts its own")
         options = collect(config or [], set_ or [], resume).check_values()
+        from d2ft_fl.runtime.guard import temporary_files
+
+        _see_to_leftovers(options.resume)
         processes = bool(workers) or backend is Backend.flower
-        with _fork_server(processes) as forks, _superlink(backend) as link:
+        with temporary_files(), _fork_server(processes) as forks, _superlink(backend) as link:
             from d2ft_fl.server import console
 
             if not as_json:
@@ -66,6 +69,30 @@ def run(
             with compiling(options, as_json):
                 note = (lambda line: None) if as_json else console.note
                 _run(checked(options, note), link, supernodes, workers, as_json)
+
+
+def _see_to_leftovers(resume: str) -> None:
+    """End what lives on of a run to resume, though all that should have ended it was killed, too.
+
+    What lives on of other runs is named, for whoever asked for them to decide.
+    """
+    from d2ft_fl.runtime import guard
+    from d2ft_fl.util import scratch
+
+    for left in guard.left_behind():
+        numbers = " ".join(str(number) for number in sorted(p.pid for p in left.processes))
+        if resume and left.run_folder == resolve_path(resume):
+            guard.end_family(left.home)
+            scratch.delete(left.home)
+            typer.echo(f"d2ft: ended what was left of this run: processes {numbers}", err=True)
+        else:
+            of = f" in {str(left.run_folder)!r}" if left.run_folder else ""
+            typer.echo(
+                f"d2ft: processes of a run{of} live on, though it was killed; end them with: "
+                f"kill {numbers}",
+                err=True,
+            )
+    scratch.prune()
 
 
 @contextmanager

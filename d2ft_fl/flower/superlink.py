@@ -26,6 +26,7 @@ from d2ft_fl.errors import RunError
 from d2ft_fl.records.run_folder import Progress, read_rows, read_status
 from d2ft_fl.runtime import guard
 from d2ft_fl.util import scratch
+from d2ft_fl.util.files import writing
 from d2ft_fl.util.scratch import Scratch
 from d2ft_fl.util.toml import dump_toml
 
@@ -133,10 +134,11 @@ def superlink() -> Iterator[SuperLink]:
     """
     own = Scratch.make(scratch.short_path(scratch.FLOWER, LONGEST))
     home, (port, control) = own.path, free_ports(2)
-    home.joinpath("config.toml").write_text(
-        f'[superlink]\ndefault = "{CONNECTION}"\n\n'
-        f'[superlink.{CONNECTION}]\naddress = "127.0.0.1:{port}"\ninsecure = true\n'
-    )
+    with writing(home):
+        home.joinpath("config.toml").write_text(
+            f'[superlink]\ndefault = "{CONNECTION}"\n\n'
+            f'[superlink.{CONNECTION}]\naddress = "127.0.0.1:{port}"\ninsecure = true\n'
+        )
     environment = flower_environment(home)
     log = home / "superlink.log"
     command = [
@@ -175,7 +177,8 @@ def run_flower(
     app = app_folder()
     link.wait()
     file = link.home / guard.OPTIONS
-    file.write_text(dump_toml(config.to_mapping() | {"run-folder": str(folder)}))
+    with writing(file):
+        file.write_text(dump_toml(config.to_mapping() | {"run-folder": str(folder)}))
     started = subprocess.run(
         [
             "flwr", "run", str(app), CONNECTION, "--format", "json",

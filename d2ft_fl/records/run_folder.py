@@ -49,8 +49,9 @@ def claim_folder(config: RunConfig) -> Path:
             done = stands(read_status(folder)) == "finished"
             write_status(folder, "starting", before="finished" if done else None)
     except OSError as error:
+        where = config.run_folder or config.resume or error.filename
         raise ConfigError(
-            f"run-folder = {config.run_folder!r} cannot be written to: {error.strerror}"
+            f"run-folder = {where!r} cannot be written to: {error.strerror}"
         ) from None
     return folder
 
@@ -94,14 +95,25 @@ def only_one(folder: Path) -> Iterator[None]:
         try:
             fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            where = str(folder)
-            raise RunError(f"another process is at work on {where!r}; stop it first") from None
+            raise RunError(_in_the_way(folder)) from None
         try:
             yield
         finally:
             unlock(held)
     finally:
         os.close(held)
+
+
+def _in_the_way(folder: Path) -> str:
+    """Say who is at work on a run's folder; where that cannot be known (not Linux), that one is."""
+    holders, status = set(), folder.stat()
+    for handle in Path("/proc").glob("[0-9]*/fd/*"):
+        with contextlib.suppress(OSError):  # another user's, or closed by now
+            if os.path.samestat(handle.stat(), status):
+                holders.add(int(handle.parts[2]))
+    numbers = " ".join(map(str, sorted(holders - {os.getpid()})))
+    who, how = (f" ({numbers})", f": kill {numbers}") if numbers else ("", "")
+    return f"another process{who} is at work on {str(folder)!r}; stop it first{how}"
 
 
 def read_rows(folder: Path) -> list[dict[str, Any]]:
@@ -155,10 +167,17 @@ def write_status(folder: Path, status: str, reason: str = "", before: str | None
         before: ``finished``, of a run that was and is started again, until its rounds go on.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    partial = folder / "status.json.part"
+    path, partial = folder / "status.json", folder / "status.json.part"
     entries = {"status": status, "reason": reason} | ({"before": before} if before else {})
-    partial.write_text(write_json(entries) + "\n")
-    partial.replace(folder / "status.json")
+    text = write_json(entries) + "\n"
+    try:
+        partial.write_text(text)
+        partial.replace(path)
+    except OSError:  # where the disk is full, there is the room that the file has
+        partial.unlink(missing_ok=True)
+        with path.open("r+b", buffering=0) as file:
+            file.write(text.encode())
+            file.truncate()
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -7,7 +7,7 @@ but imports, so that no thread of a library is lost in a fork. It is started as
     python -m d2ft_fl.runtime.fork_server LISTENER LIFELINE [LOG]
 
 with file descriptors, or is itself a fork of a command that needs PyTorch too, and imports it once
-for both. It ends with whoever started it, and deletes what a killed one left.
+for both. It ends with whoever started it.
 
 Whoever wants a worker connects to the listener and sends a request: its length, JSON, and with it
 the descriptors of the worker's connection and lifeline (:mod:`d2ft_fl.runtime.worker_process`). The
@@ -374,13 +374,10 @@ def _serve(listener: int, lifeline: int, log: Path | None) -> NoReturn:
         with suppress(AttributeError):  # no glibc
             for parameter, value in KEEP_MEMORY.items():
                 ctypes.CDLL(None).mallopt(parameter, value)
-        served = os.getppid()
         preload()
         gc.collect()
         gc.freeze()  # a collection in a worker would write to, and so copy, every object
         _Server(socket.socket(fileno=listener), lifeline).run()
-        if os.read(lifeline, 1) != lifelines.CALMLY:
-            scratch.prune_after(served, PATIENCE)
         code = 0
     except BaseException:
         traceback.print_exc()

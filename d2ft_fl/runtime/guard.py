@@ -1,16 +1,18 @@
-"""The guard of a command: ends it, and all that it started, with whoever asked for it.
+"""Guards: what a command started ends with it, and its temporary files go, though it be killed.
 
-Flower's SuperLink starts processes that start others, in sessions of their own: no signal reaches
-all of them, and they outlive each other. So the SuperLink is started as
+A guard is a process that is started as
 
-    python -m d2ft_fl.runtime.guard LIFELINE LOCK FOLDER COMMAND ...
+    python -m d2ft_fl.runtime.guard PARENT LIFELINE LOCK FOLDER [COMMAND ...]
 
-with file descriptors of a lifeline and of the lock of the command's folder. The guard is the parent
-of what loses its own (on Linux), imports little, and ends, when the command does or the lifeline,
-with all of the family gone and the folder deleted.
+with the number of the process that starts it, and file descriptors of a lifeline and of the lock of
+a folder. It imports little, and waits for the end of its command, if it has one, or of the
+lifeline. Then it ends all processes that belong to the folder, and deletes that.
 
-A guard can be killed, too. What then lives on is found by its environment, in which
-:data:`HOME` is the folder: :func:`end_family` and :func:`left_behind`.
+A process belongs to the folder that one of :data:`HOMES` in its environment names. Flower's
+SuperLink has one: it starts processes that start others, in sessions of their own, so that no
+signal reaches all of them, and they outlive each other. On Linux its guard is also the parent of
+those that lose theirs. The folder of :func:`temporary_files` is another. A guard can be killed,
+too; what then lives on is what :func:`left_behind` returns.
 """
 
 import ctypes
@@ -21,8 +23,8 @@ import subprocess
 import sys
 import time
 import tomllib
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -32,12 +34,27 @@ from d2ft_fl.util import lifeline as lifelines
 from d2ft_fl.util import scratch
 from d2ft_fl.util.scratch import Scratch
 
-HOME = "FLWR_HOME"  # environment variable of every process of a family: its folder
+HOME = "FLWR_HOME"  # environment variable: the folder of a SuperLink
+HOMES = (HOME, "TMPDIR")
 OPTIONS = "run.toml"  # in there: the options of the run
 POLL_SECONDS = 0.2
 GRACE_SECONDS = 5.0  # for processes to end by themselves, where whoever asked for them lives
 KILL_SECONDS = 5.0  # for killed ones to be gone, and those that they started meanwhile
 PR_SET_CHILD_SUBREAPER = 36
+
+
+@contextmanager
+def temporary_files() -> Iterator[None]:
+    """Have all that this process and those that it starts write for temporary use deleted."""
+    own = Scratch.make(scratch.new_path(scratch.RUN))
+    path = {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    guarded = start(own, [], Path(os.devnull), os.environ | path)
+    try:
+        with scratch.instead(own.path):
+            yield
+    finally:
+        own.delete()
+        guarded.let_go()
 
 
 def start(
@@ -47,12 +64,12 @@ def start(
 
     Args:
         home: The folder, which is the guard's from now on.
-        command: What to start.
+        command: What to start; nothing for this process.
         log: Where it prints.
         environment: Its variables, with the folder as :data:`HOME`.
     """
     reader, writer = lifelines.new()
-    arguments = [str(reader), str(home.lock), str(home.path), *command]
+    arguments = [str(os.getpid()), str(reader), str(home.lock), str(home.path), *command]
     with log.open("a") as output:
         process = subprocess.Popen(
             [sys.executable, "-m", __name__, *arguments],
@@ -70,11 +87,11 @@ def start(
 
 @dataclass(frozen=True)
 class Guarded:
-    """A command under a guard, as whoever asked for it sees it.
+    """A guard, as whoever asked for it sees it.
 
     Attributes:
-        process: The guard, which ends when the command does.
-        home: The command's folder.
+        process: Its process, which ends when its command does.
+        home: Its folder.
         lifeline: Its writing end.
     """
 
@@ -82,11 +99,15 @@ class Guarded:
     home: Scratch
     lifeline: int
 
-    def end(self) -> None:
-        """End the command with all that it started, and delete its folder."""
+    def let_go(self) -> None:
+        """Have the guard end what belongs to its folder, and end itself; wait for it."""
         lifelines.cut(self.lifeline)
         with suppress(subprocess.TimeoutExpired):
             self.process.wait(2 * (GRACE_SECONDS + KILL_SECONDS))
+
+    def end(self) -> None:
+        """Do the same even where the guard was killed."""
+        self.let_go()
         if self.home.path.exists():  # the guard was killed
             end_family(self.home.path, GRACE_SECONDS)
         self.home.delete()
@@ -99,24 +120,23 @@ def family(home: Path) -> set[psutil.Process]:
     """Return the processes that belong to a folder, but for this one.
 
     They have it in their environment, or descend from one that has: some of Ray's write their title
-    over their environment. Orphans of a guard's family are its children.
+    over their environment.
     """
-    members = {p for p in psutil.process_iter() if home_of(p) == str(home)}
     own = psutil.Process()
-    if os.environ.get(HOME) == str(home):
-        members.add(own)
+    members = {own} | {p for p in psutil.process_iter() if str(home) in homes_of(p)}
     for member in list(members):
         with suppress(psutil.NoSuchProcess):
             members.update(member.children(recursive=True))
     return members - {own}
 
 
-def home_of(process: psutil.Process) -> str | None:
-    """Return the folder of the family that a process belongs to."""
+def homes_of(process: psutil.Process) -> set[str]:
+    """Return the folders that a process belongs to."""
     try:
-        return process.environ().get(HOME)
+        environment = process.environ()
     except (psutil.Error, OSError):
-        return None
+        return set()
+    return {environment[name] for name in HOMES if name in environment}
 
 
 def end_family(home: Path, grace: float = 0.0) -> None:
@@ -154,7 +174,7 @@ class Left:
 
 def left_behind() -> list[Left]:
     """Return the families of this user that live on; delete the folders of those that do not."""
-    homes = {Path(home) for p in psutil.process_iter() if (home := home_of(p))}
+    homes = {Path(home) for p in psutil.process_iter() for home in homes_of(p)}
     lost = {home for home in homes if home.name.startswith(scratch.FLOWER)}
     lost = {home for home in lost if not scratch.is_locked(home)}
     for folder in scratch.found([scratch.FLOWER]):
@@ -176,15 +196,25 @@ def _run_folder(home: Path) -> Path | None:
 
 def main() -> int:
     """Start the command, wait until it ends or the lifeline does, and end the rest."""
-    reader, _, folder, *command = sys.argv[1:]
+    parent, reader, _, folder, *command = sys.argv[1:]
     _adopt_orphans()
-    process = subprocess.Popen(command)
-    code, calmly = _wait(process, int(reader))
+    process = subprocess.Popen(command) if command else None
     home = Path(folder)
+    code, calmly = _wait(process, int(reader))
+    if not calmly:
+        _await(lambda: os.getppid() != int(parent))  # its locks go with it
+        if not command:  # what has a guard of its own
+            _await(lambda: not family(home))
     end_family(home, GRACE_SECONDS if calmly else 0.0)
     scratch.delete(home)
     scratch.prune()
     return code
+
+
+def _await(condition: Callable[[], bool]) -> None:
+    deadline = time.monotonic() + GRACE_SECONDS
+    while not condition() and time.monotonic() < deadline:
+        time.sleep(0.05)
 
 
 def _adopt_orphans() -> None:
@@ -193,7 +223,7 @@ def _adopt_orphans() -> None:
         ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
-def _wait(process: subprocess.Popen, lifeline: int) -> tuple[int, bool]:
+def _wait(process: subprocess.Popen | None, lifeline: int) -> tuple[int, bool]:
     """Return how the command ended, and whether there is time for the others to."""
     ends: list[int] = []
     signal.signal(signal.SIGTERM, lambda *_: ends.append(signal.SIGTERM))
@@ -202,7 +232,7 @@ def _wait(process: subprocess.Popen, lifeline: int) -> tuple[int, bool]:
             return 0, os.read(lifeline, 1) == lifelines.CALMLY
         with suppress(ChildProcessError):
             while (ended := os.waitpid(-1, os.WNOHANG))[0]:
-                if ended[0] == process.pid:
+                if process and ended[0] == process.pid:
                     process.returncode = os.waitstatus_to_exitcode(ended[1])
                     return process.returncode, True
     return -ends[0], True

@@ -24,11 +24,11 @@ from d2ft_fl.aggregation.server_optimizer import Moments
 from d2ft_fl.budgets.budget import Budget
 from d2ft_fl.config.renamed import renamed
 from d2ft_fl.config.run_config import RunConfig
-from d2ft_fl.errors import ConfigError, ReplyError
+from d2ft_fl.errors import ConfigError, ReplyError, RunError
 from d2ft_fl.planning.importance import ScoreBook
 from d2ft_fl.rounds.components import Components
 from d2ft_fl.rounds.federation import Report, State
-from d2ft_fl.util.files import put_in_place, sync
+from d2ft_fl.util.files import put_in_place, sync, writing
 from d2ft_fl.util.strict_json import write_json
 from d2ft_fl.wire.blob import decode, write
 
@@ -81,20 +81,28 @@ def save(folder: Path, config: RunConfig, origin: str, checkpoint: Checkpoint) -
 
     Returns:
         The file.
+
+    Raises:
+        RunError: When it cannot be written.
     """
-    checkpoints = folder / FOLDER
-    if not checkpoints.exists():
-        checkpoints.mkdir(mode=0o700)
-        sync(folder)
-    path = checkpoints / f"round-{checkpoint.state.round:04d}.safetensors"
+    path = folder / FOLDER / f"round-{checkpoint.state.round:04d}.safetensors"
     tensors, meta = _pack(checkpoint)
     meta |= {"format": FORMAT, "origin": origin, "config": config.to_mapping()}
+    meta |= {"digest": _digest(tensors, meta)}
     part = path.with_suffix(".part")
-    write(part, tensors, meta | {"digest": _digest(tensors, meta)})
-    part.chmod(0o600)
-    put_in_place(part, path)
-    for _, old in list(_found(folder))[KEEP:]:
-        old.unlink()
+    try:
+        with writing(path):
+            if not path.parent.exists():
+                path.parent.mkdir(mode=0o700)
+                sync(folder)
+            write(part, tensors, meta)
+            part.chmod(0o600)
+            put_in_place(part, path)
+            for _, old in list(_found(folder))[KEEP:]:
+                old.unlink()
+    except RunError:
+        part.unlink(missing_ok=True)  # it may have filled the disk
+        raise
     return path
 
 

@@ -18,10 +18,11 @@ report.html              the run's page, see :mod:`d2ft_fl.report`; trials of a 
 
 import logging
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import wraps
 from pathlib import Path
-from typing import Any
+from typing import Any, Concatenate, ParamSpec, TypeVar
 
 import safetensors.torch
 import torch
@@ -37,16 +38,32 @@ from d2ft_fl.records.summary import summarise
 from d2ft_fl.records.versions import versions
 from d2ft_fl.rounds.federation import Federation, Report, State
 from d2ft_fl.rounds.plan import Plan
+from d2ft_fl.util.files import writing
 from d2ft_fl.util.strict_json import write_json
 from d2ft_fl.util.toml import dump_toml
 
 log = logging.getLogger(__name__)
+P = ParamSpec("P")
+R = TypeVar("R")
 LINES = ("rounds.jsonl", "clients.jsonl", "reports.jsonl")
+
+
+def _writes(
+    method: Callable[Concatenate["Recorder", P], R],
+) -> Callable[Concatenate["Recorder", P], R]:
+    """Have a method name the run folder where it cannot be written to."""
+
+    @wraps(method)
+    def named(self: "Recorder", *args: P.args, **kwargs: P.kwargs) -> R:
+        with writing(self.folder):
+            return method(self, *args, **kwargs)
+
+    return named
 
 
 @dataclass
 class Recorder:
-    """Writes the folder of one run as the run goes on.
+    """Writes the folder of one run as the run goes on. Where it cannot, that is a ``RunError``.
 
     Attributes:
         folder: The run folder.
@@ -63,6 +80,7 @@ class Recorder:
     rows: list[dict[str, Any]] = field(default_factory=list)
     _reported: dict[int, list[Any]] = field(default_factory=dict)
 
+    @_writes
     def start(self) -> None:
         """Make the folder; write the configuration and versions into it."""
         self._describe()
@@ -70,6 +88,7 @@ class Recorder:
             self.folder.joinpath(name).write_text("")
         write_status(self.folder, "running")
 
+    @_writes
     def resume(self, rounds: int) -> None:
         """Continue the record of a run, without what came after some number of rounds.
 
@@ -107,6 +126,7 @@ class Recorder:
         made_with = versions(self.federation.config.device)
         self.folder.joinpath("versions.json").write_text(write_json(made_with, indent=2) + "\n")
 
+    @_writes
     def reports(self, round_number: int, reports: Sequence[Report]) -> None:
         """Record what clients reported before a round; for runs whose budgets vary by round."""
         lines = [[r.client, r.examples, r.budget.to_json()] for r in reports]
@@ -130,6 +150,7 @@ class Recorder:
             file.flush()
             os.fsync(file.fileno())
 
+    @_writes
     def plan(self, plan: Plan) -> None:
         """Record the schedules of a round."""
         path = self.folder / "plans" / f"round-{plan.round:03d}.safetensors"
@@ -142,6 +163,7 @@ class Recorder:
             tensors["ranks"] = torch.from_numpy(ranks)
         safetensors.torch.save_file(tensors, path)
 
+    @_writes
     def round(
         self,
         federation: Federation,
@@ -178,6 +200,7 @@ class Recorder:
             draw_plan(plan, self.folder / "plan.png")
         return row
 
+    @_writes
     def finish(self, weights: Mapping[str, Tensor], wall_seconds: float) -> dict[str, Any]:
         """Write the final model; returns the summary, for :func:`write_summary`."""
         self.adapter.export(self.folder, weights)
@@ -192,10 +215,11 @@ def write_summary(folder: Path, summary: Mapping[str, Any], report: bool = True)
         summary: The totals.
         report: Whether to write the page; a sweep has one page for all its runs.
     """
-    folder.joinpath("summary.json").write_text(write_json(summary, indent=2) + "\n")
-    if report:
-        _write_report(folder)
-    write_status(folder, "finished")
+    with writing(folder):
+        folder.joinpath("summary.json").write_text(write_json(summary, indent=2) + "\n")
+        if report:
+            _write_report(folder)
+        write_status(folder, "finished")
 
 
 def _write_report(folder: Path) -> None:

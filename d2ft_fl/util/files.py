@@ -1,8 +1,36 @@
-"""Files that are the old one or the new one, whenever the machine stops."""
+"""Files that are the old one or the new one, whenever the machine stops; errors that name them."""
 
+import errno
 import fcntl
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from d2ft_fl.errors import RunError
+
+FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Name what is written to where that fails: of a full disk Python says no more than that.
+
+    Raises:
+        RunError: With the path, and what went wrong.
+    """
+    from safetensors import SafetensorError  # a command that only reads files needs none
+
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        # safetensors has an error of its own, with a text only.
+        full = getattr(error, "errno", None) in FULL or any(
+            f"os error {number})" in reason for number in FULL
+        )
+        todo = "; make room there, and go on with d2ft run --resume" if full else ""
+        raise RunError(f"{str(path)!r} cannot be written to: {reason}{todo}") from error
 
 
 def sync(path: Path) -> None:

@@ -11,7 +11,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,8 +21,13 @@ from d2ft_fl.util.files import unlock
 
 EXCHANGE = "d2ft-exchange-"  # models and replies of a round, see runtime/shared_memory.py
 FORKS = "d2ft-forks-"  # a fork server's socket
+RUN = "d2ft-run-"  # whatever a command and its libraries write for temporary use
 FLOWER = "d2ft-home-"  # the home of a SuperLink
-PREFIXES = (EXCHANGE, FORKS)  # of what goes with its lock; what lives in a home is ended before
+PREFIXES = (
+    EXCHANGE,
+    FORKS,
+    RUN,
+)  # of what goes with its lock; what lives in a home is ended before
 UNFINISHED = ".d2ft-"
 UNFINISHED_SECONDS = 60.0  # after which nobody finishes it any more
 MEMORY = Path("/dev/shm")
@@ -66,9 +71,33 @@ def delete(folder: Path) -> None:
         time.sleep(0.1)
 
 
-def new_path(prefix: str, root: Path | None = None) -> Path:
-    """Return a path that is not there; it says what will be, and by ``root`` where."""
-    return (root or Path(tempfile.gettempdir())) / f"{prefix}{secrets.token_hex(4)}"
+_outer: list[Path] = []  # folders for temporary files, before another took their place
+
+
+@contextmanager
+def instead(folder: Path) -> Iterator[None]:
+    """Have this process, and those that it starts, write temporary files into a folder."""
+    before = tempfile.tempdir, os.environ.get("TMPDIR")
+    _outer.append(root())
+    tempfile.tempdir = os.environ["TMPDIR"] = str(folder)
+    try:
+        yield
+    finally:
+        _outer.pop()
+        tempfile.tempdir = before[0]
+        os.environ.pop("TMPDIR")
+        if before[1] is not None:
+            os.environ["TMPDIR"] = before[1]
+
+
+def root() -> Path:
+    """Return the folder for temporary files, whatever is there instead for a while."""
+    return _outer[0] if _outer else Path(tempfile.gettempdir())
+
+
+def new_path(prefix: str, where: Path | None = None) -> Path:
+    """Return a path that is not there; it says what will be, and by ``where`` in which folder."""
+    return (where or root()) / f"{prefix}{secrets.token_hex(4)}"
 
 
 def short_path(prefix: str, longest: int) -> Path:
@@ -94,9 +123,9 @@ def short_path(prefix: str, longest: int) -> Path:
 
 def found(prefixes: Iterable[str]) -> Iterator[Path]:
     """Yield the folders of this user whose names begin so, wherever they may be."""
-    for root in {MEMORY, Path(tempfile.gettempdir()), SHORT}:
+    for place in {MEMORY, root(), SHORT}:
         for prefix in prefixes:
-            for folder in root.glob(f"{prefix}*"):
+            for folder in place.glob(f"{prefix}*"):
                 with suppress(OSError):
                     if folder.lstat().st_uid == os.getuid() and folder.is_dir():
                         yield folder
@@ -110,19 +139,6 @@ def prune(prefixes: Iterable[str] = PREFIXES) -> None:
         with suppress(OSError):
             if time.time() - folder.stat().st_mtime > UNFINISHED_SECONDS:
                 delete_unless_locked(folder)
-
-
-def prune_after(process: int, seconds: float) -> None:
-    """Delete what this process's parent leaves, which is being killed.
-
-    Args:
-        process: The parent's number.
-        seconds: How long to wait for its end, with which its locks go.
-    """
-    deadline = time.monotonic() + seconds
-    while os.getppid() == process and time.monotonic() < deadline:
-        time.sleep(0.01)
-    prune()
 
 
 def delete_unless_locked(folder: Path) -> None:
