@@ -11,7 +11,7 @@ x_1 .. x_n that n clients give one coordinate of a slice, sorted,
 1802.10116). k is of the whole round, and not a share of n: under budgets few clients train a slice,
 and those who are hostile may be the larger part of them. So a slice that fewer than 2k + 1 clients
 trained keeps its value. Every client counts the same, whatever number of examples it says. Updates
-wait on disk, and are mapped, not read, until they are aggregated.
+wait in one file on disk, and are mapped, not read, when they are aggregated.
 
 Honest clients of different data differ too, and hostile ones, whose values are cut at one end,
 have honest ones cut at the other. Nearest-neighbor mixing (Allouah et al., AISTATS 2023, arXiv
@@ -26,6 +26,7 @@ is made shorter where it is longer than ``clip-norm``,
 
 import hashlib
 import math
+import mmap
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -39,6 +40,7 @@ from d2ft_fl.aggregation.aggregator import Aggregator
 from d2ft_fl.aggregation.sums import Sums
 from d2ft_fl.aggregation.update import Update, validate
 from d2ft_fl.subnets.architecture import Architecture, Kind, Parameter
+from d2ft_fl.util.files import writing
 from d2ft_fl.wire import blob
 
 ROBUST = ("trimmed-mean", "median", "mean-around-median")
@@ -65,12 +67,13 @@ class RobustSums:
     left: float | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
-        self._folder = tempfile.TemporaryDirectory(prefix="d2ft-updates-")
+        # It has no name: nothing is left of it, however this process ends.
+        self._file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115
         self._checks = Sums(self.arch, self.weights, 1)  # which sum nothing
-        self._files: list[Path] = []
-        self._digests: list[bytes] = []  # of each file
-        self._trainers: dict[tuple[str, int], list[int]] = {}  # (parameter, head) -> files
-        self._starts: list[dict[str, dict[int, int]]] = []  # of each file: heads' first rows
+        self._places: list[slice] = []  # of each update in the file
+        self._digests: list[bytes] = []  # of each update
+        self._trainers: dict[tuple[str, int], list[int]] = {}  # (parameter, head) -> updates
+        self._starts: list[dict[str, dict[int, int]]] = []  # of each update: heads' first rows
 
     def add(self, update: Update) -> None:
         """Validate one update and keep it.
@@ -80,12 +83,12 @@ class RobustSums:
 
         Raises:
             ReplyError: See :meth:`Sums.terms`.
+            RunError: When there is no room for it on disk.
         """
         terms = self._checks.terms(update)
-        number = len(self._files)
+        number = len(self._places)
         starts: dict[str, dict[int, int]] = {}
-        path = Path(self._folder.name, f"{number}.update")
-        blob.write(path, {term.parameter.name: term.tensor for term in terms}, {})
+        self._keep({term.parameter.name: term.tensor for term in terms})
         for term in terms:
             p, first = term.parameter, 0
             starts[p.name] = first_rows = {}
@@ -94,10 +97,25 @@ class RobustSums:
                 first += len(p.rows[head]) if head >= 0 else 0
                 if count:
                     self._trainers.setdefault((p.name, head), []).append(number)
-        with path.open("rb") as file:
-            self._digests.append(hashlib.file_digest(file, "blake2b").digest())
-        self._files.append(path)
         self._starts.append(starts)
+
+    def _keep(self, tensors: dict[str, Tensor]) -> None:
+        """Write an update's tensors to the end of the file."""
+        start = self._places[-1].stop if self._places else 0
+        start += -start % blob.LENGTH_BYTES  # as tensors lie in memory
+        with writing(Path(tempfile.gettempdir())):
+            self._file.seek(start)
+            length = blob.append(self._file, tensors, {})
+        self._file.seek(start)
+        self._digests.append(hashlib.file_digest(self._file, "blake2b").digest())
+        self._places.append(slice(start, start + length))
+
+    def _kept(self) -> list[dict[str, Tensor]]:
+        """Return the tensors of each update, mapped into memory."""
+        if not self._places:
+            return []
+        content = memoryview(mmap.mmap(self._file.fileno(), 0, access=mmap.ACCESS_COPY))
+        return [blob.decode(content[place])[0] for place in self._places]
 
     @property
     def _least(self) -> int:
@@ -108,8 +126,8 @@ class RobustSums:
     def trained(self) -> dict[str, tuple[int, ...]]:
         """Parameters of which enough clients trained anything; see :attr:`Sums.trained`."""
         heads_of: dict[str, list[int]] = {}
-        for (name, head), files in self._trainers.items():
-            if len(files) >= self._least:
+        for (name, head), updates in self._trainers.items():
+            if len(updates) >= self._least:
                 heads_of.setdefault(name, []).extend([head] if head >= 0 else [])
         return {name: tuple(sorted(heads)) for name, heads in heads_of.items()}
 
@@ -131,14 +149,14 @@ class RobustSums:
         """Return the new global weights; what too few clients trained keeps its bits."""
         new = dict(self.weights)
         with_many = 0
-        mapped = [blob.decode(path)[0] for path in self._files]
-        for (name, head), files in self._trainers.items():
-            if len(files) < self._least:
+        kept = self._kept()
+        for (name, head), updates in self._trainers.items():
+            if len(updates) < self._least:
                 continue
             with_many += 1
             p = self.arch.by_name[name]
-            files = sorted(files, key=self._digests.__getitem__)  # not by who answered first
-            given = torch.stack([_rows(mapped[n][name], p, head, self._starts[n]) for n in files])
+            updates = sorted(updates, key=self._digests.__getitem__)  # not by who answered first
+            given = torch.stack([_rows(kept[n][name], p, head, self._starts[n]) for n in updates])
             if self.mixing:
                 given = mixed(given, self.suspects)
             middle = self._middle(given.sort(dim=0).values).to(self.weights[name].dtype)
@@ -150,7 +168,7 @@ class RobustSums:
             p.unpack_(new[name], middle, [head])
         if self._trainers:
             self.left = 1 - with_many / len(self._trainers)
-        self._folder.cleanup()
+        self._file.close()
         return new
 
     def _middle(self, ordered: Tensor) -> Tensor:

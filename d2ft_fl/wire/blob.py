@@ -7,9 +7,10 @@ same bytes.
 import json
 import math
 import mmap
+import os
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import safetensors.torch
@@ -57,11 +58,18 @@ def size(tensors: "Iterable[Described]", meta: Any) -> int:
 def write(path: Path, tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> None:
     """Write :func:`encode`'s blob into a file, new or in place of what is in it."""
     with path.open("r+b" if path.exists() else "wb", buffering=0) as file:
-        for part in _laid_out(tensors, meta):
-            rest = part.data
-            while len(rest):
-                rest = rest[file.write(rest) :]
+        append(file, tensors, meta)
         file.truncate()
+
+
+def append(file: IO[bytes], tensors: Mapping[str, Tensor], meta: Mapping[str, Any]) -> int:
+    """Write :func:`encode`'s blob into an open file, from where that is; return its length."""
+    parts = _laid_out(tensors, meta)
+    for part in parts:
+        rest = part.data
+        while len(rest):
+            rest = rest[file.write(rest) :]
+    return sum(map(len, parts))
 
 
 def fill(
@@ -133,7 +141,8 @@ def mapped(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return a safetensors file's header, and its tensors mapped copy-on-write into memory.
 
     safetensors' own ``load_file`` (0.8.0) loses 8 kB of memory for each file of 150 tensors, which
-    replies by the thousand are.
+    replies by the thousand are. Python's ``mmap`` keeps a file descriptor for as long as any tensor
+    lives, which the files of a large model's heads are too many for.
 
     Raises:
         KeyError: When an entry of the header is missing.
@@ -141,11 +150,15 @@ def mapped(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         ValueError: When the header and the length of the file do not agree.
         OSError: When the file cannot be read.
     """
-    with path.open("rb") as file:
-        return _parsed(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY))
+    with path.open("rb") as file:  # by its number: another may take its place by name
+        if not (length := os.fstat(file.fileno()).st_size):
+            raise ValueError("it is empty")
+        name = f"/dev/fd/{file.fileno()}"
+        content = torch.from_file(name, shared=False, size=length, dtype=torch.uint8)
+    return _parsed(content.numpy().data)
 
 
-def _parsed(content: mmap.mmap | memoryview) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _parsed(content: memoryview) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return the header and the tensors of a file's content; see :func:`mapped`."""
     start = LENGTH_BYTES + int.from_bytes(content[:LENGTH_BYTES], "little")
     if start > len(content):

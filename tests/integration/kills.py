@@ -157,7 +157,9 @@ def main() -> int:
         start = time.monotonic()
         reference = weights(whole)
         shutil.rmtree(whole)
-        kills.finish(whole)  # everything is compiled and cached by now
+        if said := kills.finish(whole):  # everything is compiled and cached by now
+            print(said)
+            return 1
         took = time.monotonic() - start
         kills.settle()
         print(f"{arguments.back_end}: unkilled {took:.1f} s", flush=True)
