@@ -11,10 +11,9 @@ from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
-import platformdirs
-
 from d2ft_fl.costs.machine_speed import MachineSpeed
 from d2ft_fl.errors import ConfigError
+from d2ft_fl.util.cache import folder as user_cache
 from d2ft_fl.util.files import put_in_place
 from d2ft_fl.util.strict_json import write_json
 
@@ -22,9 +21,7 @@ from d2ft_fl.util.strict_json import write_json
 def folder() -> Path:
     """Return the folder of what was measured; ``D2FT_SPEEDS`` in the environment names another."""
     named = os.environ.get("D2FT_SPEEDS")
-    return (
-        Path(named) if named else platformdirs.user_cache_path("d2ft-fl", appauthor=False) / "speed"
-    )
+    return Path(named) if named else user_cache("speed")
 
 
 def path_of(device: str, precision: str, threads: int) -> Path:

@@ -12,7 +12,7 @@ import typer
 from d2ft_fl.config.choices import DEVICES
 from d2ft_fl.config.run_config import RunConfig
 from d2ft_fl.errors import ConfigError, D2FTError
-from d2ft_fl.util import terminal
+from d2ft_fl.util import limits, terminal
 
 DEVICE = click.Choice(DEVICES)  # the type of options that name one
 Files = Annotated[
@@ -37,7 +37,7 @@ def failures() -> Iterator[None]:
         raise typer.Exit(2 if isinstance(error, ConfigError) else 1) from None
     except OSError as error:  # a full disk, a folder that is gone
         where = f" {error.filename!r}" if error.filename else ""
-        typer.echo(f"d2ft: {error.strerror or error}{where}", err=True)
+        typer.echo(f"d2ft: {error.strerror or error}{where}{limits.advice(error)}", err=True)
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
         typer.echo("d2ft: stopped", err=True)

@@ -12,6 +12,7 @@ from d2ft_fl.cli.report import report_command
 from d2ft_fl.cli.run import run
 from d2ft_fl.cli.strategies import strategies_command
 from d2ft_fl.cli.sweep import sweep_command
+from d2ft_fl.util import limits, proxies
 
 app = typer.Typer(
     help="Federated fine-tuning of transformers under hard per-client budgets.",
@@ -19,6 +20,15 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
+
+
+@app.callback()
+def begin() -> None:
+    """Prepare this process for any command."""
+    proxies.spare_own_addresses()
+    limits.raise_descriptors()
+
+
 app.command("run")(run)
 app.command("plan")(plan_command)
 app.command("sweep")(sweep_command)

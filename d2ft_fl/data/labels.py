@@ -6,7 +6,6 @@ theirs; -1, a missing value, and an empty text mean that an example has no label
 """
 
 import hashlib
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -14,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from d2ft_fl.errors import ConfigError
+from d2ft_fl.util.strict_json import write_json
 
 if TYPE_CHECKING:
     import datasets
@@ -189,7 +189,7 @@ def _merged(columns: Mapping[str, LabelColumn], where: str) -> list[str]:
 
 def digest_of(names: Sequence[str]) -> str:
     """Return a digest of classes and their order, by which two processes know that they agree."""
-    return hashlib.sha256(json.dumps(list(names)).encode()).hexdigest()[:16]
+    return hashlib.sha256(write_json(list(names)).encode()).hexdigest()[:16]
 
 
 def listed(names: Sequence[str]) -> str:

@@ -25,7 +25,7 @@ from d2ft_fl.config.run_config import RunConfig
 from d2ft_fl.errors import RunError
 from d2ft_fl.records.run_folder import Progress, read_rows, read_status
 from d2ft_fl.runtime import guard
-from d2ft_fl.util import scratch
+from d2ft_fl.util import proxies, scratch
 from d2ft_fl.util.files import writing
 from d2ft_fl.util.scratch import Scratch
 from d2ft_fl.util.toml import dump_toml
@@ -76,6 +76,7 @@ def flower_environment(home: Path) -> dict[str, str]:
     own = {"RAY_TMPDIR": os.environ.get("RAY_TMPDIR", str(home))} if address == "local" else {}
     return {
         **os.environ,
+        **proxies.without_own(os.environ),
         **own,
         "PATH": os.pathsep.join([tools, os.environ.get("PATH", "")]),
         "PYTHONPATH": os.pathsep.join(paths),  # plug-ins lie where the command was started
@@ -119,7 +120,8 @@ class SuperLink:
             if self.process.poll() is not None:
                 raise RunError(f"flower-superlink ended at once: {_last_line(self.log)}")
             with contextlib.suppress(httpx.HTTPError):
-                if httpx.get(f"http://127.0.0.1:{self.port}/health", timeout=1.0).is_success:
+                address = f"http://127.0.0.1:{self.port}/health"
+                if httpx.get(address, timeout=1.0, trust_env=False).is_success:  # no proxy's
                     return
             time.sleep(0.2)
         raise RunError(f"flower-superlink did not start within {START_TIMEOUT:.0f} s")

@@ -7,17 +7,17 @@ for every run. So it is cached in the user's cache folder, by what the compiled 
 import fcntl
 import hashlib
 import os
-from functools import cache
+from functools import cache as once
 from pathlib import Path
 
-import platformdirs
+from d2ft_fl.util import cache
 
 PACKAGE = Path(__file__).resolve().parents[1]
 # Every module with compiled functions (a test checks that): one inlines parts of another.
 SOURCES = ("planning/solver/*.py", "aggregation/fixed_point.py", "util/compiled.py")
 
 
-@cache
+@once
 def stamp() -> str:
     """Return a hash of all sources that are compiled."""
     total = hashlib.sha256()
@@ -29,7 +29,7 @@ def stamp() -> str:
 
 def folder() -> Path:
     """Return the folder of the code that the sources compile to."""
-    return platformdirs.user_cache_path("d2ft-fl", appauthor=False) / "numba" / stamp()[:16]
+    return cache.folder("numba") / stamp()[:16]
 
 
 def can_cache() -> bool:
@@ -73,7 +73,7 @@ def compile_here() -> None:
     _compiles_here = True
 
 
-@cache
+@once
 def wait_for(function: str) -> None:
     """Wait while another process compiles, unless a function is there already."""
     if _compiles_here or is_compiled(function) or not can_cache():

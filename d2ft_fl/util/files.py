@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from d2ft_fl.errors import RunError
+from d2ft_fl.util import limits
 
 FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
@@ -30,6 +31,8 @@ def writing(path: Path) -> Iterator[None]:
             f"os error {number})" in reason for number in FULL
         )
         todo = "; make room there, and go on with d2ft run --resume" if full else ""
+        if isinstance(error, OSError):
+            todo += limits.advice(error)
         raise RunError(f"{str(path)!r} cannot be written to: {reason}{todo}") from error
 
 

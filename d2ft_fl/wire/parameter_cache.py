@@ -10,8 +10,6 @@ begin from the same weights, share them; a group that changes after all gets ano
 import hashlib
 import os
 import re
-import tempfile
-import time
 from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -19,7 +17,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import platformdirs
 import safetensors.torch
 import torch
 from torch import Tensor
@@ -27,12 +24,14 @@ from torch import Tensor
 from d2ft_fl.errors import Refusal
 from d2ft_fl.subnets.architecture import Architecture, Kind, Parameter
 from d2ft_fl.subnets.schedule import Schedule
+from d2ft_fl.util import cache
+from d2ft_fl.util.files import writing
 from d2ft_fl.wire import blob
 
 Group = tuple[int, int]  # (block, head); (block, -1) of a block; (-1, -1) the outer one
 Digests = dict[Group, str]
 DIGEST_BYTES = 8
-KEEP_DAYS = 30.0
+FILES = rf"[0-9a-f]{{2}}/[0-9a-f]{{{2 * DIGEST_BYTES}}}\.safetensors"
 OUTER: Group = (-1, -1)
 _HEX = re.compile("[0-9a-f]*")
 
@@ -145,18 +144,16 @@ class ParameterCache:
 
     @classmethod
     def default(cls) -> "ParameterCache":
-        """Return the cache in the folder ``D2FT_WEIGHTS``, else in the user's cache folder."""
-        folder = os.environ.get("D2FT_WEIGHTS")
-        cache = platformdirs.user_cache_path("d2ft-fl", appauthor=False)
-        return cls(Path(folder) if folder else cache / "weights")
+        """Return the cache in the folder ``D2FT_WEIGHTS``, else in the user's cache folder.
 
-    def prune(self, days: float = KEEP_DAYS) -> None:
-        """Delete what was not used for so many days: a missing group is sent again."""
-        oldest = time.time() - 86_400 * days
-        for path in self.folder.glob("*/*"):
-            with suppress(OSError):
-                if path.stat().st_mtime < oldest:
-                    path.unlink()
+        In a folder that somebody names there may be other things: the cache is one in there.
+        """
+        named = os.environ.get("D2FT_WEIGHTS")
+        return cls(Path(named) / "d2ft-weights" if named else cache.folder("weights"))
+
+    def prune(self) -> None:
+        """Delete groups that were not used for long: a missing one is sent again."""
+        cache.prune(self.folder, FILES)
 
     def complete(
         self,
@@ -234,15 +231,8 @@ class ParameterCache:
         if self._has(name):
             return
         path = self._path(name)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, part = tempfile.mkstemp(dir=path.parent)
-        os.close(handle)
-        try:
+        with writing(path), cache.filling(path) as part:
             safetensors.torch.save_file({n: t.contiguous() for n, t in tensors.items()}, part)
-            os.replace(part, path)
-        except BaseException:
-            Path(part).unlink(missing_ok=True)
-            raise
 
 
 def _cut(
