@@ -127,7 +127,15 @@ def family(home: Path) -> set[psutil.Process]:
     for member in list(members):
         with suppress(psutil.NoSuchProcess):
             members.update(member.children(recursive=True))
-    return members - {own}
+    return {member for member in members - {own} if _lives(member)}
+
+
+def _lives(process: psutil.Process) -> bool:
+    """Tell whether a process runs: one that has ended is there until its parent asks how."""
+    try:
+        return process.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error:
+        return False
 
 
 def homes_of(process: psutil.Process) -> set[str]:

@@ -68,9 +68,14 @@ def test_a_folder_that_somebody_names_for_weights_keeps_all_that_is_in_it(tmp_pa
 
 def test_a_file_is_there_whole_or_not_at_all(tmp_path):
     path = tmp_path / "ab" / "0123.bin"
-    with pytest.raises(OSError, match="no room"), cache.filling(path) as part:
-        part.write_bytes(b"half")
-        raise OSError("no room")
+
+    def fail():
+        with cache.filling(path) as part:
+            part.write_bytes(b"half")
+            raise OSError("no room")
+
+    with pytest.raises(OSError, match="no room"):
+        fail()
     assert list(path.parent.iterdir()) == []
     with cache.filling(path) as part:
         part.write_bytes(b"whole")
