@@ -42,6 +42,7 @@ MARK = "D2FT_TEST_MARK"
 PATIENCE = 15.0  # seconds for what was started to be gone
 MEMORY = Path("/dev/shm")
 TEMPORARY = Path("/tmp")
+OURS = (*scratch.PREFIXES, scratch.FLOWER, scratch.UNFINISHED)
 
 
 @dataclass
@@ -121,13 +122,8 @@ class Kills:
 
         What is locked is of a process that lives, which ours would be found as.
         """
-        places = (
-            (self.temporary, "*"),
-            (MEMORY, "*"),
-            (TEMPORARY, "d2ft-*"),
-            (TEMPORARY, ".d2ft-*"),
-        )
-        found = {path for place, names in places for path in place.glob(names)}
+        found = {*self.temporary.iterdir(), *MEMORY.iterdir()}
+        found |= {path for prefix in OURS for path in TEMPORARY.glob(f"{prefix}*")}
         return {path for path in found if not path.is_dir() or not scratch.is_locked(path)}
 
     def settle(self) -> None:
