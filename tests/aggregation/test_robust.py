@@ -1,6 +1,10 @@
 """Robust folding against hand arithmetic, and against numpy coordinate by coordinate."""
 
+import errno
 import json
+import os
+import resource
+import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,7 +17,7 @@ from hypothesis import strategies as st
 from d2ft_fl.aggregation.robust import ROBUST, RobustSums, clipped, mixed
 from d2ft_fl.aggregation.sums import Sums
 from d2ft_fl.aggregation.update import Update
-from d2ft_fl.errors import ConfigError, ReplyError
+from d2ft_fl.errors import ConfigError, ReplyError, RunError
 from d2ft_fl.records.run_folder import read_rows
 from d2ft_fl.rounds.checks import checked_options
 from d2ft_fl.runtime.in_process import run_local
@@ -21,6 +25,7 @@ from d2ft_fl.server.console import summary
 from d2ft_fl.subnets.architecture import Kind
 from d2ft_fl.subnets.packing import pack_for, up_spec
 from d2ft_fl.subnets.schedule import Operation
+from d2ft_fl.wire import blob
 from tests.conftest import all_of, build, random_schedule, weights_of
 
 MODEL, ARCH = build()
@@ -108,6 +113,33 @@ def test_two_of_five_that_are_far_away_leave_no_trace_after_mixing():
         changes, _ = fold(kind, [s * 1e-2 for s in (*honest, *hostile)], 2, mixing=True)
         for change in changes.values():  # the mean of those who are honest
             assert torch.allclose(change, torch.full_like(change, 3e-2), atol=1e-6)
+
+
+def test_many_updates_need_few_open_files_and_leave_nothing(tmp_path, monkeypatch):
+    """The median of 61 clients by hand, under a limit of 20 more files than are open."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = max(map(int, os.listdir("/proc/self/fd"))) + 20
+    resource.setrlimit(resource.RLIMIT_NOFILE, (most, limits[1]))
+    try:
+        changes, _ = fold("median", [s * 1e-3 for s in range(61)])
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    for change in changes.values():
+        assert torch.allclose(change, torch.full_like(change, 30e-3), atol=1e-6)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_is_full_is_named(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    sums = RobustSums(ARCH, WEIGHTS, "median", 1)
+
+    def full(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(blob, "append", full)
+    with pytest.raises(RunError, match=f"{str(tmp_path)!r} cannot be written to: No space left"):
+        sums.add(update(all_of(ARCH), 1.0))
 
 
 @pytest.mark.parametrize("kind", ROBUST)

@@ -31,10 +31,11 @@ def parquet(count, seed):
     return file.getvalue()
 
 
-def run(code, endpoint, home):
+def run(code, endpoint, home, **more):
     """Run code in a process whose hub is ``endpoint``; the hub's address is read at import."""
     env = {
         **os.environ,
+        **more,
         "HF_ENDPOINT": endpoint,
         "HF_HOME": str(home),
         "HF_HUB_DISABLE_XET": "1",
@@ -112,6 +113,17 @@ def test_a_data_set_of_the_hub(tmp_path):
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout.splitlines()[-1]) == [9, 3, [10, 10, 10], [2, 1, 16, 16]]
     assert any(path.startswith("GET /datasets/someone/pictures/resolve/") for path in asked)
+
+
+def test_the_hub_is_reached_through_a_proxy_though_own_addresses_are_not(tmp_path):
+    """The stand-in is the proxy: no such host has an address."""
+    source = timm.create_model("vit_tiny_patch16_224", depth=2)
+    weights = safetensors.torch.save({n: t.contiguous() for n, t in source.state_dict().items()})
+    spare = "from d2ft_fl.util import proxies; proxies.spare_own_addresses()\n"
+    with hub(models={f"timm/{MODEL}": {"model.safetensors": weights}}) as (proxy, asked):
+        done = run(spare + WEIGHTS, "http://hub.invalid", tmp_path, http_proxy=proxy)
+    assert done.returncode == 0, done.stderr
+    assert any(f"/timm/{MODEL}/resolve/main/model.safetensors" in path for path in asked)
 
 
 def test_what_the_hub_does_not_have_is_one_line(tmp_path):

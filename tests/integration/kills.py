@@ -89,7 +89,10 @@ class Kills:
         if read_status(run).get("status") == "finished":
             return ""
         process = self.start(run)
-        _, said = process.communicate()
+        try:
+            _, said = process.communicate()
+        finally:
+            process.kill()  # Ctrl-C
         return said.strip() if process.returncode else ""
 
     def kill(self, run: Path, seconds: float) -> float:

@@ -21,6 +21,7 @@ from d2ft_fl.flower.superlink import free_ports
 from d2ft_fl.rounds.checks import checked
 from d2ft_fl.runtime.guard import end_family
 from d2ft_fl.runtime.in_process import run_local
+from tests.proxy_stand_in import recording_proxy
 
 ROOT = Path(__file__).parent.parent.parent
 BIN = Path(sys.executable).parent
@@ -77,17 +78,25 @@ def same_run(folder, reference):
 
 
 def test_d2ft_run_gives_the_local_result_and_leaves_nothing_behind(tmp_path):
-    """With LoRA, where weights that clients have stay where their processes find them."""
+    """With LoRA, where weights that clients have stay where their processes find them.
+
+    Every proxy that can be named is, and the folder for temporary files is too long for sockets.
+    """
+    temporary = tmp_path / ("x" * 80)
+    temporary.mkdir()
     changes = ["tuning=lora", "lora-init=federa", "lora-aggregation=product", "score-every=2"]
     changes.append("trackers=tensorboard")
     local, folder = tmp_path / "local", tmp_path / "run"
     run_local(checked(collect([], [*pairs(local), *changes])))
     options = [x for pair in [*pairs(folder), *changes] for x in ("--set", pair)]
-    ended = subprocess.run(
-        [BIN / "d2ft", "run", *options, "--supernodes", "3"],
-        env=environment(tmp_path, D2FT_WEIGHTS=str(tmp_path / "weights")), cwd=tmp_path,
-        capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
+    with recording_proxy() as (variables, asked):
+        variables |= {"D2FT_WEIGHTS": str(tmp_path / "weights"), "TMPDIR": str(temporary)}
+        ended = subprocess.run(
+            [BIN / "d2ft", "run", *options, "--supernodes", "3"],
+            env=environment(tmp_path, **variables), cwd=tmp_path,
+            capture_output=True, text=True, timeout=300, check=False,
+        )  # fmt: skip
+    assert asked == []
     assert ended.returncode == 0, ended.stdout + ended.stderr
     assert f"run folder: {folder}" in ended.stdout.splitlines()[-1]
     assert f"report: {folder / 'report.html'}" in ended.stdout
@@ -97,6 +106,7 @@ def test_d2ft_run_gives_the_local_result_and_leaves_nothing_behind(tmp_path):
     first, second = (row["bytes_down"]["used_mean"] for row in rows(folder))
     assert second < first / 2
     assert left_behind(tmp_path) == []
+    assert list(temporary.iterdir()) == []
 
 
 def test_d2ft_run_ends_with_one_line_and_an_exit_code_when_the_run_fails(tmp_path):

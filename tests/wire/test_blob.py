@@ -1,5 +1,6 @@
 import gc
 import json
+import os
 import tempfile
 import tracemalloc
 from pathlib import Path
@@ -11,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from d2ft_fl.errors import ReplyError
-from d2ft_fl.wire.blob import decode, encode, size, write
+from d2ft_fl.wire.blob import decode, encode, mapped, size, write
 
 
 def test_tensors_and_metadata_come_back_bit_for_bit():
@@ -126,3 +127,16 @@ def test_reading_files_costs_no_memory(tmp_path):
     lost = tracemalloc.get_traced_memory()[0] - before
     tracemalloc.stop()
     assert lost < 50 * 500  # safetensors' own way: 8,400 bytes each time
+
+
+def test_a_mapped_file_keeps_no_descriptor_and_is_not_written_to(tmp_path):
+    path = tmp_path / "blob"
+    write(path, {"a": torch.arange(4.0)}, {})
+    before, content = len(os.listdir("/proc/self/fd")), path.read_bytes()
+    tensor = mapped(path)[1]["a"]
+    assert len(os.listdir("/proc/self/fd")) == before
+    tensor += 1
+    assert tensor.tolist() == [1, 2, 3, 4]
+    assert path.read_bytes() == content
+    path.unlink()
+    assert tensor.tolist() == [1, 2, 3, 4]
