@@ -17,15 +17,15 @@ from d2ft_fl.util import scratch
 from d2ft_fl.util.scratch import Scratch
 
 ROOT = Path(__file__).parents[2]
-# A command whose child has a child in a session of its own, of which one hides its environment and
-# all ignore that they are told to end.
+# A command, its child, its child's child, and so on, each in a session of its own; the first child
+# ends soon. One, by its number, has nothing of their environment, and all ignore SIGTERM.
 FAMILY = """
 import os, signal, subprocess, sys, time
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
-depth = int(sys.argv[1])
+depth, hidden = map(int, sys.argv[1:])
 if depth:
-    hidden = {"PATH": os.environ["PATH"]} if depth == 1 else dict(os.environ)
-    subprocess.Popen([sys.executable, sys.argv[0], str(depth - 1)], env=hidden,
+    own = {"PATH": os.environ["PATH"]} if depth - 1 == hidden else dict(os.environ)
+    subprocess.Popen([sys.executable, sys.argv[0], str(depth - 1), str(hidden)], env=own,
                      start_new_session=True)
 if depth == 2:
     time.sleep(0.5)
@@ -43,7 +43,7 @@ family = Path(sys.argv[1])
 with guard.temporary_files():
     own = Scratch.make(scratch.new_path(scratch.FLOWER))
     environment = {**os.environ, guard.HOME: str(own.path), "PYTHONPATH": sys.argv[2]}
-    command = [sys.executable, str(family / "family.py"), "3"]
+    command = [sys.executable, str(family / "family.py"), "3", sys.argv[4]]
     guarded = guard.start(own, command, family / "log", environment)
     exchange = Scratch.make(scratch.new_path(scratch.EXCHANGE))
     Path(os.environ["TMPDIR"], "of a library").touch()
@@ -86,9 +86,9 @@ def owner(tmp_path):
     family.mkdir()
     family.joinpath("family.py").write_text(FAMILY)
 
-    def start(how):
+    def start(how, hidden=1):  # an orphan, which a guard alone can know of
         return subprocess.Popen(
-            [sys.executable, "-c", OWNER, str(family), str(ROOT), how],
+            [sys.executable, "-c", OWNER, str(family), str(ROOT), how, str(hidden)],
             env={**os.environ, "TMPDIR": str(temporary), "PYTHONPATH": str(ROOT)},
             stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
@@ -130,7 +130,7 @@ def test_what_lives_on_though_guards_were_killed_is_named_or_ended(
     """Ended where it is of the run that is resumed, and its owner is gone; else named."""
     start, family, temporary = owner
     monkeypatch.setattr(tempfile, "tempdir", str(temporary))
-    process = start("killed")
+    process = start("killed", hidden=0)
     process.stdout.readline()
     (home,) = temporary.glob(f"{scratch.FLOWER}*")
     home.joinpath(guard.OPTIONS).write_text(f'run-folder = "{family}"\n')

@@ -1,6 +1,7 @@
 """Folders for temporary files: who deletes them, and when."""
 
 import os
+import select
 import signal
 import tempfile
 import time
@@ -100,6 +101,7 @@ def test_a_lifeline_ends_when_its_owner_does_though_a_fork_lives():
         os._exit(0)
     try:
         lifeline.close(writer)
+        assert select.select([reader], [], [], 5.0)[0]
         assert os.read(reader, 1) == b""
     finally:
         os.kill(child, signal.SIGKILL)
