@@ -1,8 +1,12 @@
 """A proxy that hands nothing on, and keeps what it was asked for."""
 
+import socket
 import socketserver
 import threading
 from contextlib import contextmanager
+from urllib.parse import urlsplit
+
+import psutil
 
 
 @contextmanager
@@ -24,3 +28,15 @@ def recording_proxy():
         names = ("http_proxy", "https_proxy", "all_proxy", "grpc_proxy")
         yield {n: address for name in names for n in (name, name.upper())}, asked
         server.shutdown()
+
+
+def asked_of_this_machine(asked):
+    """Requests for addresses of this machine; Ray looks for clouds at some of others."""
+    entries = [entry.address for found in psutil.net_if_addrs().values() for entry in found]
+    own = {"localhost", "127.0.0.1", "::1", socket.gethostname(), *entries}
+
+    def host(line):
+        target = line.split()[1] if len(line.split()) > 1 else ""
+        return urlsplit(target if "://" in target else f"//{target}").hostname
+
+    return [line for line in asked if host(line) in own or host(line) is None]
