@@ -37,7 +37,7 @@ def make_aggregator(
         private: How the round is private; None where nothing is promised.
     """
     if private:  # sums that clip updates themselves
-        return PrivateSums(arch, weights, examples, private)
+        return PrivateSums(arch, weights, private)
     if config.aggregation in ROBUST:
         hostile = config.suspects(clients)
         inner: Aggregator = RobustSums(

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
 
 KEY_FILE = "noise.key"
 KEY_BYTES = 32
+REACH = 8.6  # no normal number of Noise is further from 0: sqrt(-2 log 2^-53) = 8.57
 
 
 class Noise:
@@ -35,9 +36,9 @@ class Noise:
         return ((words >> np.uint64(12)).astype(np.float64) + 0.5) * 2.0**-52
 
     def normal(self, count: int) -> np.ndarray:
-        """Return normal numbers of mean 0 and variance 1, none beyond 8.6: float64 [count].
+        """Return normal numbers of mean 0 and variance 1: float64 [count].
 
-        They are made by the method of Box and Muller.
+        None is beyond :data:`REACH`. They are made by the method of Box and Muller.
         """
         half = -(-count // 2)
         radius = np.sqrt(-2 * np.log(self.uniform(half)))

@@ -11,13 +11,16 @@ clients whose plan trains slice s, drawn or not:
 Clients count alike. n_s counts plans, not answers, so that nothing but the noisy sum depends on who
 was drawn or on what anybody sent. A slice that no plan trains keeps its bits.
 
-``epsilon`` and ``delta`` hold for all models of a run together. They compare a federation with one
-in which a client never sends anything (the zero-out relation of Kairouz et al., ICML 2021, arXiv
+``epsilon`` and ``delta`` hold for all models of a run together, those of rounds that were released
+more than once included (:mod:`d2ft_fl.aggregation.releases`). They compare a federation with one in
+which a client never sends anything (the zero-out relation of Kairouz et al., ICML 2021, arXiv
 2103.00039). That a client exists, its budget and its number of examples are not hidden. Nothing is
-hidden from the server, which is trusted, as is its run folder.
+hidden from the server, which is trusted, as are the private files of its run folder.
 """
 
+import math
 import warnings
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -25,7 +28,8 @@ from typing import Any
 
 import numpy as np
 
-from d2ft_fl.aggregation.keyed_noise import Noise
+from d2ft_fl.aggregation.grid import FRACTION_BITS, SUM_BITS
+from d2ft_fl.aggregation.keyed_noise import REACH, Noise
 from d2ft_fl.config.run_config import RunConfig
 from d2ft_fl.errors import ConfigError
 
@@ -42,12 +46,14 @@ class Privacy:
         noise: Standard deviation of the noise of the sums, in units of ``clip``.
         rate: The chance that a client takes part in a round.
         delta: The probability with which the promise may fail.
+        most: The epsilon that all releases of the run may cost together.
     """
 
     clip: float
     noise: float
     rate: float
     delta: float
+    most: float = math.inf
 
     @classmethod
     def of(cls, config: RunConfig, measured: Sequence[str]) -> "Privacy | None":
@@ -68,15 +74,41 @@ class Privacy:
         noise = config.noise_multiplier
         if config.epsilon:
             noise = noise_for(config.epsilon, config.delta, rate, config.rounds)
-        return cls(config.clip_norm, noise, rate, config.delta)
+        if not fits_sums(noise, config.clip_norm, FRACTION_BITS):
+            raise ConfigError(
+                f"noise-multiplier = {noise:.3g} times clip-norm = {config.clip_norm:.3g} is "
+                f"{noise * config.clip_norm:.3g}, and sums can hold noise below "
+                f"{2.0 ** (SUM_BITS - FRACTION_BITS) / REACH:.3g}: lower clip-norm"
+            )
+        return cls(config.clip_norm, noise, rate, config.delta, config.epsilon or math.inf)
 
-    def epsilon(self, rounds: int) -> float:
-        """Return the epsilon of so many rounds, by Opacus and Gopi et al. (NeurIPS 2021).
+    def epsilon(self, releases: Iterable[int]) -> float:
+        """Return the epsilon of all releases, by Opacus and Gopi et al. (NeurIPS 2021).
+
+        Releases of one round are of the same draw of clients. Those who know k noisy sums of it
+        know no more than one with k times less variance (the sums of normal mechanisms compose to
+        one; sampling then acts once), so k releases count as one with noise z / sqrt(k).
 
         Args:
-            rounds: Rounds finished.
+            releases: How often each round was released.
         """
-        return _epsilon(self.noise, self.rate, rounds, self.delta)
+        alike = Counter(n for n in releases if n)
+        history = tuple(
+            (self.noise / math.sqrt(often), self.rate, rounds)
+            for often, rounds in sorted(alike.items())
+        )
+        return _epsilon(history, self.delta)
+
+
+def fits_sums(noise: float, clip: float, fraction_bits: int) -> bool:
+    """Tell whether noise stays within the bits that sums have for it, so that nothing wraps.
+
+    Args:
+        noise: Its standard deviation, in units of ``clip``.
+        clip: The longest change of a client.
+        fraction_bits: How many bits of the sums are fractions.
+    """
+    return noise * clip * REACH < 2.0 ** (SUM_BITS - fraction_bits)
 
 
 def _check(config: RunConfig, measured: Sequence[str]) -> None:
@@ -115,12 +147,12 @@ def _check(config: RunConfig, measured: Sequence[str]) -> None:
 
 
 @lru_cache(maxsize=1024)
-def _epsilon(noise: float, rate: float, rounds: int, delta: float) -> float:
-    """Return the epsilon of so many rounds."""
-    if not rounds:
+def _epsilon(history: tuple[tuple[float, float, int], ...], delta: float) -> float:
+    """Return the epsilon of rounds that are given as (noise, rate, how many)."""
+    if not history:
         return 0.0
     loose, tight = _accountants()
-    loose.history = tight.history = [(noise, rate, rounds)]
+    loose.history = tight.history = list(history)
     # Opacus warns of its orders and of logarithms of 0; its bounds are right all the same.
     with warnings.catch_warnings(), np.errstate(all="ignore"):
         warnings.simplefilter("ignore")
@@ -144,13 +176,17 @@ def noise_for(epsilon: float, delta: float, rate: float, rounds: int) -> float:
         ConfigError: When no noise keeps it.
     """
     low, high = LEAST, 1.0
-    while _epsilon(high, rate, rounds, delta) > epsilon:
+
+    def cost(noise: float) -> float:
+        return _epsilon(((noise, rate, rounds),), delta)
+
+    while cost(high) > epsilon:
         low, high = high, 2 * high
         if high > 2**20:
             raise ConfigError(f"epsilon = {epsilon} cannot be kept with delta = {delta}")
     while high - low > 1e-3 * high:
         middle = (low + high) / 2
-        kept = _epsilon(middle, rate, rounds, delta) <= epsilon
+        kept = cost(middle) <= epsilon
         low, high = (low, middle) if kept else (middle, high)
     return high
 

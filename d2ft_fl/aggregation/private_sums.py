@@ -3,6 +3,7 @@
 :mod:`d2ft_fl.aggregation.privacy` defines the sums and says what they promise.
 """
 
+import hashlib
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -11,9 +12,11 @@ import numpy as np
 from torch import Tensor
 
 from d2ft_fl.aggregation.keyed_noise import Noise
-from d2ft_fl.aggregation.privacy import Privacy
+from d2ft_fl.aggregation.privacy import Privacy, fits_sums
+from d2ft_fl.aggregation.releases import Releases
 from d2ft_fl.aggregation.sums import Sums
 from d2ft_fl.aggregation.update import Update
+from d2ft_fl.errors import RunError
 from d2ft_fl.subnets.architecture import Architecture, Kind, Parameter
 from d2ft_fl.subnets.schedule import Schedule
 
@@ -26,11 +29,13 @@ class Trainers:
         heads: How many train each subnet: float64 [blocks, heads].
         blocks: How many train any subnet of each block: float64 [blocks].
         some: How many train anything.
+        clients: How many could, drawn or not.
     """
 
     heads: np.ndarray
     blocks: np.ndarray
     some: float
+    clients: int
 
     @classmethod
     def of(cls, planned: Sequence[tuple[Schedule, int]], rate: float) -> "Trainers":
@@ -46,7 +51,7 @@ class Trainers:
         for schedule in working:
             heads += schedule.trained
             blocks += schedule.trained.any(axis=1)
-        return cls(heads * rate, blocks * rate, len(working) * rate)
+        return cls(heads * rate, blocks * rate, len(working) * rate, len(working))
 
     def of_parameter(self, p: Parameter) -> dict[int, float]:
         """Return how many clients train a parameter, of what any plan trains.
@@ -68,16 +73,21 @@ class PrivateRound:
     """What the sums of one round need to be private.
 
     Attributes:
-        privacy: What the run promises.
+        releases: What was released before, and what the run promises.
         key: The key of the run's noise.
         round: The round, counted from 1.
         trainers: How many clients train what, by all clients' plans.
     """
 
-    privacy: Privacy
+    releases: Releases
     key: bytes
     round: int
     trainers: Trainers
+
+    @property
+    def privacy(self) -> Privacy:
+        """What the run promises."""
+        return self.releases.privacy
 
 
 @dataclass
@@ -87,18 +97,17 @@ class PrivateSums:
     Attributes:
         arch: The architecture of the round.
         weights: The global state before the round, by name.
-        examples: Examples that all updates together can count.
         private: What makes the sums private.
     """
 
     arch: Architecture
     weights: dict[str, Tensor]
-    examples: int
     private: PrivateRound
     _sums: Sums = field(init=False)
 
     def __post_init__(self) -> None:
-        self._sums = Sums(self.arch, self.weights, self.examples)
+        # Clients count alike. The grid is that of all who may train: it tells not who was drawn.
+        self._sums = Sums(self.arch, self.weights, self.private.trainers.clients)
 
     def add(self, update: Update) -> None:
         """Validate one update, clip it and add it; nothing is added when anything is wrong.
@@ -135,20 +144,60 @@ class PrivateSums:
 
     @property
     def figures(self) -> Mapping[str, float | None]:
-        """The figure ``epsilon``: the privacy that all rounds up to this one cost."""
-        return {"epsilon": self.private.privacy.epsilon(self.private.round)}
+        """The figure ``epsilon``: the privacy that all that was released up to here costs."""
+        return {"epsilon": self.private.releases.epsilon}
 
     def apply(self) -> dict[str, Tensor]:
-        """Return the new global weights; what no plan trains keeps its bits."""
-        sums, private = self._sums, self.private
-        deviation = private.privacy.noise * private.privacy.clip * 2.0**sums.fraction_bits
+        """Return the new global weights, released; what no plan trains keeps its bits.
+
+        Raises:
+            RunError: When noise would leave the integers of the sums, or the release would cost
+                more than was promised.
+        """
+        private, bits = self.private, self._sums.fraction_bits
+        noise, clip = private.privacy.noise, private.privacy.clip
+        if not fits_sums(noise, clip, bits):
+            raise RunError(
+                f"noise-multiplier = {noise:.3g} times clip-norm = {clip:.3g} leaves the integers "
+                f"of sums with {bits} bits of fractions: lower clip-norm"
+            )
+        deviation = noise * clip * 2.0**bits
+        counts = {
+            name: {h: max(1.0, n) for h, n in self._counts(name).items()} for name in self.trained
+        }
+        totals = [
+            total
+            for name, own in counts.items()
+            for total in self._sums.divide_by(self.arch.by_name[name], own)
+        ]
+        release = self._name(totals, deviation, counts)
+        private.releases.note(private.round, release)
         # Equal sums get equal noise, for a round that is run again; different sums get other noise.
-        noise = Noise(private.key, "noise", private.round, sums.digest())
-        for name in self.trained:
-            p = self.arch.by_name[name]
-            counts = {h: max(1.0, n) for h, n in private.trainers.of_parameter(p).items()}
-            for total in sums.divide_by(p, counts):
-                # Noise is whole numbers, as the sums are: bits of floats could reveal the sum.
-                drawn = np.rint(deviation * noise.normal(total.size))
-                total += drawn.astype(np.int64).reshape(total.shape)
-        return sums.apply()
+        stream = Noise(private.key, "noise", private.round, release)
+        for total in totals:
+            # Noise is whole numbers, as the sums are: bits of floats could reveal the sum.
+            drawn = np.rint(deviation * stream.normal(total.size))
+            total += drawn.astype(np.int64).reshape(total.shape)
+        return self._sums.apply()
+
+    def _counts(self, name: str) -> dict[int, float]:
+        """Return how many clients train a parameter, as :meth:`Trainers.of_parameter`."""
+        return self.private.trainers.of_parameter(self.arch.by_name[name])
+
+    def _name(
+        self, totals: Sequence[np.ndarray], deviation: float, counts: Mapping[str, object]
+    ) -> str:
+        """Return a hash of everything that a release is made of, which nobody can make or check
+        without the key.
+
+        Args:
+            totals: The sums before noise.
+            deviation: The standard deviation of the noise, on their grid.
+            counts: What each is divided by, by name of its parameter.
+        """
+        hashed = hashlib.blake2b(key=self.private.key, digest_size=16)
+        made_of = self._sums.fraction_bits, deviation, counts, [t.shape for t in totals]
+        hashed.update(repr(made_of).encode())
+        for total in totals:
+            hashed.update(np.ascontiguousarray(total).data)
+        return hashed.hexdigest()

@@ -10,7 +10,6 @@ and theta_s keeps its bits when C_s is empty. With everyone FULL this is FedAvg 
 2017). Sums are 64-bit fixed point, so that they do not depend on the order of replies.
 """
 
-import hashlib
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -22,15 +21,13 @@ import torch
 from torch import Tensor
 
 from d2ft_fl.aggregation.fixed_point import accumulate, accumulate_quantized, outside, squares
+from d2ft_fl.aggregation.grid import SUM_BITS, fraction_bits
 from d2ft_fl.aggregation.update import Update, validate
 from d2ft_fl.config.choices import PLAIN_BITS
 from d2ft_fl.errors import Divergence, ReplyError
 from d2ft_fl.subnets.architecture import Architecture, Parameter
 from d2ft_fl.wire.quantization import SCALE_BYTES, dequantize_rows, is_quantized
 
-SUM_BITS = 62  # of int64, that a sum may take
-FRACTION_BITS = 36  # at most, of these: it resolves 1.5e-11
-CHANGE_BITS = 6  # at least: changes up to 64 can be summed, whatever the number of examples
 MOST_STEP = 2.0  # of an update: int64 has one bit more than SUM_BITS and the sign
 
 
@@ -154,7 +151,7 @@ class Sums:
     @property
     def fraction_bits(self) -> int:
         """How many bits of the sums are fractions."""
-        return min(FRACTION_BITS, SUM_BITS - CHANGE_BITS - max(1, self.examples).bit_length())
+        return fraction_bits(self.examples)
 
     @property
     def _most(self) -> float:
@@ -284,14 +281,6 @@ class Sums:
             for name, heads in counted.items()
             if heads
         }
-
-    def digest(self) -> str:
-        """Return a hash of the sums, as hexadecimal digits."""
-        total = hashlib.blake2b(digest_size=16)
-        for name in sorted(self._sums):
-            total.update(name.encode())
-            total.update(self._sums[name].total.data)
-        return total.hexdigest()
 
     def divide_by(self, p: Parameter, counts: Mapping[int, float]) -> list[np.ndarray]:
         """Have :meth:`apply` divide by other counts than the examples that were added.

@@ -59,6 +59,35 @@ def round_line(
     }
 
 
+def planned_line(
+    federation: Federation,
+    state: State,
+    plan: Plan,
+    records: Sequence[ClientRecord],
+    figures: Mapping[str, float] | None,
+    rate: float,
+) -> dict[str, Any]:
+    """Describe a round with noise by nothing that clients sent, and not by who was drawn.
+
+    The line says ``planned``. Amounts of all clients together, and how many take part, are expected
+    ones: those of all clients' plans times the chance of a draw.
+
+    Args:
+        federation: The federation in this round.
+        state: The state that the round ended with; its weights have noise.
+        plan: The plan of all clients, drawn or not.
+        records: What each client would use by this plan.
+        figures: The task's figures of the global model; None where it was not evaluated.
+        rate: The chance that a client is drawn.
+    """
+    line = round_line(federation, state, plan, records, figures, 0.0)
+    expected = {key: rate * line[key] for key in ("clients", "worked", "sat_out")}
+    for resource in RESOURCES:
+        line[resource]["full_total"] *= rate
+    unknown = dict.fromkeys(("train_loss", "wall_seconds", "flops_as_predicted"))
+    return {**line, **expected, **unknown, "planned": True}
+
+
 def _train_loss(worked: Sequence[ClientRecord]) -> float:
     """Return the mean training loss over all examples of the clients that trained."""
     losses = [(r.train_loss, r.examples) for r in worked if r.train_loss is not None]

@@ -15,7 +15,7 @@ import platformdirs
 from d2ft_fl.config.run_config import RunConfig, resolve_path
 from d2ft_fl.errors import ConfigError, RunError
 from d2ft_fl.records.metrics import with_metrics
-from d2ft_fl.util.files import put_in_place, unlock
+from d2ft_fl.util.files import read_lines, unlock
 from d2ft_fl.util.strict_json import write_json
 
 Progress = Callable[[dict[str, Any]], None]  # is called with each round's line
@@ -121,16 +121,6 @@ def read_rows(folder: Path) -> list[dict[str, Any]]:
     return [with_metrics(line) for line in read_lines(folder / "rounds.jsonl")]
 
 
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Return the lines of a file of JSON up to the first broken one; none of no file."""
-    rows: list[dict[str, Any]] = []
-    with contextlib.suppress(OSError, ValueError):
-        for line in path.read_text().splitlines(keepends=True):
-            if line.endswith("\n"):
-                rows.append(json.loads(line))
-    return rows
-
-
 def read_status(folder: Path) -> dict[str, Any]:
     """Read what :func:`write_status` wrote; empty where there is nothing."""
     with contextlib.suppress(OSError, ValueError):
@@ -178,10 +168,3 @@ def write_status(folder: Path, status: str, reason: str = "", before: str | None
         with path.open("r+b", buffering=0) as file:
             file.write(text.encode())
             file.truncate()
-
-
-def write_whole(path: Path, text: str) -> None:
-    """Write a file, whole or not at all."""
-    part = path.with_suffix(path.suffix + ".part")
-    part.write_text(text)
-    put_in_place(part, path)

@@ -1,6 +1,6 @@
 """The totals of a run."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,15 +45,23 @@ def _privacy(components: Components, rows: list[dict[str, Any]]) -> dict[str, An
     }
 
 
+def is_planned(row: Mapping[str, Any]) -> bool:
+    """Tell whether a line of ``rounds.jsonl`` says what was planned, not what clients did."""
+    return bool(row.get("planned"))
+
+
 def totals(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Totals over rounds, beside what full fine-tuning of the same clients would have cost.
 
     Metrics are those of the last round that was evaluated, None where none was; the best of the
     primary metric is over all rounds.
 
+    Of lines that say what was planned, faults and FLOPs as predicted are None.
+
     Args:
         rows: Lines of ``rounds.jsonl``, one at least, as :func:`read_rows` returns them.
     """
+    planned = is_planned(rows[-1])
     resources = {}
     for name in RESOURCES:
         spent = sum(row[name]["used_mean"] * row["worked"] for row in rows)
@@ -77,10 +85,10 @@ def totals(rows: list[dict[str, Any]]) -> dict[str, Any]:
         "workload_variance": float(np.mean([row["workload_variance"] for row in rows])),
         "plan_seconds": sum(row["plan_seconds"] for row in rows),
         "violations": sum(len(row["violations"]) for row in rows),
-        "faults": sum(len(row["faults"]) for row in rows),
+        "faults": None if planned else sum(len(row["faults"]) for row in rows),
         "sat_out": sum(row["sat_out"] for row in rows),
         "scored": sum(row.get("scored", 0) for row in rows),
-        "flops_as_predicted": sum(row["flops_as_predicted"] for row in rows),
+        "flops_as_predicted": (None if planned else sum(row["flops_as_predicted"] for row in rows)),
         "client_rounds": sum(row["worked"] for row in rows),
         "aggregation_error": _mean([row.get("aggregation_error") for row in rows]),
         "too_few_trainers": _mean([row.get("too_few_trainers") for row in rows]),

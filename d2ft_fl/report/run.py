@@ -20,6 +20,12 @@ from d2ft_fl.report.frame import (
 from d2ft_fl.report.run_folder import RunFolder, limits_of
 from d2ft_fl.report.run_tables import BY_CLASS, BY_CLIENT
 
+PLANNED = (
+    "With noise, all figures of clients on this page are those of the plans of all clients, drawn "
+    "or not. What clients did (who took part, what it took, training losses, faults) is not hidden "
+    "by noise, and is only in private.jsonl."
+)
+
 
 def run_html(run: RunFolder) -> list[str]:
     """Return the page of a run, or of what there is of it so far, in pieces.
@@ -40,6 +46,7 @@ def run_html(run: RunFolder) -> list[str]:
     body = [
         _stands(run, options["rounds"]),
         _headline(run),
+        sentence(PLANNED, "note") if run.planned else "",
         section(_title(run), run_charts.progress(run).html(), _rounds(run)),
         section("Coverage", run_charts.coverage(rounds, plans).html()),
         section("Who trained what", client_charts.who_trained(clients, rounds, plans).html()),
@@ -75,12 +82,13 @@ def _headline(run: RunFolder) -> str:
         share = t["resources"][name]["share"]
         figures.append((NAMES[name], f"{share:.0%}", "of training everything"))
     times = sum(line["clients"] for line in run.lines)
+    figures.append(("violations", f"{t['violations']:,}", "of budgets"))
+    if t["faults"] is not None:
+        figures.append(("faults", f"{t['faults']:,}", "of clients"))
     figures += [
-        ("violations", f"{t['violations']:,}", "of budgets"),
-        ("faults", f"{t['faults']:,}", "of clients"),
-        ("sat out", f"{t['sat_out']:,}", f"of {times:,} times"),
+        ("sat out", f"{t['sat_out']:,.10g}", f"of {times:,.10g} times"),
         ("subnets trained", f"{t['coverage']:.0%}", "by anyone so far"),
-        ("simulated time", seconds(t["round_seconds"]), f"{_wall(run)} here"),
+        ("simulated time", seconds(t["round_seconds"]), _wall(run)),
     ]
     if t["aggregation_error"] is not None:
         figures.append(("aggregation error", f"{t['aggregation_error']:.2g}", "mean over rounds"))
@@ -111,8 +119,9 @@ def _primary(run: RunFolder) -> list[tuple[str, str, str]]:
 
 
 def _wall(run: RunFolder) -> str:
-    rounds = run.rounds["wall_seconds"].sum()
-    return seconds(run.summary.get("wall_seconds", rounds) if run.summary else rounds)
+    rounds = run.rounds["wall_seconds"].sum(min_count=1)
+    wall = run.summary.get("wall_seconds", rounds) if run.summary else rounds
+    return "" if math.isnan(wall) else f"{seconds(wall)} here"
 
 
 def _budgets(run: RunFolder, rounds: list[int]) -> str:

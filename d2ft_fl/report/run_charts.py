@@ -52,7 +52,8 @@ def progress(run: RunFolder) -> Chart:
     frame, spec = run.rounds, run.spec
     further = [name for name in FURTHER if frame[name].notna().any()]
     columns = {name: run.metrics[name] for name in spec.names}
-    columns |= {name: frame[name] for name in (TRAIN_LOSS, *further)}
+    losses = [] if run.planned else [TRAIN_LOSS]
+    columns |= {name: frame[name] for name in (*losses, *further)}
     figure = blank(340, xaxis_title_text="round")
     for name, values in columns.items():
         _line(figure, frame["round"], name, values, spec)
@@ -104,12 +105,12 @@ def _quantities(spec: MetricSpec, further: Sequence[str], columns: Sequence[str]
     out = []
     for name in sorted(spec.names, key=lambda name: name != spec.primary):
         label = metric_label(name)
-        if name == LOSS:
+        if name == LOSS and TRAIN_LOSS in columns:
             out.append(shows(label, LOSS, TRAIN_LOSS, note=both))
         else:
             note = f"{heading(label)} of the global model on the held-out examples."
             out.append(shows(label, name, note=note))
-    if LOSS not in spec.names:
+    if LOSS not in spec.names and TRAIN_LOSS in columns:
         out.append(shows("training loss", TRAIN_LOSS, note="Loss of clients while they train."))
     return out + [shows(metric_label(name), name, note=FURTHER[name]) for name in further]
 

@@ -16,7 +16,7 @@ from d2ft_fl.costs.resources import RESOURCES
 from d2ft_fl.errors import ConfigError
 from d2ft_fl.records.metrics import with_metrics
 from d2ft_fl.records.run_folder import stands
-from d2ft_fl.records.summary import totals
+from d2ft_fl.records.summary import is_planned, totals
 from d2ft_fl.report.format import UNNAMED, policy_words
 from d2ft_fl.report.reading import damaged, read_json, read_lines
 from d2ft_fl.subnets.schedule import Operation
@@ -91,6 +91,11 @@ class RunFolder:
     def finished(self) -> bool:
         """Whether it came to its end."""
         return self.status == "finished"
+
+    @property
+    def planned(self) -> bool:
+        """Whether its figures of clients are planned ones, as those of runs with noise are."""
+        return is_planned(self.lines[-1])
 
     @property
     def reference(self) -> bool:
@@ -216,10 +221,10 @@ def _round(line: dict[str, Any]) -> dict[str, Any]:
     out |= {
         key: line[key]
         for key in (
-            "round", "train_loss", "coverage", "covered_so_far", "worked", "clients", "sat_out",
-            "wall_seconds",
+            "round", "coverage", "covered_so_far", "worked", "clients", "sat_out",
         )
     }  # fmt: skip
+    out |= {key: _number(line[key]) for key in ("train_loss", "wall_seconds")}
     if not line["worked"]:  # nobody trained, so there was no loss
         out["train_loss"] = np.nan
     for name in ("aggregation_error", "epsilon"):

@@ -62,13 +62,14 @@ def clients(frame: pd.DataFrame, keys: list[str]) -> str:
     heads += [OPERATIONS[op.name.lower()] for op in operations]
     heads += ["rank"] * ranks + [LABELS[name] for name in RESOURCES] + [DEADLINE] * deadline
     policies = bool(frame["policy"].any())
+    losses = bool(frame["train_loss"].notna().any() or frame["fault"].notna().any())
     here = bool(frame["predicted_seconds"].notna().any())
     heads += [
         "time",
         *["trained here", "predicted"] * here,
-        "loss",
+        *["loss"] * losses,
         "sat out",
-        "faults",
+        *["faults"] * losses,
         *["policy"] * policies,
     ]
     groups = _grouped(frame, keys)
@@ -84,8 +85,8 @@ def clients(frame: pd.DataFrame, keys: list[str]) -> str:
         row += html.valued(seconds(g["seconds"]), g["seconds"])
         for name in ("training_seconds", "predicted_seconds") if here else ():
             row += html.valued(seconds(g[name]), g[name])
-        row += html.valued(f"{g['train_loss']:.3g}", g["train_loss"])
-        row += html.cells(str(g["sat_out"]), str(g["fault"]))
+        row += html.valued(f"{g['train_loss']:.3g}", g["train_loss"]) * losses
+        row += html.cells(str(g["sat_out"]), *[str(g["fault"])] * losses)
         rows.append(row + html.words(g["policy"]) * policies)
     more = len(groups) - len(rows)
     note = f'<p class="note">and {more:,} more</p>' if more else ""
@@ -140,20 +141,21 @@ def rounds(run: RunFolder) -> str:
     frame, metrics, spec = run.rounds, run.metrics, run.spec
     error = bool(frame["aggregation_error"].notna().any())
     private = bool(frame["epsilon"].notna().any())
-    heads = ["round", *map(metric_label, spec.names), "train loss"]
+    measured = not run.planned
+    heads = ["round", *map(metric_label, spec.names), *["train loss"] * measured]
     heads += [LABELS[name] for name in RESOURCES]
     heads += ["covered", "time", *["aggregation error"] * error]
-    heads += [*["epsilon"] * private, "sat out", "faults", "violations"]
+    heads += [*["epsilon"] * private, "sat out", *["faults"] * measured, "violations"]
     rows = [
         html.cells(
             str(r["round"]),
             *(_known(m[name], metric_format(spec, name).value) for name in spec.names),
-            _known(r["train_loss"], NUMBER.value),
+            *[_known(r["train_loss"], NUMBER.value)] * measured,
             *(f"{r[f'{name}_share']:.0%}" for name in RESOURCES),
             f"{r['coverage']:.0%}", seconds(r["sum_seconds"]),
             *[_known(r["aggregation_error"], ".2g")] * error,
             *[_known(r["epsilon"], ".3g")] * private,
-            str(r["sat_out"]), str(r["faults"]), str(r["violations"]),
+            f"{r['sat_out']:.10g}", *[str(r["faults"])] * measured, str(r["violations"]),
         )
         for r, m in zip(
             frame[-MOST_ROWS:].to_dict("records"), metrics[-MOST_ROWS:].to_dict("records"),

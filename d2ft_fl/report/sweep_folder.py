@@ -104,7 +104,7 @@ class Setting:
 def _at(entries: Any, path: tuple[str, ...]) -> float:
     for key in path:
         entries = entries[key]
-    return float(entries)
+    return math.nan if entries is None else float(entries)
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
 """Tables of a sweep: its settings, its pairs, and the trials that did not finish."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -44,7 +45,7 @@ def _value(sweep: SweepFolder, key: str, value: Any) -> str:
 
 
 def _mean(i: Interval) -> str:
-    return html.valued(f"{i.mean:.3g}", i.mean)
+    return html.cells("-") if math.isnan(i.mean) else html.valued(f"{i.mean:.3g}", i.mean)
 
 
 def pairs(sweep: SweepFolder, key: str) -> str:

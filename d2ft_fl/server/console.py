@@ -57,7 +57,8 @@ def round_line(row: dict[str, Any]) -> None:
     for failure in row["faults"]:
         say(f"        fault: {failure}")
     if out := row["sat_out"]:
-        say(f"        {out} of {row['clients']} clients sat out: their budgets afford nothing")
+        clients = f"{out:.3g} of {row['clients']:.3g}"
+        say(f"        {clients} clients sat out: their budgets afford nothing")
 
 
 def format_round(row: dict[str, Any]) -> str:
@@ -158,11 +159,17 @@ def _notes(result: dict[str, Any]) -> list[str]:
     if not result["keeps_budgets"]:
         kept = ", ".join(result["keeps"]) or "none"
         broken += f" ({result['strategy']} keeps to budgets of {kept})"
-    notes.append(
-        f"{broken}, {result['faults']} faults, {result['sat_out']} times a client sat out; "
-        f"FLOPs as predicted for {result['flops_as_predicted']} of {result['client_rounds']} "
-        f"client rounds{' (every pass counted)' if result['verified'] else ''}"
-    )
+    if result["faults"] is None:
+        notes.append(
+            f"{broken} in plans; figures are of all clients' plans, not of what clients did, which "
+            "noise does not hide: private.jsonl has that"
+        )
+    else:
+        notes.append(
+            f"{broken}, {result['faults']} faults, {result['sat_out']} times a client sat out; "
+            f"FLOPs as predicted for {result['flops_as_predicted']} of {result['client_rounds']} "
+            f"client rounds{' (every pass counted)' if result['verified'] else ''}"
+        )
     if result["scores"] and not result["scored"]:
         notes.append(
             f"nobody could afford a scoring pass, for which the whole model comes down: scores of "

@@ -82,6 +82,24 @@ class Outcomes:
                 self.records[assignment.client] = self._record(assignment, None, None)
         return [self.records[c.client] for c in self.plan.clients]
 
+    @classmethod
+    def planned(cls, plan: Plan, rank: int) -> list[ClientRecord]:
+        """Return records of all clients of a plan as if each did what it says, in order.
+
+        Args:
+            plan: The plan.
+            rank: The rank of the architecture's factors; 0 without any.
+        """
+        own = cls(plan, rank)
+        out = []
+        for a in plan.assignments:
+            record = own._record(a, None, None)
+            if a.client in own.pending:
+                seconds = own.participants[a.client].budget.seconds(a.cost)
+                record = replace(record, used=a.cost, seconds=seconds)
+            out.append(record)
+        return out
+
     def _record(
         self, assignment: Assignment, usage: Usage | None, failure: str | None
     ) -> ClientRecord:

@@ -3,6 +3,11 @@
 config.toml              the resolved configuration
 rounds.jsonl             one line for each round, see :mod:`d2ft_fl.records.round_line`
 clients.jsonl            one line for each client and round
+private.jsonl            of a run with noise: what clients did, measured, a line a round; in
+                         rounds.jsonl, clients.jsonl, plans and what is made of them stands what was
+                         planned for all clients (:mod:`d2ft_fl.aggregation.privacy`)
+releases.jsonl           of such a run, see :mod:`d2ft_fl.aggregation.releases`; both are for the
+                         owner alone
 reports.jsonl            what clients reported before each round, where reports vary
 checkpoints/             what the run needs to go on, see :mod:`d2ft_fl.server.checkpoint`
 plans/round-001.safetensors   int8 schedules [clients, slots, blocks, heads]; where clients train
@@ -17,8 +22,7 @@ report.html              the run's page, see :mod:`d2ft_fl.report`; trials of a 
 """
 
 import logging
-import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import wraps
 from pathlib import Path
@@ -32,20 +36,31 @@ from d2ft_fl.budgets.budget import Budget
 from d2ft_fl.engine.model_adapter import ModelAdapter
 from d2ft_fl.errors import RunError
 from d2ft_fl.records.client_record import ClientRecord
-from d2ft_fl.records.round_line import round_line
-from d2ft_fl.records.run_folder import read_lines, read_rows, write_status, write_whole
+from d2ft_fl.records.round_line import planned_line, round_line
+from d2ft_fl.records.run_folder import read_rows, write_status
 from d2ft_fl.records.summary import summarise
 from d2ft_fl.records.versions import versions
 from d2ft_fl.rounds.federation import Federation, Report, State
 from d2ft_fl.rounds.plan import Plan
-from d2ft_fl.util.files import writing
+from d2ft_fl.server.outcomes import Outcomes
+from d2ft_fl.util.files import (
+    ANYBODY,
+    OWNER,
+    append_lines,
+    keep_lines,
+    read_lines,
+    write_whole,
+    writing,
+)
 from d2ft_fl.util.strict_json import write_json
 from d2ft_fl.util.toml import dump_toml
 
 log = logging.getLogger(__name__)
 P = ParamSpec("P")
 R = TypeVar("R")
-LINES = ("rounds.jsonl", "clients.jsonl", "reports.jsonl")
+PRIVATE = "private.jsonl"
+# Of finished rounds, and their modes.
+LINES = {"rounds.jsonl": ANYBODY, "clients.jsonl": ANYBODY, PRIVATE: OWNER}
 
 
 def _writes(
@@ -105,12 +120,8 @@ class Recorder:
                 f"rounds.jsonl has {len(self.rows)} whole lines, the checkpoint is of round "
                 f"{rounds}: the run in {str(self.folder)!r} cannot be resumed"
             )
-        for name in LINES:
-            path = self.folder / name
-            if not path.exists() or name == "reports.jsonl":  # what was asked is not asked again
-                continue
-            kept = [line for line in read_lines(path) if line["round"] <= rounds]
-            write_whole(path, "".join(write_json(line) + "\n" for line in kept))
+        for name, mode in LINES.items():
+            keep_lines(self.folder / name, rounds, mode)
         for line in read_lines(self.folder / "reports.jsonl"):
             if line["round"] > rounds and line["reports"]:  # where nobody answered, all are asked
                 self._reported.setdefault(line["round"], []).append(line["reports"])
@@ -130,7 +141,8 @@ class Recorder:
     def reports(self, round_number: int, reports: Sequence[Report]) -> None:
         """Record what clients reported before a round; for runs whose budgets vary by round."""
         lines = [[r.client, r.examples, r.budget.to_json()] for r in reports]
-        self._append("reports.jsonl", [{"round": round_number, "reports": lines}])
+        path = self.folder / "reports.jsonl"
+        append_lines(path, [{"round": round_number, "reports": lines}])
 
     def next_reports(self, round_number: int) -> list[Report] | None:
         """Return what clients reported when a round was begun before this run was resumed.
@@ -142,13 +154,6 @@ class Recorder:
         if not attempts:
             return None
         return [Report(c, n, Budget.from_json(b)) for c, n, b in attempts.pop(0)]
-
-    def _append(self, name: str, lines: Iterable[Mapping[str, Any]]) -> None:
-        """Append lines to a file so that they survive a power cut."""
-        with self.folder.joinpath(name).open("a") as file:
-            file.writelines(write_json(line) + "\n" for line in lines)
-            file.flush()
-            os.fsync(file.fileno())
 
     @_writes
     def plan(self, plan: Plan) -> None:
@@ -174,6 +179,7 @@ class Recorder:
         wall_seconds: float,
         strays: Sequence[str] = (),
         stopwatch: Mapping[str, float] | None = None,
+        everybody: Plan | None = None,
     ) -> dict[str, Any]:
         """Record a finished round; returns its line.
 
@@ -186,19 +192,43 @@ class Recorder:
             wall_seconds: Time that the round took here.
             strays: Failures of clients that had nothing to do.
             stopwatch: Seconds of the round by what the server did in them.
+            everybody: Of a round with noise the plan of all clients, drawn or not; None of others.
         """
         row = round_line(federation, state, plan, records, figures, wall_seconds)
         row["faults"] += strays
         training = sum(record.training_seconds for record in records)
         row["clock"] = {**(stopwatch or {}), "training": training}
+        lines = [record.line(plan.round) for record in records]
+        if everybody:
+            measured = {"round": plan.round, "measured": row, "clients": lines}
+            append_lines(self.folder / PRIVATE, [measured], OWNER)
+            row, lines = self._planned(federation, state, everybody, figures)
         self.rows.append(row)
-        self._append("clients.jsonl", (record.line(plan.round) for record in records))
-        self._append("rounds.jsonl", [row])
+        append_lines(self.folder / "clients.jsonl", lines)
+        append_lines(self.folder / "rounds.jsonl", [row])
         if plan.round == self.federation.config.rounds:
             from d2ft_fl.report.plan_figure import draw_plan
 
-            draw_plan(plan, self.folder / "plan.png")
+            draw_plan(everybody or plan, self.folder / "plan.png")
         return row
+
+    @staticmethod
+    def _planned(
+        federation: Federation, state: State, plan: Plan, figures: Mapping[str, float] | None
+    ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        """Return a round's line and its clients' lines, of what all of them were to do."""
+        privacy = federation.components.privacy
+        assert privacy is not None
+        records = Outcomes.planned(plan, federation.arch.rank)
+        row = planned_line(federation, state, plan, records, figures, privacy.rate)
+        unknown = {"wall_seconds": None, "training_seconds": None}
+        return row, [record.line(plan.round) | unknown for record in records]
+
+    @property
+    def seconds(self) -> float:
+        """How long the rounds took that are recorded."""
+        measured = [line["measured"] for line in read_lines(self.folder / PRIVATE)]
+        return float(sum(row["wall_seconds"] or 0.0 for row in measured or self.rows))
 
     @_writes
     def finish(self, weights: Mapping[str, Tensor], wall_seconds: float) -> dict[str, Any]:

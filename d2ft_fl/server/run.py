@@ -15,6 +15,7 @@ from torch import Tensor
 from d2ft_fl.aggregation import privacy
 from d2ft_fl.aggregation.keyed_noise import noise_key
 from d2ft_fl.aggregation.private_sums import PrivateRound, Trainers
+from d2ft_fl.aggregation.releases import Releases
 from d2ft_fl.config.run_config import RunConfig
 from d2ft_fl.data.federated_data import FederatedData, open_data
 from d2ft_fl.engine.model_adapter import ModelAdapter
@@ -126,6 +127,7 @@ class _Run:
         self.recorder = Recorder(folder, self.federation, self.adapter, self.data.describe())
         self.budgets_vary = self.components.budget_source.varies
         self.privacy = self.components.privacy
+        self.rounds_before = 0  # that a resumed run finished, those after its checkpoint too
 
     @cached_property
     def origin(self) -> str:
@@ -136,6 +138,12 @@ class _Run:
     def key(self) -> bytes:
         """Key of the noise and draws of private rounds."""
         return noise_key(self.config, self.recorder.folder)
+
+    @cached_property
+    def releases(self) -> Releases:
+        """The noisy sums of private rounds that were released."""
+        assert self.privacy is not None
+        return Releases.of(self.privacy, self.recorder.folder, self.rounds_before)
 
     def begin(self) -> None:
         """Start the record, or take up a run where it was left."""
@@ -151,8 +159,9 @@ class _Run:
                 f"resume = {self.config.resume!r} has {len(rows)} rounds and no checkpoint to go "
                 "on from: start another run, with checkpoint-every = 1"
             )
+        self.rounds_before = max(len(rows), self.state.round)
         self.recorder.resume(self.state.round)
-        self.seconds_before = sum(row["wall_seconds"] for row in self.recorder.rows)
+        self.seconds_before = self.recorder.seconds
 
     def round(self) -> dict[str, Any]:
         """Run the next round, again if too few clients answer and that is asked for.
@@ -173,7 +182,7 @@ class _Run:
             )
             self._mistrust(replies)
             if config.few_replies == "stop" or attempt == config.attempts:
-                raise RunError(few)
+                raise RunError(self._public(few, number))
             log.warning("%s; the round is repeated", few)
             failures += [f"attempt {attempt}: {failure}" for failure in outcomes.failures]
         with stopwatch.of("fold"):
@@ -186,12 +195,22 @@ class _Run:
                 figures = self._evaluate(weights)
         wall = time.perf_counter() - started
         row = self.recorder.round(
-            stage, self.state, plan, records, figures, wall, failures + outcomes.strays,
-            stopwatch.seconds,
+            stage, self.state, replies.plan, records, figures, wall, failures + outcomes.strays,
+            stopwatch.seconds, plan if self.privacy else None,
         )  # fmt: skip
         if config.checkpoint_every and (last or number % config.checkpoint_every == 0):
             self._save()
         return row
+
+    def _public(self, reason: str, number: int) -> str:
+        """Return why a run fails as its page and trackers say it; with noise, without clients."""
+        if not self.privacy:
+            return reason
+        log.warning("%s", reason)
+        least = self.config.min_replies
+        return (
+            f"fewer than min-replies = {least} clients answered in round {number}; the log says who"
+        )
 
     def _mistrust(self, replies: RoundReplies) -> None:
         """Take the caches of clients that failed for empty: a gap may be why they failed."""
@@ -207,7 +226,12 @@ class _Run:
         checkpoint.save(self.recorder.folder, self.config, self.origin, saved)
 
     def _replies(self, number: int, stopwatch: Stopwatch) -> tuple[Federation, Plan, RoundReplies]:
-        """Ask, plan, send and aggregate: a round up to where its state is made."""
+        """Ask, plan, send and aggregate: a round up to where its state is made.
+
+        Returns:
+            The federation of the round, the plan of all clients, and the replies of those that take
+            part: all, or those drawn in a private round.
+        """
         config = self.config
         stage = self.federation.at(number)
         state = stage.prepared(self.state, self.original)
@@ -218,16 +242,15 @@ class _Run:
         if not reports:
             raise RunError(f"no client answered in round {number}{_first_silent(silent)}")
         with stopwatch.of("plan"):
-            plan = plan_round(stage, state, reports)
-            nobody = not plan.working
-            plan, private = self._drawn(plan) if self.privacy else (plan, None)
-            self.recorder.plan(plan)
+            everybody = plan_round(stage, state, reports)
+            plan, private = self._drawn(everybody) if self.privacy else (everybody, None)
+            self.recorder.plan(everybody)
         assignments = {
             a.client: (c, a)
             for c, a in zip(plan.clients, plan.assignments, strict=True)
             if not a.schedule.sits_out
         }
-        if nobody and number == 1:  # later, budgets may come back
+        if not everybody.working and number == 1:  # later, budgets may come back
             raise RunError(
                 f"every client sits out round {number}: no budget affords one subnet; raise the "
                 f"budgets ({config.budgets!r}) or take a smaller model or batch-size"
@@ -247,7 +270,7 @@ class _Run:
                 with stopwatch.of("fold"):
                     replies.add(client, reply)
         replies.complete()
-        return stage, plan, replies
+        return stage, everybody, replies
 
     def _message(
         self,
@@ -271,7 +294,7 @@ class _Run:
             [(a.schedule, a.examples or 0) for a in plan.assignments], self.privacy.rate
         )
         chosen = privacy.drawn(self.privacy, self.key, plan.round, [c.client for c in plan.clients])
-        return plan.only(chosen), PrivateRound(self.privacy, self.key, plan.round, trainers)
+        return plan.only(chosen), PrivateRound(self.releases, self.key, plan.round, trainers)
 
     def _ask(self, number: int) -> tuple[list[Report], Mapping[int, ClientFailure]]:
         """Return reports of the clients that take part in a round, and why others do not report."""

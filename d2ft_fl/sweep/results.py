@@ -61,7 +61,7 @@ def _so_far(rows: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         "rounds": len(rows),
         **metrics,
-        "wall_seconds": sum(row["wall_seconds"] for row in rows),
+        "wall_seconds": sum(row["wall_seconds"] or 0.0 for row in rows),
     }
 
 

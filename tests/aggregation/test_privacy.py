@@ -15,11 +15,13 @@ from scipy.stats import kstest, norm
 from d2ft_fl.aggregation.keyed_noise import KEY_FILE, Noise
 from d2ft_fl.aggregation.privacy import Privacy, drawn, noise_for
 from d2ft_fl.aggregation.private_sums import PrivateRound, PrivateSums, Trainers
+from d2ft_fl.aggregation.releases import Releases
 from d2ft_fl.config.run_config import RunConfig
 from d2ft_fl.errors import ConfigError
 from d2ft_fl.rounds.checks import checked, checked_options
 from d2ft_fl.runtime.in_process import run_local
 from d2ft_fl.subnets.schedule import Operation, Schedule
+from d2ft_fl.util.files import read_lines
 from tests.aggregation.test_robust import ARCH, WEIGHTS, update
 from tests.conftest import all_of, random_schedule
 
@@ -40,8 +42,9 @@ def trainers(schedules, rate=1.0):
 
 
 def sums(schedules, noise=0.0, clip=1.0, rate=1.0, key=KEY):
-    own = PrivateRound(Privacy(clip, noise, rate, 1e-5), key, 1, trainers(schedules, rate))
-    return PrivateSums(ARCH, WEIGHTS, 1000, own)
+    releases = Releases(Privacy(clip, noise, rate, 1e-5))
+    own = PrivateRound(releases, key, 1, trainers(schedules, rate))
+    return PrivateSums(ARCH, WEIGHTS, own)
 
 
 def moved(found, new):
@@ -67,22 +70,22 @@ def gaussian_epsilon(noise, rounds, delta):
 @pytest.mark.parametrize("noise,rounds,delta", [(5.0, 10, 1e-5), (1.0, 3, 1e-3), (20.0, 100, 1e-6)])
 def test_epsilon_of_all_clients_is_that_of_normal_noise(noise, rounds, delta):
     exact = gaussian_epsilon(noise, rounds, delta)
-    found = Privacy(1.0, noise, 1.0, delta).epsilon(rounds)
+    found = Privacy(1.0, noise, 1.0, delta).epsilon([1] * rounds)
     assert exact <= found <= exact * 1.01 + 0.02
 
 
 def test_sampling_lowers_epsilon_and_rounds_raise_it():
     all_of_them = Privacy(1.0, 1.0, 1.0, 1e-5)
     few = Privacy(1.0, 1.0, 0.01, 1e-5)
-    assert few.epsilon(100) < 0.05 * all_of_them.epsilon(100)
-    assert few.epsilon(10) < few.epsilon(100)
-    assert few.epsilon(0) == 0
+    assert few.epsilon([1] * 100) < 0.05 * all_of_them.epsilon([1] * 100)
+    assert few.epsilon([1] * 10) < few.epsilon([1] * 100)
+    assert few.epsilon([1] * 0) == 0
 
 
 def test_noise_for_an_epsilon_is_the_least_that_keeps_it():
     noise = noise_for(2.0, 1e-5, 0.01, 100)
-    assert Privacy(1.0, noise, 0.01, 1e-5).epsilon(100) <= 2.0
-    assert Privacy(1.0, noise * 0.99, 0.01, 1e-5).epsilon(100) > 2.0
+    assert Privacy(1.0, noise, 0.01, 1e-5).epsilon([1] * 100) <= 2.0
+    assert Privacy(1.0, noise * 0.99, 0.01, 1e-5).epsilon([1] * 100) > 2.0
 
 
 # -- randomness ----------------------------------------------------------------------------------
@@ -231,8 +234,8 @@ def model(tmp_path, name):
 def test_a_run_reports_its_epsilon_and_repeats(tmp_path):
     summary, rows = run(tmp_path, "one", sample_clients=3)
     own = Privacy(1.0, 1.0, 0.5, 1e-3)
-    assert [row["epsilon"] for row in rows] == [own.epsilon(1), own.epsilon(2)]
-    assert summary["privacy"]["epsilon"] == own.epsilon(2)
+    assert [row["epsilon"] for row in rows] == [own.epsilon([1] * 1), own.epsilon([1] * 2)]
+    assert summary["privacy"]["epsilon"] == own.epsilon([1] * 2)
     assert not summary["privacy"]["secret"]
     assert all(row["clients"] <= 6 for row in rows)
     page = (tmp_path / "one" / "report.html").read_text()
@@ -272,8 +275,9 @@ def test_a_resumed_run_draws_the_same_noise(tmp_path):
 
 def test_a_round_without_anybody_has_noise_alone(tmp_path):
     _, rows = run(tmp_path, clients=2, sample_clients=1, noise_seed=2, rounds=6)
-    assert 0 in [row["worked"] for row in rows]
-    assert all(row["faults"] == [] for row in rows)
+    lines = read_lines(tmp_path / "run" / "private.jsonl")
+    assert 0 in [line["measured"]["worked"] for line in lines]
+    assert {row["worked"] for row in rows} == {1.0}  # half of two, whoever was drawn
 
 
 @pytest.mark.parametrize("tuning", ["full", "lora"])
