@@ -224,10 +224,12 @@ def plan(
         ConfigError: When an option cannot be used as it stands; the message says what to write.
         RunError: When the strategy fails.
     """
+    from d2ft_fl.budgets.process_memory import kept_worker_memory
     from d2ft_fl.preview.plan_preview import preview
     from d2ft_fl.rounds.checks import checked_options
 
-    return preview(checked_options(config), examples, rounds, progress)
+    memory = kept_worker_memory()
+    return preview(checked_options(config), examples, rounds, progress, memory)
 
 
 def load_run(folder: Path | str) -> "RunFolder":

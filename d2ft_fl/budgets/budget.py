@@ -5,6 +5,10 @@ A budget holds FLOPs, peak bytes of memory, bytes up and bytes down, each option
 client's own data at the configured batch size; and a deadline, the most simulated seconds that a
 round may take it by its speed and bandwidths.
 
+Memory is that of tensors, which plans are made of, or that of the process that trains: then what
+the process takes beside them comes off. A share is always of tensors. An amount is of tensors in a
+simulation and of the process on a device, unless ``memory-of`` says otherwise.
+
 Where budgets come from: a TOML file of device classes (``device_classes.py``; two are built in), a
 measurement of this machine (``machine.py``), or a ``module:callable`` of yours, given a
 :class:`ClientDescription` and the round.
@@ -12,7 +16,7 @@ measurement of this machine (``machine.py``), or a ``module:callable`` of yours,
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +28,9 @@ from d2ft_fl.errors import ConfigError
 from d2ft_fl.util.spelling import meant
 
 DEADLINE = "deadline"
+MEMORY_OF = "memory-of"
+TEXTS = ("device", "memory_of")  # entries of JSON that are no numbers
+TENSORS, PROCESS = "tensors", "process"
 CURVE = "curve"  # a file of a machine's speed by shapes, or what stands in one
 LIMITS = (*RESOURCES, DEADLINE)  # what a budget may limit
 UNLIMITED = 2**60
@@ -40,6 +47,7 @@ _SECONDS = {"s": 1, "ms": 1e-3, "min": 60, "h": 3600}
 _UNITS: dict[str, tuple[dict[str, float], str]] = {
     "flops": (_FLOPS, '"2 GFLOP" or "40 %"'),
     "memory": (_BYTES, '"512 MiB" or "40 %"'),
+    "memory_base": (_BYTES, '"448 MiB"'),
     "bytes_up": (_BYTES, '"10 MB" or "40 %"'),
     "bytes_down": (_BYTES, '"10 MB" or "40 %"'),
     "speed": (_SPEEDS, '"10 GFLOP/s"'),
@@ -47,7 +55,7 @@ _UNITS: dict[str, tuple[dict[str, float], str]] = {
     "bandwidth_down": (_RATES, '"20 Mbit/s"'),
     "deadline": (_SECONDS, '"30 s" or "2 min"'),
 }
-ENTRIES = (*(name.replace("_", "-") for name in _UNITS), CURVE)
+ENTRIES = (*(name.replace("_", "-") for name in _UNITS), MEMORY_OF, CURVE)
 
 
 @dataclass(frozen=True)
@@ -73,7 +81,7 @@ class Budget:
 
     Attributes:
         flops: FLOPs of local training.
-        memory: Bytes at the peak.
+        memory: Bytes at the peak, of what :attr:`memory_of` says.
         bytes_up: Bytes that the client sends.
         bytes_down: Bytes that the client receives.
         speed: FLOP/s at best; ``None`` means that computing takes no time. How much slower what
@@ -83,6 +91,8 @@ class Budget:
         deadline: The most simulated :meth:`seconds` of a round.
         device: A name to report.
         curve: How fast such a machine is by shapes; None for the package's, scaled to ``speed``.
+        memory_of: ``tensors`` or ``process``; empty where the budget does not say.
+        memory_base: Bytes that the process takes beside tensors; None where that is not known yet.
     """
 
     flops: Amount | None = None
@@ -95,16 +105,106 @@ class Budget:
     deadline: float | None = None
     device: str = ""
     curve: MachineSpeed | None = None
+    memory_of: str = ""
+    memory_base: float | None = None
+
+    @property
+    def of_process(self) -> bool:
+        """Whether memory is that of the process that trains."""
+        return self.memory_of == PROCESS
+
+    def limit(self, resource: str) -> Amount | None:
+        """Return what plans may use of a resource: of memory, what is left for tensors.
+
+        Args:
+            resource: One of ``RESOURCES``.
+        """
+        amount: Amount | None = getattr(self, resource)
+        if resource == "memory" and amount and not amount.relative and self.of_process:
+            return Amount(max(0.0, amount.value - (self.memory_base or 0.0)))
+        return amount
+
+    def on(self, device: str, taken: int | None) -> "Budget":
+        """Return the budget where it is used, with what the process takes in it.
+
+        On a GPU memory is that of tensors; the driver's own, for the process, is not counted.
+
+        Args:
+            device: cpu or cuda: where the client trains.
+            taken: Bytes that this process takes beside tensors, where it is the one that the
+                budget is of; None in a simulation.
+
+        Raises:
+            ConfigError: When memory is of a process of which nobody says what it takes.
+        """
+        if self.memory is None or self.memory.relative:
+            return self
+        if taken is None:
+            if self.of_process and self.memory_base is None:
+                raise ConfigError(
+                    f"{self._name}{MEMORY_OF} = 'process' needs memory-base in a simulation, what "
+                    "the process takes beside tensors: write what d2ft profile says"
+                )
+            return self
+        if device == "cuda":
+            if self.of_process:
+                raise ConfigError(
+                    f"{self._name}{MEMORY_OF} = 'process' is of a CPU's memory, and device = "
+                    "'cuda': leave it out, and leave what CUDA itself takes out of memory"
+                )
+            return self
+        if self.memory_of == TENSORS:
+            return self
+        base = max(float(taken), self.memory_base or 0.0)
+        return replace(self, memory_of=PROCESS, memory_base=base)
+
+    @property
+    def beside(self) -> str:
+        """In words, what a process takes of its memory beside tensors; empty where that is none."""
+        if not self.of_process or self.memory is None or self.memory.relative:
+            return ""
+        base, memory = self.memory_base or 0.0, self.memory.value
+        return f" beside the {base:.0f} bytes that the process takes of {memory:.0f}"
+
+    @property
+    def _name(self) -> str:
+        return f"{self.device}: " if self.device else ""
+
+    def check(self, where: str) -> None:
+        """Raise ConfigError where what it says of memory does not go together.
+
+        Args:
+            where: What the message begins with.
+        """
+        memory, base = self.memory, self.memory_base
+        if not self.memory_of and base is None:
+            return
+        if memory is None or memory.relative:
+            said = MEMORY_OF if self.memory_of else "memory-base"
+            if memory is None or self.memory_of != TENSORS or base is not None:
+                raise ConfigError(
+                    f"{where}: {said} is of an amount of memory, and there is none: write one, "
+                    'such as memory = "1 GiB"; a share is of tensors'
+                )
+        elif base is not None and not self.of_process:
+            raise ConfigError(
+                f"{where}: memory-base is what a process takes: write {MEMORY_OF} = 'process' too"
+            )
+        elif base is not None and base >= memory.value:
+            raise ConfigError(
+                f"{where}: memory = {memory.value:.4g} B of the process leaves nothing beside "
+                f"memory-base = {base:.4g} B: write more memory"
+            )
 
     def capacity(self, full: Cost) -> np.ndarray:
         """Return the four budgets in the order of ``RESOURCES``: int64 [4].
 
-        ``UNLIMITED`` stands where there is no budget.
+        ``UNLIMITED`` stands where there is no budget. Memory is what is left for tensors.
 
         Args:
             full: What training everything costs the client.
         """
-        amounts = [getattr(self, r) for r in RESOURCES]
+        amounts = [self.limit(r) for r in RESOURCES]
         return np.array(
             [
                 UNLIMITED if a is None else min(UNLIMITED, a.resolve(getattr(full, r)))
@@ -161,6 +261,12 @@ class Budget:
                 if not is_name(value):
                     raise ConfigError(f"{where}: {key} must be a name of 60 letters at most")
                 values[name] = value
+            elif name == "memory_of":
+                if value not in (TENSORS, PROCESS):
+                    raise ConfigError(
+                        f"{where}: {key} = {value!r} is unknown; use {TENSORS!r} or {PROCESS!r}"
+                    )
+                values[name] = value
             elif name == CURVE:
                 read = read_curve if isinstance(value, (str, Path)) else MachineSpeed.from_json
                 values[name] = read(value, f"{where}: {key}")
@@ -189,7 +295,7 @@ class Budget:
         if not isinstance(entries, Mapping):
             raise ConfigError(f"{where} is a {type(entries).__name__}, not a table")
         for key, value in entries.items():
-            if isinstance(value, str) and key != "device":
+            if isinstance(value, str) and key not in TEXTS:
                 raise ConfigError(f"{where}: {str(key)[:60]!r} is text")
         return cls.from_mapping(entries, where)
 

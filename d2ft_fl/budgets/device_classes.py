@@ -17,7 +17,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from d2ft_fl.budgets.budget import CURVE, ENTRIES, Budget, ClientDescription
+from d2ft_fl.budgets.budget import CURVE, ENTRIES, MEMORY_OF, Budget, ClientDescription
 from d2ft_fl.budgets.traces import Trace, parse_trace
 from d2ft_fl.errors import ConfigError
 from d2ft_fl.util.toml import read_text
@@ -204,6 +204,7 @@ def _device_class(name: str, table: Any, at: Locator, folder: Path) -> DeviceCla
             Budget.from_mapping({key: value}, where)  # so that an error names its line
             entries[entry] = value
     budget = Budget.from_mapping({**entries, "device": name})
+    budget.check(f"{at('classes', name, _said_of_memory(table))}: classes.{name}")
     if budget.speed is None and budget.curve is not None:
         budget = replace(budget, speed=budget.curve.peak)
     rates = (budget.speed, budget.bandwidth_up, budget.bandwidth_down)
@@ -218,6 +219,12 @@ def _device_class(name: str, table: Any, at: Locator, folder: Path) -> DeviceCla
             f"one of {', '.join(trace.scales)}, or no trace"
         )
     return DeviceClass(budget, trace)
+
+
+def _said_of_memory(table: dict[str, Any]) -> str:
+    """Return the key of a class that says most of its memory."""
+    said = [key for key in table if key.replace("_", "-") in ("memory-base", MEMORY_OF)]
+    return said[-1] if said else "memory"
 
 
 def _mix(mix: Any, classes: tuple[str, ...], at: Locator) -> InTurn | ByShare:

@@ -48,10 +48,15 @@ def kept(device: str, precision: str, threads: int) -> MachineSpeed | None:
 def keep(speed: MachineSpeed) -> None:
     """Keep a measurement, where the cache can be written."""
     path = path_of(speed.device, speed.precision, speed.threads)
+    keep_text(path, json.dumps(speed.to_json()))
+
+
+def keep_text(path: Path, text: str) -> None:
+    """Write a file of the cache, whole or not at all; where it cannot be written, nothing."""
     part = path.with_suffix(f".{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(write_json(speed.to_json()), encoding="utf-8")
+        part.write_text(text, encoding="utf-8")
         put_in_place(part, path)
     except OSError:
         part.unlink(missing_ok=True)

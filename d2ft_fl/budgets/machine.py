@@ -4,17 +4,18 @@ How fast it trains is measured once and kept (:mod:`d2ft_fl.budgets.speed_profil
 
 The memory budget is half of what this process could have: what is free, and what it uses already,
 so that a plan's own tensors do not shrink the budget they are checked against. It is rounded down
-to 1, 1.25, 1.5 or 1.75 times a power of two: a client says the same before and during a round.
+to 1, 1.25, 1.5 or 1.75 times a power of two: a client says the same before and during a round. On a
+CPU it is the process's, of which PyTorch takes a part before any model.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-import psutil
 import torch
 
-from d2ft_fl.budgets.budget import Amount, Budget, ClientDescription
+from d2ft_fl.budgets.budget import MEMORY_OF, PROCESS, Amount, Budget, ClientDescription
 from d2ft_fl.budgets.kept_speeds import keep
+from d2ft_fl.budgets.process_memory import resident
 from d2ft_fl.budgets.speed_profile import measure, profiled
 from d2ft_fl.config.run_config import OPTIONS
 from d2ft_fl.costs.machine_speed import MachineSpeed
@@ -31,24 +32,34 @@ class Profile:
     Attributes:
         speed: How fast it trains.
         free: Bytes that this process could have.
+        base: Bytes that a worker process takes before any model, where that was measured.
     """
 
     speed: MachineSpeed
     free: int
+    base: int | None = None
 
     @property
     def budget(self) -> Budget:
         """The budget of a client on this machine."""
-        return Budget(
+        budget = Budget(
             memory=Amount(coarse(int(MEMORY_SHARE * self.free))),
             speed=self.speed.peak,
             device="measured",
             curve=self.speed,
         )
+        if self.speed.device == "cuda":
+            return budget
+        return replace(budget, memory_of=PROCESS, memory_base=self.base)
 
     def to_json(self) -> dict[str, Any]:
         """Return the measurements, and the budget that follows from them."""
-        return {"speed": self.speed.to_json(), "free": self.free, "budget": self.budget.to_json()}
+        return {
+            "speed": self.speed.to_json(),
+            "free": self.free,
+            "worker_memory": self.base,
+            "budget": self.budget.to_json(),
+        }
 
     def to_toml(self, curve: str = "") -> str:
         """Return a device class for a file of budgets.
@@ -56,10 +67,13 @@ class Profile:
         Args:
             curve: The file of the machine's curve; empty for that of the package.
         """
-        assert self.budget.memory is not None
+        budget = self.budget
+        assert budget.memory is not None
+        base = f'memory-base = "{-(-self.base // 2**20)} MiB"\n' if self.base else ""
+        of = f'{MEMORY_OF} = "{PROCESS}"\n{base}' if budget.of_process else ""
         return (
             "[classes.measured]\n"
-            f'memory = "{self.budget.memory.value / 2**20:g} MiB"\n'
+            f'memory = "{budget.memory.value / 2**20:g} MiB"\n{of}'
             f'speed = "{self.speed.peak / 1e9:.4g} GFLOP/s"\n'
         ) + (f'curve = "{curve}"\n' if curve else "")
 
@@ -111,4 +125,4 @@ def _held(device: torch.device) -> int:
     """Return the bytes that this process uses on a device."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
-    return int(psutil.Process().memory_info().rss)
+    return resident()

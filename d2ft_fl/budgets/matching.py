@@ -79,7 +79,7 @@ def _scaled(
     """Return clients' shares of one resource, scaled to the mean: float64 [clients]."""
     reported = np.array(
         [
-            _share(getattr(b, resource), getattr(f, resource))
+            _share(b.limit(resource), getattr(f, resource))
             for b, f in zip(budgets, full, strict=True)
         ]
     )

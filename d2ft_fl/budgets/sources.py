@@ -106,9 +106,11 @@ class Plugin:
                 f"for client {client.client} in round {round_number}"
             ) from error
         if isinstance(answer, Budget):  # read back, so that its entries are checked too
-            return Budget.from_mapping(answer.to_json(), where)
-        if isinstance(answer, Mapping):
-            return Budget.from_mapping({str(k): v for k, v in answer.items()}, where)
-        raise ConfigError(
-            f"{where} returned a {type(answer).__name__}; return a Budget or a mapping"
-        )
+            answer = answer.to_json()
+        if not isinstance(answer, Mapping):
+            raise ConfigError(
+                f"{where} returned a {type(answer).__name__}; return a Budget or a mapping"
+            )
+        budget = Budget.from_mapping({str(k): v for k, v in answer.items()}, where)
+        budget.check(where)
+        return budget

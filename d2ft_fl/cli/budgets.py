@@ -1,5 +1,6 @@
 """``d2ft budgets`` and ``d2ft profile``: what clients can afford."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -41,7 +42,8 @@ def _budgets_table(source: str, clients: int, found: "DeviceClasses") -> None:
     from d2ft_fl.report.format import LABELS
 
     counts = found.counts(clients)
-    heads = ("share", "clients", *LABELS.values(), "speed", "net up", "net down", "deadline")
+    heads = ("share", "clients", *LABELS.values(), "of process", "speed", "net up", "net down")
+    heads = (*heads, "deadline")
     rows = [
         (
             f"{found.mix.share(name):.1%}",
@@ -60,6 +62,8 @@ def _budgets_table(source: str, clients: int, found: "DeviceClasses") -> None:
         table.add_row(escape(name), *(row[i] for i in shown))
     console.print(table)
     say("% of training everything on a client's own data; no figure, no limit")
+    if any(device.budget.of_process for device in found.classes.values()):
+        say("of process: what comes off its memory for all but tensors")
     if found.varies:
         say("traces lower budgets by round; clients are asked before each")
 
@@ -80,6 +84,7 @@ def _budget_cells(budget: "Budget") -> list[str]:
     )
     return [
         *(amount(getattr(budget, name), unit_of(name)) for name in LABELS),
+        rate(budget.memory_base if budget.of_process else None, "B"),
         rate(budget.speed, "FLOP/s"),
         rate(bits_up, "bit/s"),
         rate(bits_down, "bit/s"),
@@ -96,15 +101,17 @@ def profile_command(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON only.")] = False,
 ) -> None:
-    """Measure how fast this machine trains, and its free memory, in some seconds; keep the speed.
+    """Measure how fast this machine trains, and memory: free, and of a worker; keep both.
 
-    budgets = "measured" has every client do so once. Runs predict their clients' seconds by it.
+    It takes some seconds. budgets = "measured" has every client do so once. Runs predict their
+    clients' seconds by it.
     """
     from d2ft_fl.budgets.kept_speeds import path_of, write_curve
     from d2ft_fl.budgets.machine import profile
+    from d2ft_fl.runtime.worker_memory import measure
 
     with failures():
-        found = profile(device, threads, precision)
+        found = replace(profile(device, threads, precision), base=measure())
         if output is not None:
             write_curve(found.speed, output)
     if as_json:
@@ -148,4 +155,6 @@ def _profile_table(found: "Profile") -> None:
     ):
         rest.add_row(label, seconds(getattr(speed, name)))
     rest.add_row("memory it could have", quantity(found.free, "B"))
+    if found.base is not None:
+        rest.add_row("a worker process, before any model", quantity(found.base, "B"))
     console.print(rest)

@@ -49,6 +49,7 @@ def _plan(
     from d2ft_fl.preview import page as preview_page
     from d2ft_fl.preview.plan_preview import preview
     from d2ft_fl.report import plan_figure
+    from d2ft_fl.runtime.worker_memory import worker_memory
 
     if output is not None:
         plan_figure.check_output(output, preview_page.SUFFIXES)
@@ -58,7 +59,7 @@ def _plan(
         def done(planned: int) -> None:
             progress.update(task, completed=planned, description="planning")
 
-        found = preview(config, examples, rounds, done)
+        found = preview(config, examples, rounds, done, worker_memory())
     if output is not None:
         preview_page.write(found, output)
     if as_json:

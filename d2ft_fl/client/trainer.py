@@ -17,6 +17,8 @@ import torch
 from torch import Tensor
 
 from d2ft_fl.budgets.budget import Budget, ClientDescription
+from d2ft_fl.budgets.process_memory import MESSAGES, resident, told
+from d2ft_fl.budgets.sources import MEASURED
 from d2ft_fl.client.examples import LocalExamples
 from d2ft_fl.client.job import Job, narrowed
 from d2ft_fl.config.run_config import RunConfig
@@ -59,10 +61,13 @@ class ClientTrainer:
         config: The options of the run.
         owns_budget: Whether the clients' budget was set where they are: then they keep all of it,
             whatever a plan promises and whatever budget it was made for.
+        on_device: Whether budgets are of the device that this process runs on, and it is no
+            simulation of another.
     """
 
-    def __init__(self, config: RunConfig, owns_budget: bool = False):
+    def __init__(self, config: RunConfig, owns_budget: bool = False, on_device: bool = False):
         self.config, self.owns_budget = config, owns_budget
+        self.on_device = on_device or config.budgets == MEASURED
         self.components = Components(config)
         self.options = self.components.training
         self.device = self.components.device
@@ -71,6 +76,7 @@ class ClientTrainer:
         self.budgets = self.components.budget_source
         self.store = ParameterCache.default()
         self.store.prune()
+        self._taken: int | None = None  # bytes of this process beside tensors of a round
         # A round's architecture and global model, and this as it arrives by the bits it travels in.
         self._laid_out: tuple[Architecture, Mapping[str, Tensor], dict[int, Arriving]] | None = None
 
@@ -112,8 +118,10 @@ class ClientTrainer:
 
         The model is built by then, so that no round waits for it.
         """
-        _ = self.model
-        return Report(client, self.examples.count(client), self._budget(client, round_number))
+        self._get_ready()
+        taken = None if self._taken is None else told(self._taken)
+        budget = self._budget(client, round_number).on(self.device.type, taken)
+        return Report(client, self.examples.count(client), budget)
 
     def check_classes(self, digest: str) -> None:
         """Check that this client numbers classes as the run does.
@@ -135,6 +143,19 @@ class ClientTrainer:
         clients = len(self.data.partitions)
         description = ClientDescription(client, self.examples.count(client), clients)
         return self.budgets(description, round_number)
+
+    def _get_ready(self, message: int = 0) -> None:
+        """Have what every round needs: the model and the data; note what the process takes then.
+
+        Args:
+            message: Bytes of the message that has come, which is counted apart.
+        """
+        _ = self.model, self.data
+        if self._taken is None and self.on_device:
+            self._taken = resident() - message
+            if self.config.transport == "message":  # the whole model, at most
+                parameters = self._adapter.model.parameters()
+                self._taken += MESSAGES * sum(p.numel() * p.element_size() for p in parameters)
 
     def work(
         self,
@@ -173,9 +194,9 @@ class ClientTrainer:
         """Carry one message out, step by step; arguments and result of :meth:`answer`."""
         set_threads(self.config.threads_per_client)
         started = time.perf_counter()
+        self._get_ready(len(blob))  # before memory is read, and before anything is measured
         job, tensors, offsets = Job.read(blob, self._federation, weights is not None)
         self._refuse_what_is_not_here(job.message, asked)
-        _ = self.model  # is built before free memory is read, and before anything is measured
         if job.message.keeps or self.owns_budget:
             self._refuse_unless_it_fits(job)
         bytes_down = job.bytes_down(blob, tensors, weights)
@@ -242,12 +263,14 @@ class ClientTrainer:
         if self.owns_budget or not budgets:
             own = self._budget(message.client, message.round)
             budgets.append((own, RESOURCES if self.owns_budget else message.keeps))
-        for budget, kept in budgets:
+        for given, kept in budgets:
+            budget = given.on(self.device.type, self._taken)  # by what this process really takes
             limits = zip(RESOURCES, cost.vector(), budget.capacity(full), strict=True)
             for resource, planned, most in limits:
                 if planned > most and resource in kept:
                     raise Refusal(
                         f"the plan needs {planned} of {resource}, the budget allows {most}"
+                        + (budget.beside if resource == "memory" else "")
                     )
         if cost.memory > (free := free_memory(self.device)):
             raise Refusal(f"the plan needs {cost.memory} bytes of memory, {free} are free")

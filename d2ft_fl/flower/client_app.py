@@ -57,7 +57,7 @@ def _worker_pool(options: str, owns_budget: bool) -> WorkerPool:
     """Return the worker processes of this process, under one configuration."""
     entries = json.loads(options)
     size = max(1, int(_cpus() / entries["threads-per-client"])) if simulated() else 1
-    return WorkerPool(entries, size, owns_budget)
+    return WorkerPool(entries, size, owns_budget, on_device=not simulated())
 
 
 def _worker_pool_of(context: Context) -> WorkerPool:

@@ -14,7 +14,8 @@ import numpy as np
 
 from d2ft_fl.aggregation.mean_compensation import MeanBook
 from d2ft_fl.budgets.budget import DEADLINE, LIMITS, UNLIMITED, ClientDescription
-from d2ft_fl.budgets.sources import BudgetSource
+from d2ft_fl.budgets.process_memory import resident
+from d2ft_fl.budgets.sources import MEASURED, BudgetSource
 from d2ft_fl.config.run_config import RunConfig
 from d2ft_fl.config.training_options import ExecutionPolicy
 from d2ft_fl.costs.resources import RESOURCES, Cost, workload_variance
@@ -22,7 +23,7 @@ from d2ft_fl.data.federated_data import open_data
 from d2ft_fl.errors import ConfigError
 from d2ft_fl.models.build import build_adapter
 from d2ft_fl.planning.assignment import Assignment, Participant
-from d2ft_fl.report.format import UNNAMED
+from d2ft_fl.report.format import UNNAMED, quantity
 from d2ft_fl.rounds.components import Components
 from d2ft_fl.rounds.context import plan_round
 from d2ft_fl.rounds.federation import Federation, Report, State
@@ -211,6 +212,7 @@ class Preview:
         heads: How many heads a block has.
         rounds: In order.
         notes: What the reader has to know of them, a sentence each.
+        worker_memory: Bytes that a worker process takes before any model, where that is known.
     """
 
     config: RunConfig
@@ -218,6 +220,7 @@ class Preview:
     heads: int
     rounds: list[RoundPreview]
     notes: list[str]
+    worker_memory: int | None = None
 
     @property
     def subnets(self) -> int:
@@ -238,6 +241,7 @@ class Preview:
             "blocks": self.blocks,
             "heads": self.heads,
             "notes": self.notes,
+            "worker_memory": self.worker_memory,
         }
 
 
@@ -246,6 +250,7 @@ def preview(
     examples: int | None = None,
     rounds: int = 1,
     progress: Callable[[int], None] = lambda done: None,
+    worker_memory: int | None = None,
 ) -> Preview:
     """Plan the first rounds of a run.
 
@@ -255,6 +260,7 @@ def preview(
             no more than the number of classes is asked of the data.
         rounds: How many.
         progress: Called with the number of rounds planned, 0 once everything is loaded.
+        worker_memory: Bytes that a worker process takes before any model, where that is known.
 
     Raises:
         ConfigError: When model, data or budgets do not fit.
@@ -277,18 +283,22 @@ def preview(
     state = State(0, original)
     source = components.budget_source
     reports: list[Report] = []
+    told = worker_memory or resident()
     found: list[RoundPreview] = []
     for number in range(1, rounds + 1):
         progress(number - 1)
         if not reports or source.varies:
             reports = _reports(source, sizes, number)
+            if config.budgets == MEASURED:  # of this machine; the rest say what processes take
+                reports = [replace(r, budget=r.budget.on(config.device, told)) for r in reports]
         stage = federation.at(number)
         state = stage.prepared(state, original)
         plan = plan_round(stage, state, reports)
         found.append(_round(stage, plan))
         state = follow(stage, state, plan)
     progress(rounds)
-    return Preview(config, arch.blocks, arch.heads, found, notes + _notes(federation, found))
+    notes += _notes(federation, found, reports, worker_memory)
+    return Preview(config, arch.blocks, arch.heads, found, notes, worker_memory)
 
 
 def _reports(source: BudgetSource, sizes: Sequence[int], round_number: int) -> list[Report]:
@@ -321,8 +331,27 @@ def follow(federation: Federation, state: State, plan: Plan) -> State:
     return replace(state, round=plan.round, means=means, last_trained=last, cached=cached)
 
 
-def _notes(federation: Federation, rounds: list[RoundPreview]) -> list[str]:
+def _notes(
+    federation: Federation,
+    rounds: list[RoundPreview],
+    reports: list[Report],
+    worker_memory: int | None,
+) -> list[str]:
     config, out = federation.config, []
+    if worker_memory is not None:
+        out.append(
+            f"a worker process takes {quantity(worker_memory, 'B')} before any model; memory here "
+            "is of tensors, beside that"
+        )
+    processes = [r.budget for r in reports if r.budget.of_process]
+    if processes:
+        bases = [b.memory_base or 0.0 for b in processes]
+        least, most = quantity(min(bases), "B"), quantity(max(bases), "B")
+        taken = least if least == most else f"{least} to {most}"
+        out.append(
+            f"{len(processes)} of {len(reports)} clients have a memory budget of their process, of "
+            f"which {taken} are taken off for what it holds beside tensors"
+        )
     if measured := federation.components.measured_scores:
         out.append(
             f"{' and '.join(measured)} scores are measured in a run; here they stay at their "

@@ -85,10 +85,18 @@ class WorkerPool:
         options: The configuration, by its keys in TOML.
         size: How many clients train at once.
         owns_budget: Whether clients keep their own budget whatever a plan promises.
+        on_device: Whether this is the device that budgets are of, and no simulation of it.
     """
 
-    def __init__(self, options: Mapping[str, Any], size: int, owns_budget: bool = False):
-        self.options, self.size, self.owns_budget = dict(options), size, owns_budget
+    def __init__(
+        self,
+        options: Mapping[str, Any],
+        size: int,
+        owns_budget: bool = False,
+        on_device: bool = False,
+    ):
+        self.options, self.size = dict(options), size
+        self.owns_budget, self.on_device = owns_budget, on_device
         self._workers: list[_Worker] = []
         self._fork_server: ForkServer | None = None
 
@@ -142,6 +150,17 @@ class WorkerPool:
         if "failed" in answer:
             raise RunError(answer["failed"])
         return answer["reports"]
+
+    def resident(self, seconds: float) -> int:
+        """Return the bytes that a worker has; before its first report, those before any model.
+
+        Raises:
+            RunError: When there is no answer in time.
+        """
+        deadline = time.monotonic() + seconds
+        request = {"do": "resident"}
+        answer = self._ask(request, deadline) or self._ask(request, deadline, again=True)
+        return int(answer["resident"])
 
     def _ask(self, request: dict[str, Any], deadline: float, again: bool = False) -> dict[str, Any]:
         """Return a worker's answer; at the first attempt nothing, if the worker ends meanwhile.
@@ -304,7 +323,11 @@ class WorkerPool:
             environment["CUDA_VISIBLE_DEVICES"] = names[slot % len(names)]
         worker = _Worker(self._forked(environment), slot)
         with suppress(OSError):  # it has ended, which shows when it is to say that it is ready
-            terms = {"options": self.options, "owns-budget": self.owns_budget}
+            terms = {
+                "options": self.options,
+                "owns-budget": self.owns_budget,
+                "on-device": self.on_device,
+            }
             worker.connection.send_bytes(write_json(terms).encode())
         return worker
 

@@ -1,7 +1,8 @@
 """A worker process, which trains clients and can be ended when it hangs.
 
 See :mod:`d2ft_fl.runtime.worker_pool`, which asks a fork server for it. Over its connection come,
-after the configuration as JSON, requests of two frames, JSON and a blob, and go answers of one.
+after the configuration as JSON and whether this process is a device's, requests of two frames, JSON
+and a blob, and go answers of one.
 When no process has the other end of its lifeline open any more, this process ends at once, whatever
 it is doing.
 """
@@ -12,6 +13,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from d2ft_fl.budgets.process_memory import resident
 from d2ft_fl.errors import D2FTError
 from d2ft_fl.util.lifeline import end_with
 from d2ft_fl.util.strict_json import write_json
@@ -36,7 +38,7 @@ def main(connection: Connection) -> None:
     try:
         terms = json.loads(connection.recv_bytes())
         config = RunConfig.from_mapping(terms["options"]).check_values()
-        trainer = ClientTrainer(config, terms["owns-budget"])
+        trainer = ClientTrainer(config, terms["owns-budget"], terms["on-device"])
     except EOFError:
         return
     except D2FTError as error:
@@ -54,6 +56,8 @@ def main(connection: Connection) -> None:
 def _answer(trainer: Any, request: dict[str, Any], blob: bytes) -> bytes:
     if request["do"] == "report":
         return _reports(trainer, request)
+    if request["do"] == "resident":
+        return json.dumps({"resident": resident()}).encode()
     return _work(trainer, request, blob)
 
 

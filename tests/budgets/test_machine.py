@@ -16,6 +16,7 @@ from d2ft_fl.cli.main import app
 from d2ft_fl.config.run_config import resolve_path
 from d2ft_fl.costs.machine_speed import MachineSpeed, read_curve, standard
 from d2ft_fl.errors import ConfigError
+from d2ft_fl.runtime import worker_memory
 
 WHO = ClientDescription(0, 10, 1)
 KNOWN = Profile(replace(standard(), products=((2e9, 2.5e9) * 15,) * 3), free=3 * 2**30)
@@ -32,6 +33,7 @@ def measured(monkeypatch):
 
     monkeypatch.setattr(speed_profile, "measure", measure)
     monkeypatch.setattr(module, "measure", measure)
+    monkeypatch.setattr(worker_memory, "measure", lambda: 400 * 2**20 + 1)
     return calls
 
 
@@ -93,7 +95,12 @@ def test_half_of_what_is_free_or_held_already_is_the_memory_budget(monkeypatch):
     source = budget_source("measured", resolve_path)
     assert source.varies
     budget = Budget.from_mapping(
-        {"memory": "1.5 GiB", "speed": "2.5 GFLOP/s", "device": "measured"}
+        {
+            "memory": "1.5 GiB",
+            "memory-of": "process",
+            "speed": "2.5 GFLOP/s",
+            "device": "measured",
+        }
     )
     assert source(WHO, 1) == replace(budget, curve=KNOWN.speed)
 
@@ -133,12 +140,18 @@ def test_the_command_shows_a_class_to_paste(measured, tmp_path):
     assert "GFLOP/s of products" in result.output
     assert read_curve(curve, "x").products == KNOWN.speed.products
     assert "[classes.measured]" in result.output
+    assert 'memory-of = "process"\nmemory-base = "401 MiB"\n' in result.output
+    assert "a worker process, before any model" in result.output
+    path = tmp_path / "mine.toml"
+    path.write_text(result.output[result.output.index("[classes.measured]") :])
+    assert read_devices(path)(WHO, 1).memory_base == 401 * 2**20
 
 
 def test_the_command_prints_json(measured):
     found = json.loads(CliRunner().invoke(app, ["profile", "--json"]).output)
     assert found["speed"]["threads"] == 1
     assert Budget.from_mapping(found["budget"]).speed == KNOWN.speed.peak
+    assert found["worker_memory"] == found["budget"]["memory_base"] == 400 * 2**20 + 1
 
 
 def test_the_command_refuses_in_one_line_with_exit_code_2():

@@ -6,6 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from d2ft_fl.budgets.budget import Budget
+from d2ft_fl.budgets.process_memory import told
 from d2ft_fl.client import trainer
 from d2ft_fl.client.trainer import ClientTrainer
 from d2ft_fl.data.labels import digest_of
@@ -121,3 +123,61 @@ def test_what_no_budget_stops_is_refused_all_the_same(quick, change, reason):
     _, reply = ClientTrainer(config).answer(wire.encode(tensors, meta))
     assert reply["error"].startswith("Refusal: ")
     assert reason in reply["error"]
+
+
+def on_device(config, monkeypatch, resident, budget):
+    """A trainer on a device whose process has so much, with a budget of its own."""
+    monkeypatch.setattr(trainer, "resident", lambda: resident)
+    client = ClientTrainer(config, on_device=True)
+    monkeypatch.setattr(client, "budgets", lambda *_: Budget.from_mapping(budget))
+    return client
+
+
+def test_a_device_refuses_by_what_its_process_takes(quick, monkeypatch, tmp_path):
+    """Whatever the server planned with; what the process takes is measured, not told."""
+    path = tmp_path / "any.toml"
+    path.write_text("[classes.a]\n")
+    config = quick(budgets=str(path))
+    message = first_message(config)
+    _, reply = on_device(config, monkeypatch, 0, {"memory": 1}).answer(message)
+    whole = int(reply["error"].split("needs ")[1].split(" ")[0])
+    assert 0.5 * full_memory(config) < whole <= full_memory(config)
+    for spare, fits in ((0, True), (-1, False)):
+        budget = {"memory": 400 * 2**20 + whole + spare}
+        client = on_device(config, monkeypatch, 400 * 2**20 + len(message), budget)
+        _, reply = client.answer(message)
+        assert ("error" not in reply) == fits
+    assert f"beside the {400 * 2**20} bytes that the process takes" in reply["error"]
+    # Of tensors, the same amount is more than enough.
+    client = on_device(config, monkeypatch, 10**12, {"memory": whole, "memory-of": "tensors"})
+    assert "error" not in client.answer(message)[1]
+
+
+def full_memory(config):
+    """What the cost model says that a client's whole training takes."""
+    components = Components(config)
+    federation = Federation(components, build_adapter(components.model_spec).describe())
+    (report, *_) = reports_of(config)
+    return federation.full_cost(report.examples, report.budget).memory
+
+
+def test_a_device_measures_its_process_before_its_first_round_alone(quick, monkeypatch):
+    """What tensors of former rounds left behind is no part of it."""
+    config = quick(strategy="fedavg", transport="message")
+    client = on_device(config, monkeypatch, 400 * 2**20, {"memory": "4 GiB"})
+    first = client.report(0, 1).budget
+    monkeypatch.setattr(trainer, "resident", lambda: 2**40)
+    assert client.report(0, 2).budget == first
+    model = sum(p.numel() * 4 for p in client._adapter.model.parameters())
+    assert first.memory_base == told(400 * 2**20 + 3 * model)
+    assert first.of_process
+
+
+def test_a_process_budget_of_a_simulation_needs_what_it_takes(quick, tmp_path):
+    path = tmp_path / "mine.toml"
+    path.write_text("[classes.a]\nmemory = '2 GiB'\nmemory-of = 'process'\n")
+    client = ClientTrainer(quick(budgets=str(path)))
+    with pytest.raises(ConfigError, match="a: memory-of = 'process' needs memory-base"):
+        client.report(0, 1)
+    path.write_text(path.read_text() + "memory-base = '448 MiB'\n")
+    assert ClientTrainer(quick(budgets=str(path))).report(0, 1).budget.memory_base == 448 * 2**20

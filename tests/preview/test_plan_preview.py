@@ -23,6 +23,7 @@ from d2ft_fl.rounds.checks import checked_options
 from d2ft_fl.rounds.components import Components
 from d2ft_fl.rounds.context import plan_round
 from d2ft_fl.rounds.federation import Federation, State
+from d2ft_fl.runtime import worker_memory
 from d2ft_fl.subnets.schedule import Operation, Schedule
 from tests.conftest import reports_of
 
@@ -243,6 +244,24 @@ def test_the_command_prints_json_and_nothing_else():
     assert [c["client"] for c in first["clients"]] == [0, 1, 2]
     assert first["short_subnets"] == sum(n == 0 for row in first["trained"] for n in row)
     assert first["coverage"] == pytest.approx(1 - first["short_subnets"] / 36)
+
+
+def test_what_a_worker_process_takes_is_told(monkeypatch, tmp_path):
+    monkeypatch.setattr(worker_memory, "worker_memory", lambda: 450_000_000)
+    path = tmp_path / "mine.toml"
+    path.write_text(
+        "[classes.a]\nmemory = '1 GiB'\nmemory-of = 'process'\nmemory-base = '500 MB'\n"
+        "[classes.b]\nmemory = '40 %'\n"
+    )
+    arguments = ["--examples", "20", "--clients", "2", "--budgets", str(path)]
+    said = " ".join(plan(*arguments).output.split())
+    assert "a worker process takes 450 MB before any model" in said
+    assert "1 of 2 clients have a memory budget of their process, of which 500 MB" in said
+    printed = json.loads(plan(*arguments, "--json").output)
+    assert printed["worker_memory"] == 450_000_000
+    left = 2**30 - 500_000_000
+    first = printed["rounds"][0]["clients"][0]
+    assert first["shares"]["memory"] == pytest.approx(first["cost"]["memory"] / left)
 
 
 def test_shortcuts_win_over_set():

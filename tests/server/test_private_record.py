@@ -108,6 +108,9 @@ def test_expected_totals_are_those_of_all_plans_times_the_chance(private):
     flops = sum(line["used"]["flops"] for line in lines)
     assert summary["resources"]["flops"]["used"] == pytest.approx(flops / 2)
     assert summary["client_rounds"] == 6.0
+    rows = read_lines(folder / "rounds.jsonl")  # everybody works: shares are as of the mean client
+    share = sum(r["flops"]["used_mean"] for r in rows) / sum(r["flops"]["full_mean"] for r in rows)
+    assert summary["resources"]["flops"]["share"] == pytest.approx(share)
 
 
 def test_page_and_terminal_say_what_they_show(private, capsys):
