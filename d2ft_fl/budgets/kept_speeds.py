@@ -48,7 +48,7 @@ def kept(device: str, precision: str, threads: int) -> MachineSpeed | None:
 def keep(speed: MachineSpeed) -> None:
     """Keep a measurement, where the cache can be written."""
     path = path_of(speed.device, speed.precision, speed.threads)
-    keep_text(path, json.dumps(speed.to_json()))
+    keep_text(path, write_json(speed.to_json()))
 
 
 def keep_text(path: Path, text: str) -> None:

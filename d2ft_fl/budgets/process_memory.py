@@ -10,9 +10,10 @@ import json
 import psutil
 
 from d2ft_fl.budgets.kept_speeds import folder, keep_text, software
+from d2ft_fl.util.strict_json import write_json
 
 GRAIN = 1 << 24  # bytes: what is told is a multiple; processes differ by some megabytes
-FIRST_STEP = 112 << 20  # bytes: libraries that the first step loads, freed memory that is kept
+FIRST_STEP = 128 << 20  # bytes: libraries that the first step loads, freed memory that is kept
 MESSAGES = 3  # copies that a process has at once: as it came, taken apart, and the answer
 FILE = "worker-memory.json"
 
@@ -45,4 +46,4 @@ def kept_worker_memory() -> int | None:
 
 def keep_worker_memory(size: int) -> None:
     """Keep what a worker process takes before any model, where the cache can be written."""
-    keep_text(folder() / FILE, json.dumps({"software": software(), "bytes": size}))
+    keep_text(folder() / FILE, write_json({"software": software(), "bytes": size}))

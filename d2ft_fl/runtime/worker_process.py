@@ -57,7 +57,7 @@ def _answer(trainer: Any, request: dict[str, Any], blob: bytes) -> bytes:
     if request["do"] == "report":
         return _reports(trainer, request)
     if request["do"] == "resident":
-        return json.dumps({"resident": resident()}).encode()
+        return write_json({"resident": resident()}).encode()
     return _work(trainer, request, blob)
 
 

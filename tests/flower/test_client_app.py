@@ -97,10 +97,11 @@ def node(monkeypatch):
     asked = []
 
     class Pool:
-        def __init__(self, options, size, owns_budget):
+        def __init__(self, options, size, owns_budget, on_device):
+            assert on_device
             asked.append((options, owns_budget))
 
-        def reports(self, clients, round_number, seconds):
+        def reports(self, clients, round_number, seconds, classes):
             return [[client, 5, {}] for client in clients]
 
         def work(self, jobs, seconds, client_seconds):
@@ -201,3 +202,12 @@ def test_no_module_that_the_server_names_is_imported(tmp_path, monkeypatch):
     config = RunConfig.from_mapping(terms(TAKES, dataset="digits", **names).options)
     assert ClientTrainer(config).report(1, 1).examples > 0
     assert "evil_module" not in sys.modules
+
+
+@pytest.mark.parametrize("simulated", [True, False])
+def test_budgets_are_of_this_device_but_in_a_simulation(monkeypatch, simulated):
+    monkeypatch.setattr(client_app, "simulated", lambda: simulated)
+    monkeypatch.setattr(client_app, "_cpus", lambda: 2.0)
+    made = client_app._worker_pool.__wrapped__(json.dumps(RunConfig().to_mapping()), False)
+    assert made.on_device == (not simulated)
+    assert made.size == (2 if simulated else 1)

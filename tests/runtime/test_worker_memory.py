@@ -74,8 +74,8 @@ def test_a_device_s_process_keeps_its_memory_budget(tmp_path, left):
     path, folder = tmp_path / "mine.toml", tmp_path / "run"
     with WorkerPool(RunConfig().to_mapping(), 1) as pool:
         base = pool.resident(60.0)
-    # The model and data take about 104 MiB, three copies of a message 247, the first step 112.
-    memory = base + (464 + left) * MIB
+    # The model and data take about 104 MiB, three copies of a message 247, the first step 128.
+    memory = base + (480 + left) * MIB
     path.write_text(f"[classes.a]\nmemory = {memory}\n")
     config = RunConfig.from_mapping(
         {
@@ -98,4 +98,4 @@ def test_a_device_s_process_keeps_its_memory_budget(tmp_path, left):
     print(f"budget {memory / MIB:.0f}, had {max(tops) / MIB:.0f}, tensors {used / MIB:.0f} MiB")
     assert all(line["fault"] is None for line in lines)
     assert used > 0.5 * left * MIB
-    assert max(tops) <= 1.02 * memory
+    assert max(tops) <= 1.01 * memory
