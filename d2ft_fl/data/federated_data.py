@@ -122,11 +122,19 @@ class FederatedData:
             )
         return notes
 
-    def describe(self) -> dict[str, Any]:
-        """Return what a run folder says of the data, as JSON."""
+    def describe(self, private: bool = False) -> dict[str, Any]:
+        """Return what a run folder says of the data, as JSON.
+
+        Args:
+            private: Whether clients are promised differential privacy: then nothing is said of the
+                examples that they train on.
+        """
         loaded = None if self.spec.dataset in EMBEDDED_DATASETS else _loaded(self.spec)
         sides: dict[str, dict[str, Any]] = {}
-        for side, split in (("train", self.train), ("test", self.test)):
+        known = {"train": self.train, "test": self.test}
+        if private:
+            del known["train"]
+        for side, split in known.items():
             counts = np.bincount(split.labels, minlength=self.classes)
             sides[side] = {
                 "split": split.name,
@@ -134,14 +142,13 @@ class FederatedData:
                 "examples_of_class": counts.tolist(),
                 "unlabelled": loaded.unlabelled[side == "test"] if loaded else 0,
             }
-        for found, part in zip(sides.values(), self.inspected, strict=False):
-            found["left_out"] = [vars(example) for example in part.bad]
+        for side, part in zip(("train", "test"), self.inspected, strict=True):
+            if side in sides:
+                sides[side]["left_out"] = [vars(example) for example in part.bad]
+        notes = {} if private else {"notes": self.notes}
         return {
-            "dataset": self.spec.dataset,
-            "classes": list(self.train.names),
-            **sides,
-            "notes": self.notes,
-        }
+            "dataset": self.spec.dataset, "classes": list(self.train.names), **sides, **notes
+        }  # fmt: skip
 
 
 def _loaded(spec: DataSpec) -> Loaded:

@@ -124,7 +124,12 @@ class _Run:
         self.there: Mapping[int, int] = {}
         self.seconds_before = 0.0  # that a resumed run took so far
         model.to(self.components.device)
-        self.recorder = Recorder(folder, self.federation, self.adapter, self.data.describe())
+        self.recorder = Recorder(
+            folder,
+            self.federation,
+            self.adapter,
+            self.data.describe(private=self.components.privacy is not None),
+        )
         self.budgets_vary = self.components.budget_source.varies
         self.privacy = self.components.privacy
         self.rounds_before = 0  # that a resumed run finished, those after its checkpoint too

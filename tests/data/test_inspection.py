@@ -32,6 +32,9 @@ def test_bad_images_are_left_out_named_and_counted(spoilt):
     assert "row 6 of split 'train' (0.png): it is no image" in train
     assert "row 3 of split 'test' (1.png): it holds nothing but null bytes" in test
     assert [example["row"] for example in data.describe()["train"]["left_out"]] == [1, 6]
+    secret = data.describe(private=True)
+    assert secret.keys() == {"dataset", "classes", "test"}
+    assert [example["row"] for example in secret["test"]["left_out"]] == [3]
 
 
 def test_bad_images_can_stop_a_run(spoilt):
