@@ -30,16 +30,30 @@ these prices; where the certified gap stays wide, depth-first search follows, wi
 bounds, up to a number of nodes. Prices cost O(S I K R), the rest O(I K R) a flip; a client takes
 about 0.1 ms.
 
+**Feasibility.** Where doing nothing costs too much or is forbidden, that may end without any choice
+that fits. Only then a phase of its own looks for one, whatever it is worth, and the steps above
+improve on it. Items are flipped, each time so that least is over capacity, in weighted shares of
+it; where no flip makes that less, the weights of what is over rise (the breakout method of P.
+Morris, AAAI 1993), and what was flipped stays for some flips (tabu search: F. Glover, ORSA Journal
+on Computing 1, 1989). Exact search follows, depth-first, an item with the fewest options next: an
+option is struck out where the least that all other items cost leaves no room for it, or where the
+dual, with no option worth anything, would be below 0 with it: its prices are improved at every
+node. What the nodes suffice for is settled, a choice found or none there (its bound is -inf then).
+
 Everything that has to fit is checked in integers; nothing over capacity is returned. Ties go to the
 lowest index and effort is counted in nodes, so a solution is a function of its input alone.
 """
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from d2ft_fl.planning.problem import Problem, Solution, Structure, checked, starting_choices
 from d2ft_fl.util import compile_cache
+
+if TYPE_CHECKING:
+    from d2ft_fl.planning.solver.instance import Batch
 
 
 def solve(
@@ -61,27 +75,68 @@ def solve(
         tables: int64 [C], which of T costs are a client's; by default T is 1 or C.
         start: int64 [I] or [C, I], choices to improve on; a client whose choice has -1 starts
             from the cheapest.
-        effort: Multiplies steps, flips and nodes; a planner of thousands of clients takes 1.
+        effort: Multiplies steps, flips and nodes; a planner of thousands of clients takes 1. More
+            than that counts as the power of two that is not above it: efforts 1, 2, 4, ... up to
+            it are spent in turn, each on the best choice so far, so that more is never worth less.
+            With 0 no choice that fits is looked for beyond repair.
 
     Raises:
         ValueError: When shapes do not fit together, or costs are negative.
     """
-    compile_cache.wait_for("solve_all")
-    from d2ft_fl.planning.solver.many import solve_all
-
     single = np.ndim(capacities) == 1
     values, costs, capacities, tables, structure = checked(
         values, costs, capacities, structure, tables
     )
-    clients = len(capacities)
     problem = Problem(values, costs, capacities, tables, structure)
     choice = problem.cheapest if start is None else starting_choices(problem, np.asarray(start))
-    value, bound = np.empty(clients), np.empty(clients)
-    solve_all(problem.batch(), choice, value, bound, effort)
+    batch = problem.batch()
+    value, bound = _improved(batch, choice, min(effort, 1))
+    for doubled in range(1, max(effort, 1).bit_length()):
+        some = np.flatnonzero(bound > -np.inf)  # of others it is known that nothing fits
+        better = choice[some]
+        gained, limit = _improved(batch.only(some), better, 2**doubled)
+        more = gained >= value[some]
+        choice[some[more]], value[some[more]] = better[more], gained[more]
+        bound[some] = np.minimum(bound[some], limit)
     choice[~np.isfinite(value)] = -1
     if single:
         return Solution(choice[0], value[0], bound[0])
     return Solution(choice, value, bound)
+
+
+def _improved(batch: "Batch", choice: np.ndarray, effort: int) -> tuple[np.ndarray, np.ndarray]:
+    """Improve on choices; where nothing fits, look for a choice that does, and improve on that.
+
+    Args:
+        batch: The knapsacks.
+        choice: int64 [C, I], choices to improve on, replaced by the result.
+        effort: Multiplies steps, flips and nodes.
+
+    Returns:
+        Values of the choices, -inf where none that fits is known, and bounds: float64 [C] each.
+    """
+    compile_cache.wait_for("solve_all")
+    from d2ft_fl.planning.solver.many import solve_all
+
+    value, bound = np.empty(len(choice)), np.empty(len(choice))
+    solve_all(batch, choice, value, bound, effort)
+    lost = np.flatnonzero(np.isneginf(value) & (bound > -np.inf))
+    if not effort or not len(lost):
+        return value, bound
+    # Compiled where it is needed first: planners, whose clients may do nothing, never get here.
+    from d2ft_fl.planning.solver.feasible import FOUND, IMPOSSIBLE, fit_all
+
+    start, outcome = choice[lost], np.empty(len(lost), dtype=np.int64)
+    fit_all(batch.only(lost), start, outcome, effort)
+    bound[lost[outcome == IMPOSSIBLE]] = -np.inf
+    choice[lost] = start  # from where more effort goes on
+    found = lost[outcome == FOUND]
+    if len(found):
+        better = start[outcome == FOUND]
+        value_found, bound_found = np.empty(len(found)), np.empty(len(found))
+        solve_all(batch.only(found), better, value_found, bound_found, effort)
+        choice[found], value[found], bound[found] = better, value_found, bound_found
+    return value, bound
 
 
 def is_compiled(coupled: bool = False) -> bool:

@@ -148,14 +148,19 @@ class Problem:
 
     @property
     def cheapest(self) -> np.ndarray:
-        """The choice of each client to start from, the least of largest shares: int64 [C, I]."""
-        if not self.costs[:, :, 0].any():
+        """The choice of each client to start from, the least of largest shares: int64 [C, I].
+
+        Options that are forbidden come after all others.
+        """
+        forbidden = np.isneginf(self.values)  # [C or 1, I, K]
+        if not self.costs[:, :, 0].any() and not forbidden[..., 0].any():
             return np.zeros((len(self.capacities), self.costs.shape[1]), dtype=np.int64)
         scales = 1.0 / np.maximum(self.capacities, 1)  # [C, R]
-        choices = [
-            (self.costs[table] * scale).max(axis=2, initial=0.0).argmin(axis=1)
-            for table, scale in zip(self.tables, scales, strict=True)
-        ]
+        choices = []
+        for client, (table, scale) in enumerate(zip(self.tables, scales, strict=True)):
+            shares = (self.costs[table] * scale).max(axis=2, initial=0.0)
+            no = forbidden[client if len(forbidden) > 1 else 0]
+            choices.append(np.where(no, np.inf, shares).argmin(axis=1))
         return np.array(choices, dtype=np.int64).reshape(len(scales), -1)
 
 

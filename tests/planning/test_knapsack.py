@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scipy.optimize import Bounds, LinearConstraint, milp
 
 from d2ft_fl.planning.knapsack import Spread, solve, solve_spread
 from d2ft_fl.planning.problem import MOST, Structure
+from tests.planning.feasibility import hidden
+from tests.planning.knapsacks import cases_of, optimum
 
 SHARES = [0.03, 0.1, 0.3, 0.6, 0.9]
 quick = settings(max_examples=30, deadline=None)
@@ -94,13 +95,6 @@ def utility(values, choice):
     return sum(float(values[i, k]) for i, k in enumerate(choice))
 
 
-def cases_of(structure, items, options):
-    """What each case leaves: bool [I, K] each."""
-    if structure.modes is None:
-        return [np.ones((items, options), dtype=bool)]
-    return [structure.allowed[modes[structure.groups]] for modes in structure.modes]
-
-
 def obeys(structure, choice, options):
     items = np.arange(len(choice))
     return any(case[items, choice].all() for case in cases_of(structure, len(choice), options))
@@ -114,48 +108,6 @@ def check(solution, values, costs, capacities, structure, table=0):
     assert solution.value <= solution.bound + 1e-9
     assert 0 <= solution.gap <= 1
     assert obeys(structure, solution.choice, values.shape[1])
-
-
-def optimum(values, costs, capacities, structure=None, seconds=np.inf):
-    """The optimum by mixed-integer programming, openings as binaries: the best of all cases.
-
-    Where ``seconds`` run out, the best that was found in them.
-    """
-    items, options, resources = costs.shape
-    structure = structure or Structure.plain(items, options, resources)
-    openings = structure.openings[0]
-    groups, levels = openings.shape[:2]
-    x, y = items * options, groups * levels
-    links = []
-    for i, k in product(range(items), range(options)):
-        for m in range(structure.levels[k]):
-            row = np.zeros(x + y)
-            row[i * options + k], row[x + structure.groups[i] * levels + m] = 1, -1
-            links.append(row)
-    budget = np.concatenate([costs.reshape(x, resources), openings.reshape(y, resources)]).T
-    constraints = [
-        LinearConstraint(
-            np.hstack([np.kron(np.eye(items), np.ones(options)), np.zeros((items, y))]), 1, 1
-        ),
-        LinearConstraint(budget, -np.inf, capacities),
-    ]
-    if links:
-        constraints.append(LinearConstraint(np.array(links), -np.inf, 0))
-    gain = np.concatenate([np.where(np.isfinite(values), values, 0).ravel(), np.zeros(y)])
-    best = -np.inf
-    for allowed in cases_of(structure, items, options):
-        upper = np.concatenate([(allowed & np.isfinite(values)).ravel(), np.ones(y)])
-        result = milp(
-            -gain,
-            constraints=constraints,
-            integrality=np.ones(x + y),
-            bounds=Bounds(0, upper),
-            options={"mip_rel_gap": 0.0, **({"time_limit": seconds} if seconds < np.inf else {})},
-        )
-        assert result.status in (0, 1, 2)  # optimal, time limit, infeasible
-        if result.status < 2:
-            best = max(best, -result.fun)
-    return best
 
 
 # -- laws of solve ---------------------------------------------------------------------------
@@ -693,6 +645,9 @@ def answers():
         for effort in (1, 3):
             s = solve(*problem, effort=effort)
             found.append([s.choice.tolist(), s.value.hex(), s.bound.hex()])
+    for seed in range(3):
+        s = solve(*hidden("small", seed, (4, 5)), effort=2)
+        found.append([s.choice.tolist(), s.value.hex(), s.bound.hex()])
     for seed in range(2):
         s = solve_spread(*coupled(seed, clients=3, items=4))
         floats = [*s.value, *s.bound, *s.marginal, s.total, s.total_bound]

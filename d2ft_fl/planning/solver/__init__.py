@@ -9,5 +9,6 @@ I items lie in G groups and take one of K options each; R resources; a group is 
 levels or closed; S cases give each group a mode, which says what its items may take.
 
 ``instance``: the arrays. ``prices``: the dual. ``choices``: one choice, what it uses, what fits.
-``moves``: local search. ``search``: one client. ``many``: all of them, what Python calls.
+``moves``: local search. ``search``: one client. ``many``: all of them, what Python calls. Where
+that finds nothing that fits: ``feasible``, flips under rising weights, and ``exact`` search.
 """

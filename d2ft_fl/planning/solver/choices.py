@@ -80,15 +80,21 @@ def fits(p: Instance, x: Picked) -> bool:
 
 
 @inner
-def obeys(p: Instance, choice: np.ndarray) -> bool:
-    """Whether a choice is allowed in some case."""
+def obeys(p: Instance, choice: np.ndarray, case: int) -> bool:
+    """Whether a choice is allowed in a case."""
+    allowed = True
+    for i in range(len(choice)):
+        allowed = allowed and p.allowed[p.mode[case, p.group[i]], choice[i]]
+    return allowed
+
+
+@inner
+def case_of(p: Instance, choice: np.ndarray) -> int:
+    """Return the first case in which a choice is allowed, -1 where there is none."""
     for case in range(len(p.mode)):
-        allowed = True
-        for i in range(len(choice)):
-            allowed = allowed and p.allowed[p.mode[case, p.group[i]], choice[i]]
-        if allowed:
-            return True
-    return False
+        if obeys(p, choice, case):
+            return case
+    return -1
 
 
 @inner

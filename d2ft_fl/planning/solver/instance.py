@@ -36,6 +36,11 @@ class Batch(NamedTuple):
     mode: np.ndarray
     allowed: np.ndarray
 
+    def only(self, who: np.ndarray) -> "Batch":
+        """Return the knapsacks of some clients, int64 [who]."""
+        value = self.value[who] if len(self.value) > 1 else self.value
+        return self._replace(value=value, table=self.table[who], capacity=self.capacity[who])
+
 
 class Instance(NamedTuple):
     """One client's knapsack.

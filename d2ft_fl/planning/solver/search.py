@@ -2,13 +2,14 @@
 
 import numpy as np
 
-from d2ft_fl.planning.solver.choices import count, fill, fits, flip, obeys, repair
+from d2ft_fl.planning.solver.choices import case_of, count, fill, fits, flip, obeys, repair
 from d2ft_fl.planning.solver.instance import (
     EPSILON,
     Instance,
     Picked,
     Priced,
     copy,
+    copy_picked,
     picked,
     priced,
 )
@@ -126,6 +127,9 @@ def solve_case(
     open_best(p, q, case, opened)
     copy(opened, base)
     value = settle(p, q, y, case, opened)
+    if value == -np.inf and utility > -np.inf and obeys(p, x.choice, case):
+        copy_picked(x, y)
+        value = utility
     if value > -np.inf:
         value = improve(p, q, y, case, value, bound, effort)
         if value > utility + EPSILON:
@@ -190,7 +194,8 @@ def solve_one(
     """
     q, y = priced(p), picked(p)
     start = count(p, x)
-    utility = start if fits(p, x) and obeys(p, x.choice) else -np.inf
+    own = case_of(p, x.choice)
+    utility = start if fits(p, x) and own >= 0 else -np.inf
     resources = len(prices)
     if fresh:
         bound = first_prices(p, q, y, prices)
@@ -227,6 +232,8 @@ def solve_one(
                 if value > utility + EPSILON:
                     utility = value
                     copy(y.choice, x.choice)
+        if best_value == -np.inf and utility > -np.inf:
+            likely = own
     for turn in range(min(max(effort, 1), cases)):
         if turn:
             likely = 0
