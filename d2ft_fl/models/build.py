@@ -27,7 +27,9 @@ def family_of(name: str) -> Family:
         if family.knows(name):
             return family
     names = " or ".join(family.names for family in _families)
-    raise ConfigError(f"model {name!r} is not supported: use {names}")
+    reasons = (family.objection(name) for family in _families)
+    reason = next((f"{reason}; " for reason in reasons if reason), "")
+    raise ConfigError(f"model {name!r} is not supported: {reason}use {names}")
 
 
 def build_adapter(spec: ModelSpec) -> ModelAdapter:

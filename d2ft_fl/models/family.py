@@ -28,6 +28,8 @@ class Family:
             ``model`` is the library's model with these weights.
         create: A specification with weights of the hub -> a line of Python that imports the
             library, and an expression that is the library's model with the hub's weights.
+        objection: Why a model that the family does not know is none of its own: of the library's
+            other models, what in them does not divide into heads; empty for other names.
     """
 
     names: str
@@ -37,3 +39,4 @@ class Family:
     read: Callable[[Mapping[str, Any]], tuple[dict[str, Any], int]]
     load: Callable[[Path], tuple[str, ...]]
     create: Callable[[ModelSpec], tuple[str, str]]
+    objection: Callable[[str], str] = lambda name: ""

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from d2ft_fl.errors import ConfigError
 from d2ft_fl.models.spec import GLYPH_NAME, ModelSpec
-from d2ft_fl.models.timm_vit import TimmViT, check, unseen
+from d2ft_fl.models.timm_vit import TimmViT, check, objection, unseen
 from d2ft_fl.models.weight_names import as_timm_names
 from d2ft_fl.models.weights import first_line, read_weights
 from d2ft_fl.util.spelling import meant
@@ -32,6 +32,14 @@ ELSEWHERE = {
     "model_name", "pretrained", "pretrained_cfg", "pretrained_cfg_overlay", "checkpoint_path",
     "cache_dir",
 }  # fmt: skip
+
+
+def objection_to(name: str) -> str:
+    """Return why a model of timm is not a plain ViT; empty where timm has no such model."""
+    if not timm.is_model(name):
+        return ""
+    with torch.device("meta"):  # without any values
+        return objection(timm.create_model(name)) or ""
 
 
 def timm_arguments(spec: ModelSpec) -> dict[str, Any]:

@@ -28,13 +28,15 @@ def _without(name: str) -> Iterator[None]:
 
 
 def _knows(name: str) -> bool:
-    """Return whether timm has a model; any of its models may turn out not to be a plain ViT."""
-    if name == GLYPH_NAME or name.startswith(("vit_", "deit")):
-        return True  # also with a slip in it, which timm is asked about when it builds the model
-    with _without("wandb"):
-        import timm
+    return name == GLYPH_NAME or name.startswith(("vit_", "deit"))
 
-    return timm.is_model(name)
+
+def _objection(name: str) -> str:
+    """Return what in a model of timm is not a plain ViT's; empty where timm has no such model."""
+    with _without("wandb"):
+        from d2ft_fl.models.timm_build import objection_to
+
+    return objection_to(name)
 
 
 def _build(spec: ModelSpec) -> ModelAdapter:
@@ -78,4 +80,5 @@ TIMM = Family(
     read=_read,
     load=_load,
     create=_create,
+    objection=_objection,
 )

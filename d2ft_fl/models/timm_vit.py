@@ -86,7 +86,7 @@ OTHERS = {
 }
 
 
-def _objection(model: nn.Module) -> str | None:
+def objection(model: nn.Module) -> str | None:
     """Return why this model does not decompose into subnets here, or None when it does."""
     if type(model) is not VisionTransformer:
         name = type(model).__name__
@@ -132,7 +132,7 @@ def check(model: nn.Module, name: str) -> VisionTransformer:
     Raises:
         ConfigError: When it is not, with the reason, or its images are smaller than a patch.
     """
-    if reason := _objection(model):
+    if reason := objection(model):
         raise ConfigError(
             f"model {name!r} is not supported: {reason}; use a plain timm ViT (vit_* or deit*: "
             "pre-norm blocks of Attention and Mlp with LayerNorm or RmsNorm, with or without layer "

@@ -13,7 +13,6 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from d2ft_fl.budgets.process_memory import resident
 from d2ft_fl.errors import D2FTError
 from d2ft_fl.util.lifeline import end_with
 from d2ft_fl.util.strict_json import write_json
@@ -57,6 +56,9 @@ def _answer(trainer: Any, request: dict[str, Any], blob: bytes) -> bytes:
     if request["do"] == "report":
         return _reports(trainer, request)
     if request["do"] == "resident":
+        # It brings NumPy in, whose threads a fork server must not have.
+        from d2ft_fl.budgets.process_memory import resident
+
         return write_json({"resident": resident()}).encode()
     return _work(trainer, request, blob)
 

@@ -35,7 +35,7 @@ def terms(node, simulated=False, **run):
         (PLACE | {"takes": "data"}, {}, "takes no budget from a run"),
         (PLACE | {"takes": "data; budgets"}, {}, "takes = 'data; budgets' is unknown"),
         (PLACE | {"takes": 3}, {}, "takes = 3 must be text"),
-        (OWN | {"tuning": "full"}, {}, "'tuning' is unknown; allowed are partition-id"),
+        (OWN | {"tuning": "full"}, {}, "'tuning' is unknown; use one of partition-id"),
         (OWN, {"tuning": "evil.module"}, "tuning = 'evil.module' names a module"),
         (OWN | {"plug-ins": "evil"}, {"tuning": "evil.module"}, "names a module"),
         (OWN | {"plug-ins": "evil.module.more"}, {"tuning": "evil.module"}, "names a module"),

@@ -74,7 +74,7 @@ class OneRound:
 class Untrained(ClientTrainer):
     """A client that does all but train; it owns its budget."""
 
-    def _train_and_pack(self, job, options, chosen, before, sent_down):
+    def _train_and_pack(self, job, options, chosen, sent_down):
         self.job = job
         return 1.0, {}
 

@@ -58,7 +58,7 @@ def test_a_device_reports_its_process_and_a_simulation_does_not(quick, tmp_path)
     options = quick(budgets=str(path), transport="message").to_mapping()
     found = []
     for on_device in (False, True):
-        with WorkerPool(options, 1, on_device) as pool:
+        with WorkerPool(options, 1, on_device=on_device) as pool:
             found.append(pool.reports([0], 1, 60.0)[0][2])
             taken = pool.resident(60.0)
     assert found[0] == {"memory": 2.0**31, "device": "a"}

@@ -1,0 +1,471 @@
+"""How many small faults in the mathematics the tests notice: draws mutants and runs tests on each.
+
+    python tests/mutants.py --seed 1              300 mutants, evenly over the groups of modules
+    python tests/mutants.py --seed 1 --group lora --count 20 --show
+
+A mutant is one module with one thing changed: an arithmetic operator, a comparison, a boolean, a
+constant by one, a statement left out, two arguments exchanged. Texts, annotations, assertions and
+messages stay as they are. Each faces the tests that call the function it is in, fastest first, as
+many as take half a minute; the solver runs as plain Python. A mutant is killed if a test fails, or
+if the tests do not end. Mutants that change nothing that can be told are in EQUIVALENT, with the
+reason; of what is drawn, those count as killed up to a twentieth.
+"""
+
+import argparse
+import ast
+import copy
+import importlib.abc
+import importlib.util
+import json
+import os
+import random
+import signal
+import sys
+import tempfile
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+os.environ["NUMBA_DISABLE_JIT"] = "1"
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+SECONDS = 30.0  # of tests for each mutant
+LONGEST = 20.0  # of one test, plain Python
+GROUPS = {
+    "costs": ["costs/flops", "costs/communication", "costs/probe_costs", "costs/seconds",
+              "costs/cost_model", "costs/parameter_counts", "costs/resources"],
+    "memory": ["costs/memory", "costs/round_memory", "costs/activations"],
+    "knapsack": ["planning/knapsack", "planning/problem", "planning/client_knapsacks",
+                 "planning/planner", "planning/pricing", "planning/cost_tables",
+                 "planning/objective", "planning/utility"],
+    "aggregation": ["aggregation/sums", "aggregation/update", "aggregation/robust",
+                    "aggregation/hostile", "aggregation/mean_compensation",
+                    "aggregation/server_optimizer", "aggregation/fixed_point"],
+    "lora": ["aggregation/lora_sums", "lora/config", "lora/init", "lora/peft_export",
+             "lora/peft_import", "clients/lora"],
+    "training": ["engine/trainer", "engine/grouping", "engine/numerics", "client/trainer",
+                 "client/examples", "tasks/image_classification", "tasks/task",
+                 "config/training_options", "config/choices"],
+    "coding": ["wire/quantization", "wire/blob", "wire/sizes", "wire/parameter_cache",
+               "rounds/messages"],
+    "privacy": ["aggregation/privacy", "aggregation/private_sums", "aggregation/keyed_noise",
+                "aggregation/releases", "aggregation/grid"],
+    "solver": ["planning/solver/choices", "planning/solver/exact", "planning/solver/feasible",
+               "planning/solver/instance", "planning/solver/many", "planning/solver/moves",
+               "planning/solver/prices", "planning/solver/search"],
+}  # fmt: skip
+TESTS = ("tests/costs", "tests/planning", "tests/aggregation", "tests/lora", "tests/clients",
+         "tests/engine", "tests/client", "tests/tasks", "tests/wire", "tests/rounds",
+         "tests/config", "tests/strategies", "tests/subnets")  # fmt: skip
+EQUIVALENT = Path(__file__).with_name("equivalent_mutants.txt")
+SWAPS = {
+    ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult,
+    ast.FloorDiv: ast.Mult, ast.Mod: ast.FloorDiv, ast.Pow: ast.Mult,
+    ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq,
+    ast.NotEq: ast.Eq, ast.In: ast.NotIn, ast.NotIn: ast.In, ast.Is: ast.IsNot, ast.IsNot: ast.Is,
+    ast.And: ast.Or, ast.Or: ast.And,
+}  # fmt: skip
+NAMES = {"any": "all", "all": "any", "min": "max", "max": "min", "floor": "ceil", "ceil": "floor"}
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """One change of one module.
+
+    Attributes:
+        module: Its path below the package, without the ending.
+        function: The qualified name of the function that the change is in; empty for none.
+        line: Where.
+        place: Which of the module's possible changes it is.
+        before: The changed part as it was; ``after`` as it is.
+    """
+
+    module: str
+    function: str
+    line: int
+    place: int
+    before: str
+    after: str
+
+    def __str__(self) -> str:
+        return f"{self.module}.py {self.function}: {self.before} -> {self.after}"
+
+
+def source_of(module: str) -> Path:
+    """Return the file of a module."""
+    top = ROOT if module.startswith("clients/") else ROOT / "d2ft_fl"
+    return top / f"{module}.py"
+
+
+def name_of(module: str) -> str:
+    """Return the dotted name under which a module is imported."""
+    return "d2ft_fl." + module.replace("/", ".")
+
+
+class Sites(ast.NodeVisitor):
+    """Collects what can be changed in a module: (function, node, how).
+
+    ``how`` changes the node in place; the visitor leaves out texts, annotations and assertions.
+    """
+
+    def __init__(self):
+        self.found, self.scope = [], []
+
+    def add(self, node, how):
+        """Note one possible change."""
+        self.found.append((".".join(self.scope), node, how))
+
+    def visit_ClassDef(self, node):
+        self._inside(node, node.body)
+
+    def visit_FunctionDef(self, node):
+        for default in (*node.args.defaults, *node.args.kw_defaults):
+            if default is not None:
+                self.visit(default)
+        self._inside(node, node.body)
+
+    def _inside(self, node, body):
+        self.scope.append(node.name)
+        self.statements(body)
+        self.scope.pop()
+
+    def visit_Module(self, node):
+        self.statements(node.body)
+
+    def statements(self, body):
+        """Visit statements; those that only do something may be left out."""
+        for statement in body:
+            text = isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)
+            if text or isinstance(statement, (ast.Assert, ast.Import, ast.ImportFrom, ast.Raise)):
+                continue
+            stores = isinstance(statement, ast.Assign) and all(
+                isinstance(target, (ast.Subscript, ast.Attribute)) for target in statement.targets
+            )
+            if stores or isinstance(statement, (ast.Expr, ast.AugAssign, ast.Continue, ast.Break)):
+                self.add(statement, "remove")
+            self.visit(statement)
+
+    def generic_visit(self, node):
+        for name, value in ast.iter_fields(node):
+            if name in ("annotation", "returns", "decorator_list"):
+                continue
+            if name in ("body", "orelse", "finalbody") and isinstance(value, list):
+                self.statements(value)
+            elif isinstance(value, list):
+                for part in value:
+                    if isinstance(part, ast.AST):
+                        self.visit(part)
+            elif isinstance(value, ast.AST):
+                self.visit(value)
+
+    def visit_If(self, node):
+        if isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
+            return
+        self.generic_visit(node)
+
+    def visit_JoinedStr(self, node):
+        """Leave messages as they are."""
+
+    def visit_BinOp(self, node):
+        texts = [node.left, node.right]
+        if type(node.op) in SWAPS and not any(map(_is_text, texts)):
+            self.add(node, "operator")
+        self.generic_visit(node)
+
+    def visit_UnaryOp(self, node):
+        if isinstance(node.op, (ast.USub, ast.Not)):
+            self.add(node, "operand")
+        self.generic_visit(node)
+
+    def visit_BoolOp(self, node):
+        self.add(node, "operator")
+        self.generic_visit(node)
+
+    def visit_Compare(self, node):
+        if type(node.ops[0]) in SWAPS:
+            self.add(node, "compare")
+        self.generic_visit(node)
+
+    def visit_Constant(self, node):
+        if isinstance(node.value, bool):
+            self.add(node, "negate")
+        elif isinstance(node.value, (int, float)):
+            self.add(node, "more")
+            self.add(node, "less")
+
+    def visit_Call(self, node):
+        plain = [a for a in node.args if not isinstance(a, ast.Starred)]
+        if len(plain) == len(node.args) and len(plain) > 1:
+            self.add(node, "swap")
+        name = getattr(node.func, "id", getattr(node.func, "attr", ""))
+        if name in NAMES:
+            self.add(node, "name")
+        self.generic_visit(node)
+
+
+def _is_text(node) -> bool:
+    return isinstance(node, ast.JoinedStr) or (
+        isinstance(node, ast.Constant) and isinstance(node.value, str)
+    )
+
+
+def changed(module: str, place: int) -> tuple[ast.Module, Mutant]:
+    """Return a module's syntax tree with one change, and what it is."""
+    tree = ast.parse(source_of(module).read_text())
+    sites = Sites()
+    sites.visit(tree)
+    function, node, how = sites.found[place]
+    before = ast.unparse(node)
+    new = _changed(copy.deepcopy(node), how)
+    for parent in ast.walk(tree):
+        for name, value in ast.iter_fields(parent):
+            if value is node:
+                setattr(parent, name, new)
+            elif isinstance(value, list) and any(part is node for part in value):
+                setattr(parent, name, [new if part is node else part for part in value])
+    after = "nothing" if how == "remove" else ast.unparse(new)
+    return ast.fix_missing_locations(tree), Mutant(
+        module, function, node.lineno, place, before, after
+    )
+
+
+def _changed(node, how):
+    if how == "remove":
+        return ast.copy_location(ast.Pass(), node)
+    if how == "operand":
+        return node.operand
+    if how == "operator":
+        node.op = SWAPS[type(node.op)]()
+    elif how == "compare":
+        node.ops[0] = SWAPS[type(node.ops[0])]()
+    elif how == "negate":
+        node.value = not node.value
+    elif how in ("more", "less"):
+        node.value += 1 if how == "more" else -1
+    elif how == "swap":
+        node.args[0], node.args[1] = node.args[1], node.args[0]
+    elif how == "name":
+        old = node.func
+        if isinstance(old, ast.Name):
+            old.id = NAMES[old.id]
+        else:
+            old.attr = NAMES[old.attr]
+    return node
+
+
+def drawn(seed: int, count: int, groups: list[str]) -> list[tuple[str, Mutant]]:
+    """Draw mutants by a seed, as many of each group as of every other."""
+    out = []
+    for number, group in enumerate(groups):
+        share = count // len(groups) + (number < count % len(groups))
+        places = []
+        for module in GROUPS[group]:
+            sites = Sites()
+            sites.visit(ast.parse(source_of(module).read_text()))
+            places += [(module, place) for place in range(len(sites.found))]
+        draw = random.Random(f"{seed} {group}")
+        for module, place in draw.sample(places, min(share, len(places))):
+            out.append((group, changed(module, place)[1]))
+    return out
+
+
+class Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
+    """Has one module be imported as a mutant."""
+
+    def __init__(self, module: str, tree: ast.Module):
+        self.name, self.path, self.tree = name_of(module), source_of(module), tree
+
+    def find_spec(self, name, path, target=None):
+        """Find the one module."""
+        if name != self.name:
+            return None
+        return importlib.util.spec_from_file_location(name, self.path, loader=self)
+
+    def exec_module(self, module):
+        """Run the changed code in it."""
+        exec(compile(self.tree, str(self.path), "exec"), module.__dict__)
+
+
+class Trace:
+    """A plugin of pytest that notes which functions each test calls, and how long it takes."""
+
+    def __init__(self):
+        self.files = {str(source_of(m)): m for ms in GROUPS.values() for m in ms}
+        self.tests, self.seen = {}, set()
+
+    def _called(self, frame, event, argument):
+        module = self.files.get(frame.f_code.co_filename)
+        if module is not None:
+            self.seen.add(f"{module}:{frame.f_code.co_qualname}")
+
+    def pytest_runtest_logreport(self, report):
+        """Note a test that passed."""
+        if report.when == "call" and report.passed:
+            functions = sorted(name.replace(".<locals>", "") for name in self.seen)
+            self.tests[report.nodeid] = [round(report.duration, 3), functions]
+
+    def pytest_runtest_setup(self, item):
+        """Begin with a test."""
+        self.seen = set()
+        sys.setprofile(self._called)
+        signal.signal(signal.SIGALRM, _too_long)
+        signal.setitimer(signal.ITIMER_REAL, LONGEST)
+
+    def pytest_runtest_teardown(self, item):
+        """End with a test."""
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        sys.setprofile(None)
+
+
+def _too_long(number, frame):
+    raise TimeoutError("the test takes too long without compiled code")
+
+
+def called_by_tests(path: Path) -> dict:
+    """Return test -> seconds, functions; from a file where there is one for these sources."""
+    if path.is_file():
+        return json.loads(path.read_text())
+    print("noting which test calls what, once: some minutes", flush=True)
+    child = os.fork()
+    if not child:
+        trace = Trace()
+        _quiet()
+        _pytest([*TESTS, "-m", "not slow and not cuda"], [trace])
+        path.write_text(json.dumps(trace.tests))
+        os._exit(0)
+    os.waitpid(child, 0)
+    return json.loads(path.read_text())
+
+
+def _quiet() -> None:
+    null = os.open(os.devnull, os.O_RDWR)
+    for handle in (1, 2):
+        os.dup2(null, handle)
+
+
+def _pytest(arguments: list[str], plugins: list) -> int:
+    import pytest
+
+    os.chdir(ROOT)
+    options = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--hypothesis-seed=0"]
+    return int(pytest.main([*options, *arguments], plugins=plugins))
+
+
+def tests_of(mutant: Mutant, tests: dict) -> list[str]:
+    """Return the tests that face a mutant, fastest first, as many as there is time for."""
+    inside = mutant.module + ":"
+    name = inside + mutant.function
+    # A comprehension or a method of a class in a function is called by its own longer name.
+    calls = {
+        test: seconds
+        for test, (seconds, functions) in tests.items()
+        if any(f == name or f.startswith(name + ".") for f in functions)
+    }
+    if not calls:  # code of a class or module, which is run when it is imported
+        calls = {t: s for t, (s, fs) in tests.items() if any(f.startswith(inside) for f in fs)}
+    chosen, total = [], 0.0
+    for test in sorted(calls, key=lambda test: (calls[test], test)):
+        total += calls[test] + 0.02
+        if total > SECONDS * 0.6:
+            break
+        chosen.append(test)
+    return chosen
+
+
+def start(mutant: Mutant, tests: list[str]) -> int:
+    """Run tests on a mutant in a process of its own, which ends with 0 if it survives."""
+    child = os.fork()
+    if child:
+        return child
+    os.setpgid(0, 0)
+    _quiet()
+    tree, _ = changed(mutant.module, mutant.place)
+    sys.meta_path.insert(0, Finder(mutant.module, tree))
+    code = 2
+    try:
+        code = _pytest(["-x", *tests], [])
+    finally:
+        os._exit(code)
+
+
+def face(mutants: list[tuple[str, Mutant]], tests: dict, jobs: int, show: bool) -> Counter:
+    """Have each mutant face its tests; return (group, outcome) -> how many."""
+    known = equivalent()
+    counts: Counter = Counter()
+    waiting, running = list(mutants), {}
+    while waiting or running:
+        while waiting and len(running) < jobs:
+            group, mutant = waiting.pop(0)
+            chosen = tests_of(mutant, tests)
+            if chosen:
+                running[start(mutant, chosen)] = group, mutant, time.monotonic()
+            else:
+                _note(counts, group, mutant, "untested", known, show)
+        time.sleep(0.05)
+        for child, (group, mutant, began) in list(running.items()):
+            ended, status = os.waitpid(child, os.WNOHANG)
+            late = time.monotonic() - began > 2 * SECONDS
+            if not ended and not late:
+                continue
+            if not ended:
+                os.killpg(child, signal.SIGKILL)
+                os.waitpid(child, 0)
+            del running[child]
+            survived = ended and os.waitstatus_to_exitcode(status) == 0
+            outcome = "survived" if survived else "killed" if ended else "endless"
+            _note(counts, group, mutant, outcome, known, show)
+    return counts
+
+
+def _note(counts, group, mutant, outcome, known, show) -> None:
+    if outcome in ("survived", "untested") and str(mutant) in known:
+        outcome = "equivalent"
+    counts[group, outcome] += 1
+    if show or outcome in ("survived", "untested"):
+        where = f"{source_of(mutant.module).relative_to(ROOT)}:{mutant.line}"
+        print(f"{outcome:>10}  {where} {mutant.function}: {mutant.before} -> {mutant.after}"
+              .replace("\n", " "), flush=True)  # fmt: skip
+
+
+def equivalent() -> set[str]:
+    """Return the mutants that change nothing that can be told; a line each, then its reason."""
+    lines = EQUIVALENT.read_text().splitlines() if EQUIVALENT.is_file() else []
+    return {line for line in lines if line and not line.startswith(("#", " "))}
+
+
+def main() -> int:
+    """Draw, run, print a table; 1 if fewer than nine of ten are killed."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--seed", type=int, required=True)
+    parser.add_argument("--count", type=int, default=300)
+    parser.add_argument("--group", action="append", choices=sorted(GROUPS))
+    parser.add_argument("--jobs", type=int, default=2)
+    parser.add_argument("--map", type=Path, help="where to keep which test calls what")
+    parser.add_argument("--show", action="store_true", help="print those that are killed, too")
+    asked = parser.parse_args()
+    sys.path.insert(0, str(ROOT))
+    import hypothesis  # noqa: F401 - imported once, for all mutants
+    import timm  # noqa: F401
+    import torch  # noqa: F401
+
+    with tempfile.TemporaryDirectory(prefix="d2ft-mutants-") as folder:
+        tests = called_by_tests(asked.map or Path(folder, "map.json"))
+        groups = asked.group or list(GROUPS)
+        counts = face(drawn(asked.seed, asked.count, groups), tests, asked.jobs, asked.show)
+    outcomes = ("killed", "endless", "equivalent", "survived", "untested")
+    print(f"{'':>12}" + "".join(f"{outcome:>12}" for outcome in outcomes))
+    for group in (*groups, "all"):
+        row = [sum(n for (g, o), n in counts.items() if o == outcome and group in (g, "all"))
+               for outcome in outcomes]  # fmt: skip
+        print(f"{group:>12}" + "".join(f"{n:>12}" for n in row))
+    total = sum(counts.values())
+    dead = sum(n for (_, outcome), n in counts.items() if outcome in ("killed", "endless"))
+    same = sum(n for (_, outcome), n in counts.items() if outcome == "equivalent")
+    share = (dead + min(same, total // 20)) / total
+    print(f"{share:.1%} of {total} killed (seed {asked.seed})")
+    return int(share < 0.9)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
