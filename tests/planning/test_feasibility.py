@@ -14,7 +14,7 @@ from d2ft_fl.planning.solver import feasible
 from tests.planning.feasibility import FAMILIES, hidden, highs_fits
 from tests.planning.knapsacks import cases_of
 
-quick = settings(max_examples=30, deadline=None)
+quick = settings(max_examples=60, deadline=None)
 seeds = st.integers(0, 100_000)
 EFFORTS = (0, 1, 2, 4, 8)
 
@@ -32,7 +32,7 @@ def keeps_the_laws(choice, values, costs, capacities, structure):
 
 
 def tiny(seed, cases=False):
-    """Four items with three options each, so tight that often nothing fits."""
+    """Four items with three options each: often nothing fits, or just so, with nothing to spare."""
     draw = np.random.default_rng(seed)
     values, costs = draw.random((4, 3)), draw.integers(1, 30, (4, 3, 3))
     values[draw.random((4, 3)) < 0.1] = -np.inf
@@ -42,6 +42,10 @@ def tiny(seed, cases=False):
     if cases:
         allowed = np.array([[True, False, True], [False, True, True]])
         structure = replace(structure, modes=np.array([[0, 1], [1, 1]]), allowed=allowed)
+    if seed % 2:
+        choice = draw.integers(0, 3, (1, 4))
+        capacities = used(choice, costs[None], structure, np.zeros(1, dtype=np.int64))[0]
+        return values, costs, capacities, structure
     whole = costs.mean(axis=1).sum(axis=0) + structure.openings.sum(axis=(0, 1, 2)) / 2
     return values, costs, (whole * draw.uniform(0.7, 1.1)).astype(np.int64), structure
 
@@ -68,6 +72,13 @@ def test_what_fits_is_found_and_what_does_not_is_proven_impossible(seed, cases):
     solution = solve(*problem)
     assert solution.feasible == any_fits
     assert any_fits or solution.bound == -np.inf
+
+
+def test_where_nodes_run_out_nothing_is_claimed():
+    """A choice is planted, which this effort does not find."""
+    solution = solve(*hidden("plain", 305, (5, 30)), effort=1)
+    assert not solution.feasible
+    assert solution.bound > -np.inf
 
 
 @pytest.mark.parametrize("family", FAMILIES)
