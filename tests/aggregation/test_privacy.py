@@ -20,6 +20,7 @@ from d2ft_fl.config.run_config import RunConfig
 from d2ft_fl.errors import ConfigError
 from d2ft_fl.rounds.checks import checked, checked_options
 from d2ft_fl.runtime.in_process import run_local
+from d2ft_fl.subnets.architecture import Kind
 from d2ft_fl.subnets.schedule import Operation, Schedule
 from d2ft_fl.util.files import read_lines
 from tests.aggregation.test_robust import ARCH, WEIGHTS, update
@@ -205,6 +206,26 @@ def test_counts_are_expected_over_draws_and_one_at_least():
     few = sums([everything], rate=0.1)
     few.add(update(everything, 1e-6))
     assert np.allclose(moved(few, few.apply()), 1e-6, atol=1e-7)
+
+
+def test_a_block_counts_a_client_once_however_many_of_its_heads_it_trains():
+    two, other = all_of(ARCH).operations.copy(), all_of(ARCH).operations.copy()
+    two[:, :, 2:] = Operation.SHORTCUT
+    other[:] = Operation.SHORTCUT
+    other[:, 0, 3] = Operation.FULL
+    found = trainers([Schedule(two), Schedule(other)], 0.5)
+    assert found.heads[0].tolist() == [0.5, 0.5, 0.0, 0.5]
+    assert found.blocks.tolist() == [1.0] + [0.5] * (ARCH.blocks - 1)
+    shared = [p for p in ARCH.parameters if p.kind is Kind.SHARED and p.trains]
+    assert {found.of_parameter(p)[-1] for p in shared if p.block == 0} == {1.0}
+    assert {found.of_parameter(p)[-1] for p in shared if p.block == 1} == {0.5}
+    assert found.some == 1.0
+
+
+@pytest.mark.parametrize("sampled,rate", [(0, 1.0), (3, 0.3), (10, 1.0)])
+def test_the_chance_to_take_part(sampled, rate):
+    config = RunConfig.from_mapping(PRIVATE | {"clients": 10, "sample-clients": sampled})
+    assert Privacy.of(config, ()).rate == rate
 
 
 # -- runs ----------------------------------------------------------------------------------------

@@ -4,10 +4,13 @@ The small model has T = 17 tokens, D = 24, two heads of width d = 12 and slices 
 blocks, float32 and fused attention.
 """
 
+import math
+
 import numpy as np
 
 from d2ft_fl.costs.memory import ExampleCounts, MicroBatchMemory, Moments, examples_where
-from d2ft_fl.subnets.schedule import BranchOperations, Operation
+from d2ft_fl.subnets.packing import up_spec
+from d2ft_fl.subnets.schedule import BranchOperations, Operation, Schedule
 from tests.conftest import build, cost_model
 
 T, D, HEAD, SLICE = 17, 24, 12, 48
@@ -161,3 +164,15 @@ def test_the_peak_is_the_largest_moment():
     assert peak(backward=[[50, 6]]).tolist() == [10 + 50]
     assert peak(outer=[40]).tolist() == [10 + 20 + 40]
     assert peak(embedding=[400]).tolist() == [400]
+
+
+def test_fedprox_holds_one_copy_more_of_what_trains():
+    """Beside gradient and moments, where the proximal term pulls to: as large as what goes up."""
+    schedule = Schedule(np.array([[[FULL, FROZEN], [FORWARD, 0]]], dtype=np.int8))
+    ranks = np.zeros((1, ARCH.blocks, ARCH.heads), dtype=np.int64)
+    plain, proximal = (
+        cost_model(ARCH, proximal=mu).round_memory.resident(schedule.operations[None], ranks)
+        for mu in (0.0, 0.1)
+    )
+    trained = sum(math.prod(shape) for shape in up_spec(ARCH, schedule).values())
+    assert proximal - plain == 4 * trained

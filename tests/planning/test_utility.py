@@ -45,6 +45,16 @@ def test_by_hand():
     assert of(operations, examples=0.4, bits=(4, 8)) == pytest.approx(expected)
 
 
+def test_a_block_that_cuts_itself_loses_nothing_of_its_own():
+    """One of three heads of the upper block is FORWARD_ONLY: it cuts what the lower one learns."""
+    operations = rows(FULL, FULL)
+    operations[0, 1, 2] = FORWARD
+    trained = (3 * (1 - utility.CUT / 3) + 2) / 6
+    judge = Utility(np.ones((2, 3)), np.ones((2, 3)))
+    learned = judge.learned(operations[None], np.ones((1, 2, 3)))
+    assert learned == pytest.approx(utility.BASE + (1 - utility.BASE) * trained)
+
+
 def test_a_gradient_that_passes_is_worth_more_than_one_that_is_cut():
     below = of(rows(FULL, FROZEN, FROZEN, FROZEN))
     assert below > of(rows(FULL, FROZEN, FORWARD, FROZEN)) > of(rows(FULL, FORWARD, SKIP, FROZEN))
