@@ -30,7 +30,7 @@ class BadExample:
     Attributes:
         split: Name of its split.
         row: Its row there, counted from 0.
-        file: Name of its file, where it has one.
+        file: Its file, where it has one, relative to the folder of the data set.
         reason: Why it cannot be used.
     """
 
@@ -76,11 +76,16 @@ def inspect(split: Split, dataset: str, bad_examples: str) -> Inspected:
         return Inspected(split, (), np.zeros(len(split), dtype=bool), ())
     rows = split.places(np.arange(len(split)))
     packages = [version(name) for name in ("pillow", "datasets")]
-    key = ("inspection", 1, split.identity(rows), packages)
+    key = ("inspection", 2, split.identity(rows), packages)
     found = kept(key, lambda: _look(split, rows))
     reasons = found["reasons"]
     bad = tuple(
-        BadExample(split.name, split.row_of(int(i)), str(found["files"][i]), str(reasons[i]))
+        BadExample(
+            split.name,
+            split.row_of(int(i)),
+            str(found["files"][i]).removeprefix(dataset + os.sep),
+            str(reasons[i]),
+        )
         for i in np.flatnonzero(reasons != "")
     )
     if bad and bad_examples == STOP:
@@ -119,7 +124,7 @@ def _chunks(values: Callable[[np.ndarray], list[Any]], rows: np.ndarray) -> Iter
 
 def _look_at(value: Any) -> tuple[str, str, bool, int]:
     """Return what is wrong with an image, its file, whether it is constant, its 16-bit maximum."""
-    file = "" if value is None else os.path.basename(value["path"] or "")
+    file = "" if value is None else value["path"] or ""
     try:
         image = opened(value)
         peak = int(np.asarray(image).max()) if image.mode in DEEP else 0

@@ -127,7 +127,7 @@ def test_metadata_of_some_images_only(tmp_path):
     assert any("4 of 11 examples of split 'train' have no label" in note for note in found.notes)
     data = open_data(spec(tmp_path))
     bad = [str(example) for part in data.inspected for example in part.bad]
-    assert bad == ["row 10 of split 'train' (99.png): there is no such file"]
+    assert bad == ["row 10 of split 'train' (dog/99.png): there is no such file"]
 
 
 def test_metadata_without_file_names_is_refused(tmp_path):

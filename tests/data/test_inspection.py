@@ -29,8 +29,8 @@ def test_bad_images_are_left_out_named_and_counted(spoilt):
     data.test_batch(0, 3)
     (train, test) = [line for line in data.notes if "left out" in line]
     assert train.startswith("2 of 12 examples of split 'train' are left out: row 1 of split")
-    assert "row 6 of split 'train' (0.png): it is no image" in train
-    assert "row 3 of split 'test' (1.png): it holds nothing but null bytes" in test
+    assert "row 6 of split 'train' (train/dog/0.png): it is no image" in train
+    assert "row 3 of split 'test' (test/dog/1.png): it holds nothing but null bytes" in test
     assert [example["row"] for example in data.describe()["train"]["left_out"]] == [1, 6]
     secret = data.describe(private=True)
     assert secret.keys() == {"dataset", "classes", "test"}
@@ -38,7 +38,9 @@ def test_bad_images_are_left_out_named_and_counted(spoilt):
 
 
 def test_bad_images_can_stop_a_run(spoilt):
-    with pytest.raises(ConfigError, match=r"row 1 of split 'train' \(1.png\).*bad-examples"):
+    with pytest.raises(
+        ConfigError, match=r"row 1 of split 'train' \(train/cat/1.png\).*bad-examples"
+    ):
         open_data(spec(spoilt, bad_examples="stop"))
 
 
