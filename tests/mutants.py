@@ -78,6 +78,7 @@ class Mutant:
         function: The qualified name of the function that the change is in; empty for none.
         line: Where.
         place: Which of the module's possible changes it is.
+        statement: The first line of the statement that the change is in.
         before: The changed part as it was; ``after`` as it is.
     """
 
@@ -85,11 +86,14 @@ class Mutant:
     function: str
     line: int
     place: int
+    statement: str
     before: str
     after: str
 
     def __str__(self) -> str:
-        return f"{self.module}.py {self.function}: {self.before} -> {self.after}"
+        change = f"{self.before} -> {self.after}"
+        where = f" in {self.statement}" if self.statement != self.before else ""
+        return " ".join(f"{self.module}.py {self.function}: {change}{where}".split())
 
 
 def source_of(module: str) -> Path:
@@ -104,17 +108,17 @@ def name_of(module: str) -> str:
 
 
 class Sites(ast.NodeVisitor):
-    """Collects what can be changed in a module: (function, node, how).
+    """Collects what can be changed in a module: (function, statement, node, how).
 
     ``how`` changes the node in place; the visitor leaves out texts, annotations and assertions.
     """
 
     def __init__(self):
-        self.found, self.scope = [], []
+        self.found, self.scope, self.statement = [], [], None
 
     def add(self, node, how):
         """Note one possible change."""
-        self.found.append((".".join(self.scope), node, how))
+        self.found.append((".".join(self.scope), self.statement, node, how))
 
     def visit_ClassDef(self, node):
         self._inside(node, node.body)
@@ -139,6 +143,7 @@ class Sites(ast.NodeVisitor):
             text = isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)
             if text or isinstance(statement, (ast.Assert, ast.Import, ast.ImportFrom, ast.Raise)):
                 continue
+            self.statement = statement
             stores = isinstance(statement, ast.Assign) and all(
                 isinstance(target, (ast.Subscript, ast.Attribute)) for target in statement.targets
             )
@@ -215,8 +220,8 @@ def changed(module: str, place: int) -> tuple[ast.Module, Mutant]:
     tree = ast.parse(source_of(module).read_text())
     sites = Sites()
     sites.visit(tree)
-    function, node, how = sites.found[place]
-    before = ast.unparse(node)
+    function, statement, node, how = sites.found[place]
+    before, line = ast.unparse(node), ast.unparse(statement).split("\n")[0]
     new = _changed(copy.deepcopy(node), how)
     for parent in ast.walk(tree):
         for name, value in ast.iter_fields(parent):
@@ -225,9 +230,8 @@ def changed(module: str, place: int) -> tuple[ast.Module, Mutant]:
             elif isinstance(value, list) and any(part is node for part in value):
                 setattr(parent, name, [new if part is node else part for part in value])
     after = "nothing" if how == "remove" else ast.unparse(new)
-    return ast.fix_missing_locations(tree), Mutant(
-        module, function, node.lineno, place, before, after
-    )
+    found = Mutant(module, function, node.lineno, place, line, before, after)
+    return ast.fix_missing_locations(tree), found
 
 
 def _changed(node, how):
@@ -423,9 +427,7 @@ def _note(counts, group, mutant, outcome, known, show) -> None:
         outcome = "equivalent"
     counts[group, outcome] += 1
     if show or outcome in ("survived", "untested"):
-        where = f"{source_of(mutant.module).relative_to(ROOT)}:{mutant.line}"
-        print(f"{outcome:>10}  {where} {mutant.function}: {mutant.before} -> {mutant.after}"
-              .replace("\n", " "), flush=True)  # fmt: skip
+        print(f"{outcome:>10}  line {mutant.line} of {mutant}", flush=True)
 
 
 def equivalent() -> set[str]:

@@ -85,7 +85,6 @@ def load(choice: Choice) -> Loaded:
     if not any(choice.label in data.column_names for data in splits.values()):
         raise ConfigError(_no_labels(choice, splits))
     notes: list[str] = []
-    image = _image_column(choice, splits, notes)
     where = f"label-column = {choice.label!r} of dataset {choice.dataset!r}"
     columns = {name: LabelColumn.read(data, choice.label, where) for name, data in splits.items()}
     names = class_names(columns, choice.classes, where)
@@ -94,9 +93,11 @@ def load(choice: Choice) -> Loaded:
         for name, column in columns.items()
     }
     train, test = _chosen(choice, numbers, notes)
+    used = dict.fromkeys((train, test or train))
+    image = _image_column(choice, {name: splits[name] for name in used}, notes)
     row = free_name("row", *(data.column_names for data in splits.values()))
     ready = {}
-    for name in dict.fromkeys((train, test or train)):
+    for name in used:
         data = tables.with_images(splits[name], image, folder).add_column(
             row, range(len(splits[name]))
         )
@@ -137,7 +138,9 @@ def free_name(wanted: str, *taken: Iterable[str]) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of an error's message; its type where it has none."""
+    """Return the first line of what went wrong first; the type of an error that says nothing."""
+    while error.__cause__ is not None:
+        error = error.__cause__
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
@@ -162,6 +165,11 @@ def _splits(dataset: str) -> "tuple[Mapping[str, datasets.Dataset], Path | None]
     except ConfigError:
         raise
     except Exception as error:  # datasets raises many kinds for a folder it cannot use
+        if str(error).startswith("Config name is missing"):
+            raise ConfigError(
+                f"dataset {dataset!r} has several configurations by its README.md: make a folder "
+                "with the files of one"
+            ) from None
         raise ConfigError(f"dataset {dataset!r} cannot be read: {first_line(error)}") from None
 
 
@@ -200,16 +208,23 @@ def _no_labels(choice: Choice, splits: "Mapping[str, datasets.Dataset]") -> str:
 def _image_column(
     choice: Choice, splits: "Mapping[str, datasets.Dataset]", notes: list[str]
 ) -> str:
-    """Return the name of the column of images, which all splits have."""
+    """Return the name of the column of images, which all splits that are used have."""
     data = next(iter(splits.values()))
     found = [name for name in tables.image_columns(data) if name != choice.label]
     if choice.image:
         found = [name for name in data.column_names if name == choice.image]
+    columns = f"dataset {choice.dataset!r}: its columns are {', '.join(data.column_names)}"
     if not found:
         asked = f"image-column = {choice.image!r} is not in" if choice.image else "no images in"
-        raise ConfigError(
-            f"{asked} dataset {choice.dataset!r}: its columns are {', '.join(data.column_names)}"
-        )
+        raise ConfigError(f"{asked} {columns}")
+    for split, other in splits.items():
+        if found[0] not in other.column_names:
+            raise ConfigError(
+                f"split {split!r} of dataset {choice.dataset!r} has no column {found[0]!r}, which "
+                f"has the images elsewhere; its columns are {', '.join(other.column_names)}"
+            )
+        if not tables.may_hold_images(other.features[found[0]]):
+            raise ConfigError(f"image-column = {found[0]!r} holds no images in {columns}")
     if len(found) > 1:
         notes.append(f"images are those of column {found[0]!r}; image-column can name another")
     return found[0]

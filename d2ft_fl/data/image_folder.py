@@ -137,19 +137,19 @@ class _Split:
         """Return the split as a data set: labels of the metadata, else the class folders."""
         import datasets
 
-        class_of = self._class_folders()
-        classes = {
-            f"{self.folder / place}{os.sep}{name}": class_of.get(place)
+        paths = sorted(
+            f"{self.folder / place}{os.sep}{name}"
             for place, names in self.images.items()
             for name in names
-        }
-        paths = sorted(classes)
-        columns: dict[str, list[Any]] = {}
+        )
         table = self._metadata()
+        columns: dict[str, list[Any]] = {}
         if table is not None:
-            columns, paths = _by_file(table, paths)
-        if LABEL not in columns and class_of:
-            columns[LABEL] = [classes.get(path) for path in paths]
+            columns, paths = _by_file(table, paths, self.folder / self.root)
+        if LABEL not in columns and (class_of := self._class_folders()):
+            columns[LABEL] = [
+                class_of.get(Path(os.path.dirname(path)).relative_to(self.folder)) for path in paths
+            ]
         data = datasets.Dataset.from_dict({IMAGE: paths, **columns})
         return data.cast_column(IMAGE, datasets.Image(decode=False))
 
@@ -180,7 +180,7 @@ class _Split:
         """Return the rows of metadata files, ``file_name`` absolute; None where there are none."""
         import pyarrow as pa
 
-        places = sorted({self.root, *self.root.parents, *self.images})
+        places = sorted({p for place in self.images for p in (place, *place.parents)})
         paths = [self.folder / place / name for place in places for name in METADATA]
         found = [path for path in paths if path.is_file()]
         tables = [_metadata_table(path) for path in found]
@@ -194,6 +194,7 @@ class _Split:
 
 
 def _metadata_table(path: Path) -> "pa.Table":
+    import datasets
     import pyarrow as pa
     from pyarrow import csv, json, parquet
 
@@ -212,17 +213,39 @@ def _metadata_table(path: Path) -> "pa.Table":
             f"{str(path)!r} has a column {IMAGE!r}, which is the name of the images themselves: "
             "rename it"
         )
-    names = [str(path.parent / str(name)) for name in table[FILE_NAME].to_pylist()]
-    return table.set_column(table.column_names.index(FILE_NAME), FILE_NAME, pa.array(names))
+    names = [os.path.normpath(path.parent / str(name)) for name in table[FILE_NAME].to_pylist()]
+    table = table.set_column(table.column_names.index(FILE_NAME), FILE_NAME, pa.array(names))
+    features = datasets.Features.from_arrow_schema(table.schema)
+    for place, (name, feature) in enumerate(features.items()):
+        if isinstance(feature, datasets.ClassLabel):
+            texts = [None if n in (None, -1) else feature.names[n] for n in table[name].to_pylist()]
+            table = table.set_column(place, name, pa.array(texts, type=pa.string()))
+    return table
 
 
-def _by_file(table: "pa.Table", paths: list[str]) -> tuple[dict[str, list[Any]], list[str]]:
+def _by_file(
+    table: "pa.Table", paths: list[str], root: Path
+) -> tuple[dict[str, list[Any]], list[str]]:
     """Return the other columns of metadata in the order of all images, and these images.
 
     Files that rows name are images also where they are missing, so that this comes out.
+
+    Args:
+        table: Rows of metadata, perhaps of other splits too.
+        paths: The images that there are.
+        root: The folder of the split.
+
+    Raises:
+        ConfigError: When two rows are of one file.
     """
     columns = {name: table[name].to_pylist() for name in table.column_names}
-    row = {name: index for index, name in enumerate(columns.pop(FILE_NAME))}
+    row: dict[str, int] = {}
+    for index, name in enumerate(columns.pop(FILE_NAME)):
+        if not Path(name).is_relative_to(root):
+            continue
+        if name in row:
+            raise ConfigError(f"metadata has two rows of {name!r}: leave one")
+        row[name] = index
     paths = sorted({*paths, *row})
     order = [row.get(path) for path in paths]
     return {

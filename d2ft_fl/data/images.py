@@ -6,7 +6,6 @@ other ranges have no agreed scale and are refused. Pillow's own conversion would
 white, or all black.
 """
 
-import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +23,13 @@ LARGEST_16 = 65535
 
 
 class BadImage(D2FTError):
-    """An image that cannot be used, with the reason."""
+    """An image that cannot be used, with the reason.
+
+    Attributes:
+        lasting: Whether it is the image's own fault; else another attempt may read it.
+    """
+
+    lasting = True
 
 
 def picture_of(value: Any) -> Image.Image | np.ndarray:
@@ -53,16 +58,17 @@ def opened(value: "dict[str, Any] | None") -> Image.Image:
     if value["bytes"] is None and "://" in value["path"]:
         raise BadImage(f"{value['path']!r} is an address, not a file")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what matters raises
-            return datasets.Image().decode_example(value)
+        return datasets.Image().decode_example(value)
     except Image.UnidentifiedImageError:
         raise BadImage(_unidentified(value)) from None
     except FileNotFoundError:
         raise BadImage("there is no such file") from None
     except Exception as error:  # Pillow's readers raise many kinds for a damaged file
         text = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise BadImage(f"it cannot be decoded: {text}") from None
+        bad = BadImage(f"it cannot be decoded: {text}")
+        # Those of the system have a number, such as too many open files; Pillow's have none.
+        bad.lasting = not isinstance(error, MemoryError) and getattr(error, "errno", None) is None
+        raise bad from None
 
 
 def _unidentified(value: dict[str, Any]) -> str:

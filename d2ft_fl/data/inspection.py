@@ -4,6 +4,7 @@ What was found is kept on the machine, for as long as the images are the ones th
 """
 
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -77,7 +78,10 @@ def inspect(split: Split, dataset: str, bad_examples: str) -> Inspected:
     rows = split.places(np.arange(len(split)))
     packages = [version(name) for name in ("pillow", "datasets")]
     key = ("inspection", 2, split.identity(rows), packages)
-    found = kept(key, lambda: _look(split, rows))
+    try:
+        found = kept(key, lambda: _look(split, rows))
+    except _Passing as passing:
+        found = passing.found
     reasons = found["reasons"]
     bad = tuple(
         BadExample(
@@ -97,24 +101,44 @@ def inspect(split: Split, dataset: str, bad_examples: str) -> Inspected:
     return Inspected(split.take(good) if bad else split, bad, found["constant"][good], tuple(notes))
 
 
+class _Passing(Exception):
+    """What was found, where some of it may be otherwise the next time."""
+
+    def __init__(self, found: dict[str, np.ndarray]):
+        self.found = found
+
+
 def _look(split: Split, rows: np.ndarray) -> dict[str, np.ndarray]:
-    """Decode all images of some rows; return what was found."""
-    reasons, files, constant, peak = [], [], [], 0
+    """Decode all images of some rows; return what was found.
+
+    Raises:
+        _Passing: With that, where it is not to be kept: the system failed to read some.
+    """
+    reasons, files, constant, peak, lasting = [], [], [], 0, True
     threads = os.cpu_count() or 1
-    with ThreadPoolExecutor(threads) as pool, progress("looking at images", len(rows)) as done:
+    with (
+        warnings.catch_warnings(),
+        ThreadPoolExecutor(threads) as pool,
+        progress("looking at images", len(rows)) as done,
+    ):
+        warnings.simplefilter("ignore")  # what matters raises
         for values in _chunks(split.values, rows):
-            for reason, file, flat, deep in pool.map(_look_at, values, chunksize=32):
+            for reason, file, flat, deep, own in pool.map(_look_at, values, chunksize=32):
                 reasons.append(reason)
                 files.append(file)
                 constant.append(flat)
                 peak = max(peak, deep)
+                lasting = lasting and own
             done(len(values))
-    return {
+    found = {
         "reasons": np.array(reasons, dtype=str),
         "files": np.array(files, dtype=str),
         "constant": np.array(constant, dtype=bool),
         "peak": np.array(peak),
     }
+    if not lasting:
+        raise _Passing(found)
+    return found
 
 
 def _chunks(values: Callable[[np.ndarray], list[Any]], rows: np.ndarray) -> Iterator[list[Any]]:
@@ -122,15 +146,20 @@ def _chunks(values: Callable[[np.ndarray], list[Any]], rows: np.ndarray) -> Iter
         yield values(rows[start : start + CHUNK])
 
 
-def _look_at(value: Any) -> tuple[str, str, bool, int]:
-    """Return what is wrong with an image, its file, whether it is constant, its 16-bit maximum."""
+def _look_at(value: Any) -> tuple[str, str, bool, int, bool]:
+    """Look at an image.
+
+    Returns:
+        What is wrong with it, its file, whether it is constant, the most that its 16 bits hold, and
+        whether all of this will be the same the next time.
+    """
     file = "" if value is None else value["path"] or ""
     try:
         image = opened(value)
         peak = int(np.asarray(image).max()) if image.mode in DEEP else 0
-        return "", "", is_constant(eight_bit(image)), peak
+        return "", "", is_constant(eight_bit(image)), peak, True
     except BadImage as error:
-        return str(error), file, False, 0
+        return str(error), file, False, 0, error.lasting
 
 
 def _notes(name: str, count: int, bad: tuple[BadExample, ...], peak: int) -> Iterator[str]:

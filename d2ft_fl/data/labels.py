@@ -156,13 +156,13 @@ def class_names(columns: Mapping[str, LabelColumn], given: Sequence[str], where:
     if len(names) < 2:
         raise ConfigError(
             f"{where} has the one class {names[0]!r}; there is nothing to learn with fewer than two"
-            + (" (-1 means that there is no label)" if _drops_minus_one(used) else "")
+            + (" (-1, an empty text and a missing value are no label)" if _drops(used) else "")
         )
     return names
 
 
-def _drops_minus_one(columns: Mapping[str, LabelColumn]) -> bool:
-    return any(c.kind == "number" and (c.codes == UNLABELLED).any() for c in columns.values())
+def _drops(columns: Mapping[str, LabelColumn]) -> bool:
+    return any((c.codes == UNLABELLED).any() for c in columns.values())
 
 
 def _merged(columns: Mapping[str, LabelColumn], where: str) -> list[str]:
@@ -178,7 +178,8 @@ def _merged(columns: Mapping[str, LabelColumn], where: str) -> list[str]:
             "same in all splits"
         )
     kinds = {c.kind for c in others.values()}
-    if len(kinds) > 1 and not all(name.isascii() and name.isdigit() for name in found):
+    plain = all(name.isascii() and name.isdigit() and str(int(name)) == name for name in found)
+    if len(kinds) > 1 and not plain:
         raise ConfigError(
             f"{where} has a {' in one split and a '.join(sorted(kinds))} in another: "
             f"{listed(sorted(found))}; write the same in all splits"

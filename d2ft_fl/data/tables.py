@@ -8,6 +8,7 @@ import glob
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,6 +27,7 @@ SUFFIXES = frozenset(
         *("xml", "h5", "hdf5", "lance"),
     )
 )
+STRONG = (".parquet", ".arrow")
 SAVED = ("dataset_dict.json", "state.json")  # what save_to_disk writes
 
 
@@ -45,19 +47,26 @@ def read_saved(folder: Path) -> "Mapping[str, datasets.Dataset]":
     import datasets
 
     loaded = datasets.load_from_disk(str(folder))
-    return loaded if isinstance(loaded, dict) else {"train": loaded}
+    splits = loaded if isinstance(loaded, dict) else {"train": loaded}
+    return {name: data.with_format(None) for name, data in splits.items()}
 
 
 def read_folder(folder: Path) -> "dict[str, datasets.Dataset]":
     """Return the splits of a folder of tables."""
     import datasets
+    from pyarrow import parquet
 
+    folder = folder.absolute()
     with _view(folder) as view:
         builder = datasets.load_dataset_builder(str(view))
         files = {
             str(split): [folder / Path(path).relative_to(view) for path in paths]
             for split, paths in builder.config.data_files.items()
         }
+    for split, paths in files.items():
+        if all(path.suffix == ".parquet" for path in paths):  # datasets refuses those without rows
+            files[split] = [p for p in paths if parquet.ParquetFile(p).metadata.num_rows]
+    files = {split: paths for split, paths in files.items() if paths}
     _check_schemas(files)
     escaped = {split: [glob.escape(str(p)) for p in paths] for split, paths in files.items()}
     return _each(builder, escaped)
@@ -68,7 +77,9 @@ def _view(folder: Path) -> Iterator[Path]:
     """Lend a folder of links to the tables alone, whose path means nothing else to ``glob``."""
     with tempfile.TemporaryDirectory(prefix="d2ft-view-") as made:
         view = Path(made).resolve()
-        for file in [*files_of(folder), *_card(folder)]:
+        files = files_of(folder)
+        strong = [file for file in files if file.suffix in STRONG]  # others are notes beside them
+        for file in [*(strong or files), *_card(folder)]:
             view.joinpath(file).parent.mkdir(parents=True, exist_ok=True)
             view.joinpath(file).symlink_to(folder / file)
         yield view
@@ -103,18 +114,39 @@ def _each(builder: Any, files: Mapping[str, list[str]]) -> "dict[str, datasets.D
     """Load splits one by one as a builder would, with the class names that a card declares."""
     import datasets
 
+    own = {f.name for f in fields(datasets.BuilderConfig)} | {"features"}
+    options = {
+        f.name: getattr(builder.config, f.name) for f in fields(builder.config) if f.name not in own
+    }
     splits = {}
     for split, paths in files.items():
-        data = datasets.load_dataset(_module(builder), data_files={split: paths}, split=split)
-        declared = builder.info.features or {}
-        for column, feature in declared.items():
-            numbers = column in data.features and not isinstance(
-                data.features[column], datasets.ClassLabel
-            )
-            if isinstance(feature, datasets.ClassLabel) and numbers:
-                data = data.cast_column(column, feature)
+        data = datasets.load_dataset(
+            _module(builder), data_files={split: paths}, split=split, **options
+        )
+        for column, feature in (builder.info.features or {}).items():
+            if isinstance(feature, datasets.ClassLabel) and column in data.features:
+                data = _declared(data, column, feature)
         splits[split] = data
     return splits
+
+
+def _declared(data: "datasets.Dataset", column: str, feature: Any) -> "datasets.Dataset":
+    """Return a data set whose column of classes has the names that a card declares.
+
+    Texts that are others, and files that declare names of their own, stay as they are.
+    """
+    import datasets
+
+    if isinstance(data.features[column], datasets.ClassLabel):
+        return data
+    if not is_paths(data.features[column]):
+        return data.cast_column(column, feature)
+    place = {name: number for number, name in enumerate(feature.names)}
+    texts = data[column][:]
+    if any(text and text not in place for text in texts):
+        return data
+    numbers = [place[text] if text else -1 for text in texts]
+    return data.remove_columns([column]).add_column(column, numbers, feature=feature)
 
 
 def _check_schemas(files: Mapping[str, Sequence[Path]]) -> None:
@@ -149,16 +181,40 @@ def with_images(data: "datasets.Dataset", column: str, folder: Path | None) -> "
         folder: Where relative paths begin; None where there is none.
     """
     import datasets
+    import pyarrow.compute as pc
 
+    undecoded = datasets.Image(decode=False)
     if is_paths(data.features[column]) and folder is not None:
-        paths = [None if path is None else str(folder / path) for path in data[column]]
+        paths = [None if path is None else _below(folder, path) for path in data[column][:]]
         data = data.remove_columns([column]).add_column(column, paths)
-    return data.cast_column(column, datasets.Image(decode=False))
+    data = data.cast_column(column, undecoded)
+    values = data.with_format("arrow")[column][:]
+    if folder is None or not pc.struct_field(values, "bytes").null_count:
+        return data
+    images = data[column][:]
+    for image in images:
+        if image is not None and image["bytes"] is None and image["path"]:
+            image["path"] = _below(folder, image["path"])
+    return data.remove_columns([column]).add_column(column, images, feature=undecoded)
+
+
+def _below(folder: Path, path: str) -> str:
+    """Return a path that begins in a folder; an address stays one."""
+    return path if "://" in path else str(folder / path)
 
 
 def is_paths(feature: Any) -> bool:
     """Return whether a column holds texts, which may be paths."""
     return getattr(feature, "dtype", "") in ("string", "large_string")
+
+
+def may_hold_images(feature: Any) -> bool:
+    """Return whether a column is of a kind that images can be read from."""
+    import datasets
+
+    dictionary = isinstance(feature, dict) and "bytes" in feature
+    binary = getattr(feature, "dtype", "") in ("binary", "large_binary")
+    return isinstance(feature, datasets.Image) or dictionary or binary or is_paths(feature)
 
 
 def image_columns(data: "datasets.Dataset") -> list[str]:

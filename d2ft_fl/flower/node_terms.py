@@ -16,11 +16,13 @@ In a simulation the machine is the server's own, and everything is as the run sa
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from d2ft_fl.budgets.sources import MEASURED
 from d2ft_fl.config.choices import TUNINGS
 from d2ft_fl.config.run_config import OPTIONS
+from d2ft_fl.config.sources import absolute
 from d2ft_fl.errors import ConfigError
 from d2ft_fl.util.spelling import unknown
 
@@ -71,7 +73,8 @@ class NodeTerms:
         """
         if strange := sorted(node.keys() - {*KNOWN}):
             raise ConfigError(unknown("node-config: ", strange[0], KNOWN))
-        own = {key: node[key] for key in (*OWN_DATA, "budgets", *MACHINE) if key in node}
+        said = {key: node[key] for key in (*OWN_DATA, "budgets", *MACHINE) if key in node}
+        own = absolute(said, Path())
         if simulated:
             return cls({**run, **own})
         takes = _listed(node, TAKES)

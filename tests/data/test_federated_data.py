@@ -237,7 +237,7 @@ def test_a_folder_of_parquet_without_test_split_and_with_text_labels(tmp_path):
 def test_a_folder_without_images(tmp_path):
     with pytest.raises(ConfigError, match="holds no images and no tables"):
         open_data(replace(SPEC, dataset=str(tmp_path)))
-    tmp_path.joinpath("train.csv").write_text("a,label\n1,2\n")
+    tmp_path.joinpath("train.csv").write_text("a,label\n1,2\n1,3\n")
     with pytest.raises(ConfigError, match=r"no images in dataset .* its columns are a, label"):
         open_data(replace(SPEC, dataset=str(tmp_path)))
 

@@ -1,3 +1,4 @@
+import datasets
 import numpy as np
 import pytest
 from PIL import Image
@@ -95,3 +96,21 @@ def test_images_that_use_little_of_16_bits_are_noted(tmp_path):
     parquet(tmp_path / "test.parquet", [0, 1])
     notes = open_data(spec(tmp_path)).notes
     assert any("have 16 bits and no value above 4095: they are dark" in note for note in notes)
+
+
+@pytest.mark.parametrize("error", [OSError(24, "Too many open files"), MemoryError()])
+def test_what_the_system_failed_to_read_is_looked_at_again(tmp_path, monkeypatch, error):
+    class_folders(tmp_path)
+    decode = datasets.Image.decode_example
+
+    def fails(self, value, *rest):
+        if value["path"].endswith("cat/0.png"):
+            raise error
+        return decode(self, value, *rest)
+
+    monkeypatch.setattr(datasets.Image, "decode_example", fails)
+    first = open_data.__wrapped__(spec(tmp_path))
+    assert sum(len(part.bad) for part in first.inspected) == 1
+    monkeypatch.undo()
+    again = open_data.__wrapped__(spec(tmp_path))
+    assert sum(len(part.bad) for part in again.inspected) == 0

@@ -62,8 +62,8 @@ class DataOptions:
     )
     classes: str = option(
         "",
-        'Names of the classes in the order of their numbers, like "cat, dog" or a TOML array; '
-        "empty for those of the data set. Devices that hold data of their own need it.",
+        'Names of the classes in the order of their numbers, like "cat, dog", or as the text of a '
+        "TOML array; empty for those of the data set. Devices with data of their own need it.",
     )
     test_split: str = option(
         "",
