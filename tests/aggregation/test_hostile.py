@@ -113,7 +113,7 @@ def test_slices_are_told_apart(seed):
         assert torch.allclose(tensor.double(), wanted[name], atol=1e-5)
 
 
-@pytest.mark.parametrize("attack", ["sign-flip", "gaussian", "label-flip", "inner-product", "alie"])
+@pytest.mark.parametrize("attack", ["label-flip", "alie"])
 def test_attacks_run_and_leave_honest_clients_as_they_are(quick, tmp_path, attack):
     def ended(name, **changes):
         config = quick(clients=5, rounds=1, run_folder=str(tmp_path / name), **changes)
