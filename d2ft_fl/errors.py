@@ -1,6 +1,11 @@
 """Errors that people see. Each message is one line: the value, what is allowed, what to do."""
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of an error's text; its type where it has none."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
 class D2FTError(Exception):
     """Base of every error this project raises on purpose."""
 

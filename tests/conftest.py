@@ -11,7 +11,8 @@ from d2ft_fl.clients.full import FullTuning
 from d2ft_fl.config.run_config import RunConfig
 from d2ft_fl.config.training_options import TrainingOptions
 from d2ft_fl.costs.cost_model import CostModel
-from d2ft_fl.models.timm_vit import TimmViT, check
+from d2ft_fl.models.timm_check import check
+from d2ft_fl.models.timm_vit import TimmViT
 from d2ft_fl.runtime.in_process import InProcessPool
 from d2ft_fl.subnets.architecture import Kind
 from d2ft_fl.subnets.schedule import Operation, Schedule, slot_sizes

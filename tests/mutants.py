@@ -27,6 +27,10 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from tests.mutant_sites import Sites, change
+
 ROOT = Path(__file__).parents[1]
 os.environ["NUMBA_DISABLE_JIT"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -59,14 +63,6 @@ TESTS = ("tests/costs", "tests/planning", "tests/aggregation", "tests/lora", "te
          "tests/engine", "tests/client", "tests/tasks", "tests/wire", "tests/rounds",
          "tests/config", "tests/strategies", "tests/subnets")  # fmt: skip
 EQUIVALENT = Path(__file__).with_name("equivalent_mutants.txt")
-SWAPS = {
-    ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Div, ast.Div: ast.Mult,
-    ast.FloorDiv: ast.Mult, ast.Mod: ast.FloorDiv, ast.Pow: ast.Mult,
-    ast.Lt: ast.LtE, ast.LtE: ast.Lt, ast.Gt: ast.GtE, ast.GtE: ast.Gt, ast.Eq: ast.NotEq,
-    ast.NotEq: ast.Eq, ast.In: ast.NotIn, ast.NotIn: ast.In, ast.Is: ast.IsNot, ast.IsNot: ast.Is,
-    ast.And: ast.Or, ast.Or: ast.And,
-}  # fmt: skip
-NAMES = {"any": "all", "all": "any", "min": "max", "max": "min", "floor": "ceil", "ceil": "floor"}
 
 
 @dataclass(frozen=True)
@@ -107,114 +103,6 @@ def name_of(module: str) -> str:
     return "d2ft_fl." + module.replace("/", ".")
 
 
-class Sites(ast.NodeVisitor):
-    """Collects what can be changed in a module: (function, statement, node, how).
-
-    ``how`` changes the node in place; the visitor leaves out texts, annotations and assertions.
-    """
-
-    def __init__(self):
-        self.found, self.scope, self.statement = [], [], None
-
-    def add(self, node, how):
-        """Note one possible change."""
-        self.found.append((".".join(self.scope), self.statement, node, how))
-
-    def visit_ClassDef(self, node):
-        self._inside(node, node.body)
-
-    def visit_FunctionDef(self, node):
-        for default in (*node.args.defaults, *node.args.kw_defaults):
-            if default is not None:
-                self.visit(default)
-        self._inside(node, node.body)
-
-    def _inside(self, node, body):
-        self.scope.append(node.name)
-        self.statements(body)
-        self.scope.pop()
-
-    def visit_Module(self, node):
-        self.statements(node.body)
-
-    def statements(self, body):
-        """Visit statements; those that only do something may be left out."""
-        for statement in body:
-            text = isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)
-            if text or isinstance(statement, (ast.Assert, ast.Import, ast.ImportFrom, ast.Raise)):
-                continue
-            self.statement = statement
-            stores = isinstance(statement, ast.Assign) and all(
-                isinstance(target, (ast.Subscript, ast.Attribute)) for target in statement.targets
-            )
-            if stores or isinstance(statement, (ast.Expr, ast.AugAssign, ast.Continue, ast.Break)):
-                self.add(statement, "remove")
-            self.visit(statement)
-
-    def generic_visit(self, node):
-        for name, value in ast.iter_fields(node):
-            if name in ("annotation", "returns", "decorator_list"):
-                continue
-            if name in ("body", "orelse", "finalbody") and isinstance(value, list):
-                self.statements(value)
-            elif isinstance(value, list):
-                for part in value:
-                    if isinstance(part, ast.AST):
-                        self.visit(part)
-            elif isinstance(value, ast.AST):
-                self.visit(value)
-
-    def visit_If(self, node):
-        if isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
-            return
-        self.generic_visit(node)
-
-    def visit_JoinedStr(self, node):
-        """Leave messages as they are."""
-
-    def visit_BinOp(self, node):
-        texts = [node.left, node.right]
-        if type(node.op) in SWAPS and not any(map(_is_text, texts)):
-            self.add(node, "operator")
-        self.generic_visit(node)
-
-    def visit_UnaryOp(self, node):
-        if isinstance(node.op, (ast.USub, ast.Not)):
-            self.add(node, "operand")
-        self.generic_visit(node)
-
-    def visit_BoolOp(self, node):
-        self.add(node, "operator")
-        self.generic_visit(node)
-
-    def visit_Compare(self, node):
-        if type(node.ops[0]) in SWAPS:
-            self.add(node, "compare")
-        self.generic_visit(node)
-
-    def visit_Constant(self, node):
-        if isinstance(node.value, bool):
-            self.add(node, "negate")
-        elif isinstance(node.value, (int, float)):
-            self.add(node, "more")
-            self.add(node, "less")
-
-    def visit_Call(self, node):
-        plain = [a for a in node.args if not isinstance(a, ast.Starred)]
-        if len(plain) == len(node.args) and len(plain) > 1:
-            self.add(node, "swap")
-        name = getattr(node.func, "id", getattr(node.func, "attr", ""))
-        if name in NAMES:
-            self.add(node, "name")
-        self.generic_visit(node)
-
-
-def _is_text(node) -> bool:
-    return isinstance(node, ast.JoinedStr) or (
-        isinstance(node, ast.Constant) and isinstance(node.value, str)
-    )
-
-
 def changed(module: str, place: int) -> tuple[ast.Module, Mutant]:
     """Return a module's syntax tree with one change, and what it is."""
     tree = ast.parse(source_of(module).read_text())
@@ -222,7 +110,7 @@ def changed(module: str, place: int) -> tuple[ast.Module, Mutant]:
     sites.visit(tree)
     function, statement, node, how = sites.found[place]
     before, line = ast.unparse(node), ast.unparse(statement).split("\n")[0]
-    new = _changed(copy.deepcopy(node), how)
+    new = change(copy.deepcopy(node), how)
     for parent in ast.walk(tree):
         for name, value in ast.iter_fields(parent):
             if value is node:
@@ -232,30 +120,6 @@ def changed(module: str, place: int) -> tuple[ast.Module, Mutant]:
     after = "nothing" if how == "remove" else ast.unparse(new)
     found = Mutant(module, function, node.lineno, place, line, before, after)
     return ast.fix_missing_locations(tree), found
-
-
-def _changed(node, how):
-    if how == "remove":
-        return ast.copy_location(ast.Pass(), node)
-    if how == "operand":
-        return node.operand
-    if how == "operator":
-        node.op = SWAPS[type(node.op)]()
-    elif how == "compare":
-        node.ops[0] = SWAPS[type(node.ops[0])]()
-    elif how == "negate":
-        node.value = not node.value
-    elif how in ("more", "less"):
-        node.value += 1 if how == "more" else -1
-    elif how == "swap":
-        node.args[0], node.args[1] = node.args[1], node.args[0]
-    elif how == "name":
-        old = node.func
-        if isinstance(old, ast.Name):
-            old.id = NAMES[old.id]
-        else:
-            old.attr = NAMES[old.attr]
-    return node
 
 
 def drawn(seed: int, count: int, groups: list[str]) -> list[tuple[str, Mutant]]:
@@ -446,7 +310,6 @@ def main() -> int:
     parser.add_argument("--map", type=Path, help="where to keep which test calls what")
     parser.add_argument("--show", action="store_true", help="print those that are killed, too")
     asked = parser.parse_args()
-    sys.path.insert(0, str(ROOT))
     import hypothesis  # noqa: F401 - imported once, for all mutants
     import timm  # noqa: F401
     import torch  # noqa: F401

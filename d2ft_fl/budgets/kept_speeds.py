@@ -7,21 +7,21 @@ not count. Nothing here changes a simulation: device classes have curves of thei
 import json
 import os
 import platform
-from functools import cache
+from contextlib import suppress
+from functools import lru_cache
 from importlib.metadata import version
 from pathlib import Path
 
 from d2ft_fl.costs.machine_speed import MachineSpeed
 from d2ft_fl.errors import ConfigError
-from d2ft_fl.util.cache import folder as user_cache
-from d2ft_fl.util.files import put_in_place
+from d2ft_fl.util import cache
 from d2ft_fl.util.strict_json import write_json
 
 
 def folder() -> Path:
     """Return the folder of what was measured; ``D2FT_SPEEDS`` in the environment names another."""
     named = os.environ.get("D2FT_SPEEDS")
-    return Path(named) if named else user_cache("speed")
+    return Path(named) if named else cache.folder("speed")
 
 
 def path_of(device: str, precision: str, threads: int) -> Path:
@@ -53,13 +53,8 @@ def keep(speed: MachineSpeed) -> None:
 
 def keep_text(path: Path, text: str) -> None:
     """Write a file of the cache, whole or not at all; where it cannot be written, nothing."""
-    part = path.with_suffix(f".{os.getpid()}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    with suppress(OSError), cache.filling(path) as part:
         part.write_text(text, encoding="utf-8")
-        put_in_place(part, path)
-    except OSError:
-        part.unlink(missing_ok=True)
 
 
 def write_curve(speed: MachineSpeed, path: Path) -> None:
@@ -74,7 +69,7 @@ def write_curve(speed: MachineSpeed, path: Path) -> None:
         raise ConfigError(f"--output {str(path)!r}: {error.strerror or error}") from None
 
 
-@cache
+@lru_cache(maxsize=1)
 def software() -> str:
     """Return the processor and the release of torch, which figures depend on."""
     name = platform.processor() or platform.machine()

@@ -21,9 +21,9 @@ from d2ft_fl.budgets.process_memory import MESSAGES, resident, told
 from d2ft_fl.budgets.sources import MEASURED
 from d2ft_fl.client.examples import LocalExamples
 from d2ft_fl.client.job import Job, narrowed
+from d2ft_fl.client.refusals import refuse_unless_it_fits, refuse_what_is_not_here
 from d2ft_fl.config.run_config import RunConfig
 from d2ft_fl.config.training_options import TrainingOptions
-from d2ft_fl.costs.probe_costs import round_cost
 from d2ft_fl.costs.resources import RESOURCES
 from d2ft_fl.data.federated_data import FederatedData, open_data
 from d2ft_fl.data.labels import digest_of, listed
@@ -34,7 +34,7 @@ from d2ft_fl.engine.numerics import Numerics
 from d2ft_fl.engine.partial_model import Offsets, PartialModel
 from d2ft_fl.engine.probes import ProbeRunner
 from d2ft_fl.engine.trainer import train
-from d2ft_fl.errors import ConfigError, Divergence, Refusal
+from d2ft_fl.errors import ConfigError, Divergence
 from d2ft_fl.models.build import build_adapter
 from d2ft_fl.planning.importance import TENSOR
 from d2ft_fl.rounds.components import Components
@@ -42,7 +42,7 @@ from d2ft_fl.rounds.federation import Federation, Report
 from d2ft_fl.rounds.messages import Message
 from d2ft_fl.subnets.architecture import Architecture
 from d2ft_fl.subnets.packing import GlobalModel
-from d2ft_fl.util.torch_device import free_memory, set_threads, warm_up
+from d2ft_fl.util.torch_device import set_threads, warm_up
 from d2ft_fl.wire import blob as wire
 from d2ft_fl.wire.parameter_cache import ParameterCache
 from d2ft_fl.wire.quantization import Arriving
@@ -94,13 +94,9 @@ class ClientTrainer:
     def examples(self) -> LocalExamples:
         """Which examples clients train on, in which order."""
         return LocalExamples(
-            self.data,
-            self.components.task,
-            self.config.seed,
-            self.options.epochs,
-            self.device,
+            self.data, self.components.task, self.config.seed, self.options.epochs, self.device,
             self.config.flips_labels,
-        )
+        )  # fmt: skip
 
     @cached_property
     def model(self) -> PartialModel:
@@ -196,9 +192,11 @@ class ClientTrainer:
         started = time.perf_counter()
         self._get_ready(len(blob))  # before memory is read, and before anything is measured
         job, tensors, offsets = Job.read(blob, self._federation, weights is not None)
-        self._refuse_what_is_not_here(job.message, asked)
+        local = self.examples.count(job.message.client)
+        refuse_what_is_not_here(job.message, asked, local)
         if job.message.keeps or self.owns_budget:
-            self._refuse_unless_it_fits(job)
+            budgets = self._kept_budgets(job.message)
+            refuse_unless_it_fits(job, budgets, local, self._taken, self.device)
         bytes_down = job.bytes_down(blob, tensors, weights)
         whole = None if weights is None else self._lay_out(job, weights)
         tensors = job.complete(tensors, self.store) if whole is None else whole.model.tensors
@@ -230,50 +228,13 @@ class ClientTrainer:
         }
         return scores | trained, reply
 
-    def _refuse_what_is_not_here(self, message: Message, asked: tuple[int, int] | None) -> None:
-        """Check a message against who it came for, and the examples that there are.
-
-        Raises:
-            Refusal: When it is another client's or round's, or of more examples than there are.
-        """
-        if asked is not None and (message.round, message.client) != asked:
-            raise Refusal(
-                f"a message of round {message.round} for client {message.client} came in round "
-                f"{asked[0]} for client {asked[1]}"
-            )
-        probes, local = message.probes, self.examples.count(message.client)
-        most = max(message.examples, probes.scored, probes.viewed)
-        if most > local or probes.viewed not in (0, local):
-            raise Refusal(
-                f"the message is of {message.examples} examples, {probes.scored} to score and "
-                f"{probes.viewed} to select from; there are {local}"
-            )
-
-    def _refuse_unless_it_fits(self, job: Job) -> None:
-        """Check a plan against this client's budget and the free memory, before anything starts.
-
-        Raises:
-            Refusal: When the plan costs more than a budget that it promises to keep, or more
-                memory than is free.
-        """
-        message, costs = job.message, job.costs
-        cost = round_cost(costs, message.schedule, message.examples, message.probes, message.cached)
-        full = job.stage.costs.full_cost(self.examples.count(message.client))
+    def _kept_budgets(self, message: Message) -> list[tuple[Budget, tuple[str, ...]]]:
+        """Return the budgets that a plan is held against, each with what of it has to be kept."""
         budgets = [(message.budget, message.keeps)] if message.budget else []
         if self.owns_budget or not budgets:
             own = self._budget(message.client, message.round)
             budgets.append((own, RESOURCES if self.owns_budget else message.keeps))
-        for given, kept in budgets:
-            budget = given.on(self.device.type, self._taken)  # by what this process really takes
-            limits = zip(RESOURCES, cost.vector(), budget.capacity(full), strict=True)
-            for resource, planned, most in limits:
-                if planned > most and resource in kept:
-                    raise Refusal(
-                        f"the plan needs {planned} of {resource}, the budget allows {most}"
-                        + (budget.beside if resource == "memory" else "")
-                    )
-        if cost.memory > (free := free_memory(self.device)):
-            raise Refusal(f"the plan needs {cost.memory} bytes of memory, {free} are free")
+        return budgets
 
     def _probe(
         self, job: Job, tensors: dict[str, Tensor], chosen: np.ndarray

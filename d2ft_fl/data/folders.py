@@ -17,7 +17,8 @@ from d2ft_fl.config.choices import DIGITS, HUB, MADE_UP
 from d2ft_fl.data import image_folder, tables
 from d2ft_fl.data.labels import UNLABELLED, LabelColumn, class_names, listed
 from d2ft_fl.data.spec import SPLIT_SEED
-from d2ft_fl.errors import ConfigError
+from d2ft_fl.errors import ConfigError, first_line
+from d2ft_fl.util.terminal import busy
 
 if TYPE_CHECKING:
     import datasets
@@ -137,11 +138,11 @@ def free_name(wanted: str, *taken: Iterable[str]) -> str:
     return wanted
 
 
-def first_line(error: BaseException) -> str:
-    """Return the first line of what went wrong first; the type of an error that says nothing."""
+def _reason(error: BaseException) -> str:
+    """Return the first line of what went wrong first."""
     while error.__cause__ is not None:
         error = error.__cause__
-    return (str(error).strip() or type(error).__name__).splitlines()[0]
+    return first_line(error)
 
 
 def _splits(dataset: str) -> "tuple[Mapping[str, datasets.Dataset], Path | None]":
@@ -154,14 +155,15 @@ def _splits(dataset: str) -> "tuple[Mapping[str, datasets.Dataset], Path | None]
             return tables.read_hub(dataset), None
         except Exception as error:  # whatever a hub that does not answer brings about
             raise ConfigError(
-                f"dataset = {dataset!r} cannot be had from the hub: {first_line(error)}; check the "
+                f"dataset = {dataset!r} cannot be had from the hub: {_reason(error)}; check the "
                 f"name ('{HUB}OWNER/NAME' or '{HUB}OWNER/NAME:CONFIGURATION') and the network, or "
                 "use a folder"
             ) from None
     check_folder(dataset)
     folder = Path(dataset)
     try:
-        return _reader(folder)(), folder
+        with busy(f"reading {dataset}"):
+            return _reader(folder)(), folder
     except ConfigError:
         raise
     except Exception as error:  # datasets raises many kinds for a folder it cannot use
@@ -170,7 +172,7 @@ def _splits(dataset: str) -> "tuple[Mapping[str, datasets.Dataset], Path | None]
                 f"dataset {dataset!r} has several configurations by its README.md: make a folder "
                 "with the files of one"
             ) from None
-        raise ConfigError(f"dataset {dataset!r} cannot be read: {first_line(error)}") from None
+        raise ConfigError(f"dataset {dataset!r} cannot be read: {_reason(error)}") from None
 
 
 def _reader(folder: Path) -> "Callable[[], Mapping[str, datasets.Dataset]]":

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from d2ft_fl.data.labels import listed
-from d2ft_fl.errors import ConfigError
+from d2ft_fl.errors import ConfigError, first_line
 
 if TYPE_CHECKING:
     import datasets
@@ -189,7 +189,7 @@ class _Split:
         except pa.ArrowInvalid as error:
             raise ConfigError(
                 f"metadata files {listed([str(path) for path in found])} have columns of different "
-                f"types: {str(error).splitlines()[0]}"
+                f"types: {first_line(error)}"
             ) from None
 
 
@@ -202,7 +202,7 @@ def _metadata_table(path: Path) -> "pa.Table":
     try:
         table = read[path.suffix](path)
     except (pa.ArrowException, OSError) as error:
-        raise ConfigError(f"{str(path)!r} cannot be read: {str(error).splitlines()[0]}") from None
+        raise ConfigError(f"{str(path)!r} cannot be read: {first_line(error)}") from None
     if FILE_NAME not in table.column_names:
         raise ConfigError(
             f"{str(path)!r} has no column {FILE_NAME!r}, which says to which image a row belongs; "

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from PIL import Image
 
-from d2ft_fl.errors import D2FTError
+from d2ft_fl.errors import D2FTError, first_line
 
 if TYPE_CHECKING:
     pass
@@ -64,8 +64,7 @@ def opened(value: "dict[str, Any] | None") -> Image.Image:
     except FileNotFoundError:
         raise BadImage("there is no such file") from None
     except Exception as error:  # Pillow's readers raise many kinds for a damaged file
-        text = (str(error).strip() or type(error).__name__).splitlines()[0]
-        bad = BadImage(f"it cannot be decoded: {text}")
+        bad = BadImage(f"it cannot be decoded: {first_line(error)}")
         # Those of the system have a number, such as too many open files; Pillow's have none.
         bad.lasting = not isinstance(error, MemoryError) and getattr(error, "errno", None) is None
         raise bad from None

@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 
 from d2ft_fl.config.choices import EMBEDDED_DATASETS
-from d2ft_fl.data.folders import first_line, free_name
+from d2ft_fl.data.folders import free_name
 from d2ft_fl.data.kept import kept
 from d2ft_fl.data.sources import Split
 from d2ft_fl.data.spec import DataSpec
-from d2ft_fl.errors import ConfigError
+from d2ft_fl.errors import ConfigError, first_line
 from d2ft_fl.util.spelling import meant, unknown
 
 LEAST = "min_partition_size"  # a parameter of partitioners that draw until everyone has as many

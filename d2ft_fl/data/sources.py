@@ -9,11 +9,13 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from d2ft_fl.config.choices import DIGITS, EMBEDDED_DATASETS
+from d2ft_fl.data import tables
 from d2ft_fl.data.folders import Choice, Loaded, load, whole_numbers
 from d2ft_fl.data.kept import kept
 from d2ft_fl.data.spec import SPLIT_SEED, DataSpec
@@ -153,27 +155,33 @@ def choice_of(spec: DataSpec) -> Choice:
 
 
 def _split(data: "datasets.Dataset", loaded: Loaded, label: str, name: str) -> Split:
-    image = loaded.image
+    image, numbers = loaded.image, whole_numbers(data, loaded.row)
     return Split(
         lambda rows: data.remove_columns([image, loaded.row]).select(rows),
         whole_numbers(data, label),
         lambda rows: data[rows][image],
         tuple(loaded.names),
         name=name,
-        identity=lambda rows: _identity(data, image, rows),
-        numbers=whole_numbers(data, loaded.row),
+        identity=lambda rows: _identity(data, image, numbers, rows),
+        numbers=numbers,
     )
 
 
-def _identity(data: "datasets.Dataset", image: str, rows: np.ndarray) -> str:
+def _identity(data: "datasets.Dataset", image: str, numbers: np.ndarray, rows: np.ndarray) -> str:
     """Return a digest that is another one when an image of some rows may be another.
 
     Args:
         data: A split.
         image: The column of images.
+        numbers: int64 [examples of the split]: each example's row in its files.
         rows: int64 [examples].
     """
     digest = hashlib.sha256()
+    files = [Path(file["filename"]) for file in data.cache_files]
+    if files and tables.are_embedded(data, image):  # then these files say which images they are
+        stats = [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+        digest.update(repr((stats, data.split)).encode() + numbers[rows].tobytes())
+        return digest.hexdigest()
     for start in range(0, len(rows), CHUNK):
         for value in data[rows[start : start + CHUNK]][image]:
             digest.update(_mark(value))

@@ -181,21 +181,26 @@ def with_images(data: "datasets.Dataset", column: str, folder: Path | None) -> "
         folder: Where relative paths begin; None where there is none.
     """
     import datasets
-    import pyarrow.compute as pc
 
     undecoded = datasets.Image(decode=False)
     if is_paths(data.features[column]) and folder is not None:
         paths = [None if path is None else _below(folder, path) for path in data[column][:]]
         data = data.remove_columns([column]).add_column(column, paths)
     data = data.cast_column(column, undecoded)
-    values = data.with_format("arrow")[column][:]
-    if folder is None or not pc.struct_field(values, "bytes").null_count:
+    if folder is None or are_embedded(data, column):
         return data
     images = data[column][:]
     for image in images:
         if image is not None and image["bytes"] is None and image["path"]:
             image["path"] = _below(folder, image["path"])
     return data.remove_columns([column]).add_column(column, images, feature=undecoded)
+
+
+def are_embedded(data: "datasets.Dataset", column: str) -> bool:
+    """Return whether all images of a column, undecoded, are in the data set's own files."""
+    import pyarrow.compute as pc
+
+    return not pc.struct_field(data.data.column(column), "bytes").null_count
 
 
 def _below(folder: Path, path: str) -> str:

@@ -10,7 +10,7 @@ import safetensors.torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from d2ft_fl.errors import ConfigError
+from d2ft_fl.errors import ConfigError, first_line
 from d2ft_fl.lora.config import FACTORS, Lora, factor_name, most_rank, weights
 from d2ft_fl.lora.peft_files import CONFIG, PREFIX, TENSORS, classifier_names, target_pattern
 from d2ft_fl.subnets.architecture import Architecture
@@ -94,7 +94,7 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
     except FileNotFoundError:
         raise ConfigError(f"it lacks {TENSORS!r}; save the adapter again, as safetensors") from None
     except (SafetensorError, OSError) as error:
-        text = str(error).splitlines()[0]
+        text = first_line(error)
         raise ConfigError(
             f"{TENSORS!r} is not safetensors: {text}; save the adapter again"
         ) from None

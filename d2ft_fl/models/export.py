@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from d2ft_fl.config.run_config import NO_PATHS, resolve_path
-from d2ft_fl.errors import ConfigError
+from d2ft_fl.errors import ConfigError, first_line
 from d2ft_fl.lora.config import Lora, weights, with_lora
 from d2ft_fl.lora.peft_export import total_changes, write_adapter
 from d2ft_fl.models.build import build_adapter, family_of
@@ -194,7 +194,7 @@ def _written(folder: Path) -> Iterator[Path]:
         for path in part.iterdir():
             path.replace(folder / path.name)
     except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        reason = getattr(error, "strerror", None) or first_line(error)
         raise ConfigError(f"{option} cannot be written to: {reason}; name another") from None
     finally:
         if part is not None:
@@ -363,7 +363,7 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
     except FileNotFoundError:
         raise ConfigError(f"{str(path)!r} does not exist; run it again") from None
     except (SafetensorError, OSError) as error:
-        text = str(error).splitlines()[0]
+        text = first_line(error)
         raise ConfigError(f"{str(path)!r} is not safetensors: {text}") from None
 
 

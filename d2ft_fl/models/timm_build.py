@@ -8,11 +8,12 @@ from timm.layers import resample_abs_pos_embed
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from d2ft_fl.errors import ConfigError
+from d2ft_fl.errors import ConfigError, first_line
 from d2ft_fl.models.spec import GLYPH_NAME, ModelSpec
-from d2ft_fl.models.timm_vit import TimmViT, check, objection, unseen
+from d2ft_fl.models.timm_check import check, objection, unseen
+from d2ft_fl.models.timm_vit import TimmViT
 from d2ft_fl.models.weight_names import as_timm_names
-from d2ft_fl.models.weights import first_line, read_weights
+from d2ft_fl.models.weights import read_weights
 from d2ft_fl.util.spelling import meant
 
 # The bundled model: 6 blocks x 6 heads, pretrained by experiments/pretrain_glyphs.py.

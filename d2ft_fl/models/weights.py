@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from d2ft_fl.config.run_config import NO_PATHS
-from d2ft_fl.errors import ConfigError
+from d2ft_fl.errors import ConfigError, first_line
 from d2ft_fl.models.spec import GLYPH_NAME, ModelSpec
 from d2ft_fl.util.strict_json import write_json
 
@@ -115,8 +115,3 @@ def load_weights_json(path: Path) -> dict[str, Tensor]:
         }
     except (OSError, ValueError, KeyError, binascii.Error) as error:
         raise ConfigError(f"bundled weights cannot be read: {first_line(error)}") from None
-
-
-def first_line(error: BaseException) -> str:
-    """Return the first line of an error's text, or its type where it has none."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0]

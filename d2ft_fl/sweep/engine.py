@@ -22,7 +22,7 @@ from typing import Any, Protocol
 
 import torch
 
-from d2ft_fl.errors import RunError
+from d2ft_fl.errors import RunError, first_line
 from d2ft_fl.records.metrics import primary_of
 from d2ft_fl.sweep.ledger import Ledger
 from d2ft_fl.sweep.remote import CHANGES, METRIC, OUTCOME, ROUND, Outcome, trainable
@@ -211,7 +211,7 @@ def _ray(address: str, cpus: int, scratch: Path, modules: list[ModuleType | str]
         )
     except (OSError, RuntimeError, ValueError) as error:
         where = f"reach Ray at {address!r}" if address else "start Ray"
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        reason = first_line(error)
         if "AF_UNIX" in reason:
             reason = f"{str(scratch.parent)!r} is too long for its sockets; set TMPDIR=/tmp"
         raise RunError(f"cannot {where}: {reason}") from None

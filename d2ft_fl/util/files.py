@@ -9,7 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from d2ft_fl.errors import RunError
+from d2ft_fl.errors import RunError, first_line
 from d2ft_fl.util import limits
 from d2ft_fl.util.strict_json import write_json
 
@@ -29,7 +29,7 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or str(error).splitlines()[0]
+        reason = getattr(error, "strerror", None) or first_line(error)
         # safetensors has an error of its own, with a text only.
         full = getattr(error, "errno", None) in FULL or any(
             f"os error {number})" in reason for number in FULL

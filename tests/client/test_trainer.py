@@ -8,7 +8,7 @@ import pytest
 
 from d2ft_fl.budgets.budget import Budget
 from d2ft_fl.budgets.process_memory import told
-from d2ft_fl.client import trainer
+from d2ft_fl.client import refusals, trainer
 from d2ft_fl.client.trainer import ClientTrainer
 from d2ft_fl.data.labels import digest_of
 from d2ft_fl.errors import ConfigError
@@ -41,7 +41,7 @@ def test_free_memory_is_read_when_the_model_is_there(quick, monkeypatch):
         seen.append("model" in vars(client))
         return 2**40
 
-    monkeypatch.setattr(trainer, "free_memory", free_memory)
+    monkeypatch.setattr(refusals, "free_memory", free_memory)
     _, reply = client.answer(message)
     assert "error" not in reply
     assert seen == [True]

@@ -7,6 +7,7 @@ import numpy as np
 import pandas as pd
 from PIL import Image
 
+from d2ft_fl.data.folders import Choice, load
 from d2ft_fl.data.spec import DataSpec
 
 
@@ -69,3 +70,8 @@ def spec(folder, **changes):
         "seed": 0,
     }
     return DataSpec(**{**options, **changes})
+
+
+def loaded(folder, label="label", **choice):
+    """What is used of a folder, read anew."""
+    return load.__wrapped__(Choice(str(folder), label, **choice))

@@ -181,7 +181,7 @@ def test_a_node_works_for_its_own_clients(node):
         {"round": 0}, {"round": "../../x"}, {"round": 2.0}, {"round": 2**63}, {"round": None},
         {"seconds": -1}, {"seconds": float("inf")}, {"seconds": "9"}, {"seconds": True},
         {"client_seconds": float("nan")}, {"client_seconds": 1e300}, {"client_seconds": None},
-        {"model": "/tmp/evil/1.model"}, {"model": ""}, {"model_store": "other"}, {"model": 3},
+        {"model": "/nowhere/evil/1.model"}, {"model": ""}, {"model_store": "other"}, {"model": 3},
         {"index": "x" * 20_000},
     ],
 )  # fmt: skip

@@ -162,6 +162,6 @@ def test_a_family_of_a_plug_in_builds_the_models_it_knows_and_no_others(monkeypa
     "name", ["checkpoint_path", "model_name", "pretrained", "pretrained_cfg", "cache_dir"]
 )
 def test_arguments_name_no_other_model_and_no_file(name):
-    spec = replace(TINY, arguments=(("depth", 2), (name, "/tmp/other.pth")))
+    spec = replace(TINY, arguments=(("depth", 2), (name, "/nowhere/other.pth")))
     with pytest.raises(ConfigError, match=f"model-args sets '{name}'"):
         build_adapter(spec)

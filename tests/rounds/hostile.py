@@ -364,7 +364,7 @@ def _other_digits(draw, text):
 def _path_digest(draw, text):
     """One digest becomes a path of the same length."""
     place = 16 * int(draw.integers(len(text) // 16))
-    paths = ("../../../victim/", "/tmp/victim/aaaa", "..%2f..%2fvictim", "victim\x00aaaaaaaaa",
+    paths = ("../../../victim/", "/nowhere/victim/aaaa", "..%2f..%2fvictim", "victim\x00aaaaaaaaa",
              "ABCDEF0123456789", "\u0660" * 16, " " * 16, "0x12345678901234")  # fmt: skip
     return text[:place] + pick(draw, paths) + text[place + 16 :]
 

@@ -232,7 +232,7 @@ def test_a_client_refuses_what_does_not_fit(quick, monkeypatch):
 
 
 def test_a_client_refuses_what_its_memory_cannot_hold(quick, monkeypatch):
-    monkeypatch.setattr("d2ft_fl.client.trainer.free_memory", lambda device: 1000)
+    monkeypatch.setattr("d2ft_fl.client.refusals.free_memory", lambda device: 1000)
     trainer.client_trainer.cache_clear()
     with pytest.raises(RunError, match="bytes of memory, 1000 are free"):
         run_local(quick(rounds=1))
