@@ -240,7 +240,9 @@ class Budget:
         return out
 
     @classmethod
-    def from_mapping(cls, entries: Mapping[str, Any], where: str = "budget") -> "Budget":
+    def from_mapping(
+        cls, entries: Mapping[str, Any], where: str = "budget", written_by_us: bool = False
+    ) -> "Budget":
         """Return a budget from a TOML table, a JSON object or what a plug-in returned.
 
         A curve may be the path of a file here: what another machine sent is for :meth:`from_json`.
@@ -248,6 +250,7 @@ class Budget:
         Args:
             entries: Names of entries, with ``-`` or ``_``, and their values.
             where: What error messages begin with.
+            written_by_us: Whether :meth:`to_json` made them: people write no fractions of a byte.
 
         Raises:
             ConfigError: For an unknown, negative or unparsable entry, naming it.
@@ -271,7 +274,10 @@ class Budget:
                 read = read_curve if isinstance(value, (str, Path)) else MachineSpeed.from_json
                 values[name] = read(value, f"{where}: {key}")
             elif name in _UNITS:
-                values[name] = _parse(name, value, f"{where}: {key} = {value!r}")
+                said = f"{where}: {key} = {value!r}"
+                values[name] = _parse(name, value, said)
+                if not written_by_us:
+                    _ask_whether_a_share(values[name], said)
             else:
                 raise ConfigError(
                     f"{where}: unknown entry {key!r}{meant(key, ENTRIES)}; allowed are "
@@ -297,7 +303,7 @@ class Budget:
         for key, value in entries.items():
             if isinstance(value, str) and key not in TEXTS:
                 raise ConfigError(f"{where}: {str(key)[:60]!r} is text")
-        return cls.from_mapping(entries, where)
+        return cls.from_mapping(entries, where, written_by_us=True)
 
 
 def _parse(name: str, value: Any, where: str) -> Amount | float:
@@ -324,16 +330,21 @@ def _parse(name: str, value: Any, where: str) -> Amount | float:
             f"{where} is out of all proportion: from {LEAST:g} to {MOST:g} in FLOPs, bytes and "
             f"seconds; write something like {example}"
         )
-    if name in RESOURCES and not share and 0 < number < 1:
-        raise ConfigError(
-            f"{where} is less than one: if {number:.4g} of training everything is meant, write "
-            f'"{100 * number:.4g} %"; an amount is something like {example}'
-        )
     if name in RESOURCES:
         return Amount(number, share)
     if share or number == 0:
         raise ConfigError(f"{where} must be absolute and above 0, like {example}")
     return number
+
+
+def _ask_whether_a_share(amount: "Amount | float", where: str) -> None:
+    """Raise ConfigError for an amount of less than one FLOP or byte, which is hardly meant."""
+    if isinstance(amount, Amount) and not amount.relative and 0 < amount.value < 1:
+        share = f'"{100 * amount.value:.4g} %"'
+        raise ConfigError(
+            f"{where} is less than one: if {amount.value:.4g} of training everything is meant, "
+            f"write {share}"
+        )
 
 
 def _float(number: int | float) -> float:

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 from d2ft_fl.budgets.budget import UNLIMITED, Amount, Budget, ClientDescription
 from d2ft_fl.budgets.sources import budget_source
+from d2ft_fl.budgets.traces import Trace
 from d2ft_fl.config.run_config import resolve_path
 from d2ft_fl.costs.machine_speed import LEAST, MOST, standard
 from d2ft_fl.costs.resources import Cost
@@ -94,6 +95,12 @@ def test_the_bounds_of_figures_are_in_them():
         {"speed": LEAST, "deadline": MOST, "flops": 0, "device": "x" * 60, "curve": CURVE}
     )
     assert (budget.speed, budget.deadline, budget.flops) == (LEAST, MOST, Amount(0.0))
+    assert Budget.from_json(budget.to_json()) == budget
+
+
+def test_a_fraction_of_a_byte_survives_the_wire():
+    """A trace may make one; people who write one mean a share."""
+    budget = Trace("list", (0.5,)).apply(Budget.from_mapping({"memory": 1}), 0, 1)
     assert Budget.from_json(budget.to_json()) == budget
 
 
