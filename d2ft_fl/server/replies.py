@@ -1,6 +1,7 @@
 """The second half of a round: replies become the next state and a record of every client."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from types import MappingProxyType
 
 import numpy as np
@@ -12,7 +13,7 @@ from d2ft_fl.aggregation.hostile import LABEL_FLIP, Attack
 from d2ft_fl.aggregation.mean_compensation import MeanSums
 from d2ft_fl.aggregation.private_sums import PrivateRound
 from d2ft_fl.aggregation.server_optimizer import Moments
-from d2ft_fl.aggregation.update import Update
+from d2ft_fl.aggregation.update import validate
 from d2ft_fl.errors import Divergence, ReplyError
 from d2ft_fl.planning.assignment import Assignment
 from d2ft_fl.records.client_record import ClientRecord
@@ -60,7 +61,7 @@ class RoundReplies:
         self.reader = ReplyReader(federation, state, plan.round, self.mean_sums)
         self.aggregator = self._make_aggregator(private)
         self.attack = self._make_attack()
-        self._attackers: dict[int, Reply] = {}
+        self._attackers: dict[int, bytes] = {}  # their replies, until all are there
         for client, failure in silent.items():
             self.outcomes.stray(client, failure.reason)
         self.asked = len(plan.working) + len(silent)
@@ -96,15 +97,39 @@ class RoundReplies:
             blob: The reply, as bytes or as memory that is good until this returns.
         """
         assignment = self.outcomes.pending.get(client)
-        if assignment is None:
+        if assignment is None or client in self._attackers:
             self.outcomes.stray_answer(client)
+        elif self.attack and self.federation.config.hostile(client):
+            self._attackers[client] = bytes(blob)
+        else:
+            with self._faults_of(client):
+                reply = self.reader.read(assignment, blob)
+                self.aggregator.add(reply.update)
+                if self.attack:
+                    self.attack.see(client, reply.update)
+                self._note(assignment, reply)
+
+    def complete(self) -> None:
+        """Aggregate what waited for all replies to be there: what hostile clients send."""
+        if self.attack is None:
             return
+        attackers: dict[int, Reply] = {}
+        for client, blob in sorted(self._attackers.items()):
+            with self._faults_of(client):
+                reply = self.reader.read(self.outcomes.pending[client], blob)
+                validate(self.federation.arch, self.state.weights, reply.update)
+                self.attack.join(reply.update)
+                attackers[client] = reply
+        for client, reply in attackers.items():
+            with self._faults_of(client):
+                self.aggregator.add(self.attack.send(client, reply.update))
+                self._note(self.outcomes.pending[client], reply)
+
+    @contextmanager
+    def _faults_of(self, client: int) -> Iterator[None]:
+        """Leave a client out, and say why, whose reply turns out to be wrong."""
         try:
-            reply = self.reader.read(assignment, blob)
-            if self.attack and self.federation.config.hostile(client):
-                self._attackers[client] = reply
-                return
-            self._include(client, reply.update)
+            yield
         except Divergence as error:  # or an attack
             rates = self.federation.config.learning_rates
             self.fail(client, f"{error}, as where training diverges: {rates}")
@@ -112,30 +137,6 @@ class RoundReplies:
             self.fail(client, str(error))
         except Exception as error:  # a reply that breaks its reading fails alone
             self.fail(client, f"its answer cannot be read: {type(error).__name__}: {error}")
-        else:
-            self._note(assignment, reply)
-
-    def _include(self, client: int, update: Update) -> None:
-        """Aggregate an update; attackers learn of it."""
-        self.aggregator.add(update)
-        if self.attack:
-            self.attack.see(client, update)
-
-    def complete(self) -> None:
-        """Aggregate what waited for all replies to be there: what hostile clients send."""
-        if self.attack is None:
-            return
-        attackers = sorted(self._attackers.items())
-        for _, reply in attackers:
-            self.attack.join(reply.update)
-        for client, reply in attackers:
-            assignment = self.outcomes.pending[client]
-            try:
-                self.aggregator.add(self.attack.send(client, reply.update))
-            except ReplyError as error:
-                self.fail(client, str(error))
-            else:
-                self._note(assignment, reply)
 
     def _note(self, assignment: Assignment, reply: Reply) -> None:
         """Keep what an aggregated reply measured and used."""

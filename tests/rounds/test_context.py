@@ -67,6 +67,38 @@ def test_the_order_of_replies_does_not_matter(round_one):
     assert np.array_equal(one.scores.means["fisher"], other.scores.means["fisher"])
 
 
+@pytest.mark.parametrize("attack", ["sign-flip", "alie"])
+def test_memory_of_an_attackers_reply_may_be_used_again_and_its_faults_are_its_own(attack):
+    from d2ft_fl.config.run_config import RunConfig
+
+    config = RunConfig(
+        clients=4, train_examples=80, partitioner="Iid", partitioner_args="", score_examples=2,
+        hostile_share=0.5, hostile_attack=attack,
+    )  # fmt: skip
+    federation, state, plan, replies = first_round(config)
+    hostile = [client for client in replies if config.hostile(client)]
+    weights = []
+    for reused in (False, True):
+        fold = RoundReplies(federation, state, plan)
+        for client, blob in replies.items():
+            room = bytearray(blob)
+            fold.add(client, memoryview(room) if reused else blob)
+            room[:] = bytes(len(room))
+        fold.complete()
+        weights.append(fold.finish()[0].weights)
+    assert len(hostile) == 2
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+    fold = RoundReplies(federation, state, plan)
+    for client, blob in replies.items():
+        fold.add(client, b"no reply" if client == hostile[0] else blob)
+    fold.add(hostile[1], replies[hostile[1]])  # once more
+    fold.complete()
+    _, records = fold.finish()
+    assert [record.client for record in records if record.failure] == [hostile[0]]
+    assert len(fold.outcomes.strays) == 1
+
+
 def test_what_a_way_says_of_a_clients_examples_and_change_counts_in_the_mean(round_one):
     """The classifier, which everybody trains, by hand from what clients sent."""
     federation, state, plan, replies = round_one
