@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from d2ft_fl.config.choices import DIGITS, HUB, MADE_UP
-from d2ft_fl.data import image_folder, tables
+from d2ft_fl.data import image_folder, metadata, tables
 from d2ft_fl.data.labels import UNLABELLED, LabelColumn, class_names, listed
 from d2ft_fl.data.spec import SPLIT_SEED
 from d2ft_fl.errors import ConfigError, first_line
@@ -195,11 +195,11 @@ def _reader(folder: Path) -> "Callable[[], Mapping[str, datasets.Dataset]]":
 def _no_labels(choice: Choice, splits: "Mapping[str, datasets.Dataset]") -> str:
     """Return the refusal of a data set without the column of labels."""
     columns = next(iter(splits.values())).column_names
-    if columns == [image_folder.IMAGE]:
+    if columns == [metadata.IMAGE]:
         return (
             f"dataset {choice.dataset!r} has images that lie in no folder of their class: put "
             f"those of a class into a folder with its name, or write a metadata.csv with "
-            f"{image_folder.FILE_NAME} and {choice.label}"
+            f"{metadata.FILE_NAME} and {choice.label}"
         )
     return (
         f"label-column = {choice.label!r} is not in dataset {choice.dataset!r}; its columns are "

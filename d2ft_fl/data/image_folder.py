@@ -11,14 +11,14 @@ import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from d2ft_fl.data.labels import listed
-from d2ft_fl.errors import ConfigError, first_line
+from d2ft_fl.data.metadata import FILE_NAME, IMAGE, Metadata
+from d2ft_fl.errors import ConfigError
 
 if TYPE_CHECKING:
     import datasets
-    import pyarrow as pa
 
 # Names of folders that are splits, as Hugging Face's datasets understands them.
 SPLITS = {
@@ -33,8 +33,7 @@ SUFFIXES = frozenset(
         *("pgm", "pbm", "pnm", "tga", "jp2", "avif", "ico", "pcx", "sgi"),
     )
 )
-METADATA = ("metadata.csv", "metadata.jsonl", "metadata.parquet")
-FILE_NAME, IMAGE, LABEL = "file_name", "image", "label"
+LABEL = "label"
 
 
 Images = Mapping[Path, Sequence[str]]  # folder, relative to the data set's -> names of its files
@@ -142,16 +141,17 @@ class _Split:
             for place, names in self.images.items()
             for name in names
         )
-        table = self._metadata()
-        columns: dict[str, list[Any]] = {}
-        if table is not None:
-            columns, paths = _by_file(table, paths, self.folder / self.root)
+        metadata = Metadata.read(self.folder, self.images)
+        columns, paths = metadata.of(paths, self.folder / self.root)
         if LABEL not in columns and (class_of := self._class_folders()):
             columns[LABEL] = [
                 class_of.get(Path(os.path.dirname(path)).relative_to(self.folder)) for path in paths
             ]
         data = datasets.Dataset.from_dict({IMAGE: paths, **columns})
-        return data.cast_column(IMAGE, datasets.Image(decode=False))
+        data = data.cast_column(IMAGE, datasets.Image(decode=False))
+        for column, names in metadata.declared.items():
+            data = data.cast_column(column, datasets.ClassLabel(names=list(names)))
+        return data
 
     def _class_folders(self) -> dict[Path, str]:
         """Return folder -> class; nothing where images lie right in the folder of the split.
@@ -175,80 +175,3 @@ class _Split:
                     f"one folder, or write a metadata.csv with {FILE_NAME} and {LABEL}"
                 )
         return {folder: folder.name for folder in folders}
-
-    def _metadata(self) -> "pa.Table | None":
-        """Return the rows of metadata files, ``file_name`` absolute; None where there are none."""
-        import pyarrow as pa
-
-        places = sorted({p for place in self.images for p in (place, *place.parents)})
-        paths = [self.folder / place / name for place in places for name in METADATA]
-        found = [path for path in paths if path.is_file()]
-        tables = [_metadata_table(path) for path in found]
-        try:
-            return pa.concat_tables(tables, promote_options="default") if tables else None
-        except pa.ArrowInvalid as error:
-            raise ConfigError(
-                f"metadata files {listed([str(path) for path in found])} have columns of different "
-                f"types: {first_line(error)}"
-            ) from None
-
-
-def _metadata_table(path: Path) -> "pa.Table":
-    import datasets
-    import pyarrow as pa
-    from pyarrow import csv, json, parquet
-
-    read = {".csv": csv.read_csv, ".jsonl": json.read_json, ".parquet": parquet.read_table}
-    try:
-        table = read[path.suffix](path)
-    except (pa.ArrowException, OSError) as error:
-        raise ConfigError(f"{str(path)!r} cannot be read: {first_line(error)}") from None
-    if FILE_NAME not in table.column_names:
-        raise ConfigError(
-            f"{str(path)!r} has no column {FILE_NAME!r}, which says to which image a row belongs; "
-            f"its columns are {', '.join(table.column_names)}"
-        )
-    if IMAGE in table.column_names:
-        raise ConfigError(
-            f"{str(path)!r} has a column {IMAGE!r}, which is the name of the images themselves: "
-            "rename it"
-        )
-    names = [os.path.normpath(path.parent / str(name)) for name in table[FILE_NAME].to_pylist()]
-    table = table.set_column(table.column_names.index(FILE_NAME), FILE_NAME, pa.array(names))
-    features = datasets.Features.from_arrow_schema(table.schema)
-    for place, (name, feature) in enumerate(features.items()):
-        if isinstance(feature, datasets.ClassLabel):
-            texts = [None if n in (None, -1) else feature.names[n] for n in table[name].to_pylist()]
-            table = table.set_column(place, name, pa.array(texts, type=pa.string()))
-    return table
-
-
-def _by_file(
-    table: "pa.Table", paths: list[str], root: Path
-) -> tuple[dict[str, list[Any]], list[str]]:
-    """Return the other columns of metadata in the order of all images, and these images.
-
-    Files that rows name are images also where they are missing, so that this comes out.
-
-    Args:
-        table: Rows of metadata, perhaps of other splits too.
-        paths: The images that there are.
-        root: The folder of the split.
-
-    Raises:
-        ConfigError: When two rows are of one file.
-    """
-    columns = {name: table[name].to_pylist() for name in table.column_names}
-    row: dict[str, int] = {}
-    for index, name in enumerate(columns.pop(FILE_NAME)):
-        if not Path(name).is_relative_to(root):
-            continue
-        if name in row:
-            raise ConfigError(f"metadata has two rows of {name!r}: leave one")
-        row[name] = index
-    paths = sorted({*paths, *row})
-    order = [row.get(path) for path in paths]
-    return {
-        name: [None if index is None else values[index] for index in order]
-        for name, values in columns.items()
-    }, paths

@@ -61,7 +61,10 @@ def test_metadata_keeps_the_names_that_it_declares(tmp_path):
     names = [f"{kind}/{i}.png" for kind in ("cat", "dog") for i in range(6)]
     table = datasets.Dataset.from_dict({"file_name": names, "label": [0, 1] * 6}, feature)
     table.to_parquet(str(tmp_path / "metadata.parquet"))
-    assert loaded(tmp_path).names == ["a", "z"]
+    (tmp_path / "cat" / "5.png").rename(tmp_path / "cat" / "9.png")  # which no row names
+    found = loaded(tmp_path)
+    assert found.names == ["z", "a"]
+    assert any("1 of 13 examples of split 'train' have no label" in note for note in found.notes)
 
 
 @pytest.mark.parametrize("separator,ending", [("\t", "tsv"), (";", "csv")])
