@@ -1,6 +1,6 @@
 """Write the tables of docs/robust.md from the results of the sweep beside it.
 
-    python experiments/attacks/tables.py FOLDER     # keep the results of a finished sweep, too
+    python experiments/attacks/tables.py FOLDER ...  # keep the results of finished sweeps, too
 
 A table stands between ``<!-- attacks: NAME -->`` and ``<!-- /attacks -->``.
 """
@@ -25,23 +25,28 @@ SETTINGS = ("hostile-share", "hostile-attack", "aggregation", "partitioner-args"
 UNEVEN, EVEN = "alpha = 0.5", "alpha = 100.0"
 
 
-def keep(folder: Path) -> None:
+def keep(folders: Sequence[Path]) -> None:
     """Keep accuracy by setting and seed, and where it is from.
 
     Args:
-        folder: Of a finished sweep.
+        folders: Of finished sweeps, all of one commit.
     """
-    with folder.joinpath("results.csv").open(encoding="utf-8") as file:
-        trials = list(csv.DictReader(file))
-    if unfinished := [trial["trial"] for trial in trials if trial["status"] != "finished"]:
-        raise SystemExit(f"{len(unfinished)} trials of {folder} are not finished: {unfinished[0]}")
     found: dict[tuple[str, ...], dict[str, float]] = {}
-    for trial in trials:
-        setting = tuple(trial[name] for name in SETTINGS)
-        found.setdefault(setting, {})[trial["seed"]] = round(float(trial["accuracy"]), 6)
-    versions = json.loads(next(folder.glob("trials/*/versions.json")).read_text())
+    commits = set()
+    for folder in folders:
+        with folder.joinpath("results.csv").open(encoding="utf-8") as file:
+            trials = list(csv.DictReader(file))
+        if unfinished := [trial["trial"] for trial in trials if trial["status"] != "finished"]:
+            raise SystemExit(f"{len(unfinished)} trials of {folder} unfinished: {unfinished[0]}")
+        for trial in trials:
+            setting = tuple(trial[name] for name in SETTINGS)
+            found.setdefault(setting, {})[trial["seed"]] = round(float(trial["accuracy"]), 6)
+        versions = folder.glob("trials/*/versions.json")
+        commits |= {json.loads(file.read_text())["commit"] for file in versions}
+    if len(commits) != 1:
+        raise SystemExit(f"the trials are of {len(commits)} commits: {', '.join(sorted(commits))}")
     rows = [dict(zip(SETTINGS, s, strict=True)) | {"accuracy": a} for s, a in found.items()]
-    source = {"commit": versions["commit"], "command": "d2ft sweep experiments/attacks/sweep.toml"}
+    source = {"commit": commits.pop(), "command": "d2ft sweep experiments/attacks/sweep.toml"}
     KEPT.write_text(json.dumps(source | {"results": rows}, indent=1) + "\n")
 
 
@@ -75,8 +80,6 @@ def attacked(rows: Sequence[Mapping[str, Any]], alpha: str) -> str:
             cell(rows, hostile_share=share, hostile_attack=attack, aggregation=rule, **plain)
             for rule in RULES
         ]
-        if share == "0.0":
-            return [name, *cells, ""]
         spread = plain | {"coupling": "spread"}
         return [name, *cells, cell(rows, hostile_share=share, hostile_attack=attack,
                                    aggregation="trimmed-mean", **spread)]  # fmt: skip
@@ -111,5 +114,5 @@ def written(text: str) -> str:
 
 if __name__ == "__main__":
     if len(sys.argv) > 1:
-        keep(Path(sys.argv[1]))
+        keep([Path(folder) for folder in sys.argv[1:]])
     PAGE.write_text(written(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
