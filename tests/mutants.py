@@ -6,13 +6,14 @@
 A mutant is one module with one thing changed: an arithmetic operator, a comparison, a boolean, a
 constant by one, a statement left out, two arguments exchanged. Texts, annotations, assertions and
 messages stay as they are. Each faces the tests that call the function it is in, fastest first, as
-many as take half a minute; the solver runs as plain Python. A mutant is killed if a test fails, or
-if the tests do not end. Mutants that change nothing that can be told are in EQUIVALENT, with the
-reason; of what is drawn, those count as killed up to a twentieth.
+many as take half a minute; what is compiled otherwise runs as Python when it is changed. A mutant
+is killed if a test fails, or if the tests do not end. Mutants that change nothing that can be told
+are in EQUIVALENT, with the reason; of what is drawn, those count as killed up to a twentieth.
 """
 
 import argparse
 import ast
+import builtins
 import copy
 import importlib.abc
 import importlib.util
@@ -24,18 +25,20 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from tests.mutant_sites import Sites, change
 
 ROOT = Path(__file__).parents[1]
-os.environ["NUMBA_DISABLE_JIT"] = "1"
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 SECONDS = 30.0  # of tests for each mutant
-LONGEST = 20.0  # of one test, plain Python
+LONGEST = 8.0  # of one test
 GROUPS = {
     "costs": ["costs/flops", "costs/communication", "costs/probe_costs", "costs/seconds",
               "costs/cost_model", "costs/parameter_counts", "costs/resources"],
@@ -59,6 +62,7 @@ GROUPS = {
                "planning/solver/instance", "planning/solver/many", "planning/solver/moves",
                "planning/solver/prices", "planning/solver/search"],
 }  # fmt: skip
+COMPILED = (*GROUPS["solver"], "aggregation/fixed_point")  # by numba
 TESTS = ("tests/costs", "tests/planning", "tests/aggregation", "tests/lora", "tests/clients",
          "tests/engine", "tests/client", "tests/tasks", "tests/wire", "tests/rounds",
          "tests/config", "tests/strategies", "tests/subnets")  # fmt: skip
@@ -139,99 +143,146 @@ def drawn(seed: int, count: int, groups: list[str]) -> list[tuple[str, Mutant]]:
 
 
 class Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Has one module be imported as a mutant."""
+    """Has modules be imported from other syntax trees than their files'."""
 
-    def __init__(self, module: str, tree: ast.Module):
-        self.name, self.path, self.tree = name_of(module), source_of(module), tree
+    def __init__(self, trees: dict[str, ast.Module]):
+        self.modules = {name_of(module): module for module in trees}
+        self.trees = trees
 
     def find_spec(self, name, path, target=None):
-        """Find the one module."""
-        if name != self.name:
+        """Find those modules only."""
+        if name not in self.modules:
             return None
-        return importlib.util.spec_from_file_location(name, self.path, loader=self)
+        file = source_of(self.modules[name])
+        return importlib.util.spec_from_file_location(name, file, loader=self)
 
     def exec_module(self, module):
-        """Run the changed code in it."""
-        exec(compile(self.tree, str(self.path), "exec"), module.__dict__)
+        """Run the other code in it."""
+        name = self.modules[module.__name__]
+        exec(compile(self.trees[name], str(source_of(name)), "exec"), module.__dict__)
+
+
+class Noting(ast.NodeTransformer):
+    """Has every function of a module note that it is called: as module:function in ``seen``."""
+
+    def __init__(self, module: str):
+        self.scope = [module + ":"]
+
+    def _inside(self, node):
+        self.scope.append(node.name)
+        self.generic_visit(node)
+        if isinstance(node, ast.FunctionDef):
+            name = self.scope[0] + ".".join(self.scope[1:])
+            after = ast.get_docstring(node) is not None
+            node.body[after:after] = ast.parse(f"d2ft_functions_called.add({name!r})").body
+        self.scope.pop()
+        return node
+
+    visit_ClassDef = visit_FunctionDef = _inside
 
 
 class Trace:
     """A plugin of pytest that notes which functions each test calls, and how long it takes."""
 
-    def __init__(self):
-        self.files = {str(source_of(m)): m for ms in GROUPS.values() for m in ms}
+    def __init__(self, modules: list[str]):
+        trees = {m: Noting(m).visit(ast.parse(source_of(m).read_text())) for m in modules}
+        sys.meta_path.insert(0, Finder({m: ast.fix_missing_locations(t) for m, t in trees.items()}))
         self.tests, self.seen = {}, set()
-
-    def _called(self, frame, event, argument):
-        module = self.files.get(frame.f_code.co_filename)
-        if module is not None:
-            self.seen.add(f"{module}:{frame.f_code.co_qualname}")
+        builtins.d2ft_functions_called = self.seen
 
     def pytest_runtest_logreport(self, report):
         """Note a test that passed."""
         if report.when == "call" and report.passed:
-            functions = sorted(name.replace(".<locals>", "") for name in self.seen)
-            self.tests[report.nodeid] = [round(report.duration, 3), functions]
+            self.tests[report.nodeid] = [round(report.duration, 3), sorted(self.seen)]
 
     def pytest_runtest_setup(self, item):
         """Begin with a test."""
-        self.seen = set()
-        sys.setprofile(self._called)
+        self.seen.clear()
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_pyfunc_call(self, pyfuncitem):
+        """Stop a test that takes too long, while pytest takes what is raised for its failure."""
         signal.signal(signal.SIGALRM, _too_long)
         signal.setitimer(signal.ITIMER_REAL, LONGEST)
-
-    def pytest_runtest_teardown(self, item):
-        """End with a test."""
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        sys.setprofile(None)
+        try:
+            return (yield)
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 def _too_long(number, frame):
-    raise TimeoutError("the test takes too long without compiled code")
+    raise TimeoutError("the test takes too long")
 
 
-def called_by_tests(path: Path) -> dict:
-    """Return test -> seconds, functions; from a file where there is one for these sources."""
+def called_by_tests(path: Path) -> list[dict]:
+    """Return test -> seconds, functions, of what is compiled and of all else.
+
+    Args:
+        path: Where that is, or will be kept.
+    """
     if path.is_file():
         return json.loads(path.read_text())
     print("noting which test calls what, once: some minutes", flush=True)
-    child = os.fork()
-    if not child:
-        trace = Trace()
-        _quiet()
-        _pytest([*TESTS, "-m", "not slow and not cuda"], [trace])
-        path.write_text(json.dumps(trace.tests))
-        os._exit(0)
-    os.waitpid(child, 0)
+    others = [module for group in GROUPS.values() for module in group if module not in COMPILED]
+    plain, rest = path.with_suffix(".plain"), path.with_suffix(".rest")
+    near = ("tests/planning", "tests/aggregation")
+    children = _trace(others, TESTS, rest), _trace(COMPILED, near, plain)
+    ends = [os.waitpid(child, 0)[1] for child in children]
+    if any(ends):
+        raise SystemExit("pytest stopped before the last test")
+    path.write_text(f"[{plain.read_text()}, {rest.read_text()}]")
     return json.loads(path.read_text())
 
 
-def _quiet() -> None:
-    null = os.open(os.devnull, os.O_RDWR)
+def _trace(modules: Sequence[str], tests: Sequence[str], path: Path) -> int:
+    child = os.fork()
+    if child:
+        return child
+    ended = False
+    try:
+        _quiet(path.with_suffix(".log"))
+        _as_python(modules[0])
+        trace = Trace(modules)
+        # Tests that are too slow here fail (1); anything else means that not all were run.
+        ended = _pytest([*tests, "-m", "not slow and not cuda"], [trace]) in (0, 1)
+        path.write_text(json.dumps(trace.tests))
+    finally:
+        os._exit(not ended)
+
+
+def _as_python(module: str) -> None:
+    """Have compiled code run as Python, if that is where the module is; before it is imported."""
+    os.environ["NUMBA_DISABLE_JIT"] = str(int(module in COMPILED))
+
+
+def _quiet(log: str | Path = os.devnull) -> None:
+    file = os.open(log, os.O_RDWR | os.O_CREAT)
     for handle in (1, 2):
-        os.dup2(null, handle)
+        os.dup2(file, handle)
 
 
 def _pytest(arguments: list[str], plugins: list) -> int:
-    import pytest
-
     os.chdir(ROOT)
-    options = ["-q", "-p", "no:cacheprovider", "-p", "no:xdist", "--hypothesis-seed=0"]
+    options = [
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:xdist",
+        "--hypothesis-seed=0",
+        "--tb=native",
+    ]
     return int(pytest.main([*options, *arguments], plugins=plugins))
 
 
-def tests_of(mutant: Mutant, tests: dict) -> list[str]:
+def tests_of(mutant: Mutant, tests: list[dict]) -> list[str]:
     """Return the tests that face a mutant, fastest first, as many as there is time for."""
     inside = mutant.module + ":"
+    called = tests[0 if mutant.module in COMPILED else 1]
     name = inside + mutant.function
-    # A comprehension or a method of a class in a function is called by its own longer name.
-    calls = {
-        test: seconds
-        for test, (seconds, functions) in tests.items()
-        if any(f == name or f.startswith(name + ".") for f in functions)
-    }
+    calls = {test: seconds for test, (seconds, functions) in called.items() if name in functions}
     if not calls:  # code of a class or module, which is run when it is imported
-        calls = {t: s for t, (s, fs) in tests.items() if any(f.startswith(inside) for f in fs)}
+        calls = {t: s for t, (s, fs) in called.items() if any(f.startswith(inside) for f in fs)}
     chosen, total = [], 0.0
     for test in sorted(calls, key=lambda test: (calls[test], test)):
         total += calls[test] + 0.02
@@ -248,8 +299,9 @@ def start(mutant: Mutant, tests: list[str]) -> int:
         return child
     os.setpgid(0, 0)
     _quiet()
+    _as_python(mutant.module)
     tree, _ = changed(mutant.module, mutant.place)
-    sys.meta_path.insert(0, Finder(mutant.module, tree))
+    sys.meta_path.insert(0, Finder({mutant.module: tree}))
     code = 2
     try:
         code = _pytest(["-x", *tests], [])
@@ -257,7 +309,7 @@ def start(mutant: Mutant, tests: list[str]) -> int:
         os._exit(code)
 
 
-def face(mutants: list[tuple[str, Mutant]], tests: dict, jobs: int, show: bool) -> Counter:
+def face(mutants: list[tuple[str, Mutant]], tests: list[dict], jobs: int, show: bool) -> Counter:
     """Have each mutant face its tests; return (group, outcome) -> how many."""
     known = equivalent()
     counts: Counter = Counter()
