@@ -240,7 +240,7 @@ def _trace(modules: Sequence[str], tests: Sequence[str], path: Path) -> int:
         return child
     ended = False
     try:
-        _quiet(path.with_suffix(".log"))
+        _quiet(Path(f"{path}.log"))
         _as_python(modules[0])
         trace = Trace(modules)
         # Tests that are too slow here fail (1); anything else means that not all were run.
