@@ -214,11 +214,12 @@ def _too_long(number, frame):
     raise TimeoutError("the test takes too long")
 
 
-def called_by_tests(path: Path) -> list[dict]:
+def called_by_tests(path: Path, only: Sequence[str]) -> list[dict]:
     """Return test -> seconds, functions, of what is compiled and of all else.
 
     Args:
         path: Where that is, or will be kept.
+        only: The files and folders of tests to look at; empty for all that may matter.
     """
     if path.is_file():
         return json.loads(path.read_text())
@@ -226,7 +227,7 @@ def called_by_tests(path: Path) -> list[dict]:
     others = [module for group in GROUPS.values() for module in group if module not in COMPILED]
     plain, rest = path.with_suffix(".plain"), path.with_suffix(".rest")
     near = ("tests/planning", "tests/aggregation")
-    children = _trace(others, TESTS, rest), _trace(COMPILED, near, plain)
+    children = _trace(others, only or TESTS, rest), _trace(COMPILED, only or near, plain)
     ends = [os.waitpid(child, 0)[1] for child in children]
     if any(ends):
         raise SystemExit("pytest stopped before the last test")
@@ -343,7 +344,10 @@ def _note(counts, group, mutant, outcome, known, show) -> None:
         outcome = "equivalent"
     counts[group, outcome] += 1
     if show or outcome in ("survived", "untested"):
-        print(f"{outcome:>10}  line {mutant.line} of {mutant}", flush=True)
+        number = counts.total()
+        print(f"{number:>4} {outcome:>10}  line {mutant.line} of {mutant}", flush=True)
+    elif counts.total() % 20 == 0:
+        print(f"{counts.total():>4} mutants have faced their tests", flush=True)
 
 
 def equivalent() -> set[str]:
@@ -360,6 +364,7 @@ def main() -> int:
     parser.add_argument("--group", action="append", choices=sorted(GROUPS))
     parser.add_argument("--jobs", type=int, default=2)
     parser.add_argument("--map", type=Path, help="where to keep which test calls what")
+    parser.add_argument("--tests", action="append", default=[], help="only these files or folders")
     parser.add_argument("--show", action="store_true", help="print those that are killed, too")
     asked = parser.parse_args()
     import hypothesis  # noqa: F401 - imported once, for all mutants
@@ -367,7 +372,7 @@ def main() -> int:
     import torch  # noqa: F401
 
     with tempfile.TemporaryDirectory(prefix="d2ft-mutants-") as folder:
-        tests = called_by_tests(asked.map or Path(folder, "map.json"))
+        tests = called_by_tests(asked.map or Path(folder, "map.json"), asked.tests)
         groups = asked.group or list(GROUPS)
         counts = face(drawn(asked.seed, asked.count, groups), tests, asked.jobs, asked.show)
     outcomes = ("killed", "endless", "equivalent", "survived", "untested")

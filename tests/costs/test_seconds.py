@@ -62,6 +62,11 @@ def test_what_a_round_of_everything_consists_of(feature, expected):
     assert found == pytest.approx(expected, abs=1e-6)
 
 
+def test_a_last_batch_of_one_example_is_a_pass_and_a_step():
+    for feature in ("passes", "step"):
+        assert seconds(all_of(ARCH), 17, only(feature), batch_size=8) == pytest.approx(3)
+
+
 @pytest.mark.parametrize("epochs", [1, 3])
 def test_changes_are_quantized_and_an_optimiser_made_once_a_round(epochs):
     rows = [[0, 0, 0, 0], [3, 1, 0, 0], [2, 3, 3, 0]]
