@@ -11,6 +11,8 @@ SWAPS = {
 }  # fmt: skip
 NAMES = {"any": "all", "all": "any", "min": "max", "max": "min", "floor": "ceil", "ceil": "floor"}
 
+SYMMETRIC = {"min", "max", "minimum", "maximum"}  # what they return does not depend on the order
+
 
 class Sites(ast.NodeVisitor):
     """Collects what can be changed in a module: (function, statement, node, how).
@@ -106,9 +108,9 @@ class Sites(ast.NodeVisitor):
 
     def visit_Call(self, node):
         plain = [a for a in node.args if not isinstance(a, ast.Starred)]
-        if len(plain) == len(node.args) and len(plain) > 1:
-            self.add(node, "swap")
         name = getattr(node.func, "id", getattr(node.func, "attr", ""))
+        if len(plain) == len(node.args) and len(plain) > 1 and name not in SYMMETRIC:
+            self.add(node, "swap")
         if name in NAMES:
             self.add(node, "name")
         self.generic_visit(node)

@@ -5,8 +5,8 @@
 
 A mutant is one module with one thing changed: an arithmetic operator, a comparison, a boolean, a
 constant by one, a statement left out, two arguments exchanged. Texts, annotations, assertions and
-messages stay as they are. Each faces the tests that call the function it is in, fastest first, as
-many as take half a minute; what is compiled otherwise runs as Python when it is changed. A mutant
+messages stay as they are. Each faces the tests that call the function it is in, those of its own
+package first and fastest first, as many as take half a minute; what is compiled otherwise runs as Python when it is changed. A mutant
 is killed if a test fails, or if the tests do not end. Mutants that change nothing that can be told
 are in EQUIVALENT, with the reason; of what is drawn, those count as killed up to a twentieth.
 """
@@ -284,12 +284,12 @@ def tests_of(mutant: Mutant, tests: list[dict]) -> list[str]:
     calls = {test: seconds for test, (seconds, functions) in called.items() if name in functions}
     if not calls:  # code of a class or module, which is run when it is imported
         calls = {t: s for t, (s, fs) in called.items() if any(f.startswith(inside) for f in fs)}
-    chosen, total = [], 0.0
-    for test in sorted(calls, key=lambda test: (calls[test], test)):
+    own = f"tests/{mutant.module.rpartition('/')[0]}/"
+    chosen, total = [], 2.0  # of imports
+    for test in sorted(calls, key=lambda test: (not test.startswith(own), calls[test], test)):
         total += calls[test] + 0.02
-        if total > SECONDS * 0.6:
-            break
-        chosen.append(test)
+        if total < SECONDS:
+            chosen.append(test)
     return chosen
 
 
