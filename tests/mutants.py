@@ -6,9 +6,10 @@
 A mutant is one module with one thing changed: an arithmetic operator, a comparison, a boolean, a
 constant by one, a statement left out, two arguments exchanged. Texts, annotations, assertions and
 messages stay as they are. Each faces the tests that call the function it is in, those of its own
-package first and fastest first, as many as take half a minute; what is compiled otherwise runs as Python when it is changed. A mutant
-is killed if a test fails, or if the tests do not end. Mutants that change nothing that can be told
-are in EQUIVALENT, with the reason; of what is drawn, those count as killed up to a twentieth.
+package first, then fastest first, as many as take half a minute; what is compiled otherwise runs as
+Python when it is changed. A mutant is killed if a test fails, or if the tests do not end. Mutants
+that change nothing that can be told are in EQUIVALENT, with the reason; of what is drawn, those
+count as killed up to a twentieth.
 """
 
 import argparse
