@@ -109,11 +109,15 @@ class Sites(ast.NodeVisitor):
     def visit_Call(self, node):
         plain = [a for a in node.args if not isinstance(a, ast.Starred)]
         name = getattr(node.func, "id", getattr(node.func, "attr", ""))
-        if len(plain) == len(node.args) and len(plain) > 1 and name not in SYMMETRIC:
+        if len(plain) == len(node.args) > 1 and name not in SYMMETRIC and not _same(*plain[:2]):
             self.add(node, "swap")
         if name in NAMES:
             self.add(node, "name")
         self.generic_visit(node)
+
+
+def _same(one, other) -> bool:
+    return ast.dump(one) == ast.dump(other)
 
 
 def _is_text(node) -> bool:

@@ -7,9 +7,10 @@ A mutant is one module with one thing changed: an arithmetic operator, a compari
 constant by one, a statement left out, two arguments exchanged. Texts, annotations, assertions and
 messages stay as they are. Each faces the tests that call the function it is in, those of its own
 package first, then fastest first, as many as take half a minute; what is compiled otherwise runs as
-Python when it is changed. A mutant is killed if a test fails, or if the tests do not end. Mutants
-that change nothing that can be told are in EQUIVALENT, with the reason; of what is drawn, those
-count as killed up to a twentieth.
+Python when it is changed. A mutant is killed if a test fails, or if the tests do not end. In the
+end each test that failed faces the unchanged code: where it fails there too, it has shown nothing,
+and what it killed counts as survived. Mutants that change nothing that can be told are in
+EQUIVALENT, with the reason; of what is drawn, those count as killed up to a twentieth.
 """
 
 import argparse
@@ -21,6 +22,7 @@ import importlib.util
 import json
 import os
 import random
+import resource
 import signal
 import sys
 import tempfile
@@ -40,6 +42,8 @@ ROOT = Path(__file__).parents[1]
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 SECONDS = 30.0  # of tests for each mutant
 LONGEST = 8.0  # of one test
+ENDLESS = 75  # seconds of one processor after which tests do not end
+ASLEEP = 600.0  # seconds after which they do not end, whatever they wait for
 GROUPS = {
     "costs": ["costs/flops", "costs/communication", "costs/probe_costs", "costs/seconds",
               "costs/cost_model", "costs/parameter_counts", "costs/resources"],
@@ -279,13 +283,14 @@ def _pytest(arguments: list[str], plugins: list) -> int:
 
 def tests_of(mutant: Mutant, tests: list[dict]) -> list[str]:
     """Return the tests that face a mutant, fastest first, as many as there is time for."""
-    inside = mutant.module + ":"
     called = tests[0 if mutant.module in COMPILED else 1]
-    name = inside + mutant.function
+    name, package = f"{mutant.module}:{mutant.function}", mutant.module.rpartition("/")[0]
     calls = {test: seconds for test, (seconds, functions) in called.items() if name in functions}
-    if not calls:  # code of a class or module, which is run when it is imported
-        calls = {t: s for t, (s, fs) in called.items() if any(f.startswith(inside) for f in fs)}
-    own = f"tests/{mutant.module.rpartition('/')[0]}/"
+    # Code of a class or module is run when it is imported; a module may have no function to call.
+    for part in (f"{mutant.module}:", f"{package}/"):
+        if not calls:
+            calls = {t: s for t, (s, fs) in called.items() if any(f.startswith(part) for f in fs)}
+    own = f"tests/{package}/"
     chosen, total = [], 2.0  # of imports
     for test in sorted(calls, key=lambda test: (not test.startswith(own), calls[test], test)):
         total += calls[test] + 0.02
@@ -294,50 +299,106 @@ def tests_of(mutant: Mutant, tests: list[dict]) -> list[str]:
     return chosen
 
 
-def start(mutant: Mutant, tests: list[str]) -> int:
-    """Run tests on a mutant in a process of its own, which ends with 0 if it survives."""
+class Failures:
+    """A plugin of pytest that keeps the names of tests that fail."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def pytest_runtest_logreport(self, report):
+        """Keep one."""
+        if report.failed:
+            with self.path.open("a") as file:
+                file.write(report.nodeid + "\n")
+
+
+def start(module: str, tree: ast.Module | None, tests: list[str], failed: Path) -> int:
+    """Run tests on a module in a process of its own, which ends as pytest does.
+
+    Args:
+        module: The module.
+        tree: What it is changed to, and then the tests end with the first that fails; or None.
+        tests: Names of tests.
+        failed: Where the names of those that fail are kept.
+    """
     child = os.fork()
     if child:
         return child
     os.setpgid(0, 0)
     _quiet()
-    _as_python(mutant.module)
-    tree, _ = changed(mutant.module, mutant.place)
-    sys.meta_path.insert(0, Finder({mutant.module: tree}))
-    code = 2
+    _as_python(module)
+    if tree:
+        sys.meta_path.insert(0, Finder({module: tree}))
+        resource.setrlimit(resource.RLIMIT_CPU, (ENDLESS, ENDLESS))
+    code = 3
     try:
-        code = _pytest(["-x", *tests], [])
+        code = _pytest([*(["-x"] if tree else []), *tests], [Failures(failed)])
     finally:
         os._exit(code)
 
 
-def face(mutants: list[tuple[str, Mutant]], tests: list[dict], jobs: int, show: bool) -> Counter:
+def outcome_of(code: int) -> str:
+    """Return what became of a mutant whose tests ended so: a status of pytest, or less a signal."""
+    if code in (0, 1, 2):  # 2: it cannot be imported
+        return "killed" if code else "survived"
+    if code in (-signal.SIGXCPU, -signal.SIGKILL):
+        return "endless"
+    return "killed" if code < 0 else "untested"
+
+
+def face(
+    mutants: list[tuple[str, Mutant]], tests: list[dict], jobs: int, show: bool, folder: Path
+) -> Counter:
     """Have each mutant face its tests; return (group, outcome) -> how many."""
     known = equivalent()
     counts: Counter = Counter()
-    waiting, running = list(mutants), {}
+    waiting, running, killers = list(enumerate(mutants)), {}, {}
     while waiting or running:
         while waiting and len(running) < jobs:
-            group, mutant = waiting.pop(0)
+            number, (group, mutant) = waiting.pop(0)
             chosen = tests_of(mutant, tests)
             if chosen:
-                running[start(mutant, chosen)] = group, mutant, time.monotonic()
+                tree, failed = changed(mutant.module, mutant.place)[0], folder / f"{number}.failed"
+                child = start(mutant.module, tree, chosen, failed)
+                running[child] = group, mutant, failed, time.monotonic()
             else:
                 _note(counts, group, mutant, "untested", known, show)
         time.sleep(0.05)
-        for child, (group, mutant, began) in list(running.items()):
+        for child, (group, mutant, failed, began) in list(running.items()):
             ended, status = os.waitpid(child, os.WNOHANG)
-            late = time.monotonic() - began > 2 * SECONDS
-            if not ended and not late:
+            if not ended and time.monotonic() - began < ASLEEP:
                 continue
             if not ended:
                 os.killpg(child, signal.SIGKILL)
-                os.waitpid(child, 0)
+                _, status = os.waitpid(child, 0)
             del running[child]
-            survived = ended and os.waitstatus_to_exitcode(status) == 0
-            outcome = "survived" if survived else "killed" if ended else "endless"
+            outcome = outcome_of(os.waitstatus_to_exitcode(status))
             _note(counts, group, mutant, outcome, known, show)
+            if outcome == "killed" and failed.is_file():
+                compiled, name = mutant.module in COMPILED, failed.read_text().split("\n")[0]
+                killers.setdefault((compiled, name), []).append((group, mutant))
+    for compiled, name in failing(list(killers), folder):
+        print(f"{name} fails on the unchanged code as well", flush=True)
+        for group, mutant in killers[compiled, name]:
+            counts[group, "killed"] -= 1
+            counts[group, "survived"] += 1
+            print(f"     survived  line {mutant.line} of {mutant}", flush=True)
     return counts
+
+
+def failing(tests: list[tuple[bool, str]], folder: Path) -> list[tuple[bool, str]]:
+    """Return those (of compiled code, name) of tests that fail on the unchanged code."""
+    out = []
+    for compiled in (True, False):
+        names = [name for of_compiled, name in tests if of_compiled == compiled]
+        module, failed = (COMPILED if compiled else GROUPS["costs"])[0], folder / f"{compiled}.own"
+        if names:
+            status = os.waitpid(start(module, None, names, failed), 0)[1]
+            if os.waitstatus_to_exitcode(status) not in (0, 1):
+                raise SystemExit("pytest stopped before the last test")
+        if failed.is_file():
+            out += [(compiled, name) for name in dict.fromkeys(failed.read_text().split("\n")[:-1])]
+    return out
 
 
 def _note(counts, group, mutant, outcome, known, show) -> None:
@@ -375,7 +436,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="d2ft-mutants-") as folder:
         tests = called_by_tests(asked.map or Path(folder, "map.json"), asked.tests)
         groups = asked.group or list(GROUPS)
-        counts = face(drawn(asked.seed, asked.count, groups), tests, asked.jobs, asked.show)
+        mutants = drawn(asked.seed, asked.count, groups)
+        counts = face(mutants, tests, asked.jobs, asked.show, Path(folder))
     outcomes = ("killed", "endless", "equivalent", "survived", "untested")
     print(f"{'':>12}" + "".join(f"{outcome:>12}" for outcome in outcomes))
     for group in (*groups, "all"):

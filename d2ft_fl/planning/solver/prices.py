@@ -132,7 +132,7 @@ def first_prices(p: Instance, q: Priced, x: Picked, best: np.ndarray) -> float:
     for r in range(resources):
         direction[r] = -slope[r] if slope[r] < 0.0 else 0.0
         overuse += direction[r]
-    if overuse == 0.0:  # all fits
+    if overuse == 0.0 or bound == -np.inf:  # all fits, or nothing is allowed
         return bound
     for r in range(resources):
         direction[r] /= overuse

@@ -198,13 +198,14 @@ def solve_one(
     utility = start if fits(p, x) and own >= 0 else -np.inf
     resources = len(prices)
     if fresh:
-        bound = first_prices(p, q, y, prices)
-        steps = max(PRICE_STEPS, 3 * resources) * max(effort, 1)
-        lower_prices(p, q, y, -1, steps, FIRST_STEP * bound, bound, prices)
+        bound, steps = first_prices(p, q, y, prices), max(PRICE_STEPS, 3 * resources)
+        steps, step = steps * max(effort, 1), FIRST_STEP
     else:
         copy(prices, q.prices)
-        bound = q.bounds[relax(p, q)]
-        lower_prices(p, q, y, -1, CASE_STEPS, CASE_STEP * bound, bound, prices)
+        bound, steps, step = q.bounds[relax(p, q)], CASE_STEPS, CASE_STEP
+    if bound == -np.inf:  # an item has no option in any case
+        return utility, bound
+    lower_prices(p, q, y, -1, steps, step * bound, bound, prices)
     copy(prices, q.prices)
     relax(p, q)
     cases = len(q.bounds)
@@ -241,6 +242,8 @@ def solve_one(
                 if left[case] > left[likely]:
                     likely = case
         top = left[likely]
+        if top == -np.inf:
+            break
         left[likely] = -np.inf
         if top - utility > TOLERANCE * abs(top):  # so too where nothing is known yet
             if cases > 1:
