@@ -55,8 +55,12 @@ class ActivationBytes:
             graph, with one, and on the way back: int64 [3, 2, heads].
         weights: Weights of a head's products in, in the type of products: int64 [2, heads]; once a
             micro-batch, not per example.
-        outer: Kept by final norm, classifier and loss.
+        outer: Kept by the final norm.
+        scores: One tensor of the classifier's scores.
+        cast_scores: The same in the type of products, where that is another.
         classifier: Of the classifier's weight, once a micro-batch, where it is cast.
+        gradient: Of the classifier's gradient, once a micro-batch, which is made anew before it is
+            added to the one that is held; and in the type of products before that.
         scaled: Whether a layer scale keeps the sum.
         rms: Whether norms are by root mean square, which torch puts together from simple steps.
         mask: Of dropout on the sum, where there is one.
@@ -86,7 +90,10 @@ class ActivationBytes:
     unfused: np.ndarray
     weights: np.ndarray
     outer: int
+    scores: int
+    cast_scores: int
     classifier: int
+    gradient: int
     scaled: bool
     rms: bool
     mask: int
@@ -111,6 +118,7 @@ class ActivationBytes:
             embedded: Tokens of an example before any are left out.
         """
         c = 2 if options.precision == "bf16" else ELEMENT
+        cast = c * (c < ELEMENT)  # bytes of an element beside those in float32
         mask = 1 if device == "cuda" else c  # bytes that dropout keeps of an element
         t = a.tokens
         widest = [np.max(rows, axis=0) for rows in rows_in(a)]  # of products in: [heads]
@@ -143,8 +151,11 @@ class ActivationBytes:
             saves_result=np.array([branch.saves_result for branch in a.branches]),
             unfused=np.zeros((3, 2, a.heads), dtype=np.int64) if fused else unfused_moments(a, c),
             weights=c * a.dim * np.stack(widest),
-            outer=final_norm(a, c) + ELEMENT * (2 * a.classes + 2),
-            classifier=c * a.dim * a.classes * (c < ELEMENT),
+            outer=final_norm(a, c) + 2 * ELEMENT,  # the label, of 8 bytes
+            scores=ELEMENT * a.classes,
+            cast_scores=cast * a.classes,
+            classifier=cast * a.dim * a.classes,
+            gradient=(ELEMENT + cast) * (a.dim + 1) * a.classes,
             scaled=a.trains[0].scale,
             rms=a.rms,
             mask=mask * t * a.dim * bool(a.output_dropout),

@@ -210,7 +210,8 @@ class CostModel:
             sizes: Examples of each slot in the micro-batch.
         """
         saved = self._micro_batch(schedule, sizes).saved.sum()
-        return int(saved) + sum(sizes) * self.activations.outer + self.activations.classifier
+        b = self.activations
+        return int(saved) + sum(sizes) * (b.outer + b.scores) + b.classifier
 
     def peak_bytes(self, schedule: Schedule, sizes: Sequence[int]) -> int:
         """Return the peak bytes of one micro-batch, beyond what is resident before it.

@@ -28,7 +28,10 @@ moments, with a stream for one tensor [N, T, D]:
   group at hand, FULL and FROZEN heads together, the gradients of z and of products in (of q, k, v
   twice, when they are put together), then those of products in and of y;
 * after it: the gradients of y and x;
-* the classifier, with everything saved; the embedding, with nothing.
+* with everything saved, on the way back: the loss, which has log-probabilities and two gradients
+  of scores; the classifier, whose gradient is made anew before it is added to the one that is
+  held; the final norm, with the gradient of x;
+* the embedding, with nothing saved.
 """
 
 from dataclasses import dataclass
@@ -51,7 +54,9 @@ class MicroBatchMemory:
         saved: Kept for backward by each branch.
         forward: On the way forward in a branch, at most, beside what lower branches saved.
         backward: On the way back, at most, beside what this and lower branches saved.
-        outer: In the classifier, beside what all branches saved: [micro-batches].
+        outer: In loss and final norm, beside what all branches saved: [micro-batches].
+        classifier: In the classifier, beside that and its gradient.
+        gradient: Of the classifier, made anew.
         embedding: In the embedding, at most: [micro-batches].
     """
 
@@ -59,6 +64,8 @@ class MicroBatchMemory:
     forward: np.ndarray
     backward: np.ndarray
     outer: np.ndarray
+    classifier: np.ndarray
+    gradient: int
     embedding: np.ndarray
 
     @classmethod
@@ -86,6 +93,8 @@ class MicroBatchMemory:
             forward=moments.forward().reshape(branches),
             backward=moments.backward().reshape(branches),
             outer=moments.outer(),
+            classifier=moments.classifier(),
+            gradient=activations.gradient,
             embedding=moments.embedding(),
         )
 
@@ -93,7 +102,8 @@ class MicroBatchMemory:
         """Return the most bytes that are alive at once: int64 [micro-batches]."""
         below = np.cumsum(self.saved, axis=1) - self.saved
         moments = np.maximum(below + self.forward, below + self.saved + self.backward).max(axis=1)
-        return np.maximum(np.maximum(moments, self.saved.sum(axis=1) + self.outer), self.embedding)
+        outer = self.saved.sum(axis=1) + np.maximum(self.outer, self.classifier + self.gradient)
+        return np.maximum(np.maximum(moments, outer), self.embedding)
 
 
 class ExampleCounts:
@@ -277,9 +287,23 @@ class Moments:
         return (n.live > 0) * (arriving + np.maximum(middle, after))
 
     def outer(self) -> np.ndarray:
-        """Return bytes in the classifier, beside what branches saved: int64 [micro-batches]."""
+        """Return bytes in loss and final norm, beside what branches saved: int64 [micro-batches].
+
+        The gradient of x is alive with what the norm's steps are put together from.
+        """
         b = self.bytes
-        return self.sizes.sum(axis=1) * (b.outer + b.stream * (1 + 3 * b.rms)) + b.classifier
+        norm = b.stream * (1 + 3 * b.rms)
+        return self.sizes.sum(axis=1) * (b.outer + max(3 * b.scores, norm)) + b.classifier
+
+    def classifier(self) -> np.ndarray:
+        """Return bytes in the classifier, beside what branches saved and its gradient.
+
+        Returns:
+            int64 [micro-batches].
+        """
+        b = self.bytes
+        scores = b.cast_scores or b.scores
+        return self.sizes.sum(axis=1) * (b.outer + scores)
 
     def embedding(self) -> np.ndarray:
         """Return bytes in the embedding: int64 [micro-batches]."""

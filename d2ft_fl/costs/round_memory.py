@@ -4,7 +4,7 @@ Resident are weights, gradients, optimiser state, compensation, what FedProx and
 compare with, and a batch's images. :mod:`d2ft_fl.costs.memory` has micro-batches.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -135,7 +135,7 @@ class RoundMemory:
         else:
             sizes = cut_in_micro_batches(running, parts)
         if self.slots == 1 and not self.activations.casts:
-            peaks = sizes[:, 0, 0] * self.of_an_example(operations, ranks)
+            peaks = self.in_one_slot(operations, sizes[:, 0], ranks)
         else:
             of_each = [
                 np.where(one.any(axis=1), self.micro_batches(operations, one, ranks).peak(), 0)
@@ -144,15 +144,21 @@ class RoundMemory:
             peaks = np.max(of_each, axis=0)
         return ELEMENT * self.parts.arch.input_elements * images + peaks
 
-    def of_an_example(self, operations: np.ndarray, ranks: np.ndarray) -> np.ndarray:
-        """Return the peak bytes of a micro-batch of one example: int64 [clients].
+    def in_one_slot(
+        self, operations: np.ndarray, sizes: np.ndarray, ranks: np.ndarray
+    ) -> np.ndarray:
+        """Return the peak bytes of micro-batches of one slot, where no weights are cast.
 
-        In one slot n examples take n times that, if no weights are cast besides. It is kept: the
-        search for policies asks for the same schedules in many sizes.
+        n examples take n times what one takes, but for the gradient of the classifier. What one
+        takes is kept: the search for policies asks for the same schedules in many sizes.
 
         Args:
             operations: int8 [clients, 1, blocks, heads].
+            sizes: Examples of each micro-batch: int64 [clients, 1].
             ranks: Of subnets that train, else 0: int64 [clients, blocks, heads].
+
+        Returns:
+            int64 [clients], 0 where there is no example.
         """
         of_ranks = [r.tobytes() for r in ranks] if self.parts.arch.rank else [b""] * len(ranks)
         keys = list(zip([o.tobytes() for o in operations], of_ranks, strict=True))
@@ -162,13 +168,17 @@ class RoundMemory:
         if new:
             rows = list(new.values())
             one = np.ones((len(rows), 1), dtype=np.int64)
-            peaks = self.micro_batches(operations[rows], one, ranks[rows]).peak()
-            self._known.update(zip(new, peaks.tolist(), strict=True))
-        return np.array([self._known[key] for key in keys], dtype=np.int64)
+            memory = replace(self.micro_batches(operations[rows], one, ranks[rows]), gradient=0)
+            classifier = memory.saved.sum(axis=1) + memory.classifier
+            values = zip(memory.peak().tolist(), classifier.tolist(), strict=True)
+            self._known.update(zip(new, values, strict=True))
+        all_along, in_classifier = np.array([self._known[key] for key in keys]).T * sizes[:, 0]
+        gradient = self.activations.gradient * (sizes[:, 0] > 0)
+        return np.maximum(all_along, in_classifier + gradient)
 
     @cached_property
-    def _known(self) -> dict[tuple[bytes, bytes], int]:
-        """Peak bytes of an example, by operations and ranks."""
+    def _known(self) -> dict[tuple[bytes, bytes], tuple[int, int]]:
+        """Bytes of an example, at the peak and in the classifier, by operations and ranks."""
         return {}
 
     def micro_batches(

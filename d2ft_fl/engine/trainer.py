@@ -247,12 +247,14 @@ def run_micro_batch(
         sizes: Examples in each active slot.
         weight: Of the whole batch, which its summed loss is divided by.
     """
-    logits = model(batch.inputs, sizes)
-    if model.numerics.mixed:
-        logits = logits.float()
-    loss = task.loss(Outputs(logits), batch)
+    loss = task.loss(_outputs(model, batch, sizes), batch)  # which then are gone
     (loss / weight).backward()
     return loss.detach()
+
+
+def _outputs(model: PartialModel, batch: Batch, sizes: list[int]) -> Outputs:
+    logits = model(batch.inputs, sizes)
+    return Outputs(logits.float() if model.numerics.mixed else logits)
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> Iterator[Tensor]:

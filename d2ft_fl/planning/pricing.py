@@ -333,7 +333,10 @@ class Pricing:
         parts, total = self.costs.parts, phase.total
         outer = ELEMENT * (parts.base.outer + phase.copies * parts.trained.outer)
         images = ELEMENT * total * self.costs.arch.input_elements
-        return outer + images + total * self.costs.activations.outer // phase.micro_batches
+        b = self.costs.activations
+        loss = total * (b.outer + 3 * b.scores) // phase.micro_batches + b.classifier
+        classifier = total * (b.outer + (b.cast_scores or b.scores)) // phase.micro_batches
+        return outer + images + max(loss, classifier + b.gradient)
 
     def excess(self) -> np.ndarray:
         """Bound by how much the rest is priced too high: int64 [5]; 0 without LoRA."""

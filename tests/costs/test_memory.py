@@ -19,11 +19,11 @@ FORWARD, FROZEN, FULL = Operation.FORWARD_ONLY, Operation.FROZEN, Operation.FULL
 _, ARCH = build(depth=2, num_heads=2)
 
 
-def moments_of(rows, sizes=(3,), **options):
+def moments_of(rows, sizes=(3,), arch=ARCH, **options):
     """Return the moments of one micro-batch, rows [slots][blocks][heads]."""
     operations = np.array([rows], dtype=np.int8)
-    costs = cost_model(ARCH, len(sizes), **options)
-    ranks = np.zeros((1, ARCH.blocks, ARCH.heads), dtype=np.int64)
+    costs = cost_model(arch, len(sizes), **options)
+    ranks = np.zeros((1, arch.blocks, arch.heads), dtype=np.int64)
     checkpointing = costs.options.checkpointing
     return Moments(costs.activations, checkpointing, operations, np.array([sizes]), ranks)
 
@@ -131,11 +131,27 @@ def test_backward_has_the_gradient_that_arrives_and_those_of_x_and_y():
     assert moments.backward()[0, 1].tolist() == [0, 0]  # nothing is live there
 
 
-def test_classifier_and_embedding():
+NORM = 4 * (D + 2) * T + 4 * D * T  # what the final norm keeps, and what the classifier sees
+
+
+def test_final_norm_and_embedding():
     moments = moments_of([[[FULL, FULL], [FULL, FULL]]], sizes=(3,))
-    norm = 4 * (D + 2) * T + 4 * D * T
-    assert moments.outer().tolist() == [3 * (norm + 4 * (2 * 5 + 2) + STREAM)]
+    assert moments.outer().tolist() == [3 * (NORM + 8 + STREAM)]
     assert moments.embedding().tolist() == [3 * 3 * STREAM]
+
+
+def test_many_classes_take_their_scores_three_times_and_the_gradient_of_their_weights():
+    """Log-probabilities and two gradients in the loss; in the classifier one of those."""
+    _, many = build(depth=2, num_heads=2, num_classes=1000)
+    moments = moments_of([[[FULL, FULL], [FULL, FULL]]], arch=many)
+    assert moments.outer().tolist() == [3 * (NORM + 8 + 3 * 4 * 1000)]
+    assert moments.classifier().tolist() == [3 * (NORM + 8 + 4 * 1000)]
+    assert moments.bytes.gradient == 4 * (D + 1) * 1000
+    narrow = moments_of([[[FULL, FULL], [FULL, FULL]]], arch=many, precision="bf16")
+    view = 2 * D - 4 * D * T  # of the first token, cast
+    assert narrow.outer().tolist() == [3 * (NORM + view + 8 + 3 * 4 * 1000) + 2 * D * 1000]
+    assert narrow.classifier().tolist() == [3 * (NORM + view + 8 + 2 * 1000)]
+    assert narrow.bytes.gradient == (4 + 2) * (D + 1) * 1000
 
 
 def test_slots_that_do_alike_are_one_head_group():
@@ -154,6 +170,8 @@ def test_the_peak_is_the_largest_moment():
             "forward": [[15, 25]],
             "backward": [[5, 6]],
             "outer": [4],
+            "classifier": [1],
+            "gradient": 2,
             "embedding": [3],
         }
         return MicroBatchMemory(**{k: np.array(v) for k, v in (parts | changes).items()}).peak()
@@ -163,6 +181,8 @@ def test_the_peak_is_the_largest_moment():
     assert peak(forward=[[99, 25]]).tolist() == [99]
     assert peak(backward=[[50, 6]]).tolist() == [10 + 50]
     assert peak(outer=[40]).tolist() == [10 + 20 + 40]
+    assert peak(classifier=[40]).tolist() == [10 + 20 + 40 + 2]
+    assert peak(gradient=30).tolist() == [10 + 20 + 1 + 30]
     assert peak(embedding=[400]).tolist() == [400]
 
 
