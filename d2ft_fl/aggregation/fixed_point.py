@@ -7,10 +7,10 @@ from d2ft_fl.util.compiled import entry
 
 @entry
 def outside(old: np.ndarray, new: np.ndarray, most: float) -> int:
-    """Return how many elements changed by more than ``most``, or are not finite."""
+    """Return how many elements changed by ``most`` or more, or are not finite."""
     count = 0
     for i in range(old.size):
-        if not abs(np.float64(new[i]) - np.float64(old[i])) <= most:
+        if not abs(np.float64(new[i]) - np.float64(old[i])) < most:
             count += 1
     return count
 
@@ -31,7 +31,7 @@ def accumulate(
 ) -> int:
     """Add ``scale`` times the change to int64 ``total``, each element rounded to the nearest.
 
-    Elements that changed by more than ``most``, or are not finite, are left out.
+    Elements that changed by ``most`` or more, or are not finite, are left out.
 
     Returns:
         How many elements were left out, as :func:`outside` counts them.
@@ -39,7 +39,7 @@ def accumulate(
     count = 0
     for i in range(total.size):
         change = np.float64(new[i]) - np.float64(old[i])
-        fits = abs(change) <= most
+        fits = abs(change) < most
         count += not fits
         total[i] += np.int64(np.rint((change if fits else 0.0) * scale))
     return count
@@ -67,7 +67,7 @@ def accumulate_quantized(
         sizes: The scales of these rows: float32 [rows].
         bits: Of a number: 4 or 8.
         scale: What a change is multiplied by.
-        most: The largest change that is added.
+        most: What changes that are added are smaller than.
 
     Returns:
         How many elements were left out, as :func:`outside` counts them.
@@ -88,7 +88,7 @@ def accumulate_quantized(
         for i in range(width):
             new = old[row, i] + size * (numbers[i] - middle)
             change = np.float64(new) - np.float64(old[row, i])
-            fits = abs(change) <= most
+            fits = abs(change) < most
             count += not fits
             total[row, i] += np.int64(np.rint((change if fits else 0.0) * scale))
     return count

@@ -11,4 +11,4 @@ def fraction_bits(examples: int) -> int:
     Args:
         examples: Examples that all updates together can count.
     """
-    return min(FRACTION_BITS, SUM_BITS - CHANGE_BITS - max(1, examples).bit_length())
+    return min(FRACTION_BITS, SUM_BITS - CHANGE_BITS - examples.bit_length())

@@ -135,8 +135,9 @@ class MeanSums:
         counts = np.tensordot(np.asarray(slot_examples, dtype=np.int64), ran, axes=1)
         for block in range(self.arch.blocks):
             heads = schedule.heads(schedule.resident, block)
-            for branch in range(len(self.arch.branches) if heads else 0):
-                widths = self.arch.widths[branch]
+            if not heads:
+                continue
+            for branch, widths in enumerate(self.arch.widths):
                 total = self._sums.setdefault(
                     (block, branch), torch.zeros(self.arch.tokens, sum(widths), dtype=torch.long)
                 )

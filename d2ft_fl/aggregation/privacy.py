@@ -213,7 +213,7 @@ def drawn(privacy: Privacy, key: bytes, round_number: int, clients: Iterable[int
         clients: All clients.
     """
     ordered = sorted(clients)
-    if privacy.rate >= 1 or not ordered:
+    if not ordered:
         return ordered
     draws = Noise(key, "draw", round_number).uniform(ordered[-1] + 1)
     return [client for client in ordered if draws[client] < privacy.rate]

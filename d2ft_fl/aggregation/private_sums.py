@@ -126,8 +126,8 @@ class PrivateSums:
         # Rounding to the grid can lengthen a change; the limit is lowered by as much.
         grid = 2.0**-self._sums.fraction_bits
         room = self.private.privacy.clip * (1 - 2.0**-40) - math.sqrt(size) * grid / 2
-        length = self._sums.length(terms)
-        self._sums.include(update, terms, min(1.0, max(0.0, room) / length) if length else 1.0)
+        room, length = max(0.0, room), self._sums.length(terms)
+        self._sums.include(update, terms, room / length if length > room else 1.0)
 
     @property
     def trained(self) -> dict[str, tuple[int, ...]]:

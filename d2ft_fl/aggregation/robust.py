@@ -5,7 +5,8 @@ x_1 .. x_n that n clients give one coordinate of a slice, sorted,
 
     trimmed-mean         the mean of x_(k+1) .. x_(n-k)
     median               the middle one, or the mean of the middle two
-    mean-around-median   the mean of the n - k that are nearest to the median
+    mean-around-median   the mean of the n - k that are nearest to the median; of two that are as
+                         near, the smaller counts
 
 (the first two of Yin et al., ICML 2018, arXiv 1803.01498, the last of Xie et al., 2018, arXiv
 1802.10116). k is of the whole round, and not a share of n: under budgets few clients train a slice,
@@ -27,6 +28,7 @@ is made shorter where it is longer than ``clip-norm``,
 import hashlib
 import math
 import mmap
+import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -101,7 +103,7 @@ class RobustSums:
 
     def _keep(self, tensors: dict[str, Tensor]) -> None:
         """Write an update's tensors to the end of the file."""
-        start = self._places[-1].stop if self._places else 0
+        start = os.fstat(self._file.fileno()).st_size
         start += -start % blob.LENGTH_BYTES  # as tensors lie in memory
         with writing(Path(tempfile.gettempdir())):
             self._file.seek(start)

@@ -155,7 +155,7 @@ class Sums:
 
     @property
     def _most(self) -> float:
-        """The largest change that can be summed."""
+        """What a change that can be summed is smaller than."""
         return 2.0 ** (SUM_BITS - self.fraction_bits) / max(1, self.examples)
 
     def add(self, update: Update) -> None:

@@ -96,7 +96,7 @@ def by_hand(updates):
     return new
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(st.lists(st.integers(0, 1000), min_size=1, max_size=4, unique=True))
 def test_fold_is_the_formula_slice_by_slice(seeds):
     updates = [update(seed) for seed in seeds]
@@ -105,7 +105,7 @@ def test_fold_is_the_formula_slice_by_slice(seeds):
         torch.testing.assert_close(tensor.double(), expected[name], rtol=1e-6, atol=1e-7)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(st.lists(st.integers(0, 1000), min_size=2, max_size=5, unique=True), st.randoms())
 def test_order_of_replies_does_not_matter(seeds, random):
     updates = [update(seed) for seed in seeds]
@@ -115,7 +115,7 @@ def test_order_of_replies_does_not_matter(seeds, random):
     assert all(torch.equal(shuffled[name], tensor) for name, tensor in expected.items())
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(st.lists(st.integers(0, 1000), min_size=1, max_size=4, unique=True), st.sampled_from([8, 4]))
 def test_quantized_changes_add_up_to_the_bits_that_full_numbers_do(seeds, bits):
     few, full = zip(*(quantized(update(seed), bits) for seed in seeds), strict=True)
@@ -140,8 +140,10 @@ def test_a_bad_quantized_change_is_refused_and_nothing_of_it_is_added(bits, chan
     sums.add(few)
     before = sums.apply()
     name = "blocks.1.mlp.fc2.weight"
-    with pytest.raises(ReplyError, match=message):
-        sums.add(replace(few, sent=few.sent | {name: change(few.sent[name].clone())}))
+    bad = replace(few, sent=few.sent | {name: change(few.sent[name].clone())})
+    # As Python, compiled loops warn of a scale of infinity times 0.
+    with np.errstate(invalid="ignore"), pytest.raises(ReplyError, match=message):
+        sums.add(bad)
     assert all(torch.equal(before[n], t) for n, t in sums.apply().items())
 
 
