@@ -37,7 +37,7 @@ different ranks are aggregated by ``product`` or ``stack``, which know the exact
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -47,7 +47,7 @@ from d2ft_fl.aggregation.sums import Sums
 from d2ft_fl.aggregation.update import Update, validate
 from d2ft_fl.config.choices import LORA_AGGREGATIONS, MIXED_RANK_AGGREGATIONS
 from d2ft_fl.errors import ConfigError
-from d2ft_fl.lora.config import FACTORS, delta, is_common, targeted
+from d2ft_fl.lora.config import FACTORS, delta, is_common, targeted, without_lora
 from d2ft_fl.lora.init import factorise, silent_factor
 from d2ft_fl.subnets.architecture import Architecture, Kind, Parameter
 from d2ft_fl.subnets.schedule import Schedule
@@ -85,7 +85,8 @@ def unchanging(mode: str, arch: Architecture, targets: Iterable[str]) -> list[tu
     targets = list(targets)
     if mode == "stack":
         return [(target, factor) for target in targets for factor in FACTORS]
-    return [] if mode == "alternate" else frozen(mode, arch, targets, 1)
+    one, next_one = (frozen(mode, arch, targets, number) for number in (1, 2))
+    return [pair for pair in one if pair in next_one]
 
 
 @dataclass
@@ -109,9 +110,9 @@ class LoraSums:
     examples: int
     mode: str
     measure: bool = True
-    error: float | None = field(default=None, init=False)
 
     def __post_init__(self) -> None:
+        self.error: float | None = None
         if self.mode not in LORA_AGGREGATIONS:
             raise ConfigError(
                 f"lora-aggregation = {self.mode!r} is unknown; use one of "
@@ -176,9 +177,8 @@ class LoraSums:
             return new
         exact, trained = self._exact.apply(), self._exact.trained
         off = size = 0.0
-        for weight, a, b in targeted(self.arch):
-            if weight.name not in trained:
-                continue
+        moved = [product for product in targeted(self.arch) if product[0].name in trained]
+        for weight, a, b in moved:
             old, wanted = self._exact.weights[weight.name], exact[weight.name]
             if self.mode == "product":
                 new.update(self._product(weight, a, b, old, wanted))
@@ -203,7 +203,7 @@ class LoraSums:
             wanted: Effective weights after the exact change: float64.
         """
         base = self.weights[weight.name]
-        if torch.equal(wanted, old):
+        if wanted.equal(old):
             return {p.name: self.weights[p.name] for p in (a, b)}
         pair = factorise(
             wanted - base.double(),
@@ -229,8 +229,9 @@ class LoraSums:
 
 def effective_architecture(arch: Architecture) -> Architecture:
     """Return an architecture of the targeted weights alone, which train and have no factors."""
-    parameters = tuple(replace(weight, trains=True) for weight, _, _ in targeted(arch))
-    return replace(arch, parameters=parameters, rank=0, scaling=0.0)
+    plain = without_lora(arch)
+    weights = tuple(plain.by_name[weight.name] for weight, _, _ in targeted(arch))
+    return replace(plain, parameters=weights)
 
 
 def effective_rows(

@@ -191,7 +191,7 @@ def targets_alone(arch: Architecture, lora: Lora) -> Architecture:
 def without_lora(arch: Architecture) -> Architecture:
     """Return the architecture without factors: everything but the embedding trains."""
     plain = (p for p in arch.parameters if not p.factor)
-    parameters = [replace(p, trains=p.kind is not Kind.EMBEDDING) for p in plain]
+    parameters = [replace(p, trains=p.kind is not Kind.EMBEDDING, fixed=False) for p in plain]
     return replace(arch, parameters=tuple(parameters), rank=0, scaling=0.0, lora_dropout=0.0)
 
 

@@ -111,10 +111,9 @@ def factorise(
 ) -> Factors:
     """Factorise ``matrix`` as ``scaling * b @ a``, by its singular values, in double precision.
 
-    Of each pair of singular vectors, which are known up to a sign, the entry of the left one that
-    is largest in magnitude is positive. A direction of which the matrix holds nothing would be zero
-    in both factors, and get no gradient ever; it begins as in LoRA instead: zero in one factor, and
-    in the other as long as a row of A that is drawn.
+    A direction of which the matrix holds nothing would be zero in both factors, and get no gradient
+    ever; it begins as in LoRA instead: zero in one factor, and in the other as long as a row of A
+    that is drawn.
 
     Args:
         matrix: [out, in].
@@ -123,19 +122,29 @@ def factorise(
         dtype: Of the factors.
         silent: The factor that is zero where the matrix holds nothing; it should train.
     """
-    u, s, vt = torch.linalg.svd(matrix.double(), full_matrices=False)
-    largest = u.gather(0, u.abs().argmax(dim=0, keepdim=True))[0]
-    signs = torch.where(largest < 0, -1.0, 1.0).double()
-    u, vt = u[:, :rank] * signs[:rank], vt[:rank] * signs[:rank, None]
-    size = s[:rank]
-    # What is smaller than the rounding of the largest is noise.
-    holds = (size > torch.finfo(dtype).eps * s[0]) & (size > 0)
+    u, s, vt = singular(matrix)
+    u, size, vt = u[:, :rank], s[:rank], vt[:rank]
+    # What is no larger than the rounding of the largest is noise.
+    holds = size > torch.finfo(dtype).eps * s[0]
     root = torch.where(holds, (size / scaling).sqrt(), 0.0)
     idle = torch.where(holds, root, 1 / math.sqrt(3))  # of uniform draws within 1 / sqrt(in)
     in_b, in_a = (root, idle) if silent == "B" else (idle, root)
     left_out = float(torch.cat([size[~holds], s[rank:]]).norm())
     a, b = (in_a[:, None] * vt).to(dtype), (u * in_b).to(dtype)
     return Factors(a.contiguous(), b.contiguous(), left_out)
+
+
+def singular(matrix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (U, S, V^T) with ``matrix = U diag(S) V^T``, in double precision.
+
+    Of each pair of singular vectors, which are known up to a sign, the entry of the left one that
+    is largest in magnitude is positive.
+    """
+    u, s, vt = torch.linalg.svd(matrix.double(), full_matrices=False)
+    signs = u.gather(0, u.abs().argmax(dim=0, keepdim=True)).sign()  # [1, values]
+    u *= signs
+    vt *= signs.t()
+    return u, s, vt
 
 
 def silent_factor(a: Parameter, b: Parameter) -> str:

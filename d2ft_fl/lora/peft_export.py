@@ -11,9 +11,9 @@ peft takes seconds to import, so that only what writes a configuration imports i
 """
 
 import re
-from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
+from statistics import mode
 from typing import Any
 
 import safetensors.torch
@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 
 from d2ft_fl.errors import ConfigError
-from d2ft_fl.lora.config import FACTORS, Lora, delta, factor_name, targeted, weights
+from d2ft_fl.lora.config import Lora, delta, factor_name, targeted, weights
+from d2ft_fl.lora.init import singular
 from d2ft_fl.lora.peft_files import PREFIX, TENSORS, classifier_names, target_pattern
 from d2ft_fl.subnets.architecture import Architecture
 
@@ -58,12 +59,10 @@ def write_adapter(
         if changes is None
         else _factored(arch, lora, state, changes)
     )
-    tensors = {
-        factor_name(weight, factor): tensor
-        for weight, pair in pairs.items()
-        for factor, tensor in zip(FACTORS, pair, strict=True)
-    }
-    tensors |= {name: state[name] for name in classifier_names(arch)}
+    tensors = {name: state[name] for name in classifier_names(arch)}
+    for weight, (a, b) in pairs.items():
+        tensors[factor_name(weight, "A")] = a
+        tensors[factor_name(weight, "B")] = b
     ranks = {weight.removesuffix(".weight"): len(a) for weight, (a, _) in pairs.items()}
     config = LoraConfig(
         target_modules=target_pattern(arch, {arch.by_name[w].role.split(".")[0] for w in pairs}),
@@ -144,7 +143,7 @@ def _product(change: Tensor, weight: Tensor | None, scaling: float) -> tuple[Ten
     singular values up to eps * (sqrt(out) + sqrt(in)) * rms(W). Without a cut there, every such
     change would have full rank.
     """
-    u, values, v = torch.linalg.svd(change.double(), full_matrices=False)
+    u, values, v = singular(change)
     least = PRECISION * values[0]
     if weight is not None:
         noise = torch.finfo(torch.float32).eps * weight.double().square().mean().sqrt()
@@ -156,7 +155,7 @@ def _product(change: Tensor, weight: Tensor | None, scaling: float) -> tuple[Ten
 
 def _ranks(lora: Lora, ranks: Mapping[str, int]) -> dict[str, Any]:
     """Return ranks by module as ``LoraConfig`` has them, and alphas that leave the scaling."""
-    common = Counter(ranks.values()).most_common(1)[0][0]
+    common = mode(ranks.values())
     others = {re.escape(module): rank for module, rank in ranks.items() if rank != common}
     return {
         "r": common,

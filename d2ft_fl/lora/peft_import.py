@@ -114,10 +114,10 @@ def _check_config(config: Mapping[str, Any], classifier: str) -> None:
             raise ConfigError(
                 f"{option} = {config[option]!r} is not plain LoRA; make one without {option}"
             )
-    if (start := config.get("init_lora_weights", True)) not in INITIALISATIONS:
+    if "init_lora_weights" in config and config["init_lora_weights"] not in INITIALISATIONS:
         raise ConfigError(
-            f"init_lora_weights = {start!r} changes the base weights; save it with "
-            "path_initial_model_for_weight_conversion, or use one of "
+            f"init_lora_weights = {config['init_lora_weights']!r} changes the base weights; save "
+            "it with path_initial_model_for_weight_conversion, or use one of "
             f"{', '.join(map(str, INITIALISATIONS))}"
         )
     saved = config.get("modules_to_save") or []

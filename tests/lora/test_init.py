@@ -1,3 +1,4 @@
+import hashlib
 import math
 
 import numpy as np
@@ -6,7 +7,7 @@ import torch
 
 from d2ft_fl.errors import ConfigError
 from d2ft_fl.lora.config import Lora, delta, is_common, merged, targeted, with_lora
-from d2ft_fl.lora.init import begin, factorise, from_update
+from d2ft_fl.lora.init import begin, factorise, from_update, silent_factor
 from tests.conftest import TARGETS, build, weights_of
 
 torch.manual_seed(0)
@@ -64,6 +65,20 @@ def test_a_draw_depends_on_seed_and_name_alone():
     assert not any(torch.equal(whole[name], other[name]) for name in drawn)
     first = {tuple(whole[name].flatten()[:4].tolist()) for name in drawn}
     assert len(first) == len(drawn)
+
+
+@pytest.mark.parametrize("common", [False, True])
+def test_a_draw_is_that_of_the_first_bytes_of_a_hash(common):
+    """SHA-256 of seed and name: the first eight hexadecimal digits are the generator's seed."""
+    arch = with_lora(BASE, Lora(rank=3))
+    state = begin(arch, WEIGHTS, "lora", seed=5, frozen_common=common)
+    for role, width in (
+        (("fc2.lora_B", 24),) if common else (("fc2.lora_A", 96), ("fc1.lora_A", 24))
+    ):
+        p = next(p for p in arch.parameters if p.role == role)
+        digits = hashlib.sha256(f"5:{p.name}".encode()).hexdigest()[:8]
+        share = torch.rand(p.shape, generator=torch.Generator().manual_seed(int(digits, 16)))
+        torch.testing.assert_close(state[p.name], (share - 0.5) / 0.5 / math.sqrt(width))
 
 
 def test_federa_splits_the_weights_and_changes_nothing():
@@ -149,6 +164,27 @@ def test_directions_that_hold_nothing_can_still_train(silent):
         torch.testing.assert_close(lengths, torch.full((3 - used,), 1 / math.sqrt(3)))
 
 
+@pytest.mark.parametrize("largest", [2.0**10, 2.0**-10])
+def test_what_is_no_larger_than_the_rounding_of_the_largest_is_nothing(largest):
+    """Singular values of 1, 1/4, and the float32 step from 1 or a little more, times a factor."""
+    step = 2.0**-23
+    for last, held in ((1.01 * step, True), (step, False)):
+        matrix = largest * torch.diag(torch.tensor([1, 0.25, last], dtype=torch.float64))
+        a, b, discarded = factorise(matrix, 3, 2.0)
+        assert bool(b[:, 2].any()) == held
+        assert a[2].any()
+        assert discarded == pytest.approx(0.0 if held else largest * step, rel=1e-6, abs=0)
+
+
+@pytest.mark.parametrize(
+    "a,b,silent", [(True, True, "B"), (True, False, "A"), (False, True, "B"), (False, False, "B")]
+)
+def test_b_is_silent_unless_a_alone_trains(a, b, silent):
+    frozen = [("qkv", factor) for factor, trains in (("A", a), ("B", b)) if not trains]
+    arch = with_lora(BASE, Lora(rank=3), frozen)
+    assert silent_factor(*targeted(arch)[0][1:]) == silent
+
+
 def test_factors_of_an_update():
     arch = with_lora(BASE, Lora(rank=3, alpha=6.0))
     generator = torch.Generator().manual_seed(2)
@@ -183,11 +219,14 @@ def test_an_update_within_the_rank_loses_nothing():
 def test_factors_that_rest_are_not_the_ones_that_are_zero():
     """proj's B is common to the block: where it does not train, A is zero in empty directions."""
     arch = with_lora(BASE, Lora(rank=3), frozen=[("proj", "B"), ("qkv", "A")])
-    change = {w.name: torch.zeros(w.shape) for w, _, _ in targeted(arch)}
-    state, _ = from_update(arch, WEIGHTS, change)
-    for _, a, b in targeted(arch):
-        for p in (a, b):
-            assert p.trains or state[p.name].any()
+    nothing = {w.name: torch.zeros(w.shape) for w, _, _ in targeted(arch)}
+    for state in (
+        from_update(arch, WEIGHTS, nothing)[0],
+        begin(arch, WEIGHTS | nothing, "federa", seed=0),
+    ):
+        for _, a, b in targeted(arch):
+            for p in (a, b):
+                assert p.trains or state[p.name].any()
 
 
 def test_an_unknown_beginning_is_refused():

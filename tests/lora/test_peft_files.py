@@ -1,12 +1,8 @@
-"""Adapters against peft itself: what we write it loads, what it writes we read.
-
-All tests that import peft are here; it takes seconds.
-"""
+"""Adapters that peft loads: of factors, of changes, and of whole runs."""
 
 import copy
 import json
 import math
-import shutil
 
 import pytest
 import safetensors.torch
@@ -15,7 +11,7 @@ from typer.testing import CliRunner
 
 from d2ft_fl.cli.main import app
 from d2ft_fl.errors import ConfigError
-from d2ft_fl.lora.config import Lora, delta, factor_name, merged, targeted, weights, with_lora
+from d2ft_fl.lora.config import Lora, delta, factor_name, merged, targeted, weights
 from d2ft_fl.lora.peft_export import total_changes, write_adapter
 from d2ft_fl.lora.peft_files import CONFIG, PREFIX, TENSORS
 from d2ft_fl.lora.peft_import import read_adapter
@@ -71,11 +67,13 @@ def config_of(folder):
 @pytest.mark.parametrize("lora", LORAS, ids=str)
 def test_peft_loads_what_a_run_tuned(lora, tmp_path):
     model, arch, state = tuned(lora)
-    assert write_adapter(tmp_path, arch, lora, state, base="some/model") == lora.rank
+    folder = tmp_path / "of" / "mine"
+    assert write_adapter(folder, arch, lora, state, base="some/model") == lora.rank
     expected = logits(of_weights(model, merged(arch, state)), arch)
     assert relative(logits(model, arch), expected) > 1e-2
-    assert relative(logits(loaded(model, tmp_path), arch), expected) <= 1e-5
-    config = config_of(tmp_path)
+    assert relative(logits(loaded(model, folder), arch), expected) <= 1e-5
+    config = config_of(folder)
+    assert config["inference_mode"]
     assert (config["r"], config["lora_alpha"]) == (lora.rank, lora.alpha)
     assert config["base_model_name_or_path"] == "some/model"
     assert (config["use_rslora"], config["lora_dropout"]) == (lora.rslora, lora.dropout)
@@ -130,6 +128,72 @@ def test_changed_base_weights_become_products_of_their_ranks(rslora, subtracted,
         read_adapter(tmp_path, build()[1])
 
 
+def of_values(shape, values):
+    """A matrix whose singular vectors are unit vectors."""
+    matrix = torch.zeros(shape, dtype=torch.float64)
+    matrix.diagonal()[: len(values)] = torch.tensor(values, dtype=torch.float64)
+    return matrix
+
+
+def exported_ranks(folder):
+    """The ranks by weight of an adapter that holds factors."""
+    tensors = safetensors.torch.load_file(folder / TENSORS)
+    end = ".lora_A.weight"
+    return {
+        name.removeprefix(PREFIX).removesuffix(end): len(tensor)
+        for name, tensor in tensors.items()
+        if name.endswith(end)
+    }
+
+
+@pytest.mark.parametrize("largest", [2.0**10, 2.0**-10])
+def test_without_weights_a_change_has_the_rank_that_float32_can_tell(largest, tmp_path):
+    """1e-7 of the largest singular value is nothing; what never changed has rank 1."""
+    lora = Lora(rank=3, alpha=6.0, targets=("qkv",))
+    _, arch, state = tuned(lora)
+    head = {name: state[name] for name in ("head.weight", "head.bias")}
+    changed = of_values((96, 24), [largest, 0.1 * largest, 2e-7 * largest, 5e-8 * largest])
+    name = "blocks.1.mlp.fc1"  # no target of the run
+    assert write_adapter(tmp_path, arch, lora, head, changes={f"{name}.weight": changed}) == 3
+    modules = [f"blocks.{block}.{of}" for of in ("attn.qkv", "mlp.fc1") for block in range(3)]
+    assert exported_ranks(tmp_path) == {module: 3 if module == name else 1 for module in modules}
+    tensors = safetensors.torch.load_file(tmp_path / TENSORS)
+    a, b = (tensors[PREFIX + factor_name(f"{name}.weight", factor)] for factor in "AB")
+    torch.testing.assert_close(delta(a, b, 2.0), changed, rtol=1e-6, atol=1e-7 * largest)
+
+
+def test_a_change_within_the_rounding_of_its_weight_is_nothing(tmp_path):
+    """A product [72, 24] of weights 3: 2^-23 * 3 * (sqrt(72) + sqrt(24)), or 4.79e-6."""
+    lora = Lora(rank=3, targets=("qkv",))
+    _, arch, state = tuned(lora)
+    noise = 2**-23 * 3 * (72**0.5 + 24**0.5)
+    name = "blocks.0.attn.qkv.weight"
+    state[name] = torch.full((72, 24), 3.0)
+    changes = {name: of_values((72, 24), [1.0, 1.05 * noise, 0.95 * noise])}
+    write_adapter(tmp_path, arch, lora, state, changes=changes)
+    assert exported_ranks(tmp_path)["blocks.0.attn.qkv"] == 2
+
+
+def test_all_that_a_run_added_is_what_changed_and_what_factors_add_less_what_they_added():
+    lora = Lora(rank=1, alpha=2.0, targets=("proj", "fc1"))
+    _, arch, state = tuned(lora)
+    proj, fc1 = "blocks.0.attn.proj.weight", "blocks.2.mlp.fc1.weight"
+
+    def factors(name, *values):
+        names = [factor_name(name, factor) for factor in "AB"]
+        return {
+            name: torch.full(arch.by_name[name].shape, float(value))
+            for name, value in zip(names, values, strict=True)
+        }
+
+    state |= factors(proj, 3, 5) | factors(fc1, 7, 2)
+    initial = factors(proj, 2, 4)
+    found = total_changes(arch, state, initial, {proj: torch.ones(24, 24)})
+    assert found.keys() == {weight.name for weight, _, _ in targeted(arch)}
+    assert found[proj].tolist() == [[1.0 + 2 * (15 - 8)] * 24] * 24
+    assert found[fc1].tolist() == [[2.0 * 14] * 24] * 96
+
+
 def test_equal_ranks_need_no_patterns(tmp_path):
     lora = Lora(rank=2, alpha=6.0)
     _, arch, state = tuned(lora)
@@ -160,193 +224,6 @@ def test_what_is_written_is_read(lora, tmp_path):
     assert tensors.keys() == factors | {"head.weight", "head.bias"}
     for name, tensor in tensors.items():
         assert torch.equal(tensor, state[name]), name
-
-
-def by_peft(folder, model=None, **options):
-    """An adapter that peft makes, random, and saves; its model."""
-    from peft import LoraConfig, get_peft_model
-
-    model = model or build()[0]
-    torch.manual_seed(3)
-    adapted = get_peft_model(model, LoraConfig(**{"init_lora_weights": False, **options}))
-    with torch.no_grad():
-        for name, parameter in adapted.named_parameters():
-            if "modules_to_save" in name:
-                parameter.add_(0.1)
-    adapted.save_pretrained(str(folder))
-    return adapted
-
-
-BY_PEFT = [
-    {"r": 2, "target_modules": ["qkv", "fc1"]},
-    {"r": 3, "target_modules": ["attn.proj", "fc2"], "modules_to_save": ["head"]},
-    {
-        "r": 4,
-        "lora_alpha": 3,
-        "target_modules": r"blocks\.\d+\..*(qkv|proj|fc1|fc2)",
-        "use_rslora": True,
-        "modules_to_save": ["head"],
-    },
-    {"r": 8, "target_modules": ["qkv"], "rank_pattern": {"qkv": 5}, "alpha_pattern": {"qkv": 7}},
-]
-
-
-@pytest.mark.parametrize("options", BY_PEFT, ids=str)
-def test_adapters_of_peft_are_read(options, tmp_path):
-    model, base = build()
-    original = {name: t.clone() for name, t in model.state_dict().items()}
-    expected = logits(by_peft(tmp_path, model, **options), base)
-    lora, tensors = read_adapter(tmp_path, base)
-    assert lora.rank == options.get("rank_pattern", {}).get("qkv", options["r"])
-    found = merged(with_lora(base, lora), original | tensors)
-    assert relative(logits(of_weights(build()[0], found), base), expected) <= 1e-5
-    assert ("head.weight" in tensors) == ("modules_to_save" in options)
-
-
-def test_a_classifier_of_other_classes_is_left_out(tmp_path):
-    by_peft(tmp_path, target_modules=["qkv"], modules_to_save=["head"])
-    _, tensors = read_adapter(tmp_path, build(num_classes=7)[1])
-    assert not any(name.startswith("head.") for name in tensors)
-
-
-REFUSED_OF_PEFT = [
-    ({"target_modules": ["proj"]}, "adapts 'patch_embed.proj'; only qkv, proj, fc1, fc2"),
-    ({"target_modules": ["qkv", "head"]}, "adapts 'head'; only"),
-    ({"target_modules": ["qkv"], "use_dora": True}, "use_dora = True is not plain LoRA"),
-    ({"target_modules": ["qkv"], "bias": "lora_only"}, "bias = 'lora_only' trains biases"),
-    (
-        {"target_modules": ["qkv"], "modules_to_save": ["norm"]},
-        "modules_to_save names 'norm'; only 'head'",
-    ),
-    (
-        {"target_modules": ["qkv", "fc1"], "rank_pattern": {"fc1": 4}},
-        "several ranks, 4, 8; only one",
-    ),
-    (
-        {"target_modules": ["qkv", "fc1"], "alpha_pattern": {"fc1": 4}},
-        "several alphas, 4, 8; only one",
-    ),
-    (
-        {"target_modules": ["qkv"], "layers_to_transform": [0, 2], "layers_pattern": "blocks"},
-        "lacks 'blocks.1.attn.qkv.lora_A.weight'; use one that adapts all 3 blocks",
-    ),
-    (
-        {"target_modules": ["qkv"], "init_lora_weights": "pissa"},
-        "init_lora_weights = 'pissa' changes the base weights",
-    ),
-    ({"target_modules": ["qkv"], "r": 40}, "its r = 40 does not lie between 1 and 24"),
-]
-
-
-def refusal(folder, arch):
-    """The one line with which an adapter is refused."""
-    with pytest.raises(ConfigError) as caught:
-        read_adapter(folder, arch)
-    text = str(caught.value)
-    assert "\n" not in text
-    assert text.startswith(f"adapter {str(folder)!r}: ")
-    return text
-
-
-@pytest.mark.parametrize("options, message", REFUSED_OF_PEFT, ids=[m for _, m in REFUSED_OF_PEFT])
-def test_what_peft_can_and_we_cannot_is_named(options, message, tmp_path):
-    by_peft(tmp_path, **options)
-    assert message in refusal(tmp_path, build()[1])
-
-
-@pytest.mark.parametrize(
-    "changes, message",
-    [
-        ({"depth": 2}, "adapts 'blocks.2.attn.qkv', but the model has 2 blocks"),
-        ({"depth": 4}, "lacks 'blocks.3.attn.qkv.lora_A.weight'; use one that adapts all 4 blocks"),
-        ({"embed_dim": 32}, "has shape [2, 24], but the model and rank 2 want [2, 32]"),
-    ],
-)
-def test_adapters_of_other_models_are_refused(changes, message, tmp_path):
-    by_peft(tmp_path, r=2, target_modules=["qkv"], modules_to_save=["head"])
-    assert message in refusal(tmp_path, build(**changes)[1])
-
-
-@pytest.fixture(scope="module")
-def good(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("adapter")
-    lora = Lora(rank=2, targets=("qkv",))
-    _, arch, state = tuned(lora)
-    write_adapter(folder, arch, lora, state)
-    return folder
-
-
-@pytest.mark.parametrize(
-    "entries, message",
-    [
-        ({"peft_type": "LOHA"}, "peft_type = 'LOHA' is not 'LORA'"),
-        ({"lora_bias": True}, "lora_bias = True is not plain LoRA"),
-        ({"fan_in_fan_out": True}, "fan_in_fan_out = True is not plain LoRA"),
-        ({"modules_to_save": "norm"}, "modules_to_save names 'norm'; only 'head'"),
-        ({"target_parameters": ["x"]}, "target_parameters = ['x'] is not plain LoRA"),
-        ({"r": "four"}, "r = 'four' is not a whole number"),
-        ({"lora_alpha": None}, "lora_alpha = None is not a number"),
-        ({"lora_dropout": 1.0}, "lora_dropout = 1.0 must be 0 or more, and below 1"),
-        ({"r": 3}, "has shape [2, 24], but the model and rank 3 want [3, 24]"),
-        ({"r": 0}, "its r = 0 does not lie between 1 and 24"),
-        ({"lora_alpha": 0}, "its lora_alpha = 0.0 is no number above 0"),
-        ({"lora_alpha": float("nan")}, "its lora_alpha = nan is no number above 0"),
-        ({"lora_alpha": 10**400}, "lora_alpha is too large a number"),
-        ({"modules_to_save": 5}, "modules_to_save = 5 is not a list"),
-        ({"rank_pattern": [3]}, "rank_pattern = [3] is not a table"),
-        ({"rank_pattern": {"(": 3}}, "rank_pattern holds no regular expression"),
-    ],
-)
-def test_configurations_that_do_not_fit_are_named(entries, message, good, tmp_path):
-    folder = shutil.copytree(good, tmp_path / "bad")
-    (folder / CONFIG).write_text(json.dumps(config_of(good) | entries))
-    assert message in refusal(folder, build()[1])
-
-
-def without(name):
-    return lambda tensors: tensors.pop(PREFIX + name)
-
-
-def adding(name):
-    return lambda tensors: tensors.update({PREFIX + name: torch.ones(2, 2)})
-
-
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        (without("blocks.0.attn.qkv.lora_B.weight"), "lacks 'blocks.0.attn.qkv.lora_B.weight'"),
-        (without("head.bias"), "its classifier holds head.weight, but the model's head.weight, he"),
-        (adding("head.weight"), "'head.weight' has shape [2, 2], but the model wants [5, 24]"),
-        (adding("norm.weight"), "holds 'norm.weight', which is no factor of LoRA"),
-        (adding("blocks.0.attn.qkv.lora_C.weight"), "lora_C.weight', which is no factor of LoRA"),
-        (lambda tensors: tensors.clear(), "holds no factors of LoRA"),
-    ],
-)
-def test_tensors_that_do_not_fit_are_named(change, message, good, tmp_path):
-    folder = shutil.copytree(good, tmp_path / "bad")
-    tensors = safetensors.torch.load_file(folder / TENSORS)
-    change(tensors)
-    safetensors.torch.save_file(tensors, folder / TENSORS)
-    assert message in refusal(folder, build()[1])
-
-
-@pytest.mark.parametrize(
-    "file, text, message",
-    [
-        (CONFIG, None, "lacks 'adapter_config.json'"),
-        (CONFIG, "{", "'adapter_config.json' is not JSON"),
-        (CONFIG, "[]", "'adapter_config.json' is not a JSON object"),
-        (TENSORS, None, "lacks 'adapter_model.safetensors'"),
-        (TENSORS, "weights", "'adapter_model.safetensors' is not safetensors"),
-    ],
-)
-def test_files_that_cannot_be_read_are_named(file, text, message, good, tmp_path):
-    folder = shutil.copytree(good, tmp_path / "bad")
-    (folder / file).unlink()
-    if text is not None:
-        (folder / file).write_text(text)
-    assert message in refusal(folder, build()[1])
-    assert "there is no such folder" in refusal(tmp_path / "nowhere", build()[1])
 
 
 # -- of runs ---------------------------------------------------------------------------------
