@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from d2ft_fl.planning.solver.instance import EPSILON, Instance, Picked, Priced
+from d2ft_fl.planning.solver.instance import EPSILON, NONE, Instance, Picked, Priced
 from d2ft_fl.util.compiled import inner
 
 
@@ -90,11 +90,11 @@ def obeys(p: Instance, choice: np.ndarray, case: int) -> bool:
 
 @inner
 def case_of(p: Instance, choice: np.ndarray) -> int:
-    """Return the first case in which a choice is allowed, -1 where there is none."""
+    """Return the first case in which a choice is allowed, NONE where there is none."""
     for case in range(len(p.mode)):
         if obeys(p, choice, case):
             return case
-    return -1
+    return NONE
 
 
 @inner
@@ -104,7 +104,8 @@ def repair(p: Instance, q: Priced, x: Picked, case: int) -> bool:
     for _ in range(items * options):
         if fits(p, x):
             return True
-        item, option, least = -1, -1, np.inf
+        item = option = NONE
+        least = np.inf
         for i in range(items):
             mode = p.mode[case, p.group[i]]
             for k in range(options):
@@ -122,7 +123,7 @@ def repair(p: Instance, q: Priced, x: Picked, case: int) -> bool:
                     loss = max(p.value[i, x.choice[i]] - p.value[i, k], 0.0) / relief
                     if loss < least:
                         item, option, least = i, k, loss
-        if item < 0:
+        if item == NONE:
             return False
         flip(p, x, item, option)
     return fits(p, x)
@@ -144,8 +145,8 @@ def fill(p: Instance, q: Priced, x: Picked, case: int) -> float:
                 item[n], option[n] = i, k
                 n += 1
     won = 0.0
-    while n > 0:
-        best, best_rate, fitting = -1, 0.0, 0
+    while True:
+        best, best_rate, fitting = NONE, -np.inf, 0
         for j in range(n):
             i, k = item[j], option[j]
             gain = p.value[i, k] - p.value[i, x.choice[i]]
@@ -165,7 +166,6 @@ def fill(p: Instance, q: Priced, x: Picked, case: int) -> float:
                 best, best_rate = fitting, rate
             fitting += 1
         n = fitting
-        if best < 0:
-            break
+        if best == NONE:
+            return won
         won += flip(p, x, item[best], option[best])
-    return won

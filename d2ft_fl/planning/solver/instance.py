@@ -7,6 +7,7 @@ import numpy as np
 from d2ft_fl.util.compiled import inner
 
 EPSILON = 1e-12
+NONE = -1  # of items, options, cases and the like
 
 
 class Batch(NamedTuple):

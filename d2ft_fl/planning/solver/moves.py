@@ -108,7 +108,7 @@ def core(p: Instance, q: Priced, x: Picked, case: int, effort: int) -> float:
             if p.group[item[other]] == g:
                 top = max(top, p.level[option[other]])
                 others -= p.level[x.choice[item[other]]] == x.tops[g]
-        steady[j] = x.tops[g] == 0 if top == 0 else top <= x.tops[g] and others > 0
+        steady[j] = top <= x.tops[g] and (others > 0 or x.tops[g] == 0)
     utility, best, best_set, current = 0.0, EPSILON, 0, 0
     for step in range(1, 1 << n):
         bit = RULER[step]

@@ -1,0 +1,222 @@
+"""One choice: what it uses, what a flip changes, how it is made to fit, how it is filled."""
+
+from itertools import product
+
+import numpy as np
+import pytest
+
+from tests.planning.solver import tiny
+from tests.planning.solver.interpreted import choices
+from tests.planning.solver.tiny import (
+    NOTHING,
+    blank,
+    changed,
+    draw_choice,
+    draw_prices,
+    drawn,
+    knapsack,
+    right,
+    same,
+    taken,
+)
+
+SEEDS = range(40)
+
+
+def test_use_levels_and_value_are_counted_anew():
+    p = knapsack(
+        [[1, 2, 4], [8, 16, 32], [64, 128, 256]],
+        [[[1, 0], [2, 0], [3, 0]], [[0, 10], [0, 20], [0, 30]], [[5, 5], [6, 6], [7, 7]]],
+        [99, 99],
+        [[[0, 0], [100, 200], [300, 500]], [[0, 0], [1000, 2000], [3000, 5000]]],
+        group=[0, 0, 1],
+        level=[0, 2, 1],
+    )
+    x = blank(p)
+    x.choice[...] = 1, 2, 0
+    assert choices.count(p, x) == 2 + 32 + 64
+    assert x.counts.tolist() == [[0, 1, 1], [1, 0, 0]]
+    assert x.tops.tolist() == [2, 0]
+    assert x.used.tolist() == [2 + 0 + 5 + 300, 0 + 30 + 5 + 500]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_every_flip_of_every_choice_is_counted_right(seed):
+    p = drawn(seed, items=4, options=3, resources=2, levels=3)
+    p = p._replace(value=np.maximum(p.value, -5.0), level=np.array([0, 1, 2])[:3])
+    for choice in tiny.everything(p):
+        x = blank(p)
+        x.choice[...] = choice
+        assert choices.count(p, x) == tiny.worth(p, choice)
+        assert right(p, x)
+        for i, k in product(range(4), range(3)):
+            after = taken(p, changed(choice, (i, k)))
+            top = choices.level_after(p, x, i, k)
+            assert top == after.tops[p.group[i]]
+            assert [choices.change(p, x, i, k, r, top) for r in range(2)] == list(
+                after.used - x.used
+            )
+            y = taken(p, choice)
+            assert choices.flip(p, y, i, k) == p.value[i, k] - p.value[i, choice[i]]
+            assert same(y, after)
+
+
+@pytest.mark.parametrize("more, fits", [((0, 0), True), ((1, 0), False), ((0, 1), False)])
+def test_a_choice_fits_up_to_the_last_unit_of_each_resource(more, fits):
+    p = knapsack(np.zeros((1, 1)), np.zeros((1, 1, 2)), [3, 5])
+    x = blank(p)
+    x.used[...] = p.capacity + np.array(more)
+    assert choices.fits(p, x) == fits
+    x.used[...] -= 1
+    assert choices.fits(p, x)
+
+
+def test_the_first_case_that_allows_all_is_a_choices_own():
+    owned = set()
+    for seed in range(20):
+        p = drawn(seed)
+        for choice in tiny.everything(p)[::13]:
+            obeyed = [tiny.obeys(p, choice, case) for case in range(3)]
+            assert [choices.obeys(p, choice, case) for case in range(3)] == obeyed
+            own = obeyed.index(True) if any(obeyed) else -1
+            assert choices.case_of(p, choice) == own
+            owned.add(own)
+    assert owned == {-1, 0, 1, 2}
+
+
+# -- repair ----------------------------------------------------------------------------------
+
+
+def repaired(p, choice, case):
+    """A choice flipped by the rule of ``repair``, and whether it fits then."""
+    choice = np.array(choice)
+    while True:
+        over = tiny.used(p, choice) - p.capacity
+        if (over <= 0).all():
+            return choice, True
+        found = []
+        for i, k in product(range(len(choice)), range(p.value.shape[1])):
+            more = tiny.used(p, changed(choice, (i, k))) - tiny.used(p, choice)
+            relief = (np.clip(-more, 0, np.maximum(over, 0)) / np.maximum(p.capacity, 1)).sum()
+            worse = ((more > 0) & (more + over > 0)).any()
+            if k != choice[i] and tiny.allows(p, case, i, k) and not worse and relief > 0:
+                loss = max(p.value[i, choice[i]] - p.value[i, k], 0) / relief
+                found.append((loss, i, k))
+        if not found:
+            return choice, False
+        choice = changed(choice, min(found)[1:])
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_what_is_over_is_repaired_by_flips_that_lose_least_per_relief(seed):
+    p = drawn(seed, share=0.4)
+    choice, case = draw_choice(p, seed), seed % 3
+    x = taken(p, choice)
+    done = choices.repair(p, tiny.at_prices(p, [0, 0, 0]), x, case)
+    wanted, fits = repaired(p, choice, case)
+    assert done == fits
+    assert right(p, x)
+    assert x.choice.tolist() == wanted.tolist()
+
+
+def test_repair_ends_with_a_choice_that_fits_and_with_none_that_does():
+    ends = {repaired(drawn(s, share=0.4), draw_choice(drawn(s), s), s % 3)[1] for s in SEEDS}
+    assert ends == {True, False}
+
+
+@pytest.mark.parametrize("capacity, loses", [((8, 1), 0), ((8, 2), 1), ((8, 0), 0)])
+def test_relief_is_a_share_of_capacity_where_there_is_any(capacity, loses):
+    """One unit of 1 (of 0: of 1) is all there is; of 2 it is half, as a loss of 3 to 2 shows."""
+    p = knapsack(
+        [[2, 0], [3, 0]], [[[0, capacity[1] + 1], [0, capacity[1]]], [[11, 0], [8, 0]]], capacity
+    )
+    # The second item relieves 3/8 at a loss of 3: 8 per relief. Both have to be flipped.
+    x = taken(p, [0, 0])
+    assert choices.repair(p, tiny.at_prices(p, [0, 0]), x, 0)
+    assert x.choice.tolist() == [1, 1]
+
+
+def test_of_equal_losses_the_first_flip_is_taken():
+    p = knapsack([[1, 0, 0], [1, 0, 0]], [[[4], [2], [2]], [[4], [2], [2]]], [6])
+    x = taken(p, [0, 0])
+    assert choices.repair(p, tiny.at_prices(p, [0]), x, 0)
+    assert x.choice.tolist() == [1, 0]
+
+
+# -- fill ------------------------------------------------------------------------------------
+
+
+def filled(p, prices, choice, case):
+    """A choice filled by the rule of ``fill``, and what that is worth."""
+    choice, won = np.array(choice), 0.0
+    left = [
+        (i, k)
+        for i, k in product(range(len(choice)), range(p.value.shape[1]))
+        if tiny.allows(p, case, i, k) and p.value[i, k] > p.value[i, choice[i]] + 1e-12
+    ]
+    while True:
+        rates = {}
+        for i, k in left:
+            gain = p.value[i, k] - p.value[i, choice[i]]
+            after = tiny.used(p, changed(choice, (i, k)))
+            if gain > 1e-12 and (after <= p.capacity).all():
+                price = ((after - tiny.used(p, choice)) / np.maximum(p.capacity, 1)) @ prices
+                rates[i, k] = gain / max(price, 1e-12)
+        if not rates:
+            return choice, won
+        i, k = max(rates, key=rates.get)
+        won += p.value[i, k] - p.value[i, choice[i]]
+        choice, left = changed(choice, (i, k)), list(rates)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_upgrades_that_fit_are_taken_by_value_per_priced_cost(seed):
+    p = drawn(seed, share=0.9)
+    choice, case, prices = draw_choice(p, seed) * (seed % 2), seed % 3, draw_prices(p, seed)
+    p.value[:, 0] = np.minimum(p.value[:, 0], 1)
+    x, q = taken(p, choice), tiny.at_prices(p, prices)
+    if not (x.used <= p.capacity).all() or tiny.worth(p, choice) == NOTHING:
+        choice = np.zeros(len(choice), dtype=np.int64)
+        p.value[:, 0], x = 0.0, taken(p, choice)
+        p.cost[:, 0] = 0
+        x, q = taken(p, choice), tiny.at_prices(p, prices)
+    won = choices.fill(p, q, x, case)
+    wanted, worth = filled(p, prices, choice, case)
+    assert right(p, x)
+    assert x.choice.tolist() == wanted.tolist()
+    assert won == worth == tiny.worth(p, wanted) - tiny.worth(p, choice)
+
+
+def fill(value, cost, capacity, prices, choice):
+    p = knapsack(value, cost, capacity)
+    x = taken(p, choice)
+    won = choices.fill(p, tiny.at_prices(p, prices), x, 0)
+    return won, x.choice.tolist()
+
+
+def test_value_per_price_decides_not_value():
+    value, cost = [[0, 4], [0, 3]], [[[0], [4]], [[0], [2]]]
+    assert fill(value, cost, [4], [8.0], [0, 0]) == (3, [0, 1])
+    assert fill(value, cost, [4], [0.0], [0, 0]) == (4, [1, 0])  # free: by value
+    # Cheap and dear together: a rate of 1/16 is taken as well.
+    assert fill([[0, 0.5]], [[[0], [8]]], [8], [8.0], [0]) == (0.5, [1])
+
+
+def test_nothing_is_won_by_what_is_worth_as_much():
+    assert fill([[1, 1, 1 + 1e-13]], [[[0], [0], [0]]], [1], [1.0], [0]) == (0, [0])
+    won, choice = fill([[1, 1, 1.5]], [[[0], [0], [0]]], [1], [1.0], [0])
+    assert (won, choice) == (0.5, [2])
+
+
+def test_of_equal_rates_the_first_upgrade_is_taken():
+    assert fill([[0, 2], [0, 2]], [[[0], [1]], [[0], [1]]], [1], [1.0], [0, 0]) == (2, [1, 0])
+
+
+def test_what_did_not_fit_is_not_tried_again():
+    """The dear upgrade fits only after the item beside it was flipped to what costs less."""
+    value, cost = [[0, 1], [0, 5]], [[[2], [0]], [[0], [4]]]
+    assert fill(value, cost, [4], [1.0], [0, 0]) == (1, [1, 0])
+
+
+def test_no_item_to_upgrade_is_no_upgrade():
+    assert fill([[3, 1]], [[[0], [0]]], [1], [1.0], [0]) == (0, [0])
