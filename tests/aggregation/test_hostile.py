@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from scipy.stats import norm
 
 from d2ft_fl.aggregation.hostile import Attack, alie_factor, min_max_factor
 from d2ft_fl.aggregation.sums import Sums
@@ -15,6 +16,7 @@ from d2ft_fl.records.run_folder import read_rows
 from d2ft_fl.rounds.checks import checked_options
 from d2ft_fl.runtime.in_process import run_local
 from d2ft_fl.subnets.architecture import Kind
+from tests.aggregation import tiny
 from tests.aggregation.test_robust import ARCH, WEIGHTS, update
 from tests.conftest import all_of, random_schedule
 
@@ -55,6 +57,27 @@ def test_alie_stays_z_deviations_from_the_mean():
     assert same(changes_sent("alie", honest, hostile=3), wanted)
 
 
+def test_deviations_of_alie_by_the_normal_law():
+    # 7 honest, 2 hostile: 9 // 2 + 1 - 2 = 3 supporters, z of (7 - 3) / 7
+    assert alie_factor(7, 2) == pytest.approx(norm.ppf(4 / 7))
+    # 6 honest, 2 hostile: 8 // 2 + 1 - 2 = 3, z of 1 / 2; 5 and 4: 9 // 2 + 1 - 4 = 1, z of 4 / 5
+    assert alie_factor(6, 2) == 0
+    assert alie_factor(5, 4) == pytest.approx(norm.ppf(4 / 5))
+    # Where all honest are to support it, or none, it goes nowhere.
+    assert alie_factor(1, 1) == alie_factor(2, 0) == 0
+    assert alie_factor(1, 3) == alie_factor(2, 4) == alie_factor(1, 9) == 0
+
+
+def test_min_max_of_honest_clients_that_agree_goes_nowhere():
+    alike = torch.tensor([[1.0, -2.0]] * 3, dtype=torch.float64)
+    assert min_max_factor(alike, alike.mean(0), torch.zeros(2, dtype=torch.float64)) == 0
+    # Rounding makes the mean of tenths another number than each, and nothing is left to go.
+    alike = torch.tensor([[0.1, 0.7, 0.3]] * 3, dtype=torch.float64)
+    off = alike.mean(0) + torch.tensor([1e-9, 2e-9, -1e-9], dtype=torch.float64)
+    way = torch.tensor([2e-9, -1e-9, 3e-9], dtype=torch.float64)
+    assert math.isfinite(min_max_factor(alike, off, way))
+
+
 def test_min_max_goes_as_far_as_the_honest_lie_apart():
     # One coordinate, honest 0, 2, 4: mean 2, deviation 1.633; no farther than 4 from 4, so at 0.
     values = torch.tensor([[0.0], [2.0], [4.0]], dtype=torch.float64)
@@ -85,6 +108,43 @@ def test_gaussian_noise_is_as_large_as_its_change_times_the_scale():
     assert abs(float(largest.mean())) < 0.2
     again = changes_sent("gaussian", [], own=0.5, scale=4)
     assert all(torch.equal(change, again[name]) for name, change in changes.items())
+
+
+def test_gaussian_noise_is_that_of_seed_and_client_slice_by_slice():
+    """What is sent has the spread of the slice's change, times the scale."""
+    mine = tiny.update(tiny.schedule([[0, 3, 3], [0, 0, 3]]), [1], 0.5)
+    attack = Attack(tiny.ARCH, tiny.WEIGHTS, "gaussian", 4.0, (3, 1))
+    sent = attack.send(9, mine)
+    assert sent.tensors.keys() == mine.tensors.keys()
+    draw = np.random.default_rng([3, 1, 9, 5])
+    for name, tensor in mine.tensors.items():
+        p = tiny.ARCH.by_name[name]
+        heads = [[1, 2], [2]][p.block] if p.rows else [None]
+        first, change = 0, tensor.double() - tiny.packed_old(mine.schedule, name).double()
+        for head in heads:
+            rows = slice(first, first + (len(p.rows[head]) if p.rows else len(tensor)))
+            first = rows.stop
+            noise = torch.from_numpy(draw.standard_normal(tuple(change[rows].shape)))
+            wanted = 4 * change[rows].square().mean().sqrt() * noise
+            found = (sent.tensors[name] - tensor + change)[rows]
+            assert torch.allclose(found, wanted, rtol=1e-5, atol=1e-5)
+
+
+def test_who_is_hostile_is_counted_slice_by_slice():
+    """Head 1 of block 0 has 3 hostile trainers, the others one."""
+    attack = Attack(tiny.ARCH, tiny.WEIGHTS, "alie", 1.0, (0, 1))
+    for client, shift in enumerate([0, 0, 0, 0, 0, 0, 0, 8]):  # mean 1, deviation sqrt(7)
+        attack.see(client, tiny.update(tiny.EVERYTHING, [1], float(shift)))
+    mine = tiny.update(tiny.EVERYTHING, [1], 0.5)
+    few = tiny.update(tiny.schedule([[0, 3, 0], [0, 0, 0]]), [1], 0.5)
+    for joins in (mine, few, few):
+        attack.join(joins)
+    sent = attack.send(9, mine).tensors["0.ask.weight"]
+    change = sent - tiny.packed_old(mine.schedule, "0.ask.weight")
+    # Of 8 honest and 1 hostile 4 are to support it: z of 4 / 8 is 0; with 3, of 5 / 8.
+    far = 1 - norm.ppf(5 / 8) * math.sqrt(7)
+    wanted = torch.tensor([1.0, 2 * far, 3 * far, 4 * far, 5.0, 6.0], dtype=torch.float64)
+    assert torch.allclose(change.double(), wanted[:, None].expand(6, 4), atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["inner-product", "alie", "min-max"])
