@@ -8,12 +8,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from d2ft_fl.aggregation.lora_sums import LoraSums, effective_rows, frozen
+from d2ft_fl.aggregation.lora_sums import LoraSums, frozen
 from d2ft_fl.aggregation.update import Update
 from d2ft_fl.config.choices import LORA_AGGREGATIONS
 from d2ft_fl.errors import ConfigError, ReplyError
-from d2ft_fl.lora.config import Lora, factor_name, is_common, targeted, with_lora
-from d2ft_fl.subnets.architecture import Kind, Parameter
+from d2ft_fl.lora.config import Lora, is_common, targeted, with_lora
+from d2ft_fl.subnets.architecture import Kind
 from d2ft_fl.subnets.packing import up_spec
 from d2ft_fl.subnets.schedule import Operation, Schedule
 from tests.conftest import TARGETS, build, random_schedule, weights_of
@@ -290,68 +290,6 @@ def test_the_classifier_is_the_weighted_mean(mode):
         torch.testing.assert_close(new[name].double(), mean / sum(ran), rtol=1e-6, atol=1e-7)
 
 
-def tiny():
-    """Two heads of one row each: fc1 with W = (1, 1), A = 1 and B = (1, 1); scaling 1."""
-    rows = ((0,), (1,))
-    weight = Parameter("fc1.weight", (2, 1), Kind.SLICED, "fc1.weight", 0, 0, rows, trains=False)
-    a = Parameter(factor_name(weight.name, "A"), (1, 1), Kind.SHARED, "fc1.lora_A", 0, factor="A")
-    b = replace(
-        weight, name=factor_name(weight.name, "B"), role="fc1.lora_B", trains=True, factor="B"
-    )
-    arch = replace(BASE, blocks=1, heads=2, parameters=(weight, a, b), rank=1, scaling=1.0)
-    return arch, {p.name: torch.ones(p.shape) for p in arch.parameters}
-
-
-def tiny_replies(arch):
-    """One example on both heads, (A, B) = (2, (2, 3)); three on head 0 alone, (3, (1))."""
-    _, a, b = (p.name for p in arch.parameters)
-    full, skip = Operation.FULL, Operation.SHORTCUT
-    both, first = (
-        Schedule(np.array([[row]], dtype=np.int8)) for row in ((full, full), (full, skip))
-    )
-    return [
-        Update(both, [1], {a: torch.tensor([[2.0]]), b: torch.tensor([[2.0], [3.0]])}),
-        Update(first, [3], {a: torch.tensor([[3.0]]), b: torch.tensor([[1.0]])}),
-    ]
-
-
-def test_a_case_worked_out_by_hand():
-    """Effective rows are (2, 2), (5, 7) and (4, -); the mean is ((5 + 3 * 4) / 4, 7)."""
-    arch, state = tiny()
-    w, a, b = (p.name for p in arch.parameters)
-    replies = tiny_replies(arch)
-    assert effective_rows(arch, state, replies[0])[w].tolist() == [[5.0], [7.0]]
-    assert effective_rows(arch, state, replies[1])[w].tolist() == [[4.0]]
-
-    new, error = fold(arch, state, "stack", replies)
-    assert [new[n].flatten().tolist() for n in (w, a, b)] == [[3.25, 6.0], [1.0], [1.0, 1.0]]
-    assert error == 0.0
-
-    # A: (2 + 3 * 3) / 4; B: (2 + 3 * 1) / 4, and 3. So 1 + 2.75 * (1.25, 3) = (4.4375, 9.25).
-    new, error = fold(arch, state, "factors", replies)
-    assert [new[n].flatten().tolist() for n in (w, a, b)] == [[1.0, 1.0], [2.75], [1.25, 3.0]]
-    assert error == pytest.approx(np.hypot(0.1875, 2.25) / np.hypot(2.25, 5.0))
-
-    # (3.25, 6) is of rank 1: |B|^2 = |A|^2 = its length.
-    new, error = fold(arch, state, "product", replies)
-    length = np.hypot(3.25, 6.0)
-    assert float(new[a]) == pytest.approx(length**0.5)
-    assert new[b].flatten().tolist() == pytest.approx([3.25 / length**0.5, 6.0 / length**0.5])
-    assert error < 1e-6
-
-
-def test_a_common_factor_that_rests_counts_as_it_was():
-    arch, state = tiny()
-    weight, a, b = arch.parameters
-    arch = replace(arch, parameters=(weight, replace(a, trains=False), b))
-    replies = [
-        Update(r.schedule, r.slot_examples, {b.name: r.tensors[b.name]}) for r in tiny_replies(arch)
-    ]
-    new, error = fold(arch, state, "freeze-common", replies)
-    assert new[b.name].flatten().tolist() == [1.25, 3.0]
-    assert error == 0.0
-
-
 @pytest.mark.parametrize("mode", LORA_AGGREGATIONS)
 def test_nobody_and_nothing(mode):
     """No error where nobody trained; zero where what came back is what went out."""
@@ -421,16 +359,6 @@ def test_factors_that_can_be_summed_but_whose_product_cannot_are_refused(mode):
     new = sums.apply()
     assert sums.error is None
     assert all(torch.equal(new[n], t) for n, t in state.items())
-
-
-def test_what_does_not_train():
-    assert frozen("factors", BASE, TARGETS, 1) == frozen("stack", BASE, TARGETS, 1) == []
-    assert frozen("freeze-a", BASE, TARGETS, 2) == [(target, "A") for target in TARGETS]
-    assert frozen("alternate", BASE, ("qkv",), 1) == [("qkv", "A")]
-    assert frozen("alternate", BASE, ("qkv",), 2) == [("qkv", "B")]
-    common = frozen("freeze-common", BASE, TARGETS, 1)
-    assert common == [("qkv", "A"), ("proj", "B"), ("fc1", "A"), ("fc2", "B")]
-    assert all(is_common(BASE, *pair) for pair in common)
 
 
 @pytest.mark.parametrize("mode", LORA_AGGREGATIONS)
