@@ -5,6 +5,7 @@ import numpy as np
 from d2ft_fl.planning.solver.choices import change, fill, fits, flip, level_after
 from d2ft_fl.planning.solver.instance import (
     EPSILON,
+    NONE,
     Instance,
     Picked,
     Priced,
@@ -19,7 +20,7 @@ CORE, WIDEST_CORE = 6, 12  # items whose flips are enumerated together, more wit
 FLIPS, MOST_FLIPS = 24, 96  # flips of which the best pair is taken
 SWEEPS = 1
 HOLDERS = 1  # a group that so few items hold open is closed on trial
-RULER = np.array([0, *((n & -n).bit_length() - 1 for n in range(1, 1 << WIDEST_CORE))])  # Gray code
+RULER = np.array([(n & -n).bit_length() - 1 for n in range(1 << WIDEST_CORE)])  # Gray code
 
 
 @inner
@@ -49,7 +50,7 @@ def least_regrets(
     listed, wanted = 0, len(item)
     for i in range(items):
         mode, now = p.mode[case, p.group[i]], x.choice[i]
-        top_k, top_loss = -1, np.inf
+        top_k, top_loss = NONE, np.inf
         for k in range(options):
             if k == now or q.v[k, i] == -np.inf or not p.allowed[mode, k]:
                 continue
@@ -64,7 +65,7 @@ def least_regrets(
                     top_k, top_loss = k, loss
             elif listed < wanted or loss < regret[listed - 1]:
                 listed = insert(i, k, loss, item, option, regret, listed)
-        if single and top_k >= 0 and (listed < wanted or top_loss < regret[listed - 1]):
+        if single and top_k != NONE and (listed < wanted or top_loss < regret[listed - 1]):
             listed = insert(i, top_k, top_loss, item, option, regret, listed)
     return listed
 
@@ -157,14 +158,14 @@ def pair(p: Instance, q: Priced, x: Picked, case: int, effort: int) -> float:
         top = level_after(p, x, i, k)
         for r in range(resources):
             more[a, r] = change(p, x, i, k, r, top)
-    best, one, two = EPSILON, -1, -1
+    best, one, two = EPSILON, NONE, NONE
     for a in range(n):
         if gain[a] > best:
             over = False
             for r in range(resources):
                 over |= more[a, r] > room[r]
             if not over:
-                best, one, two = gain[a], a, -1
+                best, one, two = gain[a], a, NONE
         for b in range(a + 1, n):
             both = gain[a] + gain[b]
             if both <= best or item[a] == item[b]:
@@ -183,10 +184,10 @@ def pair(p: Instance, q: Priced, x: Picked, case: int, effort: int) -> float:
                 flip(p, x, item[a], old)
             if not over:
                 best, one, two = both, a, b
-    if one < 0:
+    if one == NONE:
         return 0.0
     flip(p, x, item[one], option[one])
-    if two >= 0:
+    if two != NONE:
         flip(p, x, item[two], option[two])
     return best
 
@@ -211,15 +212,12 @@ def close(p: Instance, q: Priced, x: Picked, y: Picked, case: int) -> float:
         gain, mode = 0.0, p.mode[case, g]
         for i in range(p.first[g], p.first[g + 1]):
             if p.level[x.choice[i]] == top:
-                best = -1
+                best = NONE
                 for k in range(len(q.v)):
                     can = p.level[k] < top and p.allowed[mode, k] and q.v[k, i] > -np.inf
-                    if can and (best < 0 or q.gains[k, i] > q.gains[best, i]):
+                    if can and (best == NONE or q.gains[k, i] > q.gains[best, i]):
                         best = k
-                if best < 0:
-                    gain = -np.inf
-                    break
-                gain += flip(p, y, i, best)
+                gain += flip(p, y, i, best) if best != NONE else -np.inf
         if gain == -np.inf or not fits(p, y):
             continue
         gain += fill(p, q, y, case)

@@ -7,6 +7,7 @@ import pytest
 
 from tests.planning.solver import tiny
 from tests.planning.solver.interpreted import choices
+from tests.planning.solver.rules import filled, repaired
 from tests.planning.solver.tiny import (
     NOTHING,
     blank,
@@ -87,26 +88,6 @@ def test_the_first_case_that_allows_all_is_a_choices_own():
 # -- repair ----------------------------------------------------------------------------------
 
 
-def repaired(p, choice, case):
-    """A choice flipped by the rule of ``repair``, and whether it fits then."""
-    choice = np.array(choice)
-    while True:
-        over = tiny.used(p, choice) - p.capacity
-        if (over <= 0).all():
-            return choice, True
-        found = []
-        for i, k in product(range(len(choice)), range(p.value.shape[1])):
-            more = tiny.used(p, changed(choice, (i, k))) - tiny.used(p, choice)
-            relief = (np.clip(-more, 0, np.maximum(over, 0)) / np.maximum(p.capacity, 1)).sum()
-            worse = ((more > 0) & (more + over > 0)).any()
-            if k != choice[i] and tiny.allows(p, case, i, k) and not worse and relief > 0:
-                loss = max(p.value[i, choice[i]] - p.value[i, k], 0) / relief
-                found.append((loss, i, k))
-        if not found:
-            return choice, False
-        choice = changed(choice, min(found)[1:])
-
-
 @pytest.mark.parametrize("seed", SEEDS)
 def test_what_is_over_is_repaired_by_flips_that_lose_least_per_relief(seed):
     p = drawn(seed, share=0.4)
@@ -144,29 +125,6 @@ def test_of_equal_losses_the_first_flip_is_taken():
 
 
 # -- fill ------------------------------------------------------------------------------------
-
-
-def filled(p, prices, choice, case):
-    """A choice filled by the rule of ``fill``, and what that is worth."""
-    choice, won = np.array(choice), 0.0
-    left = [
-        (i, k)
-        for i, k in product(range(len(choice)), range(p.value.shape[1]))
-        if tiny.allows(p, case, i, k) and p.value[i, k] > p.value[i, choice[i]] + 1e-12
-    ]
-    while True:
-        rates = {}
-        for i, k in left:
-            gain = p.value[i, k] - p.value[i, choice[i]]
-            after = tiny.used(p, changed(choice, (i, k)))
-            if gain > 1e-12 and (after <= p.capacity).all():
-                price = ((after - tiny.used(p, choice)) / np.maximum(p.capacity, 1)) @ prices
-                rates[i, k] = gain / max(price, 1e-12)
-        if not rates:
-            return choice, won
-        i, k = max(rates, key=rates.get)
-        won += p.value[i, k] - p.value[i, choice[i]]
-        choice, left = changed(choice, (i, k)), list(rates)
 
 
 @pytest.mark.parametrize("seed", SEEDS)

@@ -12,9 +12,7 @@ from tests.planning.solver.interpreted import instance
 NOTHING = -np.inf
 
 
-def knapsack(
-    value, cost, capacity, ladder=None, group=None, level=None, mode=((0,),), allowed=None
-):
+def knapsack(value, cost, capacity, ladder=None, group=None, level=None, mode=None, allowed=None):
     """A knapsack of lists; by default one group that costs nothing, and one case."""
     value, cost = np.array(value, dtype=np.float64), np.array(cost, dtype=np.int64)
     items, options, resources = cost.shape
@@ -28,7 +26,7 @@ def knapsack(
         first=np.searchsorted(group, np.arange(len(ladder) + 1)),
         group=group,
         level=np.zeros(options, dtype=np.int64) if level is None else np.array(level),
-        mode=np.array(mode),
+        mode=np.zeros((1, len(ladder)), dtype=np.int64) if mode is None else np.array(mode),
         allowed=np.ones((1, options), dtype=bool) if allowed is None else np.array(allowed),
     )
 
