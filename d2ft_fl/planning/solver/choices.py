@@ -104,8 +104,7 @@ def repair(p: Instance, q: Priced, x: Picked, case: int) -> bool:
     for _ in range(items * options):
         if fits(p, x):
             return True
-        item = option = NONE
-        least = np.inf
+        item, option, least = NONE, NONE, np.inf
         for i in range(items):
             mode = p.mode[case, p.group[i]]
             for k in range(options):

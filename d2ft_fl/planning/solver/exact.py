@@ -2,11 +2,11 @@
 
 import numpy as np
 
-from d2ft_fl.planning.solver.instance import Instance, Picked, Priced, copy, picked
+from d2ft_fl.planning.solver.instance import NONE, Instance, Picked, Priced, copy, picked
 from d2ft_fl.planning.solver.prices import lower_prices, relax
 from d2ft_fl.util.compiled import inner
 
-ROOT_STEPS, NODE_STEPS = 120, 8  # of prices, before the search and at each node
+NODE_STEPS = 8  # of prices, at each node
 NODE_STEP = 0.03  # the length of the first, where prices sum up to 1
 SURE = 1e-9  # what has to be short of everything by this share of prices is impossible
 LEAST = 1e-6  # prices that fell to less say nothing
@@ -34,11 +34,11 @@ def narrow(p: Instance, left: np.ndarray) -> bool:
         for r in range(resources):
             need[r] = 0
         for i in range(items):
-            first, level = True, 0
+            first, level = True, p.ladder.shape[1]
             for k in range(options):
                 if not left[i, k]:
                     continue
-                level = p.level[k] if first else min(level, p.level[k])
+                level = min(level, p.level[k])
                 for r in range(resources):
                     low[i, r] = p.cost[i, k, r] if first else min(low[i, r], p.cost[i, k, r])
                 first = False
@@ -123,15 +123,15 @@ def may_fit(
     """Narrow ``left`` by sums and by prices; return whether something may fit."""
     return (
         narrow(p, left)
-        and (fewest(left) < 0 or price_out(p, q, case, left, prices, steps))
+        and (fewest(left) == NONE or price_out(p, q, case, left, prices, steps))
         and narrow(p, left)
     )
 
 
 @inner
 def fewest(left: np.ndarray) -> int:
-    """Return the item with the fewest options left, two at least; -1 where all have one."""
-    item, least = -1, left.shape[1] + 1
+    """Return the item with the fewest options left, two at least; NONE where all have one."""
+    item, least = NONE, np.inf
     for i in range(len(left)):
         n = 0
         for k in range(left.shape[1]):
@@ -163,22 +163,22 @@ def complete(
         Whether a choice was found, and the nodes left: above 0 without a choice, nothing fits.
     """
     items, options, resources = p.cost.shape
-    left = np.empty((items + 1, items, options), dtype=np.bool_)
-    price = np.empty((items + 1, resources))
-    item, option = np.empty(items + 1, dtype=np.int64), np.empty(items + 1, dtype=np.int64)
+    depths = items + 1
+    left, price = np.empty((depths, items, options), np.bool_), np.empty((depths, resources))
+    item, option = np.empty(items, dtype=np.int64), np.empty(items, dtype=np.int64)
     for i in range(items):
         copy(root[i], left[0, i])
     copy(prices, price[0])
     depth = 0
     while nodes > 0:
         i = fewest(left[depth])
-        if i < 0:
+        if i == NONE:
             for j in range(items):
                 for k in range(options):
                     if left[depth, j, k]:
                         x.choice[j] = k
             return True, nodes
-        cheapest, least = -1, np.inf
+        cheapest, least = NONE, np.inf
         for k in range(options):
             cost = 0.0
             for r in range(resources):

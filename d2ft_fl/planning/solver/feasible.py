@@ -3,8 +3,9 @@
 import numpy as np
 
 from d2ft_fl.planning.solver.choices import change, count, fits, flip, level_after
-from d2ft_fl.planning.solver.exact import ROOT_STEPS, complete, may_fit
+from d2ft_fl.planning.solver.exact import complete, may_fit
 from d2ft_fl.planning.solver.instance import (
+    NONE,
     Batch,
     Instance,
     Picked,
@@ -21,6 +22,7 @@ FOUND, UNKNOWN, IMPOSSIBLE = range(3)
 # Both are multiplied by the caller's effort.
 FLIPS = 2_000
 WORK = 3_000_000  # of exact search: nodes, times I K R
+ROOT_STEPS = 120  # of prices, before exact search
 RISE = 1.1  # of the weights of what is over, where no flip makes it less
 TENURE = 3  # flips after which an item may go back
 
@@ -30,8 +32,7 @@ def overuse(p: Instance, q: Priced, x: Picked, weights: np.ndarray) -> float:
     """Return by how much a choice is over capacity, in weighted shares of it."""
     total = 0.0
     for r in range(len(x.used)):
-        if x.used[r] > p.capacity[r]:
-            total += weights[r] * q.scale[r] * (x.used[r] - p.capacity[r])
+        total += weights[r] * q.scale[r] * max(x.used[r] - p.capacity[r], 0)
     return total
 
 
@@ -43,10 +44,9 @@ def overuse_after(
     total, top = 0.0, level_after(p, x, i, k)
     for r in range(len(x.used)):
         over = x.used[r] + change(p, x, i, k, r, top) - p.capacity[r]
-        if over > 0:
-            total += weights[r] * q.scale[r] * over
-            if total >= most:
-                break
+        total += weights[r] * q.scale[r] * max(over, 0)
+        if total >= most:
+            break
     return total
 
 
@@ -81,7 +81,7 @@ def press(p: Instance, q: Priced, x: Picked, left: np.ndarray, flips: int) -> bo
     for step in range(flips):
         if fits(p, x):
             return True
-        item, option, least = -1, -1, np.inf
+        item, option, least = NONE, NONE, np.inf
         for i in range(items):
             for k in range(options):
                 if left[i, k] and k != x.choice[i] and barred[i, k] <= step:
@@ -90,7 +90,7 @@ def press(p: Instance, q: Priced, x: Picked, left: np.ndarray, flips: int) -> bo
                         item, option, least = i, k, over
         if least >= overuse(p, q, x, weights):
             reweigh(p, x, weights)
-        if item >= 0:
+        if item != NONE:
             barred[item, x.choice[item]] = step + 1 + TENURE
             flip(p, x, item, option)
     return fits(p, x)

@@ -72,8 +72,8 @@ def search(
     if fits(p, base) and value > utility + EPSILON:
         utility = value
         copy(base.choice, x.choice)
-    stack, before = np.empty(items + 1, dtype=np.int64), np.empty(items + 1, dtype=np.int64)
-    lost = np.empty(items + 2)
+    stack, before = np.empty(items, dtype=np.int64), np.empty(items, dtype=np.int64)
+    lost = np.empty(items + 1)
     lost[0] = 0.0
     depth, at = 0, 0
     while nodes > 0:

@@ -15,13 +15,12 @@ from tests.planning.solver.tiny import (
     draw_choice,
     draw_prices,
     drawn,
+    for_seeds,
     knapsack,
     right,
     same,
     taken,
 )
-
-SEEDS = range(40)
 
 
 def test_use_levels_and_value_are_counted_anew():
@@ -41,7 +40,7 @@ def test_use_levels_and_value_are_counted_anew():
     assert x.used.tolist() == [2 + 0 + 5 + 300, 0 + 30 + 5 + 500]
 
 
-@pytest.mark.parametrize("seed", range(5))
+@for_seeds(5)
 def test_every_flip_of_every_choice_is_counted_right(seed):
     p = drawn(seed, items=4, options=3, resources=2, levels=3)
     p = p._replace(value=np.maximum(p.value, -5.0), level=np.array([0, 1, 2])[:3])
@@ -88,7 +87,7 @@ def test_the_first_case_that_allows_all_is_a_choices_own():
 # -- repair ----------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("seed", SEEDS)
+@for_seeds(40)
 def test_what_is_over_is_repaired_by_flips_that_lose_least_per_relief(seed):
     p = drawn(seed, share=0.4)
     choice, case = draw_choice(p, seed), seed % 3
@@ -101,7 +100,7 @@ def test_what_is_over_is_repaired_by_flips_that_lose_least_per_relief(seed):
 
 
 def test_repair_ends_with_a_choice_that_fits_and_with_none_that_does():
-    ends = {repaired(drawn(s, share=0.4), draw_choice(drawn(s), s), s % 3)[1] for s in SEEDS}
+    ends = {repaired(drawn(s, share=0.4), draw_choice(drawn(s), s), s % 3)[1] for s in range(40)}
     assert ends == {True, False}
 
 
@@ -127,7 +126,7 @@ def test_of_equal_losses_the_first_flip_is_taken():
 # -- fill ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("seed", SEEDS)
+@for_seeds(40)
 def test_upgrades_that_fit_are_taken_by_value_per_priced_cost(seed):
     p = drawn(seed, share=0.9)
     choice, case, prices = draw_choice(p, seed) * (seed % 2), seed % 3, draw_prices(p, seed)

@@ -13,13 +13,12 @@ from tests.planning.solver.tiny import (
     changed,
     draw_prices,
     drawn,
+    for_seeds,
     knapsack,
     right,
     same,
     taken,
 )
-
-SEEDS = range(40)
 
 
 def problem(seed, **sizes):
@@ -36,7 +35,7 @@ def problem(seed, **sizes):
 
 @pytest.mark.parametrize("single", [True, False])
 @pytest.mark.parametrize("wanted", [1, 3, 20])
-@pytest.mark.parametrize("seed", range(10))
+@for_seeds(10)
 def test_flips_are_listed_by_what_they_lose_at_the_prices(seed, wanted, single):
     p, prices, choice, case = problem(seed)
     item, option, loss = np.full(wanted, 77), np.full(wanted, 77), np.full(wanted, 77.0)
@@ -88,7 +87,7 @@ def best_set(p, choice, flips):
     return (best if found is not choice else 0.0), found
 
 
-@pytest.mark.parametrize("seed", SEEDS)
+@for_seeds(40)
 def test_the_best_set_of_flips_is_taken(seed):
     p, prices, choice, case = problem(seed, items=4 + seed % 2, options=3, groups=1 + seed % 3)
     x = taken(p, choice)
@@ -192,7 +191,7 @@ def best_pair(p, choice, flips):
 
 
 @pytest.mark.parametrize("share", [0.4, 0.8])
-@pytest.mark.parametrize("seed", SEEDS)
+@for_seeds(40)
 def test_the_best_pair_of_flips_is_taken(seed, share):
     p, prices, choice, case = problem(seed, groups=1 + seed % 3, share=share)
     x = taken(p, choice)
@@ -247,7 +246,7 @@ def closed(p, prices, choice, case):
     return won, choice
 
 
-@pytest.mark.parametrize("seed", range(80))
+@for_seeds(80)
 def test_a_group_that_one_item_holds_open_is_lowered_where_that_wins(seed):
     p, prices, choice, case = problem(seed, groups=3, items=6, share=0.3 + 0.1 * (seed % 4))
     p.allowed[:, 0] = seed % 5 > 0

@@ -5,9 +5,16 @@ import pytest
 
 from tests.planning.solver import tiny
 from tests.planning.solver.interpreted import prices as solver
-from tests.planning.solver.tiny import NOTHING, at_prices, blank, draw_prices, drawn, dual, knapsack
-
-SEEDS = range(30)
+from tests.planning.solver.tiny import (
+    NOTHING,
+    at_prices,
+    blank,
+    draw_prices,
+    drawn,
+    dual,
+    for_seeds,
+    knapsack,
+)
 
 
 # -- the dual at some prices -----------------------------------------------------------------
@@ -24,7 +31,7 @@ def best_options(p, gain, mode, level):
 
 
 @pytest.mark.parametrize("resources", [1, 2, 3, 4])
-@pytest.mark.parametrize("seed", range(12))
+@for_seeds(12)
 def test_the_dual_is_what_its_definition_says(seed, resources):
     p, draw = drawn(seed, resources=resources, groups=3), np.random.default_rng(seed)
     p.allowed[:, 0] = draw.random(2) < 0.8
@@ -57,7 +64,7 @@ def test_by_hand():
     assert q.arg.tolist() == [[[1], [2]]]
 
 
-@pytest.mark.parametrize("seed", SEEDS)
+@for_seeds(30)
 def test_no_choice_is_worth_more_than_the_dual(seed):
     p = drawn(seed, items=4, options=3)
     q = at_prices(p, draw_prices(p, seed))
@@ -80,7 +87,7 @@ def attained(p, prices, case):
 
 
 @pytest.mark.parametrize("case", [-1, 0, 1, 2])
-@pytest.mark.parametrize("seed", range(12))
+@for_seeds(12)
 def test_a_subgradient_is_the_slack_of_what_attains_the_dual(seed, case):
     p = drawn(seed, groups=3)
     prices = draw_prices(p, seed)
@@ -129,7 +136,7 @@ def bisected(p):
     return bound, at * direction
 
 
-@pytest.mark.parametrize("seed", SEEDS)
+@for_seeds(30)
 def test_first_prices_are_bisected_along_overuse(seed):
     p = drawn(seed, share=0.15 + 0.1 * (seed % 5), options=3)
     bound, prices = bisected(p)
@@ -193,7 +200,7 @@ def lowered(p, case, steps, length, bound, best):
 
 
 @pytest.mark.parametrize("steps", [0, 1, 2, 3, 9])
-@pytest.mark.parametrize("seed", range(12))
+@for_seeds(12)
 def test_steps_follow_subgradients_in_dilated_space(seed, steps):
     p = drawn(seed, share=0.3, items=6)
     case, best = seed % 4 - 1, draw_prices(p, seed)

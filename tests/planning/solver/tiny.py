@@ -3,6 +3,7 @@
 Values and prices are eighths, capacities powers of two: sums are exact in any order.
 """
 
+import inspect
 from itertools import product
 
 import numpy as np
@@ -10,6 +11,23 @@ import numpy as np
 from tests.planning.solver.interpreted import instance
 
 NOTHING = -np.inf
+
+
+def for_seeds(count):
+    """Run a test with so many seeds, as one test."""
+
+    def decorate(test):
+        def run(**rest):
+            for seed in range(count):
+                test(seed=seed, **rest)
+
+        own = inspect.signature(test)
+        others = [p for name, p in own.parameters.items() if name != "seed"]
+        run.__signature__ = own.replace(parameters=others)
+        run.__name__, run.__doc__ = test.__name__, test.__doc__
+        return run
+
+    return decorate
 
 
 def knapsack(value, cost, capacity, ladder=None, group=None, level=None, mode=None, allowed=None):
