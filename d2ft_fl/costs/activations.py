@@ -51,8 +51,9 @@ class ActivationBytes:
         outward: What a head's middle makes for its product out: int64 [2, heads].
         result: What goes into a head's product out: int64 [2, heads].
         saves_result: Whether the middle itself saves that: bool [2].
-        unfused: What attention that is not fused has besides for a moment, when it runs without a
-            graph, with one, and on the way back: int64 [3, 2, heads].
+        besides: What attention that is not fused, or queries and keys that are normed in float32,
+            have besides for a moment, when they run without a graph, with one, and on the way back:
+            int64 [3, 2, heads].
         weights: Weights of a head's products in, in the type of products: int64 [2, heads]; once a
             micro-batch, not per example.
         outer: Kept by the final norm.
@@ -87,7 +88,7 @@ class ActivationBytes:
     outward: np.ndarray
     result: np.ndarray
     saves_result: np.ndarray
-    unfused: np.ndarray
+    besides: np.ndarray
     weights: np.ndarray
     outer: int
     scores: int
@@ -149,7 +150,7 @@ class ActivationBytes:
             outward=outward,
             result=shallow,
             saves_result=np.array([branch.saves_result for branch in a.branches]),
-            unfused=np.zeros((3, 2, a.heads), dtype=np.int64) if fused else unfused_moments(a, c),
+            besides=normed_moments(a, c) if fused else unfused_moments(a, c),
             weights=c * a.dim * np.stack(widest),
             outer=final_norm(a, c) + 2 * ELEMENT,  # the label, of 8 bytes
             scores=ELEMENT * a.classes,
@@ -201,6 +202,7 @@ def kept_by_live(a: Architecture, c: int, fused: bool, mask: int) -> np.ndarray:
         drops, cast = bool(attends.dropout), c < ELEMENT
         attention += (2 + cast) * ELEMENT * t * d + (1 + 2 * drops) * ELEMENT * t * t
     attention += attends.head_norms * (c * t * d + 2 * ELEMENT * t)  # what was normed
+    attention += normed_apart(a, c) * ELEMENT * t * d
     attention += 2 * c * t * d * attends.gated  # before and behind the sigmoid
     kept = into_middle + feeds.gated * hidden  # a gate is kept before and behind the activation
     feed_forward = c * t * kept + mask * t * hidden * bool(feeds.dropout)
@@ -216,15 +218,48 @@ def kept_by_full(a: Architecture, c: int) -> tuple[np.ndarray, np.ndarray]:
 
     Returns:
         Bytes of an example where gradient goes through the subnet, and where none does: int64
-        [2, heads] each. Normed heads lie otherwise in memory, so that the product out takes a copy.
+        [2, heads] each. Normed heads lie otherwise in memory, so that the product out takes a copy;
+        a root mean square norm keeps what it made before its weight, in float32.
     """
     attends, feeds = a.branches
     t, d, hidden = a.tokens, attends.head_width, np.array(feeds.widths, dtype=np.int64)
     one = np.ones(a.heads, dtype=np.int64)
-    copies = attends.gated + bool(attends.head_norms) + a.rms * attends.head_norms
-    full = np.stack([c * t * d * copies * one, c * t * hidden])
+    copies = c * (attends.gated + bool(attends.head_norms)) + ELEMENT * a.rms * attends.head_norms
+    full = np.stack([t * d * copies * one, c * t * hidden])
     shallow = np.stack([c * t * d * one, c * t * hidden])
     return full, shallow
+
+
+def normed_apart(a: Architecture, c: int) -> int:
+    """Count the norms of heads that see a copy in float32 of what products in made.
+
+    That is how torch does a root mean square norm of bfloat16 with a weight of float32.
+
+    Args:
+        a: The architecture.
+        c: Bytes of an element in the type of products.
+    """
+    return a.branches[0].head_norms * a.rms * (c < ELEMENT)
+
+
+def normed_moments(a: Architecture, c: int) -> np.ndarray:
+    """Count what norms of heads in float32 have for a moment, beside what is kept.
+
+    Without a graph that is three tensors in float32, while what is counted of the middle, three
+    tensors in the type of products, is not there yet. With a graph both are within what is kept.
+
+    Args:
+        a: The architecture.
+        c: Bytes of an element in the type of products.
+
+    Returns:
+        Bytes of an example and head, without a graph, with one, and on the way back: int64
+        [3, 2, heads].
+    """
+    moments = np.zeros((3, 2, a.heads), dtype=np.int64)
+    width = a.branches[0].head_width * bool(normed_apart(a, c))
+    moments[0, 0] = 3 * (ELEMENT - c) * a.tokens * width
+    return moments
 
 
 def unfused_moments(a: Architecture, c: int) -> np.ndarray:

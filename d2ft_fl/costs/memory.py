@@ -234,14 +234,14 @@ class Moments:
         b, n = self.bytes, self.count
         whole_sum = (n.running > 0) * n.total * b.narrow
         whole_y = n.running * b.narrow
-        passing = np.int64(0) if self.checkpointing else self.largest(True, b.unfused[1])
+        passing = np.int64(0) if self.checkpointing else self.largest(True, b.besides[1])
         # The product out that adds to what ran outside the graph makes a new tensor. It takes z of
         # all heads, of which only what FULL ones put in is saved.
         partly = n.frozen.any(axis=3) & ~b.saves_result
         passing = np.maximum(passing, n.beside * b.narrow + partly * self.largest(True, b.result))
-        outside = self.largest(False, b.inward + b.outward + b.unfused[0])
+        outside = self.largest(False, b.inward + b.outward + b.besides[0])
         if self.checkpointing:  # what passes gradient is not saved either
-            outside = np.maximum(outside, self.largest(True, b.inward + b.outward + b.unfused[0]))
+            outside = np.maximum(outside, self.largest(True, b.inward + b.outward + b.besides[0]))
         # Before y is cast, it is there once more as it was.
         outside = np.maximum(outside + self.cast_weights, b.casts * b.stream * n.running)
         saved_y = n.training * b.keeps_y * (not self.checkpointing)
@@ -264,7 +264,7 @@ class Moments:
         gradients = np.maximum(twice + b.outward - b.result, b.inward + b.outward)
         if self.checkpointing:  # the gradient of z is held meanwhile
             gradients = twice + b.outward + b.alive
-        middle = self.largest(True, gradients + b.unfused[2])
+        middle = self.largest(True, gradients + b.besides[2])
         if self.checkpointing:
             middle = middle + (b.statistics + b.narrow + b.normed) * n.live + self.factors
         elif self.sizes.shape[1] == 1 and b.near.any():
@@ -275,14 +275,20 @@ class Moments:
         gradient_of_y = (b.narrow + b.stream * 3 * b.rms) * n.through
         if self.sizes.shape[1] > 1:  # of other slots, the gradient of x is there
             return middle + gradient_of_y
-        return np.maximum(middle, self.largest(True, b.inward) + gradient_of_y)
+        return np.maximum(middle, self.largest(True, b.inward) + gradient_of_y + self.held_z)
+
+    @cached_property
+    def held_z(self) -> np.ndarray | np.int64:
+        """Bytes of the gradient of z, which is held while a checkpointed branch goes back."""
+        return self.largest(True, self.bytes.result) if self.checkpointing else np.int64(0)
 
     def backward(self) -> np.ndarray:
         """Return bytes on the way back in a branch, at most, beside what branches saved."""
         b, n = self.bytes, self.count
         arriving = n.total * (b.stream * (1 + b.scaled) + b.narrow * b.casts + b.regraded)
         # Of y before and behind its cast, then of x, and the sum with the one that arrived.
-        after = 2 * n.total * b.stream * (n.through > 0) + b.stream * 3 * b.rms * n.through
+        after = (2 * n.total * b.stream + self.held_z) * (n.through > 0)
+        after += b.stream * 3 * b.rms * n.through
         middle = self.backward_middle() + self.cast_weights + self.between_factors * n.live
         return (n.live > 0) * (arriving + np.maximum(middle, after))
 

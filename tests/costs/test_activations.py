@@ -13,6 +13,7 @@ from tests.conftest import build, training_options
 
 T, D, HEAD, SLICE = 17, 24, 12, 48
 ONE, SQUARE = T * HEAD, T * T
+RMS = {"norm_layer": "rmsnorm"}
 
 
 def arch_of(**changes):
@@ -32,6 +33,10 @@ def arch_of(**changes):
         ({"gated": True}, 4, True, 4, 24 * ONE + 4 * T, 4 * T * SLICE),
         # q and k before they were normed, and two statistics of each.
         ({"qk_norm": True}, 4, True, 4, 24 * ONE + 4 * T + 16 * T, 4 * T * SLICE),
+        ({"qk_norm": True, **RMS}, 4, True, 4, 24 * ONE + 4 * T + 16 * T, 4 * T * SLICE),
+        # In bfloat16 a root mean square norm sees a copy in float32.
+        ({"qk_norm": True}, 2, True, 2, 12 * ONE + 4 * T + 16 * T, 2 * T * SLICE),
+        ({"qk_norm": True, **RMS}, 2, True, 2, 20 * ONE + 4 * T + 16 * T, 2 * T * SLICE),
         ({"proj_drop_rate": 0.1}, 4, True, 1, 16 * ONE + 4 * T, 5 * T * SLICE),
     ],
 )
@@ -41,13 +46,39 @@ def test_what_a_live_subnet_keeps(changes, c, fused, mask, attention, feed_forwa
 
 
 @pytest.mark.parametrize(
-    "changes,copies",
-    [({}, 0), ({"gated": True}, 1), ({"qk_norm": True}, 1)],
+    "changes,c,attention",
+    [
+        ({}, 4, 0),
+        ({"gated": True}, 4, 4 * ONE),
+        ({"qk_norm": True}, 4, 4 * ONE),
+        ({"qk_norm": True, "gated": True}, 4, 8 * ONE),
+        # A root mean square norm keeps what it made of q, and of k, before its weight: in float32.
+        ({"qk_norm": True, **RMS}, 4, 4 * ONE + 8 * ONE),
+        ({"qk_norm": True, **RMS}, 2, 2 * ONE + 8 * ONE),
+    ],
 )
-def test_what_a_full_subnet_keeps_besides(changes, copies):
-    full, shallow = activations.kept_by_full(arch_of(**changes), 4)
-    assert full.tolist() == [[4 * ONE * copies] * 2, [4 * T * SLICE] * 2]
-    assert shallow.tolist() == [[4 * ONE] * 2, [4 * T * SLICE] * 2]
+def test_what_a_full_subnet_keeps_besides(changes, c, attention):
+    full, shallow = activations.kept_by_full(arch_of(**changes), c)
+    assert full.tolist() == [[attention] * 2, [c * T * SLICE] * 2]
+    assert shallow.tolist() == [[c * ONE] * 2, [c * T * SLICE] * 2]
+
+
+@pytest.mark.parametrize(
+    "changes,c,outside",
+    [
+        ({"qk_norm": True, **RMS}, 4, 0),
+        ({"qk_norm": True}, 2, 0),
+        (RMS, 2, 0),
+        # While k is normed: its copy, that normed, and that times the weight, in float32, beside q.
+        # Without: the head's q and k, normed, its output, and a copy of that.
+        ({"qk_norm": True, **RMS}, 2, 3 * 4 * ONE + 2 * ONE - 4 * 2 * ONE),
+    ],
+)
+def test_what_norms_of_heads_have_for_a_moment_outside_the_graph(changes, c, outside):
+    precision = "bf16" if c == 2 else "fp32"
+    options = training_options(precision=precision)
+    besides = ActivationBytes.of(arch_of(**changes), options, True, "cpu", T).besides
+    assert besides.tolist() == [[[outside] * 2, [0, 0]], [[0, 0]] * 2, [[0, 0]] * 2]
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ blocks, float32 and fused attention.
 """
 
 import math
+from dataclasses import replace
 
 import numpy as np
 
@@ -120,6 +121,22 @@ def test_backward_checkpointed_has_what_is_computed_again():
     attention = 4 * T * (2 * 3 + 1) * HEAD + 4 * T * 4 * HEAD + 4 * T
     feed_forward = 4 * T * 2 * SLICE + 4 * T * SLICE
     assert again.tolist() == [3 * (branch + 2 * attention), 3 * (branch + 2 * feed_forward)]
+
+
+def test_backward_checkpointed_holds_the_gradient_of_z_while_the_norm_goes_back():
+    """Of a block with narrow middles that moment has the most: x and the sum, and z's gradient."""
+    operations = np.array([[[[FULL, FROZEN]] * 2]], dtype=np.int8)
+    ranks = np.zeros((1, 2, 2), dtype=np.int64)
+    for rms in (False, True):
+        for checkpointing in (False, True):
+            costs = cost_model(ARCH, checkpointing=checkpointing)
+            small = ("alive", "full", "inward", "outward", "statistics", "normed")
+            narrow = {name: getattr(costs.activations, name) // 100 for name in small}
+            kept = replace(costs.activations, rms=rms, **narrow)
+            moments = Moments(kept, checkpointing, operations, np.array([[3]]), ranks)
+            norm = STREAM + 2 * STREAM + rms * 3 * STREAM  # what arrives; x and the sum; norm
+            z = checkpointing * np.array([2 * 4 * T * HEAD, 2 * 4 * T * SLICE])
+            assert moments.backward()[0].tolist() == [(3 * (norm + z)).tolist()] * 2
 
 
 def test_backward_has_the_gradient_that_arrives_and_those_of_x_and_y():
