@@ -125,7 +125,7 @@ class RoundSeconds:
         """
         batch = self.options.batch_size
         full, rest = np.divmod(examples, batch)
-        kinds = [(np.full_like(examples, batch), full), (rest, (rest > 0).astype(np.int64))]
+        kinds = [(np.full_like(examples, batch), full), (rest, np.ones_like(rest))]
         passes = [p for size, times in kinds for p in self._passes(operations, size, times)]
         who = np.concatenate([chosen for chosen, _, _ in passes])
         sizes = np.concatenate([sizes for _, sizes, _ in passes])
@@ -162,13 +162,13 @@ class RoundSeconds:
         """
         running = sizes_of_slots(batch, self.flops.slots) * active_slots(operations)
         total = running.sum(axis=1)
-        parts = total.clip(1, self.options.micro_batches)
+        parts = self.options.micro_batches
         found = []
         if self.flops.slots == 1:  # of two sizes at most
             size, extra = np.divmod(total, parts)
             kinds = [((size + 1)[:, None], extra), (size[:, None], parts - extra)]
         else:
-            sizes = cut_in_micro_batches(running, parts)
+            sizes = cut_in_micro_batches(running, np.full_like(total, parts))
             kinds = [(one, np.ones_like(total)) for one in sizes.swapaxes(0, 1)]
         for sizes, count in kinds:
             chosen = np.flatnonzero((count * times > 0) & sizes.any(axis=1))
