@@ -18,7 +18,7 @@ from d2ft_fl.costs.resources import MEMORY_MARGIN
 from d2ft_fl.subnets.schedule import Operation, residents, trainees
 from d2ft_fl.wire.sizes import ELEMENT
 
-MOST_KNOWN = 1 << 12  # schedules whose memory is kept
+MOST_KNOWN = 4096  # schedules whose memory is kept
 MOMENTS = {"adamw": 2, "sgd": 1}  # tensors of optimiser state per trained tensor
 
 
