@@ -100,7 +100,8 @@ def solve(
         bound[some] = np.minimum(bound[some], limit)
     choice[~np.isfinite(value)] = -1
     if single:
-        return Solution(choice[0], value[0], bound[0])
+        (one,), (worth,), (limit,) = choice, value, bound
+        return Solution(one, worth, limit)
     return Solution(choice, value, bound)
 
 
@@ -193,7 +194,7 @@ def solve_two_stages(
     left = np.where(same, rest, -np.inf)
     choice = solve(left, costs, capacities, structure, tables, settled, effort=1).choice
     both = np.broadcast_to(train + rest, left.shape)
-    value = np.take_along_axis(both, choice.clip(0)[..., None], axis=2).sum(axis=(1, 2))
+    value = np.take_along_axis(both, choice[..., None], axis=2).sum(axis=(1, 2))
     value = np.where(choice.min(axis=1) < 0, -np.inf, value)
     return Solution(choice, value, value)
 

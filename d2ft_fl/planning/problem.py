@@ -70,10 +70,9 @@ class Solution:
     @property
     def gap(self) -> np.ndarray:
         """How far from the optimum a choice can be, as a share of the bound; 1 for no choice."""
-        fits = self.feasible
-        size = np.where(fits, np.maximum(np.abs(self.bound), 1e-12), 1.0)
-        short = np.where(fits, self.bound, 1.0) - np.where(fits, self.value, 0.0)
-        return np.clip(short / size, 0.0, 1.0)
+        with np.errstate(invalid="ignore"):  # where nothing fits
+            short = (self.bound - self.value) / np.maximum(np.abs(self.bound), 1e-12)
+        return np.where(self.feasible, short.clip(0.0, 1.0), 1.0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,13 +97,13 @@ class Problem:
 
     def __post_init__(self) -> None:
         openings = self.structure.openings
-        if self.costs.min(initial=0) < 0 or openings.min(initial=0) < 0:
+        if (self.costs < 0).any() or (openings < 0).any():
             raise ValueError("costs must not be negative")
         items = self.costs.shape[1]
         total = items * float(self.costs.max(initial=0)) + openings.sum(dtype=float)
         if total > MOST:  # a coarse bound; the exact one follows
-            sums = self.costs.max(axis=2, initial=0).sum(axis=1, dtype=float)  # [T, R]
-            total = (sums + openings.sum(axis=(1, 2), dtype=float)).max(initial=0.0)
+            sums = self.costs.max(axis=2).sum(axis=1, dtype=float)  # [T, R]
+            total = (sums + openings.sum(axis=(1, 2), dtype=float)).max()
         if total > MOST:
             raise ValueError(
                 f"costs must sum up to {MOST} at most, not {total:.3g}: 64 bits hold that"
@@ -156,12 +155,12 @@ class Problem:
         if not self.costs[:, :, 0].any() and not forbidden[..., 0].any():
             return np.zeros((len(self.capacities), self.costs.shape[1]), dtype=np.int64)
         scales = 1.0 / np.maximum(self.capacities, 1)  # [C, R]
-        choices = []
-        for client, (table, scale) in enumerate(zip(self.tables, scales, strict=True)):
-            shares = (self.costs[table] * scale).max(axis=2, initial=0.0)
-            no = forbidden[client if len(forbidden) > 1 else 0]
-            choices.append(np.where(no, np.inf, shares).argmin(axis=1))
-        return np.array(choices, dtype=np.int64).reshape(len(scales), -1)
+        forbidden = np.broadcast_to(forbidden, (len(scales), *forbidden.shape[1:]))
+        choices = np.empty((len(scales), self.costs.shape[1]), dtype=np.int64)
+        for client, table in enumerate(self.tables):
+            shares = (self.costs[table] * scales[client]).max(axis=2, initial=0.0)
+            choices[client] = np.where(forbidden[client], np.inf, shares).argmin(axis=1)
+        return choices
 
 
 def starting_choices(problem: Problem, start: np.ndarray) -> np.ndarray:
@@ -175,7 +174,7 @@ def starting_choices(problem: Problem, start: np.ndarray) -> np.ndarray:
         ValueError: When shapes or options are none of the problem's.
     """
     shape, options = (len(problem.capacities), problem.costs.shape[1]), problem.costs.shape[2]
-    if start.shape not in (shape, shape[1:]) or start.max(initial=0) >= options:
+    if start.shape not in (shape, shape[1:]) or (start >= options).any():
         raise ValueError(f"start must be {list(shape)} options below {options}, not {start.shape}")
     start = np.array(np.broadcast_to(start, shape), dtype=np.int64)
     none = np.any(start < 0, axis=1)
@@ -205,7 +204,9 @@ def checked(
     if costs.dtype.kind not in "iu" or capacities.dtype.kind not in "iu":
         raise ValueError("costs and capacities must be integers, so that what fits is exact")
     # More than everything costs is no limit, less than nothing none that can be kept.
-    capacities = np.minimum(np.atleast_2d(capacities), MOST).astype(np.int64)
+    if capacities.dtype.kind == "u":
+        capacities = np.minimum(capacities.astype(np.uint64), MOST)
+    capacities = np.minimum(np.atleast_2d(capacities).astype(np.int64), MOST)
     capacities = np.maximum(capacities, -MOST)
     values = values[None] if values.ndim == 2 else values
     costs = (costs[None] if costs.ndim == 3 else costs).astype(np.int64, copy=False)
@@ -215,7 +216,7 @@ def checked(
         indexed = len(costs) in (1, clients)
     else:
         tables = np.asarray(tables)
-        indexed = tables.min(initial=0) >= 0 and tables.max(initial=0) < len(costs)
+        indexed = bool(((tables >= 0) & (tables < len(costs))).all())
     if (
         values.ndim != 3
         or costs.ndim != 4

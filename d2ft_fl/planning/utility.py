@@ -85,7 +85,7 @@ class Utility:
         learned = self.learned(operations, ranks)
         skipped = (operations == Operation.SHORTCUT).mean(axis=1)
         missing = (self.forward * skipped).mean(axis=2) / self.forward.mean()  # [clients, blocks]
-        kept = np.prod(np.clip(1 - SKIPPED * missing, 0.0, 1.0), axis=1)
+        kept = np.prod(np.maximum(1 - SKIPPED * missing, 0.0), axis=1)
         lost = EXAMPLES * np.log(examples) ** 2 + LEARNED * np.log(learned) ** 2
         return np.exp(-lost) * np.array([BITS_UP[u] * BITS_DOWN[d] for u, d in bits]) * kept
 

@@ -88,3 +88,77 @@ def test_no_round_has_more_than_the_most(seed, slots, examples):
         everything = np.full_like(some, Operation.FULL)
         assert judge.of(some, ranks, shares, [(up, down)])[0] <= most + 1e-12
         assert judge.of(everything, ranks, shares, [(up, down)])[0] == pytest.approx(most)
+
+
+# -- by hand, numbers and all ----------------------------------------------------------------
+
+
+def test_half_of_the_examples_or_a_smaller_batch_by_hand():
+    assert Utility.most(0.5, (32, 32)) == pytest.approx(math.exp(-0.05 * math.log(2) ** 2))
+    bits = [(32, 32, 1.0), (8, 32, 0.999), (4, 32, 0.993), (32, 8, 0.999), (4, 8, 0.993 * 0.999)]
+    for up, down, worth in bits:
+        assert Utility.most(1.0, (up, down)) == pytest.approx(worth, abs=1e-9)
+    # A quarter of the examples has half the batch; four times that is too much, less is not.
+    assert utility.ideal_batch(16, 0.25) == 8
+    assert utility.of_batch(32, 16, 0.25) == pytest.approx(math.exp(-0.025 * math.log(4) ** 2))
+    assert utility.of_batch(8, 16, 0.25) == utility.of_batch(4, 16, 0.25) == 1
+    assert utility.of_batch(12, 16, 0.25) == pytest.approx(math.exp(-0.025 * math.log(1.5) ** 2))
+
+
+def judged(judge, operations, ranks, examples, bits):
+    """One client, subnet by subnet."""
+    slots, blocks, heads = operations.shape
+    subnets = [(b, h) for b in range(blocks) for h in range(heads)]
+
+    def share(block, head, *which):
+        return sum(operations[s, block, head] in which for s in range(slots)) / slots
+
+    def cut(block):
+        return sum(share(block, h, SKIP, FORWARD) for h in range(heads)) / heads
+
+    trained = 0.0
+    for b, h in subnets:
+        path = math.prod(1 - 0.5 * cut(m) for m in range(b + 1, blocks))
+        trained += judge.backward[b, h] * share(b, h, FULL) * ranks[b, h] * path
+    learned = 0.02 + 0.98 * trained / judge.backward.sum()
+    kept = 1.0
+    for b in range(blocks):
+        skipped = sum(judge.forward[b, h] * share(b, h, SKIP) for h in range(heads)) / heads
+        kept *= max(0.0, 1 - 0.3 * skipped / judge.forward.mean())
+    lost = 0.05 * math.log(examples) ** 2 + 0.033 * math.log(learned) ** 2
+    worth = {32: 1.0, 8: 0.999, 4: 0.993}
+    return learned, math.exp(-lost) * worth[bits[0]] * worth[bits[1]] * kept
+
+
+def test_several_clients_by_hand():
+    """Three clients, two slots, four blocks, three heads."""
+    draw = np.random.default_rng(0)
+    judge = Utility(*draw.random((2, 4, 3)))
+    operations = draw.integers(0, 4, (3, 2, 4, 3)).astype(np.int8)
+    ranks, examples = draw.uniform(0.3, 1.0, (3, 4, 3)), np.array([0.2, 1.0, 0.7])
+    bits = [(4, 8), (32, 8), (8, 32)]
+    expected = [judged(judge, *one) for one in zip(operations, ranks, examples, bits, strict=True)]
+    learned, worth = zip(*expected, strict=True)
+    assert judge.learned(operations, ranks) == pytest.approx(learned)
+    assert judge.of(operations, ranks, examples, bits) == pytest.approx(worth)
+
+
+def test_nothing_is_left_without_the_only_block_that_matters():
+    judge = Utility(np.ones((4, 3)), np.repeat([[0.0], [0.0], [9.0], [0.0]], 3, axis=1))
+    assert of(rows(FULL, FULL, SKIP, FULL), judge=judge) == 0
+
+
+def test_the_mean_is_weighted_by_examples_and_who_does_nothing_counts():
+    operations = np.stack([rows(FULL, FULL, FULL, FULL).astype(np.int8)] * 5)
+    operations[1] = SKIP
+    local, used = np.array([8, 4, 3, 1, 0]), np.array([4, 4, 0, 1, 0])
+    found = EVEN.mean_of(operations, local, used, [(32, 32)] * 3 + [(4, 32), (32, 32)])
+    expected = (8 * math.exp(-0.05 * math.log(2) ** 2) + 1 * 0.993) / 16
+    assert found == pytest.approx(expected)
+
+
+def test_the_mean_of_one_example_and_of_none():
+    operations = rows(FULL, FULL, FULL, FULL).astype(np.int8)[None]
+    one, none = np.array([1]), np.array([0])
+    assert EVEN.mean_of(operations, one, one, [(32, 32)]) == pytest.approx(1.0)
+    assert EVEN.mean_of(operations, none, none, [(32, 32)]) == 0
