@@ -202,14 +202,14 @@ class ClientKnapsacks:
             over[:, BYTES] = (prices - at_most[client])[:, BYTES]  # which are exact
             return over
 
-        train, rest = (u[client if len(u) > 1 else 0] for u in self.utilities)
+        train, rest = (u[client % len(u)] for u in self.utilities)  # one may be everybody's
         utility, places = train + rest, np.arange(choice.shape[1])  # [subnets, options]
         full, before = int(self.share.argmax()), choice[client].copy()
         for _ in range(FILLS):
             now = choice[client]
             gain = utility[:, full] - utility[places, now]
             open_to = np.flatnonzero((now != full) & (gain > 0))
-            left = -int(over_of(now[None])[0, TIME])
+            (left,) = -over_of(now[None])[:, TIME]
             if left <= UNUSED * deadlines[client] or not len(open_to):
                 break
             tried = np.repeat(now[None], len(open_to), axis=0)
@@ -349,10 +349,9 @@ class ClientKnapsacks:
 
 def _gaps(value: np.ndarray, bound: np.ndarray) -> np.ndarray:
     """Return how far values are from their bounds, as shares from 0 to 1: float64 [clients]."""
-    bound = np.maximum(bound, 0.0)
     with np.errstate(invalid="ignore", divide="ignore"):
-        gap = np.where(bound > 0, 1 - value / bound, 0.0)
-    return gap.clip(0.0, 1.0)
+        gap = (1 - value / bound).clip(0.0, 1.0)
+    return np.where(bound > 0, gap, 0.0)
 
 
 def costs_of(

@@ -89,7 +89,8 @@ class Table:
             budget: Of the client.
             prices: Of computing.
         """
-        rates = np.array([budget.speed, 0, budget.bandwidth_up, budget.bandwidth_down, 0], float)
+        traffic = budget.bandwidth_up, budget.bandwidth_down
+        rates = np.array([budget.speed, None, *traffic, None], float)
         each = np.zeros(5)
         if budget.deadline is not None:
             with np.errstate(over="ignore"):
