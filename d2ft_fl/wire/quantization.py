@@ -86,7 +86,7 @@ def quantize_rows(
     """
     count, width = rows.shape
     quantized = torch.empty(count, SCALE_BYTES + -(-width * bits // 8), dtype=torch.uint8)
-    size = max(1, BLOCK // max(1, width))
+    size = max(1, BLOCK // width)
     steps, draws = torch.empty(2, min(size, count), width)
     for start in range(0, count, size):
         here = slice(start, start + size)

@@ -1,5 +1,9 @@
+"""Blobs beside safetensors' own, and what is no blob of this project."""
+
 import gc
+import io
 import json
+import mmap
 import os
 import tempfile
 import tracemalloc
@@ -12,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from d2ft_fl.errors import ReplyError
-from d2ft_fl.wire.blob import decode, encode, mapped, size, write
+from d2ft_fl.wire.blob import append, decode, encode, fill, mapped, size, write
 
 
 def test_tensors_and_metadata_come_back_bit_for_bit():
@@ -140,3 +144,104 @@ def test_a_mapped_file_keeps_no_descriptor_and_is_not_written_to(tmp_path):
     assert path.read_bytes() == content
     path.unlink()
     assert tensor.tolist() == [1, 2, 3, 4]
+
+
+def test_a_file_of_before_is_replaced_whole(tmp_path):
+    path = tmp_path / "reply"
+    path.write_bytes(b"x" * 1000)
+    place = path.stat().st_ino
+    write(path, {"a": torch.arange(3.0)}, {"x": 1})
+    assert path.read_bytes() == encode({"a": torch.arange(3.0)}, {"x": 1})
+    assert path.stat().st_ino == place
+
+
+class Slow(io.BytesIO):
+    """Takes five bytes at a time."""
+
+    def write(self, content):
+        return super().write(content[:5])
+
+
+def test_what_a_file_takes_in_pieces_is_written_whole():
+    tensors, meta = {"b": torch.arange(7.0), "a": torch.ones(2, dtype=torch.uint8)}, {"x": 1}
+    file = Slow()
+    file.write(b"abc")
+    assert append(file, tensors, meta) == len(encode(tensors, meta))
+    assert file.getvalue() == b"abc" + encode(tensors, meta)
+
+
+def test_memory_is_filled_from_its_beginning():
+    tensors, meta = {"b": torch.arange(7.0), "a": torch.ones(2, dtype=torch.uint8)}, {"x": 1}
+    blob, asked = encode(tensors, meta), []
+    memory = mmap.mmap(-1, len(blob) + 100)
+    memory[:] = b"y" * len(memory)
+    length = fill(lambda length: asked.append(length) or memory, tensors, meta)
+    assert asked == [length] == [len(blob)]
+    gc.collect()
+    assert memory[:] == blob + b"y" * 100
+
+
+def all_ways(content, folder):
+    """What a blob says, as bytes, as memory and as a file."""
+    path = folder / "blob"
+    path.write_bytes(content)
+    return [decode(blob) for blob in (content, memoryview(bytearray(content)), path)]
+
+
+def test_messages_without_tensors_or_with_empty_ones_are_read(tmp_path):
+    for tensors, meta in ({}, all_ways(encode({}, {"x": [1]}), tmp_path)[0][1]), ({}, {}):
+        for found in all_ways(encode(tensors, meta), tmp_path):
+            assert found == (tensors, meta)
+    empty = {"a": torch.zeros(0, 3), "b": torch.zeros(2, 0, dtype=torch.int64), "c": torch.ones(1)}
+    for found, _ in all_ways(encode(empty, {}), tmp_path):
+        assert {n: (t.shape, t.dtype) for n, t in found.items()} == {
+            n: (t.shape, t.dtype) for n, t in empty.items()
+        }
+        assert found["c"].tolist() == [1]
+
+
+def made_blob(tensor, content):
+    """A blob of one tensor that is described by hand."""
+    header = {"__metadata__": {"d2ft": "{}"}, "a": tensor}
+    text = json.dumps(header).encode()
+    return memoryview(bytearray(len(text).to_bytes(8, "little") + text + content))
+
+
+@pytest.mark.parametrize(
+    "shape,places,reason",
+    [
+        ([2**62, 0], [0, 0], "has shape"),
+        ([-1, 0], [0, 0], "has shape"),
+        ([2], [0, -8], "has shape"),
+        ([2.0], [0, 8], "has shape"),
+        ([True, 2], [0, 8], "has shape"),
+        ([3], [0, 8], "does not lie where it should"),
+        ([2], [0, 7], "does not lie where it should"),
+        ([2], [8, 16], "does not lie where it should"),
+        ([2], [8, 0], "does not lie where it should"),
+        ([1], [0, 4], "bytes of .* are accounted for"),
+        ([1], [4, 8], "bytes of .* are accounted for"),
+    ],
+)
+def test_a_tensor_that_is_not_where_it_says_is_named(shape, places, reason):
+    entry = {"dtype": "F32", "shape": shape, "data_offsets": places}
+    with pytest.raises(ReplyError, match=f"not a safetensors message of this project: .*{reason}"):
+        decode(made_blob(entry, bytes(8)))
+
+
+def test_the_largest_shape_of_nothing_is_read():
+    entry = {"dtype": "F32", "shape": [2**62 - 1, 0], "data_offsets": [0, 0]}
+    assert decode(made_blob(entry, b""))[0]["a"].shape == (2**62 - 1, 0)
+
+
+def test_types_come_in_the_order_of_safetensors_and_names_within():
+    tensors = {
+        name: torch.ones(1, dtype=dtype)
+        for name, dtype in zip("bacdef", [*TYPES, torch.float16], strict=True)
+    }
+    tensors["aa"] = torch.zeros(1)
+    names = list(json.loads(encode(tensors, {})[8:].split(b"}}")[0] + b"}}"))
+    assert names == ["__metadata__", "c", "a", "aa", "b", "d", "f", "e"]
+    file = io.BytesIO()
+    append(file, tensors, {})
+    assert file.getvalue() == encode(tensors, {})
