@@ -140,15 +140,15 @@ class ClientTrainer:
         description = ClientDescription(client, self.examples.count(client), clients)
         return self.budgets(description, round_number)
 
-    def _get_ready(self, message: int = 0) -> None:
+    def _get_ready(self, message: bytes = b"") -> None:
         """Have what every round needs: the model and the data; note what the process takes then.
 
         Args:
-            message: Bytes of the message that has come, which is counted apart.
+            message: The message that has come, which is counted apart.
         """
         _ = self.model, self.data
         if self._taken is None and self.on_device:
-            self._taken = resident() - message
+            self._taken = resident() - len(message)
             if self.config.transport == "message":  # the whole model, at most
                 parameters = self._adapter.model.parameters()
                 self._taken += MESSAGES * sum(p.numel() * p.element_size() for p in parameters)
@@ -190,7 +190,7 @@ class ClientTrainer:
         """Carry one message out, step by step; arguments and result of :meth:`answer`."""
         set_threads(self.config.threads_per_client)
         started = time.perf_counter()
-        self._get_ready(len(blob))  # before memory is read, and before anything is measured
+        self._get_ready(blob)  # before memory is read, and before anything is measured
         job, tensors, offsets = Job.read(blob, self._federation, weights is not None)
         local = self.examples.count(job.message.client)
         refuse_what_is_not_here(job.message, asked, local)

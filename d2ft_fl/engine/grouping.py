@@ -9,7 +9,7 @@ of rows.
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from enum import IntEnum
+from enum import IntEnum, auto
 from itertools import pairwise
 
 import numpy as np
@@ -31,36 +31,33 @@ def storage_order(operations: np.ndarray, ranks: Mapping[int, int] | None = None
         operations: int8 [slots, heads].
         ranks: Trained heads -> the ranks of their factors, where these differ.
     """
-    trained = (operations == Operation.FULL).any(axis=0)
-    resident = (operations != Operation.SHORTCUT).any(axis=0)
+    trained = np.flatnonzero((operations == Operation.FULL).any(axis=0)).tolist()
+    resident = np.flatnonzero((operations != Operation.SHORTCUT).any(axis=0)).tolist()
     groups = [trained]
     if ranks is not None:
-        by_head = np.array([ranks.get(head, 0) for head in range(len(trained))])
-        groups = [trained & (by_head == rank) for rank in sorted(set(ranks.values()), reverse=True)]
+        by_rank = sorted(set(ranks.values()), reverse=True)
+        groups = [[head for head, own in ranks.items() if own == rank] for rank in by_rank]
     order: list[int] = []
-    for group in (*groups, resident & ~trained):
-        left = [int(h) for h in np.flatnonzero(group)]
+    for group in (*groups, [head for head in resident if head not in trained]):
+        left = list(group)
         while left:
-            last = operations[:, order[-1]] if order else np.full(len(operations), Operation.FULL)
-            nearest = min(left, key=lambda h: (*_distance(operations[:, h], last), h))
+            # In how many slots one of a head and the last is alive and not the other; they differ.
+            last = operations[:, order[-1:]] if order else Operation.FULL
+            apart = ((operations >= Operation.FROZEN) != (last >= Operation.FROZEN)).sum(axis=0)
+            differ = (operations != last).sum(axis=0)
+            nearest = min(left, key=lambda h: (apart[h], differ[h], h))
             left.remove(nearest)
             order.append(nearest)
     return order
 
 
-def _distance(some: np.ndarray, others: np.ndarray) -> tuple[int, int]:
-    """Return in how many slots one of two heads is alive and not the other, and they differ."""
-    alive = (some >= Operation.FROZEN) != (others >= Operation.FROZEN)
-    return int(alive.sum()), int((some != others).sum())
-
-
 class Status(IntEnum):
-    """What some neighbouring slots ask of a block."""
+    """What some neighbouring slots ask of a block, in ascending order."""
 
-    IDLE = 0  # nothing runs
-    SILENT = 1  # something runs, outside the graph
-    ALIVE = 2  # gradient passes through; nothing of the block trains
-    TRAINS = 3  # something runs FULL: shared parameters train
+    IDLE = auto()  # nothing runs
+    SILENT = auto()  # something runs, outside the graph
+    ALIVE = auto()  # gradient passes through; nothing of the block trains
+    TRAINS = auto()  # something runs FULL: shared parameters train
 
 
 # Status that a single operation asks for, by its code.

@@ -3,7 +3,9 @@
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property, partial
+from itertools import compress
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -134,9 +136,9 @@ class Stepper:
             return 0.0, 0
         running = _running(batch, sizes, schedule)
         weight = self.task.weight(running)
-        empty = any(on and not size for on, size in zip(schedule.active, sizes, strict=True))
+        filled = bool(np.array(sizes)[schedule.active].all())
         base = self._held_bytes() + tensor_bytes([batch.inputs, running.inputs])
-        self._prepare(overwrite=len(parts) == 1 and not empty)
+        self._prepare(overwrite=len(parts) == 1 and filled)
         loss: Tensor | float = 0.0
         start = 0
         for part in parts:
@@ -182,12 +184,8 @@ class Stepper:
         self._shown = runs
         full = (self.model.schedule.operations[runs] == Operation.FULL).any(axis=0)
         for e in self.entries:
-            if e.block < 0:
-                stepped = True
-            elif e.heads:
-                stepped = bool(full[e.block, e.heads[0]])
-            else:
-                stepped = bool(full[e.block].any())
+            heads = list(e.heads) or slice(None)
+            stepped = e.block < 0 or full[e.block, heads].any()
             e.value.grad = e.grad if stepped else None
 
     def _pull_back(self) -> None:
@@ -209,8 +207,7 @@ def _running(batch: Batch, sizes: list[int], schedule: Schedule) -> Batch:
         return batch
 
     def active_rows(tensor: Tensor) -> Tensor:
-        slots = zip(tensor.split(sizes), schedule.active, strict=True)
-        return torch.cat([rows for rows, active in slots if active])
+        return torch.cat(list(compress(tensor.split(sizes), schedule.active)))
 
     return Batch(active_rows(batch.inputs), active_rows(batch.targets))
 

@@ -1,6 +1,7 @@
 """Which examples a client trains on, and in which order."""
 
 from collections import Counter
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -49,6 +50,23 @@ def test_drawn_examples_depend_on_seed_round_and_client():
     assert tuple(local_examples(5).choose(a_task(4)).tolist()) == chosen[3, 1, 1]
 
 
+def test_draws_are_those_of_streams_of_their_own():
+    """In turn, run, client and 3 seed the order; else run, round, client and 1 that of epochs."""
+    examples = local_examples(10, seed=7, epochs=2)
+    turn = np.random.default_rng([7, 1, 3]).permutation(10).tolist()
+    for number, places in ((1, [0, 1, 2, 3]), (2, [4, 5, 6, 7]), (3, [8, 9, 0, 1])):
+        chosen = examples.choose(a_task(4, number, in_turn=True))
+        assert chosen.tolist() == [turn[place] for place in places]
+    draw = np.random.default_rng([7, 4, 1, 1])
+    orders = [draw.permutation(10).tolist() for _ in range(2)]
+    assert examples.choose(a_task(4, 4)).tolist() == orders[0][:4]
+    found = examples.epochs(1, 4, np.array([2, 3, 5]))
+    assert [epoch.tolist() for epoch in found] == [
+        [number for number in order if number in (2, 3, 5)] for order in orders
+    ]
+    assert examples.seed_of(1, 4) == (7, 4, 1)
+
+
 def test_epochs_order_the_chosen_examples_each_anew():
     examples = local_examples(30, epochs=2)
     chosen = examples.choose(a_task(20))
@@ -87,3 +105,10 @@ def test_a_client_that_flips_labels_trains_on_the_last_for_the_first():
     examples = LocalExamples(data, CLASSIFY, 0, 1, torch.device("cpu"), lambda client: client == 1)
     assert examples.batch(0, np.arange(3)).targets.tolist() == [0, 4, 9]
     assert examples.batch(1, np.arange(3)).targets.tolist() == [9, 5, 0]
+    plain, flipped = (
+        replace(examples, task=ImageClassification(1.0)).task_of(client).prior.exp()
+        for client in (0, 1)
+    )
+    twice, once = 2 / 13, 1 / 13  # three labels, and one more of each
+    assert plain.tolist() == pytest.approx([twice if y in (0, 4, 9) else once for y in range(10)])
+    assert flipped.tolist() == pytest.approx([twice if y in (9, 5, 0) else once for y in range(10)])

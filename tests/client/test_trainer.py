@@ -22,15 +22,20 @@ from tests.conftest import reports_of
 from tests.data.files import class_folders
 
 
-def first_message(config):
-    """Return the first message of a configuration's first round."""
+def first_work(config):
+    """Return a configuration's federation and state, and the first assignment of its first round."""
     components = Components(config)
     adapter = build_adapter(components.model_spec)
-    federation = Federation(components, adapter.describe())
-    weights = {n: p.detach().clone() for n, p in adapter.model.named_parameters()}
-    state = State(0, weights)
+    federation = Federation(components, adapter.describe()).at(1)
+    original = {n: p.detach().clone() for n, p in adapter.model.named_parameters()}
+    state = federation.prepared(State(0, original), original)
     plan = plan_round(federation, state, reports_of(config))
-    return encode_assignment(federation, state, plan.working[0])
+    return federation, state, plan.working[0]
+
+
+def first_message(config):
+    """Return the first message of a configuration's first round."""
+    return encode_assignment(*first_work(config))
 
 
 def test_free_memory_is_read_when_the_model_is_there(quick, monkeypatch):

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from d2ft_fl.tasks.image_classification import ImageClassification
-from d2ft_fl.tasks.task import Batch, Outputs, add_sums
+from d2ft_fl.tasks.task import BaseTask, Batch, Outputs, add_sums
 
 CPU = torch.device("cpu")
 LOG2, LOG4 = math.log(2), math.log(4)
@@ -67,3 +67,13 @@ def test_a_batch_counts_its_examples_and_gives_some_of_them():
     assert (task.weight(whole), task.weight(part)) == (3, 2)
     assert part.inputs.tolist() == [[2, 3], [4, 5]]
     assert part.targets.tolist() == [6, 7]
+    moved = whole.to(torch.device("meta"))
+    assert (moved.inputs.shape, moved.targets.shape) == ((3, 2), (3,))
+    assert moved.inputs.is_meta
+    assert moved.targets.is_meta
+
+
+def test_more_of_the_primary_figure_is_better_unless_a_task_says_otherwise():
+    assert BaseTask.maximise
+    assert ImageClassification().primary == "accuracy"
+    assert ImageClassification().maximise
