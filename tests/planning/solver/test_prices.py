@@ -16,7 +16,6 @@ from tests.planning.solver.tiny import (
     knapsack,
 )
 
-
 # -- the dual at some prices -----------------------------------------------------------------
 
 
