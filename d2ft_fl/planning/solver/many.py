@@ -79,7 +79,7 @@ def spread_all(
     prices = np.zeros((clients, resources))
     amount, people = np.zeros(items), np.zeros(items, dtype=np.int64)
     scarce = np.zeros(items)  # further value of training an item, while too few clients do
-    most = train[0]
+    most = -np.inf
     for i in range(items):
         most = max(most, train[i])
     v = np.empty((items, options))

@@ -77,7 +77,7 @@ def search(
     lost[0] = 0.0
     depth, at = 0, 0
     while nodes > 0:
-        if at < n and depth < items and lost[depth] + regret[at] < bound - utility - EPSILON:
+        if at < n and lost[depth] + regret[at] < bound - utility - EPSILON:
             i = item[at]
             taken = False
             for d in range(depth):
@@ -217,7 +217,7 @@ def solve_one(
     first = 0
     for case in range(cases):
         if first < CASES or -bounds[case] < losses[first - 1]:
-            first = insert(case, 0, -bounds[case], order, unused, losses, first)
+            first = insert(case, case, -bounds[case], order, unused, losses, first)
     likely, best_value, opened = order[0], -np.inf, np.empty(len(q.charge), dtype=np.int64)
     if cases > 1:  # a quick look at the cases with the highest bounds
         for at in range(first):
