@@ -65,8 +65,9 @@ def _probes_cost(costs: CostModel, probes: Probes) -> Cost:
     if not probes:
         return Cost()
     # Gradients of the likelihood, so without dropout; of the weights themselves, factors merged.
-    a = without_lora(costs.arch)
-    one = replace(costs.plain(), arch=a.without_dropout())
+    # Each example is looked at once, however often it is trained on.
+    a, plain = without_lora(costs.arch), costs.plain()
+    one = replace(plain, arch=a.without_dropout(), options=replace(plain.options, epochs=1))
     resident = sum(p.numel for p in a.parameters)
     merges = bool(probes.scored) + bool(probes.viewed)
     flops, memory, up = merges * costs.arch.rank * int(costs.round_flops.of_merging.sum()), 0, 0
