@@ -33,6 +33,7 @@ def test_by_default_training_counts_as_running_and_a_rank_by_its_root():
         (ARCH, (), (0,)),
         (ARCH, (2,), (0,)),
         (LORA, (), (4,)),
+        (LORA, (2,), (2, 4)),
         (LORA, (3, 1), (1, 3, 4)),
         (LORA, (0, 4, 5, -1), (4,)),
     ],

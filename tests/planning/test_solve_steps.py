@@ -192,9 +192,9 @@ def test_two_stages_settle_what_trains_before_the_rest(seed):
                 return sum(values[i, k] for i, k in enumerate(choice))
 
             one = [choice for choice in fit if FIRST[list(choice)].all()]
-            settled = max(one, key=lambda choice: worth(choice, train[c]))  # noqa: B023
+            settled = max(one, key=lambda choice: worth(choice, train[c]))
             same = [ch for ch in fit if (SHARE[list(ch)] == SHARE[list(settled)]).all()]
-            best = max(same, key=lambda choice: worth(choice, own))  # noqa: B023
+            best = max(same, key=lambda choice: worth(choice, own))
             assert tuple(found.choice[c]) == best
             assert found.value[c] == pytest.approx(worth(best, train[c]) + worth(best, own))
         assert found.bound is found.value
