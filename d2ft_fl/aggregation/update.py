@@ -67,9 +67,9 @@ class Update:
     def _of_heads(self) -> list[dict[int, int]]:
         schedule = self.schedule
         examples = schedule.examples_trained(self.slot_examples)
-        heads = [schedule.heads(schedule.trained, block) for block in range(len(examples))]
         return [
-            {h: int(row[h]) for h in trained} for row, trained in zip(examples, heads, strict=True)
+            {h: int(row[h]) for h in schedule.heads(schedule.trained, block)}
+            for block, row in enumerate(examples)
         ]
 
     @cached_property
