@@ -95,6 +95,11 @@ def test_noise_that_keeps_an_epsilon_exactly_is_enough(asked):
     assert noise_for(1 / 3.5, 1e-4, 0.25, 3) == 3.5
 
 
+def test_noise_is_known_to_a_thousandth_once_the_ends_are_as_near(asked):
+    """999/512 is too little, and 1000/512, a thousandth more, is enough."""
+    assert noise_for(1 / 1.9515, 1e-4, 0.25, 3) == 1000 / 512
+
+
 def test_the_least_noise_is_looked_for_above_a_hundredth(asked):
     assert 0.1 <= noise_for(10.0, 1e-4, 0.25, 3) <= 0.1001
     assert asked[:2] == [1, (0.01 + 1) / 2]

@@ -127,6 +127,11 @@ def test_changes_below_two_to_the_26_are_kept_and_others_refused():
             sums.add(one)
 
 
+def test_what_is_left_is_found_and_not_given():
+    with pytest.raises(TypeError):
+        RobustSums(ARCH, WEIGHTS, "median", 1, False, 0.5)
+
+
 # -- files ---------------------------------------------------------------------------------------
 
 

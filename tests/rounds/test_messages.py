@@ -220,3 +220,18 @@ def test_a_budget_is_held_or_not():
         with pytest.raises(Refusal, match="the message has held"):
             Message.decode(changed(blob, held=number), stage)
     assert json.loads(json.dumps(wire.decode(blob)[1]))["held"] == 1
+
+
+def test_a_message_takes_no_more_than_is_planned_for():
+    """2,048 bytes, 160 for each tensor and 4 for each number; two for each operation."""
+    stage = federation()
+    # embed, head.weight, head.bias; then of heads 1 and 2 of block 0: ask and give with 5 rows of
+    # 4, rise with 6 numbers, fall with 6 rows of 4; and two shared parameters of 4.
+    numbers = 8 + 12 + 3 + 20 + 20 + 6 + 24 + 4 + 4
+    planned = 2048 + 2 * 6 + 9 * 160 + 4 * numbers
+    assert stage.costs.bytes_down(PART) == planned
+    message = encode_assignment(stage, State(0, WEIGHTS), assigned())
+    assert planned - 2048 - 9 * 160 < len(message) <= planned
+    # What comes back: of head 1 alone, which has 3 rows and 4, and no embedding.
+    numbers = 12 + 3 + 12 + 12 + 4 + 16 + 4 + 4
+    assert stage.costs.bytes_up(PART) == 2048 + 8 * 160 + 4 * numbers
