@@ -23,7 +23,7 @@ from tests.data.files import class_folders
 
 
 def first_work(config):
-    """Return a configuration's federation and state, and the first assignment of its first round."""
+    """Return federation and state of a configuration's first round, and its first assignment."""
     components = Components(config)
     adapter = build_adapter(components.model_spec)
     federation = Federation(components, adapter.describe()).at(1)
