@@ -133,7 +133,7 @@ def instance(b: Batch, c: int, value: np.ndarray) -> Instance:
 @inner
 def value_of(b: Batch, c: int) -> np.ndarray:
     """Return the values of options of client ``c``: float64 [I, K]."""
-    return b.value[c if len(b.value) > 1 else 0]
+    return b.value[c % len(b.value)]
 
 
 @inner

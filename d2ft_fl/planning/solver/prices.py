@@ -19,7 +19,7 @@ def relax(p: Instance, q: Priced) -> int:
     groups, levels = q.charge.shape[0], q.charge.shape[1]
     some = 0  # resources with a price, two of which are taken at a time
     for r in range(resources):
-        if q.prices[r] > 0.0:
+        if q.prices[r]:  # is above 0
             q.some[some] = r
             some += 1
     for k in range(options):
@@ -130,7 +130,7 @@ def first_prices(p: Instance, q: Priced, x: Picked, best: np.ndarray) -> float:
     bound = slack_at(p, q, -1, x, slope)
     overuse = 0.0
     for r in range(resources):
-        direction[r] = -slope[r] if slope[r] < 0.0 else 0.0
+        direction[r] = max(0.0, -slope[r])
         overuse += direction[r]
     if overuse == 0.0 or bound == -np.inf:  # all fits, or nothing is allowed
         return bound
@@ -186,7 +186,6 @@ def lower_prices(
     direction, turned = np.empty(resources), np.empty(resources)
     dilation = np.empty((resources, resources))
     for r in range(resources):
-        last[r], step[r] = 0.0, 0.0
         for a in range(resources):
             dilation[r, a] = 1.0 if r == a else 0.0
     copy(best, q.prices)
@@ -195,12 +194,13 @@ def lower_prices(
         if now < bound:
             bound = now
             copy(q.prices, best)
-        under, norm = 0.0, 0.0
         for r in range(resources):
-            if q.prices[r] <= 0.0 and slope[r] > 0.0:
-                slope[r] = 0.0  # the price cannot fall further
-            under += slope[r] * step[r] if turn else 0.0
+            if q.prices[r] <= 0.0:
+                slope[r] = min(slope[r], 0.0)  # the price cannot fall further
         if turn:
+            under, norm = 0.0, 0.0
+            for r in range(resources):
+                under += slope[r] * step[r]
             length *= LONGER if under > 0.0 else SHORTER
             for a in range(resources):  # dilate along the difference of two slopes
                 direction[a] = 0.0

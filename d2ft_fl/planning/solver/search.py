@@ -127,7 +127,7 @@ def solve_case(
     open_best(p, q, case, opened)
     copy(opened, base)
     value = settle(p, q, y, case, opened)
-    if value == -np.inf and utility > -np.inf and obeys(p, x.choice, case):
+    if value == -np.inf and obeys(p, x.choice, case):
         copy_picked(x, y)
         value = utility
     if value > -np.inf:
@@ -238,7 +238,7 @@ def solve_one(
     for turn in range(min(max(effort, 1), cases)):
         if turn:
             likely = 0
-            for case in range(1, cases):
+            for case in range(cases):
                 if left[case] > left[likely]:
                     likely = case
         top = left[likely]

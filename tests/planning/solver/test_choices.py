@@ -177,3 +177,37 @@ def test_what_did_not_fit_is_not_tried_again():
 
 def test_no_item_to_upgrade_is_no_upgrade():
     assert fill([[3, 1]], [[[0], [0]]], [1], [1.0], [0]) == (0, [0])
+
+
+def test_an_upgrade_that_gains_no_more_than_rounding_is_none(monkeypatch):
+    """The cheap option comes first; then the last is worth just as much more as is no gain."""
+    value, cost = [[-2, 0, 1]], [[[0], [1], [2]]]
+    assert fill(value, cost, [2], [4.0], [0]) == (3, [2])
+    monkeypatch.setattr(choices, "EPSILON", 1.0)
+    assert fill(value, cost, [2], [4.0], [0]) == (2, [1])
+
+
+def test_repair_leaves_alone_what_fits():
+    p = knapsack([[0, 9]], [[[4], [0]]], [4])
+    x = taken(p, [0])
+    assert choices.repair(p, tiny.at_prices(p, [0]), x, 0)
+    assert x.choice.tolist() == [0]
+
+
+@pytest.mark.parametrize("more, flipped", [(0, True), (1, True), (2, False)])
+def test_repair_takes_no_resource_over_its_capacity(more, flipped):
+    """The second resource has one unit left."""
+    p = knapsack([[0, 0]], [[[5, 3], [4, 3 + more]]], [4, 4])
+    x = taken(p, [0])
+    assert choices.repair(p, tiny.at_prices(p, [0, 0]), x, 0) == flipped
+    assert x.choice.tolist() == [int(flipped)]
+
+
+def test_repair_never_makes_worse_what_is_over_already():
+    p = knapsack([[0, 0], [0, 0]], [[[5, 5], [0, 6]], [[1, 1], [1, 1]]], [4, 6])
+    x = taken(p, [0, 0])
+    assert choices.repair(p, tiny.at_prices(p, [0, 0]), x, 0) is False
+    p = p._replace(capacity=np.array([4, 5]))  # now the second is over, too
+    p.cost[0, 1, 1] = 5
+    assert not choices.repair(p, tiny.at_prices(p, [0, 0]), x, 0)
+    assert x.choice.tolist() == [1, 0]  # as far as it goes: what is over is no further over

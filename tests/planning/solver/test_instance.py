@@ -98,6 +98,7 @@ def test_arrays_have_the_sizes_of_the_knapsack():
     assert q.at.dtype == np.uint64
     assert [array.shape for array in x] == [(7,), (4, 3), (4,), (6,)]
     assert all(array.dtype == np.int64 for array in x)
+    assert instance.NONE == -1  # of no array of 7 or 4
 
 
 def test_a_choice_is_copied_whole():

@@ -335,3 +335,34 @@ def test_a_gap_of_a_ten_thousandth_is_left_alone(monkeypatch, bound):
     steps = Steps(monkeypatch)  # a gap of 0 is as small as what is tolerated of 0
     moves.improve(drawn(0), None, None, 0, bound, bound, 3)
     assert steps.called == ["fill", "close"]
+
+
+def test_a_gap_of_just_a_ten_thousandth_is_left_alone_too(monkeypatch):
+    steps = Steps(monkeypatch)
+    moves.improve(drawn(0), None, None, 0, 9999.0, 10000.0, 1)
+    assert steps.called == ["fill", "close"]
+
+
+def test_closing_has_to_gain_more_than_rounding(monkeypatch):
+    values = [[2, 3, 1, 0], [0] * 4, [0] * 4]
+    monkeypatch.setattr(moves, "EPSILON", 2.0)
+    assert lower(values, [0, 2, 0, 0]) == (0, [0, 2, 0, 0])
+    monkeypatch.setattr(moves, "EPSILON", 1.75)
+    assert lower(values, [0, 2, 0, 0]) == (2, [0, 1, 0, 0])
+
+
+def test_a_group_without_items_is_not_closed():
+    p = knapsack([[0, 1]], [[[0], [1]]], [4], [[[0], [0]], [[0], [0]]], [1], [0, 0])
+    x = taken(p, [0])
+    assert moves.close(p, at_prices(p, [0]), x, blank(p), 0) == 0
+    assert x.choice.tolist() == [0]
+
+
+@pytest.mark.parametrize("epsilon, won", [(1.0, 0), (0.75, 1)])
+@pytest.mark.parametrize("move", ["core", "pair"])
+def test_moves_have_to_gain_more_than_rounding(monkeypatch, move, epsilon, won):
+    monkeypatch.setattr(moves, "EPSILON", epsilon)
+    p = knapsack([[0, 1]], [[[0], [1]]], [1])
+    x = taken(p, [0])
+    assert getattr(moves, move)(p, at_prices(p, [0]), x, 0, 1) == won
+    assert x.choice.tolist() == [won]

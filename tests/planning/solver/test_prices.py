@@ -238,3 +238,89 @@ def test_a_bound_that_is_lower_already_is_kept():
     best = np.array([0.0])
     assert solver.lower_prices(p, at_prices(p, [0]), blank(p), 0, 1, 1.0, 6.0, best) == 6
     assert best.tolist() == [0]
+
+
+# -- ties and limits, by the dual's answers --------------------------------------------------
+
+
+class Answers:
+    """Stands in for the dual of two resources: values and slacks in order; notes prices."""
+
+    def __init__(self, monkeypatch, *answers):
+        self.answers, self.asked = iter(answers), []
+        monkeypatch.setattr(solver, "slack_at", self.slack_at)
+        p = knapsack([[0.0]], np.zeros((1, 1, 2)), [1, 1])
+        self.q = at_prices(p, [77, 77])
+        self.given = p, self.q, blank(p)
+
+    def slack_at(self, p, q, case, x, slope):
+        self.asked.append(q.prices.tolist())
+        value, slope[...] = next(self.answers)
+        return value
+
+    def lower(self, steps, bound, start):
+        best = np.array(start, dtype=float)
+        return solver.lower_prices(*self.given, -1, steps, 1.0, bound, best), best.tolist()
+
+
+def test_the_first_of_equal_bounds_keeps_its_prices(monkeypatch):
+    best = np.full(2, 77.0)
+    a = Answers(monkeypatch, (100.0, [-3, 0]), (90.0, [0, 9]), (90.0, [0, 1]), (90.0, [1, 0]))
+    assert solver.first_prices(*a.given, best) == 90
+    half = 100 * 10**-1.5
+    assert a.asked[0] == [0, 0]
+    assert a.asked[1] == best.tolist() == pytest.approx([half, 0])
+    # Where slack is 0 along the direction, prices fall.
+    assert a.asked[2] == pytest.approx([np.sqrt(0.1 * half), 0])
+    assert a.asked[3] == pytest.approx([np.sqrt(0.1 * np.sqrt(0.1 * half)), 0])
+    a = Answers(monkeypatch, (9.0, [-1, 0]), (9.0, [-1, 0]), (8.0, [-1, 0]))
+    assert a.lower(2, 9.0, [4, 4]) == (8, [6.3, 4])
+    a = Answers(monkeypatch, (9.0, [-1, 0]), (9.0, [-1, 0]))
+    assert a.lower(1, 9.0, [4, 4]) == (9, [4, 4])
+
+
+def test_a_resource_that_just_fits_is_no_direction(monkeypatch):
+    best = np.full(2, 77.0)
+    a = Answers(monkeypatch, (100.0, [0, -1]), *[(90.0, [0, -1])] * 3)
+    solver.first_prices(*a.given, best)
+    assert a.asked[1] == pytest.approx([0, 100 * 10**-1.5])
+
+
+@pytest.mark.parametrize("slack, length", [([-1, 0], 1.3), ([0, -1], 0.75), ([0.5, 0], 0.75)])
+def test_a_step_is_longer_where_it_still_descends(monkeypatch, slack, length):
+    """The first step is (-1, 0), away from the slope, which is turned by half with dilation."""
+    a = Answers(monkeypatch, (9.0, [-1, 0]), (9.0, slack))
+    a.lower(1, 9.0, [4, 4])
+    assert a.asked == [[4, 4], [5, 4]]
+    moved = a.q.prices - [5, 4]
+    if slack != [0, -1]:
+        assert moved == pytest.approx(-length * np.sign(slack) * [1 if slack[0] < 0 else 0.5, 1])
+    else:  # dilated along (1, -1): slopes there count half, squared a quarter
+        inner = np.eye(2) - np.array([[1, -1], [-1, 1]]) / 4
+        assert moved == pytest.approx(-length * inner @ inner @ slack / np.hypot(*inner @ slack))
+
+
+def test_a_price_of_0_does_not_fall(monkeypatch):
+    a = Answers(monkeypatch, (9.0, [0.5, -0.5]), (9.0, [0.5, -0.5]))
+    a.lower(1, 9.0, [0, 1])
+    assert a.asked == [[0, 1], [0, 2]]
+    assert a.q.prices.tolist() == [0, 2 + 1.3]
+    a = Answers(monkeypatch, (9.0, [-3, 4]))
+    a.lower(0, 9.0, [0, 2])
+    assert a.q.prices == pytest.approx([0.6, 1.2])
+
+
+def test_slopes_that_are_as_good_as_0_end_it_and_do_not_dilate(monkeypatch):
+    monkeypatch.setattr(solver, "EPSILON", 0.25)
+    a = Answers(monkeypatch, (9.0, [-0.5, 0]))  # of norm EPSILON: still a slope
+    a.lower(0, 9.0, [4, 4])
+    assert a.q.prices.tolist() == [5, 4]
+    a = Answers(monkeypatch, (9.0, [-0.25, 0]))
+    a.lower(5, 9.0, [4, 4])
+    assert a.asked == [[4, 4]]
+    # From -2 to -1.5: a difference of norm EPSILON does not dilate, that to -1 does.
+    for slack, third in ((-1.5, 1.3), (-1, 1.3 / 2)):
+        a = Answers(monkeypatch, (9.0, [-2, -2]), (9.0, [slack, -2]))
+        a.lower(1, 9.0, [4, 4])
+        moved = a.q.prices - a.asked[1]
+        assert (moved[0] / moved[1] == pytest.approx(slack / -2)) == (third == 1.3)

@@ -133,3 +133,35 @@ def test_what_is_found_fits_and_is_bounded(seed, effort):
         assert effort < 2 or value == best
     if tiny.fits(p, start) and any(tiny.obeys(p, start, case) for case in range(3)):
         assert value >= tiny.worth(p, start)
+
+
+def look(monkeypatch, bound, utility, epsilon=0.25):
+    """Search where a choice of value 4 does not fit, and flips lose 1, 2 and 3."""
+    monkeypatch.setattr(search, "EPSILON", epsilon)
+    p = knapsack([[4, 3, 2, 1], [0, 0, 0, 0]], [[[1], [0], [0], [0]], [[1]] * 4], [1])
+    p.value[1, 1:] = NOTHING
+    q, x = at_prices(p, [0.0]), blank(p)
+    prices.relax(p, q)
+    x.choice[...] = 3, 3
+    found = search.search(p, q, x, 0, np.zeros(1, dtype=np.int64), bound, utility, 9)
+    return found, x.choice.tolist()
+
+
+def test_flips_have_to_gain_more_than_rounding(monkeypatch):
+    assert look(monkeypatch, 9.0, 2.5) == ((3.0, 6), [1, 0])
+    assert look(monkeypatch, 9.0, 2.75) == ((2.75, 6), [3, 3])
+    assert look(monkeypatch, 9.0, 3.25) == ((3.25, 6), [3, 3])
+    # What a flip loses has to be less than the gap, by more than that.
+    assert look(monkeypatch, 4.25, 3.0) == ((3.0, 9), [3, 3])
+    assert look(monkeypatch, 4.5, 3.0) == ((3.0, 8), [3, 3])
+
+
+@pytest.mark.parametrize("utility, kept", [(3.75, True), (3.5, False), (4.25, True)])
+def test_the_best_choice_at_the_prices_has_to_gain_more_than_rounding(monkeypatch, utility, kept):
+    monkeypatch.setattr(search, "EPSILON", 0.25)
+    p = knapsack([[4, 3]], [[[1], [0]]], [1])
+    q, x = at_prices(p, [0.0]), blank(p)
+    prices.relax(p, q)
+    x.choice[...] = 1
+    value, _ = search.search(p, q, x, 0, np.zeros(1, dtype=np.int64), 4.0, utility, 0)
+    assert (value, int(x.choice[0])) == ((utility, 1) if kept else (4, 0))

@@ -152,7 +152,7 @@ def test_what_one_pattern_gains_counts_for_the_next(steps):
 
 
 @pytest.mark.parametrize("utility", [1000.0, -1000.0])
-@pytest.mark.parametrize("away, improved", [(10 + 1e-6, False), (10 - 1e-6, True)])
+@pytest.mark.parametrize("away, improved", [(10 + 1e-6, False), (10, True), (10 - 1e-6, True)])
 def test_patterns_within_a_hundredth_are_improved(steps, utility, away, improved):
     s = steps(settled={(0, 1): utility - away, (1, 1): utility - away})
     s.run(utility + 16.0, utility, 2)
@@ -227,3 +227,39 @@ def test_as_many_patterns_are_tried_where_the_gap_is_wide(steps, monkeypatch, ef
     kept.clear()
     steps().run(1024.0, 1024.0 - 0.07 / effort**2 * 1024, effort)
     assert set(kept) == {effort}
+
+
+def test_of_patterns_that_lose_as_much_the_first_is_tried(steps):
+    s = steps()
+    s.q.nets[1, 1, 1] = 20 - 1
+    s.run(1024.0, 1000.0, 1)
+    assert [call[1] for call in s.asked if call[0] == "settle"] == [None, (0, 1)]
+
+
+@pytest.mark.parametrize("gap, names", [
+    (4.0, []), (80.0, ["settle"]), (80.5, ["settle"] * 4 + ["search"] * 5),
+])  # fmt: skip
+def test_gaps_of_just_the_limits_are_still_below(steps, gap, names):
+    s = steps()
+    s.run(1000.0, 1000.0 - gap, 1)
+    assert [call[0] for call in s.asked[2:]] == names
+
+
+@pytest.mark.parametrize("value, kept", [(3.25, False), (3.0, False), (3.5, True)])
+def test_a_choice_has_to_gain_more_than_rounding(steps, monkeypatch, value, kept):
+    monkeypatch.setattr(search, "EPSILON", 0.25)
+    s = steps(settled={None: value})
+    wanted = ((value, 100.0), [51] * 4) if kept else ((3.0, 100.0), START)
+    assert s.run(100.0, 3.0, 0) == wanted
+    s = steps(settled={(0, 1): 997.0 + value})
+    value, choice = s.run(1024.0, 1000.0, 1)[0][0], s.x.choice.tolist()
+    assert (value, choice) == ((s.settled[0, 1], [53] * 4) if kept else (1000.0, START))
+
+
+@pytest.mark.parametrize("gap, tried", [(1.25, False), (1.5, True)])
+def test_what_a_pattern_can_gain_has_to_be_more_than_rounding(steps, monkeypatch, gap, tried):
+    monkeypatch.setattr(search, "EPSILON", 0.25)
+    s = steps()
+    s.run(10.0, 10.0 - gap, 1)
+    patterns = [call[1] for call in s.asked if call[0] in ("settle", "search")]
+    assert patterns == ([None, (0, 1), None, (0, 1)] if tried else [None, None])

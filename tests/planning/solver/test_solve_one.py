@@ -249,3 +249,30 @@ def test_the_bound_is_the_highest_of_all_cases_and_the_value(steps):
     assert s.run()[0] == (35.0, 35.0)
     s = steps(30.0, 50.0, lowered={1: 25.0})
     assert s.run()[0] == (NOTHING, 30.0)
+
+
+def test_the_lowest_of_five_cases_is_not_looked_at(steps):
+    for lowest in (10.0, 20.0):
+        s = steps(50.0, 40.0, 30.0, 20.0, lowest)
+        s.run()
+        assert s.names("settle") == [("settle", case) for case in range(4)]
+
+
+def test_the_second_case_may_be_solved_last(steps):
+    s = steps(20.0, 30.0, 40.0, settled={2: 7.0})
+    s.run(3)
+    assert s.names("solve") == [("solve", 2), ("solve", 1), ("solve", 0)]
+
+
+@pytest.mark.parametrize("value, choice", [(1.25, 1), (1.5, 11)])
+def test_what_is_settled_has_to_gain_more_than_rounding(steps, monkeypatch, value, choice):
+    monkeypatch.setattr(search, "EPSILON", 0.25)
+    assert steps(10.0, 20.0, settled={1: value}).run(start=1)[1] == choice
+
+
+def test_a_gap_of_just_a_ten_thousandth_is_left_alone(steps):
+    p = with_cases(1)
+    p.value[0, 1] = 9999.0
+    s = steps(10000.0)
+    assert s.run(start=1, cases=p) == ((9999.0, 10000.0), 1)
+    assert not s.names("solve")
