@@ -12,6 +12,7 @@ import safetensors.torch
 import torch
 
 from d2ft_fl.errors import ConfigError, RunError
+from d2ft_fl.runtime.fork_server import SHARED, ForkServer
 from d2ft_fl.runtime.in_process import run_local
 from d2ft_fl.runtime.worker_pool import Job, WorkerPool
 from d2ft_fl.server.dispatch import ClientFailure, RoundDispatch
@@ -28,8 +29,22 @@ def same_weights(folder, reference):
     return all(torch.equal(ours[name], tensor) for name, tensor in theirs.items())
 
 
+@pytest.fixture(scope="module")
+def started():
+    """A fork server for all tests that look at none of their own: it imports PyTorch once."""
+    server = ForkServer.prepare()
+    server.start()
+    yield server
+    server.close()
+
+
 @pytest.fixture
-def faulty(quick, tmp_path, monkeypatch):
+def forks(started, monkeypatch):
+    monkeypatch.setenv(SHARED, str(started.path))
+
+
+@pytest.fixture
+def faulty(quick, forks, tmp_path, monkeypatch):
     """A configuration whose clients fail as environment variables say."""
     asked = tmp_path / "asked"
     asked.mkdir()
@@ -38,16 +53,16 @@ def faulty(quick, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "transport,bits",
+    "transport,more",
     [
-        ("shared", {}),
+        ("shared", {"strategy": "d2ft-paper"}),
         ("shared", {"upload_bits": 4, "download_bits": 8}),
         pytest.param("message", {}, marks=pytest.mark.slow),
     ],
 )
-def test_processes_give_the_result_of_one(quick, tmp_path, transport, bits):
+def test_processes_give_the_result_of_one(quick, forks, tmp_path, transport, more):
     """In shared memory, where weights are coded as they are taken, as in messages."""
-    config = quick(slots=2, compensation=True, score_every=3, transport=transport, **bits)
+    config = quick(slots=2, compensation=True, score_every=3, transport=transport, **more)
     run_local(config, workers=2)
     reference = replace(config, run_folder=str(tmp_path / "one"), transport="message")
     run_local(reference)
@@ -80,7 +95,7 @@ def test_who_raises_hangs_or_dies_is_left_out_and_the_rest_go_on(faulty, monkeyp
     assert set(psutil.Process().children(recursive=True)) == before
 
 
-def test_messages_larger_than_a_connection_holds_do_not_lock(quick):
+def test_messages_larger_than_a_connection_holds_do_not_lock(quick, forks):
     """Models and replies of 2.7 MB, and more clients than can be sent ahead."""
     config = quick(transport="message", clients=8, rounds=1, strategy="fedavg", round_timeout=60.0)
     summary = run_local(config, workers=2)
@@ -114,7 +129,7 @@ def test_too_few_replies_repeat_a_round(faulty, monkeypatch, caplog):
     assert [row["round"] for row in rows(config.run_folder)] == [1]
 
 
-def test_a_configuration_that_a_child_cannot_use_is_said(quick):
+def test_a_configuration_that_a_child_cannot_use_is_said(quick, forks):
     worker_pool = WorkerPool(quick().to_mapping() | {"tuning": "gone.module"}, 1)
     with worker_pool, pytest.raises(ConfigError, match=r"gone\.module"):
         list(worker_pool.work([Job(1, 0, b"")], 60.0))
@@ -122,12 +137,13 @@ def test_a_configuration_that_a_child_cannot_use_is_said(quick):
 
 def test_workers_that_were_started_ahead_are_those_that_answer(quick):
     options = quick(clients=3).to_mapping()
+    others = set(psutil.Process().children())
     with WorkerPool(options, 2) as pool:
         pool.start(1)
         pool.start(3)
         pool.start(3)
         assert [client for client, *_ in pool.reports([0, 2], 1, 60.0)] == [0, 2]
-        (fork_server,) = psutil.Process().children()
+        (fork_server,) = set(psutil.Process().children()) - others
         started = {p.pid for p in fork_server.children()}
         assert len(started) == 2
         assert [client for client, *_ in pool.reports([1], 1, 60.0)] == [1]
