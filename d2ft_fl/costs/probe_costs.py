@@ -70,14 +70,14 @@ def _probes_cost(costs: CostModel, probes: Probes) -> Cost:
     one = replace(plain, arch=a.without_dropout(), options=replace(plain.options, epochs=1))
     resident = sum(p.numel for p in a.parameters)
     merges = bool(probes.scored) + bool(probes.viewed)
-    flops, memory, up = merges * costs.arch.rank * int(costs.round_flops.of_merging.sum()), 0, 0
-    seconds, work = one.round_seconds, 0
+    flops, up = merges * costs.arch.rank * int(costs.round_flops.of_merging.sum()), 0
+    seconds, work, peaks = one.round_seconds, 0, []
     if probes.scored:
         everything = one.everything()
         widest = max(p.numel for p in a.of_kind(Kind.SLICED))
         flops += one.flops(everything, 1) * probes.scored
-        memory = ELEMENT * (resident + 2 * widest + probes.scored * a.input_elements)
-        memory += one.peak_bytes(everything, [1])
+        scoring = ELEMENT * (resident + 2 * widest + probes.scored * a.input_elements)
+        peaks.append(scoring + one.peak_bytes(everything, [1]))
         work += probes.scored * _pass_work(seconds, everything, 1, live=True)
         up = len(probes.kinds) * (ELEMENT * a.blocks * a.heads + TENSOR_HEADER)
     if probes.viewed:
@@ -86,12 +86,12 @@ def _probes_cost(costs: CostModel, probes: Probes) -> Cost:
         blocks = a.blocks * int(one.round_flops.of_operations[Operation.FORWARD_ONLY].sum())
         flops += (a.embed_flops + 2 * a.dim * a.classes + blocks) * probes.viewed
         viewing = ELEMENT * (resident + batch * a.input_elements + probes.viewed)
-        memory = max(memory, viewing + one.peak_bytes(forward, [batch]))
+        peaks.append(viewing + one.peak_bytes(forward, [batch]))
         whole, rest = divmod(probes.viewed, batch)
         work += whole * _pass_work(seconds, forward, batch, live=False)
         work += (rest > 0) * _pass_work(seconds, forward, rest, live=False)
     down = costs.bytes_down(costs.everything())
-    return Cost(flops, memory + memory // MEMORY_MARGIN, up, down, work)
+    return Cost(flops, max(peaks) + max(peaks) // MEMORY_MARGIN, up, down, work)
 
 
 def _pass_work(seconds: RoundSeconds, schedule: Schedule, examples: int, live: bool) -> int:

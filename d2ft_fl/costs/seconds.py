@@ -287,7 +287,7 @@ class RoundSeconds:
                 of_full * weights,
             ]
         )
-        width = np.sqrt(self.arch.dim * np.maximum(columns[[1, 2, 1, 0]], 1))
+        width = np.sqrt(self.arch.dim * columns[[1, 2, 1, 0]])
         kinds = np.array([FORWARD, FORWARD, THROUGH, WEIGHTS])[:, None, None, None, None]
         per_flop = self.machine.product_seconds(kinds, rows[..., None], width)
         seconds = (work * rows[..., None] * per_flop).sum(axis=(2, 3, 4)) * (2.0 * self.arch.dim)
@@ -344,7 +344,7 @@ class RoundSeconds:
         of_ranks = partial(self.flops.by_branch.per_slot, operations, self.arch.trains)
         per_slot = of_ranks(ranks) - of_ranks(np.zeros_like(ranks))
         rows = self.arch.tokens * sizes.sum(axis=1)
-        width = np.sqrt(self.arch.dim * np.maximum(1, ranks.max(axis=(1, 2))))
+        width = np.sqrt(self.arch.dim * ranks.max(axis=(1, 2)))
         per_flop = self.machine.product_seconds(FORWARD, rows, width)
         found[:, 0] += (per_slot * sizes).sum(axis=1) * per_flop
         full = (run.operations == Operation.FULL).any(axis=-1) & (sizes > 0)[..., None, None]

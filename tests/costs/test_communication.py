@@ -8,6 +8,7 @@ import pytest
 from d2ft_fl.costs.communication import communication_of
 from d2ft_fl.costs.compensation import Extras
 from d2ft_fl.costs.parameter_counts import ParameterCounts, Parts, parts_of
+from d2ft_fl.lora.config import Lora, with_lora
 from d2ft_fl.subnets.schedule import Operation, Schedule
 from tests.conftest import cost_model
 from tests.costs.by_parameters import (
@@ -143,6 +144,8 @@ def test_factors_are_counted_per_rank():
     ranks = np.array([[[1, 3, 0], [0, 0, 0]]])
     assert factors.elements(ranks).tolist() == [44 + 3 * 43 + 3 * 72]
     assert not Parts(UNEVEN).factors.elements(ranks).any()
+    lowest = Parts(with_lora(UNEVEN, Lora(rank=1, targets=("qkv", "proj", "fc2"))))
+    assert lowest.factors.sliced.tolist() == factors.sliced.tolist()
     counts = ParameterCounts.of(UNEVEN, lambda p: p.block == 1)
     assert counts.per_rank(0).sliced.tolist() == counts.sliced.tolist()
 

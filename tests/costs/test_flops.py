@@ -135,5 +135,7 @@ def test_flops_of_examples_are_those_of_their_slots(fused):
             alone = flops.per_slot(tables[index, slot][None, None], arch.trains, ranks[index][None])
             assert alone.tolist() == [[together[index, slot]]]
         assert flops.far.any() == bool(arch.rank)
+        assert flops.base.shape == flops.near.shape == (4, 2, 2, 3)
+        assert flops.far.shape == (4, 2, 2)
     everything = cost_model(PLAIN).flops(all_of(PLAIN), 7)
     assert everything == 7 * cost_model(PLAIN).flops(all_of(PLAIN), 1)

@@ -63,6 +63,10 @@ def test_compensation_needs_all_tokens(which):
     assert costs.under(ExecutionPolicy(batch=4)).tokens == 0
     with pytest.raises(ConfigError, match=r"cannot go with tokens = 16$"):
         costs.under(ExecutionPolicy(tokens=16))
+    arch = build(global_pool="avg", class_token=False)[1]
+    without_prefix = replace(cost_model(arch), **{which: True})
+    with pytest.raises(ConfigError, match=r"cannot go with tokens = 1$"):
+        without_prefix.under(ExecutionPolicy(tokens=1))
 
 
 def test_a_batch_has_an_example_for_each_slot():
