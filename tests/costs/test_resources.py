@@ -1,9 +1,16 @@
 """Amounts of resources."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 
+from d2ft_fl.costs.probe_costs import Probes, probes_cost
 from d2ft_fl.costs.resources import RESOURCES, Cost, costs_from, workload_variance
+from tests.conftest import all_of, cost_model
+from tests.costs.by_parameters import UNEVEN
+from tests.costs.test_round_memory import peak_of_round
+from tests.costs.test_round_seconds import MACHINE
 
 
 def test_amounts_have_an_order():
@@ -24,3 +31,14 @@ def test_amounts_have_an_order():
 )
 def test_the_variance_of_work_is_in_units_of_the_means_square(flops, variance):
     assert workload_variance(flops) == variance
+
+
+def test_work_is_at_most_2_to_the_60_and_memory_has_a_margin_of_one_in_32():
+    """However slow a machine is; a handful of such work is an int64 still."""
+    costs = replace(cost_model(UNEVEN), machine=replace(MACHINE, passes=1e30))
+    everything = all_of(UNEVEN)
+    cost = costs.cost(everything, 5)
+    assert cost.work == probes_cost(costs, Probes(scored=1)).work == 2**60
+    assert cost.memory == peak_of_round(costs, everything, 5)
+    nothing = replace(everything, operations=0 * everything.operations)
+    assert costs.work(nothing.operations[None], np.array([5])).tolist() == [0]
