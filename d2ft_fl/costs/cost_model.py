@@ -128,7 +128,7 @@ class CostModel:
         """Return the FLOPs of one round of local training on ``examples`` examples."""
         operations = schedule.operations[None]
         ranks = self.ranks(operations, _one(schedule.ranks))
-        return int(self.round_flops.of(operations, np.array([examples]), ranks)[0])
+        return self.round_flops.of(operations, np.array([examples]), ranks).item()
 
     def ranks(self, operations: np.ndarray, ranks: np.ndarray | None) -> np.ndarray:
         """Return the ranks at which subnets train, else 0: int64 [clients, blocks, heads].
@@ -220,7 +220,7 @@ class CostModel:
             schedule: What runs.
             sizes: Examples of each slot in the micro-batch.
         """
-        return int(self._micro_batch(schedule, sizes).peak()[0])
+        return self._micro_batch(schedule, sizes).peak().item()
 
     def _micro_batch(self, schedule: Schedule, sizes: Sequence[int]) -> MicroBatchMemory:
         operations = schedule.operations[None]
@@ -230,7 +230,7 @@ class CostModel:
     def memory(self, schedule: Schedule, examples: int) -> int:
         """Return the peak bytes of one round: what is resident, plus the worst micro-batch."""
         ranks = _one(schedule.ranks)
-        return int(self.memories(schedule.operations[None], np.array([examples]), ranks)[0])
+        return self.memories(schedule.operations[None], np.array([examples]), ranks).item()
 
     def memories(
         self,
@@ -263,14 +263,13 @@ class CostModel:
 
     def bytes_down(self, schedule: Schedule) -> int:
         """Return the bytes that travel to a client with an empty cache, headers included."""
-        return int(
-            self.communication.down(schedule.operations[None], None, _one(schedule.ranks))[0]
-        )
+        operations, ranks = schedule.operations[None], _one(schedule.ranks)
+        return self.communication.down(operations, None, ranks).item()
 
     def bytes_up(self, schedule: Schedule) -> int:
         """Return the bytes that come back: trained slices, means, and their headers."""
         ranks = self.ranks(schedule.operations[None], _one(schedule.ranks))
-        return int(self.communication.up(schedule.operations[None], ranks)[0])
+        return self.communication.up(schedule.operations[None], ranks).item()
 
     # -- together ----------------------------------------------------------------------------
 
@@ -295,7 +294,8 @@ class CostModel:
 
         def amounts() -> Cost:
             of_one = self.costs(operations, count, _one(cached), ranks)
-            return costs_from(of_one, np.zeros(1, dtype=np.int64))[0]
+            (cost,) = costs_from(of_one, np.zeros(1, dtype=np.int64))
+            return cost
 
         # Many clients do the same where a strategy has all do all.
         key = operations.shape, examples, *tables
@@ -304,7 +304,7 @@ class CostModel:
             return cost
 
         def with_work() -> Cost:
-            return replace(cost, work=int(self.work(operations, count, ranks)[0]))
+            return replace(cost, work=self.work(operations, count, ranks).item())
 
         return self.known((*key, timed), with_work)
 

@@ -135,7 +135,8 @@ class BranchFlops:
         for operation in (Operation.FULL, Operation.FROZEN):  # of a head beside one that is FULL
             pair = np.array([[[Operation.FULL, operation]]], dtype=np.int8)
             run = BranchOperations.of(pair, trains)
-            where = run.operations[0, 0, :, 1], run.through[0, 0].astype(np.int8), np.arange(2)
+            of_head = run.operations.reshape(2, 2)[:, 1]  # of the second, in both branches
+            where = of_head, run.through.ravel().astype(np.int8), np.arange(2)
             lowest, higher = (
                 (self.base[at] + rank * self.near[at]).sum(axis=0) for at in (where, (operation, 1))
             )

@@ -58,7 +58,7 @@ def probes_cost(costs: CostModel, probes: Probes, cached: np.ndarray | None = No
     if cached is None or not probes:
         return cost
     everything = costs.everything().operations[None]
-    return replace(cost, bytes_down=int(costs.communication.down(everything, cached[None])[0]))
+    return replace(cost, bytes_down=costs.communication.down(everything, cached[None]).item())
 
 
 def _probes_cost(costs: CostModel, probes: Probes) -> Cost:
@@ -103,7 +103,7 @@ def _pass_work(seconds: RoundSeconds, schedule: Schedule, examples: int, live: b
         np.zeros((1, *operations.shape[2:]), dtype=np.int64),
         live,
     )
-    work = float((features @ seconds.constants)[0]) * seconds.machine.peak
+    work = (features @ seconds.constants).item() * seconds.machine.peak
     return round(min(work, MOST_WORK))
 
 

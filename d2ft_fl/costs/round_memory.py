@@ -130,16 +130,15 @@ class RoundMemory:
         running = sizes_of_slots(batch, self.slots) * active_slots(operations)  # [clients, slots]
         total = running.sum(axis=1)
         images = batch + np.where(total < batch, total, 0)  # put together in a batch apart
-        if self.slots == 1:  # the first is no smaller than any other
-            sizes = -(-total // parts)[:, None, None]
-        else:
-            sizes = cut_in_micro_batches(running, parts)
+        largest = -(-total // parts)  # in one slot, of its micro-batches
         if self.slots == 1 and not self.activations.casts:
-            peaks = self.in_one_slot(operations, sizes[:, 0], ranks)
+            peaks = self.in_one_slot(operations, largest, ranks)
         else:
+            whole = self.slots == 1
+            sizes = largest[:, None, None] if whole else cut_in_micro_batches(running, parts)
             of_each = [
                 np.where(one.any(axis=1), self.micro_batches(operations, one, ranks).peak(), 0)
-                for one in sizes.swapaxes(0, 1)
+                for one in np.moveaxis(sizes, 1, 0)
             ]
             peaks = np.max(of_each, axis=0)
         return ELEMENT * self.parts.arch.input_elements * images + peaks
@@ -154,7 +153,7 @@ class RoundMemory:
 
         Args:
             operations: int8 [clients, 1, blocks, heads].
-            sizes: Examples of each micro-batch: int64 [clients, 1].
+            sizes: Examples of each micro-batch: int64 [clients].
             ranks: Of subnets that train, else 0: int64 [clients, blocks, heads].
 
         Returns:
@@ -172,8 +171,8 @@ class RoundMemory:
             classifier = memory.saved.sum(axis=1) + memory.classifier
             values = zip(memory.peak().tolist(), classifier.tolist(), strict=True)
             self._known.update(zip(new, values, strict=True))
-        all_along, in_classifier = np.array([self._known[key] for key in keys]).T * sizes[:, 0]
-        gradient = self.activations.gradient * (sizes[:, 0] > 0)
+        all_along, in_classifier = np.array([self._known[key] for key in keys]).T * sizes
+        gradient = self.activations.gradient * (sizes > 0)
         return np.maximum(all_along, in_classifier + gradient)
 
     @cached_property

@@ -169,7 +169,7 @@ class RoundSeconds:
             kinds = [((size + 1)[:, None], extra), (size[:, None], parts - extra)]
         else:
             sizes = cut_in_micro_batches(running, np.full_like(total, parts))
-            kinds = [(one, np.ones_like(total)) for one in sizes.swapaxes(0, 1)]
+            kinds = [(one, np.ones_like(total)) for one in np.moveaxis(sizes, 1, 0)]
         for sizes, count in kinds:
             chosen = np.flatnonzero((count * times > 0) & sizes.any(axis=1))
             found.append((chosen, sizes[chosen], (count * times)[chosen]))
@@ -274,7 +274,7 @@ class RoundSeconds:
         rows = self.arch.tokens * examples
         # Columns of FULL, live and silent heads, in and out: [3, passes, blocks, branches, 2]
         heads = np.stack([full, alive, silent]).astype(np.float64)
-        columns = (heads[..., None, :] @ self.widths.swapaxes(1, 2))[..., 0, :]
+        columns = (heads[..., None, :] @ self.widths.mT).squeeze(-2)
         of_full, of_alive, of_silent = columns
         inward = np.array([t.inward for t in self.arch.trains])
         deep = through | (full.any(axis=-1) & inward)

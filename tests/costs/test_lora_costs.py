@@ -113,7 +113,7 @@ def test_examples_of_one_slot_take_what_one_takes_each(
     schedule = random_schedule(arch, 1, seed)
     operations = schedule.operations[None]
     ranks = costs.ranks(operations, None if schedule.ranks is None else schedule.ranks[None])
-    sizes = np.array([[examples]])
+    sizes = np.array([examples])
     (peak,) = costs.round_memory.in_one_slot(operations, sizes, ranks)
     assert peak == costs.peak_bytes(schedule, [examples])
 

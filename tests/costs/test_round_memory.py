@@ -42,6 +42,8 @@ CASES = [
     (1, {}),
     (1, {"micro_batches": 3, "optimizer": "sgd", "epochs": 2}),
     (1, {"precision": "bf16", "micro_batches": 2, "proximal": 0.1}),
+    (2, {"micro_batches": 3, "precision": "bf16"}),
+    (2, {"micro_batches": 4}),
     (3, {"micro_batches": 4}),
     (3, {"micro_batches": 2, "checkpointing": True, "optimizer": "sgd", "bits_up": 4}),
     (4, {"precision": "bf16", "epochs": 2, "bits_up": 8, "bits_down": 8, "micro_batches": 5}),

@@ -9,6 +9,7 @@ import pytest
 from d2ft_fl.costs import seconds
 from d2ft_fl.costs.machine_speed import MachineSpeed
 from d2ft_fl.costs.seconds import FEATURES
+from d2ft_fl.lora.config import Lora, with_lora
 from d2ft_fl.subnets.schedule import Operation
 from tests.conftest import build, cost_model
 from tests.costs.by_parameters import ADAPTED, ARCHITECTURES, UNEVEN, schedule_of
@@ -50,18 +51,20 @@ def arrays(pairs):
     return operations, np.array([examples for _, examples in pairs]), ranks
 
 
+KINDS = ARCHITECTURES | {"LoRA of one product": with_lora(UNEVEN, Lora(targets=("proj",)))}
 CASES = [
     (1, {}),
     (1, {"micro_batches": 3, "optimizer": "sgd", "epochs": 2}),
+    (2, {"micro_batches": 2}),
     (3, {"checkpointing": True}),
     (3, {"micro_batches": 4, "epochs": 3, "bits": 8}),
 ]
 
 
 @pytest.mark.parametrize("slots,options", CASES)
-@pytest.mark.parametrize("kind", ARCHITECTURES)
+@pytest.mark.parametrize("kind", KINDS)
 def test_what_rounds_consist_of_is_what_their_passes_add_up_to(kind, slots, options):
-    costs = model(ARCHITECTURES[kind], slots, **options)
+    costs = model(KINDS[kind], slots, **options)
     pairs = clients(costs)
     operations, examples, ranks = arrays(pairs)
     used = costs.ranks(operations, ranks)
