@@ -34,7 +34,7 @@ def clients_with(*budgets, cached=(None, None, None)):
     ]
 
 
-def knapsacks(arch=ARCH, slots=3, active=2, rotation=3, clients=None, **options):
+def knapsacks(arch=ARCH, slots=3, active=2, rotation=5, clients=None, **options):
     objective = Objective(cost_model(arch, slots, batch_size=8), **options)
     backward, forward = np.random.default_rng(0).random((2, 3, 6))
     own = clients or clients_with()
@@ -49,7 +49,7 @@ def test_clients_with_as_many_examples_share_a_table():
     tables, which = found.tables
     assert which.tolist() == [0, 1, 0]
     for table, examples in zip(tables, (20, 7), strict=True):
-        assert table is found.objective.table(examples, 2, 1)  # rotation 3 of 2 slots
+        assert table is found.objective.table(examples, 2, 1)  # rotation 5 of 2 slots
     assert found.items.shape == (2, *tables[0].items.shape)
     assert (found.items[1] == tables[1].items).all()
     assert found.examples.tolist() == [20, 7, 20]
@@ -143,7 +143,7 @@ def test_choices_become_operations_slot_by_slot(frozen_weight):
     assert (operations.shape, ranks.shape) == ((4, 3, 2, 3), (4, 2, 3))
     for c, s, b, h in np.ndindex(operations.shape):
         option = max(0, choice[c, 3 * b + h])
-        expected = patterns.operations[option, (b + h + 3) % 2, s]
+        expected = patterns.operations[option, (b + h + 5) % 2, s]
         nothing_below = not (operations[c, s, : b + 1] == Operation.FULL).any()
         if expected == Operation.FROZEN and nothing_below:
             expected = Operation.FORWARD_ONLY
