@@ -249,8 +249,8 @@ def test_probes_are_done_by_who_affords_them_and_the_rest_is_planned_in_what_is_
                 Assignment(clients[i].client, s, cost) for i, s in zip(who, schedules, strict=True)
             ]
 
-    rooms = np.stack([spent[both] + 100, *[spent[viewing] + 100] * 2,
-                      spent[viewing] + [-1, 99, 99, 99], spent[both] + 100, [10**12] * 4])  # fmt: skip
+    rich, some = spent[both] + 100, spent[viewing] + 100
+    rooms = np.stack([rich, some, some, some - [101, 0, 0, 0], rich, np.full(4, 10**12)])
     clients = [client(20 + i, capacity=room) for i, room in enumerate(rooms)]
     wanted = [both] * 5 + [NO_PROBES]
     found = Scripted(costs).plan(clients, "backward", "forward", 7, wanted, timed=False)
