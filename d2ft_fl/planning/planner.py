@@ -55,7 +55,7 @@ class Planner(Objective):
         Raises:
             RunError: When a plan breaks a budget, which is a bug.
         """
-        capacity = np.array([c.capacity for c in clients], dtype=np.int64).reshape(-1, 4)
+        capacity = np.array([c.capacity for c in clients], dtype=np.int64).reshape(len(clients), 4)
         wanted = list(probes or [NO_PROBES] * len(clients))
         planned: dict[int, Assignment] = {}
         selecting = [Probes(viewed=w.viewed) for w in wanted]
@@ -167,7 +167,7 @@ class Planner(Objective):
         examples = np.array([c.examples for c in clients], dtype=np.int64)
         costs = costs_of(self.costs, clients, full, examples, self.stated_ranks(ranks), timed=False)
         on_time = [c.on_time(cost) for c, cost in zip(clients, costs, strict=True)]
-        within = np.array([cost.vector() for cost in costs]).reshape(-1, 4) <= capacity
+        within = np.array([cost.vector() for cost in costs]).reshape(len(costs), 4) <= capacity
         return np.logical_and(within.all(axis=1), on_time)
 
     def _assignments(
