@@ -71,7 +71,7 @@ class Shrinking(Scripted):
 
     def _choose(self, shown, who, coupled=None):
         self.script.shown.append((who.tolist(), shown.tolist(), coupled))
-        choices = [[1, 1], [2, 1], [1, 2], [0, 0]] if coupled is None else [[], [1, 2], [2, 1]]
+        choices = [[1, 1], [2, 1], [0, 2], [0, 0]] if coupled is None else [[], [1, 2], [2, 1]]
         value = np.array([4.0, 5.0, 6.0, 0.0] if coupled is None else [0.0, 3.0, 2.0])
         chosen = np.array([choices[client] for client in who])
         self.script.first = self.script.first or Solution(
@@ -91,8 +91,8 @@ def test_what_is_shown_shrinks_by_what_is_over_until_it_fits_or_tries_end():
     # Client 1 chose options 2 and 1 of table 1: 200 + 20 and 200 + 20, so 440 of everything.
     # FLOPs are 10 over; a third of what is over of memory is 2 and 2.
     assert shown[1][0] == [440 - 10, 440 - 2, 250 + 300, 930 + 9, 440 - 2]
-    # Client 2 chose options 1 and 2 of table 0: 110 and 140, which is 250. A third of 1 is 1.
-    assert shown[1][1] == [309, 250 - 1, 309, 309, 309]
+    # Client 2 chose options 0 and 2 of table 0: 100 and 140, which is 240. A third of 1 is 1.
+    assert shown[1][1] == [309, 240 - 1, 309, 309, 309]
     # Then client 1 chose 210 and 240, which is more than it was shown.
     assert shown[2][0] == [430 - 10, 438 - 2, 550, 939, 438 - 2]
     for tried in range(2, 24):
@@ -103,6 +103,20 @@ def test_what_is_shown_shrinks_by_what_is_over_until_it_fits_or_tries_end():
     assert operations.reshape(4, 2).tolist() == [[1, 1], [0, 0], [2, 1], [0, 0]]
     assert ranks.reshape(4, 2)[[0, 2]].tolist() == [[11, 11], [12, 11]]
     assert gaps.tolist() == [1 - 4 / 5, 1.0, 1 - 2 / 8, 0.0]
+
+
+class Fitting(Shrinking):
+    """Everything fits."""
+
+    def _over(self, operations, ranks, who, capacity, deadlines):
+        return np.zeros((len(who), 5), dtype=np.int64)
+
+
+def test_where_all_fit_nothing_is_chosen_again():
+    found = scripted(Fitting, [None] * 4, asked=[], shown=[], first=None)
+    operations, _, _ = found.operations("capacity", "deadlines")
+    assert len(found.script.shown) == 1
+    assert operations.reshape(4, 2).tolist() == [[1, 1], [2, 1], [0, 2], [0, 0]]
 
 
 class Filling(Scripted):
