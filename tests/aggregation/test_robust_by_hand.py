@@ -57,6 +57,21 @@ def test_slices_are_mixed_only_where_that_is_asked_for(kind, options, wanted):
     assert everywhere(kept(kind, updates, **options).apply(), wanted)
 
 
+@pytest.mark.parametrize(
+    "kind,suspects,wanted",
+    [
+        ("median", 1, 2.5),
+        ("trimmed-mean", 1, 2.5),
+        ("mean-around-median", 1, 5 / 3),  # of 0, 1 and 4
+        ("median", 2, None),  # five clients are needed
+    ],
+)
+def test_of_four_clients_the_middle_two_count(kind, suspects, wanted):
+    sums = kept(kind, [update(EVERYTHING, [1], 3 * s) for s in (4.0, 1.0, 9.0, 0.0)], suspects)
+    new = sums.apply()
+    assert everywhere(new, 3 * wanted) if wanted else sums.trained == {}
+
+
 def test_of_values_that_are_as_near_the_smaller_counts():
     updates = [update(EVERYTHING, [1], shift) for shift in (3.0, 1.0, 2.0)]
     assert everywhere(kept("mean-around-median", updates).apply(), 1.5)
