@@ -147,7 +147,7 @@ class Message:
             policy=fields.policy_of(meta["way"], config, arch),
             calibrates=meta["calibrate"],
             keeps=fields.keeps_of(meta["keeps"]),
-            budget=budget if whole(meta.get("held", 0), "held", 0, 1) else None,
+            budget=budget if budget is not None and whole(meta["held"], "held", 0, 1) else None,
             cached=fields.held_of(meta["holds"], arch) if "holds" in meta else None,
             digests={},
             meta=meta,

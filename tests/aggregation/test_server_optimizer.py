@@ -6,7 +6,7 @@ import torch
 from flwr.app import Array, ArrayRecord
 from flwr.serverapp import strategy as flower
 
-from d2ft_fl.aggregation.server_optimizer import ServerOptimizer
+from d2ft_fl.aggregation.server_optimizer import Moments, ServerOptimizer
 from d2ft_fl.aggregation.sums import Sums
 from d2ft_fl.aggregation.update import Update
 from d2ft_fl.errors import ConfigError
@@ -86,6 +86,21 @@ def test_fedadam_by_hand():
     new, moments = optimizer.step(ARCH, new, new, {"head.bias": ()}, moments)  # nothing changed
     assert moments["head.bias"].first[0].item() == pytest.approx(0.018)
     assert moments["head.bias"].second[0].item() == pytest.approx(0.99 * 0.0004)
+
+
+def test_fedyogi_by_hand():
+    """The second moment goes towards the square of the change, and stays where both are alike."""
+    optimizer = ServerOptimizer("fedyogi", 0.1, 0.5, 0.75, 1e-3)
+    name, old = "head.bias", torch.tensor([1.0, 1.0, 1.0, -1.0, 0.0])
+    before = torch.tensor([4.0, 0.25, 0.0, 1.0, 0.0])
+    moments = {name: Moments(torch.zeros(5), before)}
+    change = torch.tensor([1.0, 1.0, 0.0, -1.0, 2.0])
+    new, after = optimizer.step(ARCH, {name: old}, {name: old + change}, {name: ()}, moments)
+    # v - 0.25 d^2 sign(v - d^2), and m = 0.5 d
+    second = torch.tensor([3.75, 0.5, 0.0, 1.0, 1.0])
+    assert torch.equal(after[name].second, second)
+    assert torch.equal(after[name].first, change / 2)
+    assert torch.allclose(new[name], old + 0.1 * (change / 2) / (second.sqrt() + 1e-3))
 
 
 @pytest.mark.parametrize("kind", ["fedavgm", "fedadam", "fedyogi"])

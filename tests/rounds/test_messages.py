@@ -213,6 +213,14 @@ def test_numbers_are_within_their_ranges(field, good, bad):
             Message.decode(changed(blob, **{field: number}), stage)
 
 
+def test_fields_that_do_not_belong_to_a_message_are_named():
+    stage = federation()
+    blob = encode_assignment(stage, State(0, WEIGHTS), assigned())
+    for name in ("odd", "held", "digests"):
+        with pytest.raises(Refusal, match=f"the message cannot have '{name}'"):
+            Message.decode(changed(blob, **{name: 1}), stage)
+
+
 def test_a_budget_is_held_or_not():
     stage, budget = federation(), Budget.from_json({"flops": 10.0})
     blob = encode_assignment(stage, State(0, WEIGHTS), assigned(), budget)
