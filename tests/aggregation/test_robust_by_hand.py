@@ -77,6 +77,19 @@ def test_of_values_that_are_as_near_the_smaller_counts():
     assert everywhere(kept("mean-around-median", updates).apply(), 1.5)
 
 
+def test_of_many_values_that_are_as_near_the_smaller_count():
+    """Of 33 clients 8 are left out: the one at 0 counts, the 16 below it, and 8 of those above."""
+    updates = [update(EVERYTHING, [1], shift) for shift in [0.0] + [25.0, -25.0] * 16]
+    new = kept("mean-around-median", updates, suspects=8).apply()
+    assert everywhere(new, (-16 + 8) * 25 / 25)
+
+
+def test_of_many_neighbours_that_are_as_near_the_first_are_mixed():
+    """Beside 0 there are twenty at 1 and twelve at -1; with itself, 17 of 33 are mixed."""
+    values = torch.tensor([0.0] + [1.0] * 20 + [-1.0] * 12, dtype=torch.float64)[:, None]
+    assert mixed(values, 16)[0].item() == 16 / 17
+
+
 def test_who_answers_first_decides_nothing_even_where_two_are_as_near():
     """The one in the middle is as near to either of the others."""
     updates = [update(EVERYTHING, [1], shift) for shift in (0.0, 1.0, 2.0)]
