@@ -74,6 +74,7 @@ def asked(monkeypatch):
         ((noise, rate, rounds),) = history
         assert (rate, rounds, delta) == (0.25, 3, 1e-4)
         found.append(noise)
+        assert len(found) < 100  # halving ends
         return 1 / noise
 
     monkeypatch.setattr(privacy, "_epsilon", cost)
