@@ -27,6 +27,11 @@ MODEL, BASE = build(depth=2, mlp_ratio=66 / 24)
 OWN = Lora(rank=3, alpha=6.0, dropout=0.25)
 
 
+def test_by_default_factors_are_as_in_peft():
+    """Of which the tests of adapters know the same."""
+    assert Lora() == Lora(rank=8, alpha=8.0, targets=(), rslora=False, dropout=0.0)
+
+
 def test_options_say_what_is_tuned():
     config = RunConfig(
         lora_rank=3, lora_alpha=5.0, lora_targets=" qkv ,, fc2", lora_rslora=True, lora_dropout=0.25
@@ -86,27 +91,26 @@ def test_a_factor_may_rest_in_a_round_and_change_in_another(fixed):
 
 
 @pytest.mark.parametrize(
-    "arch,trained",
+    "make,targets,trained",
     [
-        (with_lora(BASE, replace(OWN, targets=("fc2",))), {"fc2.lora_A", "fc2.lora_B"}),
-        (targets_alone(BASE, replace(OWN, targets=("proj", "qkv"))), {"proj.weight", "qkv.weight"}),
-        (targets_alone(BASE, OWN), {f"{target}.weight" for target in TARGETS}),
+        (with_lora, ("fc2",), {"fc2.lora_A", "fc2.lora_B"}),
+        (targets_alone, ("proj", "qkv"), {"proj.weight", "qkv.weight"}),
+        (targets_alone, (), {f"{target}.weight" for target in TARGETS}),
     ],
     ids=["factors", "some weights", "all weights"],
 )
-def test_beside_what_is_targeted_the_classifier_alone_trains(arch, trained):
+def test_beside_what_is_targeted_the_classifier_alone_trains(make, targets, trained):
+    arch = make(BASE, replace(OWN, targets=targets))
     assert {p.role for p in arch.parameters if p.factor} <= trained
     for p in arch.parameters:
         trains = p.role in trained or p.name in ("head.weight", "head.bias")
         assert (p.trains, p.fixed) == (trains, not trains), p.name
 
 
-@pytest.mark.parametrize(
-    "arch", [with_lora(BASE, OWN, [("qkv", "A")]), targets_alone(BASE, OWN)], ids=["lora", "sparse"]
-)
-def test_without_lora_an_architecture_is_what_it_was(arch):
+def test_without_lora_an_architecture_is_what_it_was():
     """So that nothing that LoRA froze counts as fixed."""
-    assert without_lora(arch) == BASE
+    assert without_lora(with_lora(BASE, OWN, [("qkv", "A")])) == BASE
+    assert without_lora(targets_alone(BASE, OWN)) == BASE
 
 
 def test_the_rank_lies_between_one_and_that_of_the_smallest_product():
