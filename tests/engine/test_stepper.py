@@ -1,7 +1,5 @@
 """One optimiser step after another: losses, modes, what is zeroed, stepped and measured."""
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 import torch
@@ -26,8 +24,8 @@ from tests.conftest import (
     weights_of,
 )
 
-STILL = training_options(optimizer="sgd", momentum=0.0, lr=0.0, head_lr=0.0)
-SGD = training_options(optimizer="sgd", momentum=0.0, lr=0.1, head_lr=0.1)
+STILL = {"optimizer": "sgd", "momentum": 0.0, "lr": 0.0, "head_lr": 0.0}
+SGD = {"optimizer": "sgd", "momentum": 0.0, "lr": 0.1, "head_lr": 0.1}
 
 
 def schedule_of(*slots):
@@ -58,7 +56,7 @@ def cut(images, labels, *sizes):
 def test_the_loss_of_training_is_the_mean_over_examples(sizes, micro_batches):
     model, arch, partial = held(schedule_of([FULL, FULL], [FULL, FORWARD]), torch.float64)
     images, labels = images_for(arch, sum(sizes), torch.float64)
-    options = replace(STILL, micro_batches=micro_batches)
+    options = training_options(**STILL, micro_batches=micro_batches)
     batches = cut(images, labels, *sizes)
     found = train(partial, batches, CLASSIFY, options, learning_rate, Meter())
     expected = F.cross_entropy(model(images), labels).item()
@@ -72,7 +70,7 @@ def test_examples_that_do_not_run_do_not_count():
     for batches, count in (([3], 2), ([2, 1], 2), ([1], 1), ([], 0)):
         rows = sum(batches)
         data = cut(images[:rows], labels[:rows], *batches)
-        found = train(partial, data, CLASSIFY, STILL, learning_rate, Meter())
+        found = train(partial, data, CLASSIFY, training_options(**STILL), learning_rate, Meter())
         ran = [0, 1][:count] if batches != [2, 1] else [0, 2]
         expected = F.cross_entropy(model(images[ran]), labels[ran]) if count else torch.zeros(())
         assert found == pytest.approx(expected.item(), rel=1e-12, abs=0)
@@ -82,7 +80,7 @@ def test_a_batch_of_which_nothing_runs_weighs_nothing():
     """Its only example is in the first slot, which is skipped."""
     _, arch, partial = held(schedule_of([SKIP], [FULL]))
     before = partial.update()["head.weight"].clone()
-    stepper = Stepper(partial, CLASSIFY, SGD, learning_rate, Meter())
+    stepper = Stepper(partial, CLASSIFY, training_options(**SGD), learning_rate, Meter())
     assert stepper.step(Batch(*images_for(arch, 1))) == (0.0, 0)
     assert torch.equal(partial.update()["head.weight"], before)
 
@@ -98,11 +96,11 @@ def test_dropout_is_drawn_in_training_alone():
                 raise ArithmeticError
             return super().loss(outputs, batch)
 
-    data = images_for(arch, 4)
-    train(partial, cut(*data, 2, 2), Watching(), SGD, learning_rate, Meter())
+    data, options = images_for(arch, 4), training_options(**SGD)
+    train(partial, cut(*data, 2, 2), Watching(), options, learning_rate, Meter())
     assert not partial.training
     with pytest.raises(ArithmeticError):
-        train(partial, cut(*data, 4), Watching(), SGD, learning_rate, Meter())
+        train(partial, cut(*data, 4), Watching(), options, learning_rate, Meter())
     assert seen == [True] * 3
     assert not partial.training
 
@@ -129,7 +127,7 @@ def test_gradients_are_overwritten_where_one_pass_fills_every_slot_that_runs(
     _, arch, partial = held(schedule)
     settle, seen = partial.settle, []
     monkeypatch.setattr(partial, "settle", lambda one: seen.append(one) or settle(one))
-    options = replace(SGD, micro_batches=parts)
+    options = training_options(**SGD, micro_batches=parts)
     data = cut(*images_for(arch, sum(sizes)), *sizes)
     train(partial, data, CLASSIFY, options, learning_rate, Meter())
     assert seen == expected
@@ -154,7 +152,9 @@ def test_heads_step_together_only_where_that_is_asked_for():
 def test_the_classifier_steps_whatever_the_last_block_does():
     _, arch, partial = held(schedule_of([FULL, FORWARD]))
     before = {name: tensor.clone() for name, tensor in partial.update().items()}
-    Stepper(partial, CLASSIFY, SGD, learning_rate, Meter()).step(Batch(*images_for(arch, 2)))
+    Stepper(partial, CLASSIFY, training_options(**SGD), learning_rate, Meter()).step(
+        Batch(*images_for(arch, 2))
+    )
     after = partial.update()
     kinds = {name: arch.by_name[name].kind for name in after}
     assert {Kind.FINAL, Kind.SHARED, Kind.SLICED} == set(kinds.values())
@@ -223,7 +223,7 @@ def test_what_is_held_is_looked_up_by_whether_there_is_a_proximal_term():
     _, arch, partial = held(all_of(build(depth=1)[1]))
     meter = Noting()
     for proximal in (0.0, 0.5):
-        options = replace(SGD, proximal=proximal)
+        options = training_options(**SGD, proximal=proximal)
         stepper = Stepper(partial, CLASSIFY, options, learning_rate, meter)
         stepper.step(Batch(*images_for(arch, 2)))
     without, with_term = meter.noted
