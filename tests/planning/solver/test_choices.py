@@ -211,3 +211,12 @@ def test_repair_never_makes_worse_what_is_over_already():
     p.cost[0, 1, 1] = 5
     assert not choices.repair(p, tiny.at_prices(p, [0, 0]), x, 0)
     assert x.choice.tolist() == [1, 0]  # as far as it goes: what is over is no further over
+
+
+def test_repair_gives_up_after_as_many_flips_as_there_are_options(monkeypatch):
+    flips = []
+    monkeypatch.setattr(choices, "flip", lambda p, x, i, k: flips.append((i, k)))
+    p = knapsack(np.zeros((2, 3)), [[[3], [2], [1]], [[3], [3], [3]]], [4])
+    x = taken(p, [0, 0])
+    assert not choices.repair(p, tiny.at_prices(p, [0]), x, 0)
+    assert flips == [(0, 1)] * 6
