@@ -104,16 +104,15 @@ def test_repair_ends_with_a_choice_that_fits_and_with_none_that_does():
     assert ends == {True, False}
 
 
-@pytest.mark.parametrize("capacity, loses", [((8, 1), 0), ((8, 2), 1), ((8, 0), 0)])
-def test_relief_is_a_share_of_capacity_where_there_is_any(capacity, loses):
-    """One unit of 1 (of 0: of 1) is all there is; of 2 it is half, as a loss of 3 to 2 shows."""
-    p = knapsack(
-        [[2, 0], [3, 0]], [[[0, capacity[1] + 1], [0, capacity[1]]], [[11, 0], [8, 0]]], capacity
-    )
-    # The second item relieves 3/8 at a loss of 3: 8 per relief. Both have to be flipped.
-    x = taken(p, [0, 0])
-    assert choices.repair(p, tiny.at_prices(p, [0, 0]), x, 0)
-    assert x.choice.tolist() == [1, 1]
+@pytest.mark.parametrize("capacity, order", [(0, [0, 1]), (1, [0, 1]), (2, [1, 0])])
+def test_relief_is_a_share_of_capacity_where_there_is_any(monkeypatch, capacity, order):
+    """The first item loses 2 and relieves a unit: all there is, or half. The other, 9/8 by 3/8."""
+    flips, flip = [], choices.flip
+    monkeypatch.setattr(choices, "flip", lambda *a: (flips.append(a[2]), flip(*a))[1])
+    first = [[0, capacity + 1], [0, capacity]]
+    p = knapsack([[2, 0], [1.125, 0]], [first, [[11, 0], [8, 0]]], [8, capacity])
+    assert choices.repair(p, tiny.at_prices(p, [0, 0]), taken(p, [0, 0]), 0)
+    assert flips == order
 
 
 def test_of_equal_losses_the_first_flip_is_taken():
