@@ -186,13 +186,16 @@ def branch_moments(
     ]
 
 
-def peak(b: ActivationBytes, branches: list[BranchMoments], examples: int, outer: int) -> int:
-    """The most that is alive at once, with so much in the classifier."""
+def peak(b: ActivationBytes, branches: list[BranchMoments], examples: int) -> int:
+    """The most that is alive at once."""
     moments, below = [3 * b.embedded * examples], 0
     for one in branches:
         moments += [below + one.forward(), below + one.saved + one.backward()]
         below += one.saved
-    return max(*moments, below + outer)
+    loss = examples * (b.outer + 3 * b.scores) + b.classifier
+    classifier = examples * (b.outer + (b.cast_scores or b.scores)) + b.gradient
+    norm = examples * (b.outer + b.stream * (4 if b.rms else 1)) + b.classifier
+    return max(*moments, below + loss, below + classifier, below + norm)
 
 
 def drawn(like: ActivationBytes, seed: int, **flags: object) -> ActivationBytes:

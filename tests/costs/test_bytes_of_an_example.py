@@ -45,8 +45,10 @@ def test_of_a_usual_model(precision, c):
     assert b.dropped.tolist() == table(0, 0)
     assert not b.besides.any()
     view = c * D * T if c == 4 else c * D  # of the final norm: what the classifier sees
-    assert b.outer == 4 * (D + 2) * T + view + 4 * (2 * 5 + 2)
-    assert b.classifier == (2 * D * 5 if c == 2 else 0)
+    assert b.outer == 4 * (D + 2) * T + view + 8
+    narrow = 2 * 5 if c == 2 else 0
+    assert (b.scores, b.cast_scores, b.classifier) == (4 * 5, narrow, narrow * D)
+    assert b.gradient == (4 * 5 + narrow) * (D + 1)
     assert (b.scaled, b.rms, b.casts) == (True, False, c == 2)
     assert b.trains == UNEVEN.trains
 
@@ -56,7 +58,7 @@ def test_of_norms_by_root_mean_square_and_without_a_scale():
     b = bytes_of(arch)
     assert (b.scaled, b.rms) == (False, True)
     assert b.normed == 4 * STREAM
-    assert b.outer == 4 * (2 * D + 2) * T + 4 * D * T + 4 * (2 * 5 + 2)
+    assert b.outer == 4 * (2 * D + 2) * T + 4 * D * T + 8
     adapted = bytes_of(with_lora(arch, Lora(rank=3)))
     assert adapted.normed == 0  # its weight is not trained
 
@@ -160,4 +162,4 @@ def test_of_the_final_norm(pool, rms):
     for precision, c in (("fp32", 4), ("bf16", 2)):
         view = c * D * (times if c == 4 else 1)
         kept = 4 * (D * (1 + rms) + 2) * times + view
-        assert bytes_of(arch, precision).outer == kept + 4 * (2 * 5 + 2)
+        assert bytes_of(arch, precision).outer == kept + 8

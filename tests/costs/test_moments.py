@@ -43,6 +43,8 @@ FLAGS = [
     {"near": np.array([0, 0]), "ranked": np.array([0, 0]), "drops": np.array([0, 0])},
     {"near": np.array([300, 0]), "ranked": np.array([0, 400])},
     {"stream": 10_000, "narrow": 5_000, "rms": True},
+    {"scores": 50_000, "cast_scores": 0},
+    {"gradient": 200_000},
     {"besides": np.zeros((3, 2, HEADS), dtype=np.int64), "weights": np.full((2, HEADS), 5_000)},
 ]
 
@@ -63,4 +65,4 @@ def test_moments_are_those_of_each_branch(trains, slots, checkpointing, flags):
         assert found.forward[index].tolist() == [one.forward() for one in branches]
         assert found.backward[index].tolist() == [one.backward() for one in branches]
         assert found.embedding[index] == 3 * b.embedded * sum(row)
-        assert peaks[index] == peak(b, branches, sum(row), int(found.outer[index]))
+        assert peaks[index] == peak(b, branches, sum(row))

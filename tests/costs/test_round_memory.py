@@ -149,7 +149,7 @@ def test_memory_of_an_example_is_worked_out_once_for_as_many_schedules_as_are_ke
         worked_out.clear()
         operations = np.stack([tables[index] for index in asked])
         ranks = np.zeros((len(asked), 2, 3), dtype=np.int64)
-        found = costs.round_memory.of_an_example(operations, ranks)
+        found = costs.round_memory.in_one_slot(operations, np.ones(len(asked), dtype=int), ranks)
         assert found.tolist() == [expected[index] for index in asked]
         assert worked_out == new  # the fifth at once would be too many: all others are dropped
 

@@ -46,7 +46,8 @@ class MadeUp:
         self.activations = SimpleNamespace(
             alive=of(2, HEADS), full=of(2, HEADS), dropped=of(2, HEADS), keeps_y=np.array([1, 0]),
             masked=of(2), ranked=of(2), stream=int(of()), statistics=int(of()), narrow=int(of()),
-            outer=int(of()), spared_at_the_bottom=self.bytes_spared,
+            outer=int(of()), scores=int(of()), cast_scores=0, classifier=int(of()), gradient=0,
+            spared_at_the_bottom=self.bytes_spared,
         )  # fmt: skip
         self.round_flops = SimpleNamespace(
             of_operations=of(4, HEADS), of_blocks=np.sort(of(4)), of_merging=of(BLOCKS, HEADS),
@@ -281,9 +282,12 @@ def test_openings_are_prices_in_order_and_without_frozen_what_is_live_is_trained
 
 @pytest.mark.parametrize("compensated", [False, True])
 @pytest.mark.parametrize("cached,ranks", [(HAS, (2, RANK)), (None, (RANK,))])
-def test_running_anything_at_all(compensated, cached, ranks):
+@pytest.mark.parametrize("narrow,gradient", [(0, 0), (0, 10_000), (307, 10_000)])
+def test_running_anything_at_all(compensated, cached, ranks, narrow, gradient):
+    """Memory is that of the loss, or of the classifier with a gradient that is larger."""
     p = pricing(ranks=ranks, cached=cached)
-    p.costs.compensated = compensated
+    p.costs.compensated, b = compensated, p.costs.activations
+    b.cast_scores, b.gradient = narrow, gradient
     costs, parts, travels = p.costs, p.costs.parts, p.costs.communication
     skips = compensated * 4 * BLOCKS * ACTIVE * 2 * 11 * 13
     down = parts.loose.outer_bytes + travels.message_bytes + skips + compensated * 160 * BLOCKS
@@ -292,7 +296,11 @@ def test_running_anything_at_all(compensated, cached, ranks):
     for resource in (1, 4):
         elements = parts.base.outer + COPIES[resource] * parts.trained.outer
         total = sum(SIZES[resource])
-        memory[resource] = 4 * elements + 4 * total * 29 + total * costs.activations.outer // 3
+        if gradient:
+            of_one, once = b.outer + (narrow or b.scores), gradient
+        else:
+            of_one, once = b.outer + 3 * b.scores, b.classifier
+        memory[resource] = 4 * elements + 4 * total * 29 + total * of_one // 3 + once
     assert p.constant().tolist() == [
         costs.round_flops.outside * (23 + 19), memory[1] + skips,
         parts.trained.outer_bytes + 2048, down, memory[4] + skips,
