@@ -326,7 +326,7 @@ class ClientKnapsacks:
         marginal = self.backward.mean(axis=0) * coupled.marginal  # type: ignore[attr-defined]
         train = marginal[None, :, None] * share * weight[:, None, None]
         # Who is needed for a subnet stays with it, if anything allows that.
-        trained = share[coupled.choice.clip(0)] > 0  # [clients, subnets]
+        trained = (share[coupled.choice] > 0) & coupled.feasible[:, None]  # [clients, subnets]
         needed = trained[who] & (trained.sum(axis=0) <= objective.least_clients)
         train = train + self.backward.max() * needed[..., None] * (share > 0)
         return solve(train + rest, costs, shown, structure, which, effort=1)

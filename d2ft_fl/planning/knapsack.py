@@ -91,7 +91,7 @@ def solve(
     choice = problem.cheapest if start is None else starting_choices(problem, np.asarray(start))
     batch = problem.batch()
     value, bound = _improved(batch, choice, min(effort, 1))
-    for doubled in range(1, max(effort, 1).bit_length()):
+    for doubled in range(1, effort.bit_length()):
         some = np.flatnonzero(bound > -np.inf)  # of others it is known that nothing fits
         better = choice[some]
         gained, limit = _improved(batch.only(some), better, 2**doubled)

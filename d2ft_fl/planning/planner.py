@@ -5,6 +5,7 @@ Utilities of plans are in :mod:`d2ft_fl.planning.objective`, prices of options i
 exactly.
 """
 
+import math
 from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -17,7 +18,7 @@ from d2ft_fl.costs.resources import RESOURCES, Cost
 from d2ft_fl.errors import RunError
 from d2ft_fl.planning.assignment import Assignment, Participant
 from d2ft_fl.planning.client_knapsacks import ClientKnapsacks, costs_of
-from d2ft_fl.planning.cost_tables import DOWN, TICKS
+from d2ft_fl.planning.cost_tables import DOWN, FLOPS, TICKS, UP
 from d2ft_fl.planning.objective import Objective
 from d2ft_fl.subnets.schedule import Operation, Schedule
 
@@ -89,7 +90,8 @@ class Planner(Objective):
             return {}
         who = np.array(list(able))
         spent = np.array([cost.vector() for cost in able.values()])
-        reserved = np.array([clients[i].capacity for i in who]) - spent * [1, 0, 1, 0]
+        reserved = np.array([clients[i].capacity for i in who])
+        reserved[:, [FLOPS, UP]] -= spent[:, [FLOPS, UP]]
         reserved[:, DOWN] = UNLIMITED  # everything travels down already
         # What has the whole model sent down gets no compensation on top.
         plans = self._uncompensated._plan(
@@ -304,7 +306,7 @@ def _scores_of(scores: np.ndarray, who: np.ndarray) -> np.ndarray:
         who: Which clients: int64 [clients].
     """
     rows = scores[who] if scores.ndim == 3 else scores[None]
-    return rows.reshape(len(rows), -1)
+    return rows.reshape(len(rows), math.prod(rows.shape[1:]))
 
 
 def _ticks(budget: Budget, before: Cost | None) -> int:

@@ -165,7 +165,7 @@ class Pricing:
         for operation in (Operation.FORWARD_ONLY, Operation.FROZEN, Operation.FULL):
             flops += self.examples_of(operation, self.totals) * self.flops_of_operation(operation)
         unused = (patterns.runs > 0) * (costs.arch.rank - patterns.rank)
-        return flops + costs.round_flops.of_merging.reshape(-1, 1) * unused
+        return flops + costs.round_flops.of_merging.ravel()[:, None] * unused
 
     def flops_of_operation(self, operation: Operation) -> np.ndarray:
         """Price an operation on one example: int64 [subnets, 1], or [subnets, options] under LoRA.
@@ -186,7 +186,7 @@ class Pricing:
         """Price bytes up: the slices of options that train, in [subnets, options]."""
         parts = self.costs.parts
         up = ELEMENT * self.by_rank(parts.whole.sliced, parts.ranked.sliced)
-        spared = self.costs.communication.spared_up.reshape(-1, 1)
+        spared = self.costs.communication.spared_up.ravel()[:, None]
         return up - spared * (self.patterns.full > 0)
 
     def bytes_down_of_options(self) -> np.ndarray:
@@ -194,7 +194,7 @@ class Pricing:
         parts = self.costs.parts
         down = ELEMENT * (parts.loose.sliced + parts.fixed.sliced * ~self.has_fixed)
         down = down - self.costs.communication.spared_down
-        return down.reshape(-1, 1) * (self.patterns.runs > 0)
+        return down.ravel()[:, None] * (self.patterns.runs > 0)
 
     def memory_of_options(self, phase: MemoryPhase) -> np.ndarray:
         """Price memory from below: bytes, int64 [subnets, options].
@@ -206,8 +206,8 @@ class Pricing:
             phase.copies * parts.whole.sliced,
             parts.factors.sliced + phase.copies * parts.ranked.sliced,
         )
-        resident = resident + parts.base.sliced.reshape(-1, 1) * (self.patterns.runs > 0)
-        start = costs.communication.kept.reshape(-1, 1) * (self.patterns.full > 0)
+        resident = resident + parts.base.sliced.ravel()[:, None] * (self.patterns.runs > 0)
+        start = costs.communication.kept.ravel()[:, None] * (self.patterns.full > 0)
         return ELEMENT * resident + start + self.saved_by_options(phase)
 
     def saved_by_options(self, phase: MemoryPhase) -> np.ndarray | int:
@@ -234,7 +234,7 @@ class Pricing:
             ranked: What they have per rank: int64 [blocks, heads].
         """
         trains, rank = self.patterns.full > 0, self.patterns.rank
-        return whole.reshape(-1, 1) * trains + ranked.reshape(-1, 1) * rank
+        return whole.ravel()[:, None] * trains + ranked.ravel()[:, None] * rank
 
     # -- of opening blocks -----------------------------------------------------------------------
 

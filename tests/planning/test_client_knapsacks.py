@@ -229,7 +229,7 @@ def test_a_later_choice_takes_returns_as_they_are_and_keeps_who_is_needed(monkey
     full, half = int(share.argmax()), int(np.flatnonzero((share > 0) & (share < share.max()))[0])
     choice = np.zeros((3, 6), dtype=np.int64)
     choice[0], choice[1:, 0], choice[2, 1], choice[1, 3] = -1, full, full, half
-    coupled = Solution(choice, None, None)
+    coupled = Solution(choice, np.array([-np.inf, 1.0, 2.0]), None)
     object.__setattr__(coupled, "marginal", np.linspace(0.3, 0.9, 6))
     name, given, options = asked(monkeypatch, found, SHOWN, WHO, coupled)
     assert (name, options) == ("solve", {"effort": 1})
