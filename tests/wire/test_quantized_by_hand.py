@@ -190,6 +190,16 @@ def test_what_was_sent_is_added_to_what_the_client_began_with():
             with_quantized_changes(ARCH, whole, own, {name: wrong}, 8)
 
 
+@pytest.mark.parametrize("bits", [8, 4])
+def test_rows_that_are_fewer_than_their_numbers_are_added_whole(bits):
+    own = schedule([[FULL, SKIP, SKIP], [SKIP] * 3])
+    largest = 2 ** (bits - 1) - 1
+    change = torch.tensor([[largest, -1.0, 2.0, 3.0]])
+    sent = {"0.ask.weight": quantize_rows(change, bits)}
+    found = with_quantized_changes(ARCH, GlobalModel.of(ARCH, WEIGHTS), own, sent, bits)
+    assert torch.equal(found["0.ask.weight"], packed_old(own, "0.ask.weight") + change)
+
+
 # -- what is quantized ---------------------------------------------------------------------------
 
 
