@@ -18,7 +18,7 @@ from d2ft_fl.planning.solver.instance import (
 )
 from d2ft_fl.util.compiled import entry, inner
 
-FOUND, UNKNOWN, IMPOSSIBLE = range(3)
+FOUND, UNKNOWN, IMPOSSIBLE = 0, 1, 2
 # Both are multiplied by the caller's effort.
 FLIPS = 2_000
 WORK = 3_000_000  # of exact search: nodes, times I K R
