@@ -3,6 +3,7 @@
 T = 17 tokens, D = 24, three heads of width d = 8, slices of 12, 11 and 11 hidden units, 5 classes.
 """
 
+from dataclasses import replace
 from itertools import product
 
 import numpy as np
@@ -150,6 +151,21 @@ def test_of_gates_and_normed_heads():
         assert b.full.tolist() == table(full * one, 4 * T)
         assert b.weights.tolist() == table(4 * D * 3 * HEAD, 4 * D)  # one product after another
         assert not b.saves_result.any()
+
+
+def test_of_a_gated_feed_forward_layer():
+    """What the gate makes is kept as well, and is there beside its product with the rest."""
+    attention, feeds = UNEVEN.branches
+    arch = replace(UNEVEN, branches=(attention, replace(feeds, gated=True)))
+    for c, precision in ((4, "fp32"), (2, "bf16")):
+        b, plain = bytes_of(arch, precision), bytes_of(precision=precision)
+        assert (b.alive - plain.alive).tolist() == table(0, c * T)
+        assert (b.outward - plain.outward).tolist() == table(0, c * T)
+        assert b.full.tolist() == plain.full.tolist()
+        assert not b.saves_result[1]
+        dropped = replace(arch, branches=(attention, replace(feeds, gated=True, dropout=0.1)))
+        of_masks = bytes_of(dropped, precision).outward - b.outward
+        assert of_masks.tolist() == table(0, 2 * c * T)
 
 
 @pytest.mark.parametrize("pool", ["token", "avg"])

@@ -42,6 +42,7 @@ def test_counts_of_two_slots_of_3_and_5_examples():
     count = ExampleCounts(run, np.array([[3, 5]]), np.array([True, True]), None)
     attention, feed_forward = 0, 1
     assert count.total.ravel().tolist() == [8]
+    assert count.most_ranks[0].tolist() == [[0, 0], [0, 0]]  # where no factor keeps anything
     assert count.full[0, 0, attention].tolist() == [3, 5]
     assert count.frozen[0, 0, feed_forward].tolist() == [0, 3]
     assert count.frozen[0, 1, attention].tolist() == [5, 0]

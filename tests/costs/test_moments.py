@@ -22,7 +22,7 @@ TRAINS = {
 }
 
 
-def tables(slots, seed, count=7):
+def tables(slots, seed, count=2):
     """Operations, of which some are rare, sizes, some of them 0, and ranks of what trains."""
     draw = np.random.default_rng(seed)
     operations = np.stack(
@@ -31,7 +31,7 @@ def tables(slots, seed, count=7):
             for _ in range(count)
         ]
     ).astype(np.int8)
-    operations[::3, 0] = operations[::3, -1]  # some slots are alike
+    operations[::2, 0] = operations[::2, -1]  # some slots are alike
     sizes = draw.integers(0 if slots > 1 else 1, 6, (count, slots))
     ranks = draw.integers(1, 5, (count, BLOCKS, HEADS)) * (operations == 3).any(axis=1)
     return operations, sizes, ranks
@@ -54,7 +54,7 @@ FLAGS = [
 @pytest.mark.parametrize("slots", [1, 2, 3])
 @pytest.mark.parametrize("trains", TRAINS)
 def test_moments_are_those_of_each_branch(trains, slots, checkpointing, flags):
-    seed = 10 * flags + slots + checkpointing
+    seed = 12 * flags + 3 * checkpointing + slots + 100 * list(TRAINS).index(trains)
     b = drawn(LIKE, seed, trains=TRAINS[trains], **FLAGS[flags])
     operations, sizes, ranks = tables(slots, seed)
     found = MicroBatchMemory.of(b, checkpointing, operations, sizes, ranks)

@@ -23,6 +23,8 @@ def test_amounts_have_an_order():
         Cost(6, 7, 8, 9, 10),
     ]
     assert Cost() == Cost(0, 0, 0, 0, 0)
+    with pytest.raises(ValueError, match="longer"):
+        costs_from(np.array([[1, 2, 3, 4]]), np.array([5, 10]))
 
 
 @pytest.mark.parametrize(
