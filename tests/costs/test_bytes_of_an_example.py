@@ -64,6 +64,16 @@ def test_of_norms_by_root_mean_square_and_without_a_scale():
     assert adapted.normed == 0  # its weight is not trained
 
 
+def test_norms_and_scales_train_as_the_first_branch_says():
+    arch = build(depth=1, num_heads=3, norm_layer="rmsnorm", init_values=0.1)[1]
+    for still, trains in ((("norm2", "ls2"), True), (("norm1", "ls1"), False)):
+        parameters = [
+            replace(p, trains=p.trains and not p.role.startswith(still)) for p in arch.parameters
+        ]
+        b = bytes_of(replace(arch, parameters=tuple(parameters)))
+        assert (b.normed, b.scaled) == (4 * STREAM * trains, trains)
+
+
 @pytest.mark.parametrize("device,precision", product(("cpu", "cuda"), ("fp32", "bf16")))
 @pytest.mark.parametrize("drops,drop_path", [(0.1, 0.0), (0.0, 0.1), (0.1, 0.1)])
 def test_of_what_is_dropped(drops, drop_path, device, precision):
