@@ -40,18 +40,16 @@ def test_weights_of_some_products_train(targets, checkpointing, lowest):
 
 
 @pytest.mark.parametrize("frozen", ["", "A", "B"])
-@pytest.mark.parametrize("checkpointing,dropout", [(False, 0.0), (True, 0.0), (True, 0.1)])
+@pytest.mark.parametrize("checkpointing,dropout", [(False, 0.0), (True, 0.1)])
 @pytest.mark.parametrize("targets", TARGETS)
 def test_factors_of_some_products_train(targets, checkpointing, dropout, frozen):
     """At ranks of their own; in slots where a head may be FULL once, and FROZEN then."""
     still = [(target, frozen) for target in targets]
     arch, state = adapted(PLAIN, MODEL, rank=R, targets=targets, dropout=dropout, frozen=still)
-    for seed in (0, 2):
-        schedule = schedule_of(arch, 3, seed)
-        options = {"batch_size": 4, "checkpointing": checkpointing}
-        predicted, meter = measure(arch, state, MODEL, schedule, 5, **options)
-        assert meter.flops == predicted.flops
-        assert meter.peak_bytes <= predicted.memory
+    schedule, options = schedule_of(arch, 3, 2), {"batch_size": 4, "checkpointing": checkpointing}
+    predicted, meter = measure(arch, state, MODEL, schedule, 5, **options)
+    assert meter.flops == predicted.flops
+    assert meter.peak_bytes <= predicted.memory
 
 
 ONE = 2 * T * D * HEAD  # FLOPs of a head's rows of one of q, k, v and of the product out

@@ -156,15 +156,15 @@ def test_a_cost_is_its_parts(kind):
 
 @pytest.mark.parametrize("kind", ARCHITECTURES)
 def test_costs_of_many_are_those_of_each(kind, monkeypatch):
-    monkeypatch.setattr(module, "CHUNK", 3)
+    monkeypatch.setattr(module, "CHUNK", 2)
     arch = ARCHITECTURES[kind]
     costs = cost_model(arch, 3, batch_size=8)
-    schedules = [schedule_of(arch, 3, seed) for seed in range(7)]
+    schedules = [schedule_of(arch, 3, seed) for seed in range(4)]
     schedules.append(replace(schedules[0], operations=0 * schedules[0].operations))
-    examples = [5, 0, 21, 8, 1, 30, 3, 9]
+    examples = [5, 0, 9, 8, 3]
     operations = np.stack([s.operations for s in schedules])
     ranks = np.stack([s.ranks for s in schedules]) if arch.rank else None
-    has = np.random.default_rng(0).integers(0, 2, (8, 2, 3)) > 0
+    has = np.random.default_rng(0).integers(0, 2, (5, 2, 3)) > 0
     for cached in (None, has):
         found = costs.costs(operations, np.array(examples), cached, ranks)
         assert found.dtype == np.int64
