@@ -27,6 +27,7 @@ LORAS = [
     Lora(rank=2, alpha=1.0, targets=("proj",)),
     Lora(rank=4, targets=("fc2", "qkv")),
 ]
+NAMES = ("plain", "rslora", "one", "some")  # which no default is part of
 
 
 def tuned(lora):
@@ -64,7 +65,7 @@ def config_of(folder):
     return json.loads((folder / CONFIG).read_text())
 
 
-@pytest.mark.parametrize("lora", LORAS, ids=str)
+@pytest.mark.parametrize("lora", LORAS, ids=NAMES)
 def test_peft_loads_what_a_run_tuned(lora, tmp_path):
     model, arch, state = tuned(lora)
     folder = tmp_path / "of" / "mine"
@@ -79,7 +80,7 @@ def test_peft_loads_what_a_run_tuned(lora, tmp_path):
     assert (config["use_rslora"], config["lora_dropout"]) == (lora.rslora, lora.dropout)
 
 
-@pytest.mark.parametrize("lora", LORAS, ids=str)
+@pytest.mark.parametrize("lora", LORAS, ids=NAMES)
 def test_factors_taken_out_of_base_weights_are_subtracted(lora, tmp_path):
     """The run's base is W - s B0 A0; the adapter is one of W."""
     model, arch, state = tuned(lora)
@@ -213,7 +214,7 @@ def test_a_change_of_anything_else_is_refused(tmp_path):
         write_adapter(tmp_path, arch, lora, state, changes=changes)
 
 
-@pytest.mark.parametrize("lora", LORAS, ids=str)
+@pytest.mark.parametrize("lora", LORAS, ids=NAMES)
 def test_what_is_written_is_read(lora, tmp_path):
     _, arch, state = tuned(lora)
     write_adapter(tmp_path, arch, lora, state)
