@@ -234,7 +234,10 @@ def called_by_tests(path: Path, only: Sequence[str]) -> list[dict]:
         only: The files and folders of tests to look at; empty for all that may matter.
     """
     if path.is_file():
-        return json.loads(path.read_text())
+        tests = json.loads(path.read_text())
+        if unknown := set().union(*tests) - collected(only or TESTS, path.with_suffix(".names")):
+            raise SystemExit(f"{path} has tests that are gone, {min(unknown)} first; delete it")
+        return tests
     print("noting which test calls what, once: some minutes", flush=True)
     others = [module for group in GROUPS.values() for module in group if module not in COMPILED]
     plain, rest = path.with_suffix(".plain"), path.with_suffix(".rest")
@@ -245,6 +248,29 @@ def called_by_tests(path: Path, only: Sequence[str]) -> list[dict]:
         raise SystemExit("pytest stopped before the last test")
     path.write_text(f"[{plain.read_text()}, {rest.read_text()}]")
     return json.loads(path.read_text())
+
+
+class Names:
+    """A plugin of pytest that keeps the names of tests that are found."""
+
+    def pytest_collection_finish(self, session):
+        """Keep them."""
+        self.names = [item.nodeid for item in session.items]
+
+
+def collected(tests: Sequence[str], path: Path) -> set[str]:
+    """Return the names of tests, found in a process of its own that writes them to ``path``."""
+    child = os.fork()
+    if not child:
+        try:
+            _quiet()
+            names = Names()
+            _pytest([*tests, "--collect-only"], [names])
+            path.write_text(json.dumps(names.names))
+        finally:
+            os._exit(0)
+    os.waitpid(child, 0)
+    return set(json.loads(path.read_text()))
 
 
 def _trace(modules: Sequence[str], tests: Sequence[str], path: Path) -> int:
@@ -346,11 +372,12 @@ def start(module: str, tree: ast.Module | None, tests: list[str], failed: Path) 
 
 def outcome_of(code: int) -> str:
     """Return what became of a mutant whose tests ended so: a status of pytest, or less a signal."""
-    if code in (0, 1, 2):  # 2: it cannot be imported
-        return "killed" if code else "survived"
+    if code == 0:
+        return "survived"
     if code in (-signal.SIGXCPU, -signal.SIGKILL):
         return "endless"
-    return "killed" if code < 0 else "untested"
+    # 2 and 4: tests cannot be imported; they are there, where the code is unchanged.
+    return "killed" if code in (1, 2, 4) or code < 0 else "untested"
 
 
 def face(
