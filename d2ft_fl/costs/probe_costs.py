@@ -89,7 +89,7 @@ def _probes_cost(costs: CostModel, probes: Probes) -> Cost:
         peaks.append(viewing + one.peak_bytes(forward, [batch]))
         whole, rest = divmod(probes.viewed, batch)
         work += whole * _pass_work(seconds, forward, batch, live=False)
-        work += (rest > 0) * _pass_work(seconds, forward, rest, live=False)
+        work += _pass_work(seconds, forward, rest, live=False)  # 0 where there is no rest
     down = costs.bytes_down(costs.everything())
     return Cost(flops, max(peaks) + max(peaks) // MEMORY_MARGIN, up, down, work)
 
