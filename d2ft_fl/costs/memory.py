@@ -347,7 +347,7 @@ def examples_where(sizes: np.ndarray, per_slot: np.ndarray) -> np.ndarray:
         per_slot: Whether it is so, or how much each example counts: [micro-batches, slots, ...].
     """
     if sizes.shape[1] == 1:
-        return per_slot[:, 0] * sizes.reshape(-1, *[1] * (per_slot.ndim - 2))
+        return per_slot[:, 0] * sizes.reshape(len(sizes), *[1] * (per_slot.ndim - 2))
     return np.einsum("ps,ps...->p...", sizes, per_slot.astype(np.int64))
 
 
