@@ -324,6 +324,22 @@ def test_the_solver_is_asked_for_little_effort_unless_more_is_given(monkeypatch)
 # -- compiling -------------------------------------------------------------------------------
 
 
+def test_where_the_solver_is_being_compiled_that_is_waited_for(monkeypatch):
+    waits = []
+    monkeypatch.setattr(compile_cache, "wait_for", waits.append)
+
+    def solving(batch, *arguments):
+        waits.append("solving" if len(arguments) == 4 else "spreading")
+        for part in arguments[-4:-1]:  # what is to be filled
+            part[:] = 0
+
+    monkeypatch.setattr(many, "solve_all", solving)
+    monkeypatch.setattr(many, "spread_all", solving)
+    solve(np.zeros((1, 1)), np.zeros((1, 1, 1), dtype=int), np.zeros(1, dtype=int), effort=0)
+    solve_spread(*pair())
+    assert waits == ["solve_all", "solving", "spread_all", "spreading"]
+
+
 @pytest.mark.parametrize(
     "there,alone,coupled",
     [

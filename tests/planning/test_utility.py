@@ -150,10 +150,13 @@ def test_nothing_is_left_without_the_only_block_that_matters():
 
 def test_the_mean_is_weighted_by_examples_and_who_does_nothing_counts():
     operations = np.stack([rows(FULL, FULL, FULL, FULL).astype(np.int8)] * 5)
-    operations[1] = SKIP
+    operations[1], operations[3, 0, 3, 0] = SKIP, SKIP
     local, used = np.array([8, 4, 3, 1, 0]), np.array([4, 4, 0, 1, 0])
     found = EVEN.mean_of(operations, local, used, [(32, 32)] * 3 + [(4, 32), (32, 32)])
-    expected = (8 * math.exp(-0.05 * math.log(2) ** 2) + 1 * 0.993) / 16
+    # Client 3 skips one head of 12: of the upper block two of three train, and a third cuts.
+    learned = 0.02 + 0.98 * (9 * (1 - 0.5 / 3) + 2) / 12
+    skipping = math.exp(-0.033 * math.log(learned) ** 2) * 0.9
+    expected = (8 * math.exp(-0.05 * math.log(2) ** 2) + 1 * 0.993 * skipping) / 16
     assert found == pytest.approx(expected)
 
 
