@@ -218,7 +218,7 @@ def close(p: Instance, q: Priced, x: Picked, y: Picked, case: int) -> float:
                     if can and (best == NONE or q.gains[k, i] > q.gains[best, i]):
                         best = k
                 gain += flip(p, y, i, best) if best != NONE else -np.inf
-        if gain == -np.inf or not fits(p, y):
+        if not fits(p, y):
             continue
         gain += fill(p, q, y, case)
         if gain > EPSILON:
