@@ -333,7 +333,7 @@ def tests_of(mutant: Mutant, tests: list[dict]) -> list[str]:
 
 
 class Failures:
-    """A plugin of pytest that keeps the names of tests that fail."""
+    """A plugin of pytest that keeps the names of tests that fail, and of files that do."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -343,6 +343,8 @@ class Failures:
         if report.failed:
             with self.path.open("a") as file:
                 file.write(report.nodeid + "\n")
+
+    pytest_collectreport = pytest_runtest_logreport
 
 
 def start(module: str, tree: ast.Module | None, tests: list[str], failed: Path) -> int:
@@ -370,14 +372,18 @@ def start(module: str, tree: ast.Module | None, tests: list[str], failed: Path) 
         os._exit(code)
 
 
-def outcome_of(code: int) -> str:
-    """Return what became of a mutant whose tests ended so: a status of pytest, or less a signal."""
+def outcome_of(code: int, failed: bool) -> str:
+    """Return what became of a mutant.
+
+    Args:
+        code: How its tests ended: a status of pytest, or less a signal.
+        failed: Whether any of them failed, or could not be imported.
+    """
     if code == 0:
         return "survived"
     if code in (-signal.SIGXCPU, -signal.SIGKILL):
         return "endless"
-    # 2 and 4: tests cannot be imported; they are there, where the code is unchanged.
-    return "killed" if code in (1, 2, 4) or code < 0 else "untested"
+    return "killed" if failed or code < 0 else "untested"
 
 
 def face(
@@ -406,11 +412,12 @@ def face(
                 os.killpg(child, signal.SIGKILL)
                 _, status = os.waitpid(child, 0)
             del running[child]
-            outcome = outcome_of(os.waitstatus_to_exitcode(status))
+            names = failed.read_text().split("\n") if failed.is_file() else []
+            outcome = outcome_of(os.waitstatus_to_exitcode(status), bool(names))
             _note(counts, group, mutant, outcome, known, show)
-            if outcome == "killed" and failed.is_file():
-                compiled, name = mutant.module in COMPILED, failed.read_text().split("\n")[0]
-                killers.setdefault((compiled, name), []).append((group, mutant))
+            if outcome == "killed" and names and "::" in names[0]:
+                test = mutant.module in COMPILED, names[0]
+                killers.setdefault(test, []).append((group, mutant))
     for compiled, name in failing(list(killers), folder):
         print(f"{name} fails on the unchanged code as well", flush=True)
         for group, mutant in killers[compiled, name]:
