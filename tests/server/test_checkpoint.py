@@ -179,13 +179,27 @@ def leave(*_):
     raise Left
 
 
+THREE = {"rounds": 3, "server_optimizer": "fedavgm"}
+
+
+@pytest.fixture(scope="module")
+def whole_run(tmp_path_factory):
+    """A function that returns the folder of a run that nothing came in the way of."""
+    folder = tmp_path_factory.mktemp("whole") / "run"
+
+    def of(config):
+        if not folder.exists():
+            run_local(dataclasses.replace(config, run_folder=str(folder)))
+        return str(folder)
+
+    return of
+
+
 @pytest.mark.parametrize("moment", MOMENTS)
-def test_a_run_that_is_killed_goes_on_as_if_it_had_not_been(moment, quick, tmp_path, monkeypatch):
+def test_a_run_that_is_killed_goes_on_as_if_it_had_not_been(moment, quick, whole_run, monkeypatch):
     """The process is gone at once: nothing is closed, flushed or tidied up."""
-    options = {"rounds": 3, "server_optimizer": "fedavgm"}
-    reference = quick(**options, run_folder=str(tmp_path / "whole"))
-    run_local(reference)
-    config = quick(**options)
+    config = quick(**THREE)
+    reference = whole_run(config)
     where, name = MOMENTS[moment]
     if not (child := os.fork()):
         try:
@@ -197,7 +211,7 @@ def test_a_run_that_is_killed_goes_on_as_if_it_had_not_been(moment, quick, tmp_p
     assert os.waitpid(child, 0)[1] == signal.SIGKILL
     summary = run_local(dataclasses.replace(config, resume=config.run_folder))
     assert summary["rounds"] == 3
-    same_run(config.run_folder, reference.run_folder)
+    same_run(config.run_folder, reference)
 
 
 def changing(client, round_number):
