@@ -114,8 +114,9 @@ def repair(p: Instance, q: Priced, x: Picked, case: int) -> bool:
                 relief = 0.0
                 for r in range(resources):
                     more, over = change(p, x, i, k, r, top), x.used[r] - p.capacity[r]
-                    relief += max(min(-more, over), 0) / max(p.capacity[r], 1)
-                    if more > max(-over, 0):  # nothing may go over, or further over
+                    if over > 0 and more < 0:
+                        relief += min(-more, over) / max(p.capacity[r], 1)
+                    elif more > max(-over, 0):  # nothing may go over, or further over
                         relief = -np.inf
                 if relief > 0.0:
                     loss = max(p.value[i, x.choice[i]] - p.value[i, k], 0.0) / relief

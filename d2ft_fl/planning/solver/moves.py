@@ -217,8 +217,11 @@ def close(p: Instance, q: Priced, x: Picked, y: Picked, case: int) -> float:
                     can = p.level[k] < top and p.allowed[mode, k] and q.v[k, i] > -np.inf
                     if can and (best == NONE or q.gains[k, i] > q.gains[best, i]):
                         best = k
-                gain += flip(p, y, i, best) if best != NONE else -np.inf
-        if not fits(p, y):
+                if best == NONE:
+                    gain = -np.inf
+                    break
+                gain += flip(p, y, i, best)
+        if gain == -np.inf or not fits(p, y):
             continue
         gain += fill(p, q, y, case)
         if gain > EPSILON:
