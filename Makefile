@@ -28,10 +28,9 @@ $(READY): pyproject.toml constraints.txt
 run: $(READY)
 	$(BIN)/d2ft run
 
-# One process more than two cores: the tests of Flower, which tests/conftest.py puts first, mostly
-# wait for others.
+# Two processes: the tests of Flower, which tests/conftest.py puts first, mostly wait for others.
 test: $(READY)
-	$(BIN)/python -m pytest -q -n 3 --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -q -n 2 --dist loadfile --no-loadscope-reorder
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -q -m slow

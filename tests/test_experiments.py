@@ -79,6 +79,7 @@ def in_this_process(todo, ledger, scratch):
         ledger.ended(trial.id, Outcome("finished"), summary["accuracy"], changes)
 
 
+@pytest.mark.slow
 def test_a_comparison_under_budgets_can_be_read_off(tmp_path, monkeypatch, capsys):
     """Two seeds of three settings on digits: differences by hand from the trials' summaries."""
     sweep = tmp_path / "small.toml"

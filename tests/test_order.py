@@ -1,4 +1,4 @@
-"""The order of tests, of which the Makefile's processes make use."""
+"""The order of tests, of which the Makefile's two processes make use."""
 
 from types import SimpleNamespace
 

@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 JOB = ("rounds=1", "clients=2", "train-examples=40", "test-examples=20", "strategy=fedrolex")
 
@@ -19,6 +21,7 @@ def call(*command, **changes):
     return ended.stdout
 
 
+@pytest.mark.slow
 def test_a_wheel_runs_beside_folders_of_the_same_names(tmp_path):
     built, installed, mine = (tmp_path / name for name in ("built", "installed", "mine"))
     call(sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(built), cwd=ROOT)

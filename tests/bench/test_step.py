@@ -54,7 +54,7 @@ def test_counting_what_is_saved_keeps_nothing():
     assert made[0]() is None
 
 
-@pytest.mark.parametrize("slots", [1, 3])
+@pytest.mark.parametrize("slots", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_rows_are_a_contract_and_predictions_hold(slots, tmp_path):
     picture = tmp_path / "step.png"
     command = [*SMALL, "--slots", str(slots), "--json", "--output", str(picture)]

@@ -64,6 +64,7 @@ def test_what_other_software_measured_does_not_count(monkeypatch, tmp_path):
     assert kept("cpu", "fp32", 1) is None
 
 
+@pytest.mark.slow
 def test_products_and_steps_are_really_timed(monkeypatch):
     """Fewer shapes and one model: figures of this machine, and its threads as they were."""
     monkeypatch.setattr(speed_profile, "ROWS", (16.0, 256.0))

@@ -109,6 +109,7 @@ def test_d2ft_run_gives_the_local_result_and_leaves_nothing_behind(tmp_path):
     assert list(temporary.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_d2ft_run_ends_with_one_line_and_an_exit_code_when_the_run_fails(tmp_path):
     """The plug-in works when it is checked and breaks later, on one client."""
     tmp_path.joinpath("moody.py").write_text(

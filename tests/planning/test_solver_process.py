@@ -64,7 +64,7 @@ def test_where_nothing_can_be_cached_everyone_compiles(monkeypatch, tmp_path):
     compile_cache.wait_for.__wrapped__("solve_all")
 
 
-@pytest.mark.parametrize("coupled", [False, True])
+@pytest.mark.parametrize("coupled", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_what_the_process_runs_compiles_the_solver(nothing_compiled, monkeypatch, coupled):
     with solver_process.compiling(coupled):
         compile_cache.wait_for("spread_all" if coupled else "solve_all")

@@ -162,6 +162,7 @@ def test_budgets_are_asked_for_every_round(tmp_path, monkeypatch):
     assert 0.2 < low <= 0.3
 
 
+@pytest.mark.slow
 def test_compensated_shortcuts_are_charged_once_means_are_measured(config):
     """score-every is 5: round 1 measures, from round 2 on shortcuts cost their mean."""
     config = replace(config, compensation=True)

@@ -201,7 +201,7 @@ def test_compensation_runs_within_budgets_and_is_charged(quick):
     "options",
     [
         {"checkpointing": True},
-        {"micro_batches": 3, "slots": 2},
+        pytest.param({"micro_batches": 3, "slots": 2}, marks=pytest.mark.slow),
         {"precision": "bf16"},
         {"proximal": 0.1},
     ],
