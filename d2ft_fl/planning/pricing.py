@@ -334,9 +334,11 @@ class Pricing:
         outer = ELEMENT * (parts.base.outer + phase.copies * parts.trained.outer)
         images = ELEMENT * total * self.costs.arch.input_elements
         b = self.costs.activations
-        loss = total * (b.outer + 3 * b.scores) // phase.micro_batches + b.classifier
-        classifier = total * (b.outer + (b.cast_scores or b.scores)) // phase.micro_batches
-        return outer + images + max(loss, classifier + b.gradient)
+        # What branches save is priced with an input that the lowest one may not keep.
+        loss = total * (b.outer + max(3 * b.scores - b.stream, 0)) // phase.micro_batches
+        scores = (b.cast_scores or b.scores) - b.stream
+        classifier = total * (b.outer + scores) // phase.micro_batches
+        return outer + images + max(loss + b.classifier, classifier + b.gradient)
 
     def excess(self) -> np.ndarray:
         """Bound by how much the rest is priced too high: int64 [5]; 0 without LoRA."""

@@ -282,12 +282,15 @@ def test_openings_are_prices_in_order_and_without_frozen_what_is_live_is_trained
 
 @pytest.mark.parametrize("compensated", [False, True])
 @pytest.mark.parametrize("cached,ranks", [(HAS, (2, RANK)), (None, (RANK,))])
-@pytest.mark.parametrize("narrow,gradient", [(0, 0), (0, 10_000), (307, 10_000)])
-def test_running_anything_at_all(compensated, cached, ranks, narrow, gradient):
+@pytest.mark.parametrize(
+    "narrow,gradient,scarce", [(0, 0, True), (0, 0, False), (0, 90_000, True), (307, 90_000, True)]
+)
+def test_running_anything_at_all(compensated, cached, ranks, narrow, gradient, scarce):
     """Memory is that of the loss, or of the classifier with a gradient that is larger."""
     p = pricing(ranks=ranks, cached=cached)
     p.costs.compensated, b = compensated, p.costs.activations
     b.cast_scores, b.gradient = narrow, gradient
+    b.stream = 3 * b.scores - (50 if scarce else -50)  # what branches are priced with besides
     costs, parts, travels = p.costs, p.costs.parts, p.costs.communication
     skips = compensated * 4 * BLOCKS * ACTIVE * 2 * 11 * 13
     down = parts.loose.outer_bytes + travels.message_bytes + skips + compensated * 160 * BLOCKS
@@ -297,9 +300,9 @@ def test_running_anything_at_all(compensated, cached, ranks, narrow, gradient):
         elements = parts.base.outer + COPIES[resource] * parts.trained.outer
         total = sum(SIZES[resource])
         if gradient:
-            of_one, once = b.outer + (narrow or b.scores), gradient
+            of_one, once = b.outer + (narrow or b.scores) - b.stream, gradient
         else:
-            of_one, once = b.outer + 3 * b.scores, b.classifier
+            of_one, once = b.outer + (50 if scarce else 0), b.classifier
         memory[resource] = 4 * elements + 4 * total * 29 + total * of_one // 3 + once
     assert p.constant().tolist() == [
         costs.round_flops.outside * (23 + 19), memory[1] + skips,
