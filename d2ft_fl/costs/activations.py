@@ -163,20 +163,24 @@ class ActivationBytes:
             regraded=t * a.dim * ((c - mask) * bool(a.output_dropout) + c * bool(a.drop_path)),
         )
 
-    def spared_at_the_bottom(self, frozen: bool, checkpointing: bool) -> int:
+    def spared_at_the_bottom(self, frozen: bool, checkpointing: bool, slots: int) -> int:
         """Return most bytes of an example that the lowest block that trains in a slot spares.
 
-        That is beside what the same operations keep above another block that trains.
+        That is beside what the same operations keep above another block that trains. Of a branch's
+        input all examples are kept or none: a block that is the lowest of one slot, and runs in no
+        other, spares the input of all. So inputs count once for each slot.
 
         Args:
             frozen: Whether subnets may be FROZEN.
             checkpointing: Whether activations are computed again.
+            slots: Whose lowest blocks may be different ones.
         """
         lowest = [t.anything for t in self.trains].index(True)
         whole, trains = self.alive + self.full, self.trains[lowest]
-        spared = lowest * self.stream  # of a branch in which nothing trains
+        # Of a branch in which nothing trains, and of the one that is lowest.
+        spared = slots * (lowest + (not checkpointing)) * self.stream
         if not checkpointing:
-            spared += self.stream + (lowest + 1) * self.statistics + int(whole[:lowest].sum())
+            spared += (lowest + 1) * self.statistics + int(whole[:lowest].sum())
             if frozen or not trains.inward:
                 spared += int(whole[lowest].sum())
         return spared

@@ -348,7 +348,8 @@ class Pricing:
         frozen = bool(self.patterns.below.any())
         excess[FLOPS] = self.excess_flops(frozen)
         checkpointing = self.costs.options.checkpointing
-        spared = self.costs.activations.spared_at_the_bottom(frozen, checkpointing)
+        slots = min(self.active, self.costs.arch.blocks)
+        spared = self.costs.activations.spared_at_the_bottom(frozen, checkpointing, slots)
         for phase in self.phases:
             excess[phase.resource] = -(-spared * phase.total // phase.micro_batches)
         return excess

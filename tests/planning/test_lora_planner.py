@@ -121,6 +121,8 @@ def test_a_deadline_is_met_by_the_exact_cost():
 @settings(max_examples=60, deadline=None)
 @given(SUBSETS, st.integers(1, 3), st.booleans(), st.integers(0, 999))
 @example(("qkv",), 2, False, 333)
+@example(("fc2",), 3, True, 621962)  # each slot has a lowest block of its own
+@example(("qkv", "proj", "fc1", "fc2"), 3, False, 702910)
 def test_prices_are_above_costs_by_the_stated_excess_at_most(targets, slots, checkpointing, seed):
     costs = costs_of(targets, slots, 3, 4, checkpointing=checkpointing)
     client, scores = Participant(0, EXAMPLES, Budget(), np.zeros(4)), np.ones((1, 12))
