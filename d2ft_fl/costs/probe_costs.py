@@ -86,12 +86,30 @@ def _probes_cost(costs: CostModel, probes: Probes) -> Cost:
         blocks = a.blocks * int(one.round_flops.of_operations[Operation.FORWARD_ONLY].sum())
         flops += (a.embed_flops + 2 * a.dim * a.classes + blocks) * probes.viewed
         viewing = ELEMENT * (resident + batch * a.input_elements + probes.viewed)
-        peaks.append(viewing + one.peak_bytes(forward, [batch]))
+        peaks.append(viewing + _peak_of_viewing(one, forward, batch))
         whole, rest = divmod(probes.viewed, batch)
         work += whole * _pass_work(seconds, forward, batch, live=False)
         work += _pass_work(seconds, forward, rest, live=False)  # 0 where there is no rest
     down = costs.bytes_down(costs.everything())
     return Cost(flops, max(peaks) + max(peaks) // MEMORY_MARGIN, up, down, work)
+
+
+def _peak_of_viewing(costs: CostModel, forward: Schedule, examples: int) -> int:
+    """Return the peak bytes of a pass whose outputs are looked at, beyond what is resident.
+
+    No gradient is made of the classifier. Of scores there are two tensors in double precision: an
+    entropy is that of their softmax.
+
+    Args:
+        costs: Of the whole model.
+        forward: Which runs it.
+        examples: Of the pass.
+    """
+    b, ranks = costs.activations, np.zeros((1, *forward.operations.shape[1:]), dtype=np.int64)
+    sizes = np.array([[examples]])
+    memory = costs.round_memory.micro_batches(forward.operations[None], sizes, ranks)
+    scores = memory.classifier + examples * 3 * b.scores
+    return replace(memory, classifier=scores, gradient=0).peak().item()
 
 
 def _pass_work(seconds: RoundSeconds, schedule: Schedule, examples: int, live: bool) -> int:

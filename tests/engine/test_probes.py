@@ -50,9 +50,12 @@ def test_entropy_is_that_of_the_models_own_outputs(temperature):
     np.testing.assert_allclose(found, -(p * p.log()).sum(dim=1), rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("changes", [{}, {"attn_drop_rate": 0.1, "init_values": 0.1}])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"attn_drop_rate": 0.1, "init_values": 0.1}, {"embed_dim": 24, "num_classes": 2000}],
+)
 def test_selecting_costs_what_is_predicted(changes):
-    model, arch = build(embed_dim=48, **changes)
+    model, arch = build(**{"embed_dim": 48, **changes})
     meter = Meter(verify=True)
     images, labels = images_for(arch, 20)
     whole_of(model, arch, meter).entropy(batches(images, labels, 8), 0.1)
