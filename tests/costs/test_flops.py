@@ -1,5 +1,7 @@
 """FLOPs against what torch counts where only some of a product trains, and bounds by hand."""
 
+import itertools
+
 import numpy as np
 import pytest
 
@@ -104,21 +106,22 @@ def test_no_block_is_spared_more_than_the_bound(targets, checkpointing):
 
 @pytest.mark.parametrize("kind", ["all", "feed-forward", "product out"])
 def test_bytes_that_the_lowest_block_is_spared(kind):
-    """Below the lowest branch that trains: streams; its own input; what heads have there."""
+    """Below the lowest branch that trains: streams, in each slot; what heads have there."""
     targets = {"all": (), "feed-forward": ("fc1",), "product out": ("fc2",)}[kind]
     arch = with_lora(UNEVEN, Lora(rank=R, targets=targets)) if targets else UNEVEN
     b = drawn(cost_model(arch).activations, 1)
     attention, feed_forward = (int(of.sum()) for of in b.alive + b.full)
     lowest = 0 if kind == "all" else 1
-    for frozen in (False, True):
-        assert b.spared_at_the_bottom(frozen, checkpointing=True) == lowest * b.stream
-        expected = (lowest + 1) * (b.stream + b.statistics)
+    for frozen, slots in itertools.product((False, True), (1, 3)):
+        spared = b.spared_at_the_bottom(frozen, checkpointing=True, slots=slots)
+        assert spared == slots * lowest * b.stream
+        expected = (lowest + 1) * (slots * b.stream + b.statistics)
         if lowest:
             expected += attention
         if frozen or kind == "product out":
             expected += (attention, feed_forward)[lowest]
-        found = b.spared_at_the_bottom(frozen, checkpointing=False)
-        assert found == expected
+        spared = b.spared_at_the_bottom(frozen, checkpointing=False, slots=slots)
+        assert spared == expected
 
 
 @pytest.mark.parametrize("fused", [False, True])
