@@ -7,7 +7,7 @@ A row d becomes whole numbers q of b bits, and one scale s for them:
 **Up**, d is what a client changed of a row, and u is drawn from [0, 1), so that s q is d on
 average: stochastic rounding (QSGD, Alistarh et al., NeurIPS 2017, arXiv 1610.02132, whose norm is
 that of the whole gradient). The server adds s q to what the row is. u has 16 bits, with which the
-mean is d to s / 2^17.
+mean is d to s / 2^17; with 8 bits a number to s / 2^16, for float32 rounds what is added to 127.
 
 **Down**, d is the row, and u = 1/2: all clients begin with the same weights, next to the server's,
 which stay as exact as they are. So what comes back must be a change: down needs few bits up.
